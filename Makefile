@@ -1,0 +1,31 @@
+# Two commands: `make demo` and `make test`. Both install what they need into .venv.
+PYTHON ?= python3
+BIN    := .venv/bin
+OUT    ?= runs/demo
+ARGS   ?=
+
+.PHONY: demo test lint types clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"alignpro needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	@echo "installing into .venv (about 2 GB with the CPU build of torch; several GB with the CUDA build)"
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/.installed
+	$(BIN)/alignpro demo --out $(OUT) $(ARGS)
+
+test: .venv/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.installed
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,80 @@
+"""Writing files so that an interruption or a bad path never costs what is already there."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from alignpro.errors import AlignProError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path` and move it over `path` only once the block succeeds.
+
+    Raises:
+        AlignProError: the folder is missing, not writable, or the disk is full.
+    """
+    path = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise AlignProError(f"cannot write {path}: {error.strerror}; choose another path") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise AlignProError(
+            f"cannot write {path}: {error.strerror}; free space or choose another path"
+        ) from error
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """`text` as UTF-8, atomically (see `atomic_write`)."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """`value` as strict, indented JSON, atomically. Raises ValueError on NaN or infinity."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def writable_folder(path: str | os.PathLike[str], field: str = "--out") -> Path:
+    """Create `path` if need be and prove that a file can be written there, before any long work.
+
+    Raises:
+        AlignProError: it is a file, cannot be created, or cannot be written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = (
+            "a file is in the way"
+            if isinstance(error, FileExistsError | NotADirectoryError)
+            else error.strerror
+        )
+        raise AlignProError(
+            f"{field} {folder}: cannot write there ({reason}); name a folder you can write to"
+        ) from error
+    return folder
