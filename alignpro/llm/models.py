@@ -134,7 +134,8 @@ def load_model(
         ) from error
     _prepare(loaded, tokenizer, str(model))
     loaded.config._name_or_path = str(folder)
-    return loaded.to(where), tokenizer
+    loaded.to(where)  # type: ignore[arg-type]
+    return loaded, tokenizer
 
 
 def tiny_model(
@@ -254,6 +255,8 @@ def _forget_quantizer(model: Any) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    if hasattr(model.config, "_model_name_or_path"):  # the GGUF's title, which is no path
+        del model.config._model_name_or_path
 
 
 def _converted_folder(name: str, sha256: str) -> Path:
