@@ -1,0 +1,299 @@
+"""Proximal policy optimization of a prompter (Schulman et al., arXiv 1707.06347), whose optimum is ρ*.
+
+TRL no longer ships PPO. The mathematics is here, in plain torch; rollouts, reference log-probabilities,
+checkpoints and logging come from `trl.GRPOTrainer`, of which `PPOTrainer` is a thin subclass.
+
+With γ = 1 and the penalty −λ (log ρ_θ − log ρ_sft) added to the reward of every token (the k1 estimator),
+the expected return of a rewrite is R(x, x′) − λ log ρ_θ(x′|x)/ρ_sft(x′|x): PPO ascends the prompter's
+objective (eq. 9), whose only maximiser is ρ* (eq. 10). Putting a k3 estimate in the reward, whitening it,
+sampling at a temperature other than 1, or normalising by sequence length would move that optimum.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import use_adapter
+
+from alignpro.errors import AlignProError
+from alignpro.llm.tree import unwrap
+
+# --- the mathematics -----------------------------------------------------------------------------------
+
+
+def shaped_rewards(
+    score: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, kl_coef: float
+) -> Tensor:
+    """Per-token rewards: −λ (log ρ_θ − log ρ_ref) at each token, the score added at the last one.
+
+    Args:
+        score: [B] reward of each completion.
+        log_probs, ref_log_probs: [B, T] token log-probabilities, in nats.
+        mask: [B, T] 1 on the completion's tokens, which form a prefix of each row.
+        kl_coef: λ.
+
+    Returns:
+        [B, T]; each row sums to score − λ·(log-ratio of the sequence).
+    """
+    rewards = -kl_coef * (log_probs - ref_log_probs) * mask
+    last = mask.sum(1).long().clamp(min=1) - 1
+    return rewards.scatter_add(1, last[:, None], score[:, None].to(rewards.dtype))
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (arXiv 1506.02438): A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t.
+
+    Args:
+        rewards, values, mask: [B, T]; the value after the last token is 0.
+
+    Returns:
+        advantages and returns (advantages + values), [B, T], 0 outside the mask.
+    """
+    mask = mask.to(values.dtype)
+    values = values * mask
+    advantages = torch.zeros_like(values)
+    running = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        following = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(running)
+        running = (rewards[:, t] + gamma * following - values[:, t] + gamma * gae_lambda * running) * mask[
+            :, t
+        ]
+        advantages[:, t] = running
+    return advantages, advantages + values
+
+
+def clipped_surrogate(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
+) -> tuple[Tensor, Tensor]:
+    """The negated clipped objective, −min(w A, clip(w, 1 ± ε) A) with w = ρ_θ/ρ_old, summed over tokens.
+
+    Summing over a sequence's tokens and averaging over the batch gives every sequence the weight that the
+    policy gradient gives it; averaging over tokens would favour short ones.
+
+    Returns:
+        the loss (scalar) and the share of tokens whose gradient the clip removes.
+    """
+    ratio = torch.exp(log_probs - old_log_probs)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages) * mask
+    dead = ((ratio > 1 + clip_range) & (advantages > 0)) | ((ratio < 1 - clip_range) & (advantages < 0))
+    return loss.sum() / len(mask), (dead * mask).sum() / mask.sum().clamp(min=1)
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float | None
+) -> Tensor:
+    """½ mean over tokens of max((V − G)², (V_clipped − G)²), V_clipped within ±clip_range of the old value."""
+    error = (values - returns).square()
+    if clip_range is not None:
+        near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+        error = torch.maximum(error, (near - returns).square())
+    return 0.5 * (error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 − Var(G − V)/Var(G) over the masked tokens: 1 for a perfect critic, 0 for a constant one."""
+    n = mask.sum().clamp(min=1)
+
+    def variance(x: Tensor) -> Tensor:
+        return ((x - (x * mask).sum() / n).square() * mask).sum() / n
+
+    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-12)
+
+
+class Critic(nn.Module):
+    """V(state): a small network on the frozen reference model's hidden state, [..., H] -> [...].
+
+    It reads fixed features, so training it never moves the policy and no second language model is needed.
+    The output is a correction, in units of the first batch's returns, to their mean.
+    """
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, 1)
+        )
+        nn.init.zeros_(self.body[-1].weight)
+        nn.init.zeros_(self.body[-1].bias)
+        self.center: Tensor
+        self.scale: Tensor
+        self.register_buffer("center", torch.tensor(0.0))
+        self.register_buffer("scale", torch.tensor(0.0))  # 0: not calibrated yet
+
+    def calibrate(self, totals: Tensor) -> None:
+        """Fix the output's units from the first batch's total rewards [B]; later calls change nothing."""
+        if self.scale == 0:
+            self.center.copy_(totals.mean())
+            self.scale.copy_(totals.std(correction=0).clamp(min=1e-3))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.center + self.scale * self.body(features).squeeze(-1)
+
+
+# --- on TRL's rollouts ---------------------------------------------------------------------------------
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    """Settings of `PPOTrainer`; those of `trl.GRPOConfig` besides. `num_iterations` are the PPO epochs."""
+
+    kl_coef: float = field(default=0.05, metadata={"help": "λ: weight of the KL to the reference prompter"})
+    gamma: float = field(default=1.0, metadata={"help": "discount; 1 keeps the optimum at ρ*"})
+    gae_lambda: float = field(default=0.95, metadata={"help": "λ of generalized advantage estimation"})
+    clip_range: float = field(default=0.2, metadata={"help": "ε of the clipped surrogate"})
+    value_clip_range: float | None = field(
+        default=None, metadata={"help": "clip of the value update; None: off"}
+    )
+    vf_coef: float = field(default=1.0, metadata={"help": "weight of the value loss"})
+    critic_learning_rate: float = field(default=1e-3, metadata={"help": "learning rate of the critic"})
+    critic_width: int = field(default=128, metadata={"help": "hidden units of the critic"})
+
+
+CRITIC_FILE = "critic.safetensors"
+
+
+class PPOTrainer(GRPOTrainer):
+    """PPO with a learned critic and the KL in the reward, on TRL's rollout machinery.
+
+    Raises:
+        AlignProError: a setting that would move the optimum away from ρ*.
+    """
+
+    _tag_names = ("trl", "ppo")
+    _name = "PPO"
+
+    def __init__(self, *positional: Any, args: PPOConfig, **named: Any) -> None:
+        faithful = {
+            "temperature": (args.temperature, 1.0),
+            "top_p": (args.top_p, 1.0),
+            "top_k": (args.top_k or 0, 0),
+            "repetition_penalty": (args.repetition_penalty, 1.0),
+            "gamma": (args.gamma, 1.0),
+        }
+        for name, (value, required) in faithful.items():
+            if value != required:
+                raise AlignProError(
+                    f"{name} = {value} moves PPO's optimum away from ρ*; set it to {required}"
+                )
+        if not args.kl_coef > 0:
+            raise AlignProError(f"kl_coef = {args.kl_coef}: λ must be positive")
+        args.beta = args.kl_coef  # makes GRPOTrainer compute the reference's log-probabilities
+        super().__init__(*positional, args=args, **named)
+        self.critic = Critic(self.model.config.hidden_size, args.critic_width).to(self.accelerator.device)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            group = {"params": list(self.critic.parameters()), "lr": self.args.critic_learning_rate}
+            optimizer.add_param_group(group | {"weight_decay": 0.0})
+        return optimizer
+
+    @torch.no_grad()
+    def _critic_features(self, batch: dict[str, Tensor]) -> Tensor:
+        """[B, T, H] hidden states of the reference before each completion token."""
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        model = self.accelerator.unwrap_model(self.model)
+        keep = batch["completion_ids"].shape[1]
+        if self.ref_model is not None:
+            decoder = unwrap(self.accelerator.unwrap_model(self.ref_model)).base_model
+            hidden = decoder(input_ids=ids, attention_mask=attention).last_hidden_state
+        else:
+            with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+                hidden = unwrap(model).base_model(input_ids=ids, attention_mask=attention).last_hidden_state
+        return hidden[:, -keep - 1 : -1].float()
+
+    def _calculate_rewards(self, *positional: Any, **named: Any) -> Tensor:
+        self._scores = super()._calculate_rewards(*positional, **named)
+        return self._scores
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        args, mask = self.args, batch["completion_mask"].float()
+        size, steps = mask.shape
+        old, reference = batch.get("old_per_token_logps"), batch["ref_per_token_logps"]
+        if old is None:  # TRL leaves it out where the first loss would recompute the same values
+            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+            attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+            with torch.no_grad():
+                old = self._get_per_token_logps_and_entropies(self.model, ids, attention, steps)[0]
+
+        scores = (self._scores * self.reward_weights.to(self._scores.device)).sum(
+            1
+        )  # gathered over processes
+        scores = scores[self.accelerator.process_index * size :][:size]
+        if not torch.isfinite(scores).all():
+            bad = int((~torch.isfinite(scores)).nonzero()[0, 0])
+            raise AlignProError(
+                f"reward of {inputs[bad]['prompt']!r} is {scores[bad].item()}; rewards must be finite"
+            )
+        rewards = shaped_rewards(scores, old, reference, mask, args.kl_coef)
+        features = self._critic_features(batch)
+        self.critic.calibrate(rewards.sum(1))
+        with torch.no_grad():
+            values = self.critic(features) * mask
+        advantages, returns = generalized_advantages(rewards, values, mask, args.gamma, args.gae_lambda)
+        # A constant baseline has no expected gradient. Advantages are not rescaled: Adam already is scale free.
+        advantages = (advantages - (advantages * mask).sum() / mask.sum()) * mask
+
+        batch |= {
+            "advantages": advantages,
+            "old_per_token_logps": old,
+            "ppo_values": values,
+            "ppo_returns": returns,
+            "ppo_features": features,
+        }
+        log_ratio = ((old - reference) * mask).sum(1)
+        self._record("ppo/reward", scores.mean())
+        self._record("ppo/kl_k1", log_ratio.mean())
+        self._record("ppo/objective", (scores - args.kl_coef * log_ratio).mean())
+        self._record("ppo/objective_stderr", (scores - args.kl_coef * log_ratio).std() / size**0.5)
+        self._record("ppo/explained_variance", explained_variance(values, returns, mask))
+        return batch
+
+    def _record(self, name: str, value: Tensor) -> None:
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode][name].append(self.accelerator.gather(value).mean().item())
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        mask, args = inputs["completion_mask"].float(), self.args
+        log_probs, entropies, _ = self._get_per_token_logps_and_entropies(
+            model, ids, attention, mask.shape[1], compute_entropy=True
+        )
+        policy, clipped = clipped_surrogate(
+            log_probs, inputs["old_per_token_logps"], inputs["advantages"], mask, args.clip_range
+        )
+        values = self.critic(inputs["ppo_features"])
+        value = clipped_value_loss(
+            values, inputs["ppo_values"], inputs["ppo_returns"], mask, args.value_clip_range
+        )
+        # The critic's own scale is divided out, so that one learning rate serves rewards of any unit.
+        value = value / self.critic.scale.square()
+        self._record("ppo/policy_loss", policy.detach())
+        self._record("ppo/value_loss", value.detach())
+        self._record("ppo/clip_fraction", clipped)
+        self._record("entropy", (entropies.detach() * mask).sum() / mask.sum())
+        self._record(
+            "ppo/approx_kl", ((inputs["old_per_token_logps"] - log_probs.detach()) * mask).sum(1).mean()
+        )
+        loss = policy + args.vf_coef * value
+        return loss / (self.current_gradient_accumulation_steps if self.model.training else 1)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            save_file(self.critic.state_dict(), folder / CRITIC_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.critic.load_state_dict(load_file(Path(resume_from_checkpoint) / CRITIC_FILE))
