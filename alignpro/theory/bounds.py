@@ -1,0 +1,539 @@
+"""Theorem 1 and its sharper forms, as numbers one can check.
+
+`solution` computes every quantity of the paper on one instance, in one pure function that jit, vmap and
+grad accept. A *statement* is a function of that solution: `lhs ≤ rhs`, with the assumptions it needs and
+a bound on the rounding error of `rhs − lhs`. `BOUNDS`, `IDENTITIES` and `WRONG_BOUNDS` are plain dicts of
+statements; a new one is one function and one row. `check` turns a statement into a `BoundReport`.
+
+All logarithms are natural; TV is half the L1 distance. "Reward units" are those of the rewards.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from alignpro.errors import AlignProError
+from alignpro.theory.divergences import log_quotient, scaled_kl
+from alignpro.theory.gibbs import check_temperature, exponent, power_of_two, tilt
+from alignpro.theory.instance import KEYS, Instance, probabilities, unchecked
+
+EPS = 2.0**-52
+
+Verdict = Literal["holds", "violated", "inconclusive", "inapplicable"]
+
+
+class Solution(NamedTuple):
+    """Everything the statements are made of, in reward units unless said otherwise.
+
+    Per prompt [X]; `average` takes the mean over P. "ρ" is the prompter asked about: ρ* unless `solution`
+    was given one. Rewards enter the differences (gap, Δ1, Δ2, …) measured from each prompt's best reachable
+    response, so a large common offset costs no accuracy.
+    """
+
+    p: Float[Array, " X"]
+    """P(x)."""
+    beta: Float[Array, ""]
+    lam: Float[Array, ""]
+    rewrite_reward: Float[Array, "X K"]
+    """R(x,x′) = E_{y~π_F(·|x′)} r*(x,y)."""
+    rho_star: Float[Array, "X K"]
+    """ρ*(x′|x), Lemma 1 (probabilities)."""
+    pi_star: Float[Array, "X Y"]
+    """π*(y|x), equation 4 (probabilities)."""
+    log_z: Float[Array, " X"]
+    """log Z(x) in nats, Z of Lemma 1."""
+    log_z_star: Float[Array, " X"]
+    """log Z*(x) in nats, Z* of equation 4."""
+    value: Float[Array, " X"]
+    """F(ρ*) = λ log Z(x), the optimum of objective (9)."""
+    optimum: Float[Array, " X"]
+    """E_{y~π*} r*."""
+    original: Float[Array, " X"]
+    """E_{y~π_F(·|x)} r* = R(x,x): no prompt optimization."""
+    reference: Float[Array, " X"]
+    """E_{x′~ρ_sft} R(x,x′)."""
+    achieved: Float[Array, " X"]
+    """E_{x′~ρ} R(x,x′)."""
+    gap: Float[Array, " X"]
+    """E_π* r* − E_ρ R, from its definition (5); its mean over P is J(π*) − J(π_ρ)."""
+    delta1: Float[Array, " X"]
+    """Δ1 = E_π* r* − R(x,x) ≥ 0, equation 7, relatively accurate (it is `model_jeffreys`)."""
+    delta2: Float[Array, " X"]
+    """Δ2 = R(x,x) − E_ρ R, equation 7."""
+    shift: Float[Array, " X"]
+    """R(x,x) − E_ρsft R."""
+    tv_model: Float[Array, " X"]
+    """d_TV(π*(·|x), π_F(·|x))."""
+    tv_shift: Float[Array, " X"]
+    """E_{x′~ρ_sft} d_TV(π_F(·|x), π_F(·|x′))."""
+    model_kl: Float[Array, " X"]
+    """β KL(π*‖π_F)."""
+    model_jeffreys: Float[Array, " X"]
+    """β Jeff(π*, π_F)."""
+    prompter_kl: Float[Array, " X"]
+    """λ KL(ρ*‖ρ_sft)."""
+    prompter_jeffreys: Float[Array, " X"]
+    """λ Jeff(ρ*, ρ_sft)."""
+    kl_to_star: Float[Array, " X"]
+    """λ KL(ρ‖ρ*); 0 for ρ*."""
+    kl_from_star: Float[Array, " X"]
+    """λ KL(ρ*‖ρ); 0 for ρ*."""
+    kl_to_reference: Float[Array, " X"]
+    """λ KL(ρ‖ρ_sft)."""
+    kl_from_reference: Float[Array, " X"]
+    """λ KL(ρ_sft‖ρ)."""
+    shortfall: Float[Array, " X"]
+    """F(ρ*) − F(ρ), from its definition; equal to `kl_to_star`."""
+    span: Float[Array, " X"]
+    """max − min of r*(x,·) over the responses reachable from x."""
+    reward_max: Float[Array, ""]
+    reward_min: Float[Array, ""]
+    """Over all entries, reachable or not: what the theorem's r_max refers to."""
+    is_star: Array
+    """Whether ρ is ρ* by construction (bool)."""
+    supported: Array
+    """Whether ρ puts no mass where ρ_sft has none (bool)."""
+    gap_error: Float[Array, " X"]
+    """Bounds on the rounding errors of `gap`, …"""
+    model_error: Float[Array, " X"]
+    """… of the β terms (`delta1`, `model_kl`, `model_jeffreys`), …"""
+    prompter_error: Float[Array, " X"]
+    """… of the λ terms of ρ* (`prompter_kl`, `prompter_jeffreys`, `value`), …"""
+    rho_error: Float[Array, " X"]
+    """… of the λ terms of ρ (`kl_to_star`, `kl_to_reference`, `shortfall`, …), …"""
+    shift_error: Float[Array, " X"]
+    """… of `shift`, …"""
+    tv_model_error: Float[Array, " X"]
+    """… of `tv_model` …"""
+    tv_shift_error: Float[Array, " X"]
+    """… and of `tv_shift`, per prompt."""
+
+    def average(self, per_prompt: Float[Array, " X"]) -> Float[Array, ""]:
+        """E_{x~P}; a prompt of probability 0 does not count, whatever its value."""
+        return jnp.sum(jnp.where(self.p > 0, self.p * jnp.where(self.p > 0, per_prompt, 0.0), 0.0), -1)
+
+    @property
+    def j_star(self) -> Float[Array, ""]:
+        """J(π*)."""
+        return self.average(self.optimum)
+
+    @property
+    def j_rho(self) -> Float[Array, ""]:
+        """J(π_ρ)."""
+        return self.average(self.achieved)
+
+
+def solution(
+    instance: Instance,
+    beta: Float[Array, ""] | float,
+    lam: Float[Array, ""] | float,
+    prompter: Float[Array, "X K"] | None = None,
+) -> Solution:
+    """Every quantity of the paper for one instance, exactly.
+
+    Args:
+        instance: the problem; under vmap, with leading axes.
+        beta: RLHF tuning parameter β > 0, in reward units.
+        lam: prompt tuning parameter λ > 0, in reward units.
+        prompter: any ρ(x′|x) [X, K], rows of probabilities; ρ* when None.
+
+    Pure: use it under jit, vmap (over instances, or over (β, λ) with `gibbs.grid`) and grad. Never NaN for
+    a valid instance with |rewards| below 1e300.
+    """
+    beta, lam = jnp.asarray(beta, float), jnp.asarray(lam, float)
+    p, prior, frozen = (jnp.asarray(a, float) for a in (instance.p, instance.prior, instance.frozen))
+    reward, own = jnp.asarray(instance.reward, float), jnp.asarray(instance.own)
+    _, rewrites, responses = instance.shape
+    own_frozen = frozen[own]
+
+    # What lies out of reach has probability 0 under every policy compared, but could be huge: drop it.
+    reach = (((prior > 0).astype(float) @ (frozen > 0).astype(float)) > 0) | (own_frozen > 0)
+    power = exponent(jnp.max(jnp.where(reach, jnp.abs(reward), 0.0), -1))
+    shrink, unit = power_of_two(-power), power_of_two(power)
+    scaled = jnp.where(reach, reward * shrink[:, None], -jnp.inf)
+    top = jnp.max(scaled, -1)
+    d = jnp.where(reach, scaled - top[:, None], 0.0)  # ≤ 0, in units of `unit`
+    r = d @ frozen.T
+    span = -jnp.min(d, -1)
+    b, t = beta * shrink, lam * shrink
+
+    model = tilt(own_frozen, d, b)
+    star = tilt(prior, r, t)
+    rho = star.probs if prompter is None else jnp.asarray(prompter, float)
+    own_r = jnp.take_along_axis(r, own[:, None], -1)[:, 0]
+    reference = jnp.sum(prior * r, -1)
+    optimum = jnp.sum(model.probs * d, -1)
+    achieved = jnp.sum(rho * r, -1)
+    tv_rows = lax.map(lambda row: 0.5 * jnp.sum(jnp.abs(frozen - row), -1), own_frozen)
+    tv_shift = jnp.sum(prior * tv_rows, -1)
+
+    # λ log(ρ*/ρ_sft) in reward units, finite for every λ: what the ratio times λ would be.
+    tk = t[:, None]
+    star_log = jnp.where(prior > 0, r - star.free_energy[:, None], 0.0)
+    if prompter is None:
+        zero = jnp.zeros_like(span)
+        kl_to_star = kl_from_star = shortfall = zero
+        kl_to_reference, kl_from_reference = star.cost, star.gain
+        supported = jnp.asarray(True)
+    else:
+        tkk = jnp.broadcast_to(tk, rho.shape)
+        inside = (rho > 0) & (prior > 0)
+        log_rho = jnp.where(inside, log_quotient(rho, prior), 0.0)
+        ratio = jnp.where(inside, log_rho - star.log_ratio, 0.0)
+        scaled_ratio = jnp.where(inside, tk * log_rho - star_log, 0.0)
+        # Where ρ* underflows the divergences from ρ stay finite: its log is known. A floor keeps the support.
+        star_probs = jnp.where(prior > 0, jnp.maximum(star.probs, jnp.finfo(float).tiny), 0.0)
+        kl_to_star = scaled_kl(tkk, rho, star_probs, ratio, scaled_ratio)
+        kl_from_star = scaled_kl(tkk, star.probs, rho, -ratio, -scaled_ratio)
+        kl_to_reference = scaled_kl(tkk, rho, prior, log_rho, tk * log_rho)
+        kl_from_reference = scaled_kl(tkk, prior, rho, -log_rho, -tk * log_rho)
+        # F(ρ*) − F(ρ) with F(ρ*) from its own definition, so that the identity is a test of log Z.
+        f_star = jnp.sum(star.probs * r, -1) - star.cost
+        shortfall = f_star - (achieved - kl_to_reference)
+        supported = jnp.all(jnp.where(rho > 0, prior > 0, True))
+
+    # Rounding: first-order bounds on what was just done, doubled. Sums of n terms err by n·eps times the
+    # sum of magnitudes. A log-ratio of a tilt errs by eps times (energy/temperature + |log Z| + n), and an
+    # error e in a tilt's energies moves E_p[energy] by at most 2 e E_p|energy − mean|/temperature.
+    live = span > 0
+    scale = jnp.where(live, span, 0.0)
+
+    def ratio_noise(probs: Array, energy: Array, free: Array, temperature: Array, n: int) -> Array:
+        distance = -jnp.sum(probs * energy, -1) + jnp.abs(free)
+        return jnp.where(live, EPS * (4.0 * distance / temperature + n + 8), 0.0)
+
+    model_noise = ratio_noise(model.probs, d, model.free_energy, b, responses)
+    model_scaled_log = jnp.where(own_frozen > 0, d - model.free_energy[:, None], 0.0)
+    model_magnitude = jnp.sum(model.probs * jnp.abs(model_scaled_log), -1) + b * model.tv
+    e_model = scale * (model_noise + (responses + 8) * EPS) + (responses + 8) * EPS * model_magnitude
+
+    best = jnp.max(jnp.where(prior > 0, r, -jnp.inf), -1)
+    e_r = (2 * responses + 6) * EPS * scale
+    star_noise = ratio_noise(star.probs, r - best[:, None], star.free_energy - best, t, rewrites)
+    mean = jnp.sum(star.probs * r, -1, keepdims=True)
+    spread = jnp.sum(star.probs * jnp.abs(r - mean), -1)
+    carried = jnp.where(e_r > 0.1 * t, scale, 2.0 * e_r * spread / t)
+    magnitude = jnp.sum(star.probs * jnp.abs(star_log), -1) + t * star.tv
+    e_star = (
+        2.0 * e_r
+        + scale * (star_noise + (rewrites + 8) * EPS)
+        + carried
+        + jnp.where(live, (rewrites + 8) * EPS * magnitude, 0.0)
+    )
+    if prompter is None:
+        e_rho = e_star
+    else:
+        weight = rho + prior + star.probs
+        sums = jnp.sum(jnp.where(inside, weight * (jnp.abs(tk * log_rho) + jnp.abs(star_log)), 0.0), -1)
+        moved = t * jnp.sum(jnp.abs(rho - prior) + jnp.abs(rho - star.probs), -1)
+        e_rho = e_star + 6.0 * e_r + (rewrites + 12) * EPS * (4.0 * sums + moved + scale)
+    e_shift = 2.0 * e_r + (rewrites + 4) * EPS * scale
+    e_gap = e_model + (e_star if prompter is None else e_r + (rewrites + 8) * EPS * scale)
+
+    raw = reward
+    return Solution(
+        p=p,
+        beta=beta,
+        lam=lam,
+        rewrite_reward=(top[:, None] + r) * unit[:, None],
+        rho_star=star.probs,
+        pi_star=model.probs,
+        log_z=top / t + star.free_energy / t,
+        log_z_star=top / b + model.free_energy / b,
+        value=(top + star.free_energy) * unit,
+        optimum=(top + optimum) * unit,
+        original=(top + own_r) * unit,
+        reference=(top + reference) * unit,
+        achieved=(top + achieved) * unit,
+        gap=(optimum - achieved) * unit,
+        delta1=model.lift * unit,
+        delta2=(own_r - achieved) * unit,
+        shift=(own_r - reference) * unit,
+        tv_model=model.tv,
+        tv_shift=tv_shift,
+        model_kl=model.cost * unit,
+        model_jeffreys=model.lift * unit,
+        prompter_kl=star.cost * unit,
+        prompter_jeffreys=star.lift * unit,
+        kl_to_star=kl_to_star * unit,
+        kl_from_star=kl_from_star * unit,
+        kl_to_reference=kl_to_reference * unit,
+        kl_from_reference=kl_from_reference * unit,
+        shortfall=shortfall * unit,
+        span=span * unit,
+        reward_max=jnp.max(raw),
+        reward_min=jnp.min(raw),
+        is_star=jnp.asarray(prompter is None),
+        supported=supported,
+        gap_error=2.0 * e_gap * unit,
+        model_error=2.0 * e_model * unit,
+        prompter_error=2.0 * e_star * unit,
+        rho_error=2.0 * e_rho * unit,
+        shift_error=2.0 * e_shift * unit,
+        tv_model_error=2.0 * (model_noise + jnp.where(live, responses * EPS * model.tv, 0.0)),
+        tv_shift_error=2.0 * jnp.where(tv_shift > 0, (responses + rewrites + 8) * EPS, 0.0),
+    )
+
+
+class Statement(NamedTuple):
+    """`lhs ≤ rhs` (or `lhs = rhs` for an identity), averaged over P, as arrays.
+
+    `error` bounds the rounding of `rhs − lhs`. `ceiling` is the trivial bound E_x span(x): a right side at
+    or above it says nothing.
+    """
+
+    lhs: Float[Array, ""]
+    rhs: Float[Array, ""]
+    error: Float[Array, ""]
+    ceiling: Float[Array, ""]
+    terms: dict[str, Float[Array, ""]]
+    """Named parts of `rhs`, each ≥ 0."""
+    assumptions: dict[str, Array]
+    """What must be true for the statement to apply (bool)."""
+
+
+def paper_r_max(s: Solution) -> Float[Array, ""]:
+    """Theorem 1's r_max: the largest reward when none is negative, as in the paper.
+
+    With negative rewards everything is shifted by the minimum first, which changes neither side but makes
+    r_max = max r − min r.
+    """
+    return s.reward_max - jnp.minimum(0.0, s.reward_min)
+
+
+def _averaged(s: Solution, lhs, terms, rhs, error, assumptions, magnitude) -> Statement:
+    """E_x of both sides; `magnitude` [X] is what was summed, for the error of the average itself."""
+    n = s.p.shape[-1]
+    average = s.average
+    return Statement(
+        lhs=average(lhs),
+        rhs=average(rhs),
+        error=average(error) + 2.0 * (n + 8) * EPS * average(magnitude),
+        ceiling=average(s.span),
+        terms={name: average(term) for name, term in terms.items()},
+        assumptions=assumptions,
+    )
+
+
+def _three_terms(s: Solution, width: Array, third: Array, assumptions: dict[str, Array]) -> Statement:
+    """gap ≤ width·TV(π*,π_F) + width·E TV(π_F(·|x), π_F(·|x′)) − third, per prompt, then averaged."""
+    model, prompt_shift = width * s.tv_model, width * s.tv_shift
+    return _averaged(
+        s,
+        s.gap,
+        {"model": model, "prompt_shift": prompt_shift, "prompter_kl": third},
+        model + prompt_shift - third,
+        s.gap_error + s.prompter_error + width * (s.tv_model_error + s.tv_shift_error),
+        assumptions,
+        jnp.abs(s.gap) + model + prompt_shift + third,
+    )
+
+
+def theorem1(s: Solution, r_max: Float[Array, ""] | float | None = None) -> Statement:
+    """Theorem 1 (equation 11): gap ≤ r_max E TV(π*,π_F) + r_max E TV(π_F(·|x),π_F(·|x′)) − λ E KL(ρ*‖ρ_sft).
+
+    `r_max` is `paper_r_max` unless given; a given one must enclose every reward in [0, r_max].
+
+    Proof: Δ1 ≤ r_max TV, as r* has span at most r_max. Optimality of ρ* against ρ_sft in (9) gives
+    E_ρ* R − λ KL(ρ*‖ρ_sft) ≥ E_ρsft R, so Δ2 ≤ R(x,x) − E_ρsft R − λ KL ≤ r_max E TV − λ KL.
+
+    What a slip in a constant does to it: TV without its ½ only loosens the right side, and KL reversed
+    leaves it TRUE, since E_ρ* R − E_ρsft R = λ Jeff(ρ*, ρ_sft) is at least λ KL in either direction.
+    See `WRONG_BOUNDS` for where those slips are false.
+    """
+    width = paper_r_max(s) if r_max is None else jnp.asarray(r_max, float)
+    enclosed = jnp.asarray(True) if r_max is None else (s.reward_min >= 0) & (s.reward_max <= width)
+    return _three_terms(
+        s,
+        width * jnp.ones_like(s.span),
+        s.prompter_kl,
+        {"rewards in [0, r_max]": enclosed, "prompter is optimal": s.is_star},
+    )
+
+
+def span(s: Solution) -> Statement:
+    """Theorem 1 with span(x) = max − min of r*(x,·) over the responses reachable from x in r_max's place.
+
+    Reachable: positive probability under π_F(·|x) or under π_F(·|x′) for some x′ in the support of ρ_sft.
+    Proof: as for Theorem 1; both TV steps only involve distributions on reachable responses, and
+    |E_p r − E_q r| ≤ span·TV(p,q) there.
+    """
+    return _three_terms(s, s.span, s.prompter_kl, {"prompter is optimal": s.is_star})
+
+
+def tight(s: Solution) -> Statement:
+    """The span form with λ Jeff(ρ*,ρ_sft) in λ KL's place: valid, and never looser.
+
+    Proof: log(ρ*/ρ_sft) = R/λ − log Z, so λ Jeff(ρ*,ρ_sft) = E_ρ* R − E_ρsft R exactly, where Theorem 1 used
+    an inequality. It is an equality when r* is an indicator aligned with both TV steps.
+    """
+    return _three_terms(s, s.span, s.prompter_jeffreys, {"prompter is optimal": s.is_star})
+
+
+def trained(s: Solution) -> Statement:
+    """For ANY ρ: gap(ρ) ≤ span·TV1 + span·TV2 + λ KL(ρ‖ρ*) − λ KL(ρ‖ρ_sft).
+
+    Proof: F(ρ*) − F(ρ) = λ KL(ρ‖ρ*) (`suboptimality`), so E_ρ R = F(ρ*) − λ KL(ρ‖ρ*) + λ KL(ρ‖ρ_sft), and
+    F(ρ*) ≥ F(ρ_sft) = E_ρsft R. An optimisation shortfall is thus a term, never read as a violation.
+    """
+    model, prompt_shift = s.span * s.tv_model, s.span * s.tv_shift
+    rhs = model + prompt_shift + s.kl_to_star - s.kl_to_reference
+    return _averaged(
+        s,
+        s.gap,
+        {
+            "model": model,
+            "prompt_shift": prompt_shift,
+            "shortfall": s.kl_to_star,
+            "prompter_kl": s.kl_to_reference,
+        },
+        rhs,
+        s.gap_error + s.rho_error + s.span * (s.tv_model_error + s.tv_shift_error),
+        {"prompter has the support of its reference": s.supported},
+        jnp.abs(s.gap) + model + prompt_shift + s.kl_to_star + s.kl_to_reference,
+    )
+
+
+def exact_gap(s: Solution) -> Statement:
+    """gap = β Jeff(π*,π_F) + [R(x,x) − E_ρsft R] − λ Jeff(ρ*,ρ_sft), exactly.
+
+    Proof: the Jeffreys identity of the tilt (see `tight`) on both sides of Δ1 + Δ2.
+    """
+    return _averaged(
+        s,
+        s.gap,
+        {},
+        s.model_jeffreys + s.shift - s.prompter_jeffreys,
+        s.gap_error + s.model_error + s.prompter_error + s.shift_error,
+        {"prompter is optimal": s.is_star},
+        jnp.abs(s.gap) + s.model_jeffreys + jnp.abs(s.shift) + s.prompter_jeffreys,
+    )
+
+
+def suboptimality(s: Solution) -> Statement:
+    """F(ρ*) − F(ρ) = λ KL(ρ‖ρ*) for ANY ρ, with F(ρ) = E_ρ R − λ KL(ρ‖ρ_sft).
+
+    Proof: log ρ* = log ρ_sft + R/λ − log Z, so λ KL(ρ‖ρ*) = λ KL(ρ‖ρ_sft) − E_ρ R + λ log Z.
+    """
+    return _averaged(
+        s,
+        s.shortfall,
+        {},
+        s.kl_to_star,
+        s.rho_error + s.prompter_error,
+        {"prompter has the support of its reference": s.supported},
+        jnp.abs(s.shortfall) + s.kl_to_star + s.kl_to_reference + s.prompter_kl,
+    )
+
+
+BOUNDS: dict[str, Callable[[Solution], Statement]] = {
+    "theorem1": theorem1,
+    "span": span,
+    "tight": tight,
+    "trained": trained,
+}
+IDENTITIES: dict[str, Callable[[Solution], Statement]] = {
+    "exact_gap": exact_gap,
+    "suboptimality": suboptimality,
+}
+
+
+@dataclass(frozen=True)
+class BoundReport:
+    """The outcome of one statement on one instance, in reward units, with all it rests on."""
+
+    name: str
+    gap: float
+    """J(π*) − J(π_ρ)."""
+    rhs: float
+    slack: float
+    """rhs − gap."""
+    terms: Mapping[str, float]
+    """Named parts of the right side, each ≥ 0."""
+    assumptions: Mapping[str, bool]
+    verdict: Verdict
+    """holds | violated | inconclusive (|slack| within rounding) | inapplicable (an assumption fails)."""
+    vacuous: bool
+    """The right side is no smaller than the reward span, so it would hold whatever the policies."""
+    error: float
+    """Bound on the rounding of `slack`."""
+
+
+def judge(slack: float, error: float, applicable: bool = True, equality: bool = False) -> Verdict:
+    """The verdict of `slack` known to ± `error`. An error of exactly 0 with slack ≥ 0 holds.
+
+    An identity holds while |slack| ≤ error. NaN (an overflow of both sides) is inconclusive.
+    """
+    if not applicable:
+        return "inapplicable"
+    if np.isnan(slack) or np.isnan(error):
+        return "inconclusive"
+    if equality:
+        return "holds" if abs(slack) <= error else "violated"
+    if error == 0:
+        return "holds" if slack >= 0 else "violated"
+    if abs(slack) <= error:
+        return "inconclusive"
+    return "holds" if slack > 0 else "violated"
+
+
+def report(name: str, statement: Statement, equality: bool = False) -> BoundReport:
+    """The host-side report of one (unbatched) statement."""
+    lhs, rhs, error, ceiling = (float(v) for v in statement[:4])
+    assumptions = {key: bool(value) for key, value in statement.assumptions.items()}
+    slack = rhs - lhs
+    return BoundReport(
+        name=name,
+        gap=lhs,
+        rhs=rhs,
+        slack=slack,
+        terms={key: float(value) for key, value in statement.terms.items()},
+        assumptions=assumptions,
+        verdict=judge(slack, error, all(assumptions.values()), equality),
+        vacuous=rhs >= ceiling,
+        error=error,
+    )
+
+
+_jitted = jax.jit(solution)
+
+
+def check(
+    instance: Instance,
+    beta: float,
+    lam: float,
+    bound: str = "theorem1",
+    *,
+    prompter: Float[np.ndarray, "X K"] | Float[Array, "X K"] | None = None,
+    r_max: float | None = None,
+) -> BoundReport:
+    """One bound on one instance.
+
+    Args:
+        instance: the problem.
+        beta: β > 0, in reward units.
+        lam: λ > 0, in reward units.
+        bound: a key of `BOUNDS`.
+        prompter: a trained ρ(x′|x) [X, K]; ρ* when None. Only `trained` applies to any but ρ*.
+        r_max: override of Theorem 1's r_max; "inapplicable" when rewards leave [0, r_max].
+
+    Raises:
+        AlignProError: β or λ is not positive and finite, the bound is unknown, or the prompter is no
+            matrix of probabilities of the shape of `instance.prior`.
+    """
+    beta, lam = check_temperature("beta", beta), check_temperature("lam", lam)
+    if bound not in BOUNDS:
+        raise AlignProError(f"bound {bound!r} is unknown; give one of {', '.join(BOUNDS)}")
+    if prompter is not None:
+        prompter = probabilities("prompter", prompter, np.shape(instance.prior))
+    arrays = unchecked(*(getattr(instance, key) for key in KEYS))  # names would force a new compilation
+    s = _jitted(arrays, beta, lam, prompter)
+    if r_max is not None and bound == "theorem1":
+        return report(bound, theorem1(s, r_max))
+    return report(bound, BOUNDS[bound](s))

@@ -1,0 +1,157 @@
+"""The Gibbs tilt: one solver for both optima of the paper.
+
+`p(k) ∝ base(k) exp(energy(k) / temperature)` is ρ* (Lemma 1: base ρ_sft, energy R, temperature λ) and
+π* (equation 4: base π_F, energy r*, temperature β). It maximises E_p[energy] − temperature·KL(p‖base),
+with optimal value temperature·log Z.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from alignpro.errors import AlignProError
+from alignpro.theory.divergences import log1p, psi, scaled_kl
+
+# Above this the mass sits far from the base's mean, and centring at the maximum is the accurate choice.
+_FAR = 8.0
+# ψ is summed directly up to here; beyond, exp could overflow.
+_HUGE = 500.0
+
+T = TypeVar("T")
+
+
+class Tilted(NamedTuple):
+    """A tilted distribution p and what the base loses to it, on the last axis [..., K].
+
+    "Reward units" are those of `energy`. `lift = gain + cost`, and all three are ≥ 0 with relative
+    accuracy (no cancellation), at every temperature.
+    """
+
+    probs: Float[Array, "... K"]
+    """p; 0 off the base's support."""
+    log_probs: Float[Array, "... K"]
+    """log p in nats; −∞ off the support. Meaningful where `probs` underflows."""
+    log_ratio: Float[Array, "... K"]
+    """log p/base in nats; 0 off the support."""
+    log_z: Float[Array, "..."]
+    """log Z in nats; overflows to ±∞ only where |energy|/temperature does. Then use `free_energy`."""
+    free_energy: Float[Array, "..."]
+    """temperature·log Z, the optimal value, in reward units."""
+    lift: Float[Array, "..."]
+    """E_p[energy] − E_base[energy] = temperature·Jeff(p, base), in reward units."""
+    cost: Float[Array, "..."]
+    """temperature·KL(p‖base), in reward units."""
+    gain: Float[Array, "..."]
+    """temperature·log Z − E_base[energy] = temperature·KL(base‖p), in reward units."""
+    tv: Float[Array, "..."]
+    """½ Σ|p − base|."""
+
+
+def power_of_two(n: Int[Array, "..."]) -> Float[Array, "..."]:
+    """2ⁿ exactly, for −1022 ≤ n ≤ 1023."""
+    return lax.bitcast_convert_type((n.astype(jnp.int64) + 1023) << 52, jnp.float64)
+
+
+def exponent(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    """e with 2^(e−1) ≤ |x| < 2^e, held to ±960 so that 2^±e times a temperature stays normal."""
+    bits = lax.bitcast_convert_type(jnp.abs(lax.stop_gradient(x)), jnp.int64)
+    return jnp.clip((bits >> 52) - 1022, -960, 960)
+
+
+def tilt(
+    base: Float[Array, "... K"], energy: Float[Array, "... K"], temperature: Float[Array, "..."] | float
+) -> Tilted:
+    """The distribution `p ∝ base · exp(energy / temperature)`, in log space.
+
+    Args:
+        base: probability vectors; zeros are allowed and stay zero.
+        energy: any finite values, in reward units; those off the base's support are ignored.
+        temperature: positive, in reward units, broadcast against the leading axes.
+
+    Pure, differentiable, and safe under jit and vmap. Nothing overflows for finite energies: they are
+    first divided by a power of two and measured from their maximum over the support, so that a large
+    common offset cancels exactly and temperatures near 0 give the limit (all mass on the best, in
+    proportion to the base) rather than 0/0. Where energies differ little beside the temperature,
+    log Z is log1p(Σ base ψ(u)) about the base's mean, ψ(u) = eᵘ − 1 − u, which keeps the relative
+    accuracy of `gain`, `cost` and `lift` as the temperature grows.
+    """
+    base, energy = jnp.broadcast_arrays(jnp.asarray(base, float), jnp.asarray(energy, float))
+    temperature = jnp.broadcast_to(jnp.asarray(temperature, float), base.shape[:-1])
+    support = base > 0
+
+    power = exponent(jnp.max(jnp.where(support, jnp.abs(energy), 0.0), -1))
+    shrink, unit = power_of_two(-power), power_of_two(power)
+    scaled = jnp.where(support, energy * shrink[..., None], -jnp.inf)
+    pivot = jnp.max(scaled, -1)
+    d = jnp.where(support, scaled - pivot[..., None], 0.0)
+    t = temperature * shrink
+    tk = t[..., None]
+
+    mean = jnp.sum(base * d, -1)
+    reach = -mean / t  # the largest (energy − mean)/temperature
+    u = jnp.clip((d - mean[..., None]) / tk, -1e300, _HUGE)
+    log_z_mean = log1p(jnp.sum(base * psi(u), -1))
+    a = d / tk
+    log_z_max = jnp.log(jnp.sum(base * jnp.exp(a), -1))
+
+    far = reach > _FAR
+    far_k = far[..., None]
+    ratio = jnp.where(far_k, a - log_z_max[..., None], u - log_z_mean[..., None])
+    gain = jnp.where(reach > _HUGE, t * log_z_max - mean, t * log_z_mean)
+    value = jnp.where(far, t * log_z_max, mean + t * log_z_mean)
+    # temperature·ratio without the division, so that it survives where the ratio overflows.
+    scaled_ratio = jnp.where(
+        far_k, d - (t * log_z_max)[..., None], d - mean[..., None] - (t * log_z_mean)[..., None]
+    )
+
+    # One correction makes p sum to one to rounding, whatever the rounding of the centre.
+    excess = log1p(jnp.sum(base * jnp.expm1(ratio), -1))
+    ratio = jnp.where(support, ratio - excess[..., None], 0.0)
+    scaled_ratio = jnp.where(support, scaled_ratio - (t * excess)[..., None], 0.0)
+
+    growth = jnp.expm1(ratio)
+    probs = base * jnp.exp(ratio)
+    log_base = jnp.where(support, jnp.log(jnp.where(support, base, 1.0)), -jnp.inf)
+    return Tilted(
+        probs=probs,
+        log_probs=log_base + ratio,
+        log_ratio=ratio,
+        log_z=pivot / t + value / t,
+        free_energy=(pivot + value) * unit,
+        lift=jnp.sum(base * growth * scaled_ratio, -1) * unit,
+        cost=scaled_kl(tk, probs, base, ratio, scaled_ratio) * unit,
+        gain=gain * unit,
+        tv=0.5 * jnp.sum(base * jnp.abs(growth), -1),
+    )
+
+
+def grid(function: Callable[[Array, Array], T], betas: Float[Array, "B"], lams: Float[Array, "L"]) -> T:
+    """`function(beta, lam)` at every pair: each array of the result gains leading axes [B, L].
+
+    One vmapped call: nothing that depends on β alone is computed again for every λ.
+    """
+    betas, lams = jnp.asarray(betas, float), jnp.asarray(lams, float)
+    return jax.vmap(lambda beta: jax.vmap(lambda lam: function(beta, lam))(lams))(betas)
+
+
+def check_temperature(name: str, value: object) -> float:
+    """`value` as a float usable as β or λ.
+
+    Raises:
+        AlignProError: not a number, not finite, or not positive; `name` (a flag, say) heads the message.
+    """
+    number = math.nan
+    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+        number = float(value)
+    if not (math.isfinite(number) and number >= 1e-200 and number <= 1e200):
+        raise AlignProError(
+            f"{name} {value}: must be a positive finite number; give one such as {name} 0.5 "
+            "(use a small positive value for the greedy limit)"
+        )
+    return number

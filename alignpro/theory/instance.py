@@ -1,0 +1,276 @@
+"""`Instance`: everything the theory is about, on finite spaces, with one-line errors for bad input."""
+
+import json
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from alignpro.errors import AlignProError
+from alignpro.files import atomic_write
+from alignpro.theory.divergences import TINY
+
+ROW_SUM_TOLERANCE = 1e-9
+"""How far from 1 a row of float64 probabilities may sum; it is then divided by its sum, once."""
+ROW_SUM_TOLERANCE_SINGLE = 1e-5
+"""The same for arrays that arrive as float32."""
+
+KEYS = ("p", "prior", "frozen", "own", "reward")
+AXES = {"p": "X", "prior": "XK", "frozen": "KY", "own": "X", "reward": "XY"}
+_AXIS_NAMES = {"X": "prompts", "K": "rewrites", "Y": "responses"}
+
+
+class Names(NamedTuple):
+    """Optional labels of the three axes; an empty tuple where an axis has none."""
+
+    prompts: tuple[str, ...] = ()
+    rewrites: tuple[str, ...] = ()
+    responses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """A prompt-optimization problem on finite spaces: X user prompts, K prompts the frozen model can be
+    given, Y responses. K and X are independent. A JAX pytree, so that jit and vmap take it whole.
+
+    Building one validates it; rows within `ROW_SUM_TOLERANCE` of 1 (`ROW_SUM_TOLERANCE_SINGLE` for
+    float32) but further than rounding are divided by their sum once, and probabilities below 2.2e-308
+    count as 0. λ and β are not part of it: they are arguments of what is computed from it.
+
+    Raises:
+        AlignProError: one line that names the field, the index, the value and the remedy.
+    """
+
+    p: Float[Array, " X"] | Float[np.ndarray, " X"]
+    """P(x), the distribution of user prompts (probabilities)."""
+    prior: Float[Array, "X K"] | Float[np.ndarray, "X K"]
+    """ρ_sft(x′|x), the reference prompter (probabilities)."""
+    frozen: Float[Array, "K Y"] | Float[np.ndarray, "K Y"]
+    """π_F(y|x′), the frozen model (probabilities)."""
+    own: Int[Array, " X"] | Int[np.ndarray, " X"]
+    """own[x]: the row of `frozen` that is the frozen model on the original prompt x."""
+    reward: Float[Array, "X Y"] | Float[np.ndarray, "X Y"]
+    """r*(x,y), the reward of answering the original prompt x with y; any finite values."""
+    names: Names | None = None
+    """Labels for reports; static under JAX transformations."""
+
+    def __post_init__(self) -> None:
+        for name, value in _validated({key: getattr(self, key) for key in KEYS}, self.names).items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(X, K, Y), without any leading batch axes."""
+        return (*self.prior.shape[-2:], self.frozen.shape[-1])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `path` as .npz with the keys p, prior, frozen, own, reward (and names, as JSON text).
+
+        Atomic; nothing is pickled. Raises AlignProError if it cannot be written.
+        """
+        content: dict[str, Any] = {key: np.asarray(getattr(self, key)) for key in KEYS}
+        if self.names is not None:
+            content["names"] = np.asarray(json.dumps(self.names._asdict(), ensure_ascii=False))
+        with atomic_write(path) as file:
+            np.savez(file, **content)
+
+
+def _flatten(instance: Instance) -> tuple[tuple[Any, ...], Names | None]:
+    return tuple(getattr(instance, key) for key in KEYS), instance.names
+
+
+def _flatten_with_keys(instance: Instance) -> tuple[tuple[Any, ...], Names | None]:
+    return tuple((jax.tree_util.GetAttrKey(key), getattr(instance, key)) for key in KEYS), instance.names
+
+
+def _unflatten(names: Names | None, children: Any) -> Instance:
+    # Transformations put tracers, batches and placeholders here: no validation.
+    instance = object.__new__(Instance)
+    for key, child in zip(KEYS, children, strict=True):
+        object.__setattr__(instance, key, child)
+    object.__setattr__(instance, "names", names)
+    return instance
+
+
+jax.tree_util.register_pytree_with_keys(Instance, _flatten_with_keys, _unflatten, _flatten)
+
+
+def unchecked(p: Any, prior: Any, frozen: Any, own: Any, reward: Any) -> Instance:
+    """An Instance of arrays known to be valid, or with leading batch axes: no validation."""
+    return _unflatten(None, (p, prior, frozen, own, reward))
+
+
+def load(path: str | os.PathLike[str]) -> Instance:
+    """Read an instance that `Instance.save` (or `numpy.savez`) wrote.
+
+    Raises:
+        AlignProError: the file is missing, is no .npz, is cut short, holds pickled objects, lacks a key,
+            has one too many, or its arrays are no valid instance; one line that begins with the path.
+    """
+    remedy = "write it with alignpro's Instance.save or numpy.savez"
+    try:
+        with np.load(Path(path), allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise AlignProError(f"{path}: is a single .npy array, not an .npz; {remedy}")
+            missing = [key for key in KEYS if key not in archive.files]
+            if missing:
+                raise AlignProError(
+                    f"{path}: lacks the key {missing[0]!r}; an instance has the keys {', '.join(KEYS)}"
+                )
+            extra = sorted(set(archive.files) - {*KEYS, "names"})
+            if extra:
+                raise AlignProError(
+                    f"{path}: has the unknown key {extra[0]!r}; keep only {', '.join(KEYS)} and names"
+                )
+            content = {}
+            for key in archive.files:
+                try:
+                    content[key] = archive[key]
+                except ValueError as error:
+                    if "allow_pickle" not in str(error):
+                        raise
+                    raise AlignProError(
+                        f"{path}: {key} holds pickled Python objects, which are never read; "
+                        "save plain numeric arrays"
+                    ) from error
+    except AlignProError:
+        raise
+    except IsADirectoryError as error:
+        raise AlignProError(f"{path}: is a folder; name an .npz file") from error
+    except FileNotFoundError as error:
+        raise AlignProError(f"{path}: no such file; name an .npz file that exists") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, NotImplementedError) as error:
+        raise AlignProError(f"{path}: is not an .npz file, or is cut short or damaged; {remedy}") from error
+    except OSError as error:
+        raise AlignProError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
+    try:
+        names = _names_of(content.pop("names")) if "names" in content else None
+        return Instance(**content, names=names)
+    except AlignProError as error:
+        raise AlignProError(f"{path}: {error}") from error
+
+
+def _names_of(stored: np.ndarray) -> Names:
+    try:
+        raw = json.loads(str(stored[()]))
+        return Names(**{axis: tuple(labels) for axis, labels in raw.items()})
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise AlignProError(
+            "names: is not JSON text with the lists prompts, rewrites, responses; drop the key or save it so"
+        ) from error
+
+
+def _number(value: Any) -> str:
+    return f"{value:.12g}" if isinstance(value, float | np.floating) else str(value)
+
+
+def _validated(fields: dict[str, Any], names: Names | None) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    tolerance: dict[str, float] = {}
+    for key, value in fields.items():
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise AlignProError(f"{key}: rows of unequal length; give a rectangular array") from error
+        if array.ndim != len(AXES[key]):
+            raise AlignProError(
+                f"{key}: has shape {array.shape}; give [{', '.join(AXES[key])}], {len(AXES[key])} "
+                f"{'axis' if len(AXES[key]) == 1 else 'axes'}"
+            )
+        wanted = "iu" if key == "own" else "fiu"
+        if array.dtype.kind not in wanted or array.dtype.itemsize > 8:
+            # bfloat16 and the like are registered with kind V.
+            if key != "own" and array.dtype.name in ("bfloat16", "float16"):
+                pass
+            else:
+                kind = "integers (rows of frozen)" if key == "own" else "real numbers"
+                raise AlignProError(f"{key}: has dtype {array.dtype}; save it as {kind}")
+        if key != "own" and array.dtype.name in ("bfloat16", "float16"):
+            raise AlignProError(f"{key}: has dtype {array.dtype}, too coarse; save it as float64 or float32")
+        tolerance[key] = ROW_SUM_TOLERANCE_SINGLE if array.dtype == np.float32 else ROW_SUM_TOLERANCE
+        arrays[key] = array.astype(np.int64 if key == "own" else np.float64)
+
+    sizes: dict[str, tuple[str, int]] = {}
+    for key in KEYS:
+        for position, axis in enumerate(AXES[key]):
+            size = arrays[key].shape[position]
+            if size == 0:
+                raise AlignProError(
+                    f"{key}: has shape {arrays[key].shape}, so no {_AXIS_NAMES[axis]}; give at least one"
+                )
+            first, known = sizes.setdefault(axis, (key, size))
+            if size != known:
+                raise AlignProError(
+                    f"{key}: has {size} {_AXIS_NAMES[axis]} (axis {position} of shape {arrays[key].shape}) "
+                    f"but {first} has {known}; make them equal"
+                )
+    for key in ("p", "prior", "frozen", "reward"):
+        array = arrays[key]
+        _refuse(key, array, ~np.isfinite(array), "is not finite; replace it by a finite number")
+        if key != "reward":
+            _refuse(key, array, array < 0, "is negative; probabilities are at least 0")
+            arrays[key] = _normalised(key, array, tolerance[key])
+    count = sizes["K"][1]
+    own = arrays["own"]
+    _refuse("own", own, (own < 0) | (own >= count), f"is no row of frozen; give 0 to {count - 1}")
+    if names is not None:
+        for axis, letter in (("prompts", "X"), ("rewrites", "K"), ("responses", "Y")):
+            labels = getattr(names, axis)
+            if labels and len(labels) != sizes[letter][1]:
+                raise AlignProError(
+                    f"names: {len(labels)} {axis} named but there are {sizes[letter][1]}; name each or none"
+                )
+    for array in arrays.values():
+        array.setflags(write=False)
+    return arrays
+
+
+def _refuse(key: str, array: np.ndarray, bad: np.ndarray, why: str) -> None:
+    if bad.any():
+        index = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise AlignProError(f"{key}[{', '.join(map(str, index))}] = {_number(array[index])} {why}")
+
+
+def probabilities(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """`value` as float64 rows of probabilities of the given shape, under `Instance`'s rules.
+
+    Raises:
+        AlignProError: a wrong shape, a non-finite or negative entry, or a row that does not sum to 1.
+    """
+    array = np.asarray(value)
+    if array.shape != shape or array.dtype.kind not in "fiu":
+        raise AlignProError(
+            f"{name}: has shape {array.shape} and dtype {array.dtype}; give real numbers of shape {shape}"
+        )
+    tolerance = ROW_SUM_TOLERANCE_SINGLE if array.dtype == np.float32 else ROW_SUM_TOLERANCE
+    array = array.astype(np.float64)
+    _refuse(name, array, ~np.isfinite(array), "is not finite; replace it by a finite number")
+    _refuse(name, array, array < 0, "is negative; probabilities are at least 0")
+    return _normalised(name, array, tolerance)
+
+
+def _normalised(key: str, array: np.ndarray, tolerance: float) -> np.ndarray:
+    totals = array.sum(-1, keepdims=True)
+    off = np.abs(totals - 1)
+    if (off > tolerance).any():
+        row = np.argwhere(off[..., 0] > tolerance)[0]
+        where = f"{key}[{int(row[0])}]" if row.size else key
+        total = float(totals[tuple(row)][0])
+        raise AlignProError(
+            f"{where} sums to {_number(total)}, not 1 (tolerance {tolerance:g}); divide it by its sum"
+        )
+    return normalise(np.where(array < TINY, 0.0, array))
+
+
+def normalise(array: np.ndarray) -> np.ndarray:
+    """Rows (last axis) divided by their sum, except those already at 1 to rounding: so that saving and
+    loading is bit-exact."""
+    totals = array.sum(-1, keepdims=True)
+    rounding = (array.shape[-1] + 1) * np.finfo(float).eps
+    return np.where(np.abs(totals - 1) > rounding, array / totals, array)
