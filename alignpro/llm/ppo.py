@@ -211,8 +211,8 @@ class PPOTrainer(GRPOTrainer):
         return hidden[:, -keep - 1 : -1].float()
 
     def _calculate_rewards(self, *positional: Any, **named: Any) -> Tensor:
-        self._scores = super()._calculate_rewards(*positional, **named)
-        return self._scores
+        self._raw_rewards = super()._calculate_rewards(*positional, **named)
+        return self._raw_rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
@@ -225,7 +225,7 @@ class PPOTrainer(GRPOTrainer):
             with torch.no_grad():
                 old = self._get_per_token_logps_and_entropies(self.model, ids, attention, steps)[0]
 
-        scores = (self._scores * self.reward_weights.to(self._scores.device)).sum(
+        scores = (self._raw_rewards * self.reward_weights.to(self._raw_rewards.device)).sum(
             1
         )  # gathered over processes
         scores = scores[self.accelerator.process_index * size :][:size]

@@ -1,0 +1,429 @@
+"""Training a prompter on prefix trees, where ρ_θ, ρ* and every divergence between them are exact.
+
+`ALGORITHMS` names the trainers. Each runs TRL's own loop (data, optimizer, checkpoints, resume); only
+sampling and scoring are replaced, by the exact policy on the prompter's prefix trees.
+"""
+
+import contextlib
+import json
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import RLOOConfig, RLOOTrainer
+
+from alignpro.errors import AlignProError
+from alignpro.files import write_json
+from alignpro.llm.ppo import PPOConfig, PPOTrainer
+from alignpro.llm.tree import PrefixTree, TreeScores, tree_scores, tree_states
+
+CURVE_FILE = "curve.jsonl"
+
+
+@dataclass(frozen=True)
+class TreeTask:
+    """A prompter's environment on prefix trees.
+
+    Attributes:
+        prompts: X distinct texts, the rows' keys.
+        prompt_ids: for each, the token ids that the prompter continues (its template applied).
+        trees: for each, the prefix tree of its rewrites.
+        reward: `reward(x, leaves, generator_is_global)`: rewards of the given leaves of prompt x, as a list of
+            floats. Exact, R(x, x′), or a fresh draw r(x, y) with y ~ π_F(·|x′) from torch's global generator.
+    """
+
+    prompts: tuple[str, ...]
+    prompt_ids: tuple[tuple[int, ...], ...]
+    trees: tuple[PrefixTree, ...]
+    reward: Callable[[int, Sequence[int]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long and how hard to train. The defaults leave the optimum at ρ* (eq. 10)."""
+
+    algorithm: str = "ppo"
+    """ppo, or rloo (TRL's own)."""
+    lam: float = 0.05
+    """λ: weight of KL(ρ‖ρ_sft) in the prompter's objective (eq. 9), in units of the reward."""
+    iterations: int = 25
+    """Rounds of sampling; each is followed by `epochs` optimizer steps."""
+    samples: int = 64
+    """Rewrites sampled per prompt and iteration."""
+    epochs: int = 4
+    """Optimizer steps on each batch of samples."""
+    learning_rate: float = 1e-3
+    """Adam's step for the adapter, decaying linearly to a tenth."""
+    lora_rank: int = 16
+    """Rank of the adapter."""
+    lora_layers: float = 0.5
+    """Share of the layers, from the top, that carry the adapter. Fewer are faster."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise AlignProError(f"algorithm {self.algorithm!r}: choose from {', '.join(ALGORITHMS)}")
+        for name in ("lam", "learning_rate", "lora_layers"):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value > 0):
+                raise AlignProError(f"{name} = {value}: give a positive, finite number")
+        if self.lora_layers > 1:
+            raise AlignProError(f"lora_layers = {self.lora_layers}: a share of the layers, at most 1")
+        for name, least in (("iterations", 1), ("samples", 2), ("epochs", 1), ("lora_rank", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise AlignProError(f"{name} = {getattr(self, name)}: give at least {least}")
+
+
+class TreeRollouts:
+    """Mixin for TRL's trainers: sample from, and score on, the exact policies of prefix trees.
+
+    Actions end with a leaf's last decision: what follows has probability one, so it carries no choice,
+    no KL and no gradient.
+    """
+
+    def __init__(self, *positional: Any, task: TreeTask, **named: Any) -> None:
+        self.task = task
+        self._row = {text: x for x, text in enumerate(task.prompts)}
+        self._row_of_ids = {tuple(ids): x for x, ids in enumerate(task.prompt_ids)}
+        self._leaf = [{a: i for i, a in enumerate(tree.layout.actions)} for tree in task.trees]
+        self._cache: dict[tuple[str, int], tuple[int, TreeScores]] = {}
+        super().__init__(*positional, **named)
+
+    # Log-probabilities without gradient are constant between optimizer steps (the reference's for ever), so
+    # sampling, PPO's old log-probabilities and the exact curve share one forward pass.
+    def _tree_scores(self, model: nn.Module, rows: Sequence[int]) -> list[TreeScores]:
+        task = self.task
+        if torch.is_grad_enabled():
+            model = self.accelerator.unwrap_model(model)
+            return tree_scores(model, [task.prompt_ids[x] for x in rows], [task.trees[x] for x in rows])
+        reference = model is self.ref_model or any(
+            layer.disable_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer)
+        )
+        kind, version = ("reference", 0) if reference else ("policy", self.state.global_step)
+        stale = [x for x in rows if self._cache.get((kind, x), (-1, None))[0] != version]
+        if stale:
+            model = self.accelerator.unwrap_model(model)
+            fresh = tree_scores(model, [task.prompt_ids[x] for x in stale], [task.trees[x] for x in stale])
+            self._cache.update({(kind, x): (version, s) for x, s in zip(stale, fresh, strict=True)})
+        return [self._cache[kind, x][1] for x in rows]
+
+    @torch.no_grad()
+    def exact_policy(self) -> list[np.ndarray]:
+        """ρ_θ(·|x) over the leaves of each prompt's tree, as X float64 arrays that sum to one."""
+        scores = self._tree_scores(self.model, range(len(self.task.prompts)))
+        rows = [np.exp(s.leaf_log_probs.double().cpu().numpy()) for s in scores]
+        return [p / p.sum() for p in rows]
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
+        return [list(self.task.prompt_ids[self._row[p]]) for p in prompts], None, {}
+
+    @torch.no_grad()
+    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        rows = [self._row_of_ids[tuple(ids)] for ids in prompt_ids]
+        unique = sorted(set(rows))
+        scores = dict(zip(unique, self._tree_scores(self.model, unique), strict=True))
+        actions: list[list[int]] = [[] for _ in rows]
+        for x in unique:
+            places = [i for i, row in enumerate(rows) if row == x]
+            probabilities = scores[x].leaf_log_probs.exp().cpu()
+            for i, leaf in zip(places, torch.multinomial(probabilities, len(places), replacement=True), strict=True):
+                actions[i] = list(self.task.trees[x].layout.actions[leaf])
+        return actions
+
+    def _leaves(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[list[int], list[int]]:
+        """(row, leaf) of each sequence of a padded batch."""
+        rows, leaves = [], []
+        for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+            prompt = [t for t, m in zip(ids[:-keep], mask[:-keep], strict=True) if m]
+            action = [t for t, m in zip(ids[-keep:], mask[-keep:], strict=True) if m]
+            rows.append(self._row_of_ids[tuple(prompt)])
+            leaves.append(self._leaf[rows[-1]][tuple(action)])
+        return rows, leaves
+
+    def _per_row(
+        self, rows: list[int], leaves: list[int], keep: int, pick: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
+        """Assemble [B, keep, ...] from one call of `pick` per distinct row."""
+        parts, places = [], []
+        for x in sorted(set(rows)):
+            where = [i for i, row in enumerate(rows) if row == x]
+            parts.append(pick(x, torch.tensor([leaves[i] for i in where])))
+            places += where
+        return torch.cat(parts)[torch.argsort(torch.tensor(places))]
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        rows, leaves = self._leaves(input_ids, attention_mask, logits_to_keep)
+        unique = sorted(set(rows))
+        scores = dict(zip(unique, self._tree_scores(model, unique), strict=True))
+        logps = self._per_row(
+            rows, leaves, logits_to_keep, lambda x, y: scores[x].step_log_probs(y, logits_to_keep)
+        )
+        entropies = None
+        if compute_entropy:
+            entropies = self._per_row(
+                rows, leaves, logits_to_keep, lambda x, y: scores[x].step_entropies(y, logits_to_keep)
+            )
+        return logps, entropies, None
+
+
+class TreePPOTrainer(TreeRollouts, PPOTrainer):
+    """PPO on prefix trees."""
+
+    def _generate_single_turn(self, prompt_ids, *_: Any, **__: Any):
+        return self._sample(prompt_ids), None
+
+    @torch.no_grad()
+    def _critic_features(self, batch: dict[str, Tensor]) -> Tensor:
+        if not hasattr(self, "_features"):  # the reference never changes: one pass serves all of training
+            model = self.accelerator.unwrap_model(self.model)
+            with model.disable_adapter():
+                states = tree_states(model, self.task.prompt_ids, [t.layout for t in self.task.trees])
+            self._features = [s.float() for s in states]
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        keep = batch["completion_ids"].shape[1]
+        rows, leaves = self._leaves(ids, attention, keep)
+
+        def pick(x: int, y: Tensor) -> Tensor:
+            states = self.task.trees[x].layout.leaf_states
+            padded = np.full((len(states), keep), -1)
+            width = min(keep, states.shape[1])
+            padded[:, :width] = states[:, :width]
+            return self._features[x][torch.as_tensor(padded + 1)[y]]
+
+        return self._per_row(rows, leaves, keep, pick)
+
+
+class TreeRLOOTrainer(TreeRollouts, RLOOTrainer):
+    """TRL's RLOO (arXiv 2402.14740) on prefix trees; its β is λ."""
+
+    def _generate_single_turn(self, prompt_ids, *_: Any, **__: Any):
+        return self._sample(prompt_ids)
+
+
+def _ppo(common: dict[str, Any], settings: TrainSettings) -> tuple[type, Any]:
+    config = PPOConfig(
+        **common, kl_coef=settings.lam, loss_type="dr_grpo", scale_rewards="none", critic_learning_rate=3e-3
+    )
+    return TreePPOTrainer, config
+
+
+def _rloo(common: dict[str, Any], settings: TrainSettings) -> tuple[type, Any]:
+    return TreeRLOOTrainer, RLOOConfig(**common, beta=settings.lam, normalize_advantages=False)
+
+
+ALGORITHMS: dict[str, Callable[[dict[str, Any], TrainSettings], tuple[type, Any]]] = {"ppo": _ppo, "rloo": _rloo}
+
+
+class Curve(TrainerCallback):
+    """Writes one JSON line per iteration: exact quantities of ρ_θ, and the sampled ones beside them.
+
+    The line of step s describes ρ_θ after s optimizer steps. Its sampled values come from the batch drawn
+    from that same ρ_θ; the last line has none.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        evaluate: Callable[[list[np.ndarray]], Mapping[str, float]],
+        every: int,
+        progress: Callable[[int, int, Mapping[str, float]], None] | None,
+    ) -> None:
+        self.path, self.evaluate, self.every, self.progress = path, evaluate, every, progress
+        self.trainer: Any = None
+        self.lines: list[dict[str, Any]] = []
+        self.elapsed = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step and self.path.exists():
+            kept = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+            self.lines = [line for line in kept if line["step"] < state.global_step]
+            self.elapsed = self.lines[-1]["seconds"] if self.lines else 0.0
+        self.started = time.monotonic() - self.elapsed
+        self._add(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self.every == 0:
+            self._add(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        sampled = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
+        for line in self.lines:
+            if line["step"] == state.global_step - self.every and "sampled" not in line:
+                line["sampled"] = sampled
+                self._write()
+
+    def _add(self, state: Any) -> None:
+        exact = dict(self.evaluate(self.trainer.exact_policy()))
+        seconds = time.monotonic() - self.started
+        self.lines.append({"step": state.global_step, "seconds": round(seconds, 3), "exact": exact})
+        self._write()
+        if self.progress:
+            self.progress(state.global_step, state.max_steps, exact)
+
+    def _write(self) -> None:
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves.
+
+    Attributes:
+        policy: ρ_θ over the leaves of each prompt's tree, X arrays.
+        curve: the lines of `curve.jsonl`.
+        steps: optimizer steps taken in all.
+    """
+
+    policy: list[np.ndarray]
+    curve: list[dict[str, Any]]
+    steps: int
+    model: Any = field(repr=False)
+
+
+def adapter_config(model: nn.Module, rank: int, layers: float) -> LoraConfig:
+    """A LoRA adapter (arXiv 2106.09685) on every linear map of the top layers; fresh, it leaves ρ_θ = ρ_sft."""
+    depth = model.config.num_hidden_layers
+    first = depth - max(1, round(layers * depth))
+    names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=sorted(names),
+        layers_to_transform=list(range(first, depth)),
+        task_type="CAUSAL_LM",
+    )
+
+
+def train(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TreeTask,
+    settings: TrainSettings,
+    out: str | Path,
+    *,
+    evaluate: Callable[[list[np.ndarray]], Mapping[str, float]],
+    resume: bool = False,
+    progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
+) -> Trained:
+    """Train a LoRA adapter of `model` on the task; every iteration is a checkpoint.
+
+    Args:
+        model: the reference prompter ρ_sft; its weights are not changed.
+        evaluate: called with the exact ρ_θ once per iteration; what it returns goes into the curve.
+        out: folder for `curve.jsonl`, `settings.json`, checkpoints and the adapter.
+        resume: continue from the last checkpoint in `out`, if there is one.
+        progress: called with (step, last step, exact quantities).
+
+    Raises:
+        AlignProError: a checkpoint made with other settings.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    record = out / "settings.json"
+    if resume and record.exists():
+        before = json.loads(record.read_text())
+        for name, value in asdict(settings).items():
+            if before.get(name) != value:
+                raise AlignProError(
+                    f"--resume: {out} was trained with {name} = {before.get(name)}, not {value}; "
+                    "repeat that setting or choose another folder"
+                )
+    write_json(record, asdict(settings))
+
+    batch = settings.samples * len(task.prompts)
+    common: dict[str, Any] = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": batch,
+        "num_generations": settings.samples,
+        "num_iterations": settings.epochs,
+        "steps_per_generation": 1,
+        "gradient_accumulation_steps": 1,
+        "max_steps": settings.iterations * settings.epochs,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "max_grad_norm": 1.0,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_completion_length": max(t.layout.leaf_edges.shape[1] for t in task.trees),
+        "logging_steps": settings.epochs,
+        "save_steps": settings.epochs,  # a checkpoint between two epochs of one batch could not be resumed exactly
+        "save_total_limit": 2,
+        "bf16": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": settings.seed,
+        "use_cpu": next(model.parameters()).device.type == "cpu",
+        "remove_unused_columns": False,
+        "disable_dropout": True,
+        "log_completions": False,
+    }
+    kind, config = ALGORITHMS[settings.algorithm](common, settings)
+
+    def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        rows = [trainer._row[p] for p in prompts]
+        leaves = [trainer._leaf[x][tuple(ids)] for x, ids in zip(rows, completion_ids, strict=True)]
+        values = [0.0] * len(rows)
+        for x in sorted(set(rows)):
+            where = [i for i, row in enumerate(rows) if row == x]
+            for i, value in zip(where, task.reward(x, [leaves[i] for i in where]), strict=True):
+                values[i] = float(value)
+        return values
+
+    curve = Curve(out / CURVE_FILE, evaluate, settings.epochs, progress)
+    with _quiet():
+        torch.manual_seed(settings.seed)  # the adapter's initial values
+        trainer = kind(
+            model=model,
+            peft_config=adapter_config(model, settings.lora_rank, settings.lora_layers),
+            reward_funcs=reward,
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": list(task.prompts)}),
+            processing_class=tokenizer,
+            callbacks=[curve],
+            task=task,
+        )
+        trainer.remove_callback(PrinterCallback)
+        curve.trainer = trainer
+        checkpoint = get_last_checkpoint(str(out)) if resume else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.model.save_pretrained(str(out / "adapter"), safe_serialization=True)
+    return Trained(trainer.exact_policy(), curve.lines, trainer.state.global_step, trainer.model)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep the library's advice on other set-ups out of the user's terminal."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            transformers.logging.set_verbosity(level)
