@@ -444,6 +444,111 @@ IDENTITIES: dict[str, Callable[[Solution], Statement]] = {
 }
 
 
+def pinsker(s: Solution) -> Statement:
+    """Pinsker's inequality, E_x d_TV(π*,π_F) ≤ E_x √(KL(π*‖π_F)/2), with TV half the L1 distance."""
+    return _pinsker(s, 1.0)
+
+
+def _pinsker(s: Solution, times: float) -> Statement:
+    half_kl = s.model_kl / (2 * s.beta)
+    noise = s.model_error / (2 * s.beta)
+    return _averaged(
+        s,
+        times * s.tv_model,
+        {},
+        jnp.sqrt(half_kl),
+        times * s.tv_model_error + jnp.sqrt(half_kl + noise) - jnp.sqrt(half_kl),
+        {},
+        times * s.tv_model + jnp.sqrt(half_kl),
+    )
+
+
+def theorem1_l1(s: Solution) -> Statement:
+    """Theorem 1 misread with L1 in TV's place: still TRUE, only looser, as L1 = 2 TV ≥ TV."""
+    return theorem1(s._replace(tv_model=2 * s.tv_model, tv_shift=2 * s.tv_shift))
+
+
+def theorem1_kl_reversed(s: Solution) -> Statement:
+    """Theorem 1 misread with λ KL(ρ_sft‖ρ*): still TRUE.
+
+    E_ρ* R − E_ρsft R = λ Jeff(ρ*, ρ_sft) = λ KL(ρ*‖ρ_sft) + λ KL(ρ_sft‖ρ*) is at least either of the two.
+    """
+    return theorem1(s._replace(prompter_kl=s.prompter_jeffreys - s.prompter_kl))
+
+
+LEMMAS: dict[str, Callable[[Solution], Statement]] = {
+    "pinsker": pinsker,
+    "theorem1_l1": theorem1_l1,
+    "theorem1_kl_reversed": theorem1_kl_reversed,
+}
+"""True statements beside the bounds on the gap: an inequality, and two misreadings that do no harm."""
+
+
+def signed_max_abs(s: Solution) -> Statement:
+    """FALSE: Theorem 1 with r_max = max |r| when rewards are signed.
+
+    Rewards in {−1, 1} have span 2, so Δ1 = 2 TV(π*,π_F) where the misreading allows 1 TV.
+    """
+    largest = jnp.maximum(jnp.abs(s.reward_max), jnp.abs(s.reward_min))
+    return _three_terms(s, largest * jnp.ones_like(s.span), s.prompter_kl, {"prompter is optimal": s.is_star})
+
+
+def quarter_l1(s: Solution) -> Statement:
+    """FALSE: Theorem 1 with ¼ L1 in TV's place, a constant half what it must be.
+
+    For an indicator reward, Δ1 = r_max TV(π*,π_F) exactly; with ρ_sft on x itself nothing else is left.
+    """
+    return theorem1(s._replace(tv_model=0.5 * s.tv_model, tv_shift=0.5 * s.tv_shift))
+
+
+def pinsker_l1(s: Solution) -> Statement:
+    """FALSE: Pinsker's inequality with L1 in TV's place, the ½ forgotten.
+
+    As KL → 0 about a fair coin, TV/√(KL/2) → 1, so L1/√(KL/2) → 2.
+    """
+    return _pinsker(s, 2.0)
+
+
+def l1_at_most_one(s: Solution) -> Statement:
+    """FALSE: d_TV(π*,π_F) ≤ 1 with the ½ forgotten; distributions with little in common have L1 near 2."""
+    one = jnp.ones_like(s.tv_model)
+    return _averaged(s, 2 * s.tv_model, {}, one, 2 * s.tv_model_error, {}, one)
+
+
+def suboptimality_reversed(s: Solution) -> Statement:
+    """FALSE: F(ρ*) − F(ρ) ≤ λ KL(ρ*‖ρ), the suboptimality identity with its KL reversed.
+
+    The left side is λ KL(ρ‖ρ*), and neither direction of KL bounds the other.
+    """
+    return suboptimality(s._replace(kl_to_star=s.kl_from_star))
+
+
+def trained_reversed(s: Solution) -> Statement:
+    """FALSE: the trained form with both KLs reversed, + λ KL(ρ*‖ρ) − λ KL(ρ_sft‖ρ).
+
+    A ρ that leaves out much of ρ_sft makes the last term large while its reward loss stays bounded.
+    """
+    return trained(s._replace(kl_to_star=s.kl_from_star, kl_to_reference=s.kl_from_reference))
+
+
+WRONG_BOUNDS: dict[str, Callable[[Solution], Statement]] = {
+    "signed_max_abs": signed_max_abs,
+    "quarter_l1": quarter_l1,
+    "pinsker_l1": pinsker_l1,
+    "l1_at_most_one": l1_at_most_one,
+    "suboptimality_reversed": suboptimality_reversed,
+    "trained_reversed": trained_reversed,
+}
+"""Known-wrong readings, to test the tester: each must be refuted by random search.
+
+Forgetting the ½ of TV, or reversing the KL, inside Theorem 1's own right side is not among them: that
+leaves it true (`theorem1_l1`, `theorem1_kl_reversed`). They are refuted where they are false.
+"""
+
+ANY_PROMPTER = frozenset({"trained", "suboptimality", "suboptimality_reversed", "trained_reversed"})
+"""Statements about any prompter ρ, so to be checked on others than ρ*."""
+
+
 @dataclass(frozen=True)
 class BoundReport:
     """The outcome of one statement on one instance, in reward units, with all it rests on."""

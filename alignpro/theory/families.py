@@ -1,0 +1,214 @@
+"""Families of random instances, each built to stress one part of the theory.
+
+`FAMILIES[name](rng, count, (X, K, Y))` draws `count` instances at once: an `Instance` whose arrays have one
+leading axis, for vmap. The draw is determined by the generator's state. A new family is one function and
+one row.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from alignpro.errors import AlignProError
+from alignpro.theory.divergences import TINY
+from alignpro.theory.instance import Instance, normalise, unchecked
+
+Shape = tuple[int, int, int]
+Family = Callable[[np.random.Generator, int, Shape], Instance]
+
+
+def _dirichlet(rng: np.random.Generator, size: tuple[int, ...], concentration: float = 1.0) -> np.ndarray:
+    weights = rng.standard_gamma(concentration, size=size)
+    # For small concentrations a whole row can underflow: give it one certain outcome.
+    weights[..., 0] += weights.sum(-1) == 0
+    return _clean(weights)
+
+
+def _clean(weights: np.ndarray) -> np.ndarray:
+    rows = normalise(weights / weights.sum(-1, keepdims=True))
+    return np.where(rows < TINY, 0.0, rows)
+
+
+def _one_hot(index: np.ndarray, n: int) -> np.ndarray:
+    return np.eye(n)[index]
+
+
+def _log_uniform(rng: np.random.Generator, low: float, high: float, size: tuple[int, ...]) -> np.ndarray:
+    return 10.0 ** rng.uniform(np.log10(low), np.log10(high), size)
+
+
+def independent(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
+    """Dirichlet(1) probabilities, uniform rewards in [0, 1]: the plain case, no structure at all."""
+    x, k, y = shape
+    return unchecked(
+        _dirichlet(rng, (count, x)),
+        _dirichlet(rng, (count, x, k)),
+        _dirichlet(rng, (count, k, y)),
+        rng.integers(k, size=(count, x)),
+        rng.uniform(size=(count, x, y)),
+    )
+
+
+def peaked(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
+    """Dirichlet(0.05) probabilities: most mass on one outcome, the rest over many orders of magnitude."""
+    x, k, y = shape
+    return unchecked(
+        _dirichlet(rng, (count, x), 0.05),
+        _dirichlet(rng, (count, x, k), 0.05),
+        _dirichlet(rng, (count, k, y), 0.05),
+        rng.integers(k, size=(count, x)),
+        rng.uniform(size=(count, x, y)),
+    )
+
+
+def _sparse(rng: np.random.Generator, size: tuple[int, ...]) -> np.ndarray:
+    keep = rng.uniform(size=size) < 0.5
+    keep |= _one_hot(rng.integers(size[-1], size=size[:-1]), size[-1]) > 0
+    return _clean(keep * rng.standard_exponential(size))
+
+
+def sparse(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
+    """Half of P, ρ_sft and π_F exactly 0: supports differ, and some responses cannot be reached."""
+    x, k, y = shape
+    return unchecked(
+        _sparse(rng, (count, x)),
+        _sparse(rng, (count, x, k)),
+        _sparse(rng, (count, k, y)),
+        rng.integers(k, size=(count, x)),
+        rng.uniform(size=(count, x, y)),
+    )
+
+
+def shared_rewrites(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
+    """ρ_sft mixes a point mass on x itself (weight 0 to exactly 1) with rewrites all prompts share.
+
+    At weight 1 the theorem's second and third terms are 0. Prompts may own the same row of π_F.
+    """
+    x, k, y = shape
+    own = rng.integers(k, size=(count, x))
+    stay = rng.choice([0.0, 0.5, 0.999999, 1.0], size=(count, 1, 1))
+    common = _dirichlet(rng, (count, 1, k))
+    return unchecked(
+        _dirichlet(rng, (count, x)),
+        _clean(stay * _one_hot(own, k) + (1 - stay) * common),
+        _dirichlet(rng, (count, k, y), 0.5),
+        own,
+        rng.uniform(size=(count, x, y)),
+    )
+
+
+def _nearly_certain(rng: np.random.Generator, count: int, rows: int, n: int) -> np.ndarray:
+    rest = _log_uniform(rng, 1e-18, 1e-1, (count, rows, 1))
+    certain = _one_hot(rng.integers(n, size=(count, rows)), n)
+    return _clean((1 - rest) * certain + rest * _dirichlet(rng, (count, rows, n)))
+
+
+def near_deterministic(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
+    """Policies within 1e-18 to 0.1 of a point mass: divergences near 0, log-ratios far from it."""
+    x, k, y = shape
+    return unchecked(
+        _dirichlet(rng, (count, x)),
+        _nearly_certain(rng, count, x, k),
+        _nearly_certain(rng, count, k, y),
+        rng.integers(k, size=(count, x)),
+        rng.uniform(size=(count, x, y)),
+    )
+
+
+def _aligned(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
+    x, k, y = shape
+    good = np.arange(y) < rng.integers(1, max(y, 2), size=(count, 1))
+    own_row = _dirichlet(rng, (count, y))
+    mass = np.where(good, own_row, 0.0).sum(-1, keepdims=True)
+    # Each rewrite moves a share of the good mass to the bad responses, entry by entry in one direction.
+    share = rng.uniform(size=(count, k, 1))
+    share[:, 0] = 0.0
+    odds = mass / np.maximum(1 - mass, TINY)
+    frozen = own_row[:, None] * np.where(good[:, None], 1 - share, 1 + share * odds[:, None])
+    size = rng.choice([0.25, 0.5, 1.0], size=(count, x, 1))
+    size[:, 0] = 1.0
+    return unchecked(
+        _dirichlet(rng, (count, x)),
+        _dirichlet(rng, (count, x, k)),
+        _clean(np.maximum(frozen, 0.0)),
+        np.zeros((count, x), dtype=np.int64),
+        size * good[:, None],
+    )
+
+
+def adversarial(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
+    """Near-tight: rewards are an indicator aligned with both total variations, then perturbed by 1e-17 to 1.
+
+    Unperturbed, `tight` is an equality, and Theorem 1 becomes one as λ grows with one prompt: a constant
+    that is too small is refuted here, and so is a rounding bound that is.
+    """
+    instance = _aligned(rng, count, shape)
+    noise = _log_uniform(rng, 1e-17, 1.0, (count, 1, 1)) * rng.integers(0, 2, size=(count, 1, 1))
+    reward = (1 - noise) * instance.reward + noise * rng.uniform(size=instance.reward.shape)
+    return unchecked(instance.p, instance.prior, instance.frozen, instance.own, reward)
+
+
+def signed(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
+    """Rewards of both signs, half of them near-tight ±1: where max |r| in r_max's place is false."""
+    tight, loose = _aligned(rng, count, shape), independent(rng, count, shape)
+    pick = rng.integers(0, 2, size=count).astype(bool)
+
+    def choose(a, b):
+        return np.where(pick.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)
+
+    return unchecked(
+        choose(tight.p, loose.p),
+        choose(tight.prior, loose.prior),
+        choose(tight.frozen, loose.frozen),
+        choose(tight.own, loose.own),
+        choose(2 * tight.reward - 1, rng.standard_normal(loose.reward.shape)),
+    )
+
+
+def scaled(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
+    """Rewards on scales from 1e-8 to 1e8 over offsets up to ±1e6: overflow, underflow, cancellation."""
+    instance = independent(rng, count, shape)
+    scale = _log_uniform(rng, 1e-8, 1e8, (count, 1, 1))
+    offset = rng.choice([-1.0, 0.0, 1.0], size=(count, 1, 1)) * _log_uniform(rng, 1e-3, 1e6, (count, 1, 1))
+    return unchecked(
+        instance.p, instance.prior, instance.frozen, instance.own, scale * instance.reward + offset
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "independent": independent,
+    "peaked": peaked,
+    "sparse": sparse,
+    "shared_rewrites": shared_rewrites,
+    "near_deterministic": near_deterministic,
+    "adversarial": adversarial,
+    "signed": signed,
+    "scaled": scaled,
+}
+
+
+def draw(family: str, seed: int, shape: Shape, count: int = 1) -> list[Instance]:
+    """`count` validated instances of a family, determined by the seed.
+
+    Raises:
+        AlignProError: the family is unknown or the shape (X, K, Y) is not positive.
+    """
+    if family not in FAMILIES:
+        raise AlignProError(f"family {family!r} is unknown; give one of {', '.join(FAMILIES)}")
+    if min(shape) < 1 or count < 0:
+        raise AlignProError(f"shape {shape}, count {count}: give sizes X, K, Y of at least 1")
+    batch = FAMILIES[family](np.random.default_rng(seed), count, shape)
+    return [take(batch, i) for i in range(count)]
+
+
+def take(batch: Instance, index: int) -> Instance:
+    """One instance of a batch, validated."""
+    return Instance(
+        batch.p[index], batch.prior[index], batch.frozen[index], batch.own[index], batch.reward[index]
+    )
+
+
+def random_prompters(rng: np.random.Generator, prior: np.ndarray) -> np.ndarray:
+    """Prompters ρ with the support of `prior` [..., X, K], from 1e-4 away in log-ratio to far from it."""
+    width = _log_uniform(rng, 1e-4, 5.0, (*prior.shape[:-2], 1, 1))
+    return _clean(prior * np.exp(width * rng.standard_normal(prior.shape)))
