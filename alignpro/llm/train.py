@@ -26,27 +26,9 @@ from trl import RLOOConfig, RLOOTrainer
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
 from alignpro.llm.ppo import PPOConfig, PPOTrainer
-from alignpro.llm.tree import PrefixTree, TreeScores, tree_scores, tree_states
+from alignpro.llm.tree import TreeScores, TreeTask, tree_scores, tree_states
 
 CURVE_FILE = "curve.jsonl"
-
-
-@dataclass(frozen=True)
-class TreeTask:
-    """A prompter's environment on prefix trees.
-
-    Attributes:
-        prompts: X distinct texts, the rows' keys.
-        prompt_ids: for each, the token ids that the prompter continues (its template applied).
-        trees: for each, the prefix tree of its rewrites.
-        reward: `reward(x, leaves, generator_is_global)`: rewards of the given leaves of prompt x, as a list of
-            floats. Exact, R(x, x′), or a fresh draw r(x, y) with y ~ π_F(·|x′) from torch's global generator.
-    """
-
-    prompts: tuple[str, ...]
-    prompt_ids: tuple[tuple[int, ...], ...]
-    trees: tuple[PrefixTree, ...]
-    reward: Callable[[int, Sequence[int]], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -137,7 +119,9 @@ class TreeRollouts:
         for x in unique:
             places = [i for i, row in enumerate(rows) if row == x]
             probabilities = scores[x].leaf_log_probs.exp().cpu()
-            for i, leaf in zip(places, torch.multinomial(probabilities, len(places), replacement=True), strict=True):
+            for i, leaf in zip(
+                places, torch.multinomial(probabilities, len(places), replacement=True), strict=True
+            ):
                 actions[i] = list(self.task.trees[x].layout.actions[leaf])
         return actions
 
@@ -232,7 +216,10 @@ def _rloo(common: dict[str, Any], settings: TrainSettings) -> tuple[type, Any]:
     return TreeRLOOTrainer, RLOOConfig(**common, beta=settings.lam, normalize_advantages=False)
 
 
-ALGORITHMS: dict[str, Callable[[dict[str, Any], TrainSettings], tuple[type, Any]]] = {"ppo": _ppo, "rloo": _rloo}
+ALGORITHMS: dict[str, Callable[[dict[str, Any], TrainSettings], tuple[type, Any]]] = {
+    "ppo": _ppo,
+    "rloo": _rloo,
+}
 
 
 class Curve(TrainerCallback):
@@ -266,7 +253,9 @@ class Curve(TrainerCallback):
         if state.global_step % self.every == 0:
             self._add(state)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         sampled = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
         for line in self.lines:
             if line["step"] == state.global_step - self.every and "sampled" not in line:
@@ -305,7 +294,9 @@ def adapter_config(model: nn.Module, rank: int, layers: float) -> LoraConfig:
     """A LoRA adapter (arXiv 2106.09685) on every linear map of the top layers; fresh, it leaves ρ_θ = ρ_sft."""
     depth = model.config.num_hidden_layers
     first = depth - max(1, round(layers * depth))
-    names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
+    names = {
+        n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n
+    }
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

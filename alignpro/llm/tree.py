@@ -10,7 +10,7 @@ state decides between children, and a tree-shaped attention mask lets each node 
 Tokens after the last decision of a path never reach the model, since their probability is one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -280,7 +280,7 @@ def leaf_probabilities(
     trees: Sequence[PrefixTree],
     *,
     tokens_per_pass: int = 4096,
-    progress=None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[np.ndarray]:
     """Exact leaf probabilities of B prefix trees, as float64 rows that sum to one.
 
@@ -307,3 +307,21 @@ def leaf_probabilities(
         if progress:
             progress(len(rows))
     return out
+
+
+@dataclass(frozen=True)
+class TreeTask:
+    """A prompter's environment on prefix trees.
+
+    Attributes:
+        prompts: X distinct texts, the rows' keys.
+        prompt_ids: for each, the token ids that the prompter continues (its template applied).
+        trees: for each, the prefix tree of its rewrites.
+        reward: rewards of the given leaves of prompt x. Exact, R(x, x′), or a fresh draw r(x, y) with
+            y ~ π_F(·|x′) from torch's global generator.
+    """
+
+    prompts: tuple[str, ...]
+    prompt_ids: tuple[tuple[int, ...], ...]
+    trees: tuple[PrefixTree, ...]
+    reward: Callable[[int, Sequence[int]], Sequence[float]]
