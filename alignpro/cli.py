@@ -1,0 +1,170 @@
+"""`alignpro <verb>`: each verb is a dataclass whose docstrings are its --help and whose `run` does it.
+
+To add one, write the dataclass and its row in `VERBS`. Import what it needs inside `run`, so that no verb
+waits for another's libraries.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol, Union
+
+import tyro
+
+import alignpro
+from alignpro.errors import AlignProError
+
+
+class Verb(Protocol):
+    """A subcommand: parsed arguments, and what they do."""
+
+    def run(self) -> int:
+        """Do it; the exit status: 0, or 1 for a finding such as a violated bound."""
+        ...
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check Theorem 1, the exact gap identity and the trained form on random instances.
+
+    Exit status 1 when a statement is violated. Known-wrong ones (signed_max_abs, quarter_l1, pinsker_l1,
+    l1_at_most_one, suboptimality_reversed, trained_reversed) test the tester: they must be refuted.
+    """
+
+    bound: tuple[str, ...] = ()
+    """What to check: theorem1, span, tight, trained, exact_gap, suboptimality, pinsker, or a known-wrong
+    statement. Default: theorem1 exact_gap trained."""
+    instances: int = 40_000
+    """How many random instances, shared among the families."""
+    seed: int = 0
+    """Determines every draw."""
+    family: tuple[str, ...] = ()
+    """Families of instances to draw from. Default: all."""
+    out: str | None = None
+    """Folder for verify.json and the instances that refute a statement."""
+
+    def run(self) -> int:
+        from alignpro import verify
+
+        return verify.main(self.bound, self.instances, self.seed, self.family, self.out)
+
+
+@dataclass(frozen=True)
+class Solve:
+    """Print the exact optima, the gap and its bounds for saved instances.
+
+    Every file is validated before anything is computed.
+    """
+
+    files: tyro.conf.Positional[tuple[str, ...]]
+    """Instances: .npz files with the arrays p, prior, frozen, own, reward."""
+    beta: float
+    """RLHF tuning parameter, positive, in reward units."""
+    lam: float
+    """Prompt tuning parameter (lambda), positive, in reward units."""
+    bounds: tuple[str, ...] = ("theorem1",)
+    """Any of theorem1, span, tight, trained, or all."""
+    r_max: float | None = None
+    """Theorem 1's r_max, when it is known a priori. Default: the largest reward, measured from the least one
+    if that is negative."""
+    json: bool = False
+    """One JSON object per file and line, instead of a table."""
+
+    def run(self) -> int:
+        from tqdm import tqdm
+
+        from alignpro import solve
+
+        with tqdm(total=len(self.files), unit="file", disable=len(self.files) < 100, leave=False) as bar:
+            results = solve.solve_files(
+                self.files, self.beta, self.lam, self.bounds, self.r_max, progress=bar.update
+            )
+        if self.json:
+            for result in results:
+                print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+        else:
+            print(solve.table(results))
+        return 0
+
+
+VERBS: dict[str, type[Verb]] = {"verify": Verify, "solve": Solve}
+
+
+def _parse(arguments: Sequence[str]) -> Verb:
+    kinds: Any = Union[  # noqa: UP007 - built from a dict
+        tuple(Annotated[verb, tyro.conf.subcommand(name=name)] for name, verb in VERBS.items())
+    ]
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        raise AlignProError(f"{arguments[0]}: is no verb; give one of {', '.join(VERBS)}")
+    if len(VERBS) == 1:
+        arguments = arguments[1:]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                kinds,
+                prog="alignpro",
+                description="The theory of prompt optimization for alignment, verified and put to use.",
+                args=list(arguments),
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise AlignProError(_one_line(said.getvalue(), arguments)) from None
+
+
+def _one_line(box: str, arguments: Sequence[str]) -> str:
+    """The parser's framed complaint as one line."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│ \t") for line in box.splitlines()]
+    paragraphs: list[list[str]] = [[]]
+    for line in lines:
+        if line.startswith(("╭", "╰")):
+            continue
+        if line.startswith("─"):
+            paragraphs.append([])
+        elif line:
+            paragraphs[-1].append(line)
+    said = " ".join(paragraphs[0]).rstrip(".")
+    if len(paragraphs) > 1 and paragraphs[1] and paragraphs[1][0].startswith("Perhaps you meant"):
+        said += f"; perhaps {paragraphs[1][1]}"
+    verb = f" {arguments[0]}" if arguments and arguments[0] in VERBS else ""
+    return f"{said or 'cannot read the arguments'}; see alignpro{verb} --help"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; its exit status.
+
+    0 done; 1 a finding (a violated bound); 2 a mistake in the input, told in one line on stderr; 130
+    interrupted.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if list(arguments) in (["--version"], ["-V"]):
+            print(f"alignpro {alignpro.__version__}")
+            return 0
+        status = _parse(arguments).run()
+        sys.stdout.flush()
+        return status
+    except AlignProError as error:
+        for line in str(error).splitlines():
+            print(f"alignpro: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("alignpro: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader left; keep the interpreter from complaining as it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""Exact quantities and bounds of saved instances: what `alignpro solve` prints."""
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from alignpro.errors import AlignProError
+from alignpro.theory.bounds import BOUNDS, Statement, judge, solution, theorem1
+from alignpro.theory.gibbs import check_temperature
+from alignpro.theory.instance import Instance, load, unchecked
+
+# A new shape costs a second of compilation, so sizes are rounded up to these; beyond them, kept as is.
+_SIZES = (32, 128, 512)
+_SMALL = 8
+_BATCH = 64
+_BATCH_ELEMENTS = 2**21
+
+SIGNED_CONVENTION = "max r - min r, after shifting the least reward to 0"
+PAPER_CONVENTION = "max r, the least reward being at least 0"
+GIVEN_CONVENTION = "given"
+
+
+def load_all(files: Sequence[str | os.PathLike[str]]) -> list[Instance]:
+    """Every file, or an AlignProError whose message has one line per bad file."""
+    instances, wrong = [], []
+    for file in files:
+        try:
+            instances.append(load(file))
+        except AlignProError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise AlignProError("\n".join(wrong))
+    return instances
+
+
+def solve_files(
+    files: Sequence[str | os.PathLike[str]],
+    beta: float,
+    lam: float,
+    bounds: Sequence[str] = ("theorem1",),
+    r_max: float | None = None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """One strict-JSON object per file, in order; every file is validated before any is computed.
+
+    Args:
+        files: .npz instances.
+        beta: β > 0, in reward units.
+        lam: λ > 0, in reward units.
+        bounds: keys of `BOUNDS`, or "all".
+        r_max: override of Theorem 1's r_max.
+        progress: called with the number of instances just finished.
+
+    Raises:
+        AlignProError: a bad parameter, or bad files (one line each).
+    """
+    if not files:
+        raise AlignProError("FILES: no file given; name at least one .npz instance")
+    beta, lam = check_temperature("--beta", beta), check_temperature("--lam", lam)
+    if r_max is not None and not (math.isfinite(r_max) and r_max >= 0):
+        raise AlignProError(
+            f"--r-max {r_max}: must be a finite number of at least 0; give one or leave it out"
+        )
+    names = tuple(BOUNDS) if "all" in bounds else tuple(dict.fromkeys(bounds))
+    for name in names:
+        if name not in BOUNDS:
+            raise AlignProError(f"--bounds {name}: is unknown; give one of {', '.join(BOUNDS)} or all")
+    instances = load_all(files)
+    quantities = solve_instances(instances, beta, lam, names, r_max, progress)
+    return [{"file": str(file), **result} for file, result in zip(files, quantities, strict=True)]
+
+
+def solve_instances(
+    instances: Sequence[Instance],
+    beta: float,
+    lam: float,
+    bounds: Sequence[str] = ("theorem1",),
+    r_max: float | None = None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """As `solve_files`, for instances in memory: padded to few shapes and batched."""
+    groups: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+    for index, instance in enumerate(instances):
+        groups[_padded_shape(instance.shape)].append(index)
+    results: list[dict[str, Any]] = [{}] * len(instances)
+    evaluate = _evaluator(tuple(bounds), r_max)
+    for shape, members in groups.items():
+        x, k, y = shape
+        room = max(1, _BATCH_ELEMENTS // (x * y + x * k + k * y))
+        batch = min(_BATCH, 1 << (room.bit_length() - 1)) if len(members) > 1 else 1
+        for start in range(0, len(members), batch):
+            chunk = members[start : start + batch]
+            # A short last chunk repeats its first member: one compilation serves all chunks.
+            padded = [_pad(instances[i], shape) for i in chunk]
+            padded += [padded[0]] * (batch - len(chunk))
+            stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *padded)
+            values = jax.tree.map(np.asarray, evaluate(stacked, beta, lam))
+            for row, index in enumerate(chunk):
+                one = jax.tree.map(lambda leaf, row=row: leaf[row], values)
+                results[index] = _result(instances[index], beta, lam, one, r_max)
+            progress(len(chunk))
+    return results
+
+
+def _evaluator(bounds: tuple[str, ...], r_max: float | None) -> Callable[..., Any]:
+    def one(instance: Instance, beta, lam):
+        s = solution(instance, beta, lam)
+        parts = {
+            "reward_max": s.reward_max,
+            "reward_min": s.reward_min,
+            "j_star": s.j_star,
+            "j_rho": s.j_rho,
+            "gap": s.average(s.gap),
+            "exact_gap": s.average(s.model_jeffreys + s.shift - s.prompter_jeffreys),
+            "log_z": s.log_z,
+            "log_z_star": s.log_z_star,
+            "delta1": s.average(s.delta1),
+            "delta2": s.average(s.delta2),
+        }
+        checks = {
+            name: theorem1(s, r_max) if name == "theorem1" and r_max is not None else BOUNDS[name](s)
+            for name in bounds
+        }
+        return parts, checks
+
+    return jax.jit(jax.vmap(one, in_axes=(0, None, None)))
+
+
+def _padded_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    if max(shape) <= _SMALL:
+        return (_SMALL,) * 3
+    if max(shape) <= _SIZES[0]:
+        return (_SIZES[0],) * 3
+    if max(shape) > _SIZES[-1]:
+        return shape
+    x, k, y = (next(size for size in _SIZES if n <= size) for n in shape)
+    return x, k, y
+
+
+def _pad(instance: Instance, shape: tuple[int, int, int]) -> Instance:
+    """The same problem with prompts, rewrites and responses of probability 0 added."""
+    x, k, y = instance.shape
+    to_x, to_k, to_y = shape
+    p = np.zeros(to_x)
+    p[:x] = instance.p
+    prior = np.zeros((to_x, to_k))
+    prior[:x, :k] = instance.prior
+    prior[x:, 0] = 1.0
+    frozen = np.zeros((to_k, to_y))
+    frozen[:k, :y] = instance.frozen
+    frozen[k:, 0] = 1.0
+    own = np.zeros(to_x, dtype=np.int64)
+    own[:x] = instance.own
+    reward = np.full((to_x, to_y), np.min(np.asarray(instance.reward)))
+    reward[:x, :y] = instance.reward
+    return unchecked(p, prior, frozen, own, reward)
+
+
+def _strict(value: Any) -> float | None:
+    """None where a quantity overflows: JSON has no infinity."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _result(
+    instance: Instance,
+    beta: float,
+    lam: float,
+    values: tuple[dict, dict[str, Statement]],
+    r_max: float | None,
+) -> dict[str, Any]:
+    parts, checks = values
+    prompts = instance.shape[0]
+    low, high = float(parts["reward_min"]), float(parts["reward_max"])
+    convention = PAPER_CONVENTION if low >= 0 else SIGNED_CONVENTION
+    result: dict[str, Any] = {
+        "beta": beta,
+        "lam": lam,
+        "r_max": _strict(high - min(0.0, low)) if r_max is None else r_max,
+        "r_max_convention": convention if r_max is None else GIVEN_CONVENTION,
+    }
+    for key in ("j_star", "j_rho", "gap", "exact_gap"):
+        result[key] = _strict(parts[key])
+    for key in ("log_z", "log_z_star"):
+        result[key] = [_strict(v) for v in parts[key][:prompts]]
+    for key in ("delta1", "delta2"):
+        result[key] = _strict(parts[key])
+    result["bounds"] = {}
+    for name, statement in checks.items():
+        lhs, rhs = float(statement.lhs), float(statement.rhs)
+        slack = rhs - lhs
+        applicable = all(bool(v) for v in statement.assumptions.values())
+        result["bounds"][name] = {
+            "rhs": _strict(rhs),
+            "slack": _strict(slack),
+            "terms": {key: _strict(value) for key, value in statement.terms.items()},
+            "verdict": judge(slack, float(statement.error), applicable),
+            "vacuous": bool(rhs >= float(statement.ceiling)),
+            "error": _strict(statement.error),
+            "assumptions": {key: bool(value) for key, value in statement.assumptions.items()},
+        }
+    return result
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The results for reading, in reward units."""
+
+    def show(value: float | None) -> str:
+        return "overflow" if value is None else f"{value:.6g}"
+
+    blocks = []
+    for result in results:
+        lines = [
+            f"{result['file']}  (beta {result['beta']:g}, lam {result['lam']:g})",
+            f"  J(pi*) {show(result['j_star'])}   J(pi_rho*) {show(result['j_rho'])}   "
+            f"gap {show(result['gap'])}   exact identity {show(result['exact_gap'])}",
+            f"  Delta1 {show(result['delta1'])}   Delta2 {show(result['delta2'])}   "
+            f"r_max {show(result['r_max'])} ({result['r_max_convention']})",
+        ]
+        for name, bound in result["bounds"].items():
+            terms = ", ".join(f"{key} {show(value)}" for key, value in bound["terms"].items())
+            vacuous = "; vacuous: at or above the reward span" if bound["vacuous"] else ""
+            failed = [key for key, true in bound["assumptions"].items() if not true]
+            because = f" (not so: {', '.join(failed)})" if failed else ""
+            lines.append(
+                f"  {name}: {bound['verdict']}{because}   rhs {show(bound['rhs'])}   "
+                f"slack {show(bound['slack'])}   [{terms}]{vacuous}"
+            )
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)

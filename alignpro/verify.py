@@ -1,0 +1,396 @@
+"""Check statements of the theory on many random instances: what `alignpro verify` runs."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import alignpro
+from alignpro.errors import AlignProError
+from alignpro.files import writable_folder, write_json
+from alignpro.theory.bounds import (
+    ANY_PROMPTER,
+    BOUNDS,
+    IDENTITIES,
+    LEMMAS,
+    WRONG_BOUNDS,
+    Solution,
+    Statement,
+    solution,
+)
+from alignpro.theory.families import FAMILIES, random_prompters, take
+from alignpro.theory.instance import Instance
+
+STATEMENTS: dict[str, Callable[[Solution], Statement]] = {**BOUNDS, **IDENTITIES, **LEMMAS, **WRONG_BOUNDS}
+DEFAULT = ("theorem1", "exact_gap", "trained")
+
+# Few shapes, since each is compiled once: fewer, as many and more rewrites than prompts.
+_SHAPES = ((1, 2, 2), (2, 4, 3), (5, 3, 8))
+_CHUNK = 1000
+_KEPT = 50_000
+_TEMPERATURES = (1e-4, 1e4)
+_QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
+
+
+class Sample:
+    """A uniform sample of a stream in bounded memory: the whole stream up to `_KEPT` values."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng, self._seen, self._kept = rng, 0, np.empty(0)
+
+    def add(self, values: np.ndarray) -> None:
+        values = values[np.isfinite(values)]
+        room = _KEPT - self._kept.size
+        self._kept = np.concatenate([self._kept, values[:room]])
+        self._seen += min(room, values.size)
+        late = values[room:]
+        if late.size:
+            # Reservoir sampling: the n-th value replaces a random kept one with probability _KEPT/n.
+            slot = self._rng.integers(self._seen + 1 + np.arange(late.size))
+            self._seen += late.size
+            hit = slot < _KEPT
+            self._kept[slot[hit]] = late[hit]
+
+    def quantiles(self) -> list[float | None]:
+        if not self._kept.size:
+            return [None] * len(_QUANTILES)
+        return [float(v) for v in np.quantile(self._kept, _QUANTILES)]
+
+
+@dataclass
+class Worst:
+    """The refutation kept: of the smallest shape, the largest relative violation."""
+
+    instance: Instance
+    beta: float
+    lam: float
+    prompter: np.ndarray | None
+    relative: float
+    family: str
+
+    def better_than(self, other: "Worst | None") -> bool:
+        if other is None:
+            return True
+        size, known = math.prod(self.instance.shape), math.prod(other.instance.shape)
+        return (size, -self.relative) < (known, -other.relative)
+
+
+@dataclass
+class Tally:
+    """One statement on one family."""
+
+    statement: str
+    family: str
+    slack: Sample
+    tightness: Sample
+    checked: int = 0
+    violations: int = 0
+    inconclusive: int = 0
+    inapplicable: int = 0
+    vacuous: int = 0
+    largest_violation: float = 0.0
+    """Largest −slack/(reward span) among violations."""
+    largest_error: float = 0.0
+    """Identities: largest |rhs − lhs|/(largest of the sides' rounding scale), as a fraction of the span."""
+    worst: Worst | None = None
+
+    def row(self) -> dict[str, Any]:
+        """As JSON."""
+        judged = max(self.checked - self.inapplicable, 1)
+        row: dict[str, Any] = {
+            "statement": self.statement,
+            "family": self.family,
+            "checked": self.checked,
+            "violations": self.violations,
+            "inconclusive": self.inconclusive,
+            "inapplicable": self.inapplicable,
+            "largest_relative_violation": self.largest_violation,
+        }
+        if self.statement in IDENTITIES:
+            return {**row, "largest_relative_error": self.largest_error}
+        row["slack_over_span_quantiles"] = self.slack.quantiles()
+        row["lhs_over_rhs_quantiles"] = self.tightness.quantiles()
+        if self.statement in BOUNDS:
+            row["vacuous_share"] = self.vacuous / judged
+        return row
+
+
+@dataclass
+class Verification:
+    """What a run found."""
+
+    instances: int
+    seed: int
+    statements: tuple[str, ...]
+    families: tuple[str, ...]
+    tallies: list[Tally]
+    family_seconds: dict[str, float]
+    seconds: float = 0.0
+    refuted: dict[str, Worst] = field(default_factory=dict)
+
+    @property
+    def violations(self) -> int:
+        return sum(tally.violations for tally in self.tallies)
+
+    def json(self) -> dict[str, Any]:
+        """As strict JSON."""
+        return {
+            "alignpro": alignpro.__version__,
+            "python": sys.version.split()[0],
+            "jax": jax.__version__,
+            "numpy": np.__version__,
+            "instances": self.instances,
+            "seed": self.seed,
+            "statements": list(self.statements),
+            "families": list(self.families),
+            "shapes": [list(shape) for shape in _SHAPES],
+            "beta_and_lam_log_uniform_over": list(_TEMPERATURES),
+            "quantile_levels": list(_QUANTILES),
+            "seconds": self.seconds,
+            "family_seconds": self.family_seconds,
+            "violations": self.violations,
+            "results": [tally.row() for tally in self.tallies],
+            "refuted": {
+                name: {
+                    "family": worst.family,
+                    "beta": worst.beta,
+                    "lam": worst.lam,
+                    "relative_violation": worst.relative,
+                    "instance": f"refuted-{name}.npz",
+                    "prompter": None if worst.prompter is None else worst.prompter.tolist(),
+                }
+                for name, worst in self.refuted.items()
+            },
+        }
+
+
+def _evaluate(names: tuple[str, ...], instance: Instance, beta, lam, prompter) -> dict[str, Statement]:
+    about_any = [name for name in names if name in ANY_PROMPTER]
+    about_star = [name for name in names if name not in ANY_PROMPTER]
+    found: dict[str, Statement] = {}
+    if about_star:
+        s = solution(instance, beta, lam)
+        found |= {name: STATEMENTS[name](s) for name in about_star}
+    if about_any:
+        s = solution(instance, beta, lam, prompter)
+        found |= {name: STATEMENTS[name](s) for name in about_any}
+    return found
+
+
+def verify(
+    statements: Sequence[str] = DEFAULT,
+    instances: int = 40_000,
+    seed: int = 0,
+    families: Sequence[str] = tuple(FAMILIES),
+    quiet: bool = False,
+) -> Verification:
+    """Check statements on random instances of every family, in bounded memory.
+
+    β and λ are log-uniform over 1e-4 to 1e4, independently. Statements about any prompter get one at random
+    distance from ρ_sft, the others ρ*. A violation is a slack below minus its rounding bound; an identity is
+    violated when its sides differ by more than theirs.
+
+    Args:
+        statements: keys of `STATEMENTS`.
+        instances: how many in all, shared evenly among the families.
+        seed: determines every draw.
+        families: keys of `FAMILIES`.
+        quiet: no progress bar.
+
+    Raises:
+        AlignProError: an unknown statement or family, or fewer than one instance per family.
+    """
+    for name in statements:
+        if name not in STATEMENTS:
+            raise AlignProError(f"--bound {name}: is unknown; give one of {', '.join(STATEMENTS)}")
+    for name in families:
+        if name not in FAMILIES:
+            raise AlignProError(f"--family {name}: is unknown; give one of {', '.join(FAMILIES)}")
+    names, families = tuple(dict.fromkeys(statements)), tuple(dict.fromkeys(families))
+    if instances < len(families):
+        raise AlignProError(
+            f"--instances {instances}: is below one for each of {len(families)} families; give more"
+        )
+    if seed < 0:
+        raise AlignProError(f"--seed {seed}: must not be negative; give 0 or more")
+
+    began = time.perf_counter()
+    result = Verification(instances, seed, names, families, [], {})
+    evaluate = jax.jit(jax.vmap(partial(_evaluate, names)))
+    shares = np.full(len(families), instances // len(families))
+    shares[: instances % len(families)] += 1
+    chunk = min(_CHUNK, -(-int(shares[0]) // len(_SHAPES)))  # even a short run meets every shape
+    with tqdm(total=instances, unit="instance", disable=quiet, file=sys.stderr, leave=False) as bar:
+        for family, share in zip(families, shares, strict=True):
+            start = time.perf_counter()
+            # Keyed by the family's name: its instances do not depend on which others are asked for.
+            rng = np.random.default_rng([seed, *family.encode()])
+            keep = np.random.default_rng(seed)
+            tallies = {name: Tally(name, family, Sample(keep), Sample(keep)) for name in names}
+            bar.set_description(family)
+            done = turn = 0
+            while done < share:
+                count = min(chunk, int(share) - done)
+                batch = FAMILIES[family](rng, chunk, _SHAPES[turn % len(_SHAPES)])
+                low, high = np.log10(_TEMPERATURES)
+                beta, lam = 10.0 ** rng.uniform(low, high, (2, chunk))
+                prompter = random_prompters(rng, np.asarray(batch.prior))
+                found = jax.tree.map(np.asarray, evaluate(batch, beta, lam, prompter))
+                for name, tally in tallies.items():
+                    statement = jax.tree.map(lambda leaf, count=count: leaf[:count], found[name])
+                    _record(tally, statement, batch, beta, lam, prompter)
+                done, turn = done + count, turn + 1
+                bar.update(count)
+            result.tallies += tallies.values()
+            result.family_seconds[family] = time.perf_counter() - start
+    for tally in result.tallies:
+        if tally.worst is not None and tally.worst.better_than(result.refuted.get(tally.statement)):
+            result.refuted[tally.statement] = tally.worst
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def _record(
+    tally: Tally, found: Statement, batch: Instance, beta: np.ndarray, lam: np.ndarray, prompter: np.ndarray
+) -> None:
+    lhs, rhs, error = np.asarray(found.lhs), np.asarray(found.rhs), np.asarray(found.error)
+    ceiling, slack = np.asarray(found.ceiling), rhs - lhs
+    applicable = np.ones(slack.shape, dtype=bool)
+    for assumption in found.assumptions.values():
+        applicable &= assumption
+    known = ~(np.isnan(slack) | np.isnan(error))
+    if tally.statement in IDENTITIES:
+        violated = applicable & known & (np.abs(slack) > error)
+        unclear = applicable & ~known
+    else:
+        violated = applicable & known & (slack < -error)
+        unclear = applicable & (~known | ((np.abs(slack) <= error) & (error > 0)))
+    tally.checked += slack.size
+    tally.violations += int(violated.sum())
+    tally.inconclusive += int(unclear.sum())
+    tally.inapplicable += int((~applicable).sum())
+    tally.vacuous += int((applicable & (rhs >= ceiling)).sum())
+
+    scale = np.where(ceiling > 0, ceiling, 1.0)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        relative = slack / scale
+        if tally.statement in IDENTITIES:
+            # λ KL of a far prompter can exceed the span by orders of magnitude: it sets the rounding then.
+            size = np.maximum(scale, np.maximum(np.abs(lhs), np.abs(rhs)))
+            relative = -np.abs(slack) / size
+            tally.largest_error = max(
+                tally.largest_error, float(-np.min(relative[applicable & known], initial=0))
+            )
+        else:
+            tally.slack.add(relative[applicable])
+            # A right side of nothing but rounding has no meaningful ratio.
+            tally.tightness.add((lhs / rhs)[applicable & (rhs > error)])
+    if violated.any():
+        index = int(np.argmin(np.where(violated, relative, np.inf)))
+        amount = float(-relative[index])
+        tally.largest_violation = max(tally.largest_violation, amount)
+        candidate = Worst(
+            take(batch, index),
+            float(beta[index]),
+            float(lam[index]),
+            prompter[index] if tally.statement in ANY_PROMPTER else None,
+            amount,
+            tally.family,
+        )
+        if candidate.better_than(tally.worst):
+            tally.worst = candidate
+
+
+def save(result: Verification, folder: Path) -> None:
+    """Write verify.json, and the instance that refutes each refuted statement, atomically."""
+    for name, worst in result.refuted.items():
+        worst.instance.save(folder / f"refuted-{name}.npz")
+    write_json(folder / "verify.json", _finite(result.json()))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(result: Verification) -> str:
+    """The result for reading: one block per statement, one line per family."""
+
+    def number(value: float | None, form: str = ".2g") -> str:
+        return "-" if value is None else format(value, form)
+
+    blocks = []
+    for name in result.statements:
+        rows = [tally for tally in result.tallies if tally.statement == name]
+        identity = name in IDENTITIES
+        kind = "identity" if identity else "known to be false" if name in WRONG_BOUNDS else "inequality"
+        head = ["family", "checked", "violated", "unclear", "worst violation"]
+        head += (
+            ["worst error"]
+            if identity
+            else ["slack/span min", "5%", "50%", "lhs/rhs 50%", "95%", "max", "vacuous"]
+        )
+        head += ["seconds"]
+        body = []
+        for tally in rows:
+            row = tally.row()
+            cells = [
+                tally.family,
+                str(tally.checked - tally.inapplicable),
+                str(tally.violations),
+                str(tally.inconclusive),
+                number(tally.largest_violation) if tally.violations else "-",
+            ]
+            if identity:
+                cells.append(number(tally.largest_error))
+            else:
+                slack, tight = row["slack_over_span_quantiles"], row["lhs_over_rhs_quantiles"]
+                cells += [number(v) for v in (*slack[:3], *tight[2:])]
+                cells.append(number(row.get("vacuous_share"), ".0%"))
+            cells.append(f"{result.family_seconds[tally.family]:.1f}")
+            body.append(cells)
+        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in [head, *body]
+        ]
+        blocks.append("\n".join([f"{name} ({kind})", *lines]))
+    verdicts = []
+    for name in result.statements:
+        count = sum(t.violations for t in result.tallies if t.statement == name)
+        checked = sum(t.checked - t.inapplicable for t in result.tallies if t.statement == name)
+        if count:
+            worst = result.refuted[name]
+            verdicts.append(
+                f"{name}: REFUTED by {count} of {checked} instances; e.g. {worst.family}, "
+                f"beta {worst.beta:.3g}, lam {worst.lam:.3g}, off by {worst.relative:.2g} of the span"
+            )
+        else:
+            verdicts.append(f"{name}: no violation in {checked} instances")
+    blocks.append("\n".join(verdicts) + f"\n{result.seconds:.1f} s, seed {result.seed}")
+    return "\n\n".join(blocks)
+
+
+def main(bound: Sequence[str], instances: int, seed: int, family: Sequence[str], out: str | None) -> int:
+    """Run, print and save; the process's exit status: 1 when anything is violated, else 0."""
+    folder = None if out is None else writable_folder(out)
+    result = verify(bound or DEFAULT, instances, seed, family or tuple(FAMILIES))
+    print(table(result))
+    if folder is not None:
+        save(result, folder)
+        print(f"wrote {folder / 'verify.json'}")
+    return 1 if result.violations else 0
