@@ -83,6 +83,14 @@ def mt_bench(n: int | None = None, seed: int = 0) -> list[str]:
     return _take(_distinct(row["turns"][0] for row in rows), n, seed, "MT-Bench questions")
 
 
+def reference_answers() -> list[tuple[str, str]]:
+    """(instruction, a strong model's answer), from `alpaca_en_demo`: rows without attached input."""
+    rows = _read_json(packages.fetch("llamafactory") / "alpaca_en_demo.json")
+    answers = {row["instruction"].strip(): row["output"].strip() for row in rows if not row["input"].strip()}
+    kept = _distinct(answers)
+    return [(prompt, answers[prompt]) for prompt in kept if answers[prompt]]
+
+
 def preference_pairs(
     sources: Sequence[str] | None = None, split: Split | None = None
 ) -> list[PreferencePair]:

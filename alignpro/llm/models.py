@@ -120,7 +120,7 @@ def load_model(
     where = _device(device)
     folder = resolve(model)
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             loaded = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
@@ -270,7 +270,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> Path:
         content.mkdir()
         packages.note(f"converting {gguf.name} into {folder} (once, about 15 s)")
         try:
-            with _quiet():
+            with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
                 model = AutoModelForCausalLM.from_pretrained(
                     gguf.parent, gguf_file=gguf.name, dtype=torch.float32
@@ -284,7 +284,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> Path:
         _prepare(model, tokenizer, gguf.name)
         # float32 keeps the dequantised values exactly. Stored as bfloat16 (half the 538 MB) an answer of 60
         # tokens changed its log-probability by 0.29 nats, stored as float16 by 0.06.
-        with _quiet():
+        with quiet():
             model.save_pretrained(content)
             tokenizer.save_pretrained(content)
         packages.write_manifest(content, source=gguf.name, sha256=packages.sha256(gguf))
@@ -384,7 +384,7 @@ def _one_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No weight-loading bars for work of a few seconds; the user's own settings come back afterwards."""
     shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
