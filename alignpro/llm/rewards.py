@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -174,7 +174,7 @@ class Embedder:
 # One number each, so the ridge shrinks them less than the 384 coordinates of an embedding (`_EXPRESS`).
 TEXT_FEATURES = (
     "cosine",  # is y about x
-    "cosine squared",  # repeating x is on topic too, and worthless: lets relevance peak below 1
+    "echo",  # max(0, cosine − 0.8): repeating x is on topic too, and worthless
     "prompt words",  # share of y's words that x has: likewise
     "distinct words",  # log of distinct over all words: loops are the commonest failure of small models
     "ends",  # y ends a sentence: not cut off
@@ -203,7 +203,7 @@ def features(prompts: Sequence[str], responses: Sequence[str], embedder: Embedde
     ey = embedder.embed(responses).astype(np.float64)
     cosine = np.sum(ex * ey, axis=1)
     text = np.array([_text_features(x, y) for x, y in zip(prompts, responses, strict=True)])
-    return np.column_stack([ey, cosine, cosine**2, text])
+    return np.column_stack([ey, cosine, np.maximum(0.0, cosine - 0.8), text])
 
 
 def _text_features(prompt: str, response: str) -> list[float]:
@@ -235,21 +235,28 @@ class TrainingConfig:
         sources: rows of `alignpro.llm.data.PREFERENCES`.
         weight_decays: tried in turn; the one with the least validation loss is kept.
         short_words: every pair is also seen cut to this many words, the length that small models answer with.
-        constructed_share: of the total pair weight, given to pairs whose preference is true by construction.
+        constructed: weight of each kind of pair whose preference is true by construction (see
+            `constructed_pairs`), as a share of the judged pairs' weight.
         constructed_prompts: how many prompts those are built from.
-        slope: standard deviations within a prompt that one unit of the squash's logit spans.
+        slope: width of the squash, in standard deviations of the training answers about their prompt's mean.
+            1.5 keeps nearly all of a small model's answers off the flat ends.
         seed: of the constructed pairs; the fit itself has a unique answer.
         version: of the features; raise it when they change.
     """
 
     sources: tuple[str, ...] = ("dpo-demo", "healthbench")
-    weight_decays: tuple[float, ...] = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+    weight_decays: tuple[float, ...] = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
     short_words: int = 40
-    constructed_share: float = 0.1
+    constructed: tuple[tuple[str, float], ...] = (
+        ("other answer", 0.1),
+        ("echo", 0.02),
+        ("loop", 0.02),
+        ("silence", 0.01),
+    )
     constructed_prompts: int = 500
-    slope: float = 1.0
+    slope: float = 1.5
     seed: int = 0
-    version: int = 1
+    version: int = 2
 
 
 @dataclass
@@ -382,7 +389,7 @@ def train_bradley_terry(
     chosen = features([p.prompt for p in pairs], [p.chosen for p in pairs], embedder)
     rejected = features([p.prompt for p in pairs], [p.rejected for p in pairs], embedder)
     split = np.array([p.split for p in pairs])
-    weight = _pair_weights(pairs, n_judged, config.constructed_share)
+    weight = _pair_weights(pairs, n_judged, dict(config.constructed))
     train, validation = split == "train", split == "validation"
 
     both = np.concatenate([chosen[train], rejected[train]])
@@ -401,8 +408,9 @@ def train_bradley_terry(
 
     # The free function of x: a ridge regression of the mean training reward of a prompt on its embedding.
     raw_chosen, raw_rejected = ((f - mean) * scale_by @ weights for f in (chosen, rejected))
-    real = np.arange(len(pairs)) < n_judged
-    fit = train & real
+    # Echoes, loops and silence are no sample of answers to x, so they have no part in it.
+    kind = np.array([p.source for p in pairs])
+    fit = train & ((np.arange(len(pairs)) < n_judged) | (kind == "other answer"))
     middle = (raw_chosen + raw_rejected)[fit] / 2
     ex = embedder.embed([p.prompt for p, used in zip(pairs, fit, strict=True) if used]).astype(np.float64)
     baseline = _ridge(_affine(ex), middle, weight[fit])
@@ -499,8 +507,7 @@ def _facts(
     full_test = [p for p, s in zip(judged[:half], split[:half], strict=True) if s == "test"]
     short_test = [p for p, s in zip(judged[half:], split[half:], strict=True) if s == "test"]
     built_test = [p for p in built if p.split == "test"]
-    answers = [(p.prompt, y) for p in full_test + short_test for y in (p.chosen, p.rejected)]
-    answers = list(dict.fromkeys(answers))
+    answers = list(dict.fromkeys((p.prompt, y) for p in full_test for y in (p.chosen, p.rejected)))
     scores = reward.score([x for x, _ in answers], [y for _, y in answers])
     lengths = [len(y.split()) for _, y in answers]
     counts = Counter((p.source, str(p.split)) for p in judged[:half])
@@ -523,6 +530,7 @@ def _facts(
             for kind in dict.fromkeys(p.source for p in built_test)
         },
         "test_accuracy_of_longer_wins": longer_wins(full_test),
+        # Spearman's, over the full test answers of all prompts.
         "length_correlation": float(stats.spearmanr(scores, lengths).statistic),
         "squash": {"centre": reward.centre, "scale": reward.scale},
         "limits": [
@@ -567,18 +575,19 @@ def _clustered(prompts: Sequence[str], hits: Array) -> dict[str, float]:
 # --- small pieces ---
 
 
-def _pair_weights(pairs: Sequence[data.PreferencePair], n_judged: int, constructed_share: float) -> Array:
-    """[N], summing to 1 within each split: 1/(pairs of the prompt), then the two groups' shares."""
-    count = Counter((i < n_judged, p.prompt) for i, p in enumerate(pairs))
-    weight = np.array([1 / count[i < n_judged, p.prompt] for i, p in enumerate(pairs)])
-    split = np.array([p.split for p in pairs])
-    real = np.arange(len(pairs)) < n_judged
-    for part in data.SPLITS:
-        for group, share in ((real, 1 - constructed_share), (~real, constructed_share)):
-            rows = (split == part) & group
-            if rows.any():
-                weight[rows] *= share / weight[rows].sum()
-    return weight
+def _pair_weights(
+    pairs: Sequence[data.PreferencePair], n_judged: int, constructed: Mapping[str, float]
+) -> Array:
+    """[N]: in each split the judged prompts weigh the same and 1 in all, each constructed kind its share."""
+    group = ["judged" if i < n_judged else p.source for i, p in enumerate(pairs)]
+    count = Counter(zip(group, (p.prompt for p in pairs), strict=True))
+    weight = np.array([1 / count[g, p.prompt] for g, p in zip(group, pairs, strict=True)])
+    keys = [(g, p.split) for g, p in zip(group, pairs, strict=True)]
+    total: Counter[tuple[str, str]] = Counter()
+    for key, w in zip(keys, weight, strict=True):
+        total[key] += w
+    share = {"judged": 1.0, **constructed}
+    return weight * np.array([share[kind] / total[kind, part] for kind, part in keys])
 
 
 def _shortened(pair: data.PreferencePair, words: int) -> data.PreferencePair:
@@ -598,8 +607,8 @@ def _affine(ex: Array) -> Array:
 
 
 def _ridge(inputs: Array, targets: Array, weights: Array, penalty: float = 0.03) -> Array:
-    # Embedding coordinates have variance 1/384; this penalty shrinks a direction by half at about 12 times
-    # less variance than that. The constant (last column) is not penalised.
+    # An embedding's coordinates have mean square 1/384; a direction with `penalty` times that is halved.
+    # The constant (last column) is not penalised.
     weights = weights / weights.sum()
     gram = inputs.T @ (inputs * weights[:, None])
     ridge = np.full(len(gram), penalty / Embedder.DIMENSION)
