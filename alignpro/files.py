@@ -57,6 +57,14 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The JSON value in `path`. Raises AlignProError if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AlignProError(f"{path}: missing or damaged; remove it or choose another folder") from error
+
+
 def writable_folder(path: str | os.PathLike[str], field: str = "--out") -> Path:
     """Create `path` if need be and prove that a file can be written there, before any long work.
 
