@@ -39,7 +39,7 @@ class Verify:
     bound: tuple[str, ...] = ()
     """What to check: theorem1, span, tight, trained, exact_gap, suboptimality, pinsker, or a known-wrong
     statement. Default: theorem1 exact_gap trained."""
-    instances: int = 40_000
+    instances: int = 1_000_000
     """How many random instances, shared among the families."""
     seed: int = 0
     """Determines every draw."""

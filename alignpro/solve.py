@@ -102,7 +102,7 @@ def solve_instances(
             values = jax.tree.map(np.asarray, evaluate(stacked, beta, lam))
             for row, index in enumerate(chunk):
                 one = jax.tree.map(lambda leaf, row=row: leaf[row], values)
-                results[index] = _result(instances[index], beta, lam, one, r_max)
+                results[index] = _result(bounds, instances[index], beta, lam, one, r_max)
             progress(len(chunk))
     return results
 
@@ -168,6 +168,7 @@ def _strict(value: Any) -> float | None:
 
 
 def _result(
+    order: Sequence[str],
     instance: Instance,
     beta: float,
     lam: float,
@@ -191,7 +192,8 @@ def _result(
     for key in ("delta1", "delta2"):
         result[key] = _strict(parts[key])
     result["bounds"] = {}
-    for name, statement in checks.items():
+    for name in order:
+        statement = checks[name]
         lhs, rhs = float(statement.lhs), float(statement.rhs)
         slack = rhs - lhs
         applicable = all(bool(v) for v in statement.assumptions.values())

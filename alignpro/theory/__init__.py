@@ -11,6 +11,8 @@ jax.config.update("jax_enable_x64", True)
 from alignpro.theory.bounds import (  # noqa: E402
     BOUNDS,
     IDENTITIES,
+    LEMMAS,
+    WRONG_BOUNDS,
     BoundReport,
     Solution,
     Statement,
@@ -18,12 +20,16 @@ from alignpro.theory.bounds import (  # noqa: E402
     solution,
 )
 from alignpro.theory.divergences import jeffreys, kl, tv  # noqa: E402
+from alignpro.theory.families import FAMILIES  # noqa: E402
 from alignpro.theory.gibbs import Tilted, grid, tilt  # noqa: E402
 from alignpro.theory.instance import Instance, Names, load  # noqa: E402
 
 __all__ = [
     "BOUNDS",
+    "FAMILIES",
     "IDENTITIES",
+    "LEMMAS",
+    "WRONG_BOUNDS",
     "BoundReport",
     "Instance",
     "Names",

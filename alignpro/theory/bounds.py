@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from alignpro.errors import AlignProError
-from alignpro.theory.divergences import log_quotient, scaled_kl
+from alignpro.theory.divergences import Floats, log_quotient, scaled_kl
 from alignpro.theory.gibbs import check_temperature, exponent, power_of_two, tilt
 from alignpro.theory.instance import KEYS, Instance, probabilities, unchecked
 
@@ -88,6 +88,8 @@ class Solution(NamedTuple):
     """λ KL(ρ‖ρ_sft)."""
     kl_from_reference: Float[Array, " X"]
     """λ KL(ρ_sft‖ρ)."""
+    kl_excess: Float[Array, " X"]
+    """λ KL(ρ‖ρ*) − λ KL(ρ‖ρ_sft) = −λ E_ρ log(ρ*/ρ_sft), without cancellation."""
     shortfall: Float[Array, " X"]
     """F(ρ*) − F(ρ), from its definition; equal to `kl_to_star`."""
     span: Float[Array, " X"]
@@ -107,6 +109,8 @@ class Solution(NamedTuple):
     """… of the λ terms of ρ* (`prompter_kl`, `prompter_jeffreys`, `value`), …"""
     rho_error: Float[Array, " X"]
     """… of the λ terms of ρ (`kl_to_star`, `kl_to_reference`, `shortfall`, …), …"""
+    excess_error: Float[Array, " X"]
+    """… of `kl_excess`, …"""
     shift_error: Float[Array, " X"]
     """… of `shift`, …"""
     tv_model_error: Float[Array, " X"]
@@ -114,7 +118,7 @@ class Solution(NamedTuple):
     tv_shift_error: Float[Array, " X"]
     """… and of `tv_shift`, per prompt."""
 
-    def average(self, per_prompt: Float[Array, " X"]) -> Float[Array, ""]:
+    def average(self, per_prompt: Float[Floats, " X"]) -> Float[Array, ""]:
         """E_{x~P}; a prompt of probability 0 does not count, whatever its value."""
         return jnp.sum(jnp.where(self.p > 0, self.p * jnp.where(self.p > 0, per_prompt, 0.0), 0.0), -1)
 
@@ -131,9 +135,9 @@ class Solution(NamedTuple):
 
 def solution(
     instance: Instance,
-    beta: Float[Array, ""] | float,
-    lam: Float[Array, ""] | float,
-    prompter: Float[Array, "X K"] | None = None,
+    beta: Float[Floats, ""] | float,
+    lam: Float[Floats, ""] | float,
+    prompter: Float[Floats, "X K"] | None = None,
 ) -> Solution:
     """Every quantity of the paper for one instance, exactly.
 
@@ -179,7 +183,7 @@ def solution(
     if prompter is None:
         zero = jnp.zeros_like(span)
         kl_to_star = kl_from_star = shortfall = zero
-        kl_to_reference, kl_from_reference = star.cost, star.gain
+        kl_to_reference, kl_from_reference, kl_excess = star.cost, star.gain, -star.cost
         supported = jnp.asarray(True)
     else:
         tkk = jnp.broadcast_to(tk, rho.shape)
@@ -193,6 +197,7 @@ def solution(
         kl_from_star = scaled_kl(tkk, star.probs, rho, -ratio, -scaled_ratio)
         kl_to_reference = scaled_kl(tkk, rho, prior, log_rho, tk * log_rho)
         kl_from_reference = scaled_kl(tkk, prior, rho, -log_rho, -tk * log_rho)
+        kl_excess = -jnp.sum(rho * star_log, -1)
         # F(ρ*) − F(ρ) with F(ρ*) from its own definition, so that the identity is a test of log Z.
         f_star = jnp.sum(star.probs * r, -1) - star.cost
         shortfall = f_star - (achieved - kl_to_reference)
@@ -227,12 +232,14 @@ def solution(
         + jnp.where(live, (rewrites + 8) * EPS * magnitude, 0.0)
     )
     if prompter is None:
-        e_rho = e_star
+        e_rho = e_excess = e_star
     else:
         weight = rho + prior + star.probs
         sums = jnp.sum(jnp.where(inside, weight * (jnp.abs(tk * log_rho) + jnp.abs(star_log)), 0.0), -1)
         moved = t * jnp.sum(jnp.abs(rho - prior) + jnp.abs(rho - star.probs), -1)
         e_rho = e_star + 6.0 * e_r + (rewrites + 12) * EPS * (4.0 * sums + moved + scale)
+        on_rho = jnp.sum(rho * jnp.abs(star_log), -1) + jnp.abs(star.free_energy - best)
+        e_excess = jnp.where(live, 2.0 * e_r + (rewrites + 12) * EPS * (on_rho + scale), 0.0)
     e_shift = 2.0 * e_r + (rewrites + 4) * EPS * scale
     e_gap = e_model + (e_star if prompter is None else e_r + (rewrites + 8) * EPS * scale)
 
@@ -265,6 +272,7 @@ def solution(
         kl_from_star=kl_from_star * unit,
         kl_to_reference=kl_to_reference * unit,
         kl_from_reference=kl_from_reference * unit,
+        kl_excess=kl_excess * unit,
         shortfall=shortfall * unit,
         span=span * unit,
         reward_max=jnp.max(raw),
@@ -275,6 +283,7 @@ def solution(
         model_error=2.0 * e_model * unit,
         prompter_error=2.0 * e_star * unit,
         rho_error=2.0 * e_rho * unit,
+        excess_error=2.0 * e_excess * unit,
         shift_error=2.0 * e_shift * unit,
         tv_model_error=2.0 * (model_noise + jnp.where(live, responses * EPS * model.tv, 0.0)),
         tv_shift_error=2.0 * jnp.where(tv_shift > 0, (responses + rewrites + 8) * EPS, 0.0),
@@ -292,7 +301,7 @@ class Statement(NamedTuple):
     rhs: Float[Array, ""]
     error: Float[Array, ""]
     ceiling: Float[Array, ""]
-    terms: dict[str, Float[Array, ""]]
+    terms: dict[str, Float[Floats, ""]]
     """Named parts of `rhs`, each ≥ 0."""
     assumptions: dict[str, Array]
     """What must be true for the statement to apply (bool)."""
@@ -335,7 +344,7 @@ def _three_terms(s: Solution, width: Array, third: Array, assumptions: dict[str,
     )
 
 
-def theorem1(s: Solution, r_max: Float[Array, ""] | float | None = None) -> Statement:
+def theorem1(s: Solution, r_max: Float[Floats, ""] | float | None = None) -> Statement:
     """Theorem 1 (equation 11): gap ≤ r_max E TV(π*,π_F) + r_max E TV(π_F(·|x),π_F(·|x′)) − λ E KL(ρ*‖ρ_sft).
 
     `r_max` is `paper_r_max` unless given; a given one must enclose every reward in [0, r_max].
@@ -382,21 +391,19 @@ def trained(s: Solution) -> Statement:
     Proof: F(ρ*) − F(ρ) = λ KL(ρ‖ρ*) (`suboptimality`), so E_ρ R = F(ρ*) − λ KL(ρ‖ρ*) + λ KL(ρ‖ρ_sft), and
     F(ρ*) ≥ F(ρ_sft) = E_ρsft R. An optimisation shortfall is thus a term, never read as a violation.
     """
+    return _trained(s, s.kl_to_star, s.kl_to_reference, s.kl_excess, s.excess_error)
+
+
+def _trained(s: Solution, shortfall: Array, prompter_kl: Array, excess: Array, error: Array) -> Statement:
     model, prompt_shift = s.span * s.tv_model, s.span * s.tv_shift
-    rhs = model + prompt_shift + s.kl_to_star - s.kl_to_reference
     return _averaged(
         s,
         s.gap,
-        {
-            "model": model,
-            "prompt_shift": prompt_shift,
-            "shortfall": s.kl_to_star,
-            "prompter_kl": s.kl_to_reference,
-        },
-        rhs,
-        s.gap_error + s.rho_error + s.span * (s.tv_model_error + s.tv_shift_error),
+        {"model": model, "prompt_shift": prompt_shift, "shortfall": shortfall, "prompter_kl": prompter_kl},
+        model + prompt_shift + excess,
+        s.gap_error + error + s.span * (s.tv_model_error + s.tv_shift_error),
         {"prompter has the support of its reference": s.supported},
-        jnp.abs(s.gap) + model + prompt_shift + s.kl_to_star + s.kl_to_reference,
+        jnp.abs(s.gap) + model + prompt_shift + jnp.abs(excess),
     )
 
 
@@ -528,7 +535,8 @@ def trained_reversed(s: Solution) -> Statement:
 
     A ρ that leaves out much of ρ_sft makes the last term large while its reward loss stays bounded.
     """
-    return trained(s._replace(kl_to_star=s.kl_from_star, kl_to_reference=s.kl_from_reference))
+    excess = s.kl_from_star - s.kl_from_reference
+    return _trained(s, s.kl_from_star, s.kl_from_reference, excess, s.rho_error + EPS * jnp.abs(excess))
 
 
 WRONG_BOUNDS: dict[str, Callable[[Solution], Statement]] = {
@@ -615,7 +623,7 @@ def check(
     lam: float,
     bound: str = "theorem1",
     *,
-    prompter: Float[np.ndarray, "X K"] | Float[Array, "X K"] | None = None,
+    prompter: Float[Floats, "X K"] | None = None,
     r_max: float | None = None,
 ) -> BoundReport:
     """One bound on one instance.

@@ -4,16 +4,21 @@ Each is a sum of terms that are non-negative one by one, so nearby distributions
 accuracy: KL(p‖q) = Σ q φ(log p/q) with φ(d) = d eᵈ − eᵈ + 1 ≥ 0, since Σ p = Σ q = 1.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
+
+Floats = Array | np.ndarray
 
 # Probabilities below the smallest normal float64 count as zero: XLA flushes them anyway.
 TINY = 2.2250738585072014e-308
 
 
 @jax.custom_jvp
-def log1p(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def log1p(x: Any) -> Any:
     """log(1 + x), relatively accurate everywhere: XLA's own loses 100 ulp just above its series' range.
 
     Kahan's correction is no help here, since compiled code rewrites (1 + x) − 1 as x.
@@ -35,7 +40,7 @@ def _log1p_jvp(primals, tangents):
 
 
 @jax.custom_jvp
-def psi(u: Float[Array, "..."]) -> Float[Array, "..."]:
+def psi(u: Any) -> Any:
     """ψ(u) = eᵘ − 1 − u ≥ 0, relatively accurate everywhere."""
     small = jnp.abs(u) < 0.5
     v = jnp.where(small, u, 0.0)
@@ -51,12 +56,12 @@ def _psi_jvp(primals, tangents):
     return psi(u), jnp.expm1(u) * du
 
 
-def phi(d: Float[Array, "..."]) -> Float[Array, "..."]:
+def phi(d: Float[Floats, "..."]) -> Float[Array, "..."]:
     """φ(d) = d eᵈ − eᵈ + 1 = eᵈ ψ(−d) ≥ 0."""
     return jnp.exp(d) * psi(-d)
 
 
-def log_quotient(p: Float[Array, "..."], q: Float[Array, "..."]) -> Float[Array, "..."]:
+def log_quotient(p: Float[Floats, "..."], q: Float[Floats, "..."]) -> Float[Array, "..."]:
     """log p/q where both are positive (0 elsewhere); accurate where p is close to q."""
     both = (p > 0) & (q > 0)
     p, q = jnp.where(both, p, 1.0), jnp.where(both, q, 1.0)
@@ -65,18 +70,19 @@ def log_quotient(p: Float[Array, "..."], q: Float[Array, "..."]) -> Float[Array,
 
 
 def scaled_kl(
-    t: Float[Array, "..."],
-    p: Float[Array, "..."],
-    q: Float[Array, "..."],
-    ratio: Float[Array, "..."],
-    scaled_ratio: Float[Array, "..."],
+    t: Float[Floats, "..."],
+    p: Float[Floats, "..."],
+    q: Float[Floats, "..."],
+    ratio: Float[Floats, "..."],
+    scaled_ratio: Float[Floats, "..."],
 ) -> Float[Array, "..."]:
     """t·KL(p‖q) on the last axis, from ratio = log p/q and scaled_ratio = t·log p/q.
 
     Both are asked for because the second stays finite where the first overflows (t near 0), and the
     first is what the series needs where the second is rounded (t large). `t` has the last axis too.
     """
-    small = jnp.abs(ratio) < 0.5
+    # Where p = 0 the ratio says nothing and the term is t·q.
+    small = (jnp.abs(ratio) < 0.5) & (p > 0)
     series = t * q * phi(jnp.where(small, ratio, 0.0))
     # p · (±∞) with p = 0 is 0.
     plain = jnp.where(p > 0, p * jnp.where(p > 0, scaled_ratio, 0.0), 0.0) + t * (q - p)
@@ -84,7 +90,7 @@ def scaled_kl(
     return jnp.sum(jnp.where((p > 0) & (q <= 0), jnp.inf, jnp.where(q > 0, terms, 0.0)), -1)
 
 
-def kl(p: Float[Array, "... n"], q: Float[Array, "... n"]) -> Float[Array, "..."]:
+def kl(p: Float[Floats, "... n"], q: Float[Floats, "... n"]) -> Float[Array, "..."]:
     """D_KL(p‖q) = Σ p log p/q in nats, of probability vectors on the last axis.
 
     0 log 0 = 0; infinite where q = 0 < p. Never negative: 0 exactly when p == q.
@@ -94,12 +100,12 @@ def kl(p: Float[Array, "... n"], q: Float[Array, "... n"]) -> Float[Array, "..."
     return scaled_kl(jnp.ones_like(p), p, q, ratio, ratio)
 
 
-def tv(p: Float[Array, "... n"], q: Float[Array, "... n"]) -> Float[Array, "..."]:
+def tv(p: Float[Floats, "... n"], q: Float[Floats, "... n"]) -> Float[Array, "..."]:
     """Total variation ½ Σ|p − q| in [0, 1], of probability vectors on the last axis."""
     return 0.5 * jnp.sum(jnp.abs(jnp.asarray(p, float) - jnp.asarray(q, float)), -1)
 
 
-def jeffreys(p: Float[Array, "... n"], q: Float[Array, "... n"]) -> Float[Array, "..."]:
+def jeffreys(p: Float[Floats, "... n"], q: Float[Floats, "... n"]) -> Float[Array, "..."]:
     """KL(p‖q) + KL(q‖p) = Σ (p − q) log p/q in nats; infinite where exactly one of them is 0."""
     p, q = jnp.broadcast_arrays(jnp.asarray(p, float), jnp.asarray(q, float))
     terms = jnp.where((p > 0) != (q > 0), jnp.inf, (p - q) * log_quotient(p, q))

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alignpro.errors import AlignProError
-from alignpro.theory.divergences import log1p, psi, scaled_kl
+from alignpro.theory.divergences import Floats, log1p, psi, scaled_kl
 
 # Above this the mass sits far from the base's mean, and centring at the maximum is the accurate choice.
 _FAR = 8.0
@@ -53,19 +53,19 @@ class Tilted(NamedTuple):
     """½ Σ|p − base|."""
 
 
-def power_of_two(n: Int[Array, "..."]) -> Float[Array, "..."]:
+def power_of_two(n: Int[Floats, "..."]) -> Float[Array, "..."]:
     """2ⁿ exactly, for −1022 ≤ n ≤ 1023."""
     return lax.bitcast_convert_type((n.astype(jnp.int64) + 1023) << 52, jnp.float64)
 
 
-def exponent(x: Float[Array, "..."]) -> Int[Array, "..."]:
+def exponent(x: Float[Floats, "..."]) -> Int[Array, "..."]:
     """e with 2^(e−1) ≤ |x| < 2^e, held to ±960 so that 2^±e times a temperature stays normal."""
     bits = lax.bitcast_convert_type(jnp.abs(lax.stop_gradient(x)), jnp.int64)
     return jnp.clip((bits >> 52) - 1022, -960, 960)
 
 
 def tilt(
-    base: Float[Array, "... K"], energy: Float[Array, "... K"], temperature: Float[Array, "..."] | float
+    base: Float[Floats, "... K"], energy: Float[Floats, "... K"], temperature: Float[Floats, "..."] | float
 ) -> Tilted:
     """The distribution `p ∝ base · exp(energy / temperature)`, in log space.
 
@@ -131,7 +131,7 @@ def tilt(
     )
 
 
-def grid(function: Callable[[Array, Array], T], betas: Float[Array, "B"], lams: Float[Array, "L"]) -> T:
+def grid(function: Callable[[Array, Array], T], betas: Float[Floats, "B"], lams: Float[Floats, "L"]) -> T:
     """`function(beta, lam)` at every pair: each array of the result gains leading axes [B, L].
 
     One vmapped call: nothing that depends on β alone is computed again for every λ.

@@ -1,0 +1,20 @@
+"""Shapes and types of the exact theory are checked at run time, in tests only."""
+
+import sys
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+if "alignpro.theory" not in sys.modules:
+    install_import_hook("alignpro.theory", "beartype.beartype")
+
+jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _strict_shapes():
+    """Arrays of different rank must be lined up in writing, so that a batch axis cannot slip in."""
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    yield
+    jax.config.update("jax_numpy_rank_promotion", "allow")
