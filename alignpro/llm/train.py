@@ -364,6 +364,7 @@ def train(
         "save_steps": settings.epochs,  # a checkpoint between two epochs of one batch could not be resumed exactly
         "save_total_limit": 2,
         "bf16": False,
+        "gradient_checkpointing": False,  # TRL's default would recompute, and backpropagate through frozen layers
         "report_to": [],
         "disable_tqdm": True,
         "seed": settings.seed,
@@ -372,7 +373,6 @@ def train(
         "disable_dropout": True,
         "log_completions": False,
     }
-    kind, config = ALGORITHMS[settings.algorithm](common, settings)
 
     def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         rows = [trainer._row[p] for p in prompts]
@@ -386,6 +386,7 @@ def train(
 
     curve = Curve(out / CURVE_FILE, evaluate, settings.epochs, progress)
     with _quiet():
+        kind, config = ALGORITHMS[settings.algorithm](common, settings)
         torch.manual_seed(settings.seed)  # the adapter's initial values
         trainer = kind(
             model=model,
