@@ -86,7 +86,7 @@ def resolve(model: str | Path) -> Path:
     if path.is_file() and path.suffix == ".gguf":
         folder = _converted_folder(path.stem, packages.sha256(path))
         return folder if _ready(folder) else _convert_gguf(path, folder)
-    if path.is_dir():
+    if str(model) and path.is_dir():  # an empty name would mean the current folder
         return _checked_folder(path)
     if path.is_absolute() or str(model).startswith((".", "~")) or not _HUB_ID.fullmatch(str(model)):
         raise AlignProError(
