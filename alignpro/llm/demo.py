@@ -27,8 +27,8 @@ from alignpro.files import read_json, writable_folder, write_json
 from alignpro.llm.data import instructions
 from alignpro.llm.enumerate import Enumeration, EnumerationSettings, enumerate_models
 from alignpro.llm.models import load_model
-from alignpro.llm.rewards import load_reward
-from alignpro.llm.train import CURVE_FILE, TrainSettings, train
+from alignpro.llm.rewards import Reward, load_reward
+from alignpro.llm.train import TrainSettings, train
 from alignpro.theory import BOUNDS, BoundReport, Instance, Solution, check, solution
 
 RUN_FILE = "run.json"
@@ -134,16 +134,8 @@ def run(
     done("load", since)
 
     since = time.monotonic()
-    if (out / "texts.json").exists():
-        enumeration = Enumeration.load(out)
-    else:
-        prompts = instructions(settings.prompts, seed=settings.seed, max_words=settings.prompt_words)
-        with _bars() as stage:
-            enumeration = enumerate_models(
-                model, tokenizer, model, tokenizer, prompts, reward, settings.enumeration, progress=stage
-            )
-        enumeration.save(out)
-        done("enumerate", since)
+    enumeration = enumerated(out, settings, model, tokenizer, reward)
+    done("enumerate", since)
 
     instance, lam = enumeration.instance, settings.training.lam
     judge = Judge(instance, settings.beta, lam)
@@ -188,6 +180,19 @@ def run(
     done("report", since)
     _say(f"wrote {out / 'report.html'} ({time.monotonic() - started:.0f} s in all)")
     return content
+
+
+def enumerated(out: Path, settings: DemoSettings, model: Any, tokenizer: Any, reward: Reward) -> Enumeration:
+    """The enumeration saved in `out`, made first if it is not there."""
+    if (out / "texts.json").exists():
+        return Enumeration.load(out)
+    prompts = instructions(settings.prompts, seed=settings.seed, max_words=settings.prompt_words)
+    with _bars() as stage:
+        made = enumerate_models(
+            model, tokenizer, model, tokenizer, prompts, reward, settings.enumeration, progress=stage
+        )
+    made.save(out)
+    return made
 
 
 def _open_run(out: Path, settings: DemoSettings, resume: bool) -> dict[str, Any]:
@@ -389,6 +394,3 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "packages": {name: version(name) for name in packages},
     }
-
-
-__all__ = ["CURVE_FILE", "QUICK", "DemoSettings", "Judge", "analyse", "environment", "run"]

@@ -13,29 +13,21 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
 from alignpro.llm.prompter import Template, target_ids
+from alignpro.llm.rewards import Reward
 from alignpro.llm.tree import PrefixTree, TreeTask, leaf_probabilities
 from alignpro.theory import Instance, Names, load
 
 Tokens = tuple[int, ...]
 Progress = Callable[[int], None]
-
-
-class Reward(Protocol):
-    """r(x, y): scores responses to ORIGINAL prompts, within a declared range."""
-
-    low: float
-    high: float
-
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray: ...
 
 
 def _silent(_: int) -> None:
@@ -44,7 +36,7 @@ def _silent(_: int) -> None:
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Tokens],
     *,
@@ -102,7 +94,7 @@ class EnumerationSettings:
     response_tokens: int = 40
     """Longest response; longer ones are cut there, as a token limit would."""
     candidate_temperature: float = 0.9
-    """Temperature at which CANDIDATE rewrites are drawn. The policies themselves always have temperature 1."""
+    """Temperature at which CANDIDATE rewrites are drawn. The policies always have temperature 1."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -118,7 +110,7 @@ class EnumerationSettings:
 
 
 def sample_rewrites(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     template: Template,
@@ -162,7 +154,7 @@ def sample_rewrites(
 
 
 def sample_responses(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rewrites: Sequence[Sequence[str]],
     settings: EnumerationSettings,
@@ -276,9 +268,9 @@ def _tuples(value: Any) -> Any:
 
 
 def enumerate_models(
-    prompter: PreTrainedModel,
+    prompter: Any,
     prompter_tokenizer: PreTrainedTokenizerBase,
-    frozen: PreTrainedModel,
+    frozen: Any,
     frozen_tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     reward: Reward,
@@ -306,11 +298,17 @@ def enumerate_models(
         model.eval()
 
     rewrite_ids = sample_rewrites(
-        prompter, prompter_tokenizer, prompts, template, settings,
+        prompter,
+        prompter_tokenizer,
+        prompts,
+        template,
+        settings,
         stage("sampling rewrites", count * (settings.rewrites * 5 // 4 + 1)),
-    )  # fmt: skip
-    rewrites = [[x, *(template.text(prompter_tokenizer, t) for t in ids[1:])]
-                for x, ids in zip(prompts, rewrite_ids, strict=True)]  # fmt: skip
+    )
+    rewrites = [
+        [x, *(template.text(prompter_tokenizer, t) for t in ids[1:])]
+        for x, ids in zip(prompts, rewrite_ids, strict=True)
+    ]
     response_ids = sample_responses(
         frozen, frozen_tokenizer, rewrites, settings, stage("sampling responses", count * settings.responses)
     )
@@ -318,15 +316,19 @@ def enumerate_models(
 
     prompt_ids = [template.prompt_ids(prompter_tokenizer, x) for x in prompts]
     prior_rows = leaf_probabilities(
-        prompter, prompt_ids, [PrefixTree(tuple(ids)) for ids in rewrite_ids],
+        prompter,
+        prompt_ids,
+        [PrefixTree(tuple(ids)) for ids in rewrite_ids],
         progress=stage("scoring rewrites", count),
-    )  # fmt: skip
+    )
     response_trees = [PrefixTree(tuple(ids)) for ids in response_ids]
     pairs = [(x, text) for x, row in enumerate(rewrites) for text in row]
     frozen_rows = leaf_probabilities(
-        frozen, [target_ids(frozen_tokenizer, text) for _, text in pairs], [response_trees[x] for x, _ in pairs],
+        frozen,
+        [target_ids(frozen_tokenizer, text) for _, text in pairs],
+        [response_trees[x] for x, _ in pairs],
         progress=stage("scoring responses", len(pairs)),
-    )  # fmt: skip
+    )
 
     all_responses = [text for row in responses for text in row]
     tick = stage("rewarding", count)

@@ -47,7 +47,9 @@ def shaped_rewards(
 def generalized_advantages(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation (arXiv 1506.02438): A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t.
+    """Generalized advantage estimation (arXiv 1506.02438).
+
+    A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t.
 
     Args:
         rewards, values, mask: [B, T]; the value after the last token is 0.
@@ -89,7 +91,7 @@ def clipped_surrogate(
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float | None
 ) -> Tensor:
-    """½ mean over tokens of max((V − G)², (V_clipped − G)²), V_clipped within ±clip_range of the old value."""
+    """½ mean over tokens of max((V − G)², (V_c − G)²), V_c clipped to ±clip_range about the old value."""
     error = (values - returns).square()
     if clip_range is not None:
         near = old_values + (values - old_values).clamp(-clip_range, clip_range)
@@ -116,11 +118,10 @@ class Critic(nn.Module):
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, 1)
-        )
-        nn.init.zeros_(self.body[-1].weight)
-        nn.init.zeros_(self.body[-1].bias)
+        last = nn.Linear(width, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.body = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width), nn.GELU(), last)
         self.center: Tensor
         self.scale: Tensor
         self.register_buffer("center", torch.tensor(0.0))
@@ -165,8 +166,10 @@ class PPOTrainer(GRPOTrainer):
         AlignProError: a setting that would move the optimum away from ρ*.
     """
 
-    _tag_names = ("trl", "ppo")
+    _tag_names = ["trl", "ppo"]  # noqa: RUF012 - the base class declares a list
     _name = "PPO"
+    args: Any
+    model: Any
 
     def __init__(self, *positional: Any, args: PPOConfig, **named: Any) -> None:
         faithful = {
@@ -184,7 +187,7 @@ class PPOTrainer(GRPOTrainer):
         if not args.kl_coef > 0:
             raise AlignProError(f"kl_coef = {args.kl_coef}: λ must be positive")
         args.beta = args.kl_coef  # makes GRPOTrainer compute the reference's log-probabilities
-        super().__init__(*positional, args=args, **named)
+        super().__init__(*positional, **(named | {"args": args}))
         self.critic = Critic(self.model.config.hidden_size, args.critic_width).to(self.accelerator.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -240,7 +243,7 @@ class PPOTrainer(GRPOTrainer):
         with torch.no_grad():
             values = self.critic(features) * mask
         advantages, returns = generalized_advantages(rewards, values, mask, args.gamma, args.gae_lambda)
-        # A constant baseline has no expected gradient. Advantages are not rescaled: Adam already is scale free.
+        # A constant baseline has no expected gradient. No rescaling: Adam is scale free already.
         advantages = (advantages - (advantages * mask).sum() / mask.sum()) * mask
 
         batch |= {

@@ -36,8 +36,7 @@ class Template:
 
     def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, x: str) -> tuple[int, ...]:
         """Token ids that the prompter continues with x′."""
-        text = tokenizer.apply_chat_template(self.messages(x), tokenize=False, add_generation_prompt=True)
-        return tuple(tokenizer(text + self.opening, add_special_tokens=False).input_ids)
+        return _chat_ids(tokenizer, self.messages(x), self.opening)
 
     def rewrite_ids(self, tokenizer: PreTrainedTokenizerBase, rewrite: str) -> tuple[int, ...]:
         """Token ids with which the prompter says `rewrite` and ends its turn."""
@@ -47,12 +46,16 @@ class Template:
     @staticmethod
     def text(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
         """x′ as text: special tokens and surrounding white space removed."""
-        return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ...]:
     """Token ids of `prompt` as the user's turn of the frozen model's chat."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    return _chat_ids(tokenizer, [{"role": "user", "content": prompt}])
+
+
+def _chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], opening: str = ""
+) -> tuple[int, ...]:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tuple(tokenizer(str(text) + opening, add_special_tokens=False).input_ids)

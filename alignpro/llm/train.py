@@ -74,6 +74,11 @@ class TreeRollouts:
     no KL and no gradient.
     """
 
+    accelerator: Any
+    model: Any
+    ref_model: Any
+    state: Any
+
     def __init__(self, *positional: Any, task: TreeTask, **named: Any) -> None:
         self.task = task
         self._row = {text: x for x, text in enumerate(task.prompts)}
@@ -290,8 +295,8 @@ class Trained:
     model: Any = field(repr=False)
 
 
-def adapter_config(model: nn.Module, rank: int, layers: float) -> LoraConfig:
-    """A LoRA adapter (arXiv 2106.09685) on every linear map of the top layers; fresh, it leaves ρ_θ = ρ_sft."""
+def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
+    """A LoRA adapter (arXiv 2106.09685) on every linear map of the top layers; fresh, it changes nothing."""
     depth = model.config.num_hidden_layers
     first = depth - max(1, round(layers * depth))
     names = {
@@ -308,7 +313,7 @@ def adapter_config(model: nn.Module, rank: int, layers: float) -> LoraConfig:
 
 
 def train(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     task: TreeTask,
     settings: TrainSettings,
@@ -361,10 +366,10 @@ def train(
         "top_k": 0,
         "max_completion_length": max(t.layout.leaf_edges.shape[1] for t in task.trees),
         "logging_steps": settings.epochs,
-        "save_steps": settings.epochs,  # a checkpoint between two epochs of one batch could not be resumed exactly
+        "save_steps": settings.epochs,  # between two epochs of one batch, resuming would redraw the batch
         "save_total_limit": 2,
         "bf16": False,
-        "gradient_checkpointing": False,  # TRL's default would recompute, and backpropagate through frozen layers
+        "gradient_checkpointing": False,  # TRL's default recomputes, and differentiates frozen layers too
         "report_to": [],
         "disable_tqdm": True,
         "seed": settings.seed,

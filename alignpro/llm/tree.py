@@ -10,13 +10,15 @@ state decides between children, and a tree-shaped attention mask lets each node 
 Tokens after the last decision of a path never reach the model, since their probability is one.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignpro.errors import AlignProError
 
@@ -44,10 +46,10 @@ class PrefixTree:
                 raise AlignProError(
                     f"prefix tree: sequence {i} is empty; every sequence needs at least one token"
                 )
-        for i, j in zip(ordered, ordered[1:], strict=False):  # a prefix sorts right before its extensions
+        for i, j in itertools.pairwise(ordered):  # a prefix sorts right before its extensions
             if self.sequences[j][: len(self.sequences[i])] == self.sequences[i]:
                 raise AlignProError(
-                    f"prefix tree: sequence {i} is a prefix of sequence {j}; end every sequence with an end token"
+                    f"prefix tree: sequence {i} is a prefix of sequence {j}; end each with an end token"
                 )
 
     @cached_property
@@ -80,8 +82,10 @@ class PrefixTree:
         nodes = [n for n in range(1, len(token)) if kept[n]]
         slot = {0: -1} | {n: i for i, n in enumerate(nodes)}  # -1 is the last token of the prompt
 
-        edge_of = {}
-        edge_state, edge_token, edge_group = [], [], []
+        edge_of: dict[int, int] = {}
+        edge_state: list[int] = []
+        edge_token: list[int] = []
+        edge_group: list[int] = []
         groups = [n for n in range(len(token)) if len(children[n]) > 1]
         for g, node in enumerate(groups):
             for child in children[node]:
@@ -155,7 +159,7 @@ class TreeScores:
     entropies: Tensor
 
     def step_log_probs(self, leaves: Tensor, steps: int) -> Tensor:
-        """[B, steps] log-probability of each token of the given leaves' actions; 0 where forced or past the end."""
+        """[B, steps] log-probability of each token of the leaves' actions; 0 where forced or past the end."""
         return self._per_step(self.edge_log_probs, self.layout.leaf_edges, leaves, steps)
 
     def step_entropies(self, leaves: Tensor, steps: int) -> Tensor:
@@ -175,7 +179,7 @@ class TreeScores:
 def _packed(
     prompts: Sequence[Sequence[int]], layouts: Sequence[TreeLayout], device: torch.device
 ) -> dict[str, Tensor]:
-    """Right-padded rows `prompt + kept nodes` with positions and the tree-shaped attention mask [B, 1, L, L]."""
+    """Right-padded rows `prompt + kept nodes`, their positions, and the tree-shaped mask [B, 1, L, L]."""
     size = max(len(p) + len(t.tokens) for p, t in zip(prompts, layouts, strict=True))
     ids = np.zeros((len(prompts), size), np.int64)
     positions = np.zeros((len(prompts), size), np.int64)
@@ -191,21 +195,17 @@ def _packed(
             positions[b, n + i] = positions[b, n + p] + 1  # p = −1 is the prompt's last token
             if p >= 0:
                 sees[b, 0, n + i, n : n + i] = sees[b, 0, n + p, n : n + i]
-    to = {"device": device}
-    return {
-        "input_ids": torch.as_tensor(ids, **to),
-        "position_ids": torch.as_tensor(positions, **to),
-        "attention_mask": torch.as_tensor(sees, **to),
-    }
+    packed = {"input_ids": ids, "position_ids": positions, "attention_mask": sees}
+    return {name: torch.as_tensor(array, device=device) for name, array in packed.items()}
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The causal language model under a PEFT wrapper (whose adapters stay in place)."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def tree_states(
-    model: nn.Module, prompts: Sequence[Sequence[int]], layouts: Sequence[TreeLayout]
+    model: Any, prompts: Sequence[Sequence[int]], layouts: Sequence[TreeLayout]
 ) -> list[Tensor]:
     """Final hidden states at each tree's states, in one forward pass.
 
@@ -231,7 +231,7 @@ def tree_states(
 
 
 def tree_scores(
-    model: nn.Module, prompts: Sequence[Sequence[int]], trees: Sequence[PrefixTree]
+    model: Any, prompts: Sequence[Sequence[int]], trees: Sequence[PrefixTree]
 ) -> list[TreeScores]:
     """The model's exact policies on B prefix trees, in one differentiable forward pass.
 
@@ -275,7 +275,7 @@ def tree_scores(
 
 @torch.no_grad()
 def leaf_probabilities(
-    model: nn.Module,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     trees: Sequence[PrefixTree],
     *,
