@@ -29,7 +29,7 @@ class Experiment:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the training; the enumeration is the same for all."""
     settings: DemoSettings = field(
-        default_factory=lambda: DemoSettings(training=TrainSettings(iterations=40))
+        default_factory=lambda: DemoSettings(training=TrainSettings(iterations=32))
     )
 
 
