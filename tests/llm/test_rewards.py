@@ -1,0 +1,296 @@
+"""The Bradley–Terry head against plain formulas, and the trained reward on real text."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from alignpro.errors import AlignProError
+from alignpro.llm import data, packages, rewards
+from alignpro.llm.data import PreferencePair
+from alignpro.llm.rewards import (
+    TEXT_FEATURES,
+    BradleyTerryReward,
+    Embedder,
+    bradley_terry_loss,
+    fit_bradley_terry,
+    wilson_interval,
+)
+
+NEEDED = ("minilm", "llamafactory", "eval-framework")
+needs_reward = pytest.mark.skipif(
+    not all(packages.cached(name) for name in NEEDED),
+    reason='fetch and train it with: python -c "from alignpro.llm.rewards import load_reward; load_reward()"',
+)
+
+
+def synthetic(n: int, dimension: int, seed: int):
+    """Feature differences and the preferences that a known linear reward makes by eq. (1)'s model."""
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(size=dimension)
+    differences = rng.normal(size=(n, dimension))
+    prefers_first = rng.random(n) < 1 / (1 + np.exp(-differences @ truth))
+    return truth, np.where(prefers_first[:, None], differences, -differences)
+
+
+def test_the_loss_is_equation_1():
+    rng = np.random.default_rng(0)
+    w, d = rng.normal(size=4), rng.normal(size=(7, 4))
+    share = rng.dirichlet(np.ones(7))
+    expected = 0.0
+    for i in range(7):
+        margin = sum(w[j] * d[i, j] for j in range(4))
+        expected -= share[i] * math.log(1 / (1 + math.exp(-margin)))
+    expected += 0.5 * 0.3 * sum(x * x for x in w)
+    assert bradley_terry_loss(w, d, share, 0.3)[0] == pytest.approx(expected, rel=1e-12)
+
+
+def numerical_gradient(w, d, share, decay, step=1e-6):
+    eye = np.eye(len(w)) * step
+    f = [
+        bradley_terry_loss(w + e, d, share, decay)[0] - bradley_terry_loss(w - e, d, share, decay)[0]
+        for e in eye
+    ]
+    return np.array(f) / (2 * step)
+
+
+def test_the_gradient_is_the_derivative_and_mutants_are_not():
+    rng = np.random.default_rng(1)
+    w, d = rng.normal(size=5), rng.normal(size=(9, 5))
+    share = rng.dirichlet(np.ones(9))
+    gradient = bradley_terry_loss(w, d, share, 0.2)[1]
+    numeric = numerical_gradient(w, d, share, 0.2)
+    np.testing.assert_allclose(gradient, numeric, atol=1e-8)
+    sigma = 1 / (1 + np.exp(-d @ w))
+    mutants = {
+        "σ(m) for σ(−m)": -d.T @ (share * sigma) + 0.2 * w,
+        "sign": d.T @ (share * (1 - sigma)) + 0.2 * w,
+        "unweighted": -d.T @ (1 - sigma) / 9 + 0.2 * w,
+        "no decay": -d.T @ (share * (1 - sigma)),
+        "decay doubled": -d.T @ (share * (1 - sigma)) + 0.4 * w,
+    }
+    for name, mutant in mutants.items():
+        assert np.abs(mutant - numeric).max() > 1e-3, name
+
+
+def test_the_loss_does_not_overflow():
+    loss, gradient = bradley_terry_loss(np.array([1e4]), np.array([[-1.0]]), np.ones(1), 0.0)
+    assert loss == 1e4
+    assert gradient == pytest.approx([1.0])
+
+
+def test_training_recovers_a_known_linear_reward():
+    truth, differences = synthetic(20_000, 6, seed=2)
+    fitted = fit_bradley_terry(differences, np.ones(len(differences)), 1e-6)
+    np.testing.assert_allclose(fitted, truth, atol=0.12)
+    # A stationary point of the objective it claims to minimise.
+    share = np.full(len(differences), 1 / len(differences))
+    assert np.abs(bradley_terry_loss(fitted, differences, share, 1e-6)[1]).max() < 1e-6
+
+
+def test_training_is_deterministic_and_shrinks_with_decay():
+    _, differences = synthetic(200, 5, seed=3)
+    fits = [fit_bradley_terry(differences, np.ones(200), decay) for decay in (0.01, 0.01, 1.0, 100.0)]
+    np.testing.assert_array_equal(fits[0], fits[1])
+    norms = [np.linalg.norm(fit) for fit in fits[1:]]
+    assert norms[0] > norms[1] > norms[2] > 0
+
+
+def test_pair_weights_act_as_repetition():
+    _, differences = synthetic(60, 4, seed=4)
+    counts = np.random.default_rng(5).integers(1, 4, size=60)
+    repeated = fit_bradley_terry(np.repeat(differences, counts, axis=0), np.ones(counts.sum()), 0.1)
+    np.testing.assert_allclose(fit_bradley_terry(differences, counts.astype(float), 0.1), repeated, atol=1e-6)
+
+
+def test_separable_pairs_need_decay():
+    for decay in (0.0, -1.0, math.nan):
+        with pytest.raises(AlignProError, match="positive"):
+            fit_bradley_terry(np.ones((3, 1)), np.ones(3), decay)
+    with pytest.raises(AlignProError, match="no preference pairs"):
+        fit_bradley_terry(np.ones((0, 1)), np.ones(0), 1.0)
+
+
+def test_wilson_intervals():
+    # The interval's ends solve (p̂ − p)² = z² p (1 − p) / n, Wilson's defining equation.
+    z = 1.959963984540054
+    for k, n in ((1, 10), (37, 90), (90, 90), (0, 5), (12.5, 20)):
+        for p in wilson_interval(k, n):
+            assert (k / n - p) ** 2 == pytest.approx(z * z * p * (1 - p) / n, abs=1e-12)
+    assert wilson_interval(0, 10)[0] == 0.0
+    assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
+    assert wilson_interval(15, 20, level=0.99)[0] < wilson_interval(15, 20)[0]
+    for bad in ((-1, 3), (4, 3), (0, 0)):
+        with pytest.raises(AlignProError):
+            wilson_interval(*bad)
+
+
+def test_text_features_notice_what_they_name():
+    def feature(name: str, response: str, prompt: str = "Name a red fruit") -> float:
+        return rewards._text_features(prompt, response)[TEXT_FEATURES.index(name) - 2]
+
+    assert feature("prompt words", "a red fruit") == 1.0
+    assert feature("prompt words", "an apple") == 0.0
+    assert feature("distinct words", "apple") == 0.0
+    assert feature("distinct words", "apple apple apple apple") < feature("distinct words", "apple apple") < 0
+    assert (feature("ends", "An apple."), feature("ends", "An apple and")) == (1.0, 0.0)
+    assert feature("list lines", "- apple\n2. cherry\nplain") == pytest.approx(2 / 3)
+    assert feature("question", "Which?") == 1.0
+    assert feature("first person", "Sorry, I can't") == 1.0
+    assert feature("capitals", "APP") == 1.0
+    assert feature("non-ASCII", "苹果") == 1.0
+    for text in ("", " ", "\n", "🙂", "?!", "a" * 10_000):
+        assert np.isfinite(rewards._text_features("", text)).all()
+    assert len(rewards._text_features("x", "y")) == len(TEXT_FEATURES) - 2
+
+
+def test_cutting_keeps_white_space_inside():
+    assert rewards._cut("  one\n\n- two  three four", 4) == "one\n\n- two  three"
+    assert rewards._cut("one", 3) == "one"
+    assert rewards._cut("  ", 3) == ""
+
+
+def test_prompts_weigh_the_same_and_groups_have_their_shares():
+    def pair(prompt: str, source: str, split: str = "train") -> PreferencePair:
+        return PreferencePair(prompt, "a", "b", source, split)  # type: ignore[arg-type]
+
+    pairs = [pair("x", "hb"), pair("x", "hb"), pair("y", "dpo"), pair("z", "dpo", "test"), pair("x", "echo")]
+    weight = rewards._pair_weights(pairs, 4, {"echo": 0.1})
+    assert weight == pytest.approx([0.25, 0.25, 0.5, 1.0, 0.1])
+
+
+def test_accuracy_is_averaged_within_prompts():
+    fact = rewards._clustered(["a", "a", "a", "a", "b"], np.array([1, 1, 1, 1, 0.0]))
+    assert fact["value"] == 0.5
+    assert (fact["prompts"], fact["pairs"]) == (2, 5)
+    assert (fact["lo"], fact["hi"]) == wilson_interval(1, 2)
+
+
+def test_unknown_rewards(tmp_path):
+    with pytest.raises(AlignProError, match="minilm-bt"):
+        rewards.load_reward("nope")
+    with pytest.raises(AlignProError, match="cannot load a reward") as error:
+        rewards.load_reward(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def reward():
+    return rewards.load_reward("minilm-bt")
+
+
+PROMPT = "What are the benefits of regular exercise?"
+GOOD = "Regular exercise strengthens the heart, improves mood and sleep, and helps keep a healthy weight."
+BAD = {
+    "other subject": "The French Revolution began in 1789 and ended the monarchy of Louis XVI in France.",
+    "echo": PROMPT,
+    "loop": "Regular exercise strengthens Regular exercise strengthens Regular exercise strengthens",
+    "silence": "",
+    "debris": "asdf 9#@! lkj qwe zxc :: ;; }}",
+}
+
+
+@pytest.mark.weights
+@needs_reward
+class TestTrainedReward:
+    @pytest.mark.parametrize("kind", BAD)
+    def test_a_good_answer_beats_an_obviously_bad_one(self, reward, kind):
+        good, bad = reward.score([PROMPT] * 2, [GOOD, BAD[kind]])
+        assert good > bad + 0.1
+
+    def test_scores_lie_in_the_declared_range(self, reward):
+        texts = ["", " ", "\x00", "🙂" * 500, "a" * 20_000, GOOD, GOOD * 50, "\n" * 100]
+        scores = reward.score([PROMPT] * len(texts), texts)
+        assert scores.dtype == np.float64
+        assert scores.shape == (len(texts),)
+        assert ((reward.low <= scores) & (scores <= reward.high)).all()
+        assert reward.score([], []).shape == (0,)
+
+    def test_padding_an_answer_earns_nothing(self, reward):
+        filler = " In addition, it is good to note that this is something to note."
+        texts = [GOOD + filler * n for n in (0, 2, 4, 8)]
+        scores = reward.score([PROMPT] * len(texts), texts)
+        assert scores[-1] < scores[0]
+
+    def test_a_score_does_not_depend_on_its_batch(self, reward):
+        texts = [GOOD, *BAD.values()]
+        together = reward.score([PROMPT] * len(texts), texts)
+        fresh = dataclasses.replace(reward, embedder=Embedder())
+        alone = [fresh.score([PROMPT], [text])[0] for text in texts]
+        np.testing.assert_allclose(alone, together, atol=1e-5)
+
+    def test_the_score_is_the_squashed_head(self, reward):
+        """Recomputed from the saved numbers, without the class's own arithmetic."""
+        phi = rewards.features([PROMPT], [GOOD], reward.embedder)[0]
+        ex = reward.embedder.embed([PROMPT])[0].astype(float)
+        raw = sum(reward.weights * (phi - reward.mean) * reward.scale_by)
+        raw -= ex @ reward.baseline[:-1] + reward.baseline[-1]
+        expected = 1 / (1 + math.exp(-(raw - reward.centre) / reward.scale))
+        assert reward.score([PROMPT], [GOOD])[0] == pytest.approx(expected, rel=1e-9)
+
+    def test_it_beats_chance_and_length_on_held_out_prompts(self, reward):
+        # The first 40 words of every answer: a third of the time, and the length that small models write.
+        test = [rewards._shortened(pair, 40) for pair in data.preference_pairs(split="test")]
+        measured = rewards.accuracy(reward, test)
+        assert measured == pytest.approx(reward.describe()["test_accuracy_first_40_words"], abs=0.02)
+        assert measured["lo"] > 0.5
+        assert measured["value"] > rewards.longer_wins(test)["value"]
+
+    def test_the_description_is_json_and_measured(self, reward):
+        facts = reward.describe()
+        json.dumps(facts, allow_nan=False)
+        assert abs(facts["length_correlation"]) < 0.35
+        assert sum(facts["pairs"].values()) == len(data.preference_pairs())
+        assert facts["limits"]
+        facts["limits"].clear()
+        assert reward.describe()["limits"]  # a copy
+
+    def test_saving_and_loading(self, reward, tmp_path):
+        reward.save(tmp_path / "saved")
+        assert {p.name for p in (tmp_path / "saved").iterdir()} == {"head.safetensors", "reward.json"}
+        again = rewards.load_reward(str(tmp_path / "saved"))
+        texts = [GOOD, *BAD.values()]
+        prompts = [PROMPT] * len(texts)
+        np.testing.assert_allclose(again.score(prompts, texts), reward.score(prompts, texts), atol=1e-6)
+        assert again.describe() == reward.describe()
+        head = tmp_path / "saved" / "head.safetensors"
+        head.write_bytes(head.read_bytes()[:-8])
+        with pytest.raises(AlignProError, match="cannot load a reward"):
+            BradleyTerryReward.load(tmp_path / "saved")
+
+    def test_mistakes_are_named(self, reward):
+        with pytest.raises(AlignProError, match="2 prompts and 1 responses"):
+            reward.score(["a", "b"], ["c"])
+        with pytest.raises(AlignProError, match=r"responses\[1\] is NoneType"):
+            reward.score(["a", "b"], ["c", None])
+        broken = dataclasses.replace(reward, weights=np.full_like(reward.weights, np.nan))
+        with pytest.raises(AlignProError, match=r"sample 0 is nan.*regular exercise"):
+            broken.score([PROMPT], [GOOD])
+
+    def test_identical_texts_are_embedded_once(self, reward):
+        embedder = Embedder(cache_size=3)
+        rows = []
+        forward = embedder._forward
+        embedder._forward = lambda batch: rows.append(len(batch)) or forward(batch)
+        first = embedder.embed(["a", "b", "a", "c"])
+        assert rows == [3]
+        np.testing.assert_array_equal(first[0], first[2])
+        np.testing.assert_array_equal(embedder.embed(["a"]), first[:1])
+        assert rows == [3]
+        embedder.embed(["d"])  # evicts the least recently used
+        assert len(embedder._cache) == 3
+        np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1, atol=1e-6)
+
+    def test_training_is_deterministic(self, reward):
+        """A small configuration, twice; and another seed builds other pairs."""
+        config = rewards.TrainingConfig(
+            sources=("dpo-demo",), weight_decays=(1.0,), short_words=8, constructed_prompts=30
+        )
+        small = Embedder(max_tokens=16)
+        one, two = (rewards.train_bradley_terry(config, small) for _ in range(2))
+        np.testing.assert_array_equal(one.weights, two.weights)
+        assert one.describe() == two.describe()
+        other = dataclasses.replace(config, seed=1)
+        assert rewards.constructed_pairs(config) != rewards.constructed_pairs(other)
