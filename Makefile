@@ -15,7 +15,7 @@ ARGS   ?=
 	@touch $@
 
 demo: .venv/.installed
-	$(BIN)/alignpro demo --out $(OUT) $(ARGS)
+	$(BIN)/alignpro demo --resume --out $(OUT) $(ARGS)
 
 test: .venv/.installed
 	$(BIN)/python -m pytest $(ARGS)

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol, Union
 
 import tyro
@@ -92,7 +92,70 @@ class Solve:
         return 0
 
 
-VERBS: dict[str, type[Verb]] = {"verify": Verify, "solve": Solve}
+@dataclass(frozen=True)
+class Demo:
+    """Theory meets PPO on a real language model: the main job.
+
+    Restricts SmolLM2-135M-Instruct, as prompter and as frozen model, to finite sets of rewrites and responses
+    on which everything is exact; trains the prompter; checks Theorem 1 before and after; writes report.html.
+    """
+
+    out: str
+    """Folder for the report and all that it rests on. Created if need be; must not hold another run."""
+    resume: bool = False
+    """Continue an interrupted run in that folder (or start one)."""
+    quick: bool = False
+    """Smaller sets and a shorter training."""
+    model: str | None = None
+    """Prompter and frozen model: a packaged name, a local folder or a hub id."""
+    reward: str | None = None
+    """Reward model: a packaged name or the folder of a saved one."""
+    prompts_file: str | None = None
+    """Your own prompts, one per line. Default: real instructions from a package."""
+    prompts: int | None = None
+    """How many prompts."""
+    rewrites: int | None = None
+    """Distinct rewrites per prompt, the original among them."""
+    responses: int | None = None
+    """Distinct responses per prompt."""
+    beta: float | None = None
+    """RLHF tuning parameter, positive, in reward units."""
+    lam: float | None = None
+    """Prompt tuning parameter (lambda), positive, in reward units."""
+    algorithm: str | None = None
+    """ppo or rloo."""
+    iterations: int | None = None
+    """Rounds of sampling; each is followed by a few optimizer steps."""
+    sampled_rewards: bool = False
+    """Reward a rewrite with one sampled response, not with its expected reward."""
+    seed: int = 0
+    """Determines prompts, samples and training."""
+
+    def run(self) -> int:
+        try:
+            from alignpro.llm import demo
+        except ModuleNotFoundError as error:
+            raise AlignProError(
+                f"demo: the package {error.name} is missing; run pip install 'alignpro[llm]'"
+            ) from error
+
+        preset = demo.QUICK if self.quick else demo.DemoSettings()
+
+        def given(*names: str) -> dict[str, Any]:
+            return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+        settings = replace(
+            preset,
+            **given("model", "reward", "prompts_file", "prompts", "beta", "seed"),
+            exact_rewards=not self.sampled_rewards,
+            enumeration=replace(preset.enumeration, **given("rewrites", "responses")),
+            training=replace(preset.training, **given("lam", "algorithm", "iterations")),
+        )
+        demo.run(self.out, settings, resume=self.resume)
+        return 0
+
+
+VERBS: dict[str, type[Verb]] = {"demo": Demo, "verify": Verify, "solve": Solve}
 
 
 def _parse(arguments: Sequence[str]) -> Verb:

@@ -46,6 +46,8 @@ class DemoSettings:
     """User prompts: real instructions."""
     prompt_words: int = 12
     """Longest user prompt, in words."""
+    prompts_file: str | None = None
+    """User prompts of your own, one per line, instead of the packaged ones."""
     beta: float = 0.1
     """β of the RLHF optimum π* (eq. 4), in units of the reward."""
     exact_rewards: bool = True
@@ -120,6 +122,8 @@ def run(
     """
     out = writable_folder(out)
     started = time.monotonic()
+    if settings.prompts_file:
+        own_prompts(settings.prompts_file, settings.prompts)  # a bad file stops the run before it starts
     state = _open_run(out, settings, resume)
     timings: dict[str, float] = state["seconds"]
 
@@ -186,13 +190,33 @@ def enumerated(out: Path, settings: DemoSettings, model: Any, tokenizer: Any, re
     """The enumeration saved in `out`, made first if it is not there."""
     if (out / "texts.json").exists():
         return Enumeration.load(out)
-    prompts = instructions(settings.prompts, seed=settings.seed, max_words=settings.prompt_words)
+    if settings.prompts_file:
+        prompts = own_prompts(settings.prompts_file, settings.prompts)
+    else:
+        prompts = instructions(settings.prompts, seed=settings.seed, max_words=settings.prompt_words)
     with _bars() as stage:
         made = enumerate_models(
             model, tokenizer, model, tokenizer, prompts, reward, settings.enumeration, progress=stage
         )
     made.save(out)
     return made
+
+
+def own_prompts(path: str, most: int) -> list[str]:
+    """The first `most` distinct, non-empty lines of a UTF-8 text file.
+
+    Raises:
+        AlignProError: it cannot be read or holds no prompt.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise AlignProError(f"prompts_file {path}: cannot be read ({reason}); name a text file") from error
+    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not found:
+        raise AlignProError(f"prompts_file {path}: holds no prompt; write one per line")
+    return found[:most]
 
 
 def _open_run(out: Path, settings: DemoSettings, resume: bool) -> dict[str, Any]:
