@@ -196,6 +196,8 @@ class PPOTrainer(GRPOTrainer):
         if fresh:
             group = {"params": list(self.critic.parameters()), "lr": self.args.critic_learning_rate}
             optimizer.add_param_group(group | {"weight_decay": 0.0})
+            # The Trainer clears the gradients of its model only.
+            optimizer.register_step_post_hook(lambda *_: self.critic.zero_grad())
         return optimizer
 
     @torch.no_grad()

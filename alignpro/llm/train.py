@@ -374,6 +374,7 @@ def train(
         "disable_tqdm": True,
         "seed": settings.seed,
         "use_cpu": next(model.parameters()).device.type == "cpu",
+        "shuffle_dataset": False,  # every batch holds all prompts; a fixed order makes resuming bit-exact
         "remove_unused_columns": False,
         "disable_dropout": True,
         "log_completions": False,

@@ -204,9 +204,7 @@ def unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def tree_states(
-    model: Any, prompts: Sequence[Sequence[int]], layouts: Sequence[TreeLayout]
-) -> list[Tensor]:
+def tree_states(model: Any, prompts: Sequence[Sequence[int]], layouts: Sequence[TreeLayout]) -> list[Tensor]:
     """Final hidden states at each tree's states, in one forward pass.
 
     Args:

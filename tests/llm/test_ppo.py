@@ -1,0 +1,151 @@
+"""The mathematics of PPO against NumPy loops written from the formulas."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alignpro.llm.ppo import (
+    Critic,
+    clipped_surrogate,
+    clipped_value_loss,
+    explained_variance,
+    generalized_advantages,
+    shaped_rewards,
+)
+
+EPS = float(torch.finfo(torch.float64).eps)
+
+
+@st.composite
+def batches(draw):
+    """(seed, mask [B, T]) with right-padded rows of at least one token."""
+    lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+    steps = max(lengths) + draw(st.integers(0, 2))
+    mask = torch.tensor([[1.0] * n + [0.0] * (steps - n) for n in lengths], dtype=torch.float64)
+    return draw(st.integers(0, 2**31)), mask
+
+
+def normal(seed, mask, k):
+    rng = np.random.default_rng([seed, k])
+    return torch.tensor(rng.normal(size=mask.shape))
+
+
+@settings(max_examples=50, deadline=None)
+@given(batch=batches(), kl_coef=st.floats(1e-3, 10))
+def test_rewards_add_up_to_score_minus_lambda_log_ratio(batch, kl_coef):
+    seed, mask = batch
+    logp, ref = normal(seed, mask, 0), normal(seed, mask, 1)
+    score = normal(seed, mask, 2)[:, 0]
+    rewards = shaped_rewards(score, logp, ref, mask, kl_coef)
+    log_ratio = ((logp - ref) * mask).sum(1)
+    magnitude = (score.abs() + kl_coef * ((logp.abs() + ref.abs()) * mask).sum(1)).max()
+    assert torch.allclose(
+        rewards.sum(1), score - kl_coef * log_ratio, rtol=0, atol=float(20 * EPS * magnitude)
+    )
+    assert ((rewards == 0) | (mask == 1)).all()
+    # Mutant: the k3 estimate, which moves the optimum, gives other totals.
+    k3 = ((ref - logp).exp() - (ref - logp) - 1) * mask
+    assert not torch.allclose(score - kl_coef * k3.sum(1), rewards.sum(1), rtol=0, atol=1e-9 * kl_coef)
+
+
+def gae_by_definition(rewards, values, lengths, gamma, lam):
+    """A_t = Σ_l (γλ)^l (r_{t+l} + γ V_{t+l+1} − V_{t+l}), V = 0 after the last token."""
+    out = np.zeros_like(rewards)
+    for b, n in enumerate(lengths):
+        delta = [
+            rewards[b, t] + gamma * (values[b, t + 1] if t + 1 < n else 0.0) - values[b, t] for t in range(n)
+        ]
+        for t in range(n):
+            out[b, t] = sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, n))
+    return out
+
+
+@settings(max_examples=50, deadline=None)
+@given(batch=batches(), gamma=st.floats(0.5, 1), lam=st.floats(0, 1))
+def test_generalized_advantages(batch, gamma, lam):
+    seed, mask = batch
+    rewards, values = normal(seed, mask, 0) * mask, normal(seed, mask, 1)
+    advantages, returns = generalized_advantages(rewards, values, mask, gamma, lam)
+    lengths = mask.sum(1).int().tolist()
+    expected = gae_by_definition(rewards.numpy(), values.numpy(), lengths, gamma, lam)
+    tolerance = 100 * EPS * float(1 + rewards.abs().sum() + values.abs().sum())
+    np.testing.assert_allclose(advantages.numpy(), expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(returns.numpy(), expected + (values * mask).numpy(), rtol=0, atol=tolerance)
+
+
+def test_generalized_advantages_tell_gamma_from_lambda():
+    """Mutants: γ and λ swapped; the value after the end not zero."""
+    rewards = torch.tensor([[1.0, 2.0, 3.0]])
+    values = torch.tensor([[0.5, -1.0, 2.0]])
+    mask = torch.ones(1, 3)
+    right, _ = generalized_advantages(rewards, values, mask, 0.9, 0.5)
+    swapped, _ = generalized_advantages(rewards, values, mask, 0.5, 0.9)
+    assert not torch.allclose(right, swapped)
+    # γ = λ = 1: reward to go minus value.
+    plain, _ = generalized_advantages(rewards, values, mask, 1.0, 1.0)
+    assert torch.allclose(plain, torch.tensor([[6.0, 5.0, 3.0]]) - values)
+    longer, _ = generalized_advantages(
+        torch.cat([rewards, torch.full((1, 1), 9.0)], 1),
+        torch.cat([values, torch.full((1, 1), 7.0)], 1),
+        torch.tensor([[1.0, 1.0, 1.0, 0.0]]),
+        0.9,
+        0.5,
+    )
+    assert torch.allclose(longer[:, :3], right)
+    assert longer[0, 3] == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(batch=batches(), clip=st.floats(0.05, 0.5))
+def test_clipped_surrogate(batch, clip):
+    seed, mask = batch
+    old, advantages = normal(seed, mask, 0), normal(seed, mask, 1)
+    new = (old + 0.5 * normal(seed, mask, 2)).requires_grad_()
+    loss, share = clipped_surrogate(new, old, advantages, mask, clip)
+    (gradient,) = torch.autograd.grad(loss, new)
+
+    ratio = np.exp((new - old).detach().numpy())
+    a, m = advantages.numpy(), mask.numpy()
+    objective = np.minimum(ratio * a, np.clip(ratio, 1 - clip, 1 + clip) * a)
+    tolerance = 50 * EPS * float((ratio * np.abs(a)).sum() + 1)
+    assert float(loss) == pytest.approx(-(objective * m).sum() / len(m), abs=tolerance)
+    dead = ((ratio > 1 + clip) & (a > 0)) | ((ratio < 1 - clip) & (a < 0))
+    assert float(share) == pytest.approx((dead * m).sum() / m.sum(), abs=10 * EPS)
+    expected = np.where(dead, 0.0, -ratio * a) * m / len(m)
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=0, atol=tolerance)
+
+
+def test_surrogate_at_the_old_policy_is_the_policy_gradient_per_sequence():
+    """Mutant: a mean over tokens weighs a long sequence's tokens less than a short one's."""
+    logp = torch.zeros(2, 4, requires_grad=True)
+    mask = torch.tensor([[1.0, 1, 1, 1], [1.0, 0, 0, 0]])
+    loss, _ = clipped_surrogate(logp, torch.zeros(2, 4), torch.ones(2, 4), mask, 0.2)
+    loss.backward()
+    assert torch.equal(logp.grad, -mask / 2)  # not −mask/5
+
+
+def test_value_loss():
+    values, old = torch.tensor([[1.0, 5.0]]), torch.tensor([[0.0, 0.0]])
+    returns, mask = torch.tensor([[2.0, 9.0]]), torch.tensor([[1.0, 0.0]])
+    assert clipped_value_loss(values, old, returns, mask, None) == pytest.approx(0.5)
+    # Clipped to 0.2: (0.2 − 2)² = 3.24 is the larger error.
+    assert clipped_value_loss(values, old, returns, mask, 0.2) == pytest.approx(1.62)
+
+
+def test_explained_variance():
+    returns = torch.tensor([[1.0, 3.0, 5.0, 100.0]])
+    mask = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    assert explained_variance(returns, returns, mask) == 1
+    assert explained_variance(torch.full_like(returns, 7.0), returns, mask) == pytest.approx(0)
+    assert explained_variance(-returns, returns, mask) == pytest.approx(-3)  # Var(2G) = 4 Var(G)
+
+
+def test_critic_starts_at_the_mean_return_in_its_units():
+    torch.manual_seed(0)
+    critic = Critic(hidden_size=8, width=4)
+    critic.calibrate(torch.tensor([100.0, 104.0]))
+    critic.calibrate(torch.tensor([0.0, 1.0]))  # only the first batch counts
+    assert torch.equal(critic(torch.randn(5, 3, 8)), torch.full((5, 3), 102.0))
+    assert critic.scale == 2

@@ -1,0 +1,180 @@
+"""Training on prefix trees: PPO and RLOO reach ρ*, mutants do not; resuming repeats the run bit for bit."""
+
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from alignpro.errors import AlignProError
+from alignpro.llm import ppo
+from alignpro.llm import train as train_module
+from alignpro.llm.models import tiny_model
+from alignpro.llm.ppo import PPOConfig, PPOTrainer
+from alignpro.llm.train import TrainSettings, train
+from alignpro.llm.tree import PrefixTree, TreeTask, leaf_probabilities
+
+END, LAM = 1, 0.35
+PROMPTS = ("ab", "cd")
+
+
+def problem():
+    """20 rewrites of one or two tokens for each of two prompts; rewards in [0, 1.5] that depend on both."""
+    model, tokenizer = tiny_model(seed=1, vocab="abcd")
+    one = [(a, END) for a in range(3, 7)]
+    two = list(itertools.product(range(3, 7), repeat=2))
+    tree = PrefixTree((*one, *two))
+    ids = tuple(tuple(tokenizer(p).input_ids) for p in PROMPTS)
+    rewards = np.random.default_rng(0).uniform(0, 1.5, (2, len(tree.sequences)))
+    task = TreeTask(PROMPTS, ids, (tree, tree), lambda x, leaves: rewards[x, list(leaves)].tolist())
+    reference = leaf_probabilities(model, ids, [tree, tree])
+    star = [p * np.exp(r / LAM) for p, r in zip(reference, rewards, strict=True)]
+    star = [s / s.sum() for s in star]
+
+    def evaluate(policy):
+        kl = [float((p * np.log(p / s)).sum()) for p, s in zip(policy, star, strict=True)]
+        return {"kl_to_star": sum(kl) / 2}
+
+    return model, tokenizer, task, evaluate
+
+
+FAST = TrainSettings(lam=LAM, iterations=40, samples=256, learning_rate=3e-3, lora_layers=1.0)
+
+
+def fit(folder, settings=FAST, **options):
+    model, tokenizer, task, evaluate = problem()
+    return train(model, tokenizer, task, settings, folder, evaluate=evaluate, **options)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+def test_reaches_the_optimum(algorithm, tmp_path):
+    trained = fit(tmp_path, TrainSettings(**(vars(FAST) | {"algorithm": algorithm})))
+    kl = [line["exact"]["kl_to_star"] for line in trained.curve]
+    assert kl[0] > 0.2
+    assert kl[-1] < 0.01
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    if algorithm == "ppo":  # each line's sampled values stand beside the exact ones of the same policy
+        assert all("ppo/kl_k1" in line["sampled"] for line in trained.curve[:-1])
+        assert trained.curve[0]["sampled"]["ppo/kl_k1"] == pytest.approx(0, abs=1e-5)
+        # Mutant: a critic whose gradients are never cleared explains less than a constant would.
+        assert trained.curve[-2]["sampled"]["ppo/explained_variance"] > 0.5
+
+
+def test_k3_in_the_reward_misses_the_optimum(monkeypatch, tmp_path):
+    """Mutant: E[k3] is the same KL, but its gradient through the score is not the KL's."""
+
+    def with_k3(score, logp, ref, mask, kl_coef):
+        k3 = ((ref - logp).exp() - (ref - logp) - 1) * mask
+        rewards = -kl_coef * k3
+        last = mask.sum(1).long() - 1
+        return rewards.scatter_add(1, last[:, None], score[:, None])
+
+    monkeypatch.setattr(ppo, "shaped_rewards", with_k3)
+    assert fit(tmp_path).curve[-1]["exact"]["kl_to_star"] > 0.05
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
+    """A run killed between checkpoints continues from the last one and repeats the same numbers exactly."""
+    settings = TrainSettings(**(vars(FAST) | {"iterations": 6, "samples": 64}))
+    whole = fit(tmp_path / "whole", settings)
+
+    class Killed(Exception):
+        pass
+
+    def kill(step, _total, _exact):
+        if step == 4 * settings.epochs:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(tmp_path / "cut", settings, progress=kill)
+    resumed = fit(tmp_path / "cut", settings, resume=True)
+    assert [line["exact"] for line in resumed.curve] == [line["exact"] for line in whole.curve]
+    for a, b in zip(resumed.policy, whole.policy, strict=True):
+        np.testing.assert_array_equal(a, b)
+    # Mutant: without the critic's checkpoint the numbers differ.
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-24", ignore_errors=True)
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(PPOTrainer, "_load_from_checkpoint", super(PPOTrainer, PPOTrainer)._load_from_checkpoint)
+    with monkey.context():
+        forgetful = fit(tmp_path / "cut", settings, resume=True)
+    assert [line["exact"] for line in forgetful.curve] != [line["exact"] for line in whole.curve]
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    settings = TrainSettings(**(vars(FAST) | {"iterations": 1, "samples": 8}))
+    fit(tmp_path, settings)
+    with pytest.raises(AlignProError, match=r"learning_rate = 0\.003, not 0\.1"):
+        fit(tmp_path, TrainSettings(**(vars(settings) | {"learning_rate": 0.1})), resume=True)
+
+
+def test_samples_follow_the_exact_policy(tmp_path):
+    """χ² of 20,000 sampled rewrites against exact probabilities; false-alarm rate 1e-4 per prompt."""
+    settings = TrainSettings(**(vars(FAST) | {"iterations": 1, "samples": 8}))
+    seen = {}
+
+    class Spy(train_module.TreePPOTrainer):
+        def train(self, *arguments, **named):
+            out = super().train(*arguments, **named)
+            torch.manual_seed(0)
+            ids = [list(i) for i in self.task.prompt_ids for _ in range(10_000)]
+            seen["actions"], seen["policy"] = self._sample(ids), self.exact_policy()
+            seen["leaf"] = self._leaf
+            return out
+
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(train_module, "TreePPOTrainer", Spy)
+    with monkey.context():
+        fit(tmp_path, settings)
+    for x in range(2):
+        actions = seen["actions"][10_000 * x : 10_000 * (x + 1)]
+        counts = np.bincount([seen["leaf"][x][tuple(a)] for a in actions], minlength=20)
+        exact = seen["policy"][x]
+        common = exact * 10_000 >= 5
+
+        def grouped(values, common=common):
+            return np.append(values[common], values[~common].sum())
+
+        observed, expected = grouped(counts), grouped(exact * 10_000)
+        keep = expected > 0
+        assert stats.chisquare(observed[keep], expected[keep]).pvalue > 1e-4
+        # Mutant: the other prompt's policy does not fit.
+        other = grouped(seen["policy"][1 - x] * 10_000)
+        assert stats.chisquare(observed, other * observed.sum() / other.sum()).pvalue < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"algorithm": "dpo"}, "algorithm 'dpo'"),
+        ({"lam": 0.0}, r"lam = 0\.0"),
+        ({"lam": float("nan")}, "lam = nan"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"lora_layers": 1.5}, "lora_layers"),
+        ({"samples": 1}, "samples = 1"),
+        ({"iterations": 0}, "iterations = 0"),
+    ],
+)
+def test_bad_settings_are_named(change, words):
+    with pytest.raises(AlignProError, match=words):
+        TrainSettings(**(vars(TrainSettings()) | change))
+
+
+@pytest.mark.parametrize(
+    "change", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}, {"gamma": 0.99}, {"kl_coef": 0.0}]
+)
+def test_settings_that_move_the_optimum_are_refused(change, tmp_path):
+    model, tokenizer, _, _ = problem()
+    args = PPOConfig(**({"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "top_k": 0} | change))
+    with pytest.raises(AlignProError, match=next(iter(change))):
+        PPOTrainer(model=model, processing_class=tokenizer, reward_funcs=lambda **_: [], args=args)
+
+
+def test_curve_file_has_one_json_line_per_iteration(tmp_path):
+    settings = TrainSettings(**(vars(FAST) | {"iterations": 3, "samples": 8}))
+    trained = fit(tmp_path, settings)
+    lines = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    assert lines == trained.curve
+    assert [line["step"] for line in lines] == [0, 4, 8, 12]
