@@ -1,5 +1,6 @@
 """Exact quantities and bounds of saved instances: what `alignpro solve` prints."""
 
+import functools
 import math
 import os
 from collections import defaultdict
@@ -107,6 +108,7 @@ def solve_instances(
     return results
 
 
+@functools.lru_cache(maxsize=32)
 def _evaluator(bounds: tuple[str, ...], r_max: float | None) -> Callable[..., Any]:
     def one(instance: Instance, beta, lam):
         s = solution(instance, beta, lam)

@@ -1,13 +1,20 @@
 """Shapes and types of the exact theory are checked at run time, in tests only."""
 
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
+# `Instance` is left out: it takes anything array-like, and its own validation is what is tested.
+_CHECKED = [
+    f"alignpro.theory.{path.stem}"
+    for path in (Path(__file__).parents[1] / "alignpro" / "theory").glob("*.py")
+    if path.stem not in ("__init__", "instance")
+]
 if "alignpro.theory" not in sys.modules:
-    install_import_hook("alignpro.theory", "beartype.beartype")
+    install_import_hook(_CHECKED, "beartype.beartype")
 
 jax.config.update("jax_enable_x64", True)
 

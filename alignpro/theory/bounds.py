@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from alignpro.errors import AlignProError
-from alignpro.theory.divergences import Floats, log_quotient, scaled_kl
+from alignpro.theory.divergences import TINY, Floats, log_quotient, scaled_kl
 from alignpro.theory.gibbs import check_temperature, exponent, power_of_two, tilt
 from alignpro.theory.instance import KEYS, Instance, probabilities, unchecked
 
@@ -174,7 +174,7 @@ def solution(
     reference = jnp.sum(prior * r, -1)
     optimum = jnp.sum(model.probs * d, -1)
     achieved = jnp.sum(rho * r, -1)
-    tv_rows = lax.map(lambda row: 0.5 * jnp.sum(jnp.abs(frozen - row), -1), own_frozen)
+    tv_rows = lax.map(lambda row: 0.5 * jnp.sum(jnp.abs(frozen - row[None, :]), -1), own_frozen)
     tv_shift = jnp.sum(prior * tv_rows, -1)
 
     # λ log(ρ*/ρ_sft) in reward units, finite for every λ: what the ratio times λ would be.
@@ -320,10 +320,13 @@ def _averaged(s: Solution, lhs, terms, rhs, error, assumptions, magnitude) -> St
     """E_x of both sides; `magnitude` [X] is what was summed, for the error of the average itself."""
     n = s.p.shape[-1]
     average = s.average
+    summed = average(magnitude)
+    # Below the smallest normal number compiled code flushes to 0, errors included.
+    flushed = jnp.where(summed > 0, 16.0 * TINY, 0.0)
     return Statement(
         lhs=average(lhs),
         rhs=average(rhs),
-        error=average(error) + 2.0 * (n + 8) * EPS * average(magnitude),
+        error=average(error) + 2.0 * (n + 8) * EPS * summed + flushed,
         ceiling=average(s.span),
         terms={name: average(term) for name, term in terms.items()},
         assumptions=assumptions,

@@ -59,9 +59,13 @@ def power_of_two(n: Int[Floats, "..."]) -> Float[Array, "..."]:
 
 
 def exponent(x: Float[Floats, "..."]) -> Int[Array, "..."]:
-    """e with 2^(e−1) ≤ |x| < 2^e, held to ±960 so that 2^±e times a temperature stays normal."""
-    bits = lax.bitcast_convert_type(jnp.abs(lax.stop_gradient(x)), jnp.int64)
-    return jnp.clip((bits >> 52) - 1022, -960, 960)
+    """e with 2^(e−1) ≤ |x| < 2^e (0 for 0), held to ±480.
+
+    Two scalings by such powers then leave any temperature from 1e-18 to 1e18 a normal number.
+    """
+    x = jnp.abs(lax.stop_gradient(x))
+    bits = lax.bitcast_convert_type(x, jnp.int64)
+    return jnp.where(x > 0, jnp.clip((bits >> 52) - 1022, -480, 480), 0)
 
 
 def tilt(
@@ -127,7 +131,7 @@ def tilt(
         lift=jnp.sum(base * growth * scaled_ratio, -1) * unit,
         cost=scaled_kl(tk, probs, base, ratio, scaled_ratio) * unit,
         gain=gain * unit,
-        tv=0.5 * jnp.sum(base * jnp.abs(growth), -1),
+        tv=jnp.minimum(0.5 * jnp.sum(base * jnp.abs(growth), -1), 1.0),
     )
 
 
@@ -149,9 +153,13 @@ def check_temperature(name: str, value: object) -> float:
     number = math.nan
     if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
         number = float(value)
-    if not (math.isfinite(number) and number >= 1e-200 and number <= 1e200):
+    if not 0 < number < math.inf:
         raise AlignProError(
             f"{name} {value}: must be a positive finite number; give one such as {name} 0.5 "
             "(use a small positive value for the greedy limit)"
+        )
+    if not 1e-18 <= number <= 1e18:
+        raise AlignProError(
+            f"{name} {value}: is outside 1e-18 to 1e18; divide rewards, beta and lam by a common factor"
         )
     return number

@@ -115,9 +115,10 @@ def load(path: str | os.PathLike[str]) -> Instance:
     """
     remedy = "write it with alignpro's Instance.save or numpy.savez"
     try:
-        with np.load(Path(path), allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise AlignProError(f"{path}: is a single .npy array, not an .npz; {remedy}")
+        opened = np.load(Path(path), allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise AlignProError(f"{path}: is a single .npy array, not an .npz; {remedy}")
+        with opened as archive:
             missing = [key for key in KEYS if key not in archive.files]
             if missing:
                 raise AlignProError(

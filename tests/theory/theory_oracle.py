@@ -20,13 +20,7 @@ def oracle(p, prior, frozen, own, reward, beta, lam, prompter=None, exp=np.exp, 
         return sum(abs(s - t) for s, t in zip(a, b, strict=True)) / 2
 
     out = {key: [] for key in ("log_z", "log_z_star", "rho", "pi", "span")}
-    sums = dict.fromkeys(
-        (
-            "j_star j_rho delta1 delta2 tv_model tv_shift prompter_kl prompter_kl_back model_kl model_kl_back "
-            "span_model span_shift kl_to_star kl_to_reference shift span_mean shortfall"
-        ).split(),
-        0 * p[0],
-    )
+    sums: dict = {}
     for x in xs:
         r = [sum(frozen[k][y] * reward[x][y] for y in ys) for k in ks]
         pi_f = frozen[own[x]]
@@ -67,7 +61,7 @@ def oracle(p, prior, frozen, own, reward, beta, lam, prompter=None, exp=np.exp, 
         }
         row["shortfall"] = (e_star - row["prompter_kl"]) - (e_rho - row["kl_to_reference"])
         for key, value in row.items():
-            sums[key] += p[x] * value
+            sums[key] = sums.get(key, 0 * p[0]) + p[x] * value
     low = min(min(row) for row in reward)
     high = max(max(row) for row in reward)
     r_max = high if low >= 0 else high - low

@@ -1,0 +1,342 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from theory_oracle import EPS, close, exact, fields, finite, kills, oracle
+
+from alignpro.errors import AlignProError
+from alignpro.solve import solve_instances
+from alignpro.theory.bounds import BOUNDS, IDENTITIES, LEMMAS, WRONG_BOUNDS, check, judge, solution
+from alignpro.theory.families import FAMILIES, draw, random_prompters
+from alignpro.theory.gibbs import grid
+from alignpro.theory.instance import Instance
+
+compiled = jax.jit(solution)
+KEYS = {"theorem1": "theorem1", "span": "span_form", "tight": "tight", "trained": "trained"}
+
+
+def changed(instance, **fields):
+    return dataclasses.replace(instance, **fields)
+
+
+def test_a_thousand_instances_against_plain_numpy():
+    """`solve` on many shapes, padded and batched, against the formulas written out."""
+    rng = np.random.default_rng(0)
+    names = [n for n in FAMILIES if n not in ("near_deterministic", "scaled", "peaked")]
+    instances = []
+    for i in range(1000):
+        shape = tuple(int(n) for n in rng.integers(1, 8, 3))
+        instances += draw(names[i % len(names)], i, shape)
+    beta, lam = 0.4, 0.7
+    wanted = [oracle(*fields(instance), beta, lam) for instance in instances]
+
+    def check_all(solve):
+        for got, want in zip(solve(instances), wanted, strict=True):
+            size = max(1.0, np.abs(want["j_star"]), np.abs(want["j_rho"]))
+            for key in ("j_star", "j_rho", "gap", "exact_gap", "delta1", "delta2"):
+                assert abs(got[key] - want[key]) <= 1e-10 * max(abs(want[key]), 1e-3 * size), key
+            for key in ("log_z", "log_z_star"):
+                np.testing.assert_allclose(got[key], want[key], rtol=1e-10, atol=1e-12)
+            np.testing.assert_allclose(got["r_max"], want["r_max"], rtol=1e-10)
+            for name, bound in got["bounds"].items():
+                assert abs(bound["rhs"] - want[KEYS[name]]) <= 1e-10 * max(abs(want[KEYS[name]]), 1e-3 * size)
+                assert bound["slack"] == bound["rhs"] - got["gap"]
+                terms = bound["terms"]
+                assert min(terms.values()) >= 0
+                total = (
+                    terms["model"] + terms["prompt_shift"] + terms.get("shortfall", 0) - terms["prompter_kl"]
+                )
+                np.testing.assert_allclose(total, bound["rhs"], atol=1e-12)
+            first = got["bounds"]["theorem1"]["terms"]
+            np.testing.assert_allclose(
+                first["model"], want["r_max"] * want["tv_model"], rtol=1e-10, atol=1e-14
+            )
+            np.testing.assert_allclose(
+                first["prompt_shift"], want["r_max"] * want["tv_shift"], rtol=1e-10, atol=1e-14
+            )
+            np.testing.assert_allclose(first["prompter_kl"], want["prompter_kl"], rtol=1e-10, atol=1e-13)
+
+    check_all(lambda many: solve_instances(many, beta, lam, tuple(BOUNDS)))
+    kills(check_all, lambda many: solve_instances(many, beta, lam * (1 + 1e-6), tuple(BOUNDS)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounding_error_is_within_its_bound(family):
+    """Against 80 digits at temperatures from 1e-6 to 1e6: the claimed error covers the true one."""
+    rng = np.random.default_rng(1)
+    cases = []
+    for i, instance in enumerate(draw(family, 5, (2, 3, 3), 12)):
+        beta, lam = 10.0 ** rng.uniform(-6, 6, 2)
+        rho = random_prompters(rng, np.asarray(instance.prior)) if i % 2 else None
+        cases.append((instance, beta, lam, rho, exact(instance, beta, lam, rho, 80)))
+
+    def check_all(shrink):
+        for instance, beta, lam, rho, want in cases:
+            s = compiled(instance, beta, lam, rho)
+            for name, bound in BOUNDS.items():
+                if rho is not None and name != "trained":
+                    continue
+                found = bound(s)
+                truth = want[KEYS[name]] - want["gap"]
+                assert abs(float(found.rhs - found.lhs) - truth) <= shrink * float(found.error), name
+            if rho is None:
+                found = IDENTITIES["exact_gap"](s)
+                assert abs(float(found.lhs) - want["gap"]) <= shrink * float(found.error)
+                assert abs(float(found.rhs) - want["exact_gap"]) <= shrink * float(found.error)
+            found = IDENTITIES["suboptimality"](s)
+            assert abs(float(found.rhs) - want["kl_to_star"]) <= shrink * float(found.error)
+
+    check_all(1.0)
+    kills(check_all, 1e-6)
+
+
+@pytest.mark.parametrize("name", [*BOUNDS, *LEMMAS, *IDENTITIES])
+def test_true_statements_hold_on_every_family(name):
+    statement = {**BOUNDS, **LEMMAS, **IDENTITIES}[name]
+    equality = name in IDENTITIES
+    rng = np.random.default_rng(2)
+    evaluate = jax.jit(jax.vmap(lambda *a: statement(solution(*a))))
+    about_any = name in ("trained", "suboptimality")
+    for family in FAMILIES.values():
+        batch = family(rng, 300, (3, 4, 3))
+        beta, lam = 10.0 ** rng.uniform(-6, 6, (2, 300))
+        rho = (random_prompters(rng, np.asarray(batch.prior)),) if about_any else ()
+        found = evaluate(batch, beta, lam, *rho)
+        slack, error = np.asarray(found.rhs - found.lhs), np.asarray(found.error)
+        assert finite(slack)
+        assert (slack >= -error).all()
+        if equality:
+            assert (slack <= error).all()
+        assert all(np.asarray(a).all() for a in found.assumptions.values())
+
+
+@pytest.mark.parametrize("name", WRONG_BOUNDS)
+def test_wrong_statements_are_refuted(name):
+    rng = np.random.default_rng(3)
+    evaluate = jax.jit(jax.vmap(lambda *a: WRONG_BOUNDS[name](solution(*a))))
+    refuted = 0
+    for family in FAMILIES.values():
+        batch = family(rng, 300, (2, 3, 3))
+        beta, lam = 10.0 ** rng.uniform(-3, 3, (2, 300))
+        found = evaluate(batch, beta, lam, random_prompters(rng, np.asarray(batch.prior)))
+        refuted += int((np.asarray(found.rhs - found.lhs) < -np.asarray(found.error)).sum())
+    assert refuted > 0
+
+
+def test_signed_rewards_by_hand():
+    """One prompt, one rewrite, a fair coin with rewards ±1: gap = 2 TV, so max |r| = 1 is too small."""
+    coin = Instance([1.0], [[1.0]], [[0.5, 0.5]], [0], [[-1.0, 1.0]])
+    found = check(coin, 0.5, 1.0)
+    tv = np.tanh(2.0) / 2
+    np.testing.assert_allclose(found.gap, np.tanh(2.0), rtol=8 * EPS)
+    np.testing.assert_allclose(found.terms["model"], 2 * tv, rtol=8 * EPS)
+    assert found.verdict == "inconclusive"  # an equality: only rounding is left
+    wrong = WRONG_BOUNDS["signed_max_abs"](compiled(coin, 0.5, 1.0))
+    np.testing.assert_allclose(wrong.rhs - wrong.lhs, -tv, rtol=8 * EPS)
+
+
+def test_adversarial_instances_are_tight():
+    """Rewards aligned with both total variations make the tight form an equality, and 1e-12 less is seen."""
+    rng = np.random.default_rng(4)
+    seen = 0
+    for instance in draw("adversarial", 6, (1, 3, 4), 60):
+        if set(np.unique(instance.reward)) <= {0.0, 1.0}:
+            beta, lam = 10.0 ** rng.uniform(-1, 1, 2)
+            found = check(instance, beta, lam, "tight")
+            assert found.verdict == "inconclusive"
+            assert found.error < 1e-12
+            assert judge(found.slack - 1e-12, found.error) == "violated"
+            seen += 1
+    assert seen > 10
+
+
+def scalars(instance, beta, lam):
+    s = compiled(instance, beta, lam)
+    return {
+        "gap": float(s.average(s.gap)),
+        "exact": float(s.average(s.model_jeffreys + s.shift - s.prompter_jeffreys)),
+        **{name: float(bound(s).rhs) for name, bound in BOUNDS.items()},
+    }
+
+
+def test_metamorphic():
+    rng = np.random.default_rng(5)
+    cases = [(draw(f, 7, (3, 4, 5))[0], *10.0 ** rng.uniform(-2, 2, 2)) for f in FAMILIES if f != "scaled"]
+
+    def same(a, b, size, factor=1.0):
+        for key in a:
+            assert abs(factor * a[key] - b[key]) <= 4000 * EPS * size * max(factor, 1), key
+
+    def check_all(compute):
+        for instance, beta, lam in cases:
+            p, prior, frozen, own, reward = fields(instance)
+            size = np.ptp(reward) + np.abs(reward).max()
+            base = compute(instance, beta, lam)
+            # Renaming responses, rewrites or prompts.
+            order = rng.permutation(5)
+            same(
+                base,
+                compute(changed(instance, frozen=frozen[:, order], reward=reward[:, order]), beta, lam),
+                size,
+            )
+            order = rng.permutation(4)
+            renamed = changed(
+                instance, prior=prior[:, order], frozen=frozen[order], own=np.argsort(order)[own]
+            )
+            same(base, compute(renamed, beta, lam), size)
+            order = rng.permutation(3)
+            moved = changed(instance, p=p[order], prior=prior[order], own=own[order], reward=reward[order])
+            same(base, compute(moved, beta, lam), size)
+            # A rewrite listed twice, its mass shared.
+            twice = np.concatenate([prior[:, :3], prior[:, 3:] * 0.25, prior[:, 3:] * 0.75], 1)
+            doubled = changed(instance, prior=twice, frozen=np.concatenate([frozen, frozen[3:]]))
+            same(base, compute(doubled, beta, lam), size)
+            # A response split in two of equal reward.
+            split = np.concatenate([frozen[:, :4], frozen[:, 4:] * 0.25, frozen[:, 4:] * 0.75], 1)
+            again = changed(instance, frozen=split, reward=np.concatenate([reward, reward[:, 4:]], 1))
+            same(base, compute(again, beta, lam), size)
+            # Rewards, β and λ in other units.
+            same(base, compute(changed(instance, reward=3 * reward), 3 * beta, 3 * lam), size, 3)
+            # A shift of each prompt's rewards moves neither the gap nor any bound but Theorem 1's r_max.
+            shifted = compute(changed(instance, reward=reward + 100 * rng.uniform(size=(3, 1))), beta, lam)
+            same(
+                {k: v for k, v in base.items() if k != "theorem1"},
+                {k: v for k, v in shifted.items() if k != "theorem1"},
+                size + 200,
+            )
+
+    check_all(scalars)
+    kills(check_all, lambda i, b, t: {"gap": scalars(i, b, t)["gap"] + 1e-6 * float(i.reward[0, 0])})
+    kills(check_all, lambda i, b, t: scalars(i, b, t + 1e-3))
+    kills(check_all, lambda i, b, t: {"mean": float(np.mean(i.frozen))})
+
+
+def test_negative_rewards_are_shifted_to_zero():
+    """The convention for signed rewards is Theorem 1 on rewards shifted by their minimum."""
+    instance = draw("signed", 3, (2, 3, 4))[0]
+    lifted = changed(instance, reward=instance.reward - instance.reward.min())
+    a, b = check(instance, 0.5, 0.5), check(lifted, 0.5, 0.5)
+    assert close(a.rhs, b.rhs, abs(a.rhs) + 1, 100)
+    assert close(a.gap, b.gap, abs(a.gap) + 1, 100)
+
+
+def test_the_papers_readings():
+    rng = np.random.default_rng(6)
+    instance = draw("independent", 8, (3, 4, 5))[0]
+    # First term 0 when nothing distinguishes responses, so π* = π_F.
+    flat = check(changed(instance, reward=np.full((3, 5), 0.3)), 0.5, 0.5)
+    assert flat.terms["model"] == 0
+    assert flat.gap == 0
+    # Second term, and the prompter's, 0 when ρ_sft is a point mass on x itself.
+    alone = check(changed(instance, prior=np.eye(4)[np.asarray(instance.own)]), 0.5, 0.5)
+    assert alone.terms["prompt_shift"] == alone.terms["prompter_kl"] == 0
+    # λ → ∞ is no prompt optimization; λ → 0 the best rewrite.
+    hot, cold = compiled(instance, 0.5, 1e6), compiled(instance, 0.5, 1e-6)
+    np.testing.assert_allclose(hot.rho_star, instance.prior, atol=2e-6)
+    best = np.asarray(hot.rewrite_reward).argmax(-1)
+    np.testing.assert_allclose(cold.rho_star, np.eye(4)[best], atol=1e-12)
+    # π_ρ* can outperform π*: β large, and a rewrite better than the prompt.
+    wins = [check(i, 1e3, 1e-2).gap < 0 for i in draw("independent", int(rng.integers(1000)), (2, 4, 4), 20)]
+    assert any(wins)
+
+
+def test_trained_form_needs_no_optimal_prompter():
+    rng = np.random.default_rng(7)
+    instance = draw("independent", 9, (3, 4, 5))[0]
+    rho = rng.dirichlet(np.ones(4), size=3)
+    assert check(instance, 0.5, 0.5, "trained", prompter=rho).verdict == "holds"
+    for name in ("theorem1", "span", "tight"):
+        assert check(instance, 0.5, 0.5, name, prompter=rho).verdict == "inapplicable"
+    # ρ* itself, given as a matrix: no shortfall, and the span form again.
+    star = compiled(instance, 0.5, 0.5).rho_star
+    again, span = check(instance, 0.5, 0.5, "trained", prompter=star), check(instance, 0.5, 0.5, "span")
+    assert again.terms["shortfall"] < 1e-28
+    assert close(again.rhs, span.rhs, 1.0, 100)
+    # Mass where ρ_sft has none: KL is infinite and the statement does not apply.
+    outside = changed(instance, prior=np.array([[0.5, 0.5, 0, 0]] * 3))
+    found = check(outside, 0.5, 0.5, "trained", prompter=rho)
+    assert found.verdict == "inapplicable"
+    assert found.terms["prompter_kl"] == np.inf
+
+
+def test_unreachable_responses_do_not_count():
+    """The span form ignores a response no reachable policy gives; Theorem 1's r_max does not."""
+    instance = Instance([1.0], [[1.0, 0.0]], [[0.5, 0.5, 0.0], [0, 0, 1.0]], [0], [[0.0, 1.0, 50.0]])
+    assert float(compiled(instance, 1.0, 1.0).span[0]) == 1
+    assert check(instance, 1.0, 1.0).rhs == pytest.approx(50 * check(instance, 1.0, 1.0, "span").rhs)
+
+
+def test_r_max_override():
+    instance = draw("independent", 10, (2, 3, 4))[0]
+    assert check(instance, 1.0, 1.0, r_max=2.0).terms["model"] > check(instance, 1.0, 1.0).terms["model"]
+    found = check(instance, 1.0, 1.0, r_max=0.5)
+    assert found.verdict == "inapplicable"
+    assert found.assumptions["rewards in [0, r_max]"] is False
+    signed = changed(instance, reward=instance.reward - 0.5)
+    assert check(signed, 1.0, 1.0, r_max=2.0).verdict == "inapplicable"
+
+
+def test_verdicts():
+    assert judge(0.1, 0.01) == "holds"
+    assert judge(-0.1, 0.01) == "violated"
+    assert judge(0.01, 0.01) == "inconclusive"
+    assert judge(-0.01, 0.01) == "inconclusive"
+    assert judge(0.0, 0.0) == "holds"
+    assert judge(-1e-300, 0.0) == "violated"
+    assert judge(1.0, 0.0, applicable=False) == "inapplicable"
+    assert judge(float("nan"), 0.1) == "inconclusive"
+    assert judge(float("inf"), 0.1) == "holds"
+    assert judge(0.2, 0.1, equality=True) == "violated"
+    assert judge(-0.1, 0.1, equality=True) == "holds"
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-150, 1.0, 1e150, 1e300])
+@pytest.mark.parametrize("temperature", [1e-6, 1.0, 1e6])
+def test_no_scale_gives_nan(scale, temperature):
+    for family in ("independent", "sparse", "adversarial", "signed"):
+        base = draw(family, 11, (2, 3, 4))[0]
+        instance = changed(base, reward=base.reward * scale)
+        s = compiled(instance, temperature, temperature)
+        assert all(finite(leaf) for leaf in jax.tree.leaves(s))
+        for name in BOUNDS:
+            assert check(instance, temperature, temperature, name).verdict in ("holds", "inconclusive")
+
+
+def test_grid_jit_and_vmap_agree():
+    instance = draw("independent", 12, (2, 3, 4))[0]
+    betas, lams = jnp.array([1e-3, 1.0]), jnp.array([1e-2, 1.0, 1e4])
+    swept = jax.jit(lambda i: grid(lambda b, t: solution(i, b, t), betas, lams))(instance)
+    for i, beta in enumerate(betas):
+        for j, lam in enumerate(lams):
+            one = compiled(instance, beta, lam)
+            for a, b in zip(jax.tree.leaves(swept), jax.tree.leaves(one), strict=True):
+                np.testing.assert_allclose(a[i, j], b, rtol=1e-11, atol=1e-14)
+    eager = solution(instance, 1.0, 1.0)
+    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(compiled(instance, 1.0, 1.0)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-14)
+
+
+def test_a_gradient_of_the_slack_is_finite_and_right():
+    instance = draw("independent", 13, (2, 3, 4))[0]
+
+    def slack(lam):
+        found = BOUNDS["tight"](solution(instance, 0.5, lam))
+        return found.rhs - found.lhs
+
+    step = 1e-6
+    numeric = (slack(0.5 + step) - slack(0.5 - step)) / (2 * step)
+    np.testing.assert_allclose(jax.grad(slack)(0.5), numeric, atol=1e-8)
+
+
+def test_bad_arguments():
+    instance = draw("independent", 14, (2, 3, 4))[0]
+    with pytest.raises(AlignProError, match=r"^bound 'theorem2' is unknown; give one of theorem1"):
+        check(instance, 1.0, 1.0, "theorem2")
+    with pytest.raises(AlignProError, match=r"^beta 0\.0: must be a positive finite number"):
+        check(instance, 0.0, 1.0)
+    with pytest.raises(AlignProError, match=r"^prompter: has shape \(2, 2\)"):
+        check(instance, 1.0, 1.0, "trained", prompter=np.full((2, 2), 0.5))
+    with pytest.raises(AlignProError, match=r"^prompter\[0\] sums to 1\.5, not 1"):
+        check(instance, 1.0, 1.0, "trained", prompter=np.full((2, 3), 0.5))
