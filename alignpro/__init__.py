@@ -20,7 +20,7 @@ _HOME = {
     "tilt": "alignpro.theory",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

@@ -183,16 +183,18 @@ def _parse(arguments: Sequence[str]) -> Verb:
 
 
 def _one_line(box: str, arguments: Sequence[str]) -> str:
-    """The parser's framed complaint as one line."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│ \t") for line in box.splitlines()]
+    """The parser's framed complaint as one line, whether framed in Unicode or in ASCII."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│| \t") for line in box.splitlines()]
     paragraphs: list[list[str]] = [[]]
     for line in lines:
         if line.startswith(("╭", "╰")):
             continue
-        if line.startswith("─"):
+        if re.fullmatch("[─-]{5,}", line):
             paragraphs.append([])
         elif line:
             paragraphs[-1].append(line)
+    if "╭" not in box and len(paragraphs) > 1:
+        del paragraphs[0]  # the title, which the Unicode frame holds in its border
     said = " ".join(paragraphs[0]).rstrip(".")
     if len(paragraphs) > 1 and paragraphs[1] and paragraphs[1][0].startswith("Perhaps you meant"):
         said += f"; perhaps {paragraphs[1][1]}"

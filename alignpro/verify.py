@@ -188,6 +188,26 @@ def _evaluate(names: tuple[str, ...], instance: Instance, beta, lam, prompter) -
     return found
 
 
+def validate(statements: Sequence[str], instances: int, seed: int, families: Sequence[str]) -> None:
+    """Refuse what `verify` cannot run, before anything is written or computed.
+
+    Raises:
+        AlignProError: as `verify`.
+    """
+    for name in statements:
+        if name not in STATEMENTS:
+            raise AlignProError(f"--bound {name}: is unknown; give one of {', '.join(STATEMENTS)}")
+    for name in families:
+        if name not in FAMILIES:
+            raise AlignProError(f"--family {name}: is unknown; give one of {', '.join(FAMILIES)}")
+    if instances < len(set(families)):
+        raise AlignProError(
+            f"--instances {instances}: is below one for each of {len(set(families))} families; give more"
+        )
+    if seed < 0:
+        raise AlignProError(f"--seed {seed}: must not be negative; give 0 or more")
+
+
 def verify(
     statements: Sequence[str] = DEFAULT,
     instances: int = 1_000_000,
@@ -211,20 +231,8 @@ def verify(
     Raises:
         AlignProError: an unknown statement or family, or fewer than one instance per family.
     """
-    for name in statements:
-        if name not in STATEMENTS:
-            raise AlignProError(f"--bound {name}: is unknown; give one of {', '.join(STATEMENTS)}")
-    for name in families:
-        if name not in FAMILIES:
-            raise AlignProError(f"--family {name}: is unknown; give one of {', '.join(FAMILIES)}")
+    validate(statements, instances, seed, families)
     names, families = tuple(dict.fromkeys(statements)), tuple(dict.fromkeys(families))
-    if instances < len(families):
-        raise AlignProError(
-            f"--instances {instances}: is below one for each of {len(families)} families; give more"
-        )
-    if seed < 0:
-        raise AlignProError(f"--seed {seed}: must not be negative; give 0 or more")
-
     began = time.perf_counter()
     result = Verification(instances, seed, names, families, [], {})
     evaluate = jax.jit(jax.vmap(partial(_evaluate, names)))
@@ -399,8 +407,10 @@ def table(result: Verification) -> str:
 
 def main(bound: Sequence[str], instances: int, seed: int, family: Sequence[str], out: str | None) -> int:
     """Run, print and save; the process's exit status: 1 when anything is violated, else 0."""
+    statements, families = tuple(bound) or DEFAULT, tuple(family) or tuple(FAMILIES)
+    validate(statements, instances, seed, families)
     folder = None if out is None else writable_folder(out)
-    result = verify(bound or DEFAULT, instances, seed, family or tuple(FAMILIES))
+    result = verify(statements, instances, seed, families)
     print(table(result))
     if folder is not None:
         save(result, folder)

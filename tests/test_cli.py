@@ -1,0 +1,143 @@
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+import alignpro
+from alignpro import cli
+from alignpro.theory.families import draw
+
+GOOD = ["--beta", "0.5", "--lam", "0.25"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = []
+    for i, instance in enumerate(draw("signed", 0, (2, 3, 4), 2) + draw("sparse", 0, (1, 9, 2), 1)):
+        instance.save(tmp_path / f"{i}.npz")
+        paths.append(str(tmp_path / f"{i}.npz"))
+    return paths
+
+
+def test_solve_prints_one_json_object_per_file(files, capsys):
+    assert cli.main(["solve", *files, *GOOD, "--bounds", "all", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    for file, line in zip(files, lines, strict=True):
+        found = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+        keys = "file beta lam r_max r_max_convention j_star j_rho gap exact_gap log_z log_z_star delta1 delta2"
+        assert " ".join(found) == f"{keys} bounds"
+        assert found["file"] == file
+        assert (found["beta"], found["lam"]) == (0.5, 0.25)
+        assert list(found["bounds"]) == ["theorem1", "span", "tight", "trained"]
+        bound = found["bounds"]["theorem1"]
+        assert {"rhs", "slack", "terms", "verdict", "vacuous"} <= set(bound)
+        assert set(bound["terms"]) == {"model", "prompt_shift", "prompter_kl"}
+        np.testing.assert_allclose(found["gap"], found["delta1"] + found["delta2"], atol=1e-12)
+    assert len(json.loads(lines[0])["log_z"]) == 2
+
+
+def test_solve_prints_a_table(files, capsys):
+    assert cli.main(["solve", files[0], *GOOD, "--r-max", "0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "theorem1: inapplicable (not so: rewards in [0, r_max])" in out
+    assert "exact identity" in out
+
+
+def test_verify_holds_and_refutes(tmp_path, capsys):
+    few = ["--instances", "300", "--family", "signed"]
+    assert cli.main(["verify", *few, "--out", str(tmp_path / "new" / "run")]) == 0
+    assert "theorem1: no violation in 300 instances" in capsys.readouterr().out
+    assert json.loads((tmp_path / "new" / "run" / "verify.json").read_text())["violations"] == 0
+    assert cli.main(["verify", *few, "--bound", "signed_max_abs", "--out", str(tmp_path)]) == 1
+    assert "signed_max_abs: REFUTED" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "refuted-signed_max_abs.npz", "verify.json"]
+
+
+BAD = {
+    "no verb": ([], "Expected one of"),
+    "unknown verb": (["prove"], "prove: is no verb; give one of"),
+    "unknown flag": (["solve", "FILE", *GOOD, "--jsno"], "Unrecognized options: --jsno; perhaps --json"),
+    "no beta": (["solve", "FILE", "--lam", "1"], "Missing from alignpro solve: --beta FLOAT"),
+    "text beta": (["solve", "FILE", "--beta", "x", "--lam", "1"], "Error parsing --beta: could not convert"),
+    "no file": (["solve", *GOOD], "FILES: no file given"),
+    "zero lam": (
+        ["solve", "FILE", "--beta", "1", "--lam", "0"],
+        "--lam 0.0: must be a positive finite number",
+    ),
+    "negative": (["solve", "FILE", "--beta", "-2", "--lam", "1"], "--beta -2.0: must be a positive finite"),
+    "nan lam": (["solve", "FILE", "--beta", "1", "--lam", "nan"], "--lam nan: must be a positive finite"),
+    "infinite": (["solve", "FILE", "--beta", "inf", "--lam", "1"], "--beta inf: must be a positive finite"),
+    "huge": (["solve", "FILE", "--beta", "1e30", "--lam", "1"], "--beta 1e+30: is outside"),
+    "r_max": (["solve", "FILE", *GOOD, "--r-max", "nan"], "--r-max nan: must be a finite number"),
+    "bound": (["solve", "FILE", *GOOD, "--bounds", "q"], "--bounds q: is unknown; give one of theorem1"),
+    "missing": (["solve", "FILE", "gone.npz", *GOOD], "gone.npz: no such file"),
+    "verify bound": (["verify", "--bound", "q", "--out", "OUT"], "--bound q: is unknown"),
+    "verify family": (["verify", "--family", "q", "--out", "OUT"], "--family q: is unknown"),
+    "verify count": (["verify", "--instances", "0", "--out", "OUT"], "--instances 0: is below one"),
+    "verify seed": (["verify", "--seed", "-1", "--out", "OUT"], "--seed -1: must not be negative"),
+    "out is a file": (["verify", "--out", "FILE"], "--out "),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_get_one_line_and_status_2(case, files, tmp_path, capsys):
+    arguments, message = BAD[case]
+    out = tmp_path / "out"
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    arguments = [{"FILE": files[0], "OUT": str(out)}.get(a, a) for a in arguments]
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"alignpro: error: {message}")
+    assert said.err.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_every_bad_file_gets_its_line_before_anything_is_computed(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("alignpro.solve.solve_instances", lambda *a: pytest.fail("computed"))
+    (tmp_path / "text.npz").write_text("no")
+    bad = [str(tmp_path / "gone.npz"), str(tmp_path / "text.npz")]
+    assert cli.main(["solve", files[0], bad[0], files[1], bad[1], *GOOD]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert [line.split(": ")[2] for line in said.err.splitlines()] == bad
+
+
+def test_help_version_and_interruption(capsys, monkeypatch):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"alignpro {alignpro.__version__}\n"
+    assert cli.main(["solve", "--help"]) == 0
+    assert "in reward units" in capsys.readouterr().out
+
+    @dataclass(frozen=True)
+    class Wait:
+        """Wait."""
+
+        def run(self) -> int:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "wait", Wait)
+    assert cli.main(["wait"]) == 130
+    assert capsys.readouterr().err == "alignpro: interrupted\n"
+
+
+def test_nothing_heavy_is_imported():
+    script = (
+        "import sys, alignpro.cli, alignpro.verify, alignpro.solve, alignpro.theory; "
+        "print([m for m in ('torch', 'matplotlib', 'transformers', 'pandas') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    light = "import sys, alignpro, alignpro.cli; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_closed_pipe_is_quiet(files):
+    command = f"{sys.executable} -m alignpro.cli solve {' '.join(files)} --beta 1 --lam 1 --json | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
