@@ -121,6 +121,14 @@ def run(
         AlignProError: `out` holds another run, or cannot be written; a bad setting; no network at first use.
     """
     out = writable_folder(out)
+    try:
+        return _run(out, settings, resume, command)
+    except KeyboardInterrupt:
+        _say(f"\nwhat is done is kept in {out}; the same command with --resume continues")
+        raise
+
+
+def _run(out: Path, settings: DemoSettings, resume: bool, command: str | None) -> dict[str, Any]:
     started = time.monotonic()
     if settings.prompts_file:
         own_prompts(settings.prompts_file, settings.prompts)  # a bad file stops the run before it starts
@@ -175,7 +183,7 @@ def run(
         "settings": asdict(settings),
         "reward_model": reward.describe(),
         "curve": trained.curve,
-        "seconds": timings,
+        "seconds": dict(timings),
     }
     write_json(out / "report.json", content)
     from alignpro.report import render
@@ -230,9 +238,7 @@ def _open_run(out: Path, settings: DemoSettings, resume: bool) -> dict[str, Any]
         ]
         if clash:
             raise AlignProError(f"--out {out}: {clash[0]} is there but no {RUN_FILE}; choose an empty folder")
-        state = {"settings": wanted, "seconds": {}}
-        write_json(path, state)
-        return state
+        return {"settings": wanted, "seconds": {}}
     if not resume:
         raise AlignProError(
             f"--out {out}: holds a run already; add --resume to continue it, or choose another folder"
