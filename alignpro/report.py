@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,8 +59,9 @@ _COLOUR = {"sft": "#E69F00", "theta": "#0072B2", "star": "#009E73"}
 _TERMS = {"model": "#56B4E9", "prompt_shift": "#CC79A7", "shortfall": "#D55E00"}
 _INK, _MUTED, _VERMILLION = "#1a1a1a", "#6b6b6b", "#D55E00"
 _MATH = {"sft": r"$\rho_{\mathrm{sft}}$", "theta": r"$\rho_\theta$", "star": r"$\rho^*$"}
-_STYLE = {
-    "font.family": "DejaVu Sans",  # shipped with matplotlib, so every machine draws the same
+_FONT = "DejaVu Sans"  # shipped with matplotlib, so every machine draws the same
+_STYLE: dict[str, Any] = {
+    "font.family": _FONT,
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
@@ -177,7 +179,12 @@ def shorten(text: str, width: int) -> str:
     if len(text) <= width:
         return text
     tail = (width - 1) * 2 // 5
-    return f"{text[: width - 1 - tail].rstrip()}…{text[-tail:].lstrip()}"
+    head, tail_text = text[: width - 1 - tail], text[-tail:]
+    if " " in head[len(head) // 2 :]:  # at a word's end, where that costs little
+        head = head[: head.rindex(" ")]
+    if " " in tail_text[: tail // 2]:
+        tail_text = tail_text[tail_text.index(" ") :]
+    return f"{head.rstrip()}…{tail_text.lstrip()}"
 
 
 def _guard(text: str) -> str:
@@ -239,7 +246,7 @@ def _png(figure: Figure) -> bytes:
 
 @cache
 def _glyphs() -> frozenset[int]:
-    path = font_manager.findfont(_STYLE["font.family"])
+    path = font_manager.findfont(_FONT)
     return frozenset(ft2font.FT2Font(path).get_charmap())
 
 
@@ -373,7 +380,7 @@ def _spread(values: Sequence[float], least: float) -> list[float]:
     """Positions at least `least` apart, in the order of `values` and as near to them as one pass allows."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     placed = list(values)
-    for before, i in zip(order, order[1:], strict=False):
+    for before, i in pairwise(order):
         placed[i] = max(placed[i], placed[before] + least)
     shift = sum(p - v for p, v in zip(placed, values, strict=True)) / max(len(values), 1)
     return [p - shift for p in placed]
@@ -520,7 +527,7 @@ def _policies(content: Mapping[str, Any]) -> Plot | None:
     figure = _figure(0.265 * sum(heights) + 0.9)
     panels = figure.subplots(len(prompts), 1, height_ratios=heights, squeeze=False, sharex=True)[:, 0]
     for axes, prompt, (kept, rest) in zip(panels, prompts, parts, strict=True):
-        labels = [f"{shorten(r['text'], 40)}  {r['reward']:.2f}" for r in kept]
+        labels = [f"{shorten(r['text'], 46)}  {r['reward']:.2f}" for r in kept]
         rows: list[Mapping[str, float]] = [*kept]
         if rest:
             labels.append(f"{len(rest)} more, summed")
@@ -549,7 +556,7 @@ def _policies(content: Mapping[str, Any]) -> Plot | None:
         )
     panels[-1].set_xlabel("probability (after each rewrite: its R)")
     handles = [Patch(facecolor=_COLOUR[who], label=_MATH[who]) for who in PROMPTERS]
-    figure.legend(handles=handles, loc="outside upper right", ncols=3)
+    figure.legend(handles=handles, loc="outside upper left", ncols=3)
     more = len(content["prompts"]) - len(prompts)
     if more:
         figure.supxlabel(f"{more} more prompts are not drawn", fontsize=10)
