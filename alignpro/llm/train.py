@@ -39,7 +39,7 @@ class TrainSettings:
     """ppo, or rloo (TRL's own)."""
     lam: float = 0.05
     """λ: weight of KL(ρ‖ρ_sft) in the prompter's objective (eq. 9), in units of the reward."""
-    iterations: int = 25
+    iterations: int = 16
     """Rounds of sampling; each is followed by `epochs` optimizer steps."""
     samples: int = 64
     """Rewrites sampled per prompt and iteration."""
