@@ -105,27 +105,29 @@ class Demo:
     resume: bool = False
     """Continue an interrupted run in that folder (or start one)."""
     quick: bool = False
-    """Smaller sets and a shorter training."""
+    """Smaller sets and a shorter training: minutes become one or two."""
     model: str | None = None
-    """Prompter and frozen model: a packaged name, a local folder or a hub id."""
+    """Prompter and frozen model: a packaged name, a local folder or a hub id.
+
+    Default: smollm2-135m-instruct."""
     reward: str | None = None
-    """Reward model: a packaged name or the folder of a saved one."""
+    """Reward model: a packaged name or the folder of a saved one. Default: minilm-bt."""
     prompts_file: str | None = None
     """Your own prompts, one per line. Default: real instructions from a package."""
     prompts: int | None = None
-    """How many prompts."""
+    """How many prompts. Default: 8 (quick: 3)."""
     rewrites: int | None = None
-    """Distinct rewrites per prompt, the original among them."""
+    """Distinct rewrites per prompt, the original among them. Default: 16 (quick: 8)."""
     responses: int | None = None
-    """Distinct responses per prompt."""
+    """Distinct responses per prompt. Default: 32 (quick: 12)."""
     beta: float | None = None
-    """RLHF tuning parameter, positive, in reward units."""
+    """RLHF tuning parameter, positive, in reward units. Default: 0.1."""
     lam: float | None = None
-    """Prompt tuning parameter (lambda), positive, in reward units."""
+    """Prompt tuning parameter (lambda), positive, in reward units. Default: 0.05."""
     algorithm: str | None = None
-    """ppo or rloo."""
+    """ppo or rloo. Default: ppo."""
     iterations: int | None = None
-    """Rounds of sampling; each is followed by a few optimizer steps."""
+    """Rounds of sampling, each followed by 4 optimizer steps. Default: 16 (quick: 5)."""
     sampled_rewards: bool = False
     """Reward a rewrite with one sampled response, not with its expected reward."""
     seed: int = 0

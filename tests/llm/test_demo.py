@@ -205,3 +205,20 @@ def test_control_c_ends_quietly_and_the_run_continues(workplace, tmp_path):
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [line["step"] for line in content["curve"]] == list(range(0, 49, 4))
+
+
+def test_help_states_the_defaults(capsys):
+    """The flags default to None, so their help says what that means; it must stay true."""
+    assert cli.main(["demo", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    full, quick = DemoSettings(), demo.QUICK
+    for name, a, b in (
+        ("prompts", full.prompts, quick.prompts),
+        ("rewrites", full.enumeration.rewrites, quick.enumeration.rewrites),
+        ("responses", full.enumeration.responses, quick.enumeration.responses),
+        ("iterations", full.training.iterations, quick.training.iterations),
+    ):
+        assert f"Default: {a} (quick: {b})" in said, name
+    assert f"followed by {full.training.epochs} optimizer steps" in said
+    for value in (full.beta, full.training.lam, full.training.algorithm, full.model, full.reward):
+        assert f"Default: {value}." in said
