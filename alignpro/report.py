@@ -255,6 +255,10 @@ def _drawable(text: str) -> str:
     return "".join(c if ord(c) in _glyphs() else "\ufffd" for c in text)
 
 
+def _label(text: str) -> str:
+    return _drawable(shorten(text, 24)).replace("$", r"\$")
+
+
 def _ratio(row: Mapping[str, Any]) -> str:
     return f"{1 / row['tightness']:.1f} × the gap" if row["tightness"] else "gap is not positive"
 
@@ -269,7 +273,7 @@ def _bound(content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Plo
         _bound_row(axes, i, row, right)
     axes.axvline(0, color=_MUTED, lw=0.8)
     axes.axvline(content["span"], color=_INK, lw=1.2, ls=(0, (4, 3)), zorder=0)
-    names = [f"{r['label']}\n{_MATH.get(r['who'], r['who'])}" for r in rows]
+    names = [f"{_label(r['label'])}\n{_MATH.get(r['who']) or _label(r['who'])}" for r in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(rows) - 0.45, -0.75)
@@ -328,7 +332,7 @@ def _bound_row(axes: Axes, i: int, row: Mapping[str, Any], right: float) -> None
     if row["vacuous"]:
         axes.text(place, middle, "vacuous", va="center", fontweight="bold", color="#a84300", bbox=plain)
     axes.barh(middle, gap, 0.2, color=_MUTED)
-    axes.text(max(gap, 0) + 0.012 * right, middle, f"gap {gap:.3f}", va="center", fontsize=9.5)
+    axes.text(max(gap, 0) + 0.012 * right, middle, f"gap {_number(gap)}", va="center", fontsize=9.5)
 
 
 def _rewards(content: Mapping[str, Any]) -> Plot:
@@ -353,7 +357,9 @@ def _rewards(content: Mapping[str, Any]) -> Plot:
         if name in PROMPTERS:
             axes.plot([value, target], [i, i], color=_COLOUR[name], lw=2.5, alpha=0.45, zorder=1)
             gap = content["policies"][name]["gap"]
-            axes.text((value + target) / 2, i - 0.1, f"gap {gap:.3f}", ha="center", va="bottom", fontsize=9.5)
+            axes.text(
+                (value + target) / 2, i - 0.1, f"gap {_number(gap)}", ha="center", va="bottom", fontsize=9.5
+            )
         axes.plot(value, i, "o", ms=9, color=_COLOUR.get(name, _INK), zorder=2)
         left = value <= target
         axes.annotate(
@@ -527,7 +533,7 @@ def _policies(content: Mapping[str, Any]) -> Plot | None:
     figure = _figure(0.265 * sum(heights) + 0.9)
     panels = figure.subplots(len(prompts), 1, height_ratios=heights, squeeze=False, sharex=True)[:, 0]
     for axes, prompt, (kept, rest) in zip(panels, prompts, parts, strict=True):
-        labels = [f"{shorten(r['text'], 46)}  {r['reward']:.2f}" for r in kept]
+        labels = [shorten(r["text"], 46) for r in kept]
         rows: list[Mapping[str, float]] = [*kept]
         if rest:
             labels.append(f"{len(rest)} more, summed")
@@ -539,8 +545,19 @@ def _policies(content: Mapping[str, Any]) -> Plot | None:
         for tick in axes.get_yticklabels():
             tick.set_parse_math(False)  # a dollar sign in a rewrite is a dollar sign
             tick.set_fontsize(9)
-        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="y", length=0, pad=31)
         axes.tick_params(axis="x", labelbottom=True)
+        for i, rewrite in enumerate(kept):  # beside the label, not in it: a right-to-left text would move it
+            axes.annotate(
+                f"{rewrite['reward']:.2f}",
+                (0, i),
+                xycoords=("axes fraction", "data"),
+                xytext=(-5, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                fontsize=9,
+            )
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.grid(axis="x", color="#dddddd", lw=0.6)
         axes.set_axisbelow(True)

@@ -220,7 +220,7 @@ ATTACKS = [
     "<img src=http://evil.example/x onerror=alert(1)>",
     '"><iframe src="https://evil.example"></iframe>',
     "{{ 7 * 7 }} {% raw %}",
-    "price $x_{$ and $\\frac{",
+    "price $x_{$ of \\frac{",  # two dollars: matplotlib would read mathematics, and fail
     "&lt;b&gt; 漢字 🙂 " + "x" * 400,
 ]
 
@@ -316,6 +316,86 @@ def test_figures_follow_the_content(content, tmp_path):
         for figure in FIGURES:
             same = (tmp_path / "before" / figure).read_bytes() == (tmp_path / "after" / figure).read_bytes()
             assert same == (figure != name), (figure, path)
+
+
+@pytest.fixture
+def drawn(content, tmp_path, monkeypatch):
+    """The figures themselves, by file name."""
+    figures = []
+    monkeypatch.setattr(report, "_png", lambda figure: figures.append(figure) or b"")
+    render(content, tmp_path)
+    return dict(zip(FIGURES, sorted(figures, key=lambda f: FIGURES.index(name_of(f))), strict=True))
+
+
+def name_of(figure):
+    first = figure.axes[0].get_title(loc="left")
+    starts = {"Theorem 1": "bound.png", "Training": "rewards.png", "Objective": "curves.png"}
+    return next((name for start, name in starts.items() if first.startswith(start)), "policies.png")
+
+
+def test_bars_are_as_long_as_the_terms(content, drawn):
+    [axes] = drawn["bound.png"].axes
+    ticks = [t.get_text().split("\n") for t in axes.get_yticklabels()]
+    bars = [(bar, bar.get_x(), bar.get_width(), bar.get_y() + bar.get_height() / 2) for bar in axes.patches]
+    marks = [
+        line.get_xdata()[0] for line in axes.lines if line.get_linewidth() == 3 and len(line.get_xdata())
+    ]
+    names = {"Theorem 1": "theorem1", "Tight form": "tight", "Trained form": "trained"}
+    who = {"sft}": "sft", "theta$": "theta", "rho^*$": "star"}
+    assert len(ticks) == 5
+    for i, (label, symbol) in enumerate(ticks):
+        key = next(v for k, v in who.items() if k in symbol)
+        expected = content["bounds"][names[label]][key]
+        here = [(bar, x, w) for bar, x, w, y in bars if abs(y - i) < 0.5]
+        hatched = [w for bar, _, w in here if bar.get_hatch()]
+        solid = {bar.get_facecolor(): (x, w) for bar, x, w in here if not bar.get_hatch()}
+        terms = expected["terms"]
+        assert hatched == pytest.approx([-terms["prompter_kl"]] if terms["prompter_kl"] else [])
+        added = [terms[k] for k in ("model", "prompt_shift", "shortfall") if k in terms]
+        assert sorted(w for _, w in solid.values()) == pytest.approx(sorted([*added, expected["gap"]]))
+        assert marks[i] == pytest.approx(expected["rhs"])
+
+
+def test_points_of_the_curves_are_the_contents(content, drawn):
+    top, middle, bottom = drawn["curves.png"].axes
+    lines = {line.get_label(): line for axes in (top, middle) for line in axes.lines}
+    expected = {
+        r"J($\rho_\theta$), exact": "reward",
+        r"F($\rho_\theta$), exact": "objective",
+        r"KL($\rho_\theta$ ‖ $\rho^*$)": "kl_to_star",
+        r"KL($\rho_\theta$ ‖ $\rho_{\mathrm{sft}}$)": "kl_to_sft",
+    }
+    for label, key in expected.items():
+        assert list(lines[label].get_ydata()) == [line["exact"][key] for line in content["curve"]]
+        assert list(lines[label].get_xdata()) == [0, 4, 8]
+    assert list(bottom.lines[0].get_ydata()) == pytest.approx([0, 30, 60])
+    [bars] = top.containers
+    lengths = [segment[1, 1] - segment[0, 1] for segment in bars.lines[2][0].get_segments()]
+    assert lengths == pytest.approx([0.04, 0.04])  # ± 2 standard errors of 0.01
+    assert list(bars.lines[0].get_xdata()) == [0, 4]
+    heights = {round(line.get_ydata()[0], 4) for line in top.lines if list(line.get_xdata()) == [0, 1]}
+    assert heights == {0.6404, 0.5939, 0.5101, 0.6905}
+    said = {text.get_text() for text in top.texts}
+    assert {r"F($\rho^*$) 0.594", r"J($\rho^*$) 0.640", "no prompter 0.510", "ceiling 0.691"} <= said
+
+
+def test_bars_of_the_policies_are_the_contents(content, drawn):
+    axes = drawn["policies.png"].axes[0]
+    rewrites = sorted(content["prompts"][0]["rewrites"], key=lambda r: -r["reward"])
+    assert [t.get_text() for t in axes.get_yticklabels()] == [r["text"] for r in rewrites]
+    for who, bars in zip(("sft", "theta", "star"), axes.containers, strict=True):
+        assert [bar.get_width() for bar in bars] == [r[who] for r in rewrites]
+        assert [round(bar.get_y() + bar.get_height() / 2) for bar in bars] == [0, 1, 2]
+    assert {"0.71", "0.51", "0.41"} <= {text.get_text() for text in axes.texts}
+
+
+def test_dots_of_the_rewards_are_the_contents(content, drawn):
+    [axes] = drawn["rewards.png"].axes
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [dot.get_xdata()[0] for dot in dots] == list(content["rewards"].values())
+    gaps = [list(line.get_xdata()) for line in axes.lines if line.get_linewidth() == 2.5]
+    assert gaps == [[content["rewards"][who], 0.7506] for who in ("sft", "theta", "star")]
+    assert {"gap 0.230", "gap 0.120", "gap 0.110"} <= {text.get_text() for text in axes.texts}
 
 
 def test_the_table_of_examples(content, tmp_path, unpainted):
