@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from alignpro.files import read_json, writable_folder, write_json
-from alignpro.llm.demo import DemoSettings, Judge, enumerated, environment
+from alignpro.llm.demo import DemoSettings, Judge, enumerated, environment, user_prompts
 from alignpro.llm.models import load_model
 from alignpro.llm.rewards import load_reward
 from alignpro.llm.train import CURVE_FILE, TrainSettings, train
@@ -35,9 +35,10 @@ class Experiment:
 
 def run(experiment: Experiment) -> dict[str, Any]:
     out, settings = writable_folder(experiment.out), experiment.settings
+    prompts = user_prompts(settings)
     reward = load_reward(settings.reward)
     model, tokenizer = load_model(settings.model)
-    enumeration = enumerated(out, settings, model, tokenizer, reward)
+    enumeration = enumerated(out, settings, prompts, model, tokenizer, reward)
     judge = Judge(enumeration.instance, settings.beta, settings.training.lam)
     curves = {}
     for seed in experiment.seeds:

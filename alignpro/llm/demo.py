@@ -83,7 +83,10 @@ class Judge:
     def __init__(self, instance: Instance, beta: float, lam: float) -> None:
         self.beta, self.lam = beta, lam
         self._solve: Callable[..., Solution] = jax.jit(lambda rho: solution(instance, beta, lam, rho))
-        self.reference = self.facts(np.asarray(instance.prior))
+        prior = np.asarray(instance.prior)
+        s = self.solve(prior)
+        self.start = float(s.average(s.shortfall))
+        self.reference = self.facts(prior)
 
     def solve(self, rho: np.ndarray) -> Solution:
         return self._solve(rho)
@@ -92,15 +95,13 @@ class Judge:
         """J(ρ), the KLs of ρ in nats, F(ρ), F(ρ*) − F(ρ), and the share of F(ρ*) − F(ρ_sft) that ρ closes."""
         s = self.solve(rho)
         shortfall = float(s.average(s.shortfall))
-        of = getattr(self, "reference", None)
-        start = of["shortfall"] if of else shortfall
         return {
             "reward": float(s.j_rho),
             "kl_to_star": float(s.average(s.kl_to_star)) / self.lam,
             "kl_to_sft": float(s.average(s.kl_to_reference)) / self.lam,
             "objective": float(s.average(s.value)) - shortfall,
             "shortfall": shortfall,
-            "closed": 1 - shortfall / start if start > 0 else 1.0,
+            "closed": 1 - shortfall / self.start if self.start > 0 else 1.0,
             "gap": float(s.average(s.gap)),
         }
 
@@ -130,8 +131,6 @@ def run(
 
 def _run(out: Path, settings: DemoSettings, resume: bool, command: str | None) -> dict[str, Any]:
     started = time.monotonic()
-    if settings.prompts_file:
-        own_prompts(settings.prompts_file, settings.prompts)  # a bad file stops the run before it starts
     state = _open_run(out, settings, resume)
     timings: dict[str, float] = state["seconds"]
 
@@ -140,13 +139,14 @@ def _run(out: Path, settings: DemoSettings, resume: bool, command: str | None) -
         write_json(out / RUN_FILE, state)
 
     since = time.monotonic()
+    prompts = user_prompts(settings)
     reward = load_reward(settings.reward)
     model, tokenizer = load_model(settings.model)
     _say(_cost(model, settings, skip_enumeration=(out / "texts.json").exists()))
     done("load", since)
 
     since = time.monotonic()
-    enumeration = enumerated(out, settings, model, tokenizer, reward)
+    enumeration = enumerated(out, settings, prompts, model, tokenizer, reward)
     done("enumerate", since)
 
     instance, lam = enumeration.instance, settings.training.lam
@@ -194,14 +194,19 @@ def _run(out: Path, settings: DemoSettings, resume: bool, command: str | None) -
     return content
 
 
-def enumerated(out: Path, settings: DemoSettings, model: Any, tokenizer: Any, reward: Reward) -> Enumeration:
+def user_prompts(settings: DemoSettings) -> list[str]:
+    """The user prompts that the settings name."""
+    if settings.prompts_file:
+        return own_prompts(settings.prompts_file, settings.prompts)
+    return instructions(settings.prompts, seed=settings.seed, max_words=settings.prompt_words)
+
+
+def enumerated(
+    out: Path, settings: DemoSettings, prompts: Sequence[str], model: Any, tokenizer: Any, reward: Reward
+) -> Enumeration:
     """The enumeration saved in `out`, made first if it is not there."""
     if (out / "texts.json").exists():
         return Enumeration.load(out)
-    if settings.prompts_file:
-        prompts = own_prompts(settings.prompts_file, settings.prompts)
-    else:
-        prompts = instructions(settings.prompts, seed=settings.seed, max_words=settings.prompt_words)
     with _bars() as stage:
         made = enumerate_models(
             model, tokenizer, model, tokenizer, prompts, reward, settings.enumeration, progress=stage
