@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from alignpro.files import read_json, writable_folder, write_json
+from alignpro.files import writable_folder, write_json
 from alignpro.llm.demo import DemoSettings, Judge, enumerated, environment, user_prompts
 from alignpro.llm.models import load_model
 from alignpro.llm.rewards import load_reward
@@ -44,24 +45,22 @@ def run(experiment: Experiment) -> dict[str, Any]:
     for seed in experiment.seeds:
         training = replace(settings.training, seed=seed)
         folder = out / f"{training.algorithm}-seed{seed}"
-        finished = folder / "adapter" / "adapter_model.safetensors"
-        if not finished.exists():
-            model, tokenizer = load_model(settings.model)  # training wraps the model in place
-            steps = training.iterations * training.epochs
-            with tqdm(total=steps, desc=f"seed {seed}", unit="step") as bar:
-                train(
-                    model,
-                    tokenizer,
-                    enumeration.task(exact_rewards=settings.exact_rewards),
-                    training,
-                    folder,
-                    evaluate=lambda policy: judge.facts(enumeration.prompter(policy)),
-                    resume=True,
-                    progress=lambda step, _, exact, bar=bar: (
-                        bar.set_postfix_str(f"closed {exact['closed']:.1%}"),
-                        bar.update(step - bar.n),
-                    ),
-                )
+        model, tokenizer = load_model(settings.model)  # training wraps the model in place
+        steps = training.iterations * training.epochs
+        with tqdm(total=steps, desc=f"seed {seed}", unit="step") as bar:
+            train(
+                model,
+                tokenizer,
+                enumeration.task(exact_rewards=settings.exact_rewards),
+                training,
+                folder,
+                evaluate=lambda policy: judge.facts(enumeration.prompter(policy)),
+                resume=True,  # a finished run ends at once
+                progress=lambda step, _, exact, bar=bar: (
+                    bar.set_postfix_str(f"closed {exact['closed']:.1%}"),
+                    bar.update(step - bar.n),
+                ),
+            )
         curves[seed] = [json.loads(line) for line in (folder / CURVE_FILE).read_text().splitlines()]
 
     last = {seed: curve[-1]["exact"] for seed, curve in curves.items()}
@@ -79,6 +78,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
             "least": closed.min(),
         },
         "seconds": {seed: curve[-1]["seconds"] for seed, curve in curves.items()},
+        "threads": torch.get_num_threads(),
         "curves": {
             seed: [
                 {
@@ -113,10 +113,4 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    experiment = tyro.cli(Experiment, config=(tyro.conf.FlagCreatePairsOff,))
-    existing = experiment.out / "results.json"
-    if existing.exists() and read_json(existing).get("settings") == json.loads(
-        json.dumps(asdict(experiment.settings))
-    ):
-        print(f"{existing} is there already; training is repeated only for seeds it lacks")
-    run(experiment)
+    run(tyro.cli(Experiment, config=(tyro.conf.FlagCreatePairsOff,)))

@@ -6,6 +6,7 @@ sampling and scoring are replaced, by the exact policy on the prompter's prefix 
 
 import contextlib
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,15 +21,16 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import RLOOConfig, RLOOTrainer
 
 from alignpro.errors import AlignProError
-from alignpro.files import write_json
+from alignpro.files import write_json, write_text
 from alignpro.llm.ppo import PPOConfig, PPOTrainer
 from alignpro.llm.tree import TreeScores, TreeTask, tree_scores, tree_states
 
 CURVE_FILE = "curve.jsonl"
+COMPLETE = "complete"
+"""The last file of a checkpoint: one without it was cut short while being written."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class TreeRollouts:
     """
 
     accelerator: Any
+    args: Any
     model: Any
     ref_model: Any
     state: Any
@@ -104,6 +107,10 @@ class TreeRollouts:
             fresh = tree_scores(model, [task.prompt_ids[x] for x in stale], [task.trees[x] for x in stale])
             self._cache.update({(kind, x): (version, s) for x, s in zip(stale, fresh, strict=True)})
         return [self._cache[kind, x][1] for x in rows]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
 
     @torch.no_grad()
     def exact_policy(self) -> list[np.ndarray]:
@@ -248,7 +255,7 @@ class Curve(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step and self.path.exists():
-            kept = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+            kept = [json.loads(line) for line in self.path.read_text().splitlines()]
             self.lines = [line for line in kept if line["step"] < state.global_step]
             self.elapsed = self.lines[-1]["seconds"] if self.lines else 0.0
         self.started = time.monotonic() - self.elapsed
@@ -276,7 +283,7 @@ class Curve(TrainerCallback):
             self.progress(state.global_step, state.max_steps, exact)
 
     def _write(self) -> None:
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
 
 @dataclass(frozen=True)
@@ -310,6 +317,17 @@ def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
         layers_to_transform=list(range(first, depth)),
         task_type="CAUSAL_LM",
     )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The latest complete checkpoint in `folder`; those cut short by an interruption are removed."""
+    found: dict[int, Path] = {}
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).exists():
+            found[int(path.name.split("-")[1])] = path
+        else:
+            shutil.rmtree(path)
+    return str(found[max(found)]) if found else None
 
 
 def train(
@@ -406,8 +424,7 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         curve.trainer = trainer
-        checkpoint = get_last_checkpoint(str(out)) if resume else None
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
         trainer.model.save_pretrained(str(out / "adapter"), safe_serialization=True)
     return Trained(trainer.exact_policy(), curve.lines, trainer.state.global_step, trainer.model)
 

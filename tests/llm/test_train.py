@@ -151,6 +151,15 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
     assert [line["exact"] for line in resumed.curve] == [line["exact"] for line in whole.curve]
     for a, b in zip(resumed.policy, whole.policy, strict=True):
         np.testing.assert_array_equal(a, b)
+    # A checkpoint cut short while being written is passed over.
+    shutil.copytree(tmp_path / "whole", tmp_path / "torn")
+    (tmp_path / "torn" / "checkpoint-24" / "complete").unlink()
+    (tmp_path / "torn" / "checkpoint-24" / "adapter_model.safetensors").unlink()
+    torn = fit(tmp_path / "torn", settings, resume=True)
+    assert [line["exact"] for line in torn.curve] == [line["exact"] for line in whole.curve]
+    # Resuming a finished run changes nothing.
+    again = fit(tmp_path / "torn", settings, resume=True)
+    assert [line["exact"] for line in again.curve] == [line["exact"] for line in whole.curve]
     # Mutant: without the critic's checkpoint the numbers differ.
     shutil.rmtree(tmp_path / "cut" / "checkpoint-24", ignore_errors=True)
     monkey = pytest.MonkeyPatch()
