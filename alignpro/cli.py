@@ -127,7 +127,7 @@ class Demo:
     algorithm: str | None = None
     """ppo or rloo. Default: ppo."""
     iterations: int | None = None
-    """Rounds of sampling, each followed by 4 optimizer steps. Default: 16 (quick: 5)."""
+    """Rounds of sampling, each followed by 4 optimizer steps. Default: 16 (quick: 4)."""
     sampled_rewards: bool = False
     """Reward a rewrite with one sampled response, not with its expected reward."""
     seed: int = 0

@@ -69,7 +69,7 @@ class DemoSettings:
 QUICK = DemoSettings(
     prompts=3,
     enumeration=EnumerationSettings(rewrites=8, responses=12, response_tokens=24),
-    training=TrainSettings(iterations=5),
+    training=TrainSettings(iterations=4),
 )
 """A small run: the same code on smaller sets."""
 
