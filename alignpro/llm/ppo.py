@@ -163,7 +163,7 @@ class PPOTrainer(GRPOTrainer):
     """PPO with a learned critic and the KL in the reward, on TRL's rollout machinery.
 
     Raises:
-        AlignProError: a setting that would move the optimum away from ρ*.
+        AlignProError: a setting that would move the optimum away from ρ*, or several processes.
     """
 
     _tag_names = ["trl", "ppo"]  # noqa: RUF012 - the base class declares a list
@@ -188,6 +188,11 @@ class PPOTrainer(GRPOTrainer):
             raise AlignProError(f"kl_coef = {args.kl_coef}: λ must be positive")
         args.beta = args.kl_coef  # makes GRPOTrainer compute the reference's log-probabilities
         super().__init__(*positional, **(named | {"args": args}))
+        if self.accelerator.num_processes > 1:
+            raise AlignProError(
+                f"num_processes = {self.accelerator.num_processes}: the critic's gradients are not "
+                "synchronised between processes; train on one"
+            )
         self.critic = Critic(self.model.config.hidden_size, args.critic_width).to(self.accelerator.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

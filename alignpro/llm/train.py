@@ -112,6 +112,9 @@ class TreeRollouts:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: TRL's card would credit another method. settings.json and the curve describe the run."""
+
     @torch.no_grad()
     def exact_policy(self) -> list[np.ndarray]:
         """ρ_θ(·|x) over the leaves of each prompt's tree, as X float64 arrays that sum to one."""
