@@ -263,8 +263,12 @@ class PPOTrainer(GRPOTrainer):
         log_ratio = ((old - reference) * mask).sum(1)
         self._record("ppo/reward", scores.mean())
         self._record("ppo/kl_k1", log_ratio.mean())
-        self._record("ppo/objective", (scores - args.kl_coef * log_ratio).mean())
-        self._record("ppo/objective_stderr", (scores - args.kl_coef * log_ratio).std() / size**0.5)
+        objective = scores - args.kl_coef * log_ratio
+        self._record("ppo/objective", objective.mean())
+        # Given the batch's prompts, whose samples stand together: differences between prompts do not count.
+        each = self.num_generations if self.model.training else self.num_generations_eval
+        if each and each > 1:
+            self._record("ppo/objective_stderr", (objective.view(-1, each).var(1).mean() / size).sqrt())
         self._record("ppo/explained_variance", explained_variance(values, returns, mask))
         return batch
 

@@ -37,7 +37,11 @@ def problem():
 
     def evaluate(policy):
         kl = [float((p * np.log(p / s)).sum()) for p, s in zip(policy, star, strict=True)]
-        return {"kl_to_star": sum(kl) / 2}
+        objective = [
+            float((p * (r - LAM * np.log(p / q))).sum())
+            for p, q, r in zip(policy, reference, rewards, strict=True)
+        ]
+        return {"kl_to_star": sum(kl) / 2, "objective": sum(objective) / 2}
 
     return model, tokenizer, task, evaluate
 
@@ -60,6 +64,15 @@ def test_reaches_the_optimum(algorithm, tmp_path):
     if algorithm == "ppo":  # each line's sampled values stand beside the exact ones of the same policy
         assert all("ppo/kl_k1" in line["sampled"] for line in trained.curve[:-1])
         assert trained.curve[0]["sampled"]["ppo/kl_k1"] == pytest.approx(0, abs=1e-5)
+
+        # False alarm 7e-6 per line; the float32 sums add 1e-5. Mutant: the next line's policy, early on.
+        def off(line, exact):
+            sampled = line["sampled"]
+            error = 4.5 * sampled["ppo/objective_stderr"] + 1e-5
+            return abs(sampled["ppo/objective"] - exact["objective"]) > error
+
+        assert not any(off(line, line["exact"]) for line in trained.curve[:-1])
+        assert off(trained.curve[0], trained.curve[1]["exact"])
         # Mutant: a critic whose gradients are never cleared explains less than a constant would.
         assert trained.curve[-2]["sampled"]["ppo/explained_variance"] > 0.5
 
