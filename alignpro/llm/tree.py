@@ -317,9 +317,21 @@ class TreeTask:
         trees: for each, the prefix tree of its rewrites.
         reward: rewards of the given leaves of prompt x. Exact, R(x, x′), or a fresh draw r(x, y) with
             y ~ π_F(·|x′) from torch's global generator.
+
+    Raises:
+        AlignProError: two prompts have the same token ids.
     """
 
     prompts: tuple[str, ...]
     prompt_ids: tuple[tuple[int, ...], ...]
     trees: tuple[PrefixTree, ...]
     reward: Callable[[int, Sequence[int]], Sequence[float]]
+
+    def __post_init__(self) -> None:
+        seen: dict[tuple[int, ...], str] = {}
+        for prompt, ids in zip(self.prompts, self.prompt_ids, strict=True):
+            if ids in seen:
+                raise AlignProError(
+                    f"prompts {seen[ids]!r} and {prompt!r} are the same tokens to this prompter; drop one"
+                )
+            seen[ids] = prompt

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from alignpro.errors import AlignProError
 from alignpro.llm import tree as tree_module
 from alignpro.llm.models import tiny_model
-from alignpro.llm.tree import PrefixTree, leaf_probabilities, tree_scores, tree_states
+from alignpro.llm.tree import PrefixTree, TreeTask, leaf_probabilities, tree_scores, tree_states
 
 END = 1
 MODEL, TOKENIZER = tiny_model(seed=3, vocab="abcdef")
@@ -153,3 +153,10 @@ def test_models_with_altered_logits_are_refused():
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(AlignProError, match="final_logit_softcapping"):
         tree_scores(model, [(3,)], [PrefixTree(((3,), (4,)))])
+
+
+def test_prompts_that_are_the_same_tokens_are_refused():
+    tree = PrefixTree(((3, END), (4, END)))
+    same = letters("ax"), letters("ay")  # x and y are both unknown to the vocabulary
+    with pytest.raises(AlignProError, match="'ax' and 'ay'"):
+        TreeTask(("ax", "ay"), same, (tree, tree), lambda x, leaves: [0.0] * len(leaves))
