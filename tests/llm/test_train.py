@@ -175,9 +175,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
     assert [line["exact"] for line in again.curve] == [line["exact"] for line in whole.curve]
     # Mutant: without the critic's checkpoint the numbers differ.
     shutil.rmtree(tmp_path / "cut" / "checkpoint-24", ignore_errors=True)
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr(PPOTrainer, "_load_from_checkpoint", super(PPOTrainer, PPOTrainer)._load_from_checkpoint)
-    with monkey.context():
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setattr(
+            PPOTrainer, "_load_from_checkpoint", super(PPOTrainer, PPOTrainer)._load_from_checkpoint
+        )
         forgetful = fit(tmp_path / "cut", settings, resume=True)
     assert [line["exact"] for line in forgetful.curve] != [line["exact"] for line in whole.curve]
 
@@ -203,9 +204,8 @@ def test_samples_follow_the_exact_policy(tmp_path):
             seen["leaf"] = self._leaf
             return out
 
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr(train_module, "TreePPOTrainer", Spy)
-    with monkey.context():
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setattr(train_module, "TreePPOTrainer", Spy)
         fit(tmp_path, settings)
     for x in range(2):
         actions = seen["actions"][10_000 * x : 10_000 * (x + 1)]
