@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from alignpro.errors import AlignProError
-from alignpro.theory.bounds import BOUNDS, Statement, judge, solution, theorem1
+from alignpro.theory.bounds import BOUNDS, Statement, paper_r_max, report, solution, theorem1
 from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import Instance, load, unchecked
 
@@ -113,7 +113,7 @@ def _evaluator(bounds: tuple[str, ...], r_max: float | None) -> Callable[..., An
     def one(instance: Instance, beta, lam):
         s = solution(instance, beta, lam)
         parts = {
-            "reward_max": s.reward_max,
+            "r_max": paper_r_max(s),
             "reward_min": s.reward_min,
             "j_star": s.j_star,
             "j_rho": s.j_rho,
@@ -179,12 +179,11 @@ def _result(
 ) -> dict[str, Any]:
     parts, checks = values
     prompts = instance.shape[0]
-    low, high = float(parts["reward_min"]), float(parts["reward_max"])
-    convention = PAPER_CONVENTION if low >= 0 else SIGNED_CONVENTION
+    convention = PAPER_CONVENTION if parts["reward_min"] >= 0 else SIGNED_CONVENTION
     result: dict[str, Any] = {
         "beta": beta,
         "lam": lam,
-        "r_max": _strict(high - min(0.0, low)) if r_max is None else r_max,
+        "r_max": _strict(parts["r_max"]) if r_max is None else r_max,
         "r_max_convention": convention if r_max is None else GIVEN_CONVENTION,
     }
     for key in ("j_star", "j_rho", "gap", "exact_gap"):
@@ -195,18 +194,15 @@ def _result(
         result[key] = _strict(parts[key])
     result["bounds"] = {}
     for name in order:
-        statement = checks[name]
-        lhs, rhs = float(statement.lhs), float(statement.rhs)
-        slack = rhs - lhs
-        applicable = all(bool(v) for v in statement.assumptions.values())
+        said = report(name, checks[name])
         result["bounds"][name] = {
-            "rhs": _strict(rhs),
-            "slack": _strict(slack),
-            "terms": {key: _strict(value) for key, value in statement.terms.items()},
-            "verdict": judge(slack, float(statement.error), applicable),
-            "vacuous": bool(rhs >= float(statement.ceiling)),
-            "error": _strict(statement.error),
-            "assumptions": {key: bool(value) for key, value in statement.assumptions.items()},
+            "rhs": _strict(said.rhs),
+            "slack": _strict(said.slack),
+            "terms": {key: _strict(value) for key, value in said.terms.items()},
+            "verdict": said.verdict,
+            "vacuous": said.vacuous,
+            "error": _strict(said.error),
+            "assumptions": dict(said.assumptions),
         }
     return result
 

@@ -6,7 +6,6 @@ One enumeration (SmolLM2-135M-Instruct, 8 prompts × 16 rewrites × 32 responses
 seed. Interrupt it at any time; the same command continues. Writes results.json and curves.png into `out`.
 """
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from alignpro.files import writable_folder, write_json
-from alignpro.llm.demo import DemoSettings, Judge, enumerated, environment, user_prompts
+from alignpro.llm.demo import DemoSettings, Judge, enumerated, environment, fit, user_prompts
 from alignpro.llm.models import load_model
 from alignpro.llm.rewards import load_reward
-from alignpro.llm.train import CURVE_FILE, TrainSettings, train
+from alignpro.llm.train import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -46,22 +44,16 @@ def run(experiment: Experiment) -> dict[str, Any]:
         training = replace(settings.training, seed=seed)
         folder = out / f"{training.algorithm}-seed{seed}"
         model, tokenizer = load_model(settings.model)  # training wraps the model in place
-        steps = training.iterations * training.epochs
-        with tqdm(total=steps, desc=f"seed {seed}", unit="step") as bar:
-            train(
-                model,
-                tokenizer,
-                enumeration.task(exact_rewards=settings.exact_rewards),
-                training,
-                folder,
-                evaluate=lambda policy: judge.facts(enumeration.prompter(policy)),
-                resume=True,  # a finished run ends at once
-                progress=lambda step, _, exact, bar=bar: (
-                    bar.set_postfix_str(f"closed {exact['closed']:.1%}"),
-                    bar.update(step - bar.n),
-                ),
-            )
-        curves[seed] = [json.loads(line) for line in (folder / CURVE_FILE).read_text().splitlines()]
+        curves[seed] = fit(
+            enumeration,
+            judge,
+            training,
+            model,
+            tokenizer,
+            folder,
+            exact_rewards=settings.exact_rewards,
+            resume=True,  # a finished run ends at once
+        ).curve
 
     last = {seed: curve[-1]["exact"] for seed, curve in curves.items()}
     closed = np.array([exact["closed"] for exact in last.values()])

@@ -28,8 +28,9 @@ from alignpro.llm.data import instructions
 from alignpro.llm.enumerate import Enumeration, EnumerationSettings, enumerate_models
 from alignpro.llm.models import load_model
 from alignpro.llm.rewards import Reward, load_reward
-from alignpro.llm.train import TrainSettings, train
+from alignpro.llm.train import Trained, TrainSettings, refuse_other_settings, train
 from alignpro.theory import BOUNDS, BoundReport, Instance, Solution, check, solution
+from alignpro.theory.bounds import paper_r_max
 
 RUN_FILE = "run.json"
 
@@ -82,14 +83,11 @@ class Judge:
 
     def __init__(self, instance: Instance, beta: float, lam: float) -> None:
         self.beta, self.lam = beta, lam
-        self._solve: Callable[..., Solution] = jax.jit(lambda rho: solution(instance, beta, lam, rho))
+        self.solve: Callable[[np.ndarray], Solution] = jax.jit(lambda rho: solution(instance, beta, lam, rho))
         prior = np.asarray(instance.prior)
         s = self.solve(prior)
         self.start = float(s.average(s.shortfall))
         self.reference = self.facts(prior)
-
-    def solve(self, rho: np.ndarray) -> Solution:
-        return self._solve(rho)
 
     def facts(self, rho: np.ndarray) -> dict[str, float]:
         """J(ρ), the KLs of ρ in nats, F(ρ), F(ρ*) − F(ρ), and the share of F(ρ*) − F(ρ_sft) that ρ closes."""
@@ -149,33 +147,22 @@ def _run(out: Path, settings: DemoSettings, resume: bool, command: str | None) -
     enumeration = enumerated(out, settings, prompts, model, tokenizer, reward)
     done("enumerate", since)
 
-    instance, lam = enumeration.instance, settings.training.lam
-    judge = Judge(instance, settings.beta, lam)
+    judge = Judge(enumeration.instance, settings.beta, settings.training.lam)
     since = time.monotonic()
-    steps = settings.training.iterations * settings.training.epochs
-    with tqdm(
-        total=steps, desc=f"{settings.training.algorithm} steps", unit="step", dynamic_ncols=True
-    ) as bar:
-
-        def show(step: int, _total: int, exact: Mapping[str, float]) -> None:
-            said = f"closed {exact['closed']:.0%}, KL(ρ_θ‖ρ*) {exact['kl_to_star']:.3f}"
-            bar.set_postfix_str(said, refresh=False)
-            bar.update(step - bar.n)
-
-        trained = train(
-            model,
-            tokenizer,
-            enumeration.task(exact_rewards=settings.exact_rewards),
-            settings.training,
-            out / "training",
-            evaluate=lambda policy: judge.facts(enumeration.prompter(policy)),
-            resume=resume,
-            progress=show,
-        )
+    trained = fit(
+        enumeration,
+        judge,
+        settings.training,
+        model,
+        tokenizer,
+        out / "training",
+        exact_rewards=settings.exact_rewards,
+        resume=resume,
+    )
     done("train", since)
 
     since = time.monotonic()
-    content = analyse(enumeration, settings, trained.policy)
+    content = analyse(enumeration, judge, settings, trained.policy)
     content |= {
         "title": "Align-Pro on an enumerated language model",
         "command": command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -224,6 +211,42 @@ def enumerated(
     return made
 
 
+def fit(
+    enumeration: Enumeration,
+    judge: Judge,
+    training: TrainSettings,
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    exact_rewards: bool,
+    resume: bool,
+) -> Trained:
+    """Train on the enumeration into `folder`, with a progress bar that shows how near ρ* is."""
+    with tqdm(
+        total=training.iterations * training.epochs,
+        desc=f"{training.algorithm} steps, seed {training.seed}",
+        unit="step",
+        dynamic_ncols=True,
+    ) as bar:
+
+        def show(step: int, _total: int, exact: Mapping[str, float]) -> None:
+            said = f"closed {exact['closed']:.1%}, KL(ρ_θ‖ρ*) {exact['kl_to_star']:.3f}"
+            bar.set_postfix_str(said, refresh=False)
+            bar.update(step - bar.n)
+
+        return train(
+            model,
+            tokenizer,
+            enumeration.task(exact_rewards=exact_rewards),
+            training,
+            folder,
+            evaluate=lambda policy: judge.facts(enumeration.prompter(policy)),
+            resume=resume,
+            progress=show,
+        )
+
+
 def own_prompts(path: str, most: int) -> list[str]:
     """The first `most` distinct, non-empty lines of a UTF-8 text file.
 
@@ -258,19 +281,8 @@ def _open_run(out: Path, settings: DemoSettings, resume: bool) -> dict[str, Any]
             f"--out {out}: holds a run already; add --resume to continue it, or choose another folder"
         )
     state = read_json(path)
-    for name, before, now in _differences(state.get("settings"), wanted):
-        raise AlignProError(
-            f"--resume: {out} was started with {name} = {before}, not {now}; repeat that setting"
-        )
+    refuse_other_settings(out, state.get("settings"), wanted)
     return state
-
-
-def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in now:
-            yield from _differences(before.get(name), now[name], f"{prefix}{name}.")
-    elif before != now:
-        yield prefix.rstrip("."), before, now
 
 
 def _say(text: str) -> None:
@@ -327,15 +339,17 @@ def _cost(model: Any, settings: DemoSettings, skip_enumeration: bool) -> str:
 # --- what the report says ---------------------------------------------------------------------------------
 
 
-def analyse(enumeration: Enumeration, settings: DemoSettings, policy: Sequence[np.ndarray]) -> dict[str, Any]:
+def analyse(
+    enumeration: Enumeration, judge: Judge, settings: DemoSettings, policy: Sequence[np.ndarray]
+) -> dict[str, Any]:
     """Theorem 1 and its forms for ρ_sft, ρ_θ and ρ* beside the true gaps, as plain JSON content."""
-    instance, beta, lam = enumeration.instance, settings.beta, settings.training.lam
-    judge = Judge(instance, beta, lam)
+    instance, beta, lam = enumeration.instance, judge.beta, judge.lam
     theta = enumeration.prompter(policy)
     s = judge.solve(theta)
     star = np.asarray(s.rho_star)
     prior = np.asarray(instance.prior)
     policies = {"sft": prior, "theta": theta, "star": star}
+    facts = {name: judge.facts(rho) for name, rho in policies.items()}
     bounds: dict[str, dict[str, Any]] = {}
     for name in BOUNDS:
         bounds[name] = {"star": _plain(check(instance, beta, lam, name))}
@@ -346,7 +360,7 @@ def analyse(enumeration: Enumeration, settings: DemoSettings, policy: Sequence[n
     return {
         "beta": beta,
         "lam": lam,
-        "r_max": float(s.reward_max - min(0.0, float(s.reward_min))),
+        "r_max": float(paper_r_max(s)),
         "span": float(s.average(s.span)),
         "sizes": {
             "prompts": len(enumeration.prompts),
@@ -357,13 +371,16 @@ def analyse(enumeration: Enumeration, settings: DemoSettings, policy: Sequence[n
             "no_prompter": float(s.average(s.original)),
             "sft": float(s.average(s.reference)),
             "theta": float(s.j_rho),
-            "star": judge.facts(star)["reward"],
+            "star": facts["star"]["reward"],
             "ceiling": _ceiling(enumeration, np.asarray(s.rewrite_reward)),
             "rlhf": float(s.j_star),
         },
-        "policies": {name: judge.facts(rho) for name, rho in policies.items()},
+        "policies": facts,
         "bounds": bounds,
-        "prompts": [_prompt(enumeration, x, s, policies) for x in range(len(enumeration.prompts))],
+        "prompts": [
+            _prompt(enumeration, x, s, policies, settings.enumeration.response_tokens)
+            for x in range(len(enumeration.prompts))
+        ],
     }
 
 
@@ -379,7 +396,7 @@ def _plain(report: BoundReport) -> dict[str, Any]:
 
 
 def _prompt(
-    enumeration: Enumeration, x: int, s: Solution, policies: Mapping[str, np.ndarray]
+    enumeration: Enumeration, x: int, s: Solution, policies: Mapping[str, np.ndarray], limit: int
 ) -> dict[str, Any]:
     instance = enumeration.instance
     rows, columns = enumeration.rows(x), enumeration.columns(x)
@@ -394,7 +411,7 @@ def _prompt(
                 "text": enumeration.responses[x][i],
                 "probability": float(weights[i]),
                 "reward": float(reward[i]),
-                "cut": len(enumeration.response_ids[x][i]) >= _longest(enumeration),
+                "cut": len(enumeration.response_ids[x][i]) >= limit,
             }
             for i in top
             if weights[i] > 0
@@ -422,10 +439,6 @@ def _prompt(
             "rlhf": answers(np.asarray(s.pi_star)[x, columns]),
         },
     }
-
-
-def _longest(enumeration: Enumeration) -> int:
-    return max(len(ids) for row in enumeration.response_ids for ids in row)
 
 
 def environment() -> dict[str, Any]:

@@ -159,6 +159,13 @@ class PPOConfig(GRPOConfig):
 CRITIC_FILE = "critic.safetensors"
 
 
+def joined(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+    """Prompts and completions of a batch as one: token ids, attention mask, and the completions' width."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    return ids, attention, batch["completion_ids"].shape[1]
+
+
 class PPOTrainer(GRPOTrainer):
     """PPO with a learned critic and the KL in the reward, on TRL's rollout machinery.
 
@@ -208,10 +215,8 @@ class PPOTrainer(GRPOTrainer):
     @torch.no_grad()
     def _critic_features(self, batch: dict[str, Tensor]) -> Tensor:
         """[B, T, H] hidden states of the reference before each completion token."""
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        ids, attention, keep = joined(batch)
         model = self.accelerator.unwrap_model(self.model)
-        keep = batch["completion_ids"].shape[1]
         if self.ref_model is not None:
             decoder = unwrap(self.accelerator.unwrap_model(self.ref_model)).base_model
             hidden = decoder(input_ids=ids, attention_mask=attention).last_hidden_state
@@ -227,18 +232,12 @@ class PPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
         args, mask = self.args, batch["completion_mask"].float()
-        size, steps = mask.shape
         old, reference = batch.get("old_per_token_logps"), batch["ref_per_token_logps"]
         if old is None:  # TRL leaves it out where the first loss would recompute the same values
-            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-            attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
             with torch.no_grad():
-                old = self._get_per_token_logps_and_entropies(self.model, ids, attention, steps)[0]
+                old = self._get_per_token_logps_and_entropies(self.model, *joined(batch))[0]
 
-        scores = (self._raw_rewards * self.reward_weights.to(self._raw_rewards.device)).sum(
-            1
-        )  # gathered over processes
-        scores = scores[self.accelerator.process_index * size :][:size]
+        scores = (self._raw_rewards * self.reward_weights.to(self._raw_rewards.device)).sum(1)
         if not torch.isfinite(scores).all():
             bad = int((~torch.isfinite(scores)).nonzero()[0, 0])
             raise AlignProError(
@@ -268,7 +267,9 @@ class PPOTrainer(GRPOTrainer):
         # Given the batch's prompts, whose samples stand together: differences between prompts do not count.
         each = self.num_generations if self.model.training else self.num_generations_eval
         if each and each > 1:
-            self._record("ppo/objective_stderr", (objective.view(-1, each).var(1).mean() / size).sqrt())
+            self._record(
+                "ppo/objective_stderr", (objective.view(-1, each).var(1).mean() / len(objective)).sqrt()
+            )
         self._record("ppo/explained_variance", explained_variance(values, returns, mask))
         return batch
 
@@ -277,11 +278,9 @@ class PPOTrainer(GRPOTrainer):
         self._metrics[mode][name].append(self.accelerator.gather(value).mean().item())
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         mask, args = inputs["completion_mask"].float(), self.args
         log_probs, entropies, _ = self._get_per_token_logps_and_entropies(
-            model, ids, attention, mask.shape[1], compute_entropy=True
+            model, *joined(inputs), compute_entropy=True
         )
         policy, clipped = clipped_surrogate(
             log_probs, inputs["old_per_token_logps"], inputs["advantages"], mask, args.clip_range

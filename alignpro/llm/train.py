@@ -4,13 +4,12 @@
 sampling and scoring are replaced, by the exact policy on the prompter's prefix trees.
 """
 
-import contextlib
 import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from trl import RLOOConfig, RLOOTrainer
 
 from alignpro.errors import AlignProError
-from alignpro.files import write_json, write_text
-from alignpro.llm.ppo import PPOConfig, PPOTrainer
+from alignpro.files import read_json, write_json, write_text
+from alignpro.llm.models import quiet
+from alignpro.llm.ppo import PPOConfig, PPOTrainer, joined
 from alignpro.llm.tree import TreeScores, TreeTask, tree_scores, tree_states
 
 CURVE_FILE = "curve.jsonl"
@@ -48,7 +48,7 @@ class TrainSettings:
     epochs: int = 4
     """Optimizer steps on each batch of samples."""
     learning_rate: float = 1e-3
-    """Adam's step for the adapter, decaying linearly to a tenth."""
+    """Adam's step for the adapter, decaying to a tenth along a cosine."""
     lora_rank: int = 16
     """Rank of the adapter."""
     lora_layers: float = 0.5
@@ -119,8 +119,7 @@ class TreeRollouts:
     def exact_policy(self) -> list[np.ndarray]:
         """ρ_θ(·|x) over the leaves of each prompt's tree, as X float64 arrays that sum to one."""
         scores = self._tree_scores(self.model, range(len(self.task.prompts)))
-        rows = [np.exp(s.leaf_log_probs.double().cpu().numpy()) for s in scores]
-        return [p / p.sum() for p in rows]
+        return [s.probabilities() for s in scores]
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
         return [list(self.task.prompt_ids[self._row[p]]) for p in prompts], None, {}
@@ -150,10 +149,8 @@ class TreeRollouts:
             leaves.append(self._leaf[rows[-1]][tuple(action)])
         return rows, leaves
 
-    def _per_row(
-        self, rows: list[int], leaves: list[int], keep: int, pick: Callable[[int, Tensor], Tensor]
-    ) -> Tensor:
-        """Assemble [B, keep, ...] from one call of `pick` per distinct row."""
+    def _per_row(self, rows: list[int], leaves: list[int], pick: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Assemble [B, ...] from one call of `pick` per distinct row."""
         parts, places = [], []
         for x in sorted(set(rows)):
             where = [i for i, row in enumerate(rows) if row == x]
@@ -174,14 +171,10 @@ class TreeRollouts:
         rows, leaves = self._leaves(input_ids, attention_mask, logits_to_keep)
         unique = sorted(set(rows))
         scores = dict(zip(unique, self._tree_scores(model, unique), strict=True))
-        logps = self._per_row(
-            rows, leaves, logits_to_keep, lambda x, y: scores[x].step_log_probs(y, logits_to_keep)
-        )
+        logps = self._per_row(rows, leaves, lambda x, y: scores[x].step_log_probs(y, logits_to_keep))
         entropies = None
         if compute_entropy:
-            entropies = self._per_row(
-                rows, leaves, logits_to_keep, lambda x, y: scores[x].step_entropies(y, logits_to_keep)
-            )
+            entropies = self._per_row(rows, leaves, lambda x, y: scores[x].step_entropies(y, logits_to_keep))
         return logps, entropies, None
 
 
@@ -198,19 +191,14 @@ class TreePPOTrainer(TreeRollouts, PPOTrainer):
             with model.disable_adapter():
                 states = tree_states(model, self.task.prompt_ids, [t.layout for t in self.task.trees])
             self._features = [s.float() for s in states]
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-        keep = batch["completion_ids"].shape[1]
+        ids, attention, keep = joined(batch)
         rows, leaves = self._leaves(ids, attention, keep)
 
         def pick(x: int, y: Tensor) -> Tensor:
-            states = self.task.trees[x].layout.leaf_states
-            padded = np.full((len(states), keep), -1)
-            width = min(keep, states.shape[1])
-            padded[:, :width] = states[:, :width]
-            return self._features[x][torch.as_tensor(padded + 1)[y]]
+            layout = self.task.trees[x].layout
+            return self._features[x][torch.as_tensor(layout.fit(layout.leaf_states, keep) + 1)[y]]
 
-        return self._per_row(rows, leaves, keep, pick)
+        return self._per_row(rows, leaves, pick)
 
 
 class TreeRLOOTrainer(TreeRollouts, RLOOTrainer):
@@ -254,14 +242,12 @@ class Curve(TrainerCallback):
         self.path, self.evaluate, self.every, self.progress = path, evaluate, every, progress
         self.trainer: Any = None
         self.lines: list[dict[str, Any]] = []
-        self.elapsed = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step and self.path.exists():
             kept = [json.loads(line) for line in self.path.read_text().splitlines()]
             self.lines = [line for line in kept if line["step"] < state.global_step]
-            self.elapsed = self.lines[-1]["seconds"] if self.lines else 0.0
-        self.started = time.monotonic() - self.elapsed
+        self.started = time.monotonic() - (self.lines[-1]["seconds"] if self.lines else 0.0)
         self._add(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -296,13 +282,10 @@ class Trained:
     Attributes:
         policy: ρ_θ over the leaves of each prompt's tree, X arrays.
         curve: the lines of `curve.jsonl`.
-        steps: optimizer steps taken in all.
     """
 
     policy: list[np.ndarray]
     curve: list[dict[str, Any]]
-    steps: int
-    model: Any = field(repr=False)
 
 
 def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
@@ -320,6 +303,23 @@ def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
         layers_to_transform=list(range(first, depth)),
         task_type="CAUSAL_LM",
     )
+
+
+def refuse_other_settings(folder: Path, before: Any, now: Mapping[str, Any]) -> None:
+    """Raise AlignProError, naming the first setting that differs, unless a run can be continued as asked."""
+
+    def differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            for key in new:
+                yield from differences(old.get(key), new[key], f"{name}.{key}" if name else key)
+        elif old != new:
+            yield name, old, new
+
+    for name, old, new in differences(before, now, ""):
+        raise AlignProError(
+            f"--resume: {folder} was started with {name} = {old}, not {new}; "
+            "repeat that setting or choose another folder"
+        )
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -360,13 +360,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     record = out / "settings.json"
     if resume and record.exists():
-        before = json.loads(record.read_text())
-        for name, value in asdict(settings).items():
-            if before.get(name) != value:
-                raise AlignProError(
-                    f"--resume: {out} was trained with {name} = {before.get(name)}, not {value}; "
-                    "repeat that setting or choose another folder"
-                )
+        refuse_other_settings(out, read_json(record), asdict(settings))
     write_json(record, asdict(settings))
 
     batch = settings.samples * len(task.prompts)
@@ -412,7 +406,8 @@ def train(
         return values
 
     curve = Curve(out / CURVE_FILE, evaluate, settings.epochs, progress)
-    with _quiet():
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries' advice on other set-ups
         kind, config = ALGORITHMS[settings.algorithm](common, settings)
         torch.manual_seed(settings.seed)  # the adapter's initial values
         trainer = kind(
@@ -429,19 +424,4 @@ def train(
         curve.trainer = trainer
         trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
         trainer.model.save_pretrained(str(out / "adapter"), safe_serialization=True)
-    return Trained(trainer.exact_policy(), curve.lines, trainer.state.global_step, trainer.model)
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Keep the library's advice on other set-ups out of the user's terminal."""
-    import transformers
-
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            transformers.logging.set_verbosity(level)
+    return Trained(trainer.exact_policy(), curve.lines)

@@ -102,7 +102,7 @@ class PrefixTree:
         leaf_states = np.full((len(paths), width), -1)
         for i, (row, n) in enumerate(zip(edges, lengths, strict=True)):
             leaf_edges[i, :n] = row[:n]
-            leaf_states[i, 1:n] = [slot.get(node, -1) for node in paths[i][: n - 1]]
+            leaf_states[i, 1:n] = [slot[node] for node in paths[i][: n - 1]]
         return TreeLayout(
             tokens=np.array([token[n] for n in nodes], int),
             parents=np.array([slot[parent[n]] for n in nodes], int),
@@ -142,6 +142,14 @@ class TreeLayout:
     leaf_states: np.ndarray
     actions: tuple[tuple[int, ...], ...]
 
+    @staticmethod
+    def fit(table: np.ndarray, steps: int) -> np.ndarray:
+        """[Y, T] -> [Y, steps]: cut, or filled with −1."""
+        fitted = np.full((len(table), steps), -1)
+        width = min(steps, table.shape[1])
+        fitted[:, :width] = table[:, :width]
+        return fitted
+
 
 @dataclass(frozen=True)
 class TreeScores:
@@ -167,13 +175,15 @@ class TreeScores:
         group = np.append(self.layout.edge_group, -1)[self.layout.leaf_edges]
         return self._per_step(self.entropies, group, leaves, steps)
 
+    def probabilities(self) -> np.ndarray:
+        """[Y] float64 leaf probabilities that sum to one."""
+        p = np.exp(self.leaf_log_probs.double().cpu().numpy())
+        return p / p.sum()  # removes the float32 rounding of the log-softmax, 1e-7 at most
+
     @staticmethod
     def _per_step(values: Tensor, index: np.ndarray, leaves: Tensor, steps: int) -> Tensor:
-        padded = np.full((len(index), steps), -1)
-        width = min(steps, index.shape[1])
-        padded[:, :width] = index[:, :width]
         table = torch.cat([values, values.new_zeros(1)])  # index −1 reads the zero
-        return table[torch.as_tensor(padded, device=values.device)[leaves]]
+        return table[torch.as_tensor(TreeLayout.fit(index, steps), device=values.device)[leaves]]
 
 
 def _packed(
@@ -300,8 +310,7 @@ def leaf_probabilities(
         for i, score in zip(
             rows, tree_scores(model, [prompts[i] for i in rows], [trees[i] for i in rows]), strict=True
         ):
-            p = np.exp(score.leaf_log_probs.double().cpu().numpy())
-            out[i] = p / p.sum()  # removes the float32 rounding of the log-softmax, 1e-7 at most
+            out[i] = score.probabilities()
         if progress:
             progress(len(rows))
     return out
