@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from alignpro.errors import AlignProError
-from alignpro.theory.bounds import BOUNDS, Statement, paper_r_max, report, solution, theorem1
+from alignpro.theory.bounds import BOUNDS, Statement, paper_r_max, report, theorem1
 from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import Instance, load, unchecked
+from alignpro.theory.solution import solution
 
 # A new shape costs a second of compilation, so sizes are rounded up to these; beyond them, kept as is.
 _SIZES = (32, 128, 512)

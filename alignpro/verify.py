@@ -22,12 +22,11 @@ from alignpro.theory.bounds import (
     IDENTITIES,
     LEMMAS,
     WRONG_BOUNDS,
-    Solution,
     Statement,
-    solution,
 )
 from alignpro.theory.families import FAMILIES, random_prompters, take
 from alignpro.theory.instance import Instance
+from alignpro.theory.solution import Solution, solution
 
 STATEMENTS: dict[str, Callable[[Solution], Statement]] = {**BOUNDS, **IDENTITIES, **LEMMAS, **WRONG_BOUNDS}
 DEFAULT = ("theorem1", "exact_gap", "trained")

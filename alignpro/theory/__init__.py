@@ -14,15 +14,14 @@ from alignpro.theory.bounds import (  # noqa: E402
     LEMMAS,
     WRONG_BOUNDS,
     BoundReport,
-    Solution,
     Statement,
     check,
-    solution,
 )
 from alignpro.theory.divergences import jeffreys, kl, tv  # noqa: E402
 from alignpro.theory.families import FAMILIES  # noqa: E402
 from alignpro.theory.gibbs import Tilted, grid, tilt  # noqa: E402
 from alignpro.theory.instance import Instance, Names, load  # noqa: E402
+from alignpro.theory.solution import Solution, solution  # noqa: E402
 
 __all__ = [
     "BOUNDS",

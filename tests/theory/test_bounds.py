@@ -8,10 +8,11 @@ from theory_oracle import EPS, close, exact, fields, finite, kills, oracle
 
 from alignpro.errors import AlignProError
 from alignpro.solve import solve_instances
-from alignpro.theory.bounds import BOUNDS, IDENTITIES, LEMMAS, WRONG_BOUNDS, check, judge, solution
+from alignpro.theory.bounds import BOUNDS, IDENTITIES, LEMMAS, WRONG_BOUNDS, check, judge
 from alignpro.theory.families import FAMILIES, draw, random_prompters
 from alignpro.theory.gibbs import grid
 from alignpro.theory.instance import Instance
+from alignpro.theory.solution import solution
 
 compiled = jax.jit(solution)
 KEYS = {"theorem1": "theorem1", "span": "span_form", "tight": "tight", "trained": "trained"}

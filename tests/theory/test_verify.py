@@ -5,9 +5,10 @@ import pytest
 
 from alignpro import verify
 from alignpro.errors import AlignProError
-from alignpro.theory.bounds import WRONG_BOUNDS, solution
+from alignpro.theory.bounds import WRONG_BOUNDS
 from alignpro.theory.families import FAMILIES
 from alignpro.theory.instance import load
+from alignpro.theory.solution import solution
 
 
 def test_nothing_true_is_violated_and_the_draw_repeats():

@@ -1,0 +1,280 @@
+"""`solution`: every quantity of the paper on one instance, in one pure function, with its rounding bounds.
+
+Log-space throughout (`gibbs.tilt`), so that no temperature makes a NaN. The statements of `bounds` are made
+of these quantities. All logarithms are natural; TV is half the L1 distance; "reward units" are those of the
+rewards.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from alignpro.theory.divergences import Floats, log_quotient, scaled_kl
+from alignpro.theory.gibbs import exponent, power_of_two, tilt
+from alignpro.theory.instance import Instance
+
+EPS = 2.0**-52
+
+
+class Solution(NamedTuple):
+    """Everything the statements are made of, in reward units unless said otherwise.
+
+    Per prompt [X]; `average` takes the mean over P. "ρ" is the prompter asked about: ρ* unless `solution`
+    was given one. Rewards enter the differences (gap, Δ1, Δ2, …) measured from each prompt's best reachable
+    response, so a large common offset costs no accuracy.
+    """
+
+    p: Float[Array, " X"]
+    """P(x)."""
+    beta: Float[Array, ""]
+    lam: Float[Array, ""]
+    rewrite_reward: Float[Array, "X K"]
+    """R(x,x′) = E_{y~π_F(·|x′)} r*(x,y)."""
+    rho_star: Float[Array, "X K"]
+    """ρ*(x′|x), Lemma 1 (probabilities)."""
+    pi_star: Float[Array, "X Y"]
+    """π*(y|x), equation 4 (probabilities)."""
+    log_z: Float[Array, " X"]
+    """log Z(x) in nats, Z of Lemma 1."""
+    log_z_star: Float[Array, " X"]
+    """log Z*(x) in nats, Z* of equation 4."""
+    value: Float[Array, " X"]
+    """F(ρ*) = λ log Z(x), the optimum of objective (9)."""
+    optimum: Float[Array, " X"]
+    """E_{y~π*} r*."""
+    original: Float[Array, " X"]
+    """E_{y~π_F(·|x)} r* = R(x,x): no prompt optimization."""
+    reference: Float[Array, " X"]
+    """E_{x′~ρ_sft} R(x,x′)."""
+    achieved: Float[Array, " X"]
+    """E_{x′~ρ} R(x,x′)."""
+    gap: Float[Array, " X"]
+    """E_π* r* − E_ρ R, from its definition (5); its mean over P is J(π*) − J(π_ρ)."""
+    delta1: Float[Array, " X"]
+    """Δ1 = E_π* r* − R(x,x) ≥ 0, equation 7, relatively accurate (it is `model_jeffreys`)."""
+    delta2: Float[Array, " X"]
+    """Δ2 = R(x,x) − E_ρ R, equation 7."""
+    shift: Float[Array, " X"]
+    """R(x,x) − E_ρsft R."""
+    tv_model: Float[Array, " X"]
+    """d_TV(π*(·|x), π_F(·|x))."""
+    tv_shift: Float[Array, " X"]
+    """E_{x′~ρ_sft} d_TV(π_F(·|x), π_F(·|x′))."""
+    model_kl: Float[Array, " X"]
+    """β KL(π*‖π_F)."""
+    model_jeffreys: Float[Array, " X"]
+    """β Jeff(π*, π_F)."""
+    prompter_kl: Float[Array, " X"]
+    """λ KL(ρ*‖ρ_sft)."""
+    prompter_jeffreys: Float[Array, " X"]
+    """λ Jeff(ρ*, ρ_sft)."""
+    kl_to_star: Float[Array, " X"]
+    """λ KL(ρ‖ρ*); 0 for ρ*."""
+    kl_from_star: Float[Array, " X"]
+    """λ KL(ρ*‖ρ); 0 for ρ*."""
+    kl_to_reference: Float[Array, " X"]
+    """λ KL(ρ‖ρ_sft)."""
+    kl_from_reference: Float[Array, " X"]
+    """λ KL(ρ_sft‖ρ)."""
+    kl_excess: Float[Array, " X"]
+    """λ KL(ρ‖ρ*) − λ KL(ρ‖ρ_sft) = −λ E_ρ log(ρ*/ρ_sft), without cancellation."""
+    shortfall: Float[Array, " X"]
+    """F(ρ*) − F(ρ), from its definition; equal to `kl_to_star`."""
+    span: Float[Array, " X"]
+    """max − min of r*(x,·) over the responses reachable from x."""
+    reward_max: Float[Array, ""]
+    reward_min: Float[Array, ""]
+    """Over all entries, reachable or not: what the theorem's r_max refers to."""
+    is_star: Array
+    """Whether ρ is ρ* by construction (bool)."""
+    supported: Array
+    """Whether ρ puts no mass where ρ_sft has none (bool)."""
+    gap_error: Float[Array, " X"]
+    """Bounds on the rounding errors of `gap`, …"""
+    model_error: Float[Array, " X"]
+    """… of the β terms (`delta1`, `model_kl`, `model_jeffreys`), …"""
+    prompter_error: Float[Array, " X"]
+    """… of the λ terms of ρ* (`prompter_kl`, `prompter_jeffreys`, `value`), …"""
+    rho_error: Float[Array, " X"]
+    """… of the λ terms of ρ (`kl_to_star`, `kl_to_reference`, `shortfall`, …), …"""
+    excess_error: Float[Array, " X"]
+    """… of `kl_excess`, …"""
+    shift_error: Float[Array, " X"]
+    """… of `shift`, …"""
+    tv_model_error: Float[Array, " X"]
+    """… of `tv_model` …"""
+    tv_shift_error: Float[Array, " X"]
+    """… and of `tv_shift`, per prompt."""
+
+    def average(self, per_prompt: Float[Floats, " X"]) -> Float[Array, ""]:
+        """E_{x~P}; a prompt of probability 0 does not count, whatever its value."""
+        return jnp.sum(jnp.where(self.p > 0, self.p * jnp.where(self.p > 0, per_prompt, 0.0), 0.0), -1)
+
+    @property
+    def j_star(self) -> Float[Array, ""]:
+        """J(π*)."""
+        return self.average(self.optimum)
+
+    @property
+    def j_rho(self) -> Float[Array, ""]:
+        """J(π_ρ)."""
+        return self.average(self.achieved)
+
+
+def solution(
+    instance: Instance,
+    beta: Float[Floats, ""] | float,
+    lam: Float[Floats, ""] | float,
+    prompter: Float[Floats, "X K"] | None = None,
+) -> Solution:
+    """Every quantity of the paper for one instance, exactly.
+
+    Args:
+        instance: the problem; under vmap, with leading axes.
+        beta: RLHF tuning parameter β > 0, in reward units.
+        lam: prompt tuning parameter λ > 0, in reward units.
+        prompter: any ρ(x′|x) [X, K], rows of probabilities; ρ* when None.
+
+    Pure: use it under jit, vmap (over instances, or over (β, λ) with `gibbs.grid`) and grad. Never NaN for
+    a valid instance with |rewards| below 1e300.
+    """
+    beta, lam = jnp.asarray(beta, float), jnp.asarray(lam, float)
+    p, prior, frozen = (jnp.asarray(a, float) for a in (instance.p, instance.prior, instance.frozen))
+    reward, own = jnp.asarray(instance.reward, float), jnp.asarray(instance.own)
+    _, rewrites, responses = instance.shape
+    own_frozen = frozen[own]
+
+    # What lies out of reach has probability 0 under every policy compared, but could be huge: drop it.
+    reach = (((prior > 0).astype(float) @ (frozen > 0).astype(float)) > 0) | (own_frozen > 0)
+    power = exponent(jnp.max(jnp.where(reach, jnp.abs(reward), 0.0), -1))
+    shrink, unit = power_of_two(-power), power_of_two(power)
+    scaled = jnp.where(reach, reward * shrink[:, None], -jnp.inf)
+    top = jnp.max(scaled, -1)
+    d = jnp.where(reach, scaled - top[:, None], 0.0)  # ≤ 0, in units of `unit`
+    r = d @ frozen.T
+    span = -jnp.min(d, -1)
+    b, t = beta * shrink, lam * shrink
+
+    model = tilt(own_frozen, d, b)
+    star = tilt(prior, r, t)
+    rho = star.probs if prompter is None else jnp.asarray(prompter, float)
+    own_r = jnp.take_along_axis(r, own[:, None], -1)[:, 0]
+    reference = jnp.sum(prior * r, -1)
+    optimum = jnp.sum(model.probs * d, -1)
+    achieved = jnp.sum(rho * r, -1)
+    tv_rows = lax.map(lambda row: 0.5 * jnp.sum(jnp.abs(frozen - row[None, :]), -1), own_frozen)
+    tv_shift = jnp.sum(prior * tv_rows, -1)
+
+    # λ log(ρ*/ρ_sft) in reward units, finite for every λ: what the ratio times λ would be.
+    tk = t[:, None]
+    star_log = jnp.where(prior > 0, r - star.free_energy[:, None], 0.0)
+    if prompter is None:
+        zero = jnp.zeros_like(span)
+        kl_to_star = kl_from_star = shortfall = zero
+        kl_to_reference, kl_from_reference, kl_excess = star.cost, star.gain, -star.cost
+        supported = jnp.asarray(True)
+    else:
+        tkk = jnp.broadcast_to(tk, rho.shape)
+        inside = (rho > 0) & (prior > 0)
+        log_rho = jnp.where(inside, log_quotient(rho, prior), 0.0)
+        ratio = jnp.where(inside, log_rho - star.log_ratio, 0.0)
+        scaled_ratio = jnp.where(inside, tk * log_rho - star_log, 0.0)
+        # Where ρ* underflows the divergences from ρ stay finite: its log is known. A floor keeps the support.
+        star_probs = jnp.where(prior > 0, jnp.maximum(star.probs, jnp.finfo(float).tiny), 0.0)
+        kl_to_star = scaled_kl(tkk, rho, star_probs, ratio, scaled_ratio)
+        kl_from_star = scaled_kl(tkk, star.probs, rho, -ratio, -scaled_ratio)
+        kl_to_reference = scaled_kl(tkk, rho, prior, log_rho, tk * log_rho)
+        kl_from_reference = scaled_kl(tkk, prior, rho, -log_rho, -tk * log_rho)
+        kl_excess = -jnp.sum(rho * star_log, -1)
+        # F(ρ*) − F(ρ) with F(ρ*) from its own definition, so that the identity is a test of log Z.
+        f_star = jnp.sum(star.probs * r, -1) - star.cost
+        shortfall = f_star - (achieved - kl_to_reference)
+        supported = jnp.all(jnp.where(rho > 0, prior > 0, True))
+
+    # Rounding: first-order bounds on what was just done, doubled. Sums of n terms err by n·eps times the
+    # sum of magnitudes. A log-ratio of a tilt errs by eps times (energy/temperature + |log Z| + n), and an
+    # error e in a tilt's energies moves E_p[energy] by at most 2 e E_p|energy − mean|/temperature.
+    live = span > 0
+    scale = jnp.where(live, span, 0.0)
+
+    def ratio_noise(probs: Array, energy: Array, free: Array, temperature: Array, n: int) -> Array:
+        distance = -jnp.sum(probs * energy, -1) + jnp.abs(free)
+        return jnp.where(live, EPS * (4.0 * distance / temperature + n + 8), 0.0)
+
+    model_noise = ratio_noise(model.probs, d, model.free_energy, b, responses)
+    model_scaled_log = jnp.where(own_frozen > 0, d - model.free_energy[:, None], 0.0)
+    model_magnitude = jnp.sum(model.probs * jnp.abs(model_scaled_log), -1) + b * model.tv
+    e_model = scale * (model_noise + (responses + 8) * EPS) + (responses + 8) * EPS * model_magnitude
+
+    best = jnp.max(jnp.where(prior > 0, r, -jnp.inf), -1)
+    e_r = (2 * responses + 6) * EPS * scale
+    star_noise = ratio_noise(star.probs, r - best[:, None], star.free_energy - best, t, rewrites)
+    mean = jnp.sum(star.probs * r, -1, keepdims=True)
+    spread = jnp.sum(star.probs * jnp.abs(r - mean), -1)
+    carried = jnp.where(e_r > 0.1 * t, scale, 2.0 * e_r * spread / t)
+    magnitude = jnp.sum(star.probs * jnp.abs(star_log), -1) + t * star.tv
+    e_star = (
+        2.0 * e_r
+        + scale * (star_noise + (rewrites + 8) * EPS)
+        + carried
+        + jnp.where(live, (rewrites + 8) * EPS * magnitude, 0.0)
+    )
+    if prompter is None:
+        e_rho = e_excess = e_star
+    else:
+        weight = rho + prior + star.probs
+        sums = jnp.sum(jnp.where(inside, weight * (jnp.abs(tk * log_rho) + jnp.abs(star_log)), 0.0), -1)
+        moved = t * jnp.sum(jnp.abs(rho - prior) + jnp.abs(rho - star.probs), -1)
+        e_rho = e_star + 6.0 * e_r + (rewrites + 12) * EPS * (4.0 * sums + moved + scale)
+        on_rho = jnp.sum(rho * jnp.abs(star_log), -1) + jnp.abs(star.free_energy - best)
+        e_excess = jnp.where(live, 2.0 * e_r + (rewrites + 12) * EPS * (on_rho + scale), 0.0)
+    e_shift = 2.0 * e_r + (rewrites + 4) * EPS * scale
+    e_gap = e_model + (e_star if prompter is None else e_r + (rewrites + 8) * EPS * scale)
+
+    raw = reward
+    return Solution(
+        p=p,
+        beta=beta,
+        lam=lam,
+        rewrite_reward=(top[:, None] + r) * unit[:, None],
+        rho_star=star.probs,
+        pi_star=model.probs,
+        log_z=top / t + star.free_energy / t,
+        log_z_star=top / b + model.free_energy / b,
+        value=(top + star.free_energy) * unit,
+        optimum=(top + optimum) * unit,
+        original=(top + own_r) * unit,
+        reference=(top + reference) * unit,
+        achieved=(top + achieved) * unit,
+        gap=(optimum - achieved) * unit,
+        delta1=model.lift * unit,
+        delta2=(own_r - achieved) * unit,
+        shift=(own_r - reference) * unit,
+        tv_model=model.tv,
+        tv_shift=tv_shift,
+        model_kl=model.cost * unit,
+        model_jeffreys=model.lift * unit,
+        prompter_kl=star.cost * unit,
+        prompter_jeffreys=star.lift * unit,
+        kl_to_star=kl_to_star * unit,
+        kl_from_star=kl_from_star * unit,
+        kl_to_reference=kl_to_reference * unit,
+        kl_from_reference=kl_from_reference * unit,
+        kl_excess=kl_excess * unit,
+        shortfall=shortfall * unit,
+        span=span * unit,
+        reward_max=jnp.max(raw),
+        reward_min=jnp.min(raw),
+        is_star=jnp.asarray(prompter is None),
+        supported=supported,
+        gap_error=2.0 * e_gap * unit,
+        model_error=2.0 * e_model * unit,
+        prompter_error=2.0 * e_star * unit,
+        rho_error=2.0 * e_rho * unit,
+        excess_error=2.0 * e_excess * unit,
+        shift_error=2.0 * e_shift * unit,
+        tv_model_error=2.0 * (model_noise + jnp.where(live, responses * EPS * model.tv, 0.0)),
+        tv_shift_error=2.0 * jnp.where(tv_shift > 0, (responses + rewrites + 8) * EPS, 0.0),
+    )
