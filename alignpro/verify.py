@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,14 @@ from alignpro.theory.bounds import (
     ANY_PROMPTER,
     BOUNDS,
     IDENTITIES,
-    LEMMAS,
+    STATEMENTS,
     WRONG_BOUNDS,
     Statement,
 )
 from alignpro.theory.families import FAMILIES, random_prompters, take
 from alignpro.theory.instance import Instance
-from alignpro.theory.solution import Solution, solution
+from alignpro.theory.solution import solution
 
-STATEMENTS: dict[str, Callable[[Solution], Statement]] = {**BOUNDS, **IDENTITIES, **LEMMAS, **WRONG_BOUNDS}
 DEFAULT = ("theorem1", "exact_gap", "trained")
 
 # Few shapes, since each is compiled once: fewer, as many and more rewrites than prompts.

@@ -18,6 +18,17 @@ from jaxtyping import Array, Float
 
 from alignpro.errors import AlignProError
 from alignpro.theory.divergences import TINY, Floats
+from alignpro.theory.elementwise import (
+    arctanh,
+    expm1,
+    exprel,
+    is_ball,
+    maximum,
+    minimum,
+    ones_like,
+    sqrt,
+    tanh,
+)
 from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import KEYS, Instance, probabilities, unchecked
 from alignpro.theory.solution import EPS, Solution, solution
@@ -48,37 +59,68 @@ def paper_r_max(s: Solution) -> Float[Array, ""]:
     With negative rewards everything is shifted by the minimum first, which changes neither side but makes
     r_max = max r − min r.
     """
-    return s.reward_max - jnp.minimum(0.0, s.reward_min)
+    return s.reward_max - minimum(0.0, s.reward_min)
 
 
-def _averaged(s: Solution, lhs, terms, rhs, error, assumptions, magnitude, ceiling=None) -> Statement:
+def _statement(s: Solution, lhs, rhs, terms, error, assumptions, magnitude, ceiling=None) -> Statement:
     """E_x of both sides; `magnitude` [X] is what was summed, for the error of the average itself."""
-    n = s.p.shape[-1]
     average = s.average
     summed = average(magnitude)
-    # Below the smallest normal number compiled code flushes to 0, errors included.
-    flushed = jnp.where(summed > 0, 16.0 * TINY, 0.0)
+    # Below the smallest normal number compiled code flushes to 0, errors included. Balls carry their own.
+    flushed = summed * 0 if is_ball(summed) else jnp.where(summed > 0, 16.0 * TINY, 0.0)
     return Statement(
         lhs=average(lhs),
         rhs=average(rhs),
-        error=average(error) + 2.0 * (n + 8) * EPS * summed + flushed,
+        error=average(error) + 2.0 * (s.p.shape[-1] + 8) * EPS * summed + flushed,
         ceiling=average(s.span if ceiling is None else ceiling),
         terms={name: average(term) for name, term in terms.items()},
         assumptions=assumptions,
     )
 
 
+def _optimal(s: Solution) -> dict[str, Array]:
+    return {"prompter is optimal": s.is_star}
+
+
+def _supported(s: Solution) -> dict[str, Array]:
+    return {"prompter has the support of its reference": s.supported}
+
+
+def _covered(s: Solution) -> dict[str, Array]:
+    return {"rewrites induce no response the frozen model cannot give": s.covered}
+
+
+def _upper(s: Solution, added: dict, subtracted: dict, error, assumptions) -> Statement:
+    """gap ≤ Σ added − Σ subtracted."""
+    positive, negative = sum(added.values()), sum(subtracted.values(), start=s.span * 0)
+    size = abs(s.gap) + positive + negative
+    rhs, terms = positive - negative, added | subtracted
+    return _statement(s, s.gap, rhs, terms, s.gap_error + error, assumptions, size)
+
+
+def _lower(s: Solution, added: dict, subtracted: dict, error, assumptions) -> Statement:
+    """gap ≥ Σ added − Σ subtracted, as `lhs ≤ rhs` with the gap on the right."""
+    nothing = s.span * 0
+    positive, negative = sum(added.values(), start=nothing), sum(subtracted.values(), start=nothing)
+    return _statement(
+        s,
+        positive - negative,
+        s.gap,
+        added | subtracted,
+        s.gap_error + error,
+        assumptions,
+        abs(s.gap) + abs(positive) + negative,
+    )
+
+
 def _three_terms(s: Solution, width: Array, third: Array, assumptions: dict[str, Array]) -> Statement:
     """gap ≤ width·TV(π*,π_F) + width·E TV(π_F(·|x), π_F(·|x′)) − third, per prompt, then averaged."""
-    model, prompt_shift = width * s.tv_model, width * s.tv_shift
-    return _averaged(
+    return _upper(
         s,
-        s.gap,
-        {"model": model, "prompt_shift": prompt_shift, "prompter_kl": third},
-        model + prompt_shift - third,
-        s.gap_error + s.prompter_error + width * (s.tv_model_error + s.tv_shift_error),
+        {"model": width * s.tv_model, "prompt_shift": width * s.tv_shift},
+        {"prompter_kl": third},
+        s.prompter_error + width * (s.tv_model_error + s.tv_shift_error),
         assumptions,
-        jnp.abs(s.gap) + model + prompt_shift + third,
     )
 
 
@@ -94,13 +136,10 @@ def theorem1(s: Solution, r_max: Float[Floats, ""] | float | None = None) -> Sta
     leaves it TRUE, since E_ρ* R − E_ρsft R = λ Jeff(ρ*, ρ_sft) is at least λ KL in either direction.
     See `WRONG_BOUNDS` for where those slips are false.
     """
-    width = paper_r_max(s) if r_max is None else jnp.asarray(r_max, float)
+    width = paper_r_max(s) if r_max is None else r_max
     enclosed = jnp.asarray(True) if r_max is None else (s.reward_min >= 0) & (s.reward_max <= width)
     return _three_terms(
-        s,
-        width * jnp.ones_like(s.span),
-        s.prompter_kl,
-        {"rewards in [0, r_max]": enclosed, "prompter is optimal": s.is_star},
+        s, width * ones_like(s.span), s.prompter_kl, {"rewards in [0, r_max]": enclosed} | _optimal(s)
     )
 
 
@@ -109,18 +148,103 @@ def span(s: Solution) -> Statement:
 
     Reachable: positive probability under π_F(·|x) or under π_F(·|x′) for some x′ in the support of ρ_sft.
     Proof: as for Theorem 1; both TV steps only involve distributions on reachable responses, and
-    |E_p r − E_q r| ≤ span·TV(p,q) there.
+    |E_p r − E_q r| ≤ span·TV(p,q) there. Never looser than `theorem1`.
     """
-    return _three_terms(s, s.span, s.prompter_kl, {"prompter is optimal": s.is_star})
+    return _three_terms(s, s.span, s.prompter_kl, _optimal(s))
 
 
 def tight(s: Solution) -> Statement:
-    """The span form with λ Jeff(ρ*,ρ_sft) in λ KL's place: valid, and never looser.
+    """The span form with λ Jeff(ρ*,ρ_sft) in λ KL's place: valid, and never looser than `span`.
 
-    Proof: log(ρ*/ρ_sft) = R/λ − log Z, so λ Jeff(ρ*,ρ_sft) = E_ρ* R − E_ρsft R exactly, where Theorem 1 used
-    an inequality. It is an equality when r* is an indicator aligned with both TV steps.
+    Proof: log(ρ*/ρ_sft) = R/λ − log Z, so λ Jeff(ρ*,ρ_sft) = E_ρ* R − E_ρsft R exactly (cf. 2605.07105),
+    where Theorem 1 used an inequality. An equality when r* is an indicator aligned with both TV steps.
     """
-    return _three_terms(s, s.span, s.prompter_jeffreys, {"prompter is optimal": s.is_star})
+    return _three_terms(s, s.span, s.prompter_jeffreys, _optimal(s))
+
+
+def _model_and_barycentre(s: Solution, model: Array, error: Array) -> Statement:
+    return _upper(
+        s,
+        {"model": model, "prompt_shift": s.span * s.tv_barycentre},
+        {"prompter_kl": s.prompter_jeffreys},
+        s.prompter_error + error + s.span * s.tv_shift_error,
+        _optimal(s),
+    )
+
+
+def barycentre(s: Solution) -> Statement:
+    """`tight` with TV(π_F(·|x), π_ρsft(·|x)) in E_ρsft TV's place: never looser, and without pairwise terms.
+
+    Proof: R(x,x) − E_ρsft R = E_πF(·|x) r* − E_π_ρsft r* is at most span·TV of the two policies, and TV is
+    convex, so that is at most the average of TV over ρ_sft. Far smaller where rewrites err in different directions.
+    """
+    return _model_and_barycentre(s, s.span * s.tv_model, s.span * s.tv_model_error)
+
+
+def beta_only(s: Solution) -> Statement:
+    """`barycentre` with span²/(4β) (at most span) for the model's term: no policy π* is needed.
+
+    Proof: with π_s ∝ π_F e^{s r}, d/ds E_π_s r = Var_π_s(r) ≤ span²/4 (Popoviciu); integrate s over [0, 1/β].
+    """
+    share = minimum(s.span / (4.0 * s.beta), ones_like(s.span))
+    return _model_and_barycentre(s, s.span * share, 8 * EPS * s.span * share)
+
+
+def beta_tanh(s: Solution) -> Statement:
+    """`barycentre` with span·tanh(span/(4β)) for the model's term: sharper than `beta_only` at every β.
+
+    Proof: on A = {r* > β log Z*}, TV = π*(A) − π_F(A), and the odds of A under π* are at most e^{span/β}
+    times those under π_F (π*/π_F = e^{r/β}/Z*). Two probabilities whose log-odds differ by a differ by at
+    most tanh(a/4). So TV(π*,π_F) ≤ tanh(span/(4β)), attained by two points; then Δ1 ≤ span·TV.
+    """
+    share = tanh(s.span / (4.0 * s.beta))
+    return _model_and_barycentre(s, s.span * share, 8 * EPS * s.span * share)
+
+
+def _variance_term(s: Solution) -> tuple[Array, Array]:
+    """min(span, Var(r*)/β · (e^{M/β} − 1)/(M/β)), M = max r* − E r* under π_F(·|x), and its rounding."""
+    growth = exprel(s.own_rise / s.beta)
+    term = minimum((s.own_sd / s.beta) * s.own_sd * growth, s.span)
+    if is_ball(term[0]):
+        return term, term * 0
+    relative = jnp.minimum(2.0 * s.own_error / s.beta + (64 + 2 * s.own_rise / s.beta) * EPS, 1.0)
+    error = 2.0 * relative * term + 4.0 * (s.own_sd / s.beta) * growth * s.own_error
+    return term, jnp.minimum(error, s.span)
+
+
+def variance(s: Solution) -> Statement:
+    """`barycentre` with Var(r*)/β·(e^{M/β} − 1)/(M/β) (at most span) for the model's term.
+
+    Variance and M = max r* − E r* are those of π_F(·|x): rewards of the frozen model's own samples suffice.
+    Proof: with u = r* − E_πF r*, Δ1 = E[u e^{u/β}]/E[e^{u/β}]; the denominator is ≥ 1 (Jensen), and E u = 0
+    makes the numerator E[u (e^{u/β} − 1)] = E[u²/β · (e^{u/β} − 1)/(u/β)]; its last factor grows with u ≤ M.
+    Beats span·TV for large β, where Δ1 → Var/β while span·TV → span·E|u|/(2β).
+    """
+    return _model_and_barycentre(s, *_variance_term(s))
+
+
+def kl_only(s: Solution) -> Statement:
+    """`barycentre` with span·min(√(KL/2), √(1 − e^{−KL})), KL = KL(π*‖π_F), for the model's term.
+
+    Pinsker's and Bretagnolle–Huber's bounds on TV. Never tighter than `barycentre`; for use when KL is known.
+    """
+    kl, noise = s.model_kl / s.beta, s.model_error / s.beta
+    root, huber = sqrt(kl / 2.0), sqrt(-expm1(-kl))
+    term = s.span * minimum(root, huber)
+    if is_ball(kl[0]):
+        return _model_and_barycentre(s, term, term * 0)
+    error = jnp.minimum(jnp.sqrt((kl + noise) / 2.0) - root, 1.0) + 8 * EPS * jnp.minimum(root, 1.0)
+    return _model_and_barycentre(s, term, 2.0 * s.span * error)
+
+
+def combined(s: Solution) -> Statement:
+    """The lesser of the model's terms of `barycentre` and `variance`, prompt by prompt: no looser than they.
+
+    `beta_only`, `beta_tanh` and `kl_only` need no place in it, being bounds on TV.
+    """
+    by_variance, error = _variance_term(s)
+    model = minimum(s.span * s.tv_model, by_variance)
+    return _model_and_barycentre(s, model, error + s.span * s.tv_model_error)
 
 
 def trained(s: Solution) -> Statement:
@@ -133,16 +257,121 @@ def trained(s: Solution) -> Statement:
 
 
 def _trained(s: Solution, shortfall: Array, prompter_kl: Array, excess: Array, error: Array) -> Statement:
-    model, prompt_shift = s.span * s.tv_model, s.span * s.tv_shift
-    return _averaged(
+    return _for_any(s, s.tv_shift, {"shortfall": shortfall, "prompter_kl": prompter_kl}, excess, error)
+
+
+def _for_any(s: Solution, tv_shift: Array, kls: dict, excess: Array, error: Array) -> Statement:
+    """gap ≤ span·TV1 + span·`tv_shift` + `excess`, the difference of `kls` without its cancellation."""
+    model, prompt_shift = s.span * s.tv_model, s.span * tv_shift
+    return _statement(
         s,
         s.gap,
-        {"model": model, "prompt_shift": prompt_shift, "shortfall": shortfall, "prompter_kl": prompter_kl},
         model + prompt_shift + excess,
+        {"model": model, "prompt_shift": prompt_shift} | kls,
         s.gap_error + error + s.span * (s.tv_model_error + s.tv_shift_error),
-        {"prompter has the support of its reference": s.supported},
-        jnp.abs(s.gap) + model + prompt_shift + jnp.abs(excess),
+        _supported(s),
+        abs(s.gap) + model + prompt_shift + abs(excess),
     )
+
+
+def trained_tight(s: Solution) -> Statement:
+    """For ANY ρ: `trained` with TV to the barycentre and − λ KL(ρ_sft‖ρ*): never looser.
+
+    Proof: F(ρ*) = E_ρsft R + λ KL(ρ_sft‖ρ*) exactly (suboptimality of ρ_sft), where `trained` uses
+    F(ρ*) ≥ E_ρsft R. At ρ = ρ* it is `barycentre`.
+    """
+    kls = {"shortfall": s.kl_to_star, "prompter_kl": s.kl_to_reference, "reference_kl": s.prompter_gain}
+    excess, error = s.kl_excess - s.prompter_gain, s.excess_error + s.prompter_error
+    return _for_any(s, s.tv_barycentre, kls, excess, error)
+
+
+def induced(s: Solution) -> Statement:
+    """For ANY ρ: gap(ρ) ≤ span·TV(π*, π_ρ), of the two policies that are compared.
+
+    Proof: the gap is E_π* r* − E_π_ρ r*. Needs π_ρ itself (equation 3); beats every bound above when
+    rewriting brings the answers near π*; loses where π_ρ and π* differ in responses of equal reward.
+    """
+    return _upper(s, {"policies": s.span * s.tv_induced}, {}, s.span * s.tv_rho_error, {})
+
+
+BOUNDS: dict[str, Callable[[Solution], Statement]] = {
+    "theorem1": theorem1,
+    "span": span,
+    "tight": tight,
+    "barycentre": barycentre,
+    "combined": combined,
+    "variance": variance,
+    "beta_tanh": beta_tanh,
+    "beta_only": beta_only,
+    "kl_only": kl_only,
+    "trained": trained,
+    "trained_tight": trained_tight,
+    "induced": induced,
+}
+"""Upper bounds on the gap J(π*) − J(π_ρ)."""
+
+
+def ceiling(s: Solution) -> Statement:
+    """For ANY ρ: gap(ρ) ≥ E_π* r* − max R(x,·) over the support of ρ_sft, the prompting ceiling.
+
+    Proof: E_ρ R is an average of R over that support. Reached as λ → 0 by ρ*. Positive: no prompter there, at
+    whatever λ, matches π*. `limits.prompting_ceiling` has it over all rewrites too.
+    """
+    error = s.model_error + s.shift_error
+    return _lower(s, {"ceiling": s.ceiling}, {}, error, _supported(s))
+
+
+def kl_ceiling(s: Solution) -> Statement:
+    """For ANY ρ: gap(ρ) ≥ E_π* r* − λ log Z − λ KL(ρ‖ρ_sft): what a KL of that size can reach at most.
+
+    Proof: E_ρ R − λ KL(ρ‖ρ_sft) = F(ρ) ≤ F(ρ*) = λ log Z (Donsker–Varadhan). An equality at ρ = ρ*. Beats
+    `ceiling` for prompters near ρ_sft.
+    """
+    return _lower(
+        s,
+        {"optimal_value": s.value_gap},
+        {"prompter_kl": s.kl_to_reference},
+        s.model_error + s.prompter_error + s.rho_error,
+        _supported(s),
+    )
+
+
+def drift(s: Solution) -> Statement:
+    """For ANY ρ: gap(ρ) ≥ β KL(π*‖π_F) − β KL(π_ρ‖π_F).
+
+    Proof: `regularised` without its term β KL(π_ρ‖π*) ≥ 0. So a prompter outperforms π* only if its answers
+    move further from π_F(·|x), in KL, than π* does: a necessary condition for the paper's question Q2.
+    """
+    return _lower(
+        s,
+        {"model_kl": s.model_kl},
+        {"induced_kl": s.induced_to_model},
+        s.model_error + s.induced_error,
+        _covered(s),
+    )
+
+
+def mirror(s: Solution) -> Statement:
+    """gap ≥ β Jeff(π*,π_F) − span·TV(π_F(·|x), π_ρsft(·|x)) − λ Jeff(ρ*,ρ_sft): `barycentre` from below.
+
+    Proof: the exact gap with R(x,x) − E_ρsft R ≥ −span·TV. Beats `ceiling` where λ keeps ρ* near ρ_sft.
+    """
+    return _lower(
+        s,
+        {"model": s.model_jeffreys},
+        {"prompt_shift": s.span * s.tv_barycentre, "prompter_kl": s.prompter_jeffreys},
+        s.model_error + s.prompter_error + s.span * s.tv_shift_error,
+        _optimal(s),
+    )
+
+
+LOWER_BOUNDS: dict[str, Callable[[Solution], Statement]] = {
+    "ceiling": ceiling,
+    "kl_ceiling": kl_ceiling,
+    "drift": drift,
+    "mirror": mirror,
+}
+"""Lower bounds on the gap: `lhs` is the bound, `rhs` the gap. The paper left them open."""
 
 
 def exact_gap(s: Solution) -> Statement:
@@ -150,14 +379,14 @@ def exact_gap(s: Solution) -> Statement:
 
     Proof: the Jeffreys identity of the tilt (see `tight`) on both sides of Δ1 + Δ2.
     """
-    return _averaged(
+    return _statement(
         s,
         s.gap,
-        {},
         s.model_jeffreys + s.shift - s.prompter_jeffreys,
+        {},
         s.gap_error + s.model_error + s.prompter_error + s.shift_error,
-        {"prompter is optimal": s.is_star},
-        jnp.abs(s.gap) + s.model_jeffreys + jnp.abs(s.shift) + s.prompter_jeffreys,
+        _optimal(s),
+        abs(s.gap) + s.model_jeffreys + abs(s.shift) + s.prompter_jeffreys,
     )
 
 
@@ -166,27 +395,57 @@ def suboptimality(s: Solution) -> Statement:
 
     Proof: log ρ* = log ρ_sft + R/λ − log Z, so λ KL(ρ‖ρ*) = λ KL(ρ‖ρ_sft) − E_ρ R + λ log Z.
     """
-    return _averaged(
+    return _statement(
         s,
         s.shortfall,
-        {},
         s.kl_to_star,
+        {},
         s.rho_error + s.prompter_error,
-        {"prompter has the support of its reference": s.supported},
-        jnp.abs(s.shortfall) + s.kl_to_star + s.kl_to_reference + s.prompter_kl,
+        _supported(s),
+        abs(s.shortfall) + s.kl_to_star + s.kl_to_reference + s.prompter_kl,
     )
 
 
-BOUNDS: dict[str, Callable[[Solution], Statement]] = {
-    "theorem1": theorem1,
-    "span": span,
-    "tight": tight,
-    "trained": trained,
-}
+def any_gap(s: Solution) -> Statement:
+    """For ANY ρ: gap(ρ) = E_π* r* − λ log Z + λ KL(ρ‖ρ*) − λ KL(ρ‖ρ_sft), exactly.
+
+    Proof: `suboptimality`, with E_ρ R = F(ρ) + λ KL(ρ‖ρ_sft) and F(ρ*) = λ log Z.
+    """
+    return _statement(
+        s,
+        s.gap,
+        s.value_gap + s.kl_excess,
+        {},
+        s.gap_error + s.model_error + s.prompter_error + s.excess_error,
+        _supported(s),
+        abs(s.gap) + abs(s.value_gap) + abs(s.kl_excess),
+    )
+
+
+def regularised(s: Solution) -> Statement:
+    """For ANY ρ: G(π*) − G(π_ρ) = β KL(π_ρ‖π*) with G(π) = E_π r* − β KL(π‖π_F), written for the gap.
+
+    gap(ρ) = β KL(π_ρ‖π*) + β KL(π*‖π_F) − β KL(π_ρ‖π_F). Proof: `suboptimality` on the RLHF side, at π_ρ. So
+    the prompter best in that sense projects π* on the rewrites' hull (`limits.information_projection`).
+    """
+    return _statement(
+        s,
+        s.gap,
+        s.induced_to_star + s.model_kl - s.induced_to_model,
+        {},
+        s.gap_error + s.model_error + 2.0 * s.induced_error,
+        _covered(s),
+        abs(s.gap) + s.induced_to_star + s.model_kl + s.induced_to_model,
+    )
+
+
 IDENTITIES: dict[str, Callable[[Solution], Statement]] = {
     "exact_gap": exact_gap,
     "suboptimality": suboptimality,
+    "any_gap": any_gap,
+    "regularised": regularised,
 }
+"""Equalities: `lhs` = `rhs`."""
 
 
 def pinsker(s: Solution) -> Statement:
@@ -195,18 +454,39 @@ def pinsker(s: Solution) -> Statement:
 
 
 def _pinsker(s: Solution, times: float) -> Statement:
-    half_kl = s.model_kl / (2 * s.beta)
-    noise = s.model_error / (2 * s.beta)
-    return _averaged(
+    half_kl = s.model_kl / (2.0 * s.beta)
+    noise = s.model_error / (2.0 * s.beta)
+    return _statement(
         s,
         times * s.tv_model,
+        sqrt(half_kl),
         {},
-        jnp.sqrt(half_kl),
-        times * s.tv_model_error + jnp.sqrt(half_kl + noise) - jnp.sqrt(half_kl),
+        times * s.tv_model_error + sqrt(half_kl + noise) - sqrt(half_kl),
         {},
-        times * s.tv_model + jnp.sqrt(half_kl),
-        jnp.ones_like(half_kl),  # a total variation is at most 1, in probability rather than reward units
+        times * s.tv_model + sqrt(half_kl),
+        ones_like(half_kl),  # a total variation is at most 1, in probability rather than reward units
     )
+
+
+def tanh_tv(s: Solution) -> Statement:
+    """E_x d_TV(π*,π_F) ≤ E_x tanh(span/(4β)), attained by two points of equal weight; see `beta_tanh`."""
+    rhs = tanh(s.span / (4.0 * s.beta))
+    return _statement(
+        s, s.tv_model, rhs, {}, s.tv_model_error + 8 * EPS * rhs, {}, s.tv_model + rhs, ones_like(rhs)
+    )
+
+
+def jeffreys_tv(s: Solution) -> Statement:
+    """4β·TV·artanh(TV) ≤ Δ1 with TV = TV(π*,π_F): Δ1 is at least quadratic in TV.
+
+    Proof: Δ1 = β Jeff(π*,π_F), and Jeff ≥ 2V log((1+V)/(1−V)), its least value at TV = V, taken by two points
+    (data processing onto {π* > π_F}, then joint convexity on swapping them: (½ ± V/2)).
+    """
+    tv = s.tv_model if is_ball(s.beta) else jnp.minimum(s.tv_model, 1.0 - EPS)
+    lhs = 4.0 * s.beta * tv * arctanh(tv)
+    steep = arctanh(tv) + tv / (1.0 - tv)
+    error = minimum(4.0 * s.beta * s.tv_model_error * steep, s.span + lhs) + 16 * EPS * lhs
+    return _statement(s, lhs, s.model_jeffreys, {}, error + s.model_error, {}, lhs + s.model_jeffreys)
 
 
 def theorem1_l1(s: Solution) -> Statement:
@@ -219,15 +499,17 @@ def theorem1_kl_reversed(s: Solution) -> Statement:
 
     E_ρ* R − E_ρsft R = λ Jeff(ρ*, ρ_sft) = λ KL(ρ*‖ρ_sft) + λ KL(ρ_sft‖ρ*) is at least either of the two.
     """
-    return theorem1(s._replace(prompter_kl=s.prompter_jeffreys - s.prompter_kl))
+    return theorem1(s._replace(prompter_kl=s.prompter_gain))
 
 
 LEMMAS: dict[str, Callable[[Solution], Statement]] = {
     "pinsker": pinsker,
+    "tanh_tv": tanh_tv,
+    "jeffreys_tv": jeffreys_tv,
     "theorem1_l1": theorem1_l1,
     "theorem1_kl_reversed": theorem1_kl_reversed,
 }
-"""True statements beside the bounds on the gap: an inequality, and two misreadings that do no harm."""
+"""True statements beside the bounds on the gap: inequalities, and two misreadings that do no harm."""
 
 
 def signed_max_abs(s: Solution) -> Statement:
@@ -235,8 +517,8 @@ def signed_max_abs(s: Solution) -> Statement:
 
     Rewards in {−1, 1} have span 2, so Δ1 = 2 TV(π*,π_F) where the misreading allows 1 TV.
     """
-    largest = jnp.maximum(jnp.abs(s.reward_max), jnp.abs(s.reward_min))
-    return _three_terms(s, largest * jnp.ones_like(s.span), s.prompter_kl, {"prompter is optimal": s.is_star})
+    largest = maximum(abs(s.reward_max), abs(s.reward_min))
+    return _three_terms(s, largest * ones_like(s.span), s.prompter_kl, _optimal(s))
 
 
 def quarter_l1(s: Solution) -> Statement:
@@ -245,6 +527,23 @@ def quarter_l1(s: Solution) -> Statement:
     For an indicator reward, Δ1 = r_max TV(π*,π_F) exactly; with ρ_sft on x itself nothing else is left.
     """
     return theorem1(s._replace(tv_model=0.5 * s.tv_model, tv_shift=0.5 * s.tv_shift))
+
+
+def beta_eighth(s: Solution) -> Statement:
+    """FALSE: `beta_only` with Hoeffding's span²/(8β).
+
+    That bounds β log Z* − E_πF r*, which leaves out β KL(π*‖π_F), as large again when β is large.
+    """
+    share = minimum(s.span / (8.0 * s.beta), ones_like(s.span))
+    return _model_and_barycentre(s, s.span * share, 8 * EPS * s.span * share)
+
+
+def never_outperforms(s: Solution) -> Statement:
+    """FALSE: gap ≥ 0, as if no prompter could outperform π* (the paper's question Q2).
+
+    π* pays for its KL to π_F(·|x); a rewrite can steer the frozen model to better answers at once.
+    """
+    return _lower(s, {}, {}, s.span * 0, {})
 
 
 def pinsker_l1(s: Solution) -> Statement:
@@ -257,8 +556,8 @@ def pinsker_l1(s: Solution) -> Statement:
 
 def l1_at_most_one(s: Solution) -> Statement:
     """FALSE: d_TV(π*,π_F) ≤ 1 with the ½ forgotten; distributions with little in common have L1 near 2."""
-    one = jnp.ones_like(s.tv_model)
-    return _averaged(s, 2 * s.tv_model, {}, one, 2 * s.tv_model_error, {}, one, one)
+    one = ones_like(s.tv_model)
+    return _statement(s, 2 * s.tv_model, one, {}, 2 * s.tv_model_error, {}, one, one)
 
 
 def suboptimality_reversed(s: Solution) -> Statement:
@@ -275,12 +574,14 @@ def trained_reversed(s: Solution) -> Statement:
     A ρ that leaves out much of ρ_sft makes the last term large while its reward loss stays bounded.
     """
     excess = s.kl_from_star - s.kl_from_reference
-    return _trained(s, s.kl_from_star, s.kl_from_reference, excess, s.rho_error + EPS * jnp.abs(excess))
+    return _trained(s, s.kl_from_star, s.kl_from_reference, excess, s.rho_error + EPS * abs(excess))
 
 
 WRONG_BOUNDS: dict[str, Callable[[Solution], Statement]] = {
     "signed_max_abs": signed_max_abs,
     "quarter_l1": quarter_l1,
+    "beta_eighth": beta_eighth,
+    "never_outperforms": never_outperforms,
     "pinsker_l1": pinsker_l1,
     "l1_at_most_one": l1_at_most_one,
     "suboptimality_reversed": suboptimality_reversed,
@@ -292,7 +593,22 @@ Forgetting the ½ of TV, or reversing the KL, inside Theorem 1's own right side 
 leaves it true (`theorem1_l1`, `theorem1_kl_reversed`). They are refuted where they are false.
 """
 
-ANY_PROMPTER = frozenset({"trained", "suboptimality", "suboptimality_reversed", "trained_reversed"})
+SAID_FROM_BELOW = frozenset({*LOWER_BOUNDS, "never_outperforms"})
+"""Statements with the gap on the right."""
+
+STATEMENTS: dict[str, Callable[[Solution], Statement]] = {
+    **BOUNDS,
+    **LOWER_BOUNDS,
+    **IDENTITIES,
+    **LEMMAS,
+    **WRONG_BOUNDS,
+}
+"""All of them, by name."""
+
+ANY_PROMPTER = frozenset(
+    {"trained", "trained_tight", "induced", "ceiling", "kl_ceiling", "drift"}
+    | {"suboptimality", "any_gap", "regularised", "suboptimality_reversed", "trained_reversed"}
+)
 """Statements about any prompter ρ, so to be checked on others than ρ*."""
 
 
@@ -302,19 +618,22 @@ class BoundReport:
 
     name: str
     gap: float
-    """J(π*) − J(π_ρ)."""
+    """J(π*) − J(π_ρ), or what a lemma or identity has on its left."""
     rhs: float
+    """The bound: gap ≤ rhs, or gap ≥ rhs where `relation` says so."""
     slack: float
-    """rhs − gap."""
+    """rhs − gap, for a lower bound gap − rhs: ≥ 0 where it holds."""
     terms: Mapping[str, float]
-    """Named parts of the right side, each ≥ 0."""
+    """Named parts of the bound, in reward units."""
     assumptions: Mapping[str, bool]
     verdict: Verdict
     """holds | violated | inconclusive (|slack| within rounding) | inapplicable (an assumption fails)."""
     vacuous: bool
-    """The right side is no smaller than the reward span, so it would hold whatever the policies."""
+    """It would hold whatever the policies: an upper bound no smaller than the reward span, or a lower bound
+    no larger than minus it."""
     error: float
     """Bound on the rounding of `slack`."""
+    relation: Literal["<=", ">=", "="] = "<="
 
 
 def judge(slack: float, error: float, applicable: bool = True, equality: bool = False) -> Verdict:
@@ -335,21 +654,22 @@ def judge(slack: float, error: float, applicable: bool = True, equality: bool = 
     return "holds" if slack > 0 else "violated"
 
 
-def report(name: str, statement: Statement, equality: bool = False) -> BoundReport:
-    """The host-side report of one (unbatched) statement."""
+def report(name: str, statement: Statement) -> BoundReport:
+    """The host-side report of one (unbatched) statement, `name` being its key in `STATEMENTS`."""
     lhs, rhs, error, ceiling = (float(v) for v in statement[:4])
     assumptions = {key: bool(value) for key, value in statement.assumptions.items()}
-    slack = rhs - lhs
+    slack, lower, equality = rhs - lhs, name in SAID_FROM_BELOW, name in IDENTITIES
     return BoundReport(
         name=name,
-        gap=lhs,
-        rhs=rhs,
+        gap=rhs if lower else lhs,
+        rhs=lhs if lower else rhs,
         slack=slack,
         terms={key: float(value) for key, value in statement.terms.items()},
         assumptions=assumptions,
         verdict=judge(slack, error, all(assumptions.values()), equality),
-        vacuous=rhs >= ceiling,
+        vacuous=lhs <= -ceiling if lower else rhs >= ceiling,
         error=error,
+        relation=">=" if lower else "=" if equality else "<=",
     )
 
 
@@ -371,8 +691,8 @@ def check(
         instance: the problem.
         beta: β > 0, in reward units.
         lam: λ > 0, in reward units.
-        bound: a key of `BOUNDS`.
-        prompter: a trained ρ(x′|x) [X, K]; ρ* when None. Only `trained` applies to any but ρ*.
+        bound: a key of `STATEMENTS`.
+        prompter: a trained ρ(x′|x) [X, K]; ρ* when None. Only those in `ANY_PROMPTER` apply to any but ρ*.
         r_max: override of Theorem 1's r_max; "inapplicable" when rewards leave [0, r_max].
 
     Raises:
@@ -380,12 +700,12 @@ def check(
             matrix of probabilities of the shape of `instance.prior`.
     """
     beta, lam = check_temperature("beta", beta), check_temperature("lam", lam)
-    if bound not in BOUNDS:
-        raise AlignProError(f"bound {bound!r} is unknown; give one of {', '.join(BOUNDS)}")
+    if bound not in STATEMENTS:
+        raise AlignProError(f"bound {bound!r} is unknown; give one of {', '.join(STATEMENTS)}")
     if prompter is not None:
         prompter = probabilities("prompter", prompter, np.shape(instance.prior))
     arrays = unchecked(*(getattr(instance, key) for key in KEYS))  # names would force a new compilation
     s = _jitted(arrays, beta, lam, prompter)
     if r_max is not None and bound == "theorem1":
         return report(bound, theorem1(s, r_max))
-    return report(bound, BOUNDS[bound](s))
+    return report(bound, STATEMENTS[bound](s))

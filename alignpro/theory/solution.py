@@ -12,7 +12,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from alignpro.theory.divergences import Floats, log_quotient, scaled_kl
-from alignpro.theory.gibbs import exponent, power_of_two, tilt
+from alignpro.theory.elementwise import average
+from alignpro.theory.gibbs import Tilted, exponent, power_of_two, tilt
 from alignpro.theory.instance import Instance
 
 EPS = 2.0**-52
@@ -31,7 +32,7 @@ class Solution(NamedTuple):
     beta: Float[Array, ""]
     lam: Float[Array, ""]
     rewrite_reward: Float[Array, "X K"]
-    """R(x,x′) = E_{y~π_F(·|x′)} r*(x,y)."""
+    """R(x,x′) = E_{y~π_F(·|x′)} r*(x,y), for every rewrite, the reference's support or not."""
     rho_star: Float[Array, "X K"]
     """ρ*(x′|x), Lemma 1 (probabilities)."""
     pi_star: Float[Array, "X Y"]
@@ -58,10 +59,24 @@ class Solution(NamedTuple):
     """Δ2 = R(x,x) − E_ρ R, equation 7."""
     shift: Float[Array, " X"]
     """R(x,x) − E_ρsft R."""
+    ceiling: Float[Array, " X"]
+    """E_π* r* − max of R(x,·) over the support of ρ_sft: what no prompter there can undercut."""
+    value_gap: Float[Array, " X"]
+    """E_π* r* − F(ρ*) = E_π* r* − λ log Z(x)."""
+    own_sd: Float[Array, " X"]
+    """Standard deviation of r*(x,y) under y ~ π_F(·|x)."""
+    own_rise: Float[Array, " X"]
+    """max of r*(x,·) over the support of π_F(·|x), minus its mean there."""
     tv_model: Float[Array, " X"]
     """d_TV(π*(·|x), π_F(·|x))."""
     tv_shift: Float[Array, " X"]
     """E_{x′~ρ_sft} d_TV(π_F(·|x), π_F(·|x′))."""
+    tv_barycentre: Float[Array, " X"]
+    """d_TV(π_F(·|x), π_ρsft(·|x)), π_ρsft = Σ_x′ ρ_sft(x′|x) π_F(·|x′); at most `tv_shift`."""
+    tv_induced: Float[Array, " X"]
+    """d_TV(π*(·|x), π_ρ(·|x))."""
+    tv_prompter: Float[Array, " X"]
+    """d_TV(ρ(·|x), ρ_sft(·|x))."""
     model_kl: Float[Array, " X"]
     """β KL(π*‖π_F)."""
     model_jeffreys: Float[Array, " X"]
@@ -70,6 +85,12 @@ class Solution(NamedTuple):
     """λ KL(ρ*‖ρ_sft)."""
     prompter_jeffreys: Float[Array, " X"]
     """λ Jeff(ρ*, ρ_sft)."""
+    prompter_gain: Float[Array, " X"]
+    """λ KL(ρ_sft‖ρ*) = F(ρ*) − E_ρsft R ≥ 0."""
+    induced_to_star: Float[Array, " X"]
+    """β KL(π_ρ‖π*)."""
+    induced_to_model: Float[Array, " X"]
+    """β KL(π_ρ‖π_F(·|x))."""
     kl_to_star: Float[Array, " X"]
     """λ KL(ρ‖ρ*); 0 for ρ*."""
     kl_from_star: Float[Array, " X"]
@@ -83,7 +104,8 @@ class Solution(NamedTuple):
     shortfall: Float[Array, " X"]
     """F(ρ*) − F(ρ), from its definition; equal to `kl_to_star`."""
     span: Float[Array, " X"]
-    """max − min of r*(x,·) over the responses reachable from x."""
+    """max − min of r*(x,·) over the responses reachable from x: those of positive probability under
+    π_F(·|x), or under π_F(·|x′) for some x′ in the support of ρ_sft or of ρ."""
     reward_max: Float[Array, ""]
     reward_min: Float[Array, ""]
     """Over all entries, reachable or not: what the theorem's r_max refers to."""
@@ -91,6 +113,8 @@ class Solution(NamedTuple):
     """Whether ρ is ρ* by construction (bool)."""
     supported: Array
     """Whether ρ puts no mass where ρ_sft has none (bool)."""
+    covered: Array
+    """Whether π_ρ puts no mass where π_F(·|x) has none, for every x of positive probability (bool)."""
     gap_error: Float[Array, " X"]
     """Bounds on the rounding errors of `gap`, …"""
     model_error: Float[Array, " X"]
@@ -103,14 +127,20 @@ class Solution(NamedTuple):
     """… of `kl_excess`, …"""
     shift_error: Float[Array, " X"]
     """… of `shift`, …"""
+    induced_error: Float[Array, " X"]
+    """… of `induced_to_star` and `induced_to_model`, …"""
+    own_error: Float[Array, " X"]
+    """… of `own_sd` and `own_rise`, …"""
     tv_model_error: Float[Array, " X"]
-    """… of `tv_model` …"""
+    """… of `tv_model`, …"""
     tv_shift_error: Float[Array, " X"]
-    """… and of `tv_shift`, per prompt."""
+    """… of `tv_shift` and `tv_barycentre`, …"""
+    tv_rho_error: Float[Array, " X"]
+    """… of `tv_induced` and `tv_prompter`, per prompt."""
 
     def average(self, per_prompt: Float[Floats, " X"]) -> Float[Array, ""]:
         """E_{x~P}; a prompt of probability 0 does not count, whatever its value."""
-        return jnp.sum(jnp.where(self.p > 0, self.p * jnp.where(self.p > 0, per_prompt, 0.0), 0.0), -1)
+        return average(self.p, per_prompt)
 
     @property
     def j_star(self) -> Float[Array, ""]:
@@ -121,6 +151,19 @@ class Solution(NamedTuple):
     def j_rho(self) -> Float[Array, ""]:
         """J(π_ρ)."""
         return self.average(self.achieved)
+
+
+def _from(policy, base, tilted: Tilted, scaled_log, temperature):
+    """temperature·KL(policy‖tilted), temperature·KL(policy‖base), their common support, log policy/base."""
+    t = jnp.broadcast_to(temperature, policy.shape)
+    inside = (policy > 0) & (base > 0)
+    log_base = jnp.where(inside, log_quotient(policy, base), 0.0)
+    # Where the tilt underflows the divergence stays finite: its log is known. A floor keeps the support.
+    probs = jnp.where(base > 0, jnp.maximum(tilted.probs, jnp.finfo(float).tiny), 0.0)
+    ratio = jnp.where(inside, log_base - tilted.log_ratio, 0.0)
+    scaled_ratio = jnp.where(inside, temperature * log_base - scaled_log, 0.0)
+    to_tilted = scaled_kl(t, policy, probs, ratio, scaled_ratio)
+    return to_tilted, scaled_kl(t, policy, base, log_base, temperature * log_base), inside, log_base
 
 
 def solution(
@@ -147,7 +190,8 @@ def solution(
     own_frozen = frozen[own]
 
     # What lies out of reach has probability 0 under every policy compared, but could be huge: drop it.
-    reach = (((prior > 0).astype(float) @ (frozen > 0).astype(float)) > 0) | (own_frozen > 0)
+    used = prior > 0 if prompter is None else (prior > 0) | (jnp.asarray(prompter) > 0)
+    reach = ((used.astype(float) @ (frozen > 0).astype(float)) > 0) | (own_frozen > 0)
     power = exponent(jnp.max(jnp.where(reach, jnp.abs(reward), 0.0), -1))
     shrink, unit = power_of_two(-power), power_of_two(power)
     scaled = jnp.where(reach, reward * shrink[:, None], -jnp.inf)
@@ -175,23 +219,29 @@ def solution(
         kl_to_star = kl_from_star = shortfall = zero
         kl_to_reference, kl_from_reference, kl_excess = star.cost, star.gain, -star.cost
         supported = jnp.asarray(True)
+        tv_prompter = star.tv
     else:
-        tkk = jnp.broadcast_to(tk, rho.shape)
-        inside = (rho > 0) & (prior > 0)
-        log_rho = jnp.where(inside, log_quotient(rho, prior), 0.0)
+        kl_to_star, kl_to_reference, inside, log_rho = _from(rho, prior, star, star_log, tk)
         ratio = jnp.where(inside, log_rho - star.log_ratio, 0.0)
         scaled_ratio = jnp.where(inside, tk * log_rho - star_log, 0.0)
-        # Where ρ* underflows the divergences from ρ stay finite: its log is known. A floor keeps the support.
-        star_probs = jnp.where(prior > 0, jnp.maximum(star.probs, jnp.finfo(float).tiny), 0.0)
-        kl_to_star = scaled_kl(tkk, rho, star_probs, ratio, scaled_ratio)
+        tkk = jnp.broadcast_to(tk, rho.shape)
         kl_from_star = scaled_kl(tkk, star.probs, rho, -ratio, -scaled_ratio)
-        kl_to_reference = scaled_kl(tkk, rho, prior, log_rho, tk * log_rho)
         kl_from_reference = scaled_kl(tkk, prior, rho, -log_rho, -tk * log_rho)
         kl_excess = -jnp.sum(rho * star_log, -1)
         # F(ρ*) − F(ρ) with F(ρ*) from its own definition, so that the identity is a test of log Z.
         f_star = jnp.sum(star.probs * r, -1) - star.cost
         shortfall = f_star - (achieved - kl_to_reference)
         supported = jnp.all(jnp.where(rho > 0, prior > 0, True))
+        tv_prompter = 0.5 * jnp.sum(jnp.abs(rho - prior), -1)
+
+    # The induced policies of ρ_sft and ρ, and what the second costs on the RLHF side.
+    barycentre, induced = prior @ frozen, rho @ frozen
+    bk = b[:, None]
+    model_log = jnp.where(own_frozen > 0, d - model.free_energy[:, None], 0.0)
+    induced_to_star, induced_to_model, within, log_induced = _from(induced, own_frozen, model, model_log, bk)
+    covered = jnp.all(jnp.where((induced > 0) & (p > 0)[:, None], own_frozen > 0, True))
+    rise = jnp.max(jnp.where(own_frozen > 0, d, -jnp.inf), -1) - own_r
+    own_sd = jnp.sqrt(jnp.sum(own_frozen * jnp.square(d - own_r[:, None]), -1))
 
     # Rounding: first-order bounds on what was just done, doubled. Sums of n terms err by n·eps times the
     # sum of magnitudes. A log-ratio of a tilt errs by eps times (energy/temperature + |log Z| + n), and an
@@ -204,8 +254,7 @@ def solution(
         return jnp.where(live, EPS * (4.0 * distance / temperature + n + 8), 0.0)
 
     model_noise = ratio_noise(model.probs, d, model.free_energy, b, responses)
-    model_scaled_log = jnp.where(own_frozen > 0, d - model.free_energy[:, None], 0.0)
-    model_magnitude = jnp.sum(model.probs * jnp.abs(model_scaled_log), -1) + b * model.tv
+    model_magnitude = jnp.sum(model.probs * jnp.abs(model_log), -1) + b * model.tv
     e_model = scale * (model_noise + (responses + 8) * EPS) + (responses + 8) * EPS * model_magnitude
 
     best = jnp.max(jnp.where(prior > 0, r, -jnp.inf), -1)
@@ -231,14 +280,25 @@ def solution(
         on_rho = jnp.sum(rho * jnp.abs(star_log), -1) + jnp.abs(star.free_energy - best)
         e_excess = jnp.where(live, 2.0 * e_r + (rewrites + 12) * EPS * (on_rho + scale), 0.0)
     e_shift = 2.0 * e_r + (rewrites + 4) * EPS * scale
+    on_induced = jnp.where(within, induced * (jnp.abs(bk * log_induced) + jnp.abs(model_log)), 0.0)
+    moved = jnp.sum(jnp.abs(induced - own_frozen) + jnp.abs(induced - model.probs), -1)
+    e_induced = e_model + (responses + rewrites + 12) * EPS * (
+        4.0 * jnp.sum(on_induced, -1) + b * moved + scale
+    )
+    tilt_noise = jnp.where(live, star_noise + jnp.minimum(2.0 * e_r / t, 1.0), 0.0)
+    e_rho_tv = (tilt_noise if prompter is None else 0.0) + model_noise + (responses + rewrites + 8) * EPS
     e_gap = e_model + (e_star if prompter is None else e_r + (rewrites + 8) * EPS * scale)
 
-    raw = reward
     return Solution(
         p=p,
         beta=beta,
         lam=lam,
-        rewrite_reward=(top[:, None] + r) * unit[:, None],
+        # Off the support the sum runs over unreachable responses too, which `d` has dropped.
+        rewrite_reward=jnp.where(
+            used | (jnp.arange(rewrites)[None, :] == own[:, None]),
+            (top[:, None] + r) * unit[:, None],
+            reward @ frozen.T,
+        ),
         rho_star=star.probs,
         pi_star=model.probs,
         log_z=top / t + star.free_energy / t,
@@ -252,12 +312,22 @@ def solution(
         delta1=model.lift * unit,
         delta2=(own_r - achieved) * unit,
         shift=(own_r - reference) * unit,
+        ceiling=(optimum - best) * unit,
+        value_gap=(optimum - star.free_energy) * unit,
+        own_sd=own_sd * unit,
+        own_rise=rise * unit,
         tv_model=model.tv,
         tv_shift=tv_shift,
+        tv_barycentre=jnp.where(tv_shift > 0, 0.5 * jnp.sum(jnp.abs(own_frozen - barycentre), -1), 0.0),
+        tv_induced=0.5 * jnp.sum(jnp.abs(model.probs - induced), -1),
+        tv_prompter=tv_prompter,
         model_kl=model.cost * unit,
         model_jeffreys=model.lift * unit,
         prompter_kl=star.cost * unit,
         prompter_jeffreys=star.lift * unit,
+        prompter_gain=star.gain * unit,
+        induced_to_star=induced_to_star * unit,
+        induced_to_model=induced_to_model * unit,
         kl_to_star=kl_to_star * unit,
         kl_from_star=kl_from_star * unit,
         kl_to_reference=kl_to_reference * unit,
@@ -265,16 +335,20 @@ def solution(
         kl_excess=kl_excess * unit,
         shortfall=shortfall * unit,
         span=span * unit,
-        reward_max=jnp.max(raw),
-        reward_min=jnp.min(raw),
+        reward_max=jnp.max(reward),
+        reward_min=jnp.min(reward),
         is_star=jnp.asarray(prompter is None),
         supported=supported,
+        covered=covered,
         gap_error=2.0 * e_gap * unit,
         model_error=2.0 * e_model * unit,
         prompter_error=2.0 * e_star * unit,
         rho_error=2.0 * e_rho * unit,
         excess_error=2.0 * e_excess * unit,
         shift_error=2.0 * e_shift * unit,
+        induced_error=2.0 * e_induced * unit,
+        own_error=2.0 * jnp.where(live, (2 * responses + 8) * EPS * scale, 0.0) * unit,
         tv_model_error=2.0 * (model_noise + jnp.where(live, responses * EPS * model.tv, 0.0)),
         tv_shift_error=2.0 * jnp.where(tv_shift > 0, (responses + rewrites + 8) * EPS, 0.0),
+        tv_rho_error=2.0 * jnp.where(live, e_rho_tv, 0.0),
     )

@@ -1,0 +1,84 @@
+"""Elementary functions for JAX arrays and for arrays of balls alike.
+
+A statement of `bounds` is written once, with these, and evaluated either in floating point (JAX arrays) or
+in ball arithmetic (NumPy object arrays of `flint.arb`, see `certify`).
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+_OBJECT = np.dtype(object)
+
+
+def is_ball(x: Any) -> bool:
+    """Whether `x` is a ball (known by its method `atanh`), or an object array of balls."""
+    return getattr(x, "dtype", None) == _OBJECT or hasattr(type(x), "atanh")
+
+
+def _ball(value: Any, like: Any) -> Any:
+    return value if is_ball(value) else type(like)(value)
+
+
+def _apply(name: str, *args: Any, method: str | None = None) -> Any:
+    if not any(is_ball(a) for a in args):
+        return getattr(jnp, name)(*args)
+
+    def one(*values: Any) -> Any:
+        like = next(v for v in values if is_ball(v))
+        first, *rest = (_ball(v, like) for v in values)
+        return getattr(first, method or name)(*rest)
+
+    return np.frompyfunc(one, len(args), 1)(*args)
+
+
+def sqrt(x: Any) -> Any:
+    """√x."""
+    return _apply("sqrt", x)
+
+
+def expm1(x: Any) -> Any:
+    """eˣ − 1."""
+    return _apply("expm1", x)
+
+
+def tanh(x: Any) -> Any:
+    """tanh x."""
+    return _apply("tanh", x)
+
+
+def arctanh(x: Any) -> Any:
+    """artanh x, |x| < 1."""
+    return _apply("arctanh", x, method="atanh")
+
+
+def minimum(x: Any, y: Any) -> Any:
+    """The lesser, elementwise; of balls, a ball that encloses it."""
+    return _apply("minimum", x, y, method="min")
+
+
+def maximum(x: Any, y: Any) -> Any:
+    """The greater, elementwise; of balls, a ball that encloses it."""
+    return _apply("maximum", x, y, method="max")
+
+
+def ones_like(x: Any) -> Any:
+    """Ones of the same shape and kind."""
+    return x * 0 + 1 if is_ball(x) else jnp.ones_like(x)
+
+
+def exprel(x: Any) -> Any:
+    """(eˣ − 1)/x ≥ 0, 1 at 0; in floating point capped at x = 700, so finite for every x."""
+    if is_ball(x):
+        return np.frompyfunc(lambda v: v * 0 + 1 if v == 0 else v.expm1() / v, 1, 1)(x)
+    zero = x == 0
+    safe = jnp.where(zero, 1.0, jnp.minimum(x, 700.0))
+    return jnp.where(zero, 1.0, jnp.expm1(safe) / safe)
+
+
+def average(p: Any, values: Any) -> Any:
+    """Σ_x p(x) values(x) on the last axis; a prompt of probability 0 does not count, whatever its value."""
+    if is_ball(p):
+        return sum((w * v for w, v in zip(p, values, strict=True) if w != 0), start=p[0] * 0)
+    return jnp.sum(jnp.where(p > 0, p * jnp.where(p > 0, values, 0.0), 0.0), -1)
