@@ -1,7 +1,8 @@
 """Divergences between distributions on the last axis, in nats, without cancellation or NaN.
 
 Each is a sum of terms that are non-negative one by one, so nearby distributions keep their relative
-accuracy: KL(p‖q) = Σ q φ(log p/q) with φ(d) = d eᵈ − eᵈ + 1 ≥ 0, since Σ p = Σ q = 1.
+accuracy: KL(p‖q) = Σ q φ(log p/q) with φ(d) = d eᵈ − eᵈ + 1 ≥ 0, since Σ p = Σ q = 1. In float64, or in
+float32 when every array given is float32.
 """
 
 from typing import Any
@@ -15,6 +16,12 @@ Floats = Array | np.ndarray
 
 # Probabilities below the smallest normal float64 count as zero: XLA flushes them anyway.
 TINY = 2.2250738585072014e-308
+
+
+def same_floats(*values: Any) -> tuple[Array, ...]:
+    """The values as arrays of one dtype: float32 if each is a float32 array, and float64 otherwise."""
+    single = all(getattr(value, "dtype", None) == np.float32 for value in values)
+    return tuple(jnp.asarray(value, np.float32 if single else np.float64) for value in values)
 
 
 @jax.custom_jvp
@@ -95,18 +102,19 @@ def kl(p: Float[Floats, "... n"], q: Float[Floats, "... n"]) -> Float[Array, "..
 
     0 log 0 = 0; infinite where q = 0 < p. Never negative: 0 exactly when p == q.
     """
-    p, q = jnp.broadcast_arrays(jnp.asarray(p, float), jnp.asarray(q, float))
+    p, q = jnp.broadcast_arrays(*same_floats(p, q))
     ratio = log_quotient(p, q)
     return scaled_kl(jnp.ones_like(p), p, q, ratio, ratio)
 
 
 def tv(p: Float[Floats, "... n"], q: Float[Floats, "... n"]) -> Float[Array, "..."]:
     """Total variation ½ Σ|p − q| in [0, 1], of probability vectors on the last axis."""
-    return 0.5 * jnp.sum(jnp.abs(jnp.asarray(p, float) - jnp.asarray(q, float)), -1)
+    p, q = same_floats(p, q)
+    return 0.5 * jnp.sum(jnp.abs(p - q), -1)
 
 
 def jeffreys(p: Float[Floats, "... n"], q: Float[Floats, "... n"]) -> Float[Array, "..."]:
     """KL(p‖q) + KL(q‖p) = Σ (p − q) log p/q in nats; infinite where exactly one of them is 0."""
-    p, q = jnp.broadcast_arrays(jnp.asarray(p, float), jnp.asarray(q, float))
+    p, q = jnp.broadcast_arrays(*same_floats(p, q))
     terms = jnp.where((p > 0) != (q > 0), jnp.inf, (p - q) * log_quotient(p, q))
     return jnp.sum(terms, -1)

@@ -13,15 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from alignpro.errors import AlignProError
-from alignpro.theory.divergences import Floats, log1p, psi, scaled_kl
+from alignpro.theory.divergences import Floats, log1p, psi, same_floats, scaled_kl
 
 # Above this the mass sits far from the base's mean, and centring at the maximum is the accurate choice.
 _FAR = 8.0
 # ψ is summed directly up to here; beyond, exp could overflow.
-_HUGE = 500.0
+_HUGE, _HUGE_SINGLE = 500.0, 60.0
 
 T = TypeVar("T")
 
@@ -53,19 +54,24 @@ class Tilted(NamedTuple):
     """½ Σ|p − base|."""
 
 
-def power_of_two(n: Int[Floats, "..."]) -> Float[Array, "..."]:
-    """2ⁿ exactly, for −1022 ≤ n ≤ 1023."""
-    return lax.bitcast_convert_type((n.astype(jnp.int64) + 1023) << 52, jnp.float64)
+def power_of_two(n: Int[Floats, "..."], dtype: DTypeLike = np.float64) -> Float[Array, "..."]:
+    """2ⁿ exactly, where that is a normal number of the dtype (float64: −1022 ≤ n ≤ 1023)."""
+    f = jnp.finfo(dtype)
+    bits = (n.astype(f"int{f.bits}") + (1 - f.minexp)) << f.nmant
+    return lax.bitcast_convert_type(bits, dtype)
 
 
 def exponent(x: Float[Floats, "..."]) -> Int[Array, "..."]:
-    """e with 2^(e−1) ≤ |x| < 2^e (0 for 0), held to ±480.
+    """e with 2^(e−1) ≤ |x| < 2^e (0 for 0), held to ±480 (float32: ±40).
 
-    Two scalings by such powers then leave any temperature from 1e-18 to 1e18 a normal number.
+    Two scalings by such powers then leave any temperature from 1e-18 to 1e18 (float32: 1e-6 to 1e6) a
+    normal number.
     """
     x = jnp.abs(lax.stop_gradient(x))
-    bits = lax.bitcast_convert_type(x, jnp.int64)
-    return jnp.where(x > 0, jnp.clip((bits >> 52) - 1022, -480, 480), 0)
+    f = jnp.finfo(x.dtype)
+    bits = lax.bitcast_convert_type(x, f"int{f.bits}")
+    most = 480 if f.bits == 64 else 40
+    return jnp.where(x > 0, jnp.clip((bits >> f.nmant) + f.minexp, -most, most), 0)
 
 
 def tilt(
@@ -78,19 +84,22 @@ def tilt(
         energy: any finite values, in reward units; those off the base's support are ignored.
         temperature: positive, in reward units, broadcast against the leading axes.
 
-    Pure, differentiable, and safe under jit and vmap. Nothing overflows for finite energies: they are
+    In float64, or in float32 when both arrays are float32. Pure, differentiable, and safe under jit and
+    vmap. Nothing overflows for finite energies: they are
     first divided by a power of two and measured from their maximum over the support, so that a large
     common offset cancels exactly and temperatures near 0 give the limit (all mass on the best, in
     proportion to the base) rather than 0/0. Where energies differ little beside the temperature,
     log Z is log1p(Σ base ψ(u)) about the base's mean, ψ(u) = eᵘ − 1 − u, which keeps the relative
     accuracy of `gain`, `cost` and `lift` as the temperature grows.
     """
-    base, energy = jnp.broadcast_arrays(jnp.asarray(base, float), jnp.asarray(energy, float))
-    temperature = jnp.broadcast_to(jnp.asarray(temperature, float), base.shape[:-1])
+    base, energy = jnp.broadcast_arrays(*same_floats(base, energy))
+    dtype = base.dtype
+    temperature = jnp.broadcast_to(jnp.asarray(temperature, dtype), base.shape[:-1])
+    huge, least = (_HUGE, -1e300) if dtype == np.float64 else (_HUGE_SINGLE, -1e36)
     support = base > 0
 
     power = exponent(jnp.max(jnp.where(support, jnp.abs(energy), 0.0), -1))
-    shrink, unit = power_of_two(-power), power_of_two(power)
+    shrink, unit = power_of_two(-power, dtype), power_of_two(power, dtype)
     scaled = jnp.where(support, energy * shrink[..., None], -jnp.inf)
     pivot = jnp.max(scaled, -1)
     d = jnp.where(support, scaled - pivot[..., None], 0.0)
@@ -99,7 +108,7 @@ def tilt(
 
     mean = jnp.sum(base * d, -1)
     reach = -mean / t  # the largest (energy − mean)/temperature
-    u = jnp.clip((d - mean[..., None]) / tk, -1e300, _HUGE)
+    u = jnp.clip((d - mean[..., None]) / tk, least, huge)
     log_z_mean = log1p(jnp.sum(base * psi(u), -1))
     a = d / tk
     log_z_max = jnp.log(jnp.sum(base * jnp.exp(a), -1))
@@ -107,7 +116,7 @@ def tilt(
     far = reach > _FAR
     far_k = far[..., None]
     ratio = jnp.where(far_k, a - log_z_max[..., None], u - log_z_mean[..., None])
-    gain = jnp.where(reach > _HUGE, t * log_z_max - mean, t * log_z_mean)
+    gain = jnp.where(reach > huge, t * log_z_max - mean, t * log_z_mean)
     value = jnp.where(far, t * log_z_max, mean + t * log_z_mean)
     # temperature·ratio without the division, so that it survives where the ratio overflows.
     scaled_ratio = jnp.where(
