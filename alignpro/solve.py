@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from alignpro.errors import AlignProError
-from alignpro.theory.bounds import BOUNDS, Statement, paper_r_max, report, theorem1
+from alignpro.theory.bounds import BOUNDS, LOWER_BOUNDS, Statement, paper_r_max, report, theorem1
 from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import Instance, load, unchecked
 from alignpro.theory.solution import solution
@@ -21,6 +21,8 @@ _SIZES = (32, 128, 512)
 _SMALL = 8
 _BATCH = 64
 _BATCH_ELEMENTS = 2**21
+
+CHOICES = {**BOUNDS, **LOWER_BOUNDS}
 
 SIGNED_CONVENTION = "max r - min r, after shifting the least reward to 0"
 PAPER_CONVENTION = "max r, the least reward being at least 0"
@@ -54,7 +56,7 @@ def solve_files(
         files: .npz instances.
         beta: β > 0, in reward units.
         lam: λ > 0, in reward units.
-        bounds: keys of `BOUNDS`, or "all".
+        bounds: keys of `CHOICES`, or "all".
         r_max: override of Theorem 1's r_max.
         progress: called with the number of instances just finished.
 
@@ -68,10 +70,10 @@ def solve_files(
         raise AlignProError(
             f"--r-max {r_max}: must be a finite number of at least 0; give one or leave it out"
         )
-    names = tuple(BOUNDS) if "all" in bounds else tuple(dict.fromkeys(bounds))
+    names = tuple(CHOICES) if "all" in bounds else tuple(dict.fromkeys(bounds))
     for name in names:
-        if name not in BOUNDS:
-            raise AlignProError(f"--bounds {name}: is unknown; give one of {', '.join(BOUNDS)} or all")
+        if name not in CHOICES:
+            raise AlignProError(f"--bounds {name}: is unknown; give one of {', '.join(CHOICES)} or all")
     instances = load_all(files)
     quantities = solve_instances(instances, beta, lam, names, r_max, progress)
     return [{"file": str(file), **result} for file, result in zip(files, quantities, strict=True)]
@@ -126,7 +128,7 @@ def _evaluator(bounds: tuple[str, ...], r_max: float | None) -> Callable[..., An
             "delta2": s.average(s.delta2),
         }
         checks = {
-            name: theorem1(s, r_max) if name == "theorem1" and r_max is not None else BOUNDS[name](s)
+            name: theorem1(s, r_max) if name == "theorem1" and r_max is not None else CHOICES[name](s)
             for name in bounds
         }
         return parts, checks
@@ -197,6 +199,7 @@ def _result(
     for name in order:
         said = report(name, checks[name])
         result["bounds"][name] = {
+            "relation": said.relation,
             "rhs": _strict(said.rhs),
             "slack": _strict(said.slack),
             "terms": {key: _strict(value) for key, value in said.terms.items()},
@@ -223,14 +226,19 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             f"  Delta1 {show(result['delta1'])}   Delta2 {show(result['delta2'])}   "
             f"r_max {show(result['r_max'])} ({result['r_max_convention']})",
         ]
+        rows = [("bound on the gap", "", "rhs", "slack", "verdict", "rests on", "terms")]
         for name, bound in result["bounds"].items():
             terms = ", ".join(f"{key} {show(value)}" for key, value in bound["terms"].items())
-            vacuous = "; vacuous: at or above the reward span" if bound["vacuous"] else ""
-            failed = [key for key, true in bound["assumptions"].items() if not true]
-            because = f" (not so: {', '.join(failed)})" if failed else ""
-            lines.append(
-                f"  {name}: {bound['verdict']}{because}   rhs {show(bound['rhs'])}   "
-                f"slack {show(bound['slack'])}   [{terms}]{vacuous}"
-            )
+            assumed = [key if true else f"NOT SO: {key}" for key, true in bound["assumptions"].items()]
+            verdict = bound["verdict"] + (", vacuous" if bound["vacuous"] else "")
+            sides = (bound["relation"], show(bound["rhs"]), show(bound["slack"]))
+            rows.append((name, *sides, verdict, "; ".join(assumed) or "nothing", terms))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines += [
+            "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        if any(bound["vacuous"] for bound in result["bounds"].values()):
+            lines.append("  vacuous: at or beyond plus or minus the reward span, so true of any policies")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

@@ -176,7 +176,7 @@ def barycentre(s: Solution) -> Statement:
     """`tight` with TV(π_F(·|x), π_ρsft(·|x)) in E_ρsft TV's place: never looser, and without pairwise terms.
 
     Proof: R(x,x) − E_ρsft R = E_πF(·|x) r* − E_π_ρsft r* is at most span·TV of the two policies, and TV is
-    convex, so that is at most the average of TV over ρ_sft. Far smaller where rewrites err in different directions.
+    convex, so that is at most the average of TV over ρ_sft. Far smaller where rewrites err in different ways.
     """
     return _model_and_barycentre(s, s.span * s.tv_model, s.span * s.tv_model_error)
 
@@ -482,10 +482,18 @@ def jeffreys_tv(s: Solution) -> Statement:
     Proof: Δ1 = β Jeff(π*,π_F), and Jeff ≥ 2V log((1+V)/(1−V)), its least value at TV = V, taken by two points
     (data processing onto {π* > π_F}, then joint convexity on swapping them: (½ ± V/2)).
     """
-    tv = s.tv_model if is_ball(s.beta) else jnp.minimum(s.tv_model, 1.0 - EPS)
-    lhs = 4.0 * s.beta * tv * arctanh(tv)
-    steep = arctanh(tv) + tv / (1.0 - tv)
-    error = minimum(4.0 * s.beta * s.tv_model_error * steep, s.span + lhs) + 16 * EPS * lhs
+    tv, apart = s.tv_model, s.tv_model_error
+    if is_ball(tv):
+        lhs = 4.0 * s.beta * tv * arctanh(tv)
+        error = lhs * 0
+    else:
+        # Near 1 the overlap has the accuracy that 1 − TV has lost; where it underflows nothing is known.
+        overlap = jnp.maximum(s.overlap_model, TINY)
+        half = jnp.arctanh(jnp.minimum(tv, 0.5))
+        angle = jnp.where(tv < 0.5, half, 0.5 * jnp.log((1.0 + tv) / overlap))
+        lhs = 4.0 * s.beta * tv * angle
+        error = 4.0 * s.beta * apart * (angle + 2.0) + 16 * EPS * lhs
+        error = jnp.where(s.overlap_model > 2 * TINY, error, s.span)
     return _statement(s, lhs, s.model_jeffreys, {}, error + s.model_error, {}, lhs + s.model_jeffreys)
 
 

@@ -69,6 +69,8 @@ class Solution(NamedTuple):
     """max of r*(x,·) over the support of π_F(·|x), minus its mean there."""
     tv_model: Float[Array, " X"]
     """d_TV(π*(·|x), π_F(·|x))."""
+    overlap_model: Float[Array, " X"]
+    """1 − `tv_model` = Σ_y min(π*, π_F), relatively accurate."""
     tv_shift: Float[Array, " X"]
     """E_{x′~ρ_sft} d_TV(π_F(·|x), π_F(·|x′))."""
     tv_barycentre: Float[Array, " X"]
@@ -241,7 +243,8 @@ def solution(
     induced_to_star, induced_to_model, within, log_induced = _from(induced, own_frozen, model, model_log, bk)
     covered = jnp.all(jnp.where((induced > 0) & (p > 0)[:, None], own_frozen > 0, True))
     rise = jnp.max(jnp.where(own_frozen > 0, d, -jnp.inf), -1) - own_r
-    own_sd = jnp.sqrt(jnp.sum(own_frozen * jnp.square(d - own_r[:, None]), -1))
+    width = jnp.where(span > 0, span, 1.0)  # squares in units of the span: they neither over- nor underflow
+    own_sd = width * jnp.sqrt(jnp.sum(own_frozen * jnp.square((d - own_r[:, None]) / width[:, None]), -1))
 
     # Rounding: first-order bounds on what was just done, doubled. Sums of n terms err by n·eps times the
     # sum of magnitudes. A log-ratio of a tilt errs by eps times (energy/temperature + |log Z| + n), and an
@@ -317,6 +320,7 @@ def solution(
         own_sd=own_sd * unit,
         own_rise=rise * unit,
         tv_model=model.tv,
+        overlap_model=jnp.sum(jnp.minimum(model.probs, own_frozen), -1),
         tv_shift=tv_shift,
         tv_barycentre=jnp.where(tv_shift > 0, 0.5 * jnp.sum(jnp.abs(own_frozen - barycentre), -1), 0.0),
         tv_induced=0.5 * jnp.sum(jnp.abs(model.probs - induced), -1),

@@ -19,6 +19,13 @@ def oracle(p, prior, frozen, own, reward, beta, lam, prompter=None, exp=np.exp, 
     def tv(a, b):
         return sum(abs(s - t) for s, t in zip(a, b, strict=True)) / 2
 
+    def tanh(a):
+        return (1 - exp(-2 * a)) / (1 + exp(-2 * a))
+
+    def growth(a):
+        """(eᵃ − 1)/a, its limit at 0, and beyond any use above 700."""
+        return 1 + 0 * a if a == 0 else (exp(a) - 1) / a if a < 700 else exp(0 * a + 700) / 700
+
     out = {key: [] for key in ("log_z", "log_z_star", "rho", "pi", "span")}
     sums: dict = {}
     for x in xs:
@@ -29,13 +36,25 @@ def oracle(p, prior, frozen, own, reward, beta, lam, prompter=None, exp=np.exp, 
         z = sum(prior[x][k] * exp(r[k] / lam) for k in ks)
         star = [prior[x][k] * exp(r[k] / lam) / z for k in ks]
         rho = star if prompter is None else prompter[x]
-        reach = [y for y in ys if pi_f[y] > 0 or any(prior[x][k] > 0 and frozen[k][y] > 0 for k in ks)]
+        used = [k for k in ks if prior[x][k] > 0 or (prompter is not None and rho[k] > 0)]
+        reach = [y for y in ys if pi_f[y] > 0 or any(frozen[k][y] > 0 for k in used)]
         span = max(reward[x][y] for y in reach) - min(reward[x][y] for y in reach)
         e_pi = sum(pi[y] * reward[x][y] for y in ys)
         e_rho = sum(rho[k] * r[k] for k in ks)
         e_star = sum(star[k] * r[k] for k in ks)
         e_prior = sum(prior[x][k] * r[k] for k in ks)
         tv1, tv2 = tv(pi, pi_f), sum(prior[x][k] * tv(pi_f, frozen[k]) for k in ks)
+        mixed = [sum(prior[x][k] * frozen[k][y] for k in ks) for y in ys]
+        induced = [sum(rho[k] * frozen[k][y] for k in ks) for y in ys]
+        covered = all(pi_f[y] > 0 for y in ys if induced[y] > 0)
+        overlap = sum(min(s, t) for s, t in zip(pi, pi_f, strict=True))
+        mean = r[own[x]]
+        var = sum(pi_f[y] * (reward[x][y] - mean) ** 2 for y in ys)
+        rise = max(reward[x][y] for y in ys if pi_f[y] > 0) - mean
+        kl_pi = kl(pi, pi_f)
+        root = min((kl_pi / 2) ** 0.5, (1 - exp(-kl_pi)) ** 0.5)
+        by_variance = min(var / beta * growth(rise / beta), span)
+        artanh = (log(1 + tv1) - log(overlap)) / 2
         out["log_z"].append(log(z))
         out["log_z_star"].append(log(z_star))
         out["rho"].append(star)
@@ -58,6 +77,23 @@ def oracle(p, prior, frozen, own, reward, beta, lam, prompter=None, exp=np.exp, 
             "model_kl_back": beta * kl(pi_f, pi),
             "kl_to_star": lam * kl(rho, star),
             "kl_to_reference": lam * kl(rho, prior[x]),
+            "kl_from_star": lam * kl(star, rho),
+            "kl_from_reference": lam * kl(prior[x], rho),
+            "span_barycentre": span * tv(pi_f, mixed),
+            "span_induced": span * tv(pi, induced),
+            "by_variance": by_variance,
+            "by_tanh": span * tanh(span / (4 * beta)),
+            "by_beta": min(span**2 / (4 * beta), span),
+            "by_eighth": min(span**2 / (8 * beta), span),
+            "by_kl": span * root,
+            "by_best": min(span * tv1, by_variance),
+            "ceiling": e_pi - max(r[k] for k in ks if prior[x][k] > 0),
+            "value_gap": e_pi - lam * log(z),
+            "induced_to_star": beta * kl(induced, pi) if covered else 0 * e_pi,
+            "induced_to_model": beta * kl(induced, pi_f) if covered else 0 * e_pi,
+            "pinsker": (kl_pi / 2) ** 0.5,
+            "tanh": tanh(span / (4 * beta)),
+            "quadratic": 4 * beta * tv1 * artanh,
         }
         row["shortfall"] = (e_star - row["prompter_kl"]) - (e_rho - row["kl_to_reference"])
         for key, value in row.items():
@@ -65,22 +101,54 @@ def oracle(p, prior, frozen, own, reward, beta, lam, prompter=None, exp=np.exp, 
     low = min(min(row) for row in reward)
     high = max(max(row) for row in reward)
     r_max = high if low >= 0 else high - low
-    gap = sums["j_star"] - sums["j_rho"]
-    return {
-        **out,
-        **sums,
-        "gap": gap,
-        "r_max": r_max,
-        "theorem1": r_max * sums["tv_model"] + r_max * sums["tv_shift"] - sums["prompter_kl"],
-        "span_form": sums["span_model"] + sums["span_shift"] - sums["prompter_kl"],
-        "tight": sums["span_model"] + sums["span_shift"] - sums["prompter_kl"] - sums["prompter_kl_back"],
-        "trained": sums["span_model"] + sums["span_shift"] + sums["kl_to_star"] - sums["kl_to_reference"],
-        "exact_gap": sums["model_kl"]
-        + sums["model_kl_back"]
-        + sums["shift"]
-        - sums["prompter_kl"]
-        - sums["prompter_kl_back"],
+    g, nothing = sums["j_star"] - sums["j_rho"], 0 * low
+    t = dict(sums)
+    forward, jeffreys = t["prompter_kl"], t["prompter_kl"] + t["prompter_kl_back"]
+    terms, spans = r_max * (t["tv_model"] + t["tv_shift"]), t["span_model"] + t["span_shift"]
+    rest = t["span_barycentre"] - jeffreys
+    sides = {
+        "theorem1": (g, terms - forward),
+        "span": (g, spans - forward),
+        "tight": (g, spans - jeffreys),
+        "barycentre": (g, t["span_model"] + rest),
+        "combined": (g, t["by_best"] + rest),
+        "variance": (g, t["by_variance"] + rest),
+        "beta_tanh": (g, t["by_tanh"] + rest),
+        "beta_only": (g, t["by_beta"] + rest),
+        "kl_only": (g, t["by_kl"] + rest),
+        "trained": (g, spans + t["kl_to_star"] - t["kl_to_reference"]),
+        "trained_tight": (
+            g,
+            t["span_model"]
+            + t["span_barycentre"]
+            + t["kl_to_star"]
+            - t["kl_to_reference"]
+            - t["prompter_kl_back"],
+        ),
+        "induced": (g, t["span_induced"]),
+        "ceiling": (t["ceiling"], g),
+        "kl_ceiling": (t["value_gap"] - t["kl_to_reference"], g),
+        "drift": (t["model_kl"] - t["induced_to_model"], g),
+        "mirror": (t["delta1"] - t["span_barycentre"] - jeffreys, g),
+        "exact_gap": (g, t["model_kl"] + t["model_kl_back"] + t["shift"] - jeffreys),
+        "suboptimality": (t["shortfall"], t["kl_to_star"]),
+        "any_gap": (g, t["value_gap"] + t["kl_to_star"] - t["kl_to_reference"]),
+        "regularised": (g, t["induced_to_star"] + t["model_kl"] - t["induced_to_model"]),
+        "pinsker": (t["tv_model"], t["pinsker"]),
+        "tanh_tv": (t["tv_model"], t["tanh"]),
+        "jeffreys_tv": (t["quadratic"], t["delta1"]),
+        "theorem1_l1": (g, 2 * terms - forward),
+        "theorem1_kl_reversed": (g, terms - t["prompter_kl_back"]),
+        "signed_max_abs": (g, max(abs(low), abs(high)) * (t["tv_model"] + t["tv_shift"]) - forward),
+        "quarter_l1": (g, terms / 2 - forward),
+        "beta_eighth": (g, t["by_eighth"] + rest),
+        "never_outperforms": (nothing, g),
+        "pinsker_l1": (2 * t["tv_model"], t["pinsker"]),
+        "l1_at_most_one": (2 * t["tv_model"], nothing + 1),
+        "suboptimality_reversed": (t["shortfall"], t["kl_from_star"]),
+        "trained_reversed": (g, spans + t["kl_from_star"] - t["kl_from_reference"]),
     }
+    return {**out, **sums, "gap": g, "r_max": r_max, "sides": sides}
 
 
 def fields(instance):
