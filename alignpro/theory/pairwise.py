@@ -1,7 +1,7 @@
-"""Total variations between many pairs of rows, in bounded memory: the term E_{x′~ρ_sft} TV(π_F(·|x), π_F(·|x′)).
+"""Total variations between many pairs of rows, in bounded memory.
 
-It is the only X·K·Y cost of the theory that is no matrix product. Nothing here holds X×K×Y numbers: the
-largest array beside the arguments is the X×K matrix of distances.
+E_{x′~ρ_sft} TV(π_F(·|x), π_F(·|x′)) is the only X·K·Y cost of the theory that is no matrix product. Nothing
+here holds X×K×Y numbers: the largest array beside the arguments is the X×K matrix of distances.
 """
 
 import jax
@@ -13,10 +13,10 @@ from alignpro.theory.divergences import Floats
 
 # Up to this many terms one broadcast is fastest: XLA fuses it, and a loop would cost more than it saves.
 _SMALL = 2**15
-# On CPU a block of pairs accumulates over _UNROLL responses at a time with rewrites in the vector lanes, since
-# XLA does not vectorise reductions over the minor axis. A block (_ROWS × _LANE_BYTES) stays in the L2 cache.
+# On CPU a block of pairs accumulates over _UNROLL responses at a time with rewrites in the vector lanes: XLA
+# does not vectorise reductions over the minor axis. A block (_ROWS × _LANE_BYTES) stays in the L2 cache.
 _ROWS, _LANE_BYTES, _UNROLL = 256, 1024, 16
-# Elsewhere this many rows share one fused reduction, so that each block read of the other matrix serves them all.
+# Elsewhere this many rows share one fused reduction, so that what is read of the other matrix serves all.
 _FUSED_ROWS = 8
 
 
@@ -89,8 +89,8 @@ def pairwise_tv(p: Float[Floats, "X Y"], q: Float[Floats, "K Y"]) -> Float[Array
     """TV(p[x], q[k]) = ½ Σ_y |p[x,y] − q[k,y]| for every pair of rows (probabilities).
 
     Each term is non-negative, so each distance is accurate to (Y + 2) units of rounding relative to itself
-    and is exactly 0 between equal rows. Under jit, vmap and reverse-mode grad; the derivative takes sign(0) = 0
-    where entries tie. In the dtype of its arguments.
+    and is exactly 0 between equal rows. Under jit, vmap and reverse-mode grad; the derivative takes
+    sign(0) = 0 where entries tie. In the dtype of its arguments.
     """
     p, q = jnp.asarray(p), jnp.asarray(q)
     small = p.shape[0] * q.size <= _SMALL
@@ -103,7 +103,7 @@ def expected_tv(
 ) -> Float[Array, " X"]:
     """E_{x′~ρ_sft(·|x)} TV(π_F(·|x), π_F(·|x′)) for each x, the second term of Theorem 1 (probability).
 
-    Args: as in `Instance`. Dense: the cost is X·K·Y whatever the zeros of `prior`; `shift.prompt_shift`
+    Args: as in `Instance`. Dense: the cost is X·K·Y whatever the zeros of `prior`; `scale.prompt_shift`
     exploits them. Accurate to (Y + K + 4) units of rounding relative to itself.
     """
     frozen = jnp.asarray(frozen)

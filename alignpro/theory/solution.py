@@ -8,13 +8,14 @@ rewards.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 from jaxtyping import Array, Float
 
-from alignpro.theory.divergences import Floats, log_quotient, scaled_kl
+from alignpro.theory.divergences import Floats, log_quotient, same_floats, scaled_kl
 from alignpro.theory.elementwise import average
 from alignpro.theory.gibbs import Tilted, exponent, power_of_two, tilt
 from alignpro.theory.instance import Instance
+from alignpro.theory.pairwise import expected_tv
 
 EPS = 2.0**-52
 
@@ -139,6 +140,8 @@ class Solution(NamedTuple):
     """… of `tv_shift` and `tv_barycentre`, …"""
     tv_rho_error: Float[Array, " X"]
     """… of `tv_induced` and `tv_prompter`, per prompt."""
+    eps: Float[Array, ""] | float = EPS
+    """The unit of rounding of these numbers, 2⁻⁵² or 2⁻²³."""
 
     def average(self, per_prompt: Float[Floats, " X"]) -> Float[Array, ""]:
         """E_{x~P}; a prompt of probability 0 does not count, whatever its value."""
@@ -161,7 +164,7 @@ def _from(policy, base, tilted: Tilted, scaled_log, temperature):
     inside = (policy > 0) & (base > 0)
     log_base = jnp.where(inside, log_quotient(policy, base), 0.0)
     # Where the tilt underflows the divergence stays finite: its log is known. A floor keeps the support.
-    probs = jnp.where(base > 0, jnp.maximum(tilted.probs, jnp.finfo(float).tiny), 0.0)
+    probs = jnp.where(base > 0, jnp.maximum(tilted.probs, jnp.finfo(policy.dtype).tiny), 0.0)
     ratio = jnp.where(inside, log_base - tilted.log_ratio, 0.0)
     scaled_ratio = jnp.where(inside, temperature * log_base - scaled_log, 0.0)
     to_tilted = scaled_kl(t, policy, probs, ratio, scaled_ratio)
@@ -173,6 +176,7 @@ def solution(
     beta: Float[Floats, ""] | float,
     lam: Float[Floats, ""] | float,
     prompter: Float[Floats, "X K"] | None = None,
+    tv_shift: Float[Floats, " X"] | None = None,
 ) -> Solution:
     """Every quantity of the paper for one instance, exactly.
 
@@ -181,21 +185,26 @@ def solution(
         beta: RLHF tuning parameter β > 0, in reward units.
         lam: prompt tuning parameter λ > 0, in reward units.
         prompter: any ρ(x′|x) [X, K], rows of probabilities; ρ* when None.
+        tv_shift: the field of that name where it is known (`scale.prompt_shift`): the one cost of X·K·Y, and
+            the same for every β, λ and ρ.
 
-    Pure: use it under jit, vmap (over instances, or over (β, λ) with `gibbs.grid`) and grad. Never NaN for
-    a valid instance with |rewards| below 1e300.
+    Pure: use it under jit, vmap (over instances, or over (β, λ) with `gibbs.grid`) and grad. In
+    float64, or in float32 when p, prior, frozen and reward all are: every error bound is then that of
+    float32. Never NaN for a valid instance with |rewards| below 1e300 (float32: below 1e30, β and λ from
+    1e-6 to 1e6).
     """
-    beta, lam = jnp.asarray(beta, float), jnp.asarray(lam, float)
-    p, prior, frozen = (jnp.asarray(a, float) for a in (instance.p, instance.prior, instance.frozen))
-    reward, own = jnp.asarray(instance.reward, float), jnp.asarray(instance.own)
+    p, prior, frozen, reward = same_floats(instance.p, instance.prior, instance.frozen, instance.reward)
+    dtype, own = p.dtype, jnp.asarray(instance.own)
+    eps = float(jnp.finfo(dtype).eps)
+    beta, lam = jnp.asarray(beta, dtype), jnp.asarray(lam, dtype)
     _, rewrites, responses = instance.shape
     own_frozen = frozen[own]
 
     # What lies out of reach has probability 0 under every policy compared, but could be huge: drop it.
     used = prior > 0 if prompter is None else (prior > 0) | (jnp.asarray(prompter) > 0)
-    reach = ((used.astype(float) @ (frozen > 0).astype(float)) > 0) | (own_frozen > 0)
+    reach = ((used.astype(np.float32) @ (frozen > 0).astype(np.float32)) > 0) | (own_frozen > 0)
     power = exponent(jnp.max(jnp.where(reach, jnp.abs(reward), 0.0), -1))
-    shrink, unit = power_of_two(-power), power_of_two(power)
+    shrink, unit = power_of_two(-power, dtype), power_of_two(power, dtype)
     scaled = jnp.where(reach, reward * shrink[:, None], -jnp.inf)
     top = jnp.max(scaled, -1)
     d = jnp.where(reach, scaled - top[:, None], 0.0)  # ≤ 0, in units of `unit`
@@ -205,19 +214,18 @@ def solution(
 
     model = tilt(own_frozen, d, b)
     star = tilt(prior, r, t)
-    rho = star.probs if prompter is None else jnp.asarray(prompter, float)
+    rho = star.probs if prompter is None else jnp.asarray(prompter, dtype)
     own_r = jnp.take_along_axis(r, own[:, None], -1)[:, 0]
     reference = jnp.sum(prior * r, -1)
     optimum = jnp.sum(model.probs * d, -1)
     achieved = jnp.sum(rho * r, -1)
-    tv_rows = lax.map(lambda row: 0.5 * jnp.sum(jnp.abs(frozen - row[None, :]), -1), own_frozen)
-    tv_shift = jnp.sum(prior * tv_rows, -1)
+    tv_shift = expected_tv(frozen, own, prior) if tv_shift is None else jnp.asarray(tv_shift, dtype)
 
     # λ log(ρ*/ρ_sft) in reward units, finite for every λ: what the ratio times λ would be.
     tk = t[:, None]
     star_log = jnp.where(prior > 0, r - star.free_energy[:, None], 0.0)
+    zero = jnp.zeros_like(span)
     if prompter is None:
-        zero = jnp.zeros_like(span)
         kl_to_star = kl_from_star = shortfall = zero
         kl_to_reference, kl_from_reference, kl_excess = star.cost, star.gain, -star.cost
         supported = jnp.asarray(True)
@@ -254,14 +262,14 @@ def solution(
 
     def ratio_noise(probs: Array, energy: Array, free: Array, temperature: Array, n: int) -> Array:
         distance = -jnp.sum(probs * energy, -1) + jnp.abs(free)
-        return jnp.where(live, EPS * (4.0 * distance / temperature + n + 8), 0.0)
+        return jnp.where(live, eps * (4.0 * distance / temperature + n + 8), 0.0)
 
     model_noise = ratio_noise(model.probs, d, model.free_energy, b, responses)
     model_magnitude = jnp.sum(model.probs * jnp.abs(model_log), -1) + b * model.tv
-    e_model = scale * (model_noise + (responses + 8) * EPS) + (responses + 8) * EPS * model_magnitude
+    e_model = scale * (model_noise + (responses + 8) * eps) + (responses + 8) * eps * model_magnitude
 
     best = jnp.max(jnp.where(prior > 0, r, -jnp.inf), -1)
-    e_r = (2 * responses + 6) * EPS * scale
+    e_r = (2 * responses + 6) * eps * scale
     star_noise = ratio_noise(star.probs, r - best[:, None], star.free_energy - best, t, rewrites)
     mean = jnp.sum(star.probs * r, -1, keepdims=True)
     spread = jnp.sum(star.probs * jnp.abs(r - mean), -1)
@@ -269,9 +277,9 @@ def solution(
     magnitude = jnp.sum(star.probs * jnp.abs(star_log), -1) + t * star.tv
     e_star = (
         2.0 * e_r
-        + scale * (star_noise + (rewrites + 8) * EPS)
+        + scale * (star_noise + (rewrites + 8) * eps)
         + carried
-        + jnp.where(live, (rewrites + 8) * EPS * magnitude, 0.0)
+        + jnp.where(live, (rewrites + 8) * eps * magnitude, 0.0)
     )
     if prompter is None:
         e_rho = e_excess = e_star
@@ -279,18 +287,18 @@ def solution(
         weight = rho + prior + star.probs
         sums = jnp.sum(jnp.where(inside, weight * (jnp.abs(tk * log_rho) + jnp.abs(star_log)), 0.0), -1)
         moved = t * jnp.sum(jnp.abs(rho - prior) + jnp.abs(rho - star.probs), -1)
-        e_rho = e_star + 6.0 * e_r + (rewrites + 12) * EPS * (4.0 * sums + moved + scale)
+        e_rho = e_star + 6.0 * e_r + (rewrites + 12) * eps * (4.0 * sums + moved + scale)
         on_rho = jnp.sum(rho * jnp.abs(star_log), -1) + jnp.abs(star.free_energy - best)
-        e_excess = jnp.where(live, 2.0 * e_r + (rewrites + 12) * EPS * (on_rho + scale), 0.0)
-    e_shift = 2.0 * e_r + (rewrites + 4) * EPS * scale
+        e_excess = jnp.where(live, 2.0 * e_r + (rewrites + 12) * eps * (on_rho + scale), 0.0)
+    e_shift = 2.0 * e_r + (rewrites + 4) * eps * scale
     on_induced = jnp.where(within, induced * (jnp.abs(bk * log_induced) + jnp.abs(model_log)), 0.0)
     moved = jnp.sum(jnp.abs(induced - own_frozen) + jnp.abs(induced - model.probs), -1)
-    e_induced = e_model + (responses + rewrites + 12) * EPS * (
+    e_induced = e_model + (responses + rewrites + 12) * eps * (
         4.0 * jnp.sum(on_induced, -1) + b * moved + scale
     )
     tilt_noise = jnp.where(live, star_noise + jnp.minimum(2.0 * e_r / t, 1.0), 0.0)
-    e_rho_tv = (tilt_noise if prompter is None else 0.0) + model_noise + (responses + rewrites + 8) * EPS
-    e_gap = e_model + (e_star if prompter is None else e_r + (rewrites + 8) * EPS * scale)
+    e_rho_tv = (tilt_noise if prompter is None else 0.0) + model_noise + (responses + rewrites + 8) * eps
+    e_gap = e_model + (e_star if prompter is None else e_r + (rewrites + 8) * eps * scale)
 
     return Solution(
         p=p,
@@ -351,8 +359,9 @@ def solution(
         excess_error=2.0 * e_excess * unit,
         shift_error=2.0 * e_shift * unit,
         induced_error=2.0 * e_induced * unit,
-        own_error=2.0 * jnp.where(live, (2 * responses + 8) * EPS * scale, 0.0) * unit,
-        tv_model_error=2.0 * (model_noise + jnp.where(live, responses * EPS * model.tv, 0.0)),
-        tv_shift_error=2.0 * jnp.where(tv_shift > 0, (responses + rewrites + 8) * EPS, 0.0),
+        own_error=2.0 * jnp.where(live, (2 * responses + 8) * eps * scale, 0.0) * unit,
+        tv_model_error=2.0 * (model_noise + jnp.where(live, responses * eps * model.tv, 0.0)),
+        tv_shift_error=2.0 * jnp.where(tv_shift > 0, (responses + rewrites + 8) * eps, zero),
         tv_rho_error=2.0 * jnp.where(live, e_rho_tv, 0.0),
+        eps=jnp.asarray(eps, dtype),
     )
