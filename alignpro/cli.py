@@ -93,6 +93,38 @@ class Solve:
 
 
 @dataclass(frozen=True)
+class Hunt:
+    """Look for the worst case of a statement: by gradient ascent, and for the smallest counterexample.
+
+    Exit status 1 when one is refuted. Statements: those of verify, and q2, whether the optimal prompter can
+    outperform the RLHF optimum. Ctrl-C keeps what was found so far.
+    """
+
+    bounds: tyro.conf.Positional[tuple[str, ...]]
+    """What to hunt, e.g. theorem1, tight, signed_max_abs, q2."""
+    shape: tuple[int, int, int] = (2, 3, 3)
+    """Prompts, rewrites and responses of the instances; counterexamples may be smaller."""
+    restarts: int = 64
+    """How many ascents, side by side."""
+    steps: int = 500
+    """Steps of each ascent."""
+    tries: int = 2000
+    """Random instances in search of a small counterexample."""
+    seed: int = 0
+    """Determines the search."""
+    seconds: float | None = None
+    """Time for each statement, compilation aside. Default: no limit."""
+    out: str | None = None
+    """Folder for hunt.json and the instances found (.npz)."""
+
+    def run(self) -> int:
+        from alignpro import hunt
+
+        budget = hunt.Budget(self.shape, self.restarts, self.steps, self.tries, self.seed, self.seconds)
+        return hunt.main(self.bounds, budget, self.out)
+
+
+@dataclass(frozen=True)
 class Demo:
     """Theory meets PPO on a real language model: the main job.
 
@@ -157,7 +189,7 @@ class Demo:
         return 0
 
 
-VERBS: dict[str, type[Verb]] = {"demo": Demo, "verify": Verify, "solve": Solve}
+VERBS: dict[str, type[Verb]] = {"demo": Demo, "verify": Verify, "hunt": Hunt, "solve": Solve}
 
 
 def _parse(arguments: Sequence[str]) -> Verb:
