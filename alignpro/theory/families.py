@@ -115,6 +115,49 @@ def near_deterministic(rng: np.random.Generator, count: int, shape: Shape) -> In
     )
 
 
+def low_rank(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
+    """Every row of π_F mixes the same two behaviours, so that rewrites differ in one direction only.
+
+    Induced policies fill a segment: the information projection lies on its inside or at an end, most rewrites
+    are redundant, and the barycentre can sit on π_F(·|x) although every rewrite is far from it.
+    """
+    x, k, y = shape
+    behaviours = _dirichlet(rng, (count, 2, y), 0.3)
+    share = rng.beta(0.5, 0.5, size=(count, k, 1))
+    return unchecked(
+        _dirichlet(rng, (count, x)),
+        _dirichlet(rng, (count, x, k)),
+        _clean(share * behaviours[:, :1] + (1 - share) * behaviours[:, 1:]),
+        rng.integers(k, size=(count, x)),
+        rng.uniform(size=(count, x, y)),
+    )
+
+
+def lm_like(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
+    """As enumerated language models look: Zipfian probabilities, correlated rows, rewards of few levels.
+
+    π_F(·|x′) is a common Zipf law (exponent 1 to 1.5) on responses in random order, with log-normal noise per
+    row; ρ_sft is Zipfian with x itself most likely; r* is a common quality plus noise per prompt, rounded to
+    halves of its range or finer, as judges do: long tails and ties together.
+    """
+    x, k, y = shape
+    order = rng.permuted(np.broadcast_to(np.arange(1.0, y + 1), (count, y)), axis=-1)
+    logits = -rng.uniform(1.0, 1.5, (count, 1, 1)) * np.log(order)[:, None, :]
+    logits = logits + rng.uniform(0.1, 1.5, (count, 1, 1)) * rng.standard_normal((count, k, y))
+    own = rng.integers(k, size=(count, x))
+    ranks = rng.permuted(np.broadcast_to(np.arange(2.0, k + 2), (count, x, k)), axis=-1)
+    ranks = np.where(_one_hot(own, k) > 0, 1.0, ranks)
+    quality = rng.standard_normal((count, 1, y)) + 0.5 * rng.standard_normal((count, x, y))
+    levels = rng.integers(2, 11, size=(count, 1, 1))
+    return unchecked(
+        _dirichlet(rng, (count, x)),
+        _clean(1 / ranks),
+        _clean(np.exp(logits)),
+        own,
+        np.round(levels / (1 + np.exp(-quality))) / levels,
+    )
+
+
 def _aligned(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
     x, k, y = shape
     good = np.arange(y) < rng.integers(1, max(y, 2), size=(count, 1))
@@ -181,6 +224,8 @@ FAMILIES: dict[str, Family] = {
     "sparse": sparse,
     "shared_rewrites": shared_rewrites,
     "near_deterministic": near_deterministic,
+    "low_rank": low_rank,
+    "lm_like": lm_like,
     "adversarial": adversarial,
     "signed": signed,
     "scaled": scaled,

@@ -28,6 +28,13 @@ compiled = jax.jit(solution)
 TRUE = {**BOUNDS, **LOWER_BOUNDS, **LEMMAS, **IDENTITIES}
 
 
+@jax.jit
+@jax.vmap
+def evaluate_all(instance, beta, lam, prompter):
+    star, other = solution(instance, beta, lam), solution(instance, beta, lam, prompter)
+    return {name: found(other if name in ANY_PROMPTER else star) for name, found in STATEMENTS.items()}
+
+
 def changed(instance, **fields):
     return dataclasses.replace(instance, **fields)
 
@@ -59,7 +66,9 @@ def test_a_thousand_instances_against_plain_numpy():
                     )  # a rewrite induces what the frozen model cannot give: KL is infinite
                     continue
                 rhs = want["sides"][name][0 if name in LOWER_BOUNDS else 1]
-                assert abs(bound["rhs"] - rhs) <= 1e-10 * max(abs(rhs), 1e-3 * size), name
+                # The plain formula's rounding of a KL near 0 is magnified by the square root.
+                tolerance = 1e-7 if name == "kl_only" else 1e-10
+                assert abs(bound["rhs"] - rhs) <= tolerance * max(abs(rhs), 1e-3 * size), name
                 sign = -1 if name in LOWER_BOUNDS else 1
                 assert bound["slack"] == sign * (bound["rhs"] - got["gap"])
                 minus = ("prompter_kl", "reference_kl", "induced_kl") + ("prompt_shift",) * (name == "mirror")
@@ -109,15 +118,11 @@ def test_rounding_error_is_within_its_bound(family):
 def test_true_statements_hold(family):
     """Each on 2,000 instances per family, the larger draw being `alignpro verify`'s."""
     rng = np.random.default_rng(2)
-    evaluate = jax.jit(jax.vmap(lambda i, b, t, rho: evaluated(solution(i, b, t), solution(i, b, t, rho))))
-
-    def evaluated(star, other):
-        return {n: f(other if n in ANY_PROMPTER else star) for n, f in TRUE.items()}
-
     batch = FAMILIES[family](rng, 2000, (3, 4, 3))
     beta, lam = 10.0 ** rng.uniform(-6, 6, (2, 2000))
-    every = evaluate(batch, beta, lam, random_prompters(rng, np.asarray(batch.prior)))
-    for name, found in every.items():
+    every = evaluate_all(batch, beta, lam, random_prompters(rng, np.asarray(batch.prior)))
+    for name in TRUE:
+        found = every[name]
         slack, error = np.asarray(found.rhs - found.lhs), np.asarray(found.error)
         applies = np.all([np.ones(2000, bool), *found.assumptions.values()], axis=0)
         assert applies.all() or name in ("drift", "regularised")
@@ -128,17 +133,17 @@ def test_true_statements_hold(family):
             assert (slack <= error).all(), name
 
 
-@pytest.mark.parametrize("name", WRONG_BOUNDS)
-def test_wrong_statements_are_refuted(name):
+def test_wrong_statements_are_refuted():
     rng = np.random.default_rng(3)
-    evaluate = jax.jit(jax.vmap(lambda *a: WRONG_BOUNDS[name](solution(*a))))
-    refuted = 0
+    refuted = dict.fromkeys(WRONG_BOUNDS, 0)
     for family in FAMILIES.values():
-        batch = family(rng, 300, (2, 3, 3))
-        beta, lam = 10.0 ** rng.uniform(-3, 3, (2, 300))
-        found = evaluate(batch, beta, lam, random_prompters(rng, np.asarray(batch.prior)))
-        refuted += int((np.asarray(found.rhs - found.lhs) < -np.asarray(found.error)).sum())
-    assert refuted > 0
+        batch = family(rng, 2000, (3, 4, 3))
+        beta, lam = 10.0 ** rng.uniform(-3, 3, (2, 2000))
+        found = evaluate_all(batch, beta, lam, random_prompters(rng, np.asarray(batch.prior)))
+        for name in refuted:
+            slack = np.asarray(found[name].rhs - found[name].lhs)
+            refuted[name] += int((slack < -np.asarray(found[name].error)).sum())
+    assert min(refuted.values()) > 0, refuted
 
 
 def test_signed_rewards_by_hand():

@@ -33,6 +33,26 @@ def test_each_family_stresses_what_it_says():
     assert min(i.prior.min() for i in many["peaked"]) < 1e-10
     assert any(set(np.unique(i.reward)) <= {0, 0.25, 0.5, 1} for i in many["adversarial"])
 
+    # The low-rank rows lie on a segment; a family without that structure does not pass.
+    def rank(family):
+        return max(np.linalg.matrix_rank(np.asarray(i.frozen), tol=1e-9) for i in many[family])
+
+    assert rank("low_rank") == 2 < rank("independent")
+    for i in many["lm_like"]:
+        assert (
+            np.take_along_axis(np.asarray(i.prior), np.asarray(i.own)[:, None], -1)[:, 0] == i.prior.max(-1)
+        ).all()
+        assert ((i.reward >= 0) & (i.reward <= 1)).all()
+
+    def correlation(family):
+        return np.mean([np.corrcoef(np.log(np.asarray(i.frozen) + 1e-300))[0, 1] for i in many[family]])
+
+    def ties(family):
+        return np.mean([np.unique(i.reward).size < i.reward.size for i in many[family]])
+
+    assert correlation("lm_like") > 0.5 > correlation("independent")
+    assert ties("lm_like") > 0.9 > ties("independent")
+
 
 def test_prompters_keep_the_support():
     rng = np.random.default_rng(0)

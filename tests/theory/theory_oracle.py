@@ -51,7 +51,7 @@ def oracle(p, prior, frozen, own, reward, beta, lam, prompter=None, exp=np.exp, 
         mean = r[own[x]]
         var = sum(pi_f[y] * (reward[x][y] - mean) ** 2 for y in ys)
         rise = max(reward[x][y] for y in ys if pi_f[y] > 0) - mean
-        kl_pi = kl(pi, pi_f)
+        kl_pi = max(kl(pi, pi_f), 0 * e_pi)
         root = min((kl_pi / 2) ** 0.5, (1 - exp(-kl_pi)) ** 0.5)
         by_variance = min(var / beta * growth(rise / beta), span)
         artanh = (log(1 + tv1) - log(overlap)) / 2
