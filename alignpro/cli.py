@@ -30,15 +30,16 @@ class Verb(Protocol):
 
 @dataclass(frozen=True)
 class Verify:
-    """Check Theorem 1, the exact gap identity and the trained form on random instances.
+    """Check Theorem 1, its sharper forms, lower bounds, identities and lemmas on random instances.
 
-    Exit status 1 when a statement is violated. Known-wrong ones (signed_max_abs, quarter_l1, pinsker_l1,
-    l1_at_most_one, suboptimality_reversed, trained_reversed) test the tester: they must be refuted.
+    Exit status 1 when a statement is violated. Known-wrong ones (signed_max_abs, quarter_l1, beta_eighth,
+    never_outperforms, pinsker_l1, l1_at_most_one, suboptimality_reversed, trained_reversed) test the tester:
+    they must be refuted.
     """
 
     bound: tuple[str, ...] = ()
-    """What to check: theorem1, span, tight, trained, exact_gap, suboptimality, pinsker, or a known-wrong
-    statement. Default: theorem1 exact_gap trained."""
+    """What to check, by name: theorem1, trained, ceiling, exact_gap, ... or a known-wrong statement; an unknown
+    name lists them all. Default: every true statement. Up to three are shown family by family."""
     instances: int = 1_000_000
     """How many random instances, shared among the families."""
     seed: int = 0
@@ -68,7 +69,8 @@ class Solve:
     lam: float
     """Prompt tuning parameter (lambda), positive, in reward units."""
     bounds: tuple[str, ...] = ("theorem1",)
-    """Any of theorem1, span, tight, trained, or all."""
+    """Upper and lower bounds on the gap by name (theorem1, span, tight, barycentre, trained, ceiling, ...; an
+    unknown name lists them), or all."""
     r_max: float | None = None
     """Theorem 1's r_max, when it is known a priori. Default: the largest reward, measured from the least one
     if that is negative."""
@@ -104,7 +106,7 @@ class Hunt:
     """What to hunt, e.g. theorem1, tight, signed_max_abs, q2."""
     shape: tuple[int, int, int] = (2, 3, 3)
     """Prompts, rewrites and responses of the instances; counterexamples may be smaller."""
-    restarts: int = 64
+    restarts: int = 256
     """How many ascents, side by side."""
     steps: int = 500
     """Steps of each ascent."""

@@ -20,6 +20,8 @@ from alignpro.theory.bounds import (
     ANY_PROMPTER,
     BOUNDS,
     IDENTITIES,
+    LEMMAS,
+    LOWER_BOUNDS,
     STATEMENTS,
     WRONG_BOUNDS,
     Statement,
@@ -28,7 +30,7 @@ from alignpro.theory.families import FAMILIES, random_prompters, take
 from alignpro.theory.instance import Instance
 from alignpro.theory.solution import solution
 
-DEFAULT = ("theorem1", "exact_gap", "trained")
+DEFAULT = (*BOUNDS, *LOWER_BOUNDS, *IDENTITIES, *LEMMAS)
 
 # Few shapes, since each is compiled once: fewer, as many and more rewrites than prompts.
 _SHAPES = ((1, 2, 2), (2, 4, 3), (5, 3, 8))
@@ -339,51 +341,96 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def table(result: Verification) -> str:
-    """The result for reading: one block per statement, one line per family."""
+def _number(value: float | None, form: str = ".2g") -> str:
+    return "-" if value is None else format(value, form)
 
-    def number(value: float | None, form: str = ".2g") -> str:
-        return "-" if value is None else format(value, form)
 
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as columns: the first to the left, the rest to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _kind(name: str) -> str:
+    if name in WRONG_BOUNDS:
+        return "known to be false"
+    if name in IDENTITIES:
+        return "identity"
+    return "upper bound" if name in BOUNDS else "lower bound" if name in LOWER_BOUNDS else "lemma"
+
+
+_COUNTS = ("checked", "violated", "unclear", "worst violation")
+_SPREAD = ("slack/span min", "5%", "50%", "lhs/rhs 50%", "95%", "max", "vacuous")
+
+
+def _cells(tally: Tally) -> list[str]:
+    row = tally.row()
+    cells = [
+        str(tally.checked - tally.inapplicable),
+        str(tally.violations),
+        str(tally.inconclusive),
+        _number(tally.largest_violation) if tally.violations else "-",
+    ]
+    if tally.statement in IDENTITIES:
+        return [*cells, _number(tally.largest_error)]
+    slack, tight = row["slack_over_span_quantiles"], row["lhs_over_rhs_quantiles"]
+    cells += [_number(v) for v in (*slack[:3], *tight[2:])]
+    return [*cells, _number(row.get("vacuous_share"), ".0%")]
+
+
+def _by_family(result: Verification) -> list[str]:
+    """One block per statement, one line per family."""
     blocks = []
     for name in result.statements:
-        rows = [tally for tally in result.tallies if tally.statement == name]
-        identity = name in IDENTITIES
-        kind = "identity" if identity else "known to be false" if name in WRONG_BOUNDS else "inequality"
-        head = ["family", "checked", "violated", "unclear", "worst violation"]
-        head += (
-            ["worst error"]
-            if identity
-            else ["slack/span min", "5%", "50%", "lhs/rhs 50%", "95%", "max", "vacuous"]
-        )
-        head += ["seconds"]
-        body = []
-        for tally in rows:
-            row = tally.row()
-            cells = [
-                tally.family,
-                str(tally.checked - tally.inapplicable),
-                str(tally.violations),
-                str(tally.inconclusive),
-                number(tally.largest_violation) if tally.violations else "-",
-            ]
-            if identity:
-                cells.append(number(tally.largest_error))
-            else:
-                slack, tight = row["slack_over_span_quantiles"], row["lhs_over_rhs_quantiles"]
-                cells += [number(v) for v in (*slack[:3], *tight[2:])]
-                cells.append(number(row.get("vacuous_share"), ".0%"))
-            cells.append(f"{result.family_seconds[tally.family]:.1f}")
-            body.append(cells)
-        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in [head, *body]
-        ]
-        blocks.append("\n".join([f"{name} ({kind})", *lines]))
+        rest = ("worst error",) if name in IDENTITIES else _SPREAD
+        rows: list[Sequence[str]] = [("family", *_COUNTS, *rest, "seconds")]
+        for tally in result.tallies:
+            if tally.statement == name:
+                seconds = f"{result.family_seconds[tally.family]:.1f}"
+                rows.append([tally.family, *_cells(tally), seconds])
+        blocks.append(f"{name} ({_kind(name)})\n{_aligned(rows)}")
+    return blocks
+
+
+def _by_statement(result: Verification) -> list[str]:
+    """One line per statement, over all families."""
+    counted = ("statement", "kind", "checked", "violated", "unclear")
+    spread = ("least slack/span", "lhs/rhs 50%", "95%", "vacuous", "identity error")
+    rows: list[Sequence[str]] = [(*counted, *spread)]
+    for name in result.statements:
+        mine = [tally for tally in result.tallies if tally.statement == name]
+        values = [tally.row() for tally in mine]
+        counts = [sum(t.checked - t.inapplicable for t in mine)]
+        counts += [sum(t.violations for t in mine), sum(t.inconclusive for t in mine)]
+        cells = ["-", "-", "-", "-", "-"]
+        if name in IDENTITIES:
+            cells[4] = _number(max(t.largest_error for t in mine))
+        else:
+            least = [v["slack_over_span_quantiles"][0] for v in values]
+            ratios = [v["lhs_over_rhs_quantiles"] for v in values]
+            # Families have equal shares, so quantiles of the mixture are near the median of theirs.
+            middle = [np.median([r[i] for r in ratios if r[i] is not None] or [np.nan]) for i in (2, 3)]
+            cells[0] = _number(min((v for v in least if v is not None), default=None))
+            cells[1:3] = [_number(float(v)) for v in middle]
+            if name in BOUNDS:
+                share = sum(t.vacuous for t in mine) / max(counts[0], 1)
+                cells[3] = _number(share, ".0%")
+        rows.append([name, _kind(name), *map(str, counts), *cells])
+    return [
+        _aligned(rows)
+        + "\n(lhs/rhs: median over the families; by family with --bound NAME, or in verify.json)"
+    ]
+
+
+def table(result: Verification) -> str:
+    """The result for reading: by family for up to three statements, else one line per statement."""
+    blocks = _by_family(result) if len(result.statements) <= 3 else _by_statement(result)
     verdicts = []
     for name in result.statements:
         count = sum(t.violations for t in result.tallies if t.statement == name)
@@ -394,8 +441,10 @@ def table(result: Verification) -> str:
                 f"{name}: REFUTED by {count} of {checked} instances; e.g. {worst.family}, "
                 f"beta {worst.beta:.3g}, lam {worst.lam:.3g}, off by {worst.relative:.2g} of the span"
             )
-        else:
+        elif len(result.statements) <= 3:
             verdicts.append(f"{name}: no violation in {checked} instances")
+    if not result.violations:
+        verdicts.append(f"no violation of {len(result.statements)} statements")
     blocks.append(
         "\n".join(verdicts)
         + f"\n{result.seconds:.1f} s, of which {result.compile_seconds:.1f} s compiling; seed {result.seed}"

@@ -374,16 +374,20 @@ LOWER_BOUNDS: dict[str, Callable[[Solution], Statement]] = {
 """Lower bounds on the gap: `lhs` is the bound, `rhs` the gap. The paper left them open."""
 
 
+def _identity(s: Solution, lhs, rhs, error, assumptions, magnitude) -> Statement:
+    """`lhs = rhs`; its `ceiling` is the size of what is summed, which its rounding is relative to."""
+    return _statement(s, lhs, rhs, {}, error, assumptions, magnitude, maximum(s.span, magnitude))
+
+
 def exact_gap(s: Solution) -> Statement:
     """gap = β Jeff(π*,π_F) + [R(x,x) − E_ρsft R] − λ Jeff(ρ*,ρ_sft), exactly.
 
     Proof: the Jeffreys identity of the tilt (see `tight`) on both sides of Δ1 + Δ2.
     """
-    return _statement(
+    return _identity(
         s,
         s.gap,
         s.model_jeffreys + s.shift - s.prompter_jeffreys,
-        {},
         s.gap_error + s.model_error + s.prompter_error + s.shift_error,
         _optimal(s),
         abs(s.gap) + s.model_jeffreys + abs(s.shift) + s.prompter_jeffreys,
@@ -395,11 +399,10 @@ def suboptimality(s: Solution) -> Statement:
 
     Proof: log ρ* = log ρ_sft + R/λ − log Z, so λ KL(ρ‖ρ*) = λ KL(ρ‖ρ_sft) − E_ρ R + λ log Z.
     """
-    return _statement(
+    return _identity(
         s,
         s.shortfall,
         s.kl_to_star,
-        {},
         s.rho_error + s.prompter_error,
         _supported(s),
         abs(s.shortfall) + s.kl_to_star + s.kl_to_reference + s.prompter_kl,
@@ -411,11 +414,10 @@ def any_gap(s: Solution) -> Statement:
 
     Proof: `suboptimality`, with E_ρ R = F(ρ) + λ KL(ρ‖ρ_sft) and F(ρ*) = λ log Z.
     """
-    return _statement(
+    return _identity(
         s,
         s.gap,
         s.value_gap + s.kl_excess,
-        {},
         s.gap_error + s.model_error + s.prompter_error + s.excess_error,
         _supported(s),
         abs(s.gap) + abs(s.value_gap) + abs(s.kl_excess),
@@ -428,11 +430,10 @@ def regularised(s: Solution) -> Statement:
     gap(ρ) = β KL(π_ρ‖π*) + β KL(π*‖π_F) − β KL(π_ρ‖π_F). Proof: `suboptimality` on the RLHF side, at π_ρ. So
     the prompter best in that sense projects π* on the rewrites' hull (`limits.information_projection`).
     """
-    return _statement(
+    return _identity(
         s,
         s.gap,
         s.induced_to_star + s.model_kl - s.induced_to_model,
-        {},
         s.gap_error + s.model_error + 2.0 * s.induced_error,
         _covered(s),
         abs(s.gap) + s.induced_to_star + s.model_kl + s.induced_to_model,
