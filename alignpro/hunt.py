@@ -91,7 +91,7 @@ class Budget:
 
     shape: Shape = (2, 3, 3)
     """(X, K, Y) of ascent's instances, and the largest of the small ones."""
-    restarts: int = 64
+    restarts: int = 256
     steps: int = 500
     tries: int = 2000
     """Random instances in the search for the smallest, before it gives up."""
