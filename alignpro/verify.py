@@ -3,9 +3,9 @@
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,11 @@ def _evaluate(names: tuple[str, ...], instance: Instance, beta, lam, prompter) -
     return found
 
 
+@lru_cache(maxsize=8)
+def _evaluator(names: tuple[str, ...]) -> Callable[..., dict[str, Statement]]:
+    return jax.jit(jax.vmap(partial(_evaluate, names)))
+
+
 def validate(statements: Sequence[str], instances: int, seed: int, families: Sequence[str]) -> None:
     """Refuse what `verify` cannot run, before anything is written or computed.
 
@@ -235,7 +240,7 @@ def verify(
     names, families = tuple(dict.fromkeys(statements)), tuple(dict.fromkeys(families))
     began = time.perf_counter()
     result = Verification(instances, seed, names, families, [], {})
-    evaluate = jax.jit(jax.vmap(partial(_evaluate, names)))
+    evaluate = _evaluator(names)
     shares = np.full(len(families), instances // len(families))
     shares[: instances % len(families)] += 1
     chunk = min(_CHUNK, -(-int(shares[0]) // len(_SHAPES)))  # even a short run meets every shape

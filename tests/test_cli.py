@@ -8,6 +8,7 @@ import pytest
 
 import alignpro
 from alignpro import cli
+from alignpro.theory.bounds import BOUNDS, LOWER_BOUNDS
 from alignpro.theory.families import draw
 
 GOOD = ["--beta", "0.5", "--lam", "0.25"]
@@ -32,7 +33,8 @@ def test_solve_prints_one_json_object_per_file(files, capsys):
         assert " ".join(found) == f"{keys} delta1 delta2 bounds"
         assert found["file"] == file
         assert (found["beta"], found["lam"]) == (0.5, 0.25)
-        assert list(found["bounds"]) == ["theorem1", "span", "tight", "trained"]
+        assert list(found["bounds"]) == [*BOUNDS, *LOWER_BOUNDS]
+        assert {b["relation"] for b in found["bounds"].values()} == {"<=", ">="}
         bound = found["bounds"]["theorem1"]
         assert {"rhs", "slack", "terms", "verdict", "vacuous"} <= set(bound)
         assert set(bound["terms"]) == {"model", "prompt_shift", "prompter_kl"}
@@ -43,13 +45,15 @@ def test_solve_prints_one_json_object_per_file(files, capsys):
 def test_solve_prints_a_table(files, capsys):
     assert cli.main(["solve", files[0], *GOOD, "--r-max", "0.1"]) == 0
     out = capsys.readouterr().out
-    assert "theorem1: inapplicable (not so: rewards in [0, r_max])" in out
+    row = next(line for line in out.splitlines() if line.strip().startswith("theorem1"))
+    assert "inapplicable" in row
+    assert "prompter is optimal; NOT SO: rewards in [0, r_max]" in row
     assert "exact identity" in out
 
 
 def test_verify_holds_and_refutes(tmp_path, capsys):
     few = ["--instances", "300", "--family", "signed"]
-    assert cli.main(["verify", *few, "--out", str(tmp_path / "new" / "run")]) == 0
+    assert cli.main(["verify", *few, "--bound", "theorem1", "--out", str(tmp_path / "new" / "run")]) == 0
     assert "theorem1: no violation in 300 instances" in capsys.readouterr().out
     assert json.loads((tmp_path / "new" / "run" / "verify.json").read_text())["violations"] == 0
     assert cli.main(["verify", *few, "--bound", "signed_max_abs", "--out", str(tmp_path)]) == 1
