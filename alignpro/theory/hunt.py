@@ -31,6 +31,8 @@ TEMPERATURES = (1e-3, 1e3)
 """Between which β and λ are sought."""
 CHUNK = 50
 """Steps between two looks at the clock."""
+RESEEDS = (0.25, 0.5, 0.75)
+"""After these shares of the steps the worse half of the restarts begins again beside the best."""
 FINALISTS = 8
 """Of each aim, how many restarts end as validated instances."""
 
@@ -335,6 +337,26 @@ def _starts(rng: np.random.Generator, restarts: int, shape: Shape, families) -> 
     return point, Fixed(p, prior, frozen, np.asarray(batch.own), low, np.arange(restarts) % 2)
 
 
+def _reseed(rng: np.random.Generator, state: _State, fixed: Fixed) -> tuple[_State, Fixed]:
+    """The worse half of each aim becomes the best eighth, moved by 1e-3 to 1 of the usual unit."""
+    value, aim = np.array(state.value), np.asarray(fixed.aim)
+    source = np.arange(len(value))
+    for one in (0, 1):
+        order = np.array([i for i in np.argsort(-value, kind="stable") if aim[i] == one], dtype=int)
+        worse = order[(len(order) + 1) // 2 :]
+        source[worse] = np.resize(order[: max(1, len(order) // 8)], len(worse))
+    moved = source != np.arange(len(source))
+    width = np.where(moved, 10.0 ** rng.uniform(-3, 0, len(source)), 0.0)
+
+    def beside(rate, x):
+        return x + 10.0 * rate * width.reshape((-1,) + (1,) * (x.ndim - 1)) * rng.standard_normal(x.shape)
+
+    best, fixed = jax.tree.map(lambda leaf: np.asarray(leaf)[source], (state.best, fixed))
+    zeros = jax.tree.map(np.zeros_like, best)
+    point = jax.tree.map(beside, RATES, best)
+    return _State(point, zeros, zeros, best, value[source], state.step), fixed
+
+
 @dataclass(frozen=True)
 class Ascent:
     """What gradient ascent found."""
@@ -382,12 +404,15 @@ def ascend(
     """
     families = tuple(FAMILIES) if families is None else families
     began, done, interrupted = time.perf_counter(), 0, False
-    point, fixed = _starts(np.random.default_rng(seed), restarts, shape, families)
+    rng = np.random.default_rng(seed)
+    point, fixed = _starts(rng, restarts, shape, families)
     zeros = jax.tree.map(np.zeros_like, point)
     state = _State(point, zeros, zeros, point, np.full(restarts, -np.inf), np.zeros(()))
     climb, start, ratio = _climber(wanted), -math.inf, np.asarray(fixed.aim) == 0
     try:
         while done < steps and (seconds is None or time.perf_counter() - began < seconds):
+            if any(done - CHUNK < share * steps <= done for share in RESEEDS):
+                state, fixed = _reseed(rng, state, fixed)
             count = min(CHUNK, steps - done) if done else 1  # the first step's value is the start's
             state = jax.block_until_ready(climb(state, fixed, float(steps), count))
             done += count
@@ -475,10 +500,10 @@ def _rounded(found: Found, digits: int, shape: Shape | None) -> Found | None:
 def simplify(found: Found, shape: Shape | None = None) -> Found:
     """What matters of a find: without the prompts, rewrites and responses it can do without, in few digits.
 
-    A counterexample stays one and keeps 99% of its excess; an instance that is tight to within d stays so to
-    within 2d, or 1e-6 if that is more, and loses no more than 1e-3.
+    A counterexample stays one and keeps 99% of its excess; the ratio of a tight instance falls by no more
+    than a tenth of its distance from 1 (1e-6 at least, 1e-3 at most).
     """
-    least = found.tightness - max(1e-6, min(1e-3, abs(1.0 - found.tightness)))
+    least = found.tightness - max(1e-6, min(1e-3, 0.1 * abs(1.0 - found.tightness)))
     violated, excess = found.violated, 0.99 * found.excess
 
     def kept(again: Found | None) -> TypeGuard[Found]:
