@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from alignpro.errors import AlignProError
-from alignpro.theory.divergences import TINY, Floats
+from alignpro.theory.divergences import Floats
 from alignpro.theory.elementwise import (
     arctanh,
     expm1,
@@ -31,7 +31,7 @@ from alignpro.theory.elementwise import (
 )
 from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import KEYS, Instance, probabilities, unchecked
-from alignpro.theory.solution import EPS, Solution, solution
+from alignpro.theory.solution import Solution, solution
 
 Verdict = Literal["holds", "violated", "inconclusive", "inapplicable"]
 
@@ -62,16 +62,20 @@ def paper_r_max(s: Solution) -> Float[Array, ""]:
     return s.reward_max - minimum(0.0, s.reward_min)
 
 
+def _tiny(like: Array) -> float:
+    return float(jnp.finfo(like.dtype).tiny)
+
+
 def _statement(s: Solution, lhs, rhs, terms, error, assumptions, magnitude, ceiling=None) -> Statement:
     """E_x of both sides; `magnitude` [X] is what was summed, for the error of the average itself."""
     average = s.average
     summed = average(magnitude)
     # Below the smallest normal number compiled code flushes to 0, errors included. Balls carry their own.
-    flushed = summed * 0 if is_ball(summed) else jnp.where(summed > 0, 16.0 * TINY, 0.0)
+    flushed = summed * 0 if is_ball(summed) else jnp.where(summed > 0, 16.0 * _tiny(summed), 0.0)
     return Statement(
         lhs=average(lhs),
         rhs=average(rhs),
-        error=average(error) + 2.0 * (s.p.shape[-1] + 8) * EPS * summed + flushed,
+        error=average(error) + 2.0 * (s.p.shape[-1] + 8) * s.eps * summed + flushed,
         ceiling=average(s.span if ceiling is None else ceiling),
         terms={name: average(term) for name, term in terms.items()},
         assumptions=assumptions,
@@ -187,7 +191,7 @@ def beta_only(s: Solution) -> Statement:
     Proof: with π_s ∝ π_F e^{s r}, d/ds E_π_s r = Var_π_s(r) ≤ span²/4 (Popoviciu); integrate s over [0, 1/β].
     """
     share = minimum(s.span / (4.0 * s.beta), ones_like(s.span))
-    return _model_and_barycentre(s, s.span * share, 8 * EPS * s.span * share)
+    return _model_and_barycentre(s, s.span * share, 8 * s.eps * s.span * share)
 
 
 def beta_tanh(s: Solution) -> Statement:
@@ -198,7 +202,7 @@ def beta_tanh(s: Solution) -> Statement:
     most tanh(a/4). So TV(π*,π_F) ≤ tanh(span/(4β)), attained by two points; then Δ1 ≤ span·TV.
     """
     share = tanh(s.span / (4.0 * s.beta))
-    return _model_and_barycentre(s, s.span * share, 8 * EPS * s.span * share)
+    return _model_and_barycentre(s, s.span * share, 8 * s.eps * s.span * share)
 
 
 def _variance_term(s: Solution) -> tuple[Array, Array]:
@@ -207,7 +211,7 @@ def _variance_term(s: Solution) -> tuple[Array, Array]:
     term = minimum((s.own_sd / s.beta) * s.own_sd * growth, s.span)
     if is_ball(term[0]):
         return term, term * 0
-    relative = jnp.minimum(2.0 * s.own_error / s.beta + (64 + 2 * s.own_rise / s.beta) * EPS, 1.0)
+    relative = jnp.minimum(2.0 * s.own_error / s.beta + (64 + 2 * s.own_rise / s.beta) * s.eps, 1.0)
     error = 2.0 * relative * term + 4.0 * (s.own_sd / s.beta) * growth * s.own_error
     return term, jnp.minimum(error, s.span)
 
@@ -233,7 +237,7 @@ def kl_only(s: Solution) -> Statement:
     term = s.span * minimum(root, huber)
     if is_ball(kl[0]):
         return _model_and_barycentre(s, term, term * 0)
-    error = jnp.minimum(jnp.sqrt((kl + noise) / 2.0) - root, 1.0) + 8 * EPS * jnp.minimum(root, 1.0)
+    error = jnp.minimum(jnp.sqrt((kl + noise) / 2.0) - root, 1.0) + 8 * s.eps * jnp.minimum(root, 1.0)
     return _model_and_barycentre(s, term, 2.0 * s.span * error)
 
 
@@ -473,7 +477,7 @@ def tanh_tv(s: Solution) -> Statement:
     """E_x d_TV(π*,π_F) ≤ E_x tanh(span/(4β)), attained by two points of equal weight; see `beta_tanh`."""
     rhs = tanh(s.span / (4.0 * s.beta))
     return _statement(
-        s, s.tv_model, rhs, {}, s.tv_model_error + 8 * EPS * rhs, {}, s.tv_model + rhs, ones_like(rhs)
+        s, s.tv_model, rhs, {}, s.tv_model_error + 8 * s.eps * rhs, {}, s.tv_model + rhs, ones_like(rhs)
     )
 
 
@@ -489,12 +493,12 @@ def jeffreys_tv(s: Solution) -> Statement:
         error = lhs * 0
     else:
         # Near 1 the overlap has the accuracy that 1 − TV has lost; where it underflows nothing is known.
-        overlap = jnp.maximum(s.overlap_model, TINY)
+        overlap = jnp.maximum(s.overlap_model, _tiny(tv))
         half = jnp.arctanh(jnp.minimum(tv, 0.5))
         angle = jnp.where(tv < 0.5, half, 0.5 * jnp.log((1.0 + tv) / overlap))
         lhs = 4.0 * s.beta * tv * angle
-        error = 4.0 * s.beta * apart * (angle + 2.0) + 16 * EPS * lhs
-        error = jnp.where(s.overlap_model > 2 * TINY, error, s.span)
+        error = 4.0 * s.beta * apart * (angle + 2.0) + 16 * s.eps * lhs
+        error = jnp.where(s.overlap_model > 2 * _tiny(tv), error, s.span)
     return _statement(s, lhs, s.model_jeffreys, {}, error + s.model_error, {}, lhs + s.model_jeffreys)
 
 
@@ -544,7 +548,7 @@ def beta_eighth(s: Solution) -> Statement:
     That bounds β log Z* − E_πF r*, which leaves out β KL(π*‖π_F), as large again when β is large.
     """
     share = minimum(s.span / (8.0 * s.beta), ones_like(s.span))
-    return _model_and_barycentre(s, s.span * share, 8 * EPS * s.span * share)
+    return _model_and_barycentre(s, s.span * share, 8 * s.eps * s.span * share)
 
 
 def never_outperforms(s: Solution) -> Statement:
@@ -583,7 +587,7 @@ def trained_reversed(s: Solution) -> Statement:
     A ρ that leaves out much of ρ_sft makes the last term large while its reward loss stays bounded.
     """
     excess = s.kl_from_star - s.kl_from_reference
-    return _trained(s, s.kl_from_star, s.kl_from_reference, excess, s.rho_error + EPS * abs(excess))
+    return _trained(s, s.kl_from_star, s.kl_from_reference, excess, s.rho_error + s.eps * abs(excess))
 
 
 WRONG_BOUNDS: dict[str, Callable[[Solution], Statement]] = {
