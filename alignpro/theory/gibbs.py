@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from alignpro.errors import AlignProError
-from alignpro.theory.divergences import Floats, log1p, psi, same_floats, scaled_kl
+from alignpro.theory.divergences import Floats, expm1_psi, log1p, same_floats, scaled_kl
 
 # Above this the mass sits far from the base's mean, and centring at the maximum is the accurate choice.
 _FAR = 8.0
@@ -108,10 +108,13 @@ def tilt(
 
     mean = jnp.sum(base * d, -1)
     reach = -mean / t  # the largest (energy − mean)/temperature
-    u = jnp.clip((d - mean[..., None]) / tk, least, huge)
-    log_z_mean = log1p(jnp.sum(base * psi(u), -1))
     a = d / tk
-    log_z_max = jnp.log(jnp.sum(base * jnp.exp(a), -1))
+    exp_a = jnp.exp(a)  # the one exponential: every other is a multiple of it
+    z = jnp.sum(base * exp_a, -1)
+    log_z_max = jnp.log(z)
+    u = jnp.clip((d - mean[..., None]) / tk, least, huge)
+    exp_u = exp_a * jnp.exp(jnp.minimum(reach, huge))[..., None]
+    log_z_mean = log1p(jnp.sum(base * expm1_psi(u, exp_u)[1], -1))
 
     far = reach > _FAR
     far_k = far[..., None]
@@ -123,13 +126,16 @@ def tilt(
         far_k, d - (t * log_z_max)[..., None], d - mean[..., None] - (t * log_z_mean)[..., None]
     )
 
-    # One correction makes p sum to one to rounding, whatever the rounding of the centre.
-    excess = log1p(jnp.sum(base * jnp.expm1(ratio), -1))
-    ratio = jnp.where(support, ratio - excess[..., None], 0.0)
-    scaled_ratio = jnp.where(support, scaled_ratio - (t * excess)[..., None], 0.0)
-
-    growth = jnp.expm1(ratio)
-    probs = base * jnp.exp(ratio)
+    # One correction makes p sum to one to rounding, whatever the rounding of the centre. It is small enough
+    # for first order.
+    ratio = jnp.where(support, ratio, 0.0)
+    quotient = jnp.where(support, exp_a / z[..., None], 1.0)
+    growth = expm1_psi(ratio, quotient)[0]
+    excess = log1p(jnp.sum(base * growth, -1))[..., None]
+    ratio = jnp.where(support, ratio - excess, 0.0)
+    scaled_ratio = jnp.where(support, scaled_ratio - tk * excess, 0.0)
+    growth = growth - quotient * excess
+    probs = base * (quotient - quotient * excess)
     log_base = jnp.where(support, jnp.log(jnp.where(support, base, 1.0)), -jnp.inf)
     return Tilted(
         probs=probs,
