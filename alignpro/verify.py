@@ -3,11 +3,12 @@
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -29,6 +30,9 @@ from alignpro.theory.bounds import (
 from alignpro.theory.families import FAMILIES, random_prompters, take
 from alignpro.theory.instance import Instance
 from alignpro.theory.solution import solution
+
+if TYPE_CHECKING:  # python-flint is optional
+    from alignpro.theory.certify import Certificate, Doubtful
 
 DEFAULT = (*BOUNDS, *LOWER_BOUNDS, *IDENTITIES, *LEMMAS)
 
@@ -101,6 +105,42 @@ class Tally:
     largest_error: float = 0.0
     """Identities: largest |rhs − lhs|/(largest of the sides' rounding scale), as a fraction of the span."""
     worst: Worst | None = None
+    doubtful: "Doubtful | None" = None
+    """What to certify; None without certification."""
+    certificates: "list[Certificate]" = field(default_factory=list)
+    """One for each of `doubtful.kept`, in that order."""
+
+    @property
+    def unexamined(self) -> int:
+        """Float64 violations that were not certified."""
+        return self.violations - (self.doubtful.claimed if self.doubtful else 0)
+
+    @property
+    def proved(self) -> int:
+        """Certified violations."""
+        return sum(one.verdict == "violated" for one in self.certificates)
+
+    @property
+    def settled(self) -> int:
+        """Float64 violations that a proof refutes."""
+        kept = self.doubtful.kept if self.doubtful else []
+        pairs = zip(kept, self.certificates, strict=False)
+        return sum(score < -1 and one.verdict in ("holds", "inapplicable") for (score, _), one in pairs)
+
+    def certified_row(self) -> dict[str, Any]:
+        """What certification found, as JSON."""
+        verdicts = Counter(one.verdict for one in self.certificates)
+        bits = Counter(one.precision for one in self.certificates)
+        return {
+            "statement": self.statement,
+            "family": self.family,
+            "verdicts": dict(verdicts),
+            "ties": sum(one.slack == "0" for one in self.certificates),
+            "precisions": {str(key): bits[key] for key in sorted(bits)},
+            "float64_violations_settled": self.settled,
+            "float64_violations_unexamined": self.unexamined,
+            "most_doubtful": asdict(self.certificates[0]) if self.certificates else None,
+        }
 
     def row(self) -> dict[str, Any]:
         """As JSON."""
@@ -137,10 +177,19 @@ class Verification:
     seconds: float = 0.0
     """Compilation included."""
     refuted: dict[str, Worst] = field(default_factory=dict)
+    certify: int = 0
+    """How many instances of each statement and family were certified; 0 for none."""
 
     @property
     def violations(self) -> int:
         return sum(tally.violations for tally in self.tallies)
+
+    @property
+    def findings(self) -> int:
+        """Violations; under certification those proved, and what float64 claims but nothing has examined."""
+        if not self.certify:
+            return self.violations
+        return sum(tally.proved + tally.unexamined for tally in self.tallies)
 
     def json(self) -> dict[str, Any]:
         """As strict JSON."""
@@ -161,6 +210,13 @@ class Verification:
             "family_seconds": self.family_seconds,
             "violations": self.violations,
             "results": [tally.row() for tally in self.tallies],
+            "certified": {
+                "most_doubtful_per_statement_and_family": self.certify,
+                "violations": sum(tally.proved for tally in self.tallies),
+                "results": [tally.certified_row() for tally in self.tallies],
+            }
+            if self.certify
+            else None,
             "refuted": {
                 name: {
                     "family": worst.family,
@@ -193,7 +249,9 @@ def _evaluator(names: tuple[str, ...]) -> Callable[..., dict[str, Statement]]:
     return jax.jit(jax.vmap(partial(_evaluate, names)))
 
 
-def validate(statements: Sequence[str], instances: int, seed: int, families: Sequence[str]) -> None:
+def validate(
+    statements: Sequence[str], instances: int, seed: int, families: Sequence[str], certify: int = 0
+) -> None:
     """Refuse what `verify` cannot run, before anything is written or computed.
 
     Raises:
@@ -209,6 +267,10 @@ def validate(statements: Sequence[str], instances: int, seed: int, families: Seq
         raise AlignProError(
             f"--instances {instances}: is below one for each of {len(set(families))} families; give more"
         )
+    if certify < 0:
+        raise AlignProError(f"--certify {certify}: must not be negative; give how many instances, 0 for none")
+    if certify:
+        import alignpro.theory.certify  # noqa: F401 - or the one-line error that names the missing package
     if seed < 0:
         raise AlignProError(f"--seed {seed}: must not be negative; give 0 or more")
 
@@ -219,6 +281,7 @@ def verify(
     seed: int = 0,
     families: Sequence[str] = tuple(FAMILIES),
     quiet: bool = False,
+    certify: int = 0,
 ) -> Verification:
     """Check statements on random instances of every family, in bounded memory.
 
@@ -232,14 +295,17 @@ def verify(
         seed: determines every draw.
         families: keys of `FAMILIES`.
         quiet: no progress bar.
+        certify: how many instances to certify, of each statement and family: those of least slack beside its
+            rounding error bound; of what float64 calls violated, up to `certify.EXAMINED`.
 
     Raises:
-        AlignProError: an unknown statement or family, or fewer than one instance per family.
+        AlignProError: an unknown statement or family, fewer than one instance per family, or python-flint
+            is needed and missing.
     """
-    validate(statements, instances, seed, families)
+    validate(statements, instances, seed, families, certify)
     names, families = tuple(dict.fromkeys(statements)), tuple(dict.fromkeys(families))
     began = time.perf_counter()
-    result = Verification(instances, seed, names, families, [], {})
+    result = Verification(instances, seed, names, families, [], {}, certify=certify)
     evaluate = _evaluator(names)
     shares = np.full(len(families), instances // len(families))
     shares[: instances % len(families)] += 1
@@ -256,7 +322,10 @@ def verify(
             # Keyed by the family's name: its instances do not depend on which others are asked for.
             rng = np.random.default_rng([seed, *family.encode()])
             keep = np.random.default_rng(seed)
-            tallies = {name: Tally(name, family, Sample(keep), Sample(keep)) for name in names}
+            tallies = {
+                name: Tally(name, family, Sample(keep), Sample(keep), doubtful=_doubtful(certify))
+                for name in names
+            }
             bar.set_description(family)
             done = turn = 0
             while done < share:
@@ -273,11 +342,38 @@ def verify(
                 bar.update(count)
             result.tallies += tallies.values()
             result.family_seconds[family] = time.perf_counter() - start
+    if certify:
+        _certify(result, quiet)
     for tally in result.tallies:
         if tally.worst is not None and tally.worst.better_than(result.refuted.get(tally.statement)):
             result.refuted[tally.statement] = tally.worst
     result.seconds = time.perf_counter() - began
     return result
+
+
+def _doubtful(certify: int) -> "Doubtful | None":
+    if not certify:
+        return None
+    from alignpro.theory.certify import Doubtful
+
+    return Doubtful(certify)
+
+
+def _certify(result: Verification, quiet: bool) -> None:
+    """Certify what the tallies keep; a refutation is then one that is proved."""
+    from alignpro.theory.certify import Case, certify_many
+
+    kept = [(tally, case) for tally in result.tallies if tally.doubtful for _, case in tally.doubtful.kept]
+    cases = [Case(instance, beta, lam, t.statement, rho) for t, (instance, beta, lam, rho) in kept]
+    for tally in result.tallies:
+        tally.worst = None
+    for (tally, (instance, beta, lam, rho)), found in zip(
+        kept, certify_many(cases, quiet=quiet), strict=True
+    ):
+        tally.certificates.append(found)
+        worst = Worst(instance, beta, lam, rho, found.within, tally.family)
+        if found.verdict == "violated" and worst.better_than(tally.worst):
+            tally.worst = worst
 
 
 def _record(
@@ -315,18 +411,18 @@ def _record(
             tally.slack.add(relative[applicable])
             # A right side of nothing but rounding has no meaningful ratio.
             tally.tightness.add((lhs / rhs)[applicable & (rhs > error)])
+
+    def case(index: int) -> "tuple[Instance, float, float, np.ndarray | None]":
+        rho = prompter[index] if tally.statement in ANY_PROMPTER else None
+        return take(batch, index), float(beta[index]), float(lam[index]), rho
+
+    if tally.doubtful is not None:
+        tally.doubtful.add(np.where(applicable, slack, np.inf), error, case, tally.statement in IDENTITIES)
     if violated.any():
         index = int(np.argmin(np.where(violated, relative, np.inf)))
         amount = float(-relative[index])
         tally.largest_violation = max(tally.largest_violation, amount)
-        candidate = Worst(
-            take(batch, index),
-            float(beta[index]),
-            float(lam[index]),
-            prompter[index] if tally.statement in ANY_PROMPTER else None,
-            amount,
-            tally.family,
-        )
+        candidate = Worst(*case(index), amount, tally.family)
         if candidate.better_than(tally.worst):
             tally.worst = candidate
 
@@ -433,22 +529,47 @@ def _by_statement(result: Verification) -> list[str]:
     ]
 
 
+def _certified(result: Verification) -> str:
+    """What is proved: one line per statement."""
+    rows: list[Sequence[str]] = [
+        ("certified", "proved", "of them ties", "violated", "inconclusive", "bits", "settled", "unexamined")
+    ]
+    for name in result.statements:
+        mine = [tally for tally in result.tallies if tally.statement == name]
+        found = [one for tally in mine for one in tally.certificates]
+        verdicts = Counter(one.verdict for one in found)
+        counts = [verdicts["holds"], sum(one.slack == "0" for one in found)]
+        counts += [verdicts["violated"], verdicts["inconclusive"]]
+        counts += [max((one.precision for one in found), default=0)]
+        counts += [sum(tally.settled for tally in mine), sum(tally.unexamined for tally in mine)]
+        rows.append([name, *map(str, counts)])
+    return (
+        _aligned(rows) + f"\n(ball arithmetic on the {result.certify} most doubtful of each family; "
+        "settled: float64 violations that are none)"
+    )
+
+
 def table(result: Verification) -> str:
     """The result for reading: by family for up to three statements, else one line per statement."""
     blocks = _by_family(result) if len(result.statements) <= 3 else _by_statement(result)
+    if result.certify:
+        blocks.append(_certified(result))
     verdicts = []
     for name in result.statements:
         count = sum(t.violations for t in result.tallies if t.statement == name)
         checked = sum(t.checked - t.inapplicable for t in result.tallies if t.statement == name)
-        if count:
+        if name in result.refuted:
             worst = result.refuted[name]
+            count = count or sum(t.proved for t in result.tallies if t.statement == name)
             verdicts.append(
                 f"{name}: REFUTED by {count} of {checked} instances; e.g. {worst.family}, "
                 f"beta {worst.beta:.3g}, lam {worst.lam:.3g}, off by {worst.relative:.2g} of the span"
             )
+        elif count:
+            verdicts.append(f"{name}: {count} float64 violations of {checked}, none of them proved")
         elif len(result.statements) <= 3:
             verdicts.append(f"{name}: no violation in {checked} instances")
-    if not result.violations:
+    if not result.findings:
         verdicts.append(f"no violation of {len(result.statements)} statements")
     blocks.append(
         "\n".join(verdicts)
@@ -457,14 +578,21 @@ def table(result: Verification) -> str:
     return "\n\n".join(blocks)
 
 
-def main(bound: Sequence[str], instances: int, seed: int, family: Sequence[str], out: str | None) -> int:
+def main(
+    bound: Sequence[str],
+    instances: int,
+    seed: int,
+    family: Sequence[str],
+    out: str | None,
+    certify: int = 0,
+) -> int:
     """Run, print and save; the process's exit status: 1 when anything is violated, else 0."""
     statements, families = tuple(bound) or DEFAULT, tuple(family) or tuple(FAMILIES)
-    validate(statements, instances, seed, families)
+    validate(statements, instances, seed, families, certify)
     folder = None if out is None else writable_folder(out)
-    result = verify(statements, instances, seed, families)
+    result = verify(statements, instances, seed, families, certify=certify)
     print(table(result))
     if folder is not None:
         save(result, folder)
         print(f"wrote {folder / 'verify.json'}")
-    return 1 if result.violations else 0
+    return 1 if result.findings else 0

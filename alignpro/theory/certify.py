@@ -12,6 +12,7 @@ its exact rational sum. The rational instance so defined is the one a certificat
 Needs the extra `certify` (python-flint); without it, importing this module is one `AlignProError`.
 """
 
+import bisect
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
@@ -723,3 +724,52 @@ def certify_many(
     """
     bar = tqdm(list(cases), unit="certificate", disable=quiet, leave=False)
     return [certify(*case, precision=precision, max_precision=max_precision) for case in bar]
+
+
+TIGHTEST, EXAMINED = 8, 64
+"""How many cases `Doubtful` keeps by default, and at most of those that floating point calls violated."""
+
+
+class Doubtful:
+    """Of a stream of cases judged in floating point, those worth certifying, in bounded memory.
+
+    `kept` holds the `keep` cases of least slack beside its rounding error bound, and of those that floating
+    point calls violated (a score below −1) up to `EXAMINED`, as (score, case) in ascending order.
+    """
+
+    def __init__(self, keep: int = TIGHTEST) -> None:
+        self.keep = keep
+        self.kept: list[tuple[float, Any]] = []
+
+    def add(
+        self,
+        slack: Float[np.ndarray, " n"],
+        error: Float[np.ndarray, " n"],
+        case: Callable[[int], Any],
+        equality: bool = False,
+    ) -> None:
+        """Look at n cases with slacks known to ± error; NaN where floating point tells nothing.
+
+        A slack of +∞ marks what is not worth a look. `case` makes the case of an index.
+        """
+        slack = -np.abs(slack) if equality else slack
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # Exact zeros are settled. NaN is as doubtful as a slack of nothing but rounding.
+            scores = np.where((error == 0) & (slack == 0), 0.0 if equality else np.inf, slack / error)
+        scores = np.where(np.isnan(scores), 0.0, scores)
+        for index in np.argsort(scores, kind="stable")[: max(self.keep, EXAMINED)]:
+            score = float(scores[index])
+            if score == math.inf or (len(self.kept) >= self._room(score) and score >= self.kept[-1][0]):
+                return
+            bisect.insort(self.kept, (score, case(int(index))), key=operator.itemgetter(0))
+            del self.kept[self._room() :]
+
+    def _room(self, score: float = math.inf) -> int:
+        """How many cases may be kept, with one of this score among them."""
+        claimed = sum(known < -1 for known, _ in self.kept) + (score < -1)
+        return max(self.keep, min(claimed, EXAMINED))
+
+    @property
+    def claimed(self) -> int:
+        """How many of those kept floating point calls violated."""
+        return sum(score < -1 for score, _ in self.kept)

@@ -28,7 +28,16 @@ from alignpro.theory.bounds import (
     tight,
     trained,
 )
-from alignpro.theory.certify import Ball, Case, Undecided, certify, certify_many, solution_balls
+from alignpro.theory.certify import (
+    EXAMINED,
+    Ball,
+    Case,
+    Doubtful,
+    Undecided,
+    certify,
+    certify_many,
+    solution_balls,
+)
 from alignpro.theory.elementwise import sqrt, tanh
 from alignpro.theory.families import FAMILIES, draw, random_prompters
 from alignpro.theory.instance import Instance
@@ -37,8 +46,11 @@ from alignpro.theory.solution import Solution, solution
 compiled = jax.jit(solution)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _balls_pass():
+pytestmark = pytest.mark.usefixtures("balls_pass")
+
+
+@pytest.fixture(scope="module")
+def balls_pass():
     """Statements are annotated for JAX arrays; here they are given object arrays."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
@@ -444,6 +456,36 @@ def test_a_form_must_lie_in_its_ball():
             Ball(arb(2).sqrt(), {(): Ball(1).value})
     finally:
         module._ties.reset(token)
+
+
+def test_the_most_doubtful_are_kept_whatever_the_chunks():
+    rng = np.random.default_rng(0)
+    slack, error = rng.uniform(0, 1, 1000), rng.uniform(0.5, 1, 1000)
+    slack[[3, 500]] = [np.inf, np.nan]  # inapplicable; floating point tells nothing
+    error[7], slack[7] = 1e-300, 1.0
+    order = [int(i) for i in np.argsort(slack / error) if i not in (3, 7, 500)]
+
+    def kept(slack, error, chunk, equality=False):
+        doubtful = Doubtful(8)
+        for start in range(0, slack.size, chunk):
+            part = slice(start, start + chunk)
+            doubtful.add(slack[part], error[part], lambda i, start=start: start + i, equality)
+        return doubtful, [case for _, case in doubtful.kept]
+
+    for chunk in (7, 1000):
+        assert set(kept(slack, error, chunk)[1]) == {500, *order[:7]}
+    assert kept(np.zeros(3), np.array([0.0, 1.0, 0.0]), 3)[1] == [1]  # exact zeros are settled
+    slack[500:] -= 4.0  # many that floating point calls violated: the worst, up to a cap
+    claimed = [int(i) for i in np.argsort(slack / error, kind="stable") if slack[i] < -error[i]]
+    for chunk in (7, 1000):
+        doubtful, cases = kept(slack, error, chunk)
+        assert cases == claimed[:EXAMINED]
+        assert doubtful.claimed == EXAMINED
+    doubtful, cases = kept(slack[:600], error[:600], 50, equality=True)
+    assert doubtful.claimed == len(cases) == EXAMINED
+    few = kept(slack[490:503], error[490:503], 2)
+    assert few[0].claimed == 2
+    assert len(few[1]) == 8
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@ import json
 
 import numpy as np
 import pytest
+from test_certify import balls_pass  # noqa: F401 - a fixture
 
-from alignpro import verify
+from alignpro import cli, verify
 from alignpro.errors import AlignProError
-from alignpro.theory.bounds import BOUNDS, IDENTITIES, LEMMAS, LOWER_BOUNDS, WRONG_BOUNDS
+from alignpro.theory import certify
+from alignpro.theory.bounds import BOUNDS, IDENTITIES, LEMMAS, LOWER_BOUNDS, WRONG_BOUNDS, tight
 from alignpro.theory.families import FAMILIES
 from alignpro.theory.instance import load
 from alignpro.theory.solution import solution
@@ -71,6 +73,76 @@ def test_the_sample_is_the_stream_while_it_fits_and_uniform_after():
     assert verify.Sample(np.random.default_rng(0)).quantiles() == [None] * 5
 
 
+@pytest.fixture
+def one_shape(request, monkeypatch):
+    """One compilation per test."""
+    request.getfixturevalue("balls_pass")
+    monkeypatch.setattr(verify, "_SHAPES", ((2, 4, 3),))
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_the_most_doubtful_instances_are_certified():
+    result = verify.verify(("tight", "exact_gap"), 200, 2, ("adversarial", "peaked"), quiet=True, certify=3)
+    assert result.findings == 0
+    rows = result.json()["certified"]["results"]
+    assert [row["verdicts"] for row in rows] == [{"holds": 3}] * 4
+    assert sum(row["ties"] for row in rows if row["statement"] == "exact_gap") == 6
+    assert rows[0]["most_doubtful"]["name"] == "tight"
+    text = verify.table(result)
+    assert "certified" in text
+    assert "no violation of 2 statements" in text
+    plain = verify.verify(("tight", "exact_gap"), 100, 2, ("peaked",), quiet=True)
+    assert plain.json()["certified"] is None
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_a_refutation_is_proved(tmp_path):
+    result = verify.verify(("quarter_l1", "trained_reversed"), 900, 0, ("signed",), quiet=True, certify=1)
+    assert result.findings > 0
+    verify.save(result, tmp_path)
+    found = json.loads((tmp_path / "verify.json").read_text())["refuted"]
+    for name in ("quarter_l1", "trained_reversed"):
+        rho = found[name]["prompter"]
+        instance = load(tmp_path / found[name]["instance"])
+        arguments = (found[name]["beta"], found[name]["lam"], name, None if rho is None else np.array(rho))
+        assert certify.certify(instance, *arguments).verdict == "violated"
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_a_violation_that_rounding_forged_is_settled(monkeypatch):
+    def forged(s):
+        return tight(s)._replace(error=0 * s.lam)
+
+    monkeypatch.setitem(verify.STATEMENTS, "forged", forged)
+
+    def run(certify):
+        return verify.verify(("forged",), 120, 0, ("adversarial",), quiet=True, certify=certify)
+
+    claimed = run(0).findings
+    assert 8 < claimed < certify.EXAMINED
+    settled = run(1)
+    assert (settled.violations, settled.findings) == (claimed, 0)
+    assert settled.tallies[0].settled == claimed
+    assert not settled.refuted
+    assert f"forged: {claimed} float64 violations of 120, none of them proved" in verify.table(settled)
+    # What nobody has examined is not settled.
+    monkeypatch.setattr(certify, "EXAMINED", 5)
+    assert run(1).findings == claimed - 5
+
+
+@pytest.mark.usefixtures("one_shape")
+@pytest.mark.parametrize(("certify", "count"), [(["--certify"], 8), (["--certify", "2"], 2)])
+def test_the_flag(certify, count, capsys):
+    asked = ["verify", "--bound", "theorem1", "--instances", "60", "--family", "signed"]
+    assert cli.main([*asked, *certify]) == 0
+    assert f"(ball arithmetic on the {count} most doubtful" in capsys.readouterr().out
+
+
+def test_the_flag_takes_one_number(capsys):
+    assert cli.main(["verify", "--certify", "1", "2"]) == 2
+    assert "--certify 1 2: give one number, or none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -78,6 +150,7 @@ def test_the_sample_is_the_stream_while_it_fits_and_uniform_after():
         ({"families": ("dense",)}, "--family dense: is unknown; give one of independent"),
         ({"instances": 3}, "--instances 3: is below one for each of 10 families"),
         ({"seed": -1}, "--seed -1: must not be negative"),
+        ({"certify": -1}, "--certify -1: must not be negative"),
     ],
 )
 def test_bad_arguments(arguments, message):
