@@ -469,8 +469,8 @@ def _again(found: Found, shape: Shape | None, beta: float, lam: float, **arrays:
             return None
         arrays[key] = arrays[key] / total
     prompter = arrays.pop("prompter")
-    instance = Instance(*(arrays[key] for key in KEYS))
-    return evaluate(found.target, instance, beta, lam, prompter, shape)
+    kept: Any = [arrays[key] for key in KEYS]
+    return evaluate(found.target, Instance(*kept), beta, lam, prompter, shape)
 
 
 def _parts(found: Found) -> dict[str, np.ndarray]:
