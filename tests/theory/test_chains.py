@@ -101,7 +101,9 @@ def test_every_path_enumerated():
             np.testing.assert_allclose(star.value, star.objective, rtol=1e-12)
             # Jeffreys: E_ρ* R − E_ρ̄_sft R, at each stage over its own visits.
             np.testing.assert_allclose(
-                np.asarray(star.star_jeffreys).sum(0), np.asarray(star.achieved) - want["reference"], atol=1e-13
+                np.asarray(star.star_jeffreys).sum(0),
+                np.asarray(star.achieved) - want["reference"],
+                atol=1e-13,
             )
             np.testing.assert_allclose(star.exact_gap, star.gap, atol=1e-13)
 
