@@ -109,9 +109,8 @@ def tilt(
     mean = jnp.sum(base * d, -1)
     reach = -mean / t  # the largest (energy − mean)/temperature
     a = d / tk
-    exp_a = jnp.exp(a)  # the one exponential: every other is a multiple of it
-    z = jnp.sum(base * exp_a, -1)
-    log_z_max = jnp.log(z)
+    exp_a = jnp.exp(a)
+    log_z_max = jnp.log(jnp.sum(base * exp_a, -1))
     u = jnp.clip((d - mean[..., None]) / tk, least, huge)
     exp_u = exp_a * jnp.exp(jnp.minimum(reach, huge))[..., None]
     log_z_mean = log1p(jnp.sum(base * expm1_psi(u, exp_u)[1], -1))
@@ -129,7 +128,7 @@ def tilt(
     # One correction makes p sum to one to rounding, whatever the rounding of the centre. It is small enough
     # for first order.
     ratio = jnp.where(support, ratio, 0.0)
-    quotient = jnp.where(support, exp_a / z[..., None], 1.0)
+    quotient = jnp.exp(ratio)  # not exp_a/z: exp_a underflows before the quotient does where z is tiny
     growth = expm1_psi(ratio, quotient)[0]
     excess = log1p(jnp.sum(base * growth, -1))[..., None]
     ratio = jnp.where(support, ratio - excess, 0.0)

@@ -81,7 +81,7 @@ def _signs(p: Array, q: Array, weights: Array) -> Float[Array, "X Y"]:
 # Autodiff of the loops would keep the sign of every one of the X×K×Y differences.
 _l1_in_blocks.defvjp(
     lambda p, q: (_l1_in_blocks(p, q), (p, q)),
-    lambda pq, g: (_signs(*pq, g), _signs(pq[1], pq[0], g.T)),
+    lambda pq, g: (_signs(pq[0], pq[1], g), _signs(pq[1], pq[0], g.T)),
 )
 
 

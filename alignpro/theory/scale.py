@@ -44,12 +44,12 @@ def route(instance: Instance) -> str:
         return "dense"  # an accelerator is done with it before the host has sorted
     rewrites = instance.shape[1]
     own, prior = np.asarray(instance.own), np.asarray(instance.prior)
-    costs = {
+    costs: dict[str, int] = {
         "dense": rewrites * len(np.unique(own)),
-        "pairs": _PAIR * np.count_nonzero(prior),
+        "pairs": _PAIR * int(np.count_nonzero(prior)),
         "sorted": rewrites * (_SORT + _PASS * len(_kinds(prior)[0])),
     }
-    return min(costs, key=lambda name: costs[name])
+    return min(costs, key=costs.__getitem__)
 
 
 def prompt_shift(
@@ -211,6 +211,7 @@ def solve_batch(
     lam: Float[Floats, "..."] | float,
     statement: Callable[[Solution], Statement] = theorem1,
     *,
+    prompter: Float[Floats, "N X K"] | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Statement:
     """One statement on each instance of a batch.
@@ -221,6 +222,7 @@ def solve_batch(
         lam: λ > 0, one or [N], in reward units.
         statement: a value of `BOUNDS`, `IDENTITIES`, … or any function of a `Solution` that returns a
             Statement; another pytree of arrays is returned as it is.
+        prompter: one ρ(x′|x) for each instance; ρ* when None.
         devices: those that share the batch axis; all when None.
 
     Returns NumPy arrays with the leading axis N. Only what the statement uses is computed. Beside the batch
@@ -250,7 +252,7 @@ def solve_batch(
         # A chunk cut short is filled with its first instance: one shape, one compilation.
         chosen = np.concatenate([np.arange(start, stop), np.full(start + step - stop, start)])
         part = slice(start, stop) if stop - start == step else chosen
-        piece = jax.tree.map(lambda a: a[part], (arrays, *temperatures))
+        piece = jax.tree.map(lambda a: a[part], (arrays, *temperatures, prompter))
         return jax.tree.map(lambda a: np.asarray(a)[: stop - start], run(*piece))
 
     # One CPU device runs one small operation after another, so let the cores take a chunk each.
@@ -275,8 +277,8 @@ def _batched(
 ) -> Callable[..., Any]:
     """The statement on a chunk, `inner` instances at a time on each device."""
 
-    def one(instance: Instance, beta: Any, lam: Any) -> Any:
-        return statement(solution(instance, beta, lam))
+    def one(instance: Instance, beta: Any, lam: Any, prompter: Any) -> Any:
+        return statement(solution(instance, beta, lam, prompter))
 
     def chunk(*piece: Any) -> Any:
         steps = jax.tree.map(lambda a: a.reshape(-1, inner, *a.shape[1:]), piece)

@@ -137,6 +137,61 @@ def test_limits():
         assert equal.free_energy == value
 
 
+def test_the_likely_keep_their_odds_when_the_best_is_all_but_impossible():
+    """exp(energy/T) underflows for the likely outcome, but its share is known: here 0.034 and 4e-9."""
+
+    def check(solver):
+        for base, energy, t in (
+            ([1e-300, 1.0], [0.0, -694.127], 1.0),
+            ([1e-300, 1.0], [1.0, 0.0], 1 / 691.0),
+        ):
+            got, want = solver(np.array(base), np.array(energy), t), exact_tilt(base, energy, t)
+            assert close(got.probs, want["probs"], 1.0, 3000)  # a few roundings of an exponent of 700
+        base, energy = np.array([1e-30, 1.0], np.float32), np.array([0.0, -100.0], np.float32)
+        got = solver(base, energy, np.float32(1))
+        np.testing.assert_allclose(got.log_ratio[1], exact_log_ratio(base, energy, 1.0), rtol=1e-6)
+        np.testing.assert_allclose(got.probs[1], np.exp(exact_log_ratio(base, energy, 1.0)), rtol=1e-4)
+
+    def exact_log_ratio(base, energy, t):
+        base, energy = base.astype(float), energy.astype(float)
+        return energy[1] / t - np.log((base * np.exp(energy / t)).sum())
+
+    check(compiled)
+
+    def underflows(base, energy, t):
+        exp_a = jnp.exp((energy - energy.max()) / t)
+        return compiled(base, energy, t)._replace(probs=base * exp_a / (base * exp_a).sum())
+
+    kills(check, jax.jit(underflows))
+
+
+def test_float32_stays_float32_and_is_as_accurate():
+    def check(solver):
+        for seed in range(100):
+            base, energy, t = random_case(seed)
+            t = np.clip(t, 1e-5, 1e5)
+            base = np.where(base < 1e-30, 0.0, base).astype(np.float32)
+            energy = energy.astype(np.float32)
+            got = solver(base, energy, t)
+            assert {leaf.dtype for leaf in got} == {np.dtype(np.float32)}
+            want = exact_tilt(base, energy, np.float32(t))
+            d = energy - energy[base > 0].max()
+            off = base[(d < 0) & (base > 0)].sum()
+            single, width, mass = 2.0**29, -d[base > 0].min(), -(base * d).sum()
+            slack = single * (200 + 60 / max(off, 2.0**-23))
+            assert close(got.probs, want["probs"], 1.0, 30 * single)
+            assert close(
+                got.gain, want["gain"], want["gain"] + 1e-36, slack + 30 * single * min(width, mass) / t
+            )
+            assert close(got.lift, want["lift"], want["lift"] + 1e-36, slack)
+            assert close(got.cost, want["cost"], want["cost"] + 1e-36, slack)
+            assert close(got.tv, want["tv"], want["tv"] + 1e-36, slack)
+
+    check(compiled)
+    kills(check, lambda b, e, t: compiled(b.astype(float), e.astype(float), t))
+    kills(check, lambda b, e, t: compiled(b, e, np.float32(t * 1.001)))
+
+
 def test_lift_is_gain_plus_cost():
     """Jeffreys identity: E_p e − E_base e = T KL(p‖base) + T KL(base‖p), the last being `gain`."""
 
