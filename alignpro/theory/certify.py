@@ -629,7 +629,8 @@ def certify(
     """Prove a statement, or its violation, on one instance.
 
     Evaluates the statement on `solution_balls`, doubling the precision until the ball of its slack (and of
-    every comparison on the way) decides, or `max_precision` has been tried.
+    every comparison on the way) decides, or `max_precision` has been tried. Where the first precision does
+    not decide, numbers carry forms too, and ties that cancel term by term are proved: see `Ball`.
 
     Args:
         instance: the problem; its float64 numbers are taken as the rationals they are.
@@ -726,8 +727,8 @@ def certify_many(
     return [certify(*case, precision=precision, max_precision=max_precision) for case in bar]
 
 
-TIGHTEST, EXAMINED = 8, 64
-"""How many cases `Doubtful` keeps by default, and at most of those that floating point calls violated."""
+EXAMINED = 64
+"""How many of the cases that floating point calls violated `Doubtful` keeps at most."""
 
 
 class Doubtful:
@@ -737,7 +738,7 @@ class Doubtful:
     point calls violated (a score below −1) up to `EXAMINED`, as (score, case) in ascending order.
     """
 
-    def __init__(self, keep: int = TIGHTEST) -> None:
+    def __init__(self, keep: int) -> None:
         self.keep = keep
         self.kept: list[tuple[float, Any]] = []
 
