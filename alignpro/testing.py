@@ -163,7 +163,7 @@ def instances(
         high: largest reward.
         zeros: let P, ρ_sft and π_F have entries of exactly 0.
         extremes: let probabilities come within 1e-12 of 0 and of 1.
-        own: "any" row of π_F for each prompt, shared ones too, or "distinct": row x for prompt x (K ≥ X).
+        own: "any" row of π_F for each prompt, shared ones too, or "distinct": no two share one (K ≥ X).
 
     Raises:
         AlignProError: a size below 1, "distinct" with K < X, or as `rewards`.
@@ -194,7 +194,7 @@ def instances(
     # Arrays of the largest size, and what of each axis is kept: shrinking can leave out any one prompt,
     # rewrite or response without shifting the rest.
     return st.tuples(
-        *(_entries((True,) if shape else (False, True), n) for n in most),
+        *(_entries((True,) if shape else (False, True, True), n) for n in most),
         *(_entries(table, *size) for size in ((x,), (x, k), (k, y))),
         _entries(range(k), x) if own == "any" else st.just(np.arange(x)),
         rewards((x, y), low, high),
@@ -267,10 +267,11 @@ def chains(
     zeros: bool = True,
     extremes: bool = True,
 ) -> SearchStrategy[tuple[tuple[np.ndarray, ...], Instance]]:
-    """Prompters in sequence: `(stages, instance)`, each prompter rewriting what the one before it wrote.
+    """Prompters in sequence: `(stages, instance)`, each rewriting what the one before it wrote.
 
     `stages` are the reference prompters, [X, K₁], [K₁, K₂], …, [Kₙ₋₁, K]; the instance's ρ_sft [X, K] is
-    their product, what the reference chain does in one step. Shrinks towards one stage.
+    their product, what the reference chain does in one step. The arguments of `theory.chains.Chain` are
+    these stages and the instance's other arrays. Shrinks towards one stage.
 
     Args:
         max_stages: most prompters in sequence.
