@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from alignpro.errors import AlignProError
 from alignpro.theory.bounds import paper_r_max
 from alignpro.theory.divergences import TINY, Floats, kl, log1p, log_quotient, scaled_kl
-from alignpro.theory.gibbs import Tilted, check_temperature, tilt
+from alignpro.theory.gibbs import check_temperature, tilt
 from alignpro.theory.instance import Instance, probabilities
 from alignpro.theory.solution import EPS, Solution
 
@@ -207,10 +207,10 @@ def information_projection(
     beta = _temperature("beta", beta)
     if not tol > 0:
         raise AlignProError(f"tol {tol}: must be positive; give one such as 1e-10")
-    return _projection(instance.frozen, _rewards(instance), beta, tol, max_iterations)
+    return _projection(_rewards(instance), beta, tol, max_iterations)
 
 
-def _project(frozen: Array, rewards: _Rewards, beta: Array, tol: Array, limit: Array) -> Projection:
+def _project(rewards: _Rewards, beta: Array, tol: Array | float, limit: Array | int) -> Projection:
     frozen, own = rewards.frozen, rewards.own
     rewrites, responses = frozen.shape
     model = tilt(own, rewards.response, beta)
@@ -220,7 +220,8 @@ def _project(frozen: Array, rewards: _Rewards, beta: Array, tol: Array, limit: A
     allowance = tol * jnp.maximum(1.0, span / beta)
 
     def one(row):
-        return _interior(frozen, *row, limit)
+        row_usable, log_q, row_tol = row
+        return _interior(frozen, row_usable, log_q, row_tol, limit)
 
     batch = max(1, _CELLS // (rewrites * (rewrites + responses)))
     weights, gap, iterations = lax.map(
@@ -248,13 +249,13 @@ _projection = jax.jit(_project)
 
 
 def _interior(
-    frozen: Array, usable: Array, log_q: Array, tol: Array, limit: Array
+    frozen: Array, usable: Array, log_q: Array, tol: Array, limit: Array | int
 ) -> tuple[Array, Array, Array]:
     """(weights, gap, steps): min over the simplex on `usable` of KL(w·frozen ‖ q), by primal–dual steps.
 
     Optimality: ∇f − ν = s ≥ 0, w·s = 0. Each Newton step on f − μ Σ log w, with s/w in place of μ/w² in the
-    Hessian, is shortened until the objective no longer rises along it; once it is centred, μ is cut. Rows that are not usable have w = 0: they drop
-    out.
+    Hessian, is shortened until the objective no longer rises along it; once it is centred, μ is cut. Rows
+    that are not usable have w = 0: they drop out.
     """
     rewrites, responses = frozen.shape
     a = jnp.where(usable[:, None], frozen, 0.0)
@@ -326,7 +327,15 @@ def _interior(
     w = usable / count
     _, g, size = slopes(w)
     mu = _CUT * jnp.sum(w * g) / count
-    start = (w, mu / jnp.where(usable, w, 1.0), mu, w, certificate(w, g, size), 0, jnp.asarray(False))
+    start = (
+        w,
+        mu / jnp.where(usable, w, 1.0),
+        mu,
+        w,
+        certificate(w, g, size),
+        jnp.asarray(0),
+        jnp.asarray(False),
+    )
     _, _, _, best, gap, rounds, _ = lax.while_loop(go_on, step, start)
     return best, gap, rounds
 
@@ -392,7 +401,6 @@ def response_value(instance: Instance, lam: Temperature) -> ResponseValue:
     """
     lam, r = _temperature("lam", lam), _rewards(instance)
     star = tilt(r.prior, r.rewrite, lam)
-    # Responses off every row's support are masked by the rows; those only off-support rows reach by ρ_sft.
     h = lax.map(lambda d: tilt(r.frozen, jnp.broadcast_to(d, r.frozen.shape), lam).gain, r.response)
     joint = tilt(r.prior, r.rewrite + h, lam).free_energy
     near = tilt(star.probs, h, lam).free_energy  # keeps its relative accuracy, but ρ* may underflow
@@ -624,7 +632,6 @@ def _best_ratio(base: Array, energy: Array, tie: Array, n: Array) -> Array:
     group = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), first]).astype(int))
     mass = jax.ops.segment_sum(sorted_base, group, size)
     below = jnp.cumsum(mass)
-    above = jnp.cumsum(mass[::-1])[::-1] - mass
     above = jnp.concatenate([jnp.cumsum(mass[::-1])[::-1][1:], jnp.zeros(1)])
     # log F from whichever tail is the smaller: relatively accurate near F = 1, where the nth power bites.
     log_f = jnp.where(above < 0.5, log1p(-above), jnp.log(jnp.where(below > 0, below, 1.0)))
