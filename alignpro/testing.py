@@ -124,7 +124,7 @@ def rewards(shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Sear
 def temperatures(low: float = 1e-6, high: float = 1e6) -> SearchStrategy[float]:
     """β or λ in [low, high], in reward units: one digit times a power of ten, uniform over the decades.
 
-    Shrinks towards 1, then towards powers of ten.
+    Shrinks towards 1.
 
     Raises:
         AlignProError: no such number, or not 0 < low <= high < ∞.
@@ -174,27 +174,34 @@ def instances(
         raise AlignProError(f"own {own!r}: is unknown; give 'any' or 'distinct'")
     if own == "distinct" and most[1] < most[0]:
         raise AlignProError(f"own 'distinct' with X {most[0]} and K {most[1]}: give K of at least X")
-    x, k, y = most
-    table = _weights(zeros, extremes)
+    return _with_kept(most, shape is not None, low, high, _weights(zeros, extremes), own).map(lambda d: d[0])
 
-    def assemble(drawn: tuple) -> Instance:
+
+def _with_kept(
+    most, fixed, low, high, table, own="any"
+) -> SearchStrategy[tuple[Instance, np.ndarray, np.ndarray]]:
+    """Instances, with which of the largest number of prompts [X] and of rewrites [K] they keep (bool)."""
+    x, k, y = most
+
+    def assemble(drawn: tuple) -> tuple[Instance, np.ndarray, np.ndarray]:
         *keep, p, prior, frozen, rows, reward = drawn
         on_x, on_k, on_y = (mask if mask.any() else np.arange(len(mask)) == 0 for mask in keep)
         if own == "distinct":
             on_k = on_k | np.isin(np.arange(k), np.flatnonzero(on_x))
         place = np.where(on_k, np.cumsum(on_k) - 1, 0)
-        return Instance(
+        instance = Instance(
             _rows(p[on_x]),
             _rows(prior[on_x][:, on_k]),
             _rows(frozen[on_k][:, on_y]),
             place[rows[on_x]],
             reward[on_x][:, on_y],
         )
+        return instance, on_x, on_k
 
     # Arrays of the largest size, and what of each axis is kept: shrinking can leave out any one prompt,
     # rewrite or response without shifting the rest.
     return st.tuples(
-        *(_entries((True,) if shape else (False, True, True), n) for n in most),
+        *(_entries((True,) if fixed else (False, True, True), n) for n in most),
         *(_entries(table, *size) for size in ((x,), (x, k), (k, y))),
         _entries(range(k), x) if own == "any" else st.just(np.arange(x)),
         rewards((x, y), low, high),
@@ -228,20 +235,15 @@ def problems(
 
     As `instances`, `temperatures` and `prompters`, but quicker than a `flatmap` of them.
     """
-    heat = temperatures(*temperature)
-    drawn = st.tuples(
-        instances(max_x, max_k, max_y, low=low, high=high, zeros=zeros, extremes=extremes),
-        heat,
-        heat,
-        _entries(_weights(zeros, extremes), max_x, max_k),
-    )
+    _at_least_one(X=max_x, K=max_k, Y=max_y)
+    heat, table = temperatures(*temperature), _weights(zeros, extremes)
 
-    def assemble(values: tuple[Instance, float, float, np.ndarray]) -> tuple:
-        instance, beta, lam, weights = values
-        x, k, _ = instance.shape
-        return instance, beta, lam, _rows(weights[:x, :k], np.asarray(instance.prior) > 0)
+    def assemble(drawn: tuple) -> tuple[Instance, float, float, np.ndarray]:
+        (instance, on_x, on_k), beta, lam, weights = drawn
+        return instance, beta, lam, _rows(weights[on_x][:, on_k], np.asarray(instance.prior) > 0)
 
-    return drawn.map(assemble)
+    kept = _with_kept((max_x, max_k, max_y), False, low, high, table)
+    return st.tuples(kept, heat, heat, _entries(table, max_x, max_k)).map(assemble)
 
 
 @st.composite

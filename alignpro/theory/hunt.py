@@ -117,8 +117,8 @@ class Found:
 
     @property
     def excess(self) -> float:
-        """−slack/span: by how much it is broken, as a share of the reward span."""
-        return -self.slack / self.span if self.span > 0 else math.nan
+        """−slack/span: by how much it is broken, as a share of the reward span (of 1 where that is 0)."""
+        return -self.slack / (self.span if self.span > 0 else 1.0)
 
 
 # Compiling is nearly all the time a hunt takes: 1.4 s with these where it would be 4.8 s, for slower steps
@@ -425,8 +425,10 @@ def ascend(
     # Of those equally tight, where most is at stake.
     tight = max(found, key=lambda f: (round(f.tightness, 6), f.rhs / f.span if f.span > 0 else 0.0))
     broken = [f for f in found if f.violated]
+    if not wanted.equality:  # of an identity there is only rounding to show
+        tight = simplify(tight, shape)
     return Ascent(
-        tightest=simplify(tight, shape) if tight.tightness > -math.inf else None,
+        tightest=tight if tight.tightness > -math.inf else None,
         worst=simplify(max(broken, key=lambda f: f.excess), shape) if broken else None,
         start=start,
         steps=done,
