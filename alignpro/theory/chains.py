@@ -163,7 +163,7 @@ def solve_chain(
     instance = chain.composed
     arrays = unchecked(*(getattr(instance, key) for key in KEYS))
     stages = tuple(jnp.asarray(stage) for stage in chain.stages)
-    return _solve(arrays, stages, beta, temperatures, checked)
+    return _solve(arrays, _single(arrays, beta, temperatures[-1]), stages, temperatures, checked)
 
 
 def _policies(chain: Chain, policies: Sequence[Any]) -> tuple[np.ndarray, ...]:
@@ -180,15 +180,17 @@ def _policies(chain: Chain, policies: Sequence[Any]) -> tuple[np.ndarray, ...]:
     return tuple(checked)
 
 
+_single, _tilt = jax.jit(solution), jax.jit(tilt)
+
+
 @jax.jit
 def _solve(
     instance: Instance,
+    single: Solution,
     stages: tuple[Array, ...],
-    beta: Array,
     lams: Array,
     policies: tuple[Array, ...] | None,
 ) -> ChainSolution:
-    single = solution(instance, beta, lams[-1])
     prompts = single.p.shape[0]
     # References and energies have axes [X, K_{i−1}, K_i]. What a prompt's rewards share would cost digits.
     bases = [stages[0][:, None], *(jnp.broadcast_to(s[None], (prompts, *s.shape)) for s in stages[1:])]
@@ -292,10 +294,10 @@ def one_stage_bracket(chain: Chain, lams: float | Sequence[float] | np.ndarray) 
     Raises:
         AlignProError: as `solve_chain`.
     """
-    given = np.atleast_1d(lams)
+    given = np.atleast_1d(np.asarray(lams, float))
     found = solve_chain(chain, 1.0, lams)
     low, high = (
-        tilt(chain.composed.prior, found.single.rewrite_reward, t).free_energy
+        _tilt(chain.composed.prior, found.single.rewrite_reward, np.full(len(chain.p), t)).free_energy
         for t in (given.max(), given.min())
     )
     return Bracket(low, found.value, high)
@@ -319,4 +321,4 @@ def joint_tilt(chain: Chain, lam: float) -> Float[Floats, "..."]:
     energy = np.broadcast_to(reward.reshape(len(paths), *(1,) * (paths.ndim - 2), -1), paths.shape).reshape(
         flat.shape
     )
-    return tilt(normalise(flat), energy, jnp.full(len(paths), lam)).probs.reshape(paths.shape)
+    return _tilt(normalise(flat), energy, np.full(len(paths), lam)).probs.reshape(paths.shape)
