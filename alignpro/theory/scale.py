@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from alignpro.errors import AlignProError
-from alignpro.theory.bounds import Statement, theorem1
+from alignpro.theory.bounds import theorem1
 from alignpro.theory.divergences import Floats
 from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import KEYS, Instance, probabilities, unchecked
@@ -209,11 +209,11 @@ def solve_batch(
     batch: Instance,
     beta: Float[Floats, "..."] | float,
     lam: Float[Floats, "..."] | float,
-    statement: Callable[[Solution], Statement] = theorem1,
+    statement: Callable[[Solution], Any] = theorem1,
     *,
     prompter: Float[Floats, "N X K"] | None = None,
     devices: Sequence[jax.Device] | None = None,
-) -> Statement:
+) -> Any:
     """One statement on each instance of a batch.
 
     Args:
@@ -221,13 +221,13 @@ def solve_batch(
         beta: β > 0, one or [N], in reward units.
         lam: λ > 0, one or [N], in reward units.
         statement: a value of `BOUNDS`, `IDENTITIES`, … or any function of a `Solution` that returns a
-            Statement; another pytree of arrays is returned as it is.
+            Statement or another pytree of arrays.
         prompter: one ρ(x′|x) for each instance; ρ* when None.
         devices: those that share the batch axis; all when None.
 
-    Returns NumPy arrays with the leading axis N. Only what the statement uses is computed. Beside the batch
-    and the result the memory does not grow with N; for a stream call it on one batch after another (it is
-    compiled once for each shape and statement).
+    Returns what the statement returns, as NumPy arrays with the leading axis N. Only what the statement
+    uses is computed. Beside the batch and the result the memory does not grow with N; for a stream call it
+    on one batch after another (it is compiled once for each shape and statement).
 
     Raises:
         AlignProError: the batch has no leading axis, or β or λ is neither one number nor one per instance,
