@@ -9,7 +9,7 @@ All logarithms are natural; TV is half the L1 distance. "Reward units" are those
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ class Statement(NamedTuple):
     """What must be true for the statement to apply (bool)."""
 
 
-def paper_r_max(s: Solution) -> Float[Array, ""]:
+def paper_r_max(s: Solution) -> Any:
     """Theorem 1's r_max: the largest reward when none is negative, as in the paper.
 
     With negative rewards everything is shifted by the minimum first, which changes neither side but makes
@@ -82,15 +82,15 @@ def _statement(s: Solution, lhs, rhs, terms, error, assumptions, magnitude, ceil
     )
 
 
-def _optimal(s: Solution) -> dict[str, Array]:
+def _optimal(s: Solution) -> dict[str, Any]:
     return {"prompter is optimal": s.is_star}
 
 
-def _supported(s: Solution) -> dict[str, Array]:
+def _supported(s: Solution) -> dict[str, Any]:
     return {"prompter has the support of its reference": s.supported}
 
 
-def _covered(s: Solution) -> dict[str, Array]:
+def _covered(s: Solution) -> dict[str, Any]:
     return {"rewrites induce no response the frozen model cannot give": s.covered}
 
 
@@ -117,7 +117,7 @@ def _lower(s: Solution, added: dict, subtracted: dict, error, assumptions) -> St
     )
 
 
-def _three_terms(s: Solution, width: Array, third: Array, assumptions: dict[str, Array]) -> Statement:
+def _three_terms(s: Solution, width: Floats, third: Floats, assumptions: dict[str, Any]) -> Statement:
     """gap ≤ width·TV(π*,π_F) + width·E TV(π_F(·|x), π_F(·|x′)) − third, per prompt, then averaged."""
     return _upper(
         s,
@@ -166,7 +166,7 @@ def tight(s: Solution) -> Statement:
     return _three_terms(s, s.span, s.prompter_jeffreys, _optimal(s))
 
 
-def _model_and_barycentre(s: Solution, model: Array, error: Array) -> Statement:
+def _model_and_barycentre(s: Solution, model: Floats, error: Floats) -> Statement:
     return _upper(
         s,
         {"model": model, "prompt_shift": s.span * s.tv_barycentre},
@@ -205,7 +205,7 @@ def beta_tanh(s: Solution) -> Statement:
     return _model_and_barycentre(s, s.span * share, 8 * s.eps * s.span * share)
 
 
-def _variance_term(s: Solution) -> tuple[Array, Array]:
+def _variance_term(s: Solution) -> tuple[Floats, Floats]:
     """min(span, Var(r*)/β · (e^{M/β} − 1)/(M/β)), M = max r* − E r* under π_F(·|x), and its rounding."""
     growth = exprel(s.own_rise / s.beta)
     term = minimum((s.own_sd / s.beta) * s.own_sd * growth, s.span)
@@ -260,11 +260,11 @@ def trained(s: Solution) -> Statement:
     return _trained(s, s.kl_to_star, s.kl_to_reference, s.kl_excess, s.excess_error)
 
 
-def _trained(s: Solution, shortfall: Array, prompter_kl: Array, excess: Array, error: Array) -> Statement:
+def _trained(s: Solution, shortfall: Floats, prompter_kl: Floats, excess: Floats, error: Floats) -> Statement:
     return _for_any(s, s.tv_shift, {"shortfall": shortfall, "prompter_kl": prompter_kl}, excess, error)
 
 
-def _for_any(s: Solution, tv_shift: Array, kls: dict, excess: Array, error: Array) -> Statement:
+def _for_any(s: Solution, tv_shift: Floats, kls: dict, excess: Any, error: Any) -> Statement:
     """gap ≤ span·TV1 + span·`tv_shift` + `excess`, the difference of `kls` without its cancellation."""
     model, prompt_shift = s.span * s.tv_model, s.span * tv_shift
     return _statement(

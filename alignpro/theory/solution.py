@@ -5,7 +5,7 @@ of these quantities. All logarithms are natural; TV is half the L1 distance; "re
 rewards.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -143,7 +143,7 @@ class Solution(NamedTuple):
     eps: Float[Array, ""] | float = EPS
     """The unit of rounding of these numbers, 2⁻⁵² or 2⁻²³."""
 
-    def average(self, per_prompt: Float[Floats, " X"]) -> Float[Array, ""]:
+    def average(self, per_prompt: Any) -> Any:
         """E_{x~P}; a prompt of probability 0 does not count, whatever its value."""
         return average(self.p, per_prompt)
 
@@ -249,7 +249,10 @@ def solution(
     bk = b[:, None]
     model_log = jnp.where(own_frozen > 0, d - model.free_energy[:, None], 0.0)
     induced_to_star, induced_to_model, within, log_induced = _from(induced, own_frozen, model, model_log, bk)
-    covered = jnp.all(jnp.where((induced > 0) & (p > 0)[:, None], own_frozen > 0, True))
+    # By supports, as the product of two small probabilities may underflow; ρ* has that of ρ_sft.
+    given = (prior if prompter is None else rho) > 0
+    responses_given = (given.astype(np.float32) @ (frozen > 0).astype(np.float32)) > 0
+    covered = jnp.all(jnp.where(responses_given & (p > 0)[:, None], own_frozen > 0, True))
     rise = jnp.max(jnp.where(own_frozen > 0, d, -jnp.inf), -1) - own_r
     width = jnp.where(span > 0, span, 1.0)  # squares in units of the span: they neither over- nor underflow
     own_sd = width * jnp.sqrt(jnp.sum(own_frozen * jnp.square((d - own_r[:, None]) / width[:, None]), -1))
@@ -362,6 +365,6 @@ def solution(
         own_error=2.0 * jnp.where(live, (2 * responses + 8) * eps * scale, 0.0) * unit,
         tv_model_error=2.0 * (model_noise + jnp.where(live, responses * eps * model.tv, 0.0)),
         tv_shift_error=2.0 * jnp.where(tv_shift > 0, (responses + rewrites + 8) * eps, zero),
-        tv_rho_error=2.0 * jnp.where(live, e_rho_tv, 0.0),
+        tv_rho_error=2.0 * jnp.where(live | (prompter is not None), e_rho_tv, 0.0),
         eps=jnp.asarray(eps, dtype),
     )

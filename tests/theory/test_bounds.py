@@ -289,6 +289,17 @@ def test_unreachable_responses_do_not_count():
     assert check(instance, 1.0, 1.0).rhs == pytest.approx(50 * check(instance, 1.0, 1.0, "span").rhs)
 
 
+def test_what_rewrites_induce_is_decided_by_supports():
+    """ρ* of the second rewrite underflows, but it is positive: π_ρ* leaves the support of π_F(·|x)."""
+    instance = Instance([1.0], [[0.5, 0.5]], [[1.0, 0.0], [0.5, 0.5]], [0], [[1.0, 0.0]])
+    s = compiled(instance, 1.0, 1e-6)
+    assert s.rho_star[0, 1] == 0
+    assert not bool(s.covered)
+    assert check(instance, 1.0, 1e-6, "drift").verdict == "inapplicable"
+    stay = np.array([[1.0, 0.0]])
+    assert check(instance, 1.0, 1e-6, "drift", prompter=stay).verdict != "inapplicable"
+
+
 def test_r_max_override():
     instance = draw("independent", 10, (2, 3, 4))[0]
     assert check(instance, 1.0, 1.0, r_max=2.0).terms["model"] > check(instance, 1.0, 1.0).terms["model"]

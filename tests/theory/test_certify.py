@@ -6,7 +6,6 @@ from dataclasses import asdict
 from fractions import Fraction
 
 import jax
-import jaxtyping
 import mpmath
 import numpy as np
 import pytest
@@ -44,17 +43,6 @@ from alignpro.theory.instance import Instance
 from alignpro.theory.solution import Solution, solution
 
 compiled = jax.jit(solution)
-
-
-pytestmark = pytest.mark.usefixtures("balls_pass")
-
-
-@pytest.fixture(scope="module")
-def balls_pass():
-    """Statements are annotated for JAX arrays; here they are given object arrays."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 TRUE = [*BOUNDS, *LOWER_BOUNDS, *IDENTITIES, *LEMMAS]
