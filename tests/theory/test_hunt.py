@@ -81,10 +81,10 @@ def test_what_is_wrong_is_refuted_by_a_small_instance(name):
 
 @pytest.mark.parametrize("name", ASCENDED)
 def test_what_is_wrong_is_refuted_by_ascent(name):
-    """Further than by the smallest instance, unless that is already as far as can be."""
+    """Nearly as far as can be, where that is known, else further than by a small instance."""
     found = climb(target(name), steps=150).worst
     refutes(found)
-    assert found.excess > {"never_outperforms": 0.95}.get(name, smallest(target(name), SHAPE).found.excess)
+    assert found.excess > {"never_outperforms": 0.95, "signed_max_abs": 0.49}.get(name, 0.3)
 
 
 @pytest.mark.parametrize("name", ["theorem1", "trained", "pinsker"])
