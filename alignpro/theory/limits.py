@@ -23,7 +23,7 @@ from alignpro.errors import AlignProError
 from alignpro.theory.bounds import paper_r_max
 from alignpro.theory.divergences import TINY, Floats, kl, log1p, log_quotient, scaled_kl
 from alignpro.theory.gibbs import check_temperature, tilt
-from alignpro.theory.instance import Instance, probabilities
+from alignpro.theory.instance import KEYS, Instance, probabilities, unchecked
 from alignpro.theory.solution import EPS, Solution
 
 Temperature = Float[Floats, ""] | float
@@ -482,9 +482,9 @@ def lam_for_kl(
     wanted = float(kl)
     if not 0 < wanted < np.inf:
         raise AlignProError(f"kl {kl}: must be a positive finite number of nats; kl 0 is the limit λ → ∞")
-    r, p = _rewards(instance), np.asarray(instance.p)
-    limit = np.asarray(-jnp.log(_extremes(r.prior, r.rewrite, r.tie).mass))
-    most = limit[p > 0] if per_prompt else np.asarray(_mean(p, jnp.asarray(limit)))
+    p = np.asarray(instance.p)
+    prior, rewrite, limit = (np.asarray(v) for v in _greedy(unchecked(*(getattr(instance, k) for k in KEYS))))
+    most = limit[p > 0] if per_prompt else np.asarray(p @ limit)
     if not wanted < most.min():
         where = f" (prompt {int(np.flatnonzero(p > 0)[most.argmin()])})" if per_prompt else ""
         raise AlignProError(
@@ -492,13 +492,12 @@ def lam_for_kl(
             "give less"
         )
     if per_prompt:
-        rows = np.where((p > 0)[:, None], r.rewrite, 0.0)
-        found = _solve_rows(r.prior, jnp.asarray(rows), jnp.full(p.shape, wanted))
-        spent = tilt(r.prior, r.rewrite, found).cost / found
-        off = np.where(p > 0, np.abs(np.asarray(spent) / wanted - 1), 0.0).max()
+        rows = np.where((p > 0)[:, None], rewrite, 0.0)
+        found = _solve_rows(prior, rows, np.full(p.shape, wanted))
+        off = np.where(p > 0, np.abs(np.asarray(_spent(prior, rewrite, found)) / wanted - 1), 0.0).max()
     else:
-        found = _solve_mean(r.prior, r.rewrite, jnp.asarray([wanted]), jnp.asarray(p))[0]
-        off = abs(float(_mean(p, tilt(r.prior, r.rewrite, found).cost / found)) / wanted - 1)
+        found = _solve_mean(prior, rewrite, np.asarray([wanted]), p)[0]
+        off = abs(float(p @ np.asarray(_spent(prior, rewrite, jnp.full(p.shape, found)))) / wanted - 1)
     if not off <= 1e-9:
         raise AlignProError(
             f"kl {wanted:.12g}: needs a lam outside 1e-18 to 1e18, or closer to the supremum than rounding "
@@ -507,8 +506,17 @@ def lam_for_kl(
     return jnp.where(jnp.asarray(p) > 0, found, jnp.inf) if per_prompt else found
 
 
+def _support(instance: Instance) -> tuple[Array, Array, Array]:
+    """ρ_sft, R (from the best response) and the supremum of KL(ρ*‖ρ_sft), nats per prompt."""
+    r = _rewards(instance)
+    return r.prior, r.rewrite, -jnp.log(_extremes(r.prior, r.rewrite, r.tie).mass)
+
+
+# Compiled here because `lam_for_kl` and an uncompiled `best_of_n` call them from the host.
+_greedy = jax.jit(_support)
 _solve_rows = jax.jit(_lam_at_kl)
 _solve_mean = jax.jit(_lam_at_kl)
+_spent = jax.jit(lambda base, energy, t: tilt(base, energy, t).cost / t)
 
 
 class Frontier(NamedTuple):

@@ -119,8 +119,8 @@ def test_projection_against_scipy():
     check(J.information_projection)
 
     def rough(instance, beta):
-        found = L.information_projection(instance, beta, tol=1e-1)
-        return found._replace(gap=jnp.zeros_like(found.gap))  # a certificate that lies
+        found = J.information_projection(instance, beta)
+        return found._replace(kl=1.01 * found.kl)
 
     kills(check, rough)
 
@@ -243,11 +243,10 @@ def test_budget_is_theorem_one():
         nonlocal overspent
         rng = np.random.default_rng(6)
         for _ in range(60):
-            k = 3
-            prior = np.full((2, k), 0.01 / (k - 1))
+            prior = np.full((3, 4), 0.01 / 3)
             prior[:, 0] = 0.99  # ρ_sft stays on x, and the best rewrite is rare
-            frozen = rng.dirichlet(np.full(3, 0.3), size=k)
-            instance = Instance([0.5, 0.5], prior, frozen, [0, 0], rng.uniform(size=(2, 3)))
+            frozen = rng.dirichlet(np.full(5, 0.3), size=4)
+            instance = Instance(np.full(3, 1 / 3), prior, frozen, [0, 0, 0], rng.uniform(size=(3, 5)))
             beta, lam = 10.0 ** rng.uniform(-1, 2), 10.0 ** rng.uniform(-2, 0)
             s = compiled(instance, beta, lam)
             found, statement = budget_of(s), theorem1(s)
@@ -342,7 +341,7 @@ def test_frontier_is_optimal():
 
     check(J.frontier)
     kills(check, lambda i, v: J.frontier(i, v)._replace(mean_reward=J.frontier(i, v).mean_reward - 1e-3))
-    kills(check, lambda i, v: J.frontier(i, 1.1 * v))
+    kills(check, lambda i, v: J.frontier(i, 2 * v))
 
 
 def test_responses_have_the_higher_frontier():
@@ -407,21 +406,19 @@ def test_best_of_n_against_high_precision():
 
 
 def test_best_of_n_by_enumeration_and_in_the_limit():
-    """n = 3 over all triples, a tie broken among the draws; the bound is met as atoms vanish."""
-    base, energy = np.array([0.5, 0.2, 0.2, 0.1]), np.array([1.0, 3.0, 3.0, 2.0])
-    want = np.zeros(4)
+    """n = 3 over all triples, a tie broken among the draws; n = 1 and n = 10⁶."""
+    base, energy = np.array([0.5, 0.2, 0.2, 0.1, 0, 0]), np.array([1.0, 3.0, 3.0, 2.0, 9.0, 0.0])
+    want = np.zeros(6)
     for triple in np.ndindex(4, 4, 4):
         top = [k for k in triple if energy[k] == max(energy[list(triple)])]
         for k in top:
             want[k] += base[list(triple)].prod() / len(top)
     np.testing.assert_allclose(L.best_of_n(base, energy, 3).probs, want, rtol=1e-14)
-    many = J.best_of_n(np.full(20000, 1 / 20000), np.arange(20000.0), 16)
-    assert 0 < many.kl_bound - many.kl < 1e-3
     assert J.best_of_n(base, energy, 1).kl == 0
     assert J.best_of_n(base, energy, 1).lift == 0
     assert J.best_of_n(base, energy, 1).lam == np.inf
-    np.testing.assert_allclose(J.best_of_n(base, energy, 10**6).probs, [0, 0.5, 0.5, 0], atol=1e-300)
-    np.testing.assert_allclose(J.best_of_n(base, np.ones(4), 9).probs, base, rtol=4 * EPS)
+    np.testing.assert_allclose(J.best_of_n(base, energy, 10**6).probs, [0, 0.5, 0.5, 0, 0, 0], atol=1e-300)
+    np.testing.assert_allclose(J.best_of_n(base, np.ones(6), 9).probs, base, rtol=4 * EPS)
     for bad in (0, -2, True):
         with pytest.raises(AlignProError, match=rf"^n {bad}: must be an integer of at least 1"):
             L.best_of_n(base, energy, bad)
@@ -439,10 +436,13 @@ def test_best_of_n_on_both_levels():
             np.testing.assert_allclose(s.prompter_kl[x] / s.lam, top.kl[x], rtol=1e-11)
             np.testing.assert_allclose(s.prompter_jeffreys[x], top.frontier_lift[x], rtol=1e-9)
     # Two rewrites that are the same row: tied whatever the rounding.
-    rows = np.array([[0.1, 0.2, 0.7], [0.7, 0.2, 0.1], [0.3, 0.3, 0.4]])
-    twins = Instance([1.0], [[0.2, 0.3, 0.5]], rows, [0], [[0.3, 0.1, 0.3]])
+    rows = np.zeros((4, 5))
+    rows[:, :3] = [[0.1, 0.2, 0.7], [0.7, 0.2, 0.1], [0.3, 0.3, 0.4], [0, 1, 0]]
+    twins = Instance(
+        np.full(3, 1 / 3), [[0.2, 0.3, 0.5, 0.0]] * 3, rows, [0] * 3, [[0.3, 0.1, 0.3, 0.0, 0.0]] * 3
+    )
     np.testing.assert_allclose(
-        L.best_of_n_rewrites(twins, 2).probs[0], [0.75 * 0.4, 0.75 * 0.6, 0.25], rtol=1e-14
+        J.best_of_n_rewrites(twins, 5).probs[0, :3], [0.4 * (1 - 2.0**-5), 0.6 * (1 - 2.0**-5), 2.0**-5]
     )
 
 
@@ -518,7 +518,7 @@ def test_sensitivity_against_autodiff():
 @pytest.mark.parametrize("lam", [1e-6, 1e-2, 0.3, 10.0, 1e6])
 def test_sensitivity_against_high_precision(lam):
     """Finite differences in 60 digits, at temperatures where floats would cancel."""
-    instance = draw("independent", 14, (1, 3, 3))[0]
+    instance = draw("independent", 14, (3, 4, 5))[0]
 
     def quantities(beta, lam):
         want = exact(instance, beta, lam)
@@ -537,7 +537,7 @@ def test_sensitivity_against_high_precision(lam):
             step = mpmath.mpf(lam + h) - mpmath.mpf(lam - h)
             slopes = [float((a - b) / step) for a, b in zip(hi, lo, strict=True)]
         names = ("achieved_lam", "optimum_beta", "kl_lam", "value_lam")
-        got = [float(getattr(found, name)[0]) for name in names]
+        got = [float(instance.p @ np.asarray(getattr(found, name))) for name in names]
         np.testing.assert_allclose(got, slopes, rtol=1e-8, atol=1e-290)
 
     check(J.sensitivity)
@@ -713,9 +713,9 @@ def test_the_smallest_instance_where_prompting_wins():
     np.testing.assert_allclose(
         L.critical_lam(tiny, beta).value, 0.5 / np.log(share / (1 - share)), rtol=1e-13
     )
-    # One rewrite, or one response: never.
-    assert J.critical_lam(Instance([1.0], [[1.0]], [[0.5, 0.5]], [0], [[0.0, 1.0]]), 0.7).value == 0
-    assert J.critical_lam(Instance([1.0], [[0.5, 0.5]], [[1.0]] * 2, [0], [[0.3]]), 0.7).value == 0
+    # One rewrite, or one value of reward, in effect: never.
+    assert J.critical_lam(dataclasses.replace(tiny, frozen=[[0.5, 0.5]] * 2), 0.7).value == 0
+    assert J.critical_lam(dataclasses.replace(tiny, reward=[[0.3, 0.3]]), 0.7).value == 0
 
 
 # ------------------------------------------------------------------------ transformations
