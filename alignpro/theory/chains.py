@@ -294,8 +294,8 @@ def one_stage_bracket(chain: Chain, lams: float | Sequence[float] | np.ndarray) 
     Raises:
         AlignProError: as `solve_chain`.
     """
-    given = np.atleast_1d(np.asarray(lams, float))
     found = solve_chain(chain, 1.0, lams)
+    given = np.atleast_1d(np.asarray(lams, float))
     low, high = (
         _tilt(chain.composed.prior, found.single.rewrite_reward, np.full(len(chain.p), t)).free_energy
         for t in (given.max(), given.min())

@@ -219,9 +219,9 @@ def test_theorem_1_for_chains():
             assert (np.asarray(found.gap) <= pick(found) + 1e-13).all()
             assert all(finite(leaf) for leaf in jax.tree.leaves(found))
         # One good response, always given to the prompt itself, and less often to the rewrites.
-        frozen = np.array([[1.0, 0.0], [0.5, 0.5], [0.25, 0.75], [0.125, 0.875]])
+        frozen = np.array([[1.0, 0, 0], [0.5, 0.5, 0], [0.25, 0.75, 0], [0.125, 0.875, 0]])
         chain = dataclasses.replace(
-            random_chain(1), frozen=frozen, own=np.zeros(2, int), reward=np.array([[1.0, 0.0]] * 2)
+            random_chain(1), frozen=frozen, own=np.zeros(2, int), reward=np.array([[1.0, 0, 0]] * 2)
         )
         found = solve_chain(chain, 0.4, LAMS)
         np.testing.assert_allclose(found.gap, found.tight_bound, atol=1e-14)

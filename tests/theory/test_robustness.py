@@ -29,7 +29,7 @@ solved = jax.jit(solution)
 SHAPE = (2, 4, 3)
 
 
-def exact_perturbation(base, energy, estimate, t, digits=400):
+def exact_perturbation(base, energy, estimate, t, digits=150):
     """From the definitions, on mpmath numbers."""
     with mpmath.workdps(digits):
         mp = mpmath.mpf
@@ -87,9 +87,9 @@ def random_case(seed):
     return base, energy, energy + delta, 10.0 ** rng.uniform(-4, 6)
 
 
-def test_against_the_definitions_in_400_digits():
+def test_against_the_definitions_in_150_digits():
     """F(ρ*) − F(ρ̂) = λ KL(ρ̂‖ρ*), both divergences, the reward-hacking gap: relatively accurate."""
-    cases = [random_case(seed) for seed in range(120)]
+    cases = [random_case(seed) for seed in range(80)]
     wanted = [exact_perturbation(*case) for case in cases]
 
     def check(compute):
@@ -227,7 +227,7 @@ def test_the_worst_loss_is_a_maximum_and_is_attained(width):
     kills(check, lambda s, t: s * s / (8 * t) * (1 + 1e-3) - s**4 / (128 * t**3))
     kills(check, lambda s, t: worst_loss(s, t) * (1 - 1e-9))
     below(worst_loss(width, t), min(width, width**2 / (8 * t)), width)
-    q = 1 / (1 + np.exp(-peak.x))
+    q = 1 / (1 + np.exp(min(-peak.x, 700)))
     if q > 1e-290:
         found = compiled(padded(q, 1 - q), np.zeros(5), padded(width, 0.0), t)
         np.testing.assert_allclose(found.loss, found.loss_sharp, rtol=1e-9)
