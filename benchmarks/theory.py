@@ -382,6 +382,7 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rivals", nargs="+", help="only these, beside what they are compared with")
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -403,15 +404,31 @@ def main() -> None:
     }
     for task, (title, rivals, sizes, base) in tables.items():
         print(f"\n{title} (seed {args.seed}, {args.repeats} repeats, load {os.getloadavg()[0]:.1f})")
-        head = ("", "first s", "min s", "median s", "CPU s", "per second", f"x {base}", "of peak", "peak MiB")
+        head = (
+            "",
+            "first s",
+            "min s",
+            "median s",
+            "CPU s",
+            "per second",
+            f"x {base}",
+            "x by CPU s",
+            "of peak",
+            "peak MiB",
+        )
         print(f"{head[0]:24s}" + "".join(f"{cell:>14s}" for cell in head[1:]))
         for name in rivals:
+            if args.rivals and name not in (base, *args.rivals):
+                continue
             row = found[task][name] = alone(task, name, sizes, args.repeats, args.seed)
             if "skipped" in row:
                 print(f"{name:24s} {row['skipped']}", flush=True)
                 continue
             dtype = "float32" if "float32" in name else "float64"
             dense = task == "pairs" and "ρ_sft" not in name
+            if base in found[task] and "cpu" in found[task][base]:
+                compared = found[task][base]
+                row["times_cpu"] = compared["cpu"] / compared["work"] / (row["cpu"] / row["work"])
             row["of_peak"] = row["per_second"] / found["peak"][dtype] if dense else None
             row["times"] = (
                 row["per_second"] / found[task][base]["per_second"]
@@ -428,6 +445,7 @@ def main() -> None:
                 f"{row['cpu']:.3f}",
                 f"{row['per_second']:.3g}",
                 "" if row["times"] is None else f"{row['times']:.2f}",
+                f"{row['times_cpu']:.2f}" if "times_cpu" in row else "",
                 "" if row["of_peak"] is None else f"{100 * row['of_peak']:.0f}%",
                 f"{row['peak_mib']:.0f}",
             )
