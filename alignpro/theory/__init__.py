@@ -8,6 +8,7 @@ import jax
 
 jax.config.update("jax_enable_x64", True)
 
+from alignpro.theory import chains, limits, preferences, robustness  # noqa: E402
 from alignpro.theory.bounds import (  # noqa: E402
     BOUNDS,
     IDENTITIES,
@@ -39,11 +40,15 @@ __all__ = [
     "Solution",
     "Statement",
     "Tilted",
+    "chains",
     "check",
     "grid",
     "jeffreys",
     "kl",
+    "limits",
     "load",
+    "preferences",
+    "robustness",
     "solution",
     "tilt",
     "tv",
