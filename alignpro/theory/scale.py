@@ -33,9 +33,9 @@ ROUTES = ("dense", "pairs", "sorted")
 # of a column sorted; an entry of a pass over a sorted column.
 _PAIR, _SORT, _PASS = 11, 250, 150
 # Numbers held at a time by the routes on the host, and by one step of a batch (its arrays stay in the cache).
-_HELD, _CACHED = 2**20, 2**15
+_HELD, _CACHED = 2**20, 2**14
 # Instances handed over at a time.
-_CHUNK = 2**16
+_CHUNK = 2**14
 
 
 def route(instance: Instance) -> str:
