@@ -28,7 +28,7 @@ SHAPE = (2, 3, 3)
 # One size of everything, so that each statement is compiled once for all tests.
 climb = partial(ascend, shape=SHAPE, restarts=64, steps=300, seed=0, families=("independent",))
 LIKE = ["--restarts", "64", "--steps", "100", "--tries", "500"]
-ASCENDED = ("signed_max_abs", "never_outperforms", "suboptimality_reversed", "pinsker_l1")
+ASCENDED = {"signed_max_abs": 0.49, "never_outperforms": 0.95}  # the suprema are 1/2 and 1
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def refutes(found):
 
 @pytest.mark.parametrize("name", WRONG_BOUNDS)
 def test_what_is_wrong_is_refuted_by_a_small_instance(name):
-    found = smallest(target(name), SHAPE, seed=0).found
+    found = smallest(target(name), SHAPE, seed=0, tries=1000).found
     refutes(found)
     assert found.instance.shape <= (1, 2, 2)
     assert found.beta in (*(10.0**n for n in range(-3, 4)), 2.0, 3.0)
@@ -81,10 +81,10 @@ def test_what_is_wrong_is_refuted_by_a_small_instance(name):
 
 @pytest.mark.parametrize("name", ASCENDED)
 def test_what_is_wrong_is_refuted_by_ascent(name):
-    """Nearly as far as can be, where that is known, else further than by a small instance."""
+    """Nearly as far as can be."""
     found = climb(target(name), steps=150).worst
     refutes(found)
-    assert found.excess > {"never_outperforms": 0.95, "signed_max_abs": 0.49}.get(name, 0.3)
+    assert found.excess > ASCENDED[name]
 
 
 @pytest.mark.parametrize("name", ["theorem1", "trained", "pinsker"])
@@ -112,7 +112,7 @@ def test_an_identity_is_not_broken_and_a_mutant_is():
         return IDENTITIES["exact_gap"](s._replace(shift=s.shift * (1 + 1e-3)))
 
     def holds(wanted):
-        assert smallest(wanted, SHAPE, tries=150).found is None
+        assert smallest(wanted, SHAPE, tries=100).found is None
 
     holds(target("exact_gap"))
     kills(holds, Target("exact_gap", off, equality=True))
@@ -122,7 +122,7 @@ def test_a_conjecture_of_ones_own():
     def half(s):
         return BOUNDS["tight"](s._replace(tv_model=0.9 * s.tv_model))
 
-    found = smallest(Target("half", half), SHAPE).found
+    found = smallest(Target("half", half), SHAPE, tries=400).found
     assert found.violated
     assert found.instance.shape == (1, 1, 2)
 
@@ -185,7 +185,7 @@ def test_no_smaller_shape_can_outperform():
 
 
 def test_what_is_written_reloads_to_the_same_verdict(tmp_path, capsys):
-    names = ["suboptimality_reversed", "pinsker"]
+    names = ["signed_max_abs", "trained"]
     assert cli.main(["hunt", *names, *LIKE, "--out", str(tmp_path)]) == 1
     capsys.readouterr()
     content = json.loads((tmp_path / "hunt.json").read_text())
@@ -198,8 +198,8 @@ def test_what_is_written_reloads_to_the_same_verdict(tmp_path, capsys):
                 found = evaluate(target(name), instance, row["beta"], row["lam"], rho, SHAPE)
                 assert found.verdict == row["float64_verdict"]
                 np.testing.assert_allclose([found.lhs, found.rhs], [row["lhs"], row["rhs"]], rtol=1e-9)
-    assert set(content["statements"]["suboptimality_reversed"]) >= {"smallest", "worst"}
-    assert content["statements"]["pinsker"]["refuted"] is False
+    assert set(content["statements"]["signed_max_abs"]) >= {"smallest", "worst"}
+    assert content["statements"]["trained"]["refuted"] is False
 
 
 def test_tables_show_the_instance():
