@@ -18,7 +18,7 @@ demo: .venv/.installed
 	$(BIN)/alignpro demo --resume --out $(OUT) $(ARGS)
 
 test: .venv/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -1,7 +1,12 @@
 """Shapes and types of the exact theory are checked at run time, in tests only."""
 
+import os
 import sys
 from pathlib import Path
+
+# Several test processes share the cores: one thread each, or they crawl. Before anything reads it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
 import pytest

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json
+from alignpro.llm import models, rewards
 from alignpro.llm.data import instructions
 from alignpro.llm.enumerate import Enumeration, EnumerationSettings, enumerate_models
 from alignpro.llm.models import load_model
@@ -136,6 +137,9 @@ def _run(out: Path, settings: DemoSettings, resume: bool, command: str | None) -
         timings[stage] = round(timings.get(stage, 0.0) + time.monotonic() - since, 1)
         write_json(out / RUN_FILE, state)
 
+    # Names first: a slip in one should cost no download.
+    models.check_name(settings.model)
+    rewards.check_name(settings.reward)
     since = time.monotonic()
     prompts = user_prompts(settings)
     reward = load_reward(settings.reward)

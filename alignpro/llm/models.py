@@ -64,6 +64,22 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
+def check_name(model: str | Path) -> None:
+    """Refuse what names no packaged model, folder, GGUF file or hub id, without reaching for the hub.
+
+    Raises:
+        AlignProError: so.
+    """
+    path = Path(model).expanduser()
+    if str(model) in MODELS or (str(model) and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
+        return
+    if path.is_absolute() or str(model).startswith((".", "~")) or not _HUB_ID.fullmatch(str(model)):
+        raise AlignProError(
+            f"model {str(model)!r}: no such folder, GGUF file or packaged model; name one of "
+            f"{', '.join(MODELS)}, a folder of safetensors, or a hub id owner/name"
+        )
+
+
 def resolve(model: str | Path) -> Path:
     """The local folder of safetensors, configuration and tokenizer that `model` names.
 
@@ -75,6 +91,7 @@ def resolve(model: str | Path) -> Path:
         AlignProError: nothing has that name, a folder without safetensors, a hub out of reach; or a failure
             of `packages.fetch`.
     """
+    check_name(model)
     if str(model) in MODELS:
         shipped = MODELS[str(model)]
         archive = packages.PACKAGES[shipped.package].sha256
@@ -88,11 +105,6 @@ def resolve(model: str | Path) -> Path:
         return folder if _ready(folder) else _convert_gguf(path, folder)
     if str(model) and path.is_dir():  # an empty name would mean the current folder
         return _checked_folder(path)
-    if path.is_absolute() or str(model).startswith((".", "~")) or not _HUB_ID.fullmatch(str(model)):
-        raise AlignProError(
-            f"model {str(model)!r}: no such folder, GGUF file or packaged model; name one of "
-            f"{', '.join(MODELS)}, a folder of safetensors, or a hub id owner/name"
-        )
     return _checked_folder(_from_hub(str(model)))
 
 

@@ -448,20 +448,27 @@ def constructed_pairs(config: TrainingConfig) -> list[data.PreferencePair]:
     return pairs
 
 
+def check_name(name: str) -> None:
+    """Refuse what is neither a row of `REWARDS` nor a folder.
+
+    Raises:
+        AlignProError: so.
+    """
+    if name not in REWARDS and not Path(name).expanduser().is_dir():
+        raise AlignProError(
+            f"reward {name!r}: choose from {', '.join(REWARDS)}, or name a folder that "
+            "BradleyTerryReward.save wrote"
+        )
+
+
 def load_reward(name: str = "minilm-bt") -> Reward:
     """The reward of that name in `REWARDS`, or the folder of a saved Bradley–Terry reward.
 
     Raises:
         AlignProError: neither; or from fetching and training.
     """
-    if name in REWARDS:
-        return REWARDS[name]()
-    if Path(name).expanduser().is_dir():
-        return BradleyTerryReward.load(Path(name).expanduser())
-    raise AlignProError(
-        f"reward {name!r}: choose from {', '.join(REWARDS)}, or name a folder that "
-        "BradleyTerryReward.save wrote"
-    )
+    check_name(name)
+    return REWARDS[name]() if name in REWARDS else BradleyTerryReward.load(Path(name).expanduser())
 
 
 def minilm_bt(config: TrainingConfig | None = None) -> BradleyTerryReward:

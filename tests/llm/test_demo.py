@@ -140,7 +140,7 @@ def test_finished_run_is_not_written_over(finished, workplace):
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
 
 
-def test_mistakes_are_one_line_and_leave_nothing(workplace, tmp_path, capsys):
+def test_mistakes_are_one_line_and_leave_nothing(workplace, tmp_path, capsys, monkeypatch):
     folder, _ = workplace
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "file").write_text("kept")
@@ -159,6 +159,8 @@ def test_mistakes_are_one_line_and_leave_nothing(workplace, tmp_path, capsys):
         (["--out", str(tmp_path / "a"), "--reward", "nothing"], "reward 'nothing'"),
         (["--out", str(tmp_path / "a"), "--reward", "letters", "--model", "nothing"], "model 'nothing'"),
     ]
+    # Before anything is fetched.
+    monkeypatch.setattr("alignpro.llm.packages.fetch", lambda *a: pytest.fail("fetched"))
     for arguments, words in cases:
         assert cli.main(["demo", *arguments]) == 2, arguments
         said = capsys.readouterr().err.strip().splitlines()

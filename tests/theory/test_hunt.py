@@ -2,7 +2,6 @@ import json
 import math
 from functools import partial
 
-import jaxtyping
 import numpy as np
 import pytest
 from theory_oracle import exact, fields, kills
@@ -16,7 +15,6 @@ from alignpro.theory.hunt import (
     TEMPERATURES,
     Target,
     ascend,
-    certificate,
     evaluate,
     simplify,
     smallest,
@@ -29,20 +27,6 @@ SHAPE = (2, 3, 3)
 climb = partial(ascend, shape=SHAPE, restarts=64, steps=300, seed=0, families=("independent",))
 LIKE = ["--restarts", "64", "--steps", "100", "--tries", "500"]
 ASCENDED = {"signed_max_abs": 0.49, "never_outperforms": 0.95}  # the suprema are 1/2 and 1
-
-
-@pytest.fixture(autouse=True)
-def _balls(monkeypatch):
-    """Certificates put balls where annotations say arrays; `hunt` and this file ask for them by this name."""
-
-    def proved(found):
-        jaxtyping.config.update("jaxtyping_disable", True)
-        try:
-            return certificate(found)
-        finally:
-            jaxtyping.config.update("jaxtyping_disable", False)
-
-    monkeypatch.setattr(hunt, "certificate", proved)
 
 
 def broken_by_hand(found):

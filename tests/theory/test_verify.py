@@ -2,7 +2,6 @@ import json
 
 import numpy as np
 import pytest
-from test_certify import balls_pass  # noqa: F401 - a fixture
 
 from alignpro import cli, verify
 from alignpro.errors import AlignProError
@@ -74,9 +73,8 @@ def test_the_sample_is_the_stream_while_it_fits_and_uniform_after():
 
 
 @pytest.fixture
-def one_shape(request, monkeypatch):
+def one_shape(monkeypatch):
     """One compilation per test."""
-    request.getfixturevalue("balls_pass")
     monkeypatch.setattr(verify, "_SHAPES", ((2, 4, 3),))
 
 
