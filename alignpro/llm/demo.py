@@ -30,7 +30,7 @@ from alignpro.llm.enumerate import Enumeration, EnumerationSettings, enumerate_m
 from alignpro.llm.models import load_model
 from alignpro.llm.rewards import Reward, load_reward
 from alignpro.llm.train import Trained, TrainSettings, refuse_other_settings, train
-from alignpro.theory import BOUNDS, BoundReport, Instance, Solution, check, solution
+from alignpro.theory import BoundReport, Instance, Solution, check, solution
 from alignpro.theory.bounds import paper_r_max
 
 RUN_FILE = "run.json"
@@ -343,6 +343,10 @@ def _cost(model: Any, settings: DemoSettings, skip_enumeration: bool) -> str:
 # --- what the report says ---------------------------------------------------------------------------------
 
 
+FORMS = ("theorem1", "span", "tight", "trained")
+"""What the report shows of `BOUNDS`; `alignpro solve` has the rest, on the instance that is saved."""
+
+
 def analyse(
     enumeration: Enumeration, judge: Judge, settings: DemoSettings, policy: Sequence[np.ndarray]
 ) -> dict[str, Any]:
@@ -355,7 +359,7 @@ def analyse(
     policies = {"sft": prior, "theta": theta, "star": star}
     facts = {name: judge.facts(rho) for name, rho in policies.items()}
     bounds: dict[str, dict[str, Any]] = {}
-    for name in BOUNDS:
+    for name in FORMS:
         bounds[name] = {"star": _plain(check(instance, beta, lam, name))}
         if name == "trained":
             bounds[name] |= {
