@@ -1,0 +1,172 @@
+"""Every inequality and identity of limits, robustness and chains on many instances of every family.
+
+    python experiments/beyond_the_bound.py [--instances 20000] [--chains 20000] [--seed 0]
+
+`alignpro verify` does this for Theorem 1 and its relatives. Here each row is a statement `lhs <= rhs` (or
+`lhs = rhs`), and the table shows by how much the worst instance of all families breaks it, in units of what
+is summed (0: by nothing). Up to about 1e-10 that is rounding: no statement here carries an error bound of its
+own. beta and lambda are log-uniform over 1e-3 to 1e3 times the reward's scale. Exit status 1 beyond 1e-9.
+"""
+
+import argparse
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from alignpro.theory import FAMILIES, limits, robustness, solution
+from alignpro.theory.chains import Chain, one_stage_bracket, solve_chain
+from alignpro.theory.families import random_prompters, take
+
+SHAPE, CHUNK = (2, 4, 5), 1000
+DRAWS = (2, 7, 1000)
+
+
+def beyond(lhs, rhs, size):
+    """By how much lhs <= rhs fails, relative to the sides and `size`."""
+    return jnp.maximum(lhs - rhs, 0.0) / (jnp.abs(lhs) + jnp.abs(rhs) + size)
+
+
+def apart(lhs, rhs, size):
+    return jnp.where(lhs == rhs, 0.0, jnp.abs(lhs - rhs) / (jnp.abs(lhs) + jnp.abs(rhs) + size))
+
+
+@jax.jit
+@jax.vmap
+def of_limits(instance, beta, lam, rho):
+    s, other = solution(instance, beta, lam), solution(instance, beta, lam, rho)
+    span = jnp.maximum(s.span, 1e-300)
+    head, read = limits.headroom(instance, lam), limits.limit_readings(instance, beta, lam)
+    value, ceiling = limits.response_value(instance, lam), limits.prompting_ceiling(instance, beta)
+    critical, budget = limits.critical_lam(instance, beta, per_prompt=True), limits.kl_budget(s)
+    projected, price = limits.information_projection(instance, beta), limits.kl_price(instance, beta, rho)
+    split = limits.variance_split(instance, rho)
+    finite = jnp.isfinite(price.policy)
+    paid = jnp.where(finite, beta * (price.star + price.between - price.policy), price.gap)
+    found = {
+        "headroom: lower <= lift": beyond(head.lower, head.lift, span),
+        "headroom: lift <= upper": beyond(head.lift, head.upper, span),
+        "headroom: lift = covariance": apart(head.lift, head.covariance, span),
+        "TV(pi*, pi_F) <= tanh(span/4beta)": beyond(read.tv_model, read.tv_model_bound, 1.0),
+        "TV(rho*, rho_sft) <= tanh(span_R/4lam)": beyond(read.tv_prompter, read.tv_prompter_bound, 1.0),
+        "mass off the best rewrites": beyond(read.off_best, read.off_best_bound, 1.0),
+        "max R - E R <= lam(log 1/m - KL)": beyond(read.shortfall, read.shortfall_bound, span),
+        "tilting responses gains": beyond(value.prompting, value.joint, jnp.abs(s.reward_max) + span),
+        "ceiling <= gap of any prompter": beyond(ceiling.supported, other.gap, span),
+        "critical lam in its enclosure": jnp.maximum(
+            jnp.where(jnp.isinf(critical.value), 0.0, beyond(critical.lower, critical.value, 0.0)),
+            jnp.where(jnp.isinf(critical.upper), 0.0, beyond(critical.value, critical.upper, 0.0)),
+        ),
+        "an overspent budget means gap < 0": jnp.where(
+            budget.within, 0.0, beyond(s.average(s.gap), 0.0, span)
+        ),
+        "projection <= any prompter's loss": jnp.where(
+            jnp.isfinite(other.induced_to_star),
+            beyond(projected.loss - beta * projected.gap, other.induced_to_star, span + beta),
+            0.0,
+        ),
+        "projection not converged": 1.0 - projected.converged,
+        "gap = beta(KL + KL - KL)": apart(
+            price.gap, paid, span + beta * jnp.where(finite, price.policy, 0.0)
+        ),
+        "variance split": apart(split.total, split.within + split.between, span**2),
+    }
+    for n in DRAWS:
+        best = limits.best_of_n_rewrites(instance, n)
+        found[f"best of {n}: KL <= log n - (n-1)/n"] = beyond(best.kl, best.kl_bound, 1.0)
+        found[f"best of {n}: below the frontier"] = beyond(best.lift, best.frontier_lift, span)
+    return {name: jnp.max(v) for name, v in found.items()}
+
+
+@jax.jit
+@jax.vmap
+def of_robustness(instance, estimate, lam, beta):
+    top = jnp.max(instance.reward, -1, keepdims=True)
+    energy, wrong = (instance.reward - top) @ instance.frozen.T, (estimate - top) @ instance.frozen.T
+    own = instance.frozen[instance.own]
+    found = {}
+    for side, p in (
+        ("rho", robustness.perturbation(instance.prior, energy, wrong, lam)),
+        ("pi", robustness.perturbation(own, instance.reward - top, estimate - top, beta)),
+    ):
+        size = jnp.max(jnp.abs(estimate - instance.reward), -1) + jnp.ptp(instance.reward, -1)
+        found[f"{side}: loss <= worst loss"] = beyond(p.loss, p.loss_sharp, size)
+        found[f"{side}: loss <= span^2/8t"] = beyond(p.loss_sharp, p.loss_span, size)
+        found[f"{side}: loss <= eps^2/2t"] = beyond(p.loss_span, p.loss_sup, size)
+        found[f"{side}: reward loss <= bound"] = beyond(jnp.abs(p.reward_loss), p.reward_bound, size)
+        found[f"{side}: TV <= tanh(s/4t)"] = beyond(p.tv, p.tv_bound, 1.0)
+    return {name: jnp.max(v) for name, v in found.items()}
+
+
+def of_chain(rng, instance, beta, scale) -> dict[str, float]:
+    """Two stages in front of one instance, its ρ_sft composed anew."""
+    x, k, _ = instance.shape
+    stages = (
+        rng.dirichlet(np.ones(k), x),
+        random_prompters(rng, np.asarray(instance.prior)[rng.integers(x, size=k)]),
+    )
+    chain = Chain(instance.p, stages, instance.frozen, instance.own, instance.reward)
+    lams = scale * 10.0 ** rng.uniform(-2, 2, 2)
+    star = solve_chain(chain, beta, lams)
+    first = random_prompters(rng, stages[0])
+    other = solve_chain(chain, beta, lams, [first, random_prompters(rng, stages[1])])
+    low, value, high = one_stage_bracket(chain, lams)
+    size = star.single.span + jnp.abs(jnp.asarray(chain.reward)).max() + other.stage_cost.sum(0)
+    found = {
+        "chain: suboptimality": apart(other.shortfall, other.stage_shortfall.sum(0), size),
+        "chain: gap <= trained bound": beyond(other.gap, other.trained_bound, size),
+        "chain: gap = exact gap": apart(star.gap, star.exact_gap, size),
+        "chain: gap <= span bound": beyond(star.gap, star.span_bound, size),
+        "chain: gap <= tight bound": beyond(star.gap, star.tight_bound, size),
+        "chain: one-stage bracket": jnp.maximum(beyond(low, value, size), beyond(value, high, size)),
+    }
+    return {name: float(jnp.max(v)) for name, v in found.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--instances", type=int, default=20_000, help="per family, for limits and robustness")
+    parser.add_argument("--chains", type=int, default=20_000, help="per family, one at a time (2 ms each)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    worst: dict[str, tuple[float, str]] = {}
+
+    def note(name: str, amount: float, family: str) -> None:
+        if not amount <= worst.get(name, (-1.0, ""))[0]:
+            worst[name] = (amount, family)
+
+    with tqdm(total=len(FAMILIES) * (options.instances + options.chains), unit="instance") as bar:
+        for family, draw in FAMILIES.items():
+            rng = np.random.default_rng([options.seed, *family.encode()])
+            for _ in range(0, options.instances, CHUNK):
+                batch = draw(rng, CHUNK, SHAPE)
+                scale = np.maximum(np.ptp(batch.reward, axis=(1, 2)), 1e-12)
+                beta, lam = scale * 10.0 ** rng.uniform(-3, 3, (2, CHUNK))
+                rho = random_prompters(rng, batch.prior)
+                wide = (scale * 10.0 ** rng.uniform(-3, 1, CHUNK))[:, None, None]
+                estimate = batch.reward + wide * rng.standard_normal(batch.reward.shape)
+                found = of_limits(batch, beta, lam, rho) | of_robustness(batch, estimate, lam, beta)
+                for name, amounts in found.items():
+                    note(name, float(np.max(amounts)), family)
+                bar.update(CHUNK)
+            for start in range(0, options.chains, CHUNK):
+                count = min(CHUNK, options.chains - start)
+                batch = draw(rng, count, SHAPE)
+                for i in range(count):
+                    one = take(batch, i)
+                    scale = max(float(np.ptp(one.reward)), 1e-12)
+                    for name, amount in of_chain(rng, one, scale * 10.0 ** rng.uniform(-2, 2), scale).items():
+                        note(name, amount, family)
+                    bar.update()
+    each = f"{options.instances} instances and {options.chains} chains of each of {len(FAMILIES)} families"
+    print(f"{each}, seed {options.seed}\n")
+    print("| statement | worst | family |\n|---|---|---|")
+    for name, (amount, family) in worst.items():
+        print(f"| {name} | {amount:.1e} | {family if amount else '-'} |")
+    return 1 if any(not amount <= 1e-9 for amount, _ in worst.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
