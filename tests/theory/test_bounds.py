@@ -133,6 +133,32 @@ def test_true_statements_hold(family):
             assert (slack <= error).all(), name
 
 
+def test_every_statement_has_teeth():
+    """Half of any term less, or half of what is subtracted more, and some instance refutes the statement."""
+    rng = np.random.default_rng(8)
+    refuted: dict[tuple[str, str], int] = {}
+    for family in FAMILIES.values():
+        batch = family(rng, 2000, (3, 4, 3))
+        beta, lam = 10.0 ** rng.uniform(-3, 3, (2, 2000))
+        every = evaluate_all(batch, beta, lam, random_prompters(rng, np.asarray(batch.prior)))
+        for name in TRUE:
+            found = jax.tree.map(np.asarray, every[name])
+            applies = np.all([np.ones(2000, bool), *found.assumptions.values()], axis=0)
+            slack = found.rhs - found.lhs
+            if name in IDENTITIES:
+                wrong = {"right side": np.abs(slack + 1e-6 * found.rhs) > found.error}
+            elif name in LEMMAS:
+                share = 0.55 if name == "theorem1_l1" else 0.05  # its right side is twice what it must be
+                wrong = {"right side": slack - share * np.abs(found.rhs) < -found.error}
+            else:
+                with np.errstate(invalid="ignore"):  # an infinite KL where the statement does not apply
+                    wrong = {t: slack - 0.5 * np.abs(v) < -found.error for t, v in found.terms.items()}
+            for term, violated in wrong.items():
+                refuted[name, term] = refuted.get((name, term), 0) + int((violated & applies).sum())
+    assert {name for name, _ in refuted} == set(TRUE)
+    assert min(refuted.values()) > 0, [key for key, count in refuted.items() if not count]
+
+
 def test_wrong_statements_are_refuted():
     rng = np.random.default_rng(3)
     refuted = dict.fromkeys(WRONG_BOUNDS, 0)
