@@ -1,7 +1,7 @@
 """Exact theory on finite spaces, in float64 JAX. Imports nothing heavy beside JAX.
 
-Importing this package switches JAX to 64-bit floats: in float32 neither the identities nor the bounds
-can be told from rounding.
+Importing this package switches JAX to 64-bit floats: in float32, which `solution` accepts too, few identities
+and near-tight bounds can be told from rounding.
 """
 
 import jax
