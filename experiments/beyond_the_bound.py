@@ -28,7 +28,7 @@ DRAWS = (2, 7, 1000)
 
 def beyond(lhs, rhs, size):
     """By how much lhs <= rhs fails, relative to the sides and `size`."""
-    return jnp.maximum(lhs - rhs, 0.0) / (jnp.abs(lhs) + jnp.abs(rhs) + size)
+    return jnp.where(lhs <= rhs, 0.0, (lhs - rhs) / (jnp.abs(lhs) + jnp.abs(rhs) + size))
 
 
 def apart(lhs, rhs, size):
@@ -58,8 +58,7 @@ def of_limits(instance, beta, lam, rho):
         "tilting responses gains": beyond(value.prompting, value.joint, jnp.abs(s.reward_max) + span),
         "ceiling <= gap of any prompter": beyond(ceiling.supported, other.gap, span),
         "critical lam in its enclosure": jnp.maximum(
-            jnp.where(jnp.isinf(critical.value), 0.0, beyond(critical.lower, critical.value, 0.0)),
-            jnp.where(jnp.isinf(critical.upper), 0.0, beyond(critical.value, critical.upper, 0.0)),
+            beyond(critical.lower, critical.value, 0.0), beyond(critical.value, critical.upper, 0.0)
         ),
         "an overspent budget means gap < 0": jnp.where(
             budget.within, 0.0, beyond(s.average(s.gap), 0.0, span)

@@ -922,15 +922,18 @@ class Critical(NamedTuple):
     """… and from above."""
 
 
-def _critical(base: Array, energy: Array, target: Array, tie: Array, p: Array | None) -> Critical:
-    """The temperature at which E_tilt[energy] falls to `target`."""
+def _critical(
+    base: Array, energy: Array, target: Array, tie: Array, noise: Array, p: Array | None
+) -> Critical:
+    """The temperature at which E_tilt[energy] falls to `target`. A difference within `noise` has no sign."""
     edge = _extremes(base, energy, tie)
     combine: Callable[[Array], Array] = (lambda v: v) if p is None else (lambda v: _mean(p, v)[None])
     target = combine(target)
     head = combine(edge.maximum) - target
     tail = target - combine(jnp.sum(base * energy, -1))
     price, width = combine(-jnp.log(edge.mass)), combine(edge.span**2)
-    inside = (head > 0) & (tail > 0)
+    least = combine(noise)
+    inside = (head > least) & (tail > least)
 
     def excess(t):
         tilted = tilt(base, energy, jnp.broadcast_to(t, base.shape[:-1]))
@@ -941,7 +944,9 @@ def _critical(base: Array, energy: Array, target: Array, tie: Array, p: Array | 
     upper = jnp.where(inside, width / (4 * jnp.where(inside, tail, 1.0)), jnp.inf)
     start = jnp.where(inside, jnp.clip(lower * (1 - 1e-9), _LEAST, _MOST), 1.0)
     end = jnp.where(inside, jnp.clip(upper * (1 + 1e-9), _LEAST, _MOST), 1.0)
-    root = jnp.where(inside, _root(excess, start, jnp.maximum(start, end)), jnp.where(head > 0, jnp.inf, 0.0))
+    root = jnp.where(
+        inside, _root(excess, start, jnp.maximum(start, end)), jnp.where(head > least, jnp.inf, 0.0)
+    )
     lower, upper = jnp.where(inside, lower, root), jnp.where(inside, upper, root)
     return Critical(root, lower, upper) if p is None else Critical(root[0], lower[0], upper[0])
 
@@ -952,6 +957,7 @@ def critical_lam(instance: Instance, beta: Temperature, *, per_prompt: bool = Fa
     Statement: some λ makes the gap negative iff max_{support} R > E_π* r* (in the mean over P, or per prompt
     with `per_prompt`). Then (max R − E_π* r*)/E log(1/m) ≤ λ_c ≤ E span_R²/(4(E_π* r* − E_ρsft R)), with
     m = ρ_sft(argmax R) and the upper one ∞, as is λ_c, where ρ_sft itself outperforms π*. 0: never.
+    Differences of R within its rounding count as none.
     Proof: the gap rises in λ (`sensitivity`), from `prompting_ceiling` to E_π* r* − E_ρsft R. Lower:
     max R − E_ρ* R ≤ λ log(1/m) (`limit_readings`); upper: E_ρ* R − E_ρsft R ≤ span_R²/(4λ) (`headroom`). ∎
 
@@ -962,7 +968,7 @@ def critical_lam(instance: Instance, beta: Temperature, *, per_prompt: bool = Fa
     model = tilt(r.own, r.response, _temperature("beta", beta))
     target = jnp.sum(model.probs * r.response, -1)
     return _critical(
-        r.prior, r.rewrite, target, r.tie, None if per_prompt else jnp.asarray(instance.p, float)
+        r.prior, r.rewrite, target, r.tie, r.tie, None if per_prompt else jnp.asarray(instance.p, float)
     )
 
 
@@ -980,4 +986,4 @@ def critical_beta(instance: Instance, lam: Temperature, *, per_prompt: bool = Fa
     star = tilt(r.prior, r.rewrite, _temperature("lam", lam))
     target = jnp.sum(star.probs * r.rewrite, -1)
     p = None if per_prompt else jnp.asarray(instance.p, float)
-    return _critical(r.own, r.response, target, jnp.zeros_like(r.top), p)
+    return _critical(r.own, r.response, target, jnp.zeros_like(r.top), r.tie, p)

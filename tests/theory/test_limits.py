@@ -13,7 +13,7 @@ from theory_oracle import EPS, exact, fields, finite, kills
 from alignpro.errors import AlignProError
 from alignpro.theory import limits as L
 from alignpro.theory.bounds import theorem1
-from alignpro.theory.families import FAMILIES, draw, random_prompters
+from alignpro.theory.families import FAMILIES, draw, random_prompters, take
 from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance
 from alignpro.theory.solution import solution
@@ -694,6 +694,14 @@ def test_critical_temperatures(per_prompt):
 
     kills(lambda f: check(f, J.critical_beta), partial(off, J.critical_lam))
     kills(lambda f: check(J.critical_lam, f), partial(off, J.critical_beta))
+
+
+def test_a_difference_within_rounding_has_no_critical_temperature():
+    """max R exceeds E_π* r* by 1e-16 of the span, as computed: no sign, so no enclosure to contradict."""
+    drawn = FAMILIES["near_deterministic"](np.random.default_rng(28), 4000, (2, 4, 5))
+    found = J.critical_lam(take(drawn, 1374), 2.0710231280918547, per_prompt=True)
+    assert ((found.lower <= found.value) & (found.value <= found.upper)).all()
+    assert float(found.value[1]) in (0.0, np.inf)
 
 
 def test_the_smallest_instance_where_prompting_wins():
