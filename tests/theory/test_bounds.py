@@ -312,6 +312,8 @@ def test_unreachable_responses_do_not_count():
     """The span form ignores a response no reachable policy gives; Theorem 1's r_max does not."""
     instance = Instance([1.0], [[1.0, 0.0]], [[0.5, 0.5, 0.0], [0, 0, 1.0]], [0], [[0.0, 1.0, 50.0]])
     assert float(compiled(instance, 1.0, 1.0).span[0]) == 1
+    # R of a rewrite that ρ_sft never takes counts what only that rewrite can give.
+    np.testing.assert_array_equal(compiled(instance, 1.0, 1.0).rewrite_reward, [[0.5, 50.0]])
     assert check(instance, 1.0, 1.0).rhs == pytest.approx(50 * check(instance, 1.0, 1.0, "span").rhs)
 
 
