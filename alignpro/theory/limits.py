@@ -24,6 +24,8 @@ from alignpro.theory.bounds import paper_r_max
 from alignpro.theory.divergences import TINY, Floats, kl, log1p, log_quotient, scaled_kl
 from alignpro.theory.gibbs import check_temperature, tilt
 from alignpro.theory.instance import KEYS, Instance, probabilities, unchecked
+from alignpro.theory.pairwise import pairwise_tv
+from alignpro.theory.robustness import reachable
 from alignpro.theory.solution import EPS, Solution
 
 Temperature = Float[Floats, ""] | float
@@ -55,7 +57,7 @@ class _Rewards(NamedTuple):
 def _rewards(instance: Instance) -> _Rewards:
     prior, frozen = jnp.asarray(instance.prior, float), jnp.asarray(instance.frozen, float)
     reward, own = jnp.asarray(instance.reward, float), frozen[jnp.asarray(instance.own)]
-    reach = (((prior > 0).astype(float) @ (frozen > 0).astype(float)) > 0) | (own > 0)
+    reach = reachable(instance)
     top = jnp.max(jnp.where(reach, reward, -jnp.inf), -1)
     anywhere = jnp.any(frozen > 0, 0)
     response = jnp.where(anywhere[None, :], reward - top[:, None], 0.0)
@@ -314,7 +316,6 @@ def _interior(
         gap = certificate(w, g, size)
         better = gap < best_gap
         best, best_gap = jnp.where(better, w, best), jnp.where(better, gap, best_gap)
-        # Forty halvings without progress, or a NaN: nothing more to gain.
         # Forty halvings in vain are rounding: nothing more to gain at this μ.
         centred = (-downhill <= _CENTRED * mu * count) | (tries >= 40)
         mu = jnp.where(centred, _CUT * jnp.sum(w * g) / count, mu)
@@ -890,7 +891,7 @@ def limit_readings(instance: Instance, beta: Temperature, lam: Temperature) -> L
     edge, response = _extremes(r.prior, r.rewrite, r.tie), _extremes(r.own, r.response, jnp.zeros_like(r.top))
     rest = jnp.sum(jnp.where(edge.best, 0.0, r.prior), -1)
     odds = rest / edge.mass * jnp.exp(-edge.separation / lam)
-    distance = lax.map(lambda row: 0.5 * jnp.sum(jnp.abs(r.frozen - row[None, :]), -1), r.own)
+    distance = pairwise_tv(r.own, r.frozen)
     greedy_kl = jnp.where(edge.mass < 0.5, -jnp.log(edge.mass), -log1p(-jnp.minimum(rest, 0.5)))
     return LimitReadings(
         tv_model=model.tv,
