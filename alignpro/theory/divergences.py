@@ -31,14 +31,7 @@ def log1p(x: Any) -> Any:
 
     Kahan's correction is no help here, since compiled code rewrites (1 + x) − 1 as x.
     """
-    small = jnp.abs(x) < 0.5
-    z = jnp.where(small, x, 0.0)
-    z = z / (2.0 + z)  # log(1 + x) = 2 artanh(x / (2 + x)), |z| ≤ 1/3
-    square = z * z
-    series = jnp.zeros_like(z)
-    for n in range(33, 0, -2):
-        series = series * square + 1.0 / n
-    return jnp.where(small, 2.0 * z * series, jnp.log(jnp.where(small, 1.0, 1.0 + x)))
+    return log1p_or(x, jnp.log(jnp.where(jnp.abs(x) < 0.5, 1.0, 1.0 + x)))
 
 
 @log1p.defjvp
@@ -47,10 +40,22 @@ def _log1p_jvp(primals, tangents):
     return log1p(x), dx / (1.0 + x)
 
 
+def log1p_or(x: Any, large: Any) -> Any:
+    """log(1 + x) by its series where |x| < ½, and `large`, which is log(1 + x) found otherwise, elsewhere."""
+    small = jnp.abs(x) < 0.5
+    z = jnp.where(small, x, 0.0)
+    z = z / (2.0 + z)  # log(1 + x) = 2 artanh(x / (2 + x)), |z| ≤ 1/3
+    square = z * z
+    series = jnp.zeros_like(z)
+    for n in range(33, 0, -2):
+        series = series * square + 1.0 / n
+    return jnp.where(small, 2.0 * z * series, large)
+
+
 def _half_square_series(v: Any) -> Any:
     """(eᵛ − 1 − v)/v² for |v| < ½."""
-    series = jnp.full_like(v, 1.0 / math.factorial(17))
-    for n in range(16, 1, -1):
+    series = jnp.full_like(v, 1.0 / math.factorial(15))
+    for n in range(14, 1, -1):
         series = series * v + 1.0 / math.factorial(n)
     return series
 

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from alignpro.errors import AlignProError
-from alignpro.theory.divergences import Floats, expm1_psi, log1p, same_floats, scaled_kl
+from alignpro.theory.divergences import Floats, expm1_psi, log1p_or, same_floats, scaled_kl
 
 # Above this the mass sits far from the base's mean, and centring at the maximum is the accurate choice.
 _FAR = 8.0
@@ -95,56 +95,61 @@ def tilt(
     base, energy = jnp.broadcast_arrays(*same_floats(base, energy))
     dtype = base.dtype
     temperature = jnp.broadcast_to(jnp.asarray(temperature, dtype), base.shape[:-1])
-    huge, least = (_HUGE, -1e300) if dtype == np.float64 else (_HUGE_SINGLE, -1e36)
-    support = base > 0
-
-    power = exponent(jnp.max(jnp.where(support, jnp.abs(energy), 0.0), -1))
+    power = exponent(jnp.max(jnp.where(base > 0, jnp.abs(energy), 0.0), -1))
     shrink, unit = power_of_two(-power, dtype), power_of_two(power, dtype)
-    scaled = jnp.where(support, energy * shrink[..., None], -jnp.inf)
-    pivot = jnp.max(scaled, -1)
-    d = jnp.where(support, scaled - pivot[..., None], 0.0)
-    t = temperature * shrink
-    tk = t[..., None]
+    scaled = tilt_scaled(base, energy * shrink[..., None], temperature * shrink)
+    units = {name: getattr(scaled, name) * unit for name in ("free_energy", "lift", "cost", "gain")}
+    return scaled._replace(**units)
+
+
+def tilt_scaled(base: Array, energy: Array, t: Array) -> Tilted:
+    """`tilt` of energies that are at most about 1 on the support of `base`: arrays of one dtype and shape."""
+    dtype, support = base.dtype, base > 0
+    huge, least = (_HUGE, -1e300) if dtype == np.float64 else (_HUGE_SINGLE, -1e36)
+    pivot = jnp.max(jnp.where(support, energy, -jnp.inf), -1)
+    d = jnp.where(support, energy - pivot[..., None], 0.0)
+    tk, per_t = t[..., None], (1.0 / t)[..., None]
 
     mean = jnp.sum(base * d, -1)
+    from_mean = d - mean[..., None]
     reach = -mean / t  # the largest (energy − mean)/temperature
-    a = d / tk
-    exp_a = jnp.exp(a)
-    log_z_max = jnp.log(jnp.sum(base * exp_a, -1))
-    u = jnp.clip((d - mean[..., None]) / tk, least, huge)
+    a = d * per_t
+    # Half the exponent: its square is e^a, and the quotient e^a/Z below does not underflow before it must.
+    half = jnp.exp(0.5 * a)
+    exp_a = half * half
+    z_max = jnp.sum(base * exp_a, -1)
+    log_z_max = jnp.log(z_max)
+    u = jnp.clip(from_mean * per_t, least, huge)
     exp_u = exp_a * jnp.exp(jnp.minimum(reach, huge))[..., None]
-    log_z_mean = log1p(jnp.sum(base * expm1_psi(u, exp_u)[1], -1))
+    growth_u, psi_u = expm1_psi(u, exp_u)
+    log_z_mean = log1p_or(jnp.sum(base * psi_u, -1), log_z_max + reach)
 
-    far = reach > _FAR
+    far, beyond = reach > _FAR, reach > huge
     far_k = far[..., None]
-    ratio = jnp.where(far_k, a - log_z_max[..., None], u - log_z_mean[..., None])
-    gain = jnp.where(reach > huge, t * log_z_max - mean, t * log_z_mean)
-    value = jnp.where(far, t * log_z_max, mean + t * log_z_mean)
+    ratio = jnp.where(support, jnp.where(far_k, a - log_z_max[..., None], u - log_z_mean[..., None]), 0.0)
     # temperature·ratio without the division, so that it survives where the ratio overflows.
-    scaled_ratio = jnp.where(
-        far_k, d - (t * log_z_max)[..., None], d - mean[..., None] - (t * log_z_mean)[..., None]
+    scaled_ratio = jnp.where(far_k, d - (t * log_z_max)[..., None], from_mean - (t * log_z_mean)[..., None])
+    scaled_ratio = jnp.where(support, scaled_ratio, 0.0)
+    root = half * lax.rsqrt(z_max)[..., None]
+    quotient = root * root
+    # p/base − 1 = (e^u − E e^u)/E e^u, relatively accurate however close p is to base.
+    excess = jnp.sum(base * growth_u, -1)
+    growth = jnp.where(
+        beyond[..., None], quotient - 1.0, (growth_u - excess[..., None]) * (1.0 / (1.0 + excess))[..., None]
     )
-
-    # One correction makes p sum to one to rounding, whatever the rounding of the centre. It is small enough
-    # for first order.
-    ratio = jnp.where(support, ratio, 0.0)
-    quotient = jnp.exp(ratio)  # not exp_a/z: exp_a underflows before the quotient does where z is tiny
-    growth = expm1_psi(ratio, quotient)[0]
-    excess = log1p(jnp.sum(base * growth, -1))[..., None]
-    ratio = jnp.where(support, ratio - excess, 0.0)
-    scaled_ratio = jnp.where(support, scaled_ratio - tk * excess, 0.0)
-    growth = growth - quotient * excess
-    probs = base * (quotient - quotient * excess)
+    growth = jnp.where(support, growth, 0.0)
+    probs = base * quotient
+    value = jnp.where(far, t * log_z_max, mean + t * log_z_mean)
     log_base = jnp.where(support, jnp.log(jnp.where(support, base, 1.0)), -jnp.inf)
     return Tilted(
         probs=probs,
         log_probs=log_base + ratio,
         log_ratio=ratio,
         log_z=pivot / t + value / t,
-        free_energy=(pivot + value) * unit,
-        lift=jnp.sum(base * growth * scaled_ratio, -1) * unit,
-        cost=scaled_kl(tk, probs, base, ratio, scaled_ratio) * unit,
-        gain=gain * unit,
+        free_energy=pivot + value,
+        lift=jnp.sum(base * growth * scaled_ratio, -1),
+        cost=scaled_kl(tk, probs, base, ratio, scaled_ratio),
+        gain=jnp.where(beyond, t * log_z_max - mean, t * log_z_mean),
         tv=jnp.minimum(0.5 * jnp.sum(base * jnp.abs(growth), -1), 1.0),
     )
 

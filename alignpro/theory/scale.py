@@ -8,6 +8,7 @@ These look at concrete arrays, so they are called from the host and not under ji
 `solution` computes.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -25,6 +27,7 @@ from alignpro.theory.bounds import theorem1
 from alignpro.theory.divergences import Floats
 from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import KEYS, Instance, probabilities, unchecked
+from alignpro.theory.lanes import compiler_options, in_lanes
 from alignpro.theory.pairwise import pairwise_tv
 from alignpro.theory.solution import Solution, solution
 
@@ -34,8 +37,10 @@ ROUTES = ("dense", "pairs", "sorted")
 _PAIR, _SORT, _PASS = 11, 250, 150
 # Numbers held at a time by the routes on the host, and by one step of a batch (its arrays stay in the cache).
 _HELD, _CACHED = 2**20, 2**14
+# Instances side by side in the vector lanes, and the largest array of an instance for which that is faster.
+_LANES, _LANES_LARGEST = 64, 256
 # Instances handed over at a time.
-_CHUNK = 2**14
+_CHUNK = 2**13
 
 
 def route(instance: Instance) -> str:
@@ -241,11 +246,11 @@ def solve_batch(
     count = len(arrays.p)
     temperatures = [_temperatures(name, value, count) for name, value in (("beta", beta), ("lam", lam))]
     devices = tuple(devices or jax.devices())
+    leaves, structure = jax.tree.flatten((arrays, *temperatures, prompter))
+    one = structure, tuple((np.shape(leaf)[1:], np.asarray(leaf).dtype) for leaf in leaves)
     step = min(_CHUNK, -(-count // len(devices)) * len(devices))
-    x, k, y = arrays.shape
-    inner = max(1, min(_CACHED // max(x * k, x * y, k * y), -(-step // len(devices))))
+    run, inner = _batched(statement, one, -(-step // len(devices)), devices)
     step = -(-step // (inner * len(devices))) * inner * len(devices)
-    run = _batched(statement, inner, devices)
 
     def solve(start: int) -> Any:
         stop = min(start + step, count)
@@ -273,18 +278,44 @@ def _temperatures(name: str, value: Any, count: int) -> np.ndarray:
 
 @lru_cache
 def _batched(
-    statement: Callable[[Solution], Any], inner: int, devices: tuple[Any, ...]
-) -> Callable[..., Any]:
-    """The statement on a chunk, `inner` instances at a time on each device."""
+    statement: Callable[[Solution], Any], batch: Any, count: int, devices: tuple[Any, ...]
+) -> tuple[Callable[..., Any], int]:
+    """The statement on a chunk, and how many instances each device takes at a time.
+
+    `batch` is a pytree's structure with the shapes and dtypes of one instance, `count` how many there are
+    for each device.
+    """
+    structure, leaves = batch
+    example = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
 
     def one(instance: Instance, beta: Any, lam: Any, prompter: Any) -> Any:
         return statement(solution(instance, beta, lam, prompter))
 
-    def chunk(*piece: Any) -> Any:
-        steps = jax.tree.map(lambda a: a.reshape(-1, inner, *a.shape[1:]), piece)
-        solved = lax.map(lambda step: jax.vmap(one)(*step), steps)
+    largest = max(int(np.prod(shape)) for shape, _ in leaves)
+    step: Callable[..., Any] = jax.vmap(one)
+    inner, options = max(1, min(_CACHED // largest, count)), None
+    if devices[0].platform == "cpu" and largest <= _LANES_LARGEST:
+        # A statement that lanes cannot express takes the way above.
+        with contextlib.suppress(NotImplementedError):
+            step = _moved(in_lanes(one, *example))
+            inner, options = _LANES, compiler_options()
+
+    def chunk(*pieces: Any) -> Any:
+        steps = jax.tree.map(lambda a: a.reshape(-1, inner, *a.shape[1:]), pieces)
+        solved = lax.map(lambda piece: step(*piece), steps)
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), solved)
 
     across = PartitionSpec("batch")
     mesh = Mesh(np.array(devices), ("batch",))
-    return jax.jit(jax.shard_map(chunk, mesh=mesh, in_specs=across, out_specs=across, check_vma=False))
+    mapped = jax.shard_map(chunk, mesh=mesh, in_specs=across, out_specs=across, check_vma=False)
+    return jax.jit(mapped, compiler_options=options), inner
+
+
+def _moved(lanes: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of batches in the last axis as one of batches in the first."""
+
+    def run(*piece: Any) -> Any:
+        moved = jax.tree.map(lambda a: lax.optimization_barrier(jnp.moveaxis(a, 0, -1)), piece)
+        return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), lanes(*moved))
+
+    return run

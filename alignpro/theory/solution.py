@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from alignpro.theory.divergences import Floats, log_quotient, same_floats, scaled_kl
 from alignpro.theory.elementwise import average
-from alignpro.theory.gibbs import Tilted, exponent, power_of_two, tilt
+from alignpro.theory.gibbs import Tilted, exponent, power_of_two, tilt_scaled
 from alignpro.theory.instance import Instance
 from alignpro.theory.pairwise import expected_tv
 
@@ -202,7 +202,8 @@ def solution(
 
     # What lies out of reach has probability 0 under every policy compared, but could be huge: drop it.
     used = prior > 0 if prompter is None else (prior > 0) | (jnp.asarray(prompter) > 0)
-    reach = ((used.astype(np.float32) @ (frozen > 0).astype(np.float32)) > 0) | (own_frozen > 0)
+    # Positive entries of `frozen` are normal numbers and so are these sums: nothing underflows.
+    reach = (used.astype(dtype) @ frozen + own_frozen) > 0
     power = exponent(jnp.max(jnp.where(reach, jnp.abs(reward), 0.0), -1))
     shrink, unit = power_of_two(-power, dtype), power_of_two(power, dtype)
     scaled = jnp.where(reach, reward * shrink[:, None], -jnp.inf)
@@ -212,10 +213,11 @@ def solution(
     span = -jnp.min(d, -1)
     b, t = beta * shrink, lam * shrink
 
-    model = tilt(own_frozen, d, b)
-    star = tilt(prior, r, t)
+    model = tilt_scaled(own_frozen, d, b)
+    star = tilt_scaled(prior, r, t)
     rho = star.probs if prompter is None else jnp.asarray(prompter, dtype)
-    own_r = jnp.take_along_axis(r, own[:, None], -1)[:, 0]
+    is_own = jnp.arange(rewrites)[None, :] == own[:, None]
+    own_r = jnp.sum(jnp.where(is_own, r, 0.0), -1)  # one entry: exact, and cheaper than a gather
     reference = jnp.sum(prior * r, -1)
     optimum = jnp.sum(model.probs * d, -1)
     achieved = jnp.sum(rho * r, -1)
@@ -309,7 +311,7 @@ def solution(
         lam=lam,
         # Off the support the sum runs over unreachable responses too, which `d` has dropped.
         rewrite_reward=jnp.where(
-            used | (jnp.arange(rewrites)[None, :] == own[:, None]),
+            used | is_own,
             (top[:, None] + r) * unit[:, None],
             reward @ frozen.T,
         ),
