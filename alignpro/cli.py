@@ -11,13 +11,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Protocol, Union
 
 import tyro
 
 import alignpro
 from alignpro.errors import AlignProError
+from alignpro.llm.settings import PRESETS, TrainSettings
 
 
 class Verb(Protocol):
@@ -177,9 +178,7 @@ class Demo:
         try:
             from alignpro.llm import demo
         except ModuleNotFoundError as error:
-            raise AlignProError(
-                f"demo: the package {error.name} is missing; run pip install 'alignpro[llm]'"
-            ) from error
+            raise _needs_llm("demo", error) from error
 
         preset = demo.QUICK if self.quick else demo.DemoSettings()
 
@@ -197,7 +196,201 @@ class Demo:
         return 0
 
 
-VERBS: dict[str, type[Verb]] = {"demo": Demo, "verify": Verify, "hunt": Hunt, "solve": Solve}
+def _needs_llm(verb: str, error: ModuleNotFoundError) -> AlignProError:
+    return AlignProError(f"{verb}: the package {error.name} is missing; run pip install 'alignpro[llm]'")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a prompter (or, with --task rlhf, the RLHF oracle) on open-ended text.
+
+    The default settings are faithful: their optimum is the paper's closed form. A setting that moves it is
+    refused, and named, unless --allow-moved-optimum is given. Interrupt at any time; --resume continues.
+    """
+
+    out: str
+    """Folder for checkpoints, metrics.jsonl, the answers paid for, and prompter/, the trained one."""
+    settings: tyro.conf.OmitArgPrefixes[TrainSettings] = field(default_factory=TrainSettings)
+    config: str | None = None
+    """YAML file with any of these options; those on the command line win."""
+    preset: str = "faithful"
+    """Named settings that the options start from: faithful, or paper (lr 1.41e-5, batch 256, adaptive KL)."""
+    prompter: str = "smollm2-135m-instruct"
+    """rho_sft: a packaged name, a local folder, a hub id, or a fine-tuned prompter's folder."""
+    target: str = "smollm2-135m-instruct"
+    """Frozen model: a name like the prompter's, or the http(s) address of an OpenAI-compatible endpoint."""
+    reward: str = "minilm-bt"
+    """A packaged reward, a reward model's folder or hub id with its range (owner/name@squash:0,2), a Python
+    function (module:function@0,1), or an endpoint's address."""
+    dataset: str = "instructions"
+    """Packaged prompts, of which the training split is used."""
+    prompts_file: str | None = None
+    """Your own prompts instead, one per line."""
+    answer_tokens: int = 64
+    """Tokens of the frozen model's answers, at most."""
+    answer_temperature: float = 1.0
+    """Of the frozen model. The paper evaluates with 1.5, top-p 0.6 and top-k 20."""
+    answer_top_p: float = 1.0
+    """Of the frozen model."""
+    answer_top_k: int = 0
+    """Of the frozen model; 0 keeps all tokens."""
+    target_model: str | None = None
+    """Endpoint: the model's name there."""
+    target_key_env: str | None = None
+    """Endpoint: NAME of the environment variable that holds its key."""
+    target_dialect: str | None = None
+    """Endpoint: openai, vllm or transformers (the latter two take top-k)."""
+    target_concurrency: int | None = None
+    """Endpoint: requests at a time. Default: 8."""
+    target_max_calls: int | None = None
+    """Endpoint: budget of requests, after which training stops and can be resumed."""
+    target_max_tokens: int | None = None
+    """Endpoint: budget of tokens."""
+    prices: tuple[float, float] | None = None
+    """Money per million prompt tokens and answer tokens, for the ledger."""
+    dtype: str = "bfloat16"
+    """Of a frozen model in this process. float32 makes answers independent of how they are batched."""
+    batch_size: int = 64
+    """Sequences at once, of a frozen model in this process."""
+    report_to: tuple[str, ...] = ()
+    """tensorboard, wandb, trackio."""
+    resume: bool = False
+    """Continue an interrupted run in that folder (or start one)."""
+
+    def run(self) -> int:
+        try:
+            from alignpro.llm import run
+            from alignpro.llm.frozen import Sampling
+        except ModuleNotFoundError as error:
+            raise _needs_llm("train", error) from error
+        if self.preset not in PRESETS:
+            raise AlignProError(f"--preset {self.preset}: choose from {', '.join(PRESETS)}")
+        endpoint: dict[str, Any] = {
+            "model": self.target_model,
+            "key_env": self.target_key_env,
+            "dialect": self.target_dialect,
+            "concurrency": self.target_concurrency,
+            "max_calls": self.target_max_calls,
+            "max_tokens": self.target_max_tokens,
+        }
+        run.run_train(
+            self.out,
+            self.settings,
+            prompter=self.prompter,
+            target=self.target,
+            answers=Sampling(
+                self.answer_temperature, self.answer_top_p, self.answer_top_k, self.answer_tokens
+            ),
+            reward=self.reward,
+            dataset=self.dataset,
+            prompts_file=self.prompts_file,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+            endpoint=endpoint,
+            prices=self.prices,
+            report_to=self.report_to,
+            resume=self.resume,
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Rewrite prompts with a trained prompter."""
+
+    prompter: tyro.conf.Positional[str]
+    """The folder that training wrote (…/prompter), or any model, as rho_sft."""
+    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """What to rewrite. Default: one per line of standard input."""
+    samples: int = 1
+    """Rewrites of each."""
+    seed: int = 0
+    """Determines them."""
+    max_tokens: int | None = None
+    """Tokens of a rewrite, at most. Default: as it was trained."""
+    json: bool = False
+    """One JSON object per line, instead of the rewrite alone."""
+
+    def run(self) -> int:
+        try:
+            from alignpro.llm import run
+        except ModuleNotFoundError as error:
+            raise _needs_llm("rewrite", error) from error
+        run.run_rewrite(self.prompter, self.prompts, self.samples, self.seed, self.max_tokens, self.json)
+        return 0
+
+
+VERBS: dict[str, type[Verb]] = {
+    "demo": Demo,
+    "train": Train,
+    "rewrite": Rewrite,
+    "verify": Verify,
+    "hunt": Hunt,
+    "solve": Solve,
+}
+
+
+def _expanded(arguments: Sequence[str]) -> list[str]:
+    """The arguments with what --preset and --config stand for in front; what is given outright wins.
+
+    Raises:
+        AlignProError: the preset is unknown, the file unreadable, or no mapping of options to plain values.
+    """
+    verb, *rest = arguments
+    given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in rest if a.startswith("--")}
+
+    def value_of(name: str) -> str | None:
+        for i, a in enumerate(rest):
+            if a.startswith(f"--{name}="):
+                return a.split("=", 1)[1]
+            if a == f"--{name}" and i + 1 < len(rest):
+                return rest[i + 1]
+        return None
+
+    options: dict[str, Any] = {}
+    path = value_of("config")
+    said = _yaml(path) if path is not None else {}
+    preset = value_of("preset") or said.get("preset")
+    if preset is not None and preset in PRESETS:
+        options |= PRESETS[str(preset)]
+    options |= said
+    out = [verb]
+    for name, value in options.items():
+        if name in given or value is None or value is False:
+            continue
+        flag = "--" + name.replace("_", "-")
+        values = value if isinstance(value, list | tuple) else [value]
+        out += [flag] if value is True else [flag, *map(str, values)]
+    return [*out, *rest]
+
+
+def _yaml(path: str) -> dict[str, Any]:
+    try:
+        import yaml
+
+        with open(path, encoding="utf-8") as file:
+            said = yaml.safe_load(file)
+    except ModuleNotFoundError:
+        raise AlignProError("--config: the package yaml is missing; run pip install pyyaml") from None
+    except OSError as error:
+        raise AlignProError(f"--config {path}: cannot read it ({error.strerror}); name a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        place = f" at line {where.line + 1}" if where else ""
+        raise AlignProError(
+            f"--config {path}: is not valid YAML{place}; write lines such as lam: 0.05"
+        ) from None
+    if not isinstance(said, dict):
+        raise AlignProError(f"--config {path}: holds no options; write lines such as lam: 0.05")
+    options: dict[str, Any] = {}
+    for name, value in said.items():
+        plain = isinstance(value, bool | int | float | str) or value is None
+        if not plain and not (
+            isinstance(value, list) and all(isinstance(v, int | float | str) for v in value)
+        ):
+            raise AlignProError(f"--config {path}: {name} is neither a value nor a list of values")
+        options[str(name).replace("-", "_")] = value
+    return options
 
 
 def _parse(arguments: Sequence[str]) -> Verb:
@@ -206,8 +399,8 @@ def _parse(arguments: Sequence[str]) -> Verb:
     ]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
         raise AlignProError(f"{arguments[0]}: is no verb; give one of {', '.join(VERBS)}")
-    if len(VERBS) == 1:
-        arguments = arguments[1:]
+    if arguments and arguments[0] == "train":
+        arguments = _expanded(arguments)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -237,7 +430,7 @@ def _one_line(box: str, arguments: Sequence[str]) -> str:
             paragraphs[-1].append(line)
     if "╭" not in box and len(paragraphs) > 1:
         del paragraphs[0]  # the title, which the Unicode frame holds in its border
-    said = " ".join(paragraphs[0]).rstrip(".")
+    said = re.sub(r"^Error parsing \S+: ", "", " ".join(paragraphs[0]).rstrip("."))
     if len(paragraphs) > 1 and paragraphs[1] and paragraphs[1][0].startswith("Perhaps you meant"):
         said += f"; perhaps {paragraphs[1][1]}"
     verb = f" {arguments[0]}" if arguments and arguments[0] in VERBS else ""

@@ -19,7 +19,7 @@ from alignpro.files import writable_folder, write_json
 from alignpro.llm.demo import DemoSettings, Judge, enumerated, environment, fit, user_prompts
 from alignpro.llm.models import load_model
 from alignpro.llm.rewards import load_reward
-from alignpro.llm.train import TrainSettings
+from alignpro.llm.tree_train import TrainSettings
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from alignpro.llm.data import instructions
 from alignpro.llm.enumerate import Enumeration, EnumerationSettings, enumerate_models
 from alignpro.llm.models import load_model
 from alignpro.llm.rewards import Reward, load_reward
-from alignpro.llm.train import Trained, TrainSettings, refuse_other_settings, train
+from alignpro.llm.tree_train import Trained, TrainSettings, refuse_other_settings, train
 from alignpro.theory import BoundReport, Instance, Solution, check, solution
 from alignpro.theory.bounds import paper_r_max
 

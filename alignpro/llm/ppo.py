@@ -14,19 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import use_adapter
 
 from alignpro.errors import AlignProError
+from alignpro.files import read_json, write_json
+from alignpro.llm.settings import refuse_moved_optimum
 from alignpro.llm.tree import unwrap
 
 # --- the mathematics -----------------------------------------------------------------------------------
 
 
 def shaped_rewards(
-    score: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, kl_coef: float
+    score: Tensor,
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    estimator: str = "k1",
 ) -> Tensor:
     """Per-token rewards: −λ (log ρ_θ − log ρ_ref) at each token, the score added at the last one.
 
@@ -35,11 +43,14 @@ def shaped_rewards(
         log_probs, ref_log_probs: [B, T] token log-probabilities, in nats.
         mask: [B, T] 1 on the completion's tokens, which form a prefix of each row.
         kl_coef: λ.
+        estimator: k1, the log-ratio; or k3, e^−k1 − 1 + k1, whose mean is the KL but whose gradient, in the
+            reward, is not that of the KL.
 
     Returns:
-        [B, T]; each row sums to score − λ·(log-ratio of the sequence).
+        [B, T]; with k1 each row sums to score − λ·(log-ratio of the sequence).
     """
-    rewards = -kl_coef * (log_probs - ref_log_probs) * mask
+    ratio = log_probs - ref_log_probs
+    rewards = -kl_coef * (ratio if estimator == "k1" else torch.expm1(-ratio) + ratio) * mask
     last = mask.sum(1).long().clamp(min=1) - 1
     return rewards.scatter_add(1, last[:, None], score[:, None].to(rewards.dtype))
 
@@ -89,14 +100,41 @@ def clipped_surrogate(
 
 
 def clipped_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float | None
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip_range: float | None,
+    tokens: Tensor | None = None,
 ) -> Tensor:
-    """½ mean over tokens of max((V − G)², (V_c − G)²), V_c clipped to ±clip_range about the old value."""
+    """½ mean over tokens of max((V − G)², (V_c − G)²), V_c clipped to ±clip_range about the old value.
+
+    `tokens` is the number to divide by, where the mean is over more than this batch.
+    """
     error = (values - returns).square()
     if clip_range is not None:
         near = old_values + (values - old_values).clamp(-clip_range, clip_range)
         error = torch.maximum(error, (near - returns).square())
-    return 0.5 * (error * mask).sum() / mask.sum().clamp(min=1)
+    return 0.5 * (error * mask).sum() / (mask.sum() if tokens is None else tokens).clamp(min=1)
+
+
+@dataclass
+class AdaptiveKL:
+    """The controller of λ of Ziegler et al. (arXiv 1909.08593): λ grows while the KL is above `target`.
+
+    With it no λ is fixed, so training has no one optimum ρ* of eq. (10).
+    """
+
+    value: float
+    """λ now."""
+    target: float
+    """KL of a sequence, in nats."""
+    horizon: int
+
+    def update(self, kl: float, sequences: int) -> None:
+        """After a batch of that mean KL: λ ← λ (1 + clip(KL/target − 1, ±0.2)·sequences/horizon)."""
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        self.value *= 1.0 + error * sequences / self.horizon
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
@@ -145,18 +183,31 @@ class PPOConfig(GRPOConfig):
     """Settings of `PPOTrainer`; those of `trl.GRPOConfig` besides. `num_iterations` are the PPO epochs."""
 
     kl_coef: float = field(default=0.05, metadata={"help": "λ: weight of the KL to the reference prompter"})
+    kl_estimator: str = field(default="k1", metadata={"help": "of the KL in the reward: k1 or k3"})
+    target_kl: float | None = field(
+        default=None, metadata={"help": "adapt λ so that a sequence's KL nears this, in nats; None: λ fixed"}
+    )
+    kl_horizon: int = field(default=10_000, metadata={"help": "sequences over which λ adapts"})
     gamma: float = field(default=1.0, metadata={"help": "discount; 1 keeps the optimum at ρ*"})
     gae_lambda: float = field(default=0.95, metadata={"help": "λ of generalized advantage estimation"})
     clip_range: float = field(default=0.2, metadata={"help": "ε of the clipped surrogate"})
     value_clip_range: float | None = field(
         default=None, metadata={"help": "clip of the value update; None: off"}
     )
+    whiten_rewards: bool = field(default=False, metadata={"help": "divide a batch's rewards by their spread"})
+    whiten_advantages: bool = field(
+        default=False, metadata={"help": "divide a batch's advantages by their spread"}
+    )
     vf_coef: float = field(default=1.0, metadata={"help": "weight of the value loss"})
     critic_learning_rate: float = field(default=1e-3, metadata={"help": "learning rate of the critic"})
     critic_width: int = field(default=128, metadata={"help": "hidden units of the critic"})
+    allow_moved_optimum: bool = field(
+        default=False, metadata={"help": "train even where a setting moves the optimum away from ρ*"}
+    )
 
 
 CRITIC_FILE = "critic.safetensors"
+KL_FILE = "kl.json"
 
 
 def joined(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
@@ -169,8 +220,11 @@ def joined(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
 class PPOTrainer(GRPOTrainer):
     """PPO with a learned critic and the KL in the reward, on TRL's rollout machinery.
 
+    Several processes (DDP) train as one with their batches joined: means and the critic's gradients are taken
+    over all of them.
+
     Raises:
-        AlignProError: a setting that would move the optimum away from ρ*, or several processes.
+        AlignProError: a setting that would move the optimum away from ρ*, unless `allow_moved_optimum`.
     """
 
     _tag_names = ["trl", "ppo"]  # noqa: RUF012 - the base class declares a list
@@ -179,28 +233,15 @@ class PPOTrainer(GRPOTrainer):
     model: Any
 
     def __init__(self, *positional: Any, args: PPOConfig, **named: Any) -> None:
-        faithful = {
-            "temperature": (args.temperature, 1.0),
-            "top_p": (args.top_p, 1.0),
-            "top_k": (args.top_k or 0, 0),
-            "repetition_penalty": (args.repetition_penalty, 1.0),
-            "gamma": (args.gamma, 1.0),
-        }
-        for name, (value, required) in faithful.items():
-            if value != required:
-                raise AlignProError(
-                    f"{name} = {value} moves PPO's optimum away from ρ*; set it to {required}"
-                )
         if not args.kl_coef > 0:
             raise AlignProError(f"kl_coef = {args.kl_coef}: λ must be positive")
+        args.loss_type, args.scale_rewards = "dr_grpo", "none"  # of GRPO's loss, which PPO does not use
+        refuse_moved_optimum(args)
         args.beta = args.kl_coef  # makes GRPOTrainer compute the reference's log-probabilities
         super().__init__(*positional, **(named | {"args": args}))
-        if self.accelerator.num_processes > 1:
-            raise AlignProError(
-                f"num_processes = {self.accelerator.num_processes}: the critic's gradients are not "
-                "synchronised between processes; train on one"
-            )
         self.critic = Critic(self.model.config.hidden_size, args.critic_width).to(self.accelerator.device)
+        broadcast([p.data for p in self.critic.parameters()])  # alike in every process
+        self.kl = AdaptiveKL(args.kl_coef, args.target_kl or 0.0, args.kl_horizon)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
@@ -208,9 +249,23 @@ class PPOTrainer(GRPOTrainer):
         if fresh:
             group = {"params": list(self.critic.parameters()), "lr": self.args.critic_learning_rate}
             optimizer.add_param_group(group | {"weight_decay": 0.0})
+            optimizer.register_step_pre_hook(lambda *_: self._join_critic_gradients())
             # The Trainer clears the gradients of its model only.
             optimizer.register_step_post_hook(lambda *_: self.critic.zero_grad())
         return optimizer
+
+    def _join_critic_gradients(self) -> None:
+        # DDP joins those of the model that it wraps; the critic is beside it.
+        if self.accelerator.num_processes > 1:
+            for parameter in self.critic.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.copy_(self.accelerator.reduce(parameter.grad, "mean"))
+
+    def _mean(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Over the masked tokens of all processes."""
+        sums = torch.stack([(values * mask).sum(), mask.sum()])
+        total, count = self.accelerator.reduce(sums, "sum")
+        return total / count.clamp(min=1)
 
     @torch.no_grad()
     def _critic_features(self, batch: dict[str, Tensor]) -> Tensor:
@@ -237,20 +292,29 @@ class PPOTrainer(GRPOTrainer):
             with torch.no_grad():
                 old = self._get_per_token_logps_and_entropies(self.model, *joined(batch))[0]
 
-        scores = (self._raw_rewards * self.reward_weights.to(self._raw_rewards.device)).sum(1)
+        mine = slice(
+            self.accelerator.process_index * len(mask), (self.accelerator.process_index + 1) * len(mask)
+        )
+        scores = (self._raw_rewards * self.reward_weights.to(self._raw_rewards.device)).sum(1)[mine]
         if not torch.isfinite(scores).all():
             bad = int((~torch.isfinite(scores)).nonzero()[0, 0])
             raise AlignProError(
                 f"reward of {inputs[bad]['prompt']!r} is {scores[bad].item()}; rewards must be finite"
             )
-        rewards = shaped_rewards(scores, old, reference, mask, args.kl_coef)
+        lam = self.kl.value
+        rewards = shaped_rewards(scores, old, reference, mask, lam, args.kl_estimator)
+        if args.whiten_rewards:
+            mean = self._mean(rewards, mask)
+            rewards = rewards / self._mean((rewards - mean).square(), mask).sqrt().clamp(min=1e-8)
         features = self._critic_features(batch)
-        self.critic.calibrate(rewards.sum(1))
+        self.critic.calibrate(self.accelerator.gather(rewards.sum(1)))
         with torch.no_grad():
             values = self.critic(features) * mask
         advantages, returns = generalized_advantages(rewards, values, mask, args.gamma, args.gae_lambda)
         # A constant baseline has no expected gradient. No rescaling: Adam is scale free already.
-        advantages = (advantages - (advantages * mask).sum() / mask.sum()) * mask
+        advantages = (advantages - self._mean(advantages, mask)) * mask
+        if args.whiten_advantages:
+            advantages = advantages / self._mean(advantages.square(), mask).sqrt().clamp(min=1e-8)
 
         batch |= {
             "advantages": advantages,
@@ -262,7 +326,8 @@ class PPOTrainer(GRPOTrainer):
         log_ratio = ((old - reference) * mask).sum(1)
         self._record("ppo/reward", scores.mean())
         self._record("ppo/kl_k1", log_ratio.mean())
-        objective = scores - args.kl_coef * log_ratio
+        self._record("ppo/lambda", torch.tensor(lam, device=scores.device))
+        objective = scores - lam * log_ratio
         self._record("ppo/objective", objective.mean())
         # Given the batch's prompts, whose samples stand together: differences between prompts do not count.
         each = self.num_generations if self.model.training else self.num_generations_eval
@@ -271,6 +336,9 @@ class PPOTrainer(GRPOTrainer):
                 "ppo/objective_stderr", (objective.view(-1, each).var(1).mean() / len(objective)).sqrt()
             )
         self._record("ppo/explained_variance", explained_variance(values, returns, mask))
+        if args.target_kl and self.model.training:
+            kl = self.accelerator.gather(log_ratio)
+            self.kl.update(float(kl.mean()), len(kl))
         return batch
 
     def _record(self, name: str, value: Tensor) -> None:
@@ -286,8 +354,9 @@ class PPOTrainer(GRPOTrainer):
             log_probs, inputs["old_per_token_logps"], inputs["advantages"], mask, args.clip_range
         )
         values = self.critic(inputs["ppo_features"])
+        tokens = self.accelerator.reduce(mask.sum(), "mean")  # each process's mean of gradients counts alike
         value = clipped_value_loss(
-            values, inputs["ppo_values"], inputs["ppo_returns"], mask, args.value_clip_range
+            values, inputs["ppo_values"], inputs["ppo_returns"], mask, args.value_clip_range, tokens
         )
         # The critic's own scale is divided out, so that one learning rate serves rewards of any unit.
         value = value / self.critic.scale.square()
@@ -306,7 +375,10 @@ class PPOTrainer(GRPOTrainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             save_file(self.critic.state_dict(), folder / CRITIC_FILE)
+            write_json(folder / KL_FILE, {"lambda": self.kl.value})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.critic.load_state_dict(load_file(Path(resume_from_checkpoint) / CRITIC_FILE))
+        folder = Path(resume_from_checkpoint)
+        self.critic.load_state_dict(load_file(folder / CRITIC_FILE))
+        self.kl.value = float(read_json(folder / KL_FILE)["lambda"])

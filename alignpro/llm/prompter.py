@@ -1,8 +1,22 @@
-"""How a language model becomes a prompter: the rewriting template around x, and x′ back from its tokens."""
+"""How a language model becomes a prompter: the rewriting template around x, and x′ back from its tokens.
 
-from dataclasses import dataclass
+prompter = Prompter.from_pretrained("runs/mine/prompter")
+prompter.rewrite("How do plants grow?")
+"""
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 from transformers import PreTrainedTokenizerBase
+
+from alignpro.errors import AlignProError
+from alignpro.files import read_json, write_json, write_text
+
+PROMPTER_FILE = "prompter.json"
 
 Message = dict[str, str]
 
@@ -47,6 +61,170 @@ class Template:
     def text(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
         """x′ as text: special tokens and surrounding white space removed."""
         return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+@dataclass
+class Prompter:
+    """ρ(x′|x): a language model behind a rewriting template, with a trained adapter or without (ρ_sft).
+
+    Attributes:
+        model: the language model; wrapped by PEFT where there is an adapter.
+        tokenizer: its tokenizer.
+        template: the instruction around x.
+        max_tokens: tokens of a rewrite, the end token included; longer ones are cut off.
+        base: name of the language model, which `save` records.
+        facts: how it was trained, as JSON values, for the model card.
+    """
+
+    model: Any
+    tokenizer: Any
+    template: Template = field(default_factory=Template)
+    max_tokens: int = 48
+    base: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, dtype: str = "float32", device: str = "auto") -> "Prompter":
+        """A trained prompter (the folder that `save` wrote), or any model that `load_model` takes, as ρ_sft.
+
+        Raises:
+            AlignProError: the folder is damaged or holds no safetensors; or from `models.load_model`.
+        """
+        from alignpro.llm.models import check_name, load_model, resolve
+
+        if not str(name):
+            raise AlignProError("prompter '': name a model, or the folder of a trained prompter")
+        folder = Path(name).expanduser()
+        if not (folder / PROMPTER_FILE).is_file():
+            check_name(name)
+            model, tokenizer = load_model(name, dtype, device)
+            return cls(model, tokenizer, base=str(name))
+        said = read_json(folder / PROMPTER_FILE)
+        try:
+            template = Template(
+                **said["template"] | {"examples": tuple(map(tuple, said["template"]["examples"]))}
+            )
+            base, max_tokens, facts = str(said["base"]), int(said["max_tokens"]), dict(said["facts"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise AlignProError(
+                f"prompter {str(name)!r}: {PROMPTER_FILE} is not one that Prompter.save wrote ({error!r})"
+            ) from None
+        if not (folder / "adapter_model.safetensors").is_file():
+            if (folder / "config.json").is_file():  # `save` with `whole`
+                return cls(*load_model(folder, dtype, device), template, max_tokens, str(name), facts)
+            raise AlignProError(
+                f"prompter {str(name)!r}: adapter_model.safetensors is missing; save it again"
+            )
+        from peft import PeftModel
+
+        model, tokenizer = load_model(base, dtype, device)
+        resolve(base)
+        adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
+        return cls(adapted.eval(), tokenizer, template, max_tokens, base, facts)
+
+    def save(self, folder: str | Path, *, whole: bool = False) -> None:
+        """Write the adapter (safetensors), `prompter.json` and a model card; not the language model itself.
+
+        Args:
+            whole: write the language model and its tokenizer; for one without an adapter (merged).
+
+        Raises:
+            AlignProError: there is no adapter (with `whole`: there is one), or the folder cannot be written.
+        """
+        folder = Path(folder)
+        if whole == hasattr(self.model, "peft_config"):
+            raise AlignProError(
+                "Prompter.save: whole is for a model without an adapter; merge it first"
+                if whole
+                else "Prompter.save: an untrained prompter is its base model; there is nothing to save"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(str(folder), safe_serialization=True)
+        if whole:
+            self.tokenizer.save_pretrained(str(folder))
+        write_json(
+            folder / PROMPTER_FILE,
+            {
+                "base": self.base,
+                "template": asdict(self.template),
+                "max_tokens": self.max_tokens,
+                "facts": self.facts,
+            },
+        )
+        write_text(folder / "README.md", self.card())
+
+    def push_to_hub(self, repository: str, **options: Any) -> None:
+        """Upload what `save` writes to `repository` (owner/name); needs `hf auth login`."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            api = HfApi()
+            api.create_repo(repository, exist_ok=True, **options)
+            api.upload_folder(repo_id=repository, folder_path=folder)
+
+    def card(self) -> str:
+        """The model card, in Markdown."""
+        facts = "\n".join(
+            f"- {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in self.facts.items()
+        )
+        base = (
+            f"base_model: {self.base}\n"
+            if "/" in self.base and not self.base.startswith((".", "/", "~"))
+            else ""
+        )
+        return (
+            f"---\nlibrary_name: peft\n{base}tags:\n- prompt-optimization\n- align-pro\n---\n\n"
+            f"# A prompter for {Path(self.base).name}\n\n"
+            "It rewrites a request so that a frozen language model answers it better. A LoRA adapter trained "
+            "with `alignpro` on the objective of Align-Pro (arXiv 2501.03486, equation 9).\n\n"
+            "```python\nfrom alignpro.llm.prompter import Prompter\n\n"
+            'prompter = Prompter.from_pretrained("<this folder>")\n'
+            'print(prompter.rewrite("How do plants grow?"))\n'
+            f"```\n\n## Training\n\n{facts or 'not recorded'}\n\n## Limits\n\n"
+            "Trained for one frozen model, one reward and one kind of prompt; elsewhere it may do harm.\n"
+        )
+
+    def rewrites(
+        self, prompts: Sequence[str], samples: int = 1, *, first: int = 0, seed: int = 0, batch_size: int = 64
+    ) -> list[list[str]]:
+        """[prompts][samples] rewrites x′ ~ ρ(·|x), numbers `first …` of each; repeatable by `seed`."""
+        from alignpro.llm.frozen import Sampling
+        from alignpro.llm.policy import sample, sample_key
+
+        if isinstance(prompts, str) or not all(isinstance(x, str) and x.strip() for x in prompts):
+            raise AlignProError("prompts: give a list of strings that are not empty")
+        if samples < 1:
+            raise AlignProError(f"samples {samples}: give at least 1")
+        drawn = sample(
+            self.model,
+            self.tokenizer.pad_token_id,
+            [self.template.prompt_ids(self.tokenizer, x) for x in prompts],
+            [[sample_key("rewrite", seed, x, i) for i in range(first, first + samples)] for x in prompts],
+            Sampling(max_tokens=self.max_tokens),
+            batch_size=batch_size,
+        )
+        return [[self.template.text(self.tokenizer, tuple(ids)) for ids in row] for row in drawn]
+
+    def rewrite(self, x: str, *, seed: int = 0) -> str:
+        """One rewrite x′ ~ ρ(·|x)."""
+        return self.rewrites([x], seed=seed)[0][0]
+
+    def log_probs(self, prompts: Sequence[str], rewrites: Sequence[str]) -> np.ndarray:
+        """[n] float64: log ρ(rewrites[i] | prompts[i]) in nats, the end of the turn included."""
+        import torch
+
+        from alignpro.llm.policy import log_probs
+
+        with torch.no_grad():
+            scores = log_probs(
+                self.model,
+                [self.template.prompt_ids(self.tokenizer, x) for x in prompts],
+                [self.template.rewrite_ids(self.tokenizer, x) for x in rewrites],
+            )
+        return scores.log_probs.double().sum(1).cpu().numpy()
 
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ...]:

@@ -449,26 +449,36 @@ def constructed_pairs(config: TrainingConfig) -> list[data.PreferencePair]:
 
 
 def check_name(name: str) -> None:
-    """Refuse what is neither a row of `REWARDS` nor a folder.
+    """Refuse what names no reward (see `load_reward`), without a download.
 
     Raises:
         AlignProError: so.
     """
-    if name not in REWARDS and not Path(name).expanduser().is_dir():
-        raise AlignProError(
-            f"reward {name!r}: choose from {', '.join(REWARDS)}, or name a folder that "
-            "BradleyTerryReward.save wrote"
-        )
+    if name not in REWARDS and not _is_head(name):
+        from alignpro.llm import reward_models
+
+        reward_models.check_name(name)
 
 
-def load_reward(name: str = "minilm-bt") -> Reward:
-    """The reward of that name in `REWARDS`, or the folder of a saved Bradley–Terry reward.
+def load_reward(name: str = "minilm-bt", **options: Any) -> Reward:
+    """The reward of that name: a row of `REWARDS`, the folder of a saved Bradley–Terry reward, or whatever
+    `reward_models.open_reward` takes (a reward model, module:function, an endpoint), with its options.
 
     Raises:
-        AlignProError: neither; or from fetching and training.
+        AlignProError: none of these; or from fetching, training or loading.
     """
-    check_name(name)
-    return REWARDS[name]() if name in REWARDS else BradleyTerryReward.load(Path(name).expanduser())
+    if name in REWARDS:
+        return REWARDS[name](**options)
+    if _is_head(name):
+        return BradleyTerryReward.load(Path(name).expanduser(), **options)
+    from alignpro.llm import reward_models
+
+    return reward_models.open_reward(name, **options)
+
+
+def _is_head(name: str) -> bool:
+    folder = Path(name).expanduser()
+    return bool(name) and folder.is_dir() and not (folder / "config.json").is_file()
 
 
 def minilm_bt(config: TrainingConfig | None = None) -> BradleyTerryReward:
@@ -494,7 +504,7 @@ def minilm_bt(config: TrainingConfig | None = None) -> BradleyTerryReward:
     return reward
 
 
-REWARDS: dict[str, Callable[[], Reward]] = {"minilm-bt": minilm_bt}
+REWARDS: dict[str, Callable[..., Reward]] = {"minilm-bt": minilm_bt}
 
 
 # --- measurements ---

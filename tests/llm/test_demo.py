@@ -18,7 +18,7 @@ from alignpro.llm import demo, rewards
 from alignpro.llm.demo import DemoSettings, run
 from alignpro.llm.enumerate import EnumerationSettings
 from alignpro.llm.models import tiny_model
-from alignpro.llm.train import TrainSettings
+from alignpro.llm.tree_train import TrainSettings
 from alignpro.theory import check, load, solution
 
 

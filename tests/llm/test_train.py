@@ -1,0 +1,353 @@
+"""Open-ended training: all algorithms reach ρ*, moved settings do not, and interruptions change nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from alignpro.errors import AlignProError
+from alignpro.llm import train as train_module
+from alignpro.llm.models import tiny_model
+from alignpro.llm.policy import log_probs
+from alignpro.llm.ppo import AdaptiveKL, PPOConfig
+from alignpro.llm.prompter import Prompter, Template
+from alignpro.llm.settings import ALGORITHM_NAMES, PRESETS, TASK_NAMES, TrainSettings, moved_optimum
+from alignpro.llm.train import ALGORITHMS, METRICS_FILE, TASKS, Environment, train
+
+PROMPTS = ["ab", "cd", "ef"]
+LAM = 0.35
+BARE = Template(system="", examples=(), request="", opening="", space="")
+SETTINGS = TrainSettings(
+    lam=LAM,
+    iterations=40,
+    prompts=3,
+    samples=128,
+    epochs=4,
+    max_tokens=2,
+    learning_rate=3e-3,
+    lora_layers=1.0,
+    task="rlhf",
+)
+
+
+class TableReward:
+    """A fixed random reward in [0, 1.5] of each pair of texts."""
+
+    low, high = 0.0, 1.5
+
+    def score(self, prompts, responses):
+        return np.array([self.one(x, y) for x, y in zip(prompts, responses, strict=True)])
+
+    @staticmethod
+    def one(x, y):
+        return np.random.default_rng([*x.encode(), 0, *y.encode()]).uniform(0, 1.5)
+
+    def describe(self):
+        return {}
+
+
+class Problem:
+    """Two tokens over seven: 57 continuations in all, so ρ_θ and ρ* are exact."""
+
+    def __init__(self):
+        self.model, self.tokenizer = tiny_model(seed=1, vocab="abcd")
+        end = self.tokenizer.eos_token_id
+        others = [i for i in range(len(self.tokenizer)) if i != end]
+        self.leaves = [(end,), *((a, end) for a in others), *((a, b) for a in others for b in others)]
+        self.prior = self.policy(self.model)
+        texts = [self.tokenizer.decode(list(leaf), skip_special_tokens=True) for leaf in self.leaves]
+        self.rewards = np.array([[TableReward.one(x, y) for y in texts] for x in PROMPTS])
+        star = self.prior * np.exp(self.rewards / LAM)
+        self.star = star / star.sum(1, keepdims=True)
+
+    def policy(self, model):
+        ids = [tuple(self.tokenizer(x).input_ids) for x in PROMPTS for _ in self.leaves]
+        with torch.no_grad():
+            found = log_probs(model, ids, [leaf for _ in PROMPTS for leaf in self.leaves]).log_probs
+        return found.sum(1).double().exp().numpy().reshape(len(PROMPTS), -1)
+
+    def kl_to_star(self, model):
+        policy = self.policy(model)
+        return float((policy * np.log(policy / self.star)).sum(1).mean())
+
+
+def fit(folder, settings=SETTINGS, **options):
+    model, tokenizer = tiny_model(seed=1, vocab="abcd")
+    options = {"progress": False} | options
+    return train(
+        Prompter(model, tokenizer, BARE),
+        Environment(TableReward(), None),
+        PROMPTS,
+        settings,
+        folder,
+        **options,
+    )
+
+
+def test_policies_sum_to_one():
+    np.testing.assert_allclose(Problem().prior.sum(1), 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo", "grpo"])
+def test_every_algorithm_reaches_the_optimum(algorithm, tmp_path):
+    problem = Problem()
+    assert problem.kl_to_star(problem.model) > 0.3
+    trained = fit(tmp_path, replace(SETTINGS, algorithm=algorithm))
+    assert problem.kl_to_star(trained.prompter.model) < 0.03
+    # The base model is the reference still, and the trained one can be had again from its folder.
+    with trained.prompter.model.disable_adapter():
+        np.testing.assert_allclose(problem.policy(trained.prompter.model), problem.prior, rtol=1e-5)
+    assert (tmp_path / "prompter" / "adapter_model.safetensors").exists()
+    assert not [*tmp_path.glob("prompter/*.bin"), *tmp_path.glob("prompter/*.pt")]
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [{"temperature": 0.5}, {"kl_estimator": "k3"}, {"top_k": 2}, {"target_kl": 1e-3, "kl_horizon": 400}],
+)
+def test_what_moves_the_optimum_does_and_is_refused_unless_allowed(moved, tmp_path):
+    settings = replace(SETTINGS, **moved)
+    with pytest.raises(AlignProError, match=f"^{next(iter(moved))} = .*moves PPO's optimum away from ρ\\*"):
+        fit(tmp_path / "refused", settings)
+    assert not (tmp_path / "refused").exists()
+    problem = Problem()
+    trained = fit(tmp_path / "allowed", replace(settings, allow_moved_optimum=True))
+    assert problem.kl_to_star(trained.prompter.model) > 0.045
+
+
+def test_grpo_with_its_own_kl_misses_the_optimum(monkeypatch, tmp_path):
+    """Mutant: a k3 estimate in the loss in place of the log-ratio in the reward."""
+
+    class Plain(train_module.OpenGRPOTrainer):
+        _calculate_rewards = train_module.OpenRollouts._calculate_rewards
+        _compute_loss = train_module.GRPOTrainer._compute_loss
+
+    _, config = train_module._grpo({"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}, SETTINGS)
+    assert config.loss_type == "dr_grpo"
+    monkeypatch.setitem(
+        train_module.ALGORITHMS, "grpo", lambda common, s: (Plain, train_module._grpo(common, s)[1])
+    )
+    problem = Problem()
+    trained = fit(tmp_path, replace(SETTINGS, algorithm="grpo"))
+    assert problem.kl_to_star(trained.prompter.model) > 0.045
+
+
+def test_named_settings():
+    assert (tuple(ALGORITHMS), tuple(TASKS)) == (ALGORITHM_NAMES, TASK_NAMES)
+    paper = TrainSettings(**PRESETS["paper"])
+    assert paper.prompts * paper.samples == 256
+    assert paper.prompts * paper.samples // paper.minibatches == 16
+    assert (paper.learning_rate, paper.lam, paper.epochs, paper.clip_range) == (1.41e-5, 0.2, 4, 0.2)
+    _, config = train_module._ppo({"output_dir": "x", "use_cpu": True, "bf16": False}, paper)
+    assert set(moved_optimum(config)) == {"target_kl"}
+    _, config = train_module._ppo(
+        {"output_dir": "x", "use_cpu": True, "bf16": False}, TrainSettings(**PRESETS["faithful"])
+    )
+    assert not moved_optimum(config)
+    # TRL's own defaults are not faithful.
+    assert {"loss_type", "scale_rewards"} <= set(
+        moved_optimum(PPOConfig(output_dir="x", use_cpu=True, bf16=False))
+    )
+
+
+def test_the_controller_of_lambda():
+    """Ziegler et al.: the relative error, clipped to ±0.2, times sequences/horizon."""
+    kl = AdaptiveKL(0.2, 6.0, 10_000)
+    kl.update(12.0, 256)
+    assert kl.value == pytest.approx(0.2 * (1 + 0.2 * 256 / 10_000))
+    kl.update(6.6, 100)
+    assert kl.value == pytest.approx(0.2 * (1 + 0.2 * 256 / 10_000) * (1 + 0.1 * 100 / 10_000))
+    kl.update(0.0, 10_000)
+    assert kl.value < 0.2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"algorithm": "dpo"}, r"^algorithm 'dpo': choose from ppo, rloo, grpo$"),
+        ({"lam": 0.0}, r"^lam 0.0: give a positive, finite number$"),
+        ({"lam": float("nan")}, r"^lam nan: give a positive"),
+        (
+            {"samples": 1, "algorithm": "rloo"},
+            r"^samples 1: rloo compares rewrites of one prompt; give at least 2$",
+        ),
+        ({"minibatches": 5}, r"^minibatches 5: does not divide"),
+        ({"seed": -1}, r"^seed -1: give at least 0$"),
+        ({"top_p": 1.5}, r"^top_p 1.5: give a number above 0 and at most 1$"),
+        ({"iterations": 0}, r"^iterations 0: give at least 1$"),
+    ],
+)
+def test_bad_settings_are_named(wrong, message):
+    with pytest.raises(AlignProError, match=message):
+        replace(TrainSettings(), **wrong)
+
+
+def test_bad_problems_are_named(tmp_path):
+    with pytest.raises(AlignProError, match=r"^prompts 4: more than the 3 distinct ones given"):
+        fit(tmp_path, replace(SETTINGS, prompts=4))
+    trained = fit(tmp_path / "a", replace(SETTINGS, iterations=1, samples=4))
+    with pytest.raises(AlignProError, match=r"^prompter: it has an adapter already"):
+        train(trained.prompter, Environment(TableReward(), None), PROMPTS, SETTINGS, tmp_path / "b")
+
+    class Broken(TableReward):
+        def score(self, prompts, responses):
+            return np.full(len(prompts), np.nan)
+
+    model, tokenizer = tiny_model(seed=1, vocab="abcd")
+    with pytest.raises(AlignProError, match=r"reward of '..' is nan; rewards must be finite"):
+        train(
+            Prompter(model, tokenizer, BARE),
+            Environment(Broken(), None),
+            PROMPTS,
+            SETTINGS,
+            tmp_path / "c",
+            progress=False,
+        )
+
+
+def test_every_round_has_distinct_prompts():
+    rng = np.random.default_rng(0)
+    rows = train_module._rounds(list("abcde"), 3, 20, rng)
+    assert len(rows) == 60
+    assert all(len(set(rows[i : i + 3])) == 3 for i in range(0, 60, 3))
+    assert {rows.count(x) for x in "abcde"} == {12}
+
+
+SHORT = replace(SETTINGS, iterations=8, samples=32, minibatches=2)
+
+
+def test_seed_zero_is_honoured(tmp_path):
+    first, again = (fit(tmp_path / name, SHORT).metrics for name in "ab")
+    assert first == again
+    assert first != fit(tmp_path / "c", replace(SHORT, seed=1)).metrics
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo", "grpo"])
+def test_interrupted_and_resumed_equals_uninterrupted(algorithm, tmp_path):
+    """To the bit: model, critic, optimizer, schedule, controller of λ, data order, samples."""
+    settings = replace(SHORT, algorithm=algorithm)
+    if algorithm == "ppo":
+        settings = replace(settings, target_kl=0.2, kl_horizon=300, allow_moved_optimum=True)
+    whole = fit(tmp_path / "whole", settings)
+
+    class Cut(TableReward):
+        calls = 0
+
+        def score(self, prompts, responses):
+            Cut.calls += 1
+            if Cut.calls == 6:
+                raise KeyboardInterrupt
+            return super().score(prompts, responses)
+
+    model, tokenizer = tiny_model(seed=1, vocab="abcd")
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            Prompter(model, tokenizer, BARE),
+            Environment(Cut(), None),
+            PROMPTS,
+            settings,
+            tmp_path / "cut",
+            progress=False,
+        )
+    resumed = fit(tmp_path / "cut", settings, resume=True)
+    assert resumed.metrics == whole.metrics
+    a, b = (dict(t.prompter.model.named_parameters()) for t in (whole, resumed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(AlignProError, match=r"was started with settings\.lam = 0\.35, not 0\.4"):
+        fit(tmp_path / "cut", replace(settings, lam=0.4), resume=True)
+
+
+# Imported once; each run is a fork of it, killed after a random while.
+_KILLER = """
+import os, random, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import test_train as t
+rng, kills, folder = random.Random(0), 0, sys.argv[2]
+while True:
+    child = os.fork()
+    if child == 0:
+        t.fit(folder, t.SHORT, resume=True)
+        os._exit(0)
+    deadline = time.monotonic() + rng.uniform(0.1, 1.2)
+    while time.monotonic() < deadline or kills >= 20:
+        if os.waitpid(child, 0 if kills >= 20 else os.WNOHANG)[0]:
+            break
+        time.sleep(0.005)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+        continue
+    print(kills)
+    if kills >= 20:
+        break
+    # Finished before its kill: the next one begins again from nothing.
+    import shutil
+    shutil.rmtree(folder)
+"""
+
+
+def test_killed_at_random_moments_ends_in_the_same_result(tmp_path):
+    """kill −9, twenty times at least; each run continues what the one before it left."""
+    whole = fit(tmp_path / "whole", SHORT).metrics
+    command = [sys.executable, "-c", _KILLER, str(Path(__file__).parent), str(tmp_path / "cut")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) >= 20
+    lines = (tmp_path / "cut" / METRICS_FILE).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == whole
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """DDP on two CPU processes: the loss curve of one process at equal global batch, critic included."""
+    settings = replace(SHORT, minibatches=1)
+    one = fit(tmp_path / "one", settings).metrics
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\n"
+        "from dataclasses import replace\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_train as t\n"
+        f"t.fit({str(tmp_path / 'two')!r}, replace(t.SHORT, minibatches=1))\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(script)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = [json.loads(line) for line in (tmp_path / "two" / METRICS_FILE).read_text().splitlines()]
+
+    def close(a, b):
+        names = (
+            "score",
+            "ppo/kl_k1",
+            "ppo/objective",
+            "ppo/policy_loss",
+            "ppo/value_loss",
+            "ppo/explained_variance",
+        )
+        return all(
+            abs(x[n] - y[n]) <= 2e-4 * (1 + abs(y[n])) for x, y in zip(a, b, strict=True) for n in names
+        )
+
+    assert close(two, one)
+    # Mutant: one process with half of the batch.
+    assert not close(fit(tmp_path / "half", replace(settings, samples=16)).metrics, one)
