@@ -180,6 +180,16 @@ class Pack:
             sees[i, i] = True
         return positions, sees
 
+    def table(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[rows, steps]: `edges` as two arrays, and 1.0 where there is one."""
+        at, token = np.zeros((2, len(self.rows), steps), int)
+        inside = np.zeros((len(self.rows), steps), np.float32)
+        for i, edges in enumerate(self.edges):
+            n = len(edges)
+            at[i, :n], token[i, :n] = zip(*edges, strict=True)
+            inside[i, :n] = 1.0
+        return at, token, inside
+
 
 def packs(prompts: Sequence[Ids], continuations: Sequence[Ids], most: int = 2048) -> list[Pack]:
     """Sequences gathered into prefix trees of about `most` nodes, those that share a prefix together.
@@ -256,15 +266,15 @@ def log_probs(
         most: tokens in one forward pass, about.
     """
     steps = max(map(len, continuations)) if steps is None else steps
-    device = next(model.parameters()).device
-    parts: list[tuple[int, list[Tensor]]] = []
+    first = next(model.parameters())
+    device, dtype = first.device, first.dtype
+    order: list[int] = []
+    parts: list[list[Tensor]] = []
     for pack in packs(prompts, continuations, most):
         positions, sees = pack.arrays()
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         # Additive form: understood by every attention implementation that takes a 4-d mask.
-        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(
-            torch.from_numpy(~sees), torch.finfo(dtype).min
-        )
+        mask = torch.zeros(sees.shape, dtype=dtype)
+        mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(dtype).min)
         states = torch.as_tensor(pack.states, device=device)
         out = model(
             input_ids=torch.as_tensor(pack.tokens, device=device)[None],
@@ -276,20 +286,14 @@ def log_probs(
         )
         logits = out.logits[0].float()
         total = torch.logsumexp(logits, -1)
+        at, token, inside = (torch.as_tensor(a, device=device) for a in pack.table(steps))
         with torch.no_grad():
             entropy = total - (torch.exp(logits - total[:, None]) * logits).sum(-1)
-            features = out.hidden_states[-1][0, states].float() if hidden else None
-        for row, edges in zip(pack.rows, pack.edges, strict=True):
-            at, token = (torch.tensor(column, device=device) for column in zip(*edges, strict=True))
-            values = [logits[at, token] - total[at], entropy[at]]
-            if features is not None:
-                values.append(features[at])
-            parts.append((row, [_filled(v, steps) for v in values]))
-    parts.sort(key=lambda part: part[0])
-    stacked = [torch.stack(column) for column in zip(*(values for _, values in parts), strict=True)]
-    return Scores(stacked[0], stacked[1], stacked[2] if hidden else None)
-
-
-def _filled(values: Tensor, steps: int) -> Tensor:
-    """[t, …] → [steps, …] with zeros."""
-    return torch.cat([values, values.new_zeros(steps - len(values), *values.shape[1:])])
+            values = [entropy[at] * inside]
+            if hidden:
+                values.append(out.hidden_states[-1][0, states].float()[at] * inside[..., None])
+        parts.append([(logits[at, token] - total[at]) * inside, *values])
+        order += pack.rows
+    back = torch.argsort(torch.tensor(order, device=device))
+    found = [torch.cat(column)[back] for column in zip(*parts, strict=True)]
+    return Scores(found[0], found[1], found[2] if hidden else None)

@@ -175,11 +175,16 @@ class Prompter:
             if "/" in self.base and not self.base.startswith((".", "/", "~"))
             else ""
         )
+        adapter = hasattr(self.model, "peft_config")
+        library, kind = ("peft", "A LoRA adapter") if adapter else ("transformers", "A language model")
+        aim = "the objective of Align-Pro (arXiv 2501.03486, equation 9)"
+        if "sft" in self.facts and "settings" not in self.facts:
+            aim = "pairs of a prompt and its rewrite"
         return (
-            f"---\nlibrary_name: peft\n{base}tags:\n- prompt-optimization\n- align-pro\n---\n\n"
+            f"---\nlibrary_name: {library}\n{base}tags:\n- prompt-optimization\n- align-pro\n---\n\n"
             f"# A prompter for {Path(self.base).name}\n\n"
-            "It rewrites a request so that a frozen language model answers it better. A LoRA adapter trained "
-            "with `alignpro` on the objective of Align-Pro (arXiv 2501.03486, equation 9).\n\n"
+            f"It rewrites a request so that a frozen language model answers it better. {kind} trained "
+            f"with `alignpro` on {aim}.\n\n"
             "```python\nfrom alignpro.llm.prompter import Prompter\n\n"
             'prompter = Prompter.from_pretrained("<this folder>")\n'
             'print(prompter.rewrite("How do plants grow?"))\n'

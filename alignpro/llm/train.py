@@ -32,6 +32,7 @@ from alignpro.llm.models import quiet
 from alignpro.llm.policy import log_probs, sample_and_score, sample_key
 from alignpro.llm.ppo import PPOConfig, PPOTrainer
 from alignpro.llm.prompter import Prompter, Template, target_ids
+from alignpro.llm.reward_models import check_scores
 from alignpro.llm.rewards import Reward
 from alignpro.llm.settings import SCHEDULES, TrainSettings, refuse_moved_optimum
 from alignpro.llm.tree_train import COMPLETE, adapter_config, last_checkpoint, refuse_other_settings
@@ -67,11 +68,14 @@ class Environment:
 
         Args:
             draws: which draw of π_F each action gets: equal draws of equal rewrites are the same answers.
+
+        Raises:
+            AlignProError: a reward that is not finite or not in its declared range, with the sample; or from
+                the target.
         """
         if self.target is None:
-            return self.reward.score(prompts, actions)
-        # π_F is asked something even where the rewrite is empty.
-        asked = [x if action.strip() else " " for x, action in zip(actions, actions, strict=True)]
+            return self._checked(prompts, actions)
+        asked = [action if action.strip() else " " for action in actions]  # something, even where it is empty
         answers = self.target.respond(
             asked,
             self.sampling,
@@ -80,8 +84,12 @@ class Environment:
             seed=self.seed,
         )
         texts = [answer.text for row in answers for answer in row]
-        scores = self.reward.score([x for x in prompts for _ in range(self.responses)], texts)
-        return np.asarray(scores, float).reshape(len(prompts), self.responses).mean(1)
+        scores = self._checked([x for x in prompts for _ in range(self.responses)], texts)
+        return scores.reshape(len(prompts), self.responses).mean(1)
+
+    def _checked(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        scores = self.reward.score(prompts, responses)
+        return check_scores(prompts, responses, scores, self.reward.low, self.reward.high)
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,9 @@ class OpenRollouts:
         super().__init__(*positional, **named)
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
-        return [list(self._task.prompt_ids(self.processing_class, x)) for x in prompts], None, {}  # type: ignore[attr-defined]
+        tokenizer = self.processing_class  # type: ignore[attr-defined]
+        ids = {x: list(self._task.prompt_ids(tokenizer, x)) for x in dict.fromkeys(prompts)}
+        return [ids[x] for x in prompts], None, {}
 
     def _group(self) -> int:
         return self.num_generations if self.model.training else self.num_generations_eval  # type: ignore[attr-defined]
@@ -200,7 +210,9 @@ class OpenRollouts:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         if self.args.should_save:
-            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
+            (folder / COMPLETE).touch()
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL's card would credit another method. `Prompter.save` writes one."""
@@ -229,7 +241,8 @@ class OpenRLOOTrainer(OpenRollouts, RLOOTrainer):
 class OpenGRPOTrainer(OpenRollouts, GRPOTrainer):
     """TRL's GRPO (arXiv 2402.03300) with −λ log(ρ_θ/ρ_sft) in the reward, not a k3 estimate in the loss.
 
-    GRPO's own place for the KL leaves the optimum elsewhere: k3 is differentiated at the samples only.
+    Differentiated at the samples, the k3 in GRPO's loss has the gradient of KL(ρ_sft‖ρ), the other direction,
+    so that its optimum is not ρ*.
     """
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:

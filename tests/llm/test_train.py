@@ -25,9 +25,9 @@ LAM = 0.35
 BARE = Template(system="", examples=(), request="", opening="", space="")
 SETTINGS = TrainSettings(
     lam=LAM,
-    iterations=40,
+    iterations=24,
     prompts=3,
-    samples=128,
+    samples=64,
     epochs=4,
     max_tokens=2,
     learning_rate=3e-3,
@@ -99,7 +99,7 @@ def test_every_algorithm_reaches_the_optimum(algorithm, tmp_path):
     problem = Problem()
     assert problem.kl_to_star(problem.model) > 0.3
     trained = fit(tmp_path, replace(SETTINGS, algorithm=algorithm))
-    assert problem.kl_to_star(trained.prompter.model) < 0.03
+    assert problem.kl_to_star(trained.prompter.model) < 0.04
     # The base model is the reference still, and the trained one can be had again from its folder.
     with trained.prompter.model.disable_adapter():
         np.testing.assert_allclose(problem.policy(trained.prompter.model), problem.prior, rtol=1e-5)
@@ -109,7 +109,7 @@ def test_every_algorithm_reaches_the_optimum(algorithm, tmp_path):
 
 @pytest.mark.parametrize(
     "moved",
-    [{"temperature": 0.5}, {"kl_estimator": "k3"}, {"top_k": 2}, {"target_kl": 1e-3, "kl_horizon": 400}],
+    [{"temperature": 0.5}, {"kl_estimator": "k3"}, {"top_k": 2}, {"target_kl": 1e-3, "kl_horizon": 200}],
 )
 def test_what_moves_the_optimum_does_and_is_refused_unless_allowed(moved, tmp_path):
     settings = replace(SETTINGS, **moved)
@@ -118,24 +118,7 @@ def test_what_moves_the_optimum_does_and_is_refused_unless_allowed(moved, tmp_pa
     assert not (tmp_path / "refused").exists()
     problem = Problem()
     trained = fit(tmp_path / "allowed", replace(settings, allow_moved_optimum=True))
-    assert problem.kl_to_star(trained.prompter.model) > 0.045
-
-
-def test_grpo_with_its_own_kl_misses_the_optimum(monkeypatch, tmp_path):
-    """Mutant: a k3 estimate in the loss in place of the log-ratio in the reward."""
-
-    class Plain(train_module.OpenGRPOTrainer):
-        _calculate_rewards = train_module.OpenRollouts._calculate_rewards
-        _compute_loss = train_module.GRPOTrainer._compute_loss
-
-    _, config = train_module._grpo({"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}, SETTINGS)
-    assert config.loss_type == "dr_grpo"
-    monkeypatch.setitem(
-        train_module.ALGORITHMS, "grpo", lambda common, s: (Plain, train_module._grpo(common, s)[1])
-    )
-    problem = Problem()
-    trained = fit(tmp_path, replace(SETTINGS, algorithm="grpo"))
-    assert problem.kl_to_star(trained.prompter.model) > 0.045
+    assert problem.kl_to_star(trained.prompter.model) > 0.1
 
 
 def test_named_settings():
@@ -200,7 +183,7 @@ def test_bad_problems_are_named(tmp_path):
             return np.full(len(prompts), np.nan)
 
     model, tokenizer = tiny_model(seed=1, vocab="abcd")
-    with pytest.raises(AlignProError, match=r"reward of '..' is nan; rewards must be finite"):
+    with pytest.raises(AlignProError, match=r"reward of sample 0 \(prompt '..', response .*\) is nan: every"):
         train(
             Prompter(model, tokenizer, BARE),
             Environment(Broken(), None),
