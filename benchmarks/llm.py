@@ -1,0 +1,377 @@
+"""How fast one training step is, by phase, beside plain transformers and TRL's own RLOO in the same run.
+
+    python benchmarks/llm.py                         # SmolLM2-135M-Instruct, 8 prompts x 8 rewrites
+    python benchmarks/llm.py --tiny                  # a tiny random model: the overhead of the machinery
+    python benchmarks/llm.py --json result.json
+
+One step: rewrites are generated, the frozen model answers each, the reward judges (a cheap one here), the
+reference scores the rewrites, and the adapter is updated once. The rivals do the same work:
+
+- `plain`: transformers.generate with num_return_sequences, padded batches, no sharing of prefixes;
+- `trl rloo`: trl.RLOOTrainer as it comes, with the same adapter and a reward function that asks the same
+  frozen model.
+
+Each does `--rounds` steps after one that is not counted; the least is shown. All sample from the same policy,
+so lengths are alike but not equal: rates are per token generated. `in models` is the share of a step spent
+inside forward and backward passes; the rest is overhead.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from theory import machine
+
+from alignpro.llm import data
+from alignpro.llm import train as training
+from alignpro.llm.frozen import Sampling
+from alignpro.llm.local import LocalTarget
+from alignpro.llm.models import quiet, tiny_model
+from alignpro.llm.prompter import Prompter, target_ids
+from alignpro.llm.settings import TrainSettings
+from alignpro.llm.train import Environment, train
+from alignpro.llm.tree_train import adapter_config
+
+REWRITE, ANSWER = 24, 32
+
+
+class Clock:
+    """Seconds by phase, and within forward and backward passes."""
+
+    def __init__(self):
+        self.steps = []
+        self.begin()
+
+    def begin(self):
+        self.phases = defaultdict(float)
+        self.tokens = defaultdict(int)
+        self.inside = 0.0
+        self.depth = 0
+        self.since = time.perf_counter()
+
+    def end(self):
+        total = time.perf_counter() - self.since
+        self.steps.append((total, dict(self.phases), dict(self.tokens), self.inside))
+        self.begin()
+
+    @contextmanager
+    def phase(self, name):
+        start = time.perf_counter()
+        yield
+        self.phases[name] += time.perf_counter() - start
+
+    @contextmanager
+    def within(self):
+        self.depth += 1
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            if not self.depth:
+                self.inside += time.perf_counter() - start
+
+    def watch(self, model):
+        """Counts the model's forward passes as inside."""
+        right = model.forward
+
+        def forward(*positional, **named):
+            with self.within():
+                return right(*positional, **named)
+
+        model.forward = forward
+        return model
+
+    def best(self):
+        return min(self.steps[1:], key=lambda step: step[0])
+
+
+class Cheap:
+    """A reward that costs nothing: the share of distinct words."""
+
+    low, high = 0.0, 1.0
+
+    def score(self, prompts, responses):
+        return np.array([len(set(y.split())) / max(1, len(y.split())) for y in responses])
+
+    def describe(self):
+        return {"name": "distinct words"}
+
+
+def parts(tiny):
+    if tiny:
+        model, tokenizer = tiny_model(seed=0)
+        frozen, _ = tiny_model(seed=1)
+        prompts = ["abc", "bcd", "cde", "def", "efg", "fgh", "gha", "hab"]
+        return (
+            Prompter(model, tokenizer, base="tiny"),
+            LocalTarget((frozen, tokenizer), batch_size=64),
+            prompts,
+        )
+    prompter = Prompter.from_pretrained("smollm2-135m-instruct")
+    return (
+        prompter,
+        LocalTarget("smollm2-135m-instruct", dtype="float32", batch_size=64),
+        data.instructions(8),
+    )
+
+
+def settings(args, algorithm="ppo"):
+    return TrainSettings(
+        algorithm=algorithm,
+        iterations=args.rounds + 1,
+        prompts=8,
+        samples=args.samples,
+        epochs=1,
+        max_tokens=REWRITE,
+        lora_layers=0.34,
+        learning_rate=1e-4,
+    )
+
+
+def ours(args):
+    """`alignpro.llm.train`, PPO."""
+    prompter, frozen, prompts = parts(args.tiny)
+    clock = Clock()
+    clock.watch(prompter.model)
+    clock.watch(frozen.model)
+    environment = Environment(Cheap(), frozen, Sampling(max_tokens=ANSWER))
+    timed = {"sample_and_score": "prompter generation", "log_probs": "scoring and update, forward"}
+    saved = {name: getattr(training, name) for name in timed}
+
+    def wrap(name, phase):
+        def run(*positional, **named):
+            with clock.phase(phase):
+                found = saved[name](*positional, **named)
+            if name == "sample_and_score":
+                clock.tokens["rewrites"] += sum(len(ids) for row in found for ids, _ in row)
+            return found
+
+        return run
+
+    for name, phase in timed.items():
+        setattr(training, name, wrap(name, phase))
+    respond = frozen.respond
+
+    def responding(*positional, **named):
+        with clock.phase("frozen generation"):
+            found = respond(*positional, **named)
+        clock.tokens["answers"] += sum(answer.tokens for row in found for answer in row)
+        return found
+
+    frozen.respond = responding
+    with _backward(clock, training.OpenPPOTrainer), tempfile.TemporaryDirectory() as folder:
+        train(prompter, environment, prompts, settings(args), folder, progress=False)
+    for name, function in saved.items():
+        setattr(training, name, function)
+    return clock.best()
+
+
+@contextmanager
+def _backward(clock, trainer):
+    """Times each training step and the backward pass in it."""
+    from accelerate import Accelerator
+
+    step, backward = trainer.training_step, Accelerator.backward
+
+    def stepping(self, *positional, **named):
+        clock.begin()
+        found = step(self, *positional, **named)
+        clock.end()
+        return found
+
+    def going_back(self, *positional, **named):
+        with clock.phase("update, backward"), clock.within():
+            return backward(self, *positional, **named)
+
+    trainer.training_step, Accelerator.backward = stepping, going_back
+    try:
+        yield
+    finally:
+        trainer.training_step, Accelerator.backward = step, backward
+
+
+def trl_rloo(args):
+    """trl.RLOOTrainer as it comes."""
+    from datasets import Dataset
+    from trl import RLOOConfig, RLOOTrainer
+
+    prompter, frozen, prompts = parts(args.tiny)
+    tokenizer, template = prompter.tokenizer, prompter.template
+    clock = Clock()
+    clock.watch(prompter.model)
+    clock.watch(frozen.model)
+    environment = Environment(Cheap(), frozen, Sampling(max_tokens=ANSWER))
+    respond = frozen.respond
+
+    def responding(*positional, **named):
+        with clock.phase("frozen generation"):
+            found = respond(*positional, **named)
+        clock.tokens["answers"] += sum(answer.tokens for row in found for answer in row)
+        return found
+
+    frozen.respond = responding
+
+    def reward(prompts, completion_ids, x, **_):
+        clock.tokens["rewrites"] += sum(map(len, completion_ids))
+        texts = [template.text(tokenizer, tuple(ids)) for ids in completion_ids]
+        return environment.score(x, texts, list(range(len(x)))).tolist()
+
+    asked = [tokenizer.decode(list(template.prompt_ids(tokenizer, x))) for x in prompts]
+    with tempfile.TemporaryDirectory() as folder, quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = RLOOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=8 * args.samples,
+            num_generations=args.samples,
+            max_steps=args.rounds + 1,
+            max_completion_length=REWRITE,
+            temperature=1.0,
+            beta=0.05,
+            learning_rate=1e-4,
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=not torch.cuda.is_available(),
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        trainer = RLOOTrainer(
+            model=prompter.model,
+            peft_config=adapter_config(prompter.model, 16, 0.34),
+            reward_funcs=reward,
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": asked, "x": prompts}),
+            processing_class=tokenizer,
+        )
+        with _backward(clock, RLOOTrainer):
+            trainer.train()
+    return clock.best()
+
+
+def plain(args):
+    """The same step with transformers alone."""
+    from peft import get_peft_model
+
+    prompter, frozen, prompts = parts(args.tiny)
+    tokenizer, template = prompter.tokenizer, prompter.template
+    clock = Clock()
+    model = get_peft_model(prompter.model, adapter_config(prompter.model, 16, 0.34))
+    clock.watch(model.get_base_model())
+    clock.watch(frozen.model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+
+    def padded(rows, left):
+        width = max(map(len, rows))
+        fill = [[pad] * (width - len(row)) for row in rows]
+        ids = torch.tensor([f + list(r) if left else list(r) + f for f, r in zip(fill, rows, strict=True)])
+        return ids, (ids != pad).long()
+
+    def generate(net, rows, count, most):
+        ids, mask = padded(rows, True)
+        with torch.no_grad():
+            out = net.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=most,
+                num_return_sequences=count,
+                pad_token_id=pad,
+            )
+        said = out[:, ids.shape[1] :].tolist()
+        return [row[: row.index(end) + 1] if end in row else row for row in said]
+
+    def log_probs(rows, said):
+        ids, mask = padded([[*r, *s] for r, s in zip(rows, said, strict=True)], False)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        values = torch.log_softmax(logits, -1).gather(2, ids[:, 1:, None])[..., 0]
+        place = torch.arange(ids.shape[1] - 1)[None]
+        first = torch.tensor([len(r) - 1 for r in rows])[:, None]
+        last = torch.tensor([len(r) + len(s) - 1 for r, s in zip(rows, said, strict=True)])[:, None]
+        return (values * ((place >= first) & (place < last))).sum(1)
+
+    for _ in range(args.rounds + 1):
+        clock.begin()
+        rows = [template.prompt_ids(tokenizer, x) for x in prompts]
+        with clock.phase("prompter generation"):
+            said = generate(model, rows, args.samples, REWRITE)
+        rows = [row for row in rows for _ in range(args.samples)]
+        owners = [x for x in prompts for _ in range(args.samples)]
+        texts = [template.text(tokenizer, tuple(ids)) for ids in said]
+        with clock.phase("frozen generation"):
+            answers = generate(frozen.model, [target_ids(tokenizer, x or " ") for x in texts], 1, ANSWER)
+        clock.tokens["rewrites"] += sum(map(len, said))
+        clock.tokens["answers"] += sum(map(len, answers))
+        scores = torch.tensor(
+            Cheap().score(owners, [tokenizer.decode(a, skip_special_tokens=True) for a in answers])
+        )
+        with clock.phase("scoring and update, forward"):
+            with torch.no_grad(), model.disable_adapter():
+                reference = log_probs(rows, said)
+            policy = log_probs(rows, said)
+        advantage = scores - 0.05 * (policy.detach() - reference)
+        grouped = advantage.view(-1, args.samples)
+        advantage = (grouped - grouped.mean(1, keepdim=True)).flatten()
+        with clock.phase("update, backward"), clock.within():
+            (-(policy * advantage).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.end()
+    return clock.best()
+
+
+RIVALS = {"alignpro ppo": ours, "plain transformers": plain, "trl rloo": trl_rloo}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    found = {"machine": machine(), "threads": args.threads, "rivals": {}}
+    print(", ".join(f"{key} {value}" for key, value in found["machine"].items() if value is not None))
+    head = ("", "step s", "rewrites", "answers", "tok/s", "in models", "x plain")
+    print(f"{head[0]:22s}" + "".join(f"{cell:>11s}" for cell in head[1:]) + "   seconds by phase")
+    base = None
+    for name in ("plain transformers", "trl rloo", "alignpro ppo"):
+        total, phases, tokens, inside = RIVALS[name](args)
+        made = sum(tokens.values())
+        base = base or made / total
+        found["rivals"][name] = {
+            "seconds": total,
+            "phases": phases,
+            "tokens": tokens,
+            "inside": inside,
+            "tokens_per_second": made / total,
+            "times_plain": made / total / base,
+        }
+        cells = (
+            f"{total:.2f}",
+            str(tokens["rewrites"]),
+            str(tokens["answers"]),
+            f"{made / total:.1f}",
+            f"{100 * inside / total:.0f}%",
+            f"{made / total / base:.2f}",
+        )
+        by_phase = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in phases.items())
+        print(f"{name:22s}" + "".join(f"{cell:>11s}" for cell in cells) + f"   {by_phase}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
