@@ -9,6 +9,7 @@ objective (eq. 9), whose only maximiser is ρ* (eq. 10). Putting a k3 estimate i
 sampling at a temperature other than 1, or normalising by sequence length would move that optimum.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,12 +138,21 @@ class AdaptiveKL:
         self.value *= 1.0 + error * sequences / self.horizon
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Over the masked tokens."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def explained_variance(
+    values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    mean: Callable[[Tensor, Tensor], Tensor] = masked_mean,
+) -> Tensor:
     """1 − Var(G − V)/Var(G) over the masked tokens: 1 for a perfect critic, 0 for a constant one."""
-    n = mask.sum().clamp(min=1)
 
     def variance(x: Tensor) -> Tensor:
-        return ((x - (x * mask).sum() / n).square() * mask).sum() / n
+        return mean((x - mean(x, mask)).square(), mask)
 
     return 1 - variance(returns - values) / variance(returns).clamp(min=1e-12)
 
@@ -331,11 +341,10 @@ class PPOTrainer(GRPOTrainer):
         self._record("ppo/objective", objective.mean())
         # Given the batch's prompts, whose samples stand together: differences between prompts do not count.
         each = self.num_generations if self.model.training else self.num_generations_eval
+        every = self.accelerator.gather(objective)
         if each and each > 1:
-            self._record(
-                "ppo/objective_stderr", (objective.view(-1, each).var(1).mean() / len(objective)).sqrt()
-            )
-        self._record("ppo/explained_variance", explained_variance(values, returns, mask))
+            self._record("ppo/objective_stderr", (every.view(-1, each).var(1).mean() / len(every)).sqrt())
+        self._record("ppo/explained_variance", explained_variance(values, returns, mask, self._mean))
         if args.target_kl and self.model.training:
             kl = self.accelerator.gather(log_ratio)
             self.kl.update(float(kl.mean()), len(kl))

@@ -160,7 +160,7 @@ class Prompter:
         from huggingface_hub import HfApi
 
         with tempfile.TemporaryDirectory() as folder:
-            self.save(folder)
+            self.save(folder, whole=not hasattr(self.model, "peft_config"))
             api = HfApi()
             api.create_repo(repository, exist_ok=True, **options)
             api.upload_folder(repo_id=repository, folder_path=folder)

@@ -288,49 +288,76 @@ def test_killed_at_random_moments_ends_in_the_same_result(tmp_path):
     assert [json.loads(line) for line in lines] == whole
 
 
+_TWO = """
+import sys
+from dataclasses import replace
+sys.path.insert(0, sys.argv[1])
+import test_train as t
+if sys.argv[3] == "apart":
+    t.train_module.OpenPPOTrainer._join_critic_gradients = lambda self: None
+t.fit(sys.argv[2], replace(t.SHORT, minibatches=1))
+import torch.distributed as d
+print("of", d.get_world_size())
+d.destroy_process_group()
+"""
+
+
 def test_two_processes_train_as_one(tmp_path):
     """DDP on two CPU processes: the loss curve of one process at equal global batch, critic included."""
-    settings = replace(SHORT, minibatches=1)
-    one = fit(tmp_path / "one", settings).metrics
+    one = fit(tmp_path / "one", replace(SHORT, minibatches=1)).metrics
     script = tmp_path / "run.py"
-    script.write_text(
-        "import sys\n"
-        "from dataclasses import replace\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import test_train as t\n"
-        f"t.fit({str(tmp_path / 'two')!r}, replace(t.SHORT, minibatches=1))\n"
-    )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += [
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
+    script.write_text(_TWO)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = [json.loads(line) for line in (tmp_path / "two" / METRICS_FILE).read_text().splitlines()]
 
-    def close(a, b):
-        names = (
-            "score",
-            "ppo/kl_k1",
-            "ppo/objective",
-            "ppo/policy_loss",
-            "ppo/value_loss",
-            "ppo/explained_variance",
-        )
-        return all(
-            abs(x[n] - y[n]) <= 2e-4 * (1 + abs(y[n])) for x, y in zip(a, b, strict=True) for n in names
-        )
+    def check(critic):
+        out = tmp_path / critic
+        command = [*launch, str(Path(__file__).parent), str(out), critic]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode or done.stdout.count("of 2") != 2:
+            raise RuntimeError(done.stderr[-3000:])
+        two = [json.loads(line) for line in (out / METRICS_FILE).read_text().splitlines()]
+        names = ("score", "kl_k1", "objective", "policy_loss", "value_loss", "explained_variance")
+        for name in ("score", *(f"ppo/{n}" for n in names[1:])):
+            np.testing.assert_allclose([x[name] for x in two], [x[name] for x in one], rtol=1e-3, atol=1e-4)
 
-    assert close(two, one)
-    # Mutant: one process with half of the batch.
-    assert not close(fit(tmp_path / "half", replace(settings, samples=16)).metrics, one)
+    check("together")
+    with pytest.raises(AssertionError):  # each process's critic goes its own way
+        check("apart")
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo", "grpo"])
+def test_nothing_is_scored_twice(algorithm, monkeypatch, tmp_path):
+    """A round scores the reference once and the policy once a step; the rest is kept from sampling."""
+    settings = replace(SHORT, algorithm=algorithm, iterations=2, epochs=2, minibatches=1)
+    kept = train_module.OpenRollouts._get_per_token_logps_and_entropies
+    right, counts = train_module.log_probs, []
+
+    def counted(*positional, **named):
+        counts.append(torch.is_grad_enabled())
+        return right(*positional, **named)
+
+    def check(scorer, name):
+        counts.clear()
+        monkeypatch.setattr(train_module.OpenRollouts, "_get_per_token_logps_and_entropies", scorer)
+        monkeypatch.setattr(train_module, "log_probs", counted)
+        fit(tmp_path / name, settings)
+        assert (counts.count(False), counts.count(True)) == (2, 4)
+
+    check(kept, "right")
+
+    def rescored(self, model, ids, mask, keep, *_, **__):
+        if not torch.is_grad_enabled() and not self._is_reference(model):
+            counted(model, [[3]], [[4]])
+        return kept(self, model, ids, mask, keep)
+
+    with pytest.raises(AssertionError):
+        check(rescored, "mutant")
