@@ -430,7 +430,7 @@ def _one_line(box: str, arguments: Sequence[str]) -> str:
             paragraphs[-1].append(line)
     if "╭" not in box and len(paragraphs) > 1:
         del paragraphs[0]  # the title, which the Unicode frame holds in its border
-    said = re.sub(r"^Error parsing \S+: ", "", " ".join(paragraphs[0]).rstrip("."))
+    said = re.sub(r"^Error parsing (?!--)\S+: ", "", " ".join(paragraphs[0]).rstrip("."))
     if len(paragraphs) > 1 and paragraphs[1] and paragraphs[1][0].startswith("Perhaps you meant"):
         said += f"; perhaps {paragraphs[1][1]}"
     verb = f" {arguments[0]}" if arguments and arguments[0] in VERBS else ""
