@@ -86,7 +86,7 @@ def sample_and_score(
             eos_token_id=ends,
             pad_token_id=pad,
         )
-        recorder = _Recorder(ids.shape[1])
+        recorder = _Recorder()
         draw = processors([keys[p][i] for p, i in batch], sampling, ids.shape[1])
         chain = LogitsProcessorList([recorder.before, *draw, recorder.after])
         more = {} if cache is None else {"past_key_values": cache}
@@ -109,8 +109,7 @@ def sample(*positional: Any, **named: Any) -> list[list[list[int]]]:
 class _Recorder:
     """Keeps the log-probability of each token drawn: `before` sees the model's scores, `after` the draw."""
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    def __init__(self) -> None:
         self.values: list[Tensor] = []
 
     def before(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -192,10 +192,15 @@ class OpenRollouts:
             scores = log_probs(model, prompts, said, steps=logits_to_keep, hidden=self.needs_hidden)
             self._hidden = scores.hidden
             return scores.log_probs, scores.entropies, None
-        kept = input_ids.new_zeros(len(said), logits_to_keep, dtype=torch.float32)
+        kept = self._sampled_log_probs(logits_to_keep, input_ids.device)
+        return kept, torch.zeros_like(kept), None
+
+    def _sampled_log_probs(self, steps: int, device: torch.device) -> Tensor:
+        """[B, steps] log-probabilities of the batch last drawn, kept from sampling; 0 past the end."""
+        kept = torch.zeros(len(self._drawn), steps, device=device)
         for i, values in enumerate(self._drawn):
             kept[i, : len(values)] = torch.tensor(values)
-        return kept, torch.zeros_like(kept), None
+        return kept
 
     needs_hidden = False
 
@@ -256,9 +261,7 @@ class OpenGRPOTrainer(OpenRollouts, GRPOTrainer):
 
     def _calculate_rewards(self, *positional: Any, **named: Any) -> Tensor:
         rewards = super()._calculate_rewards(*positional, **named)
-        old = torch.zeros_like(self._reference)
-        for i, values in enumerate(self._drawn):
-            old[i, : len(values)] = torch.tensor(values)
+        old = self._sampled_log_probs(self._reference.shape[1], self._reference.device)
         ratio = (old - self._reference).sum(1)  # the reference is 0 past the end
         self._note("kl", self.accelerator.gather(ratio).mean())
         return rewards - self.args.beta * self.accelerator.gather(ratio)[:, None]
