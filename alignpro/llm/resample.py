@@ -86,8 +86,7 @@ def propose(
     """
     responses = environment.responses if responses is None else responses
     _whole(1, n=n, responses=responses)
-    if isinstance(prompts, str) or len(set(prompts)) != len(prompts) or not prompts:
-        raise AlignProError("prompts: give a list of distinct strings, at least one")
+    _distinct(prompts)
     drawn = prompter.rewrites(prompts, n, seed=seed)
     asked = [dict.fromkeys(row + [x] * include_original) for x, row in zip(prompts, drawn, strict=True)]
     pairs = [(x, rewrite) for x, row in zip(prompts, asked, strict=True) for rewrite in row]
@@ -105,6 +104,38 @@ def propose(
             original=worth[x, x] if include_original else None,
         )
         for x, row, distinct in zip(prompts, drawn, asked, strict=True)
+    ]
+
+
+def answers(environment: "Environment", prompts: Sequence[str], n: int) -> list[Proposals]:
+    """n answers of π_F to each prompt itself and their rewards: the oracle π* of eq. (4), without training.
+
+    π* ∝ π_F exp(r/β) is ρ* with answers in the place of rewrites, so `star(p, beta)` of what comes back
+    estimates J(π*) (`value`), β log Z* (`free_energy`) and KL(π*‖π_F) (`kl`), and `resample` draws from π*.
+    β log Z* bounds the objective J − β·KL of every policy, and one falls short of it by β·KL(π‖π*): what a
+    trained policy is checked by. r is exact, so `value` and `free_energy` are biased down only.
+
+    Args:
+        environment: its seed determines the answers: samples 0 … n−1 of π_F; `responses` plays no part.
+        prompts: distinct, not empty.
+
+    Raises:
+        AlignProError: arguments out of range, no target; or from π_F or the reward.
+    """
+    _whole(1, n=n)
+    _distinct(prompts)
+    if environment.target is None:
+        raise AlignProError("environment: has no target; give the frozen model that answers")
+    rows = environment.target.respond(
+        list(prompts), environment.sampling, samples=n, seed=environment.seed
+    )
+    texts = [[answer.text for answer in row] for row in rows]
+    judged = replace(environment, target=None).score(
+        [x for x in prompts for _ in range(n)], [y for row in texts for y in row], [0] * (n * len(texts))
+    )
+    return [
+        Proposals(x, tuple(row), tuple(scores), calls=n)
+        for x, row, scores in zip(prompts, texts, judged.reshape(-1, n), strict=True)
     ]
 
 
@@ -311,6 +342,11 @@ def _draw(weights: Array, draws: int, *key: str | int) -> Array:
     rng = np.random.default_rng(int.from_bytes(digest(*key)[:16]))
     total = np.cumsum(weights)
     return np.searchsorted(total, rng.random(draws) * total[-1] * (1 - 2.0**-40), side="right")
+
+
+def _distinct(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str) or len(set(prompts)) != len(prompts) or not prompts:
+        raise AlignProError("prompts: give a list of distinct strings, at least one")
 
 
 def _whole(least: int, **values: int) -> None:
