@@ -71,6 +71,9 @@ class TrainSettings:
     """PPO: adapt λ so that a rewrite's KL nears this, in nats. Moves the optimum: λ is not fixed."""
     kl_horizon: int = 10_000
     """PPO: rewrites over which λ adapts."""
+    vllm: str | None = None
+    """Draw rewrites with vLLM, through TRL: colocate (in the training processes) or server (`trl vllm-serve`
+    on this machine). The draws then depend on more than the seed, and a resumed run repeats none."""
     allow_moved_optimum: bool = False
     """Train even where a setting moves the optimum away from ρ*."""
     save_every: int = 1
@@ -84,8 +87,9 @@ class TrainSettings:
             ("task", TASK_NAMES),
             ("schedule", SCHEDULES),
             ("kl_estimator", ("k1", "k3")),
+            ("vllm", ("colocate", "server")),
         ):
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in choices and (name, getattr(self, name)) != ("vllm", None):
                 raise AlignProError(f"{name} {getattr(self, name)!r}: choose from {', '.join(choices)}")
         for name in (
             "lam",

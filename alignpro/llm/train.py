@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,9 @@ class OpenRollouts:
     model: Any
     ref_model: Any
     state: Any
+    use_vllm: bool
+    vllm_generation: Any
+    _last_loaded_step: int
 
     def __init__(self, *positional: Any, task: Task, draws_seed: int, **named: Any) -> None:
         self._task, self._draws_seed = task, draws_seed
@@ -147,6 +151,8 @@ class OpenRollouts:
         return [(start + i) % self._group() for i in range(count)]
 
     def _draw(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        if self.use_vllm:
+            return self._draw_by_vllm(prompt_ids)
         step, args = self.state.global_step, self.args
         places = self.places(len(prompt_ids))
         rows: dict[tuple[int, ...], list[int]] = {}
@@ -168,6 +174,18 @@ class OpenRollouts:
             for i, (ids, values) in zip(where, row, strict=True):
                 out[i], self._drawn[i] = ids, values
         return out
+
+    def _draw_by_vllm(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """As TRL does it, but keeping what vLLM says of its own tokens: it is the behaviour policy."""
+        step = self.state.global_step
+        if step != self._last_loaded_step:
+            self.vllm_generation.sync_weights()
+            self._last_loaded_step = step
+        _, ids, values, _ = self.vllm_generation.generate(
+            prompts=prompt_ids, images=None, num_generations=self._group()
+        )
+        self._drawn = [[each[0] for each in row] for row in values]
+        return ids
 
     def _is_reference(self, model: Any) -> bool:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -278,6 +296,7 @@ def _ppo(common: dict[str, Any], s: TrainSettings) -> tuple[type, Any]:
     names = "kl_estimator target_kl kl_horizon gamma gae_lambda clip_range value_clip_range vf_coef"
     names += " whiten_rewards whiten_advantages critic_learning_rate allow_moved_optimum"
     common = common | {"loss_type": "dr_grpo", "scale_rewards": "none"}  # of GRPO's loss, unused
+    common |= {"vllm_importance_sampling_correction": False}  # PPO's ratio is to what vLLM said already
     config = PPOConfig(**common, kl_coef=s.lam, **{name: getattr(s, name) for name in names.split()})
     return OpenPPOTrainer, config
 
@@ -287,7 +306,8 @@ def _rloo(common: dict[str, Any], s: TrainSettings) -> tuple[type, Any]:
 
 
 def _grpo(common: dict[str, Any], s: TrainSettings) -> tuple[type, Any]:
-    config = GRPOConfig(**common, beta=s.lam, epsilon=s.clip_range, loss_type="dr_grpo", scale_rewards="none")
+    common |= {"loss_type": "dr_grpo", "scale_rewards": "none", "vllm_importance_sampling_correction": False}
+    config = GRPOConfig(**common, beta=s.lam, epsilon=s.clip_range)
     return OpenGRPOTrainer, config
 
 
@@ -425,6 +445,12 @@ def train(
         "disable_dropout": True,
         "log_completions": False,
     }
+    if settings.vllm is not None:
+        if find_spec("vllm") is None:
+            raise AlignProError(
+                f"vllm {settings.vllm}: the package vllm is missing; run pip install vllm, or leave it out"
+            )
+        common |= {"use_vllm": True, "vllm_mode": settings.vllm}
     task = TASKS[settings.task](prompter.template)
 
     def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:

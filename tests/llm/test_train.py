@@ -4,19 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from trl.trainer import grpo_trainer, rloo_trainer
 
 from alignpro.errors import AlignProError
 from alignpro.llm import train as train_module
 from alignpro.llm.frozen import Sampling
 from alignpro.llm.local import LocalTarget
 from alignpro.llm.models import tiny_model
-from alignpro.llm.policy import log_probs
+from alignpro.llm.policy import log_probs, sample_and_score, sample_key
 from alignpro.llm.ppo import AdaptiveKL, PPOConfig
 from alignpro.llm.prompter import Prompter, Template
 from alignpro.llm.resample import answers, star
@@ -122,6 +124,46 @@ def test_what_moves_the_optimum_does_and_is_refused_unless_allowed(moved, tmp_pa
     problem = Problem()
     trained = fit(tmp_path / "allowed", replace(settings, allow_moved_optimum=True))
     assert problem.kl_to_star(trained.prompter.model) > 0.1
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo", "grpo"])
+def test_rewrites_drawn_by_vllm(algorithm, monkeypatch, tmp_path):
+    """What vLLM says of its tokens is what training takes for the behaviour policy.
+
+    vLLM needs a GPU. Here its place in TRL is taken by an engine with a copy of the weights, as vLLM has,
+    which draws from that copy by transformers and is told of new weights by `sync_weights`.
+    """
+    problem = Problem()
+    with pytest.raises(AlignProError, match="^vllm colocate: the package vllm is missing; run pip install"):
+        fit(tmp_path / "without", replace(SETTINGS, vllm="colocate"))
+
+    class Engine:
+        synced = calls = 0
+
+        def __init__(self, model, **named):
+            assert named["temperature"] == 1.0
+            assert named["top_p"] == 1.0
+            self.model, self.copy = model, None
+
+        def sync_weights(self):
+            Engine.synced += 1
+            self.copy = deepcopy(self.model).eval()
+
+        def generate(self, prompts, images, num_generations, profiler=None):
+            Engine.calls += 1
+            assert all(prompts[i] == prompts[i - i % num_generations] for i in range(len(prompts)))
+            keys = [[sample_key("engine", Engine.calls, i)] for i in range(len(prompts))]
+            drawn = sample_and_score(self.copy, 0, prompts, keys, Sampling(max_tokens=2))
+            ids, values = ([row[0][k] for row in drawn] for k in (0, 1))
+            return prompts, ids, [[[v] for v in row] for row in values], None
+
+    monkeypatch.setattr(train_module, "find_spec", lambda name: name)
+    for module in (grpo_trainer, rloo_trainer):
+        monkeypatch.setattr(module, "VLLMGeneration", Engine)
+    settings = replace(SETTINGS, algorithm=algorithm, vllm="colocate")
+    trained = fit(tmp_path / "with", settings)
+    assert Engine.synced == Engine.calls == settings.iterations
+    assert problem.kl_to_star(trained.prompter.model) < 0.04
 
 
 def test_the_oracle_without_training_is_the_one_that_training_nears(tmp_path):
