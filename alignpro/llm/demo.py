@@ -25,11 +25,12 @@ from tqdm import tqdm
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json
 from alignpro.llm import models, rewards
+from alignpro.llm.checkpoints import refuse_other_settings
 from alignpro.llm.data import instructions
 from alignpro.llm.enumerate import Enumeration, EnumerationSettings, enumerate_models
 from alignpro.llm.models import load_model
 from alignpro.llm.rewards import Reward, load_reward
-from alignpro.llm.tree_train import Trained, TrainSettings, refuse_other_settings, train
+from alignpro.llm.tree_train import Trained, TrainSettings, train
 from alignpro.theory import BoundReport, Instance, Solution, check, solution
 from alignpro.theory.bounds import paper_r_max
 

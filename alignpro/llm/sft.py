@@ -24,11 +24,12 @@ from trl import SFTConfig, SFTTrainer
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.llm import data
+from alignpro.llm.checkpoints import completing, last_checkpoint, refuse_other_settings
 from alignpro.llm.frozen import is_int
 from alignpro.llm.models import quiet
 from alignpro.llm.policy import log_probs
 from alignpro.llm.prompter import Prompter
-from alignpro.llm.tree_train import COMPLETE, adapter_config, last_checkpoint, refuse_other_settings
+from alignpro.llm.tree_train import adapter_config
 
 METRICS_FILE = "metrics.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -225,9 +226,8 @@ def columns(pairs: Sequence[Encoded]) -> dict[str, list[list[int]]]:
 
 class _Trainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+        with completing(self):
+            super()._save_checkpoint(model, trial)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: `Prompter.save` writes one."""

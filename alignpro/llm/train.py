@@ -28,6 +28,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json, write_text
+from alignpro.llm.checkpoints import completing, last_checkpoint, refuse_other_settings
 from alignpro.llm.frozen import Sampling, Target
 from alignpro.llm.models import quiet
 from alignpro.llm.policy import log_probs, sample_and_score, sample_key
@@ -36,7 +37,7 @@ from alignpro.llm.prompter import Prompter, Template, target_ids
 from alignpro.llm.reward_models import check_scores
 from alignpro.llm.rewards import Reward
 from alignpro.llm.settings import SCHEDULES, TrainSettings, refuse_moved_optimum
-from alignpro.llm.tree_train import COMPLETE, adapter_config, last_checkpoint, refuse_other_settings
+from alignpro.llm.tree_train import adapter_config
 
 METRICS_FILE = "metrics.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -231,11 +232,8 @@ class OpenRollouts:
         self._metrics["train" if self.model.training else "eval"][name].append(value.item())  # type: ignore[attr-defined]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
-            (folder / COMPLETE).touch()
+        with completing(self):
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL's card would credit another method. `Prompter.save` writes one."""

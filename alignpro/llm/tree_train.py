@@ -5,7 +5,6 @@ sampling and scoring are replaced, by the exact policy on the prompter's prefix 
 """
 
 import json
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,13 +23,12 @@ from trl import RLOOConfig, RLOOTrainer
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json, write_text
+from alignpro.llm.checkpoints import completing, last_checkpoint, refuse_other_settings
 from alignpro.llm.models import quiet
 from alignpro.llm.ppo import PPOConfig, PPOTrainer, joined
 from alignpro.llm.tree import TreeScores, TreeTask, tree_scores, tree_states
 
 CURVE_FILE = "curve.jsonl"
-COMPLETE = "complete"
-"""The last file of a checkpoint: one without it was cut short while being written."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +107,8 @@ class TreeRollouts:
         return [self._cache[kind, x][1] for x in rows]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+        with completing(self):
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL's card would credit another method. settings.json and the curve describe the run."""
@@ -303,34 +301,6 @@ def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
         layers_to_transform=list(range(first, depth)),
         task_type="CAUSAL_LM",
     )
-
-
-def refuse_other_settings(folder: Path, before: Any, now: Mapping[str, Any]) -> None:
-    """Raise AlignProError, naming the first setting that differs, unless a run can be continued as asked."""
-
-    def differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            for key in new:
-                yield from differences(old.get(key), new[key], f"{name}.{key}" if name else key)
-        elif old != new:
-            yield name, old, new
-
-    for name, old, new in differences(before, now, ""):
-        raise AlignProError(
-            f"--resume: {folder} was started with {name} = {old}, not {new}; "
-            "repeat that setting or choose another folder"
-        )
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The latest complete checkpoint in `folder`; those cut short by an interruption are removed."""
-    found: dict[int, Path] = {}
-    for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE).exists():
-            found[int(path.name.split("-")[1])] = path
-        else:
-            shutil.rmtree(path)
-    return str(found[max(found)]) if found else None
 
 
 def train(

@@ -316,6 +316,44 @@ def test_interrupted_and_resumed_equals_uninterrupted(algorithm, tmp_path):
         fit(tmp_path / "cut", replace(settings, lam=0.4), resume=True)
 
 
+# RLIMIT_FSIZE cuts writes short as a full disk does: here those of the third checkpoint, and nothing smaller.
+_FULL = """
+import json, resource, sys
+sys.path.insert(0, sys.argv[1])
+import test_train as t
+right, largest = t.train_module.Metrics.on_log, 20_000
+def on_log(self, args, state, control, logs=None, **named):
+    if state.global_step == 3 * t.SHORT.steps_per_round:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+    right(self, args, state, control, logs, **named)
+t.train_module.Metrics.on_log = on_log
+try:
+    t.fit(sys.argv[2], t.SHORT)
+except t.AlignProError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def test_a_full_disk_is_one_error_and_loses_nothing(tmp_path):
+    cut = tmp_path / "cut"
+    want = fit(tmp_path / "whole", SHORT).metrics
+    said = subprocess.run(
+        [sys.executable, "-c", _FULL, str(Path(__file__).parent), str(cut)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    step = SHORT.steps_per_round
+    message = json.loads(said.stdout)
+    assert message.startswith(f"cannot write {cut / f'checkpoint-{3 * step}'} (")
+    assert message.endswith("); free space and resume: the checkpoints before it are whole")
+    assert "\n" not in message
+    kept = {path.parent.name for path in cut.glob("*/complete")}
+    assert kept == {f"checkpoint-{step}", f"checkpoint-{2 * step}"}
+    assert fit(cut, SHORT, resume=True).metrics == want
+
+
 # Imported once; each run is a fork of it, killed after a random while.
 _KILLER = """
 import os, random, signal, sys, time
