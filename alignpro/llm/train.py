@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
@@ -482,6 +483,7 @@ def train(
             draws_seed=settings.seed,
         )
         trainer.remove_callback(PrinterCallback)
+        _refuse_sharded(trainer.accelerator)
         trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
         trained = replace(
             prompter,
@@ -492,6 +494,18 @@ def train(
         if trainer.args.should_save:
             trained.save(out / PROMPTER_FOLDER)
     return Trained(trained, metrics.lines)
+
+
+def _refuse_sharded(accelerator: Any) -> None:
+    """Sampling reads whole weights, at another pace in each process; shards would wait for one another."""
+    kind = accelerator.distributed_type
+    plugin = accelerator.state.deepspeed_plugin if kind == DistributedType.DEEPSPEED else None
+    if kind == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3):
+        name = "FSDP" if plugin is None else "DeepSpeed ZeRO-3"
+        raise AlignProError(
+            f"distributed_type {name}: it shards the weights that rewrites are drawn from; use DDP, or DeepSpeed "
+            "with zero_stage 2"
+        )
 
 
 def _rounds(prompts: Sequence[str], size: int, rounds: int, rng: np.random.Generator) -> list[str]:

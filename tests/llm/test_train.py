@@ -469,3 +469,17 @@ def test_nothing_is_scored_twice(algorithm, monkeypatch, tmp_path):
 
     with pytest.raises(AssertionError):
         check(rescored, "mutant")
+
+
+def test_sharded_weights_are_refused():
+    from types import SimpleNamespace as Fake
+
+    def accelerator(kind, stage=None):
+        return Fake(distributed_type=kind, state=Fake(deepspeed_plugin=Fake(zero_stage=stage)))
+
+    refuse, kinds = train_module._refuse_sharded, train_module.DistributedType
+    for kind, stage, name in ((kinds.FSDP, None, "FSDP"), (kinds.DEEPSPEED, 3, "DeepSpeed ZeRO-3")):
+        with pytest.raises(AlignProError, match=f"^distributed_type {name}: .* use DDP, or DeepSpeed"):
+            refuse(accelerator(kind, stage))
+    for kind, stage in ((kinds.NO, None), (kinds.MULTI_CPU, None), (kinds.DEEPSPEED, 2)):
+        refuse(accelerator(kind, stage))
