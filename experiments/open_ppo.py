@@ -2,8 +2,10 @@
 
     python experiments/open_ppo.py --out runs/open_ppo             # seeds 0 1 2, then the comparison
     python experiments/open_ppo.py --out runs/open_ppo --seeds 1   # one of them; several can run at once
+    python experiments/open_ppo.py --out runs/append --variant append
 
-Trains on the training split of the packaged instructions, with the faithful settings, and rolls out on the
+`rewrite`: the prompter says the whole rewrite, the frozen model samples at temperature 1. `append`: it only adds to
+the prompt, and the frozen model samples as the paper evaluates (temperature 1.5, top-p 0.6, top-k 20). Trains on the training split of the packaged instructions, with the faithful settings, and rolls out on the
 test split: no prompter, ρ_sft, and ρ_θ of each seed, each rewrite answered once. Differences of mean reward
 come with 95% bootstrap intervals over prompts, within which all samples and seeds of a prompt stay together.
 Everything resumes: run the same command again.
@@ -20,7 +22,7 @@ import torch
 from alignpro.files import write_json, write_text
 from alignpro.llm import data
 from alignpro.llm.demo import environment
-from alignpro.llm.frozen import Sampling
+from alignpro.llm.frozen import EVALUATION, Sampling
 from alignpro.llm.ledger import Cached
 from alignpro.llm.local import LocalTarget
 from alignpro.llm.prompter import Prompter
@@ -39,7 +41,14 @@ SETTINGS = TrainSettings(
     learning_rate=5e-4,
     lora_layers=0.34,
 )
-ANSWERS = Sampling(max_tokens=32)
+# Settings, and how the frozen model answers, by template of the prompter.
+VARIANTS = {
+    "rewrite": (SETTINGS, Sampling(max_tokens=32)),
+    "append": (
+        replace(SETTINGS, iterations=40, samples=8, max_tokens=16),
+        replace(EVALUATION, max_tokens=32),
+    ),
+}
 
 
 def rows_of(arm, seed, prompts, rewrites, env, samples):
@@ -47,7 +56,7 @@ def rows_of(arm, seed, prompts, rewrites, env, samples):
     asked = [x for row in rewrites for x in row]
     owners = [x for x in prompts for _ in range(samples)]
     places = [i for _ in prompts for i in range(samples)]
-    answers = env.target.respond([a or " " for a in asked], ANSWERS, first=places, seed=10_000 + seed)
+    answers = env.target.respond([a or " " for a in asked], env.sampling, first=places, seed=10_000 + seed)
     texts = [row[0].text for row in answers]
     rewards = env.reward.score(owners, texts)
     return [
@@ -85,7 +94,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=SETTINGS.iterations)
+    parser.add_argument("--variant", choices=VARIANTS, default="rewrite")
+    parser.add_argument("--iterations", type=int, help="rounds, if not the variant's own")
     parser.add_argument("--samples", type=int, default=4, help="rollouts per held-out prompt and arm")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compare-only", action="store_true", help="compare the seeds that are finished")
@@ -96,13 +106,14 @@ def main():
     every = data.instructions()
     training = [x for x in every if data.split_of(x) == "train"]
     held_out = [x for x in every if data.split_of(x) == "test"]
-    settings = replace(SETTINGS, iterations=args.iterations)
+    settings, answers = VARIANTS[args.variant]
+    settings = replace(settings, iterations=args.iterations or settings.iterations)
     reward = load_reward(REWARD)
     frozen = LocalTarget(MODEL, batch_size=64)
     print(f"{len(training)} prompts to train on, {len(held_out)} held out", flush=True)
 
     def env(folder):
-        return Environment(reward, Cached(frozen, folder, note=None), ANSWERS, seed=0)
+        return Environment(reward, Cached(frozen, folder, note=None), answers, seed=0)
 
     rolled = {"none": [], "sft": [], "trained": []}
     for seed in args.seeds:
@@ -113,7 +124,7 @@ def main():
         if not (folder / "finished.json").exists():
             if args.compare_only:
                 continue
-            base = Prompter.from_pretrained(MODEL)
+            base = Prompter.from_pretrained(MODEL, template=args.variant)
             facts = {"model": MODEL, "target": MODEL, "reward": REWARD}
             train(base, world, training, replace(settings, seed=seed), folder, resume=True, facts=facts)
             write_json(folder / "finished.json", {"seed": seed})
@@ -123,7 +134,8 @@ def main():
             return lambda: prompter().rewrites(held_out, args.samples, seed=seed)
 
         def untrained():
-            return replace(Prompter.from_pretrained(MODEL), max_tokens=SETTINGS.max_tokens)
+            base = Prompter.from_pretrained(MODEL, template=args.variant)
+            return replace(base, max_tokens=settings.max_tokens)
 
         arms = {
             "none": lambda: [[x] * args.samples for x in held_out],
@@ -137,8 +149,9 @@ def main():
     means = {arm: by_prompt(rows, held_out) for arm, rows in rolled.items()}
     seeds = sorted({row["seed"] for row in rolled["trained"]})
     result = {
+        "variant": args.variant,
         "settings": asdict(settings),
-        "answers": asdict(ANSWERS),
+        "answers": asdict(answers),
         "held_out": len(held_out),
         "samples": args.samples,
         "seeds": seeds,

@@ -122,7 +122,7 @@ def sample_rewrites(
     Raises:
         AlignProError: no candidate of some prompt was usable.
     """
-    found: list[dict[str, Tokens]] = [{x: template.rewrite_ids(tokenizer, x)} for x in prompts]
+    found: list[dict[str, Tokens]] = [{x: template.rewrite_ids(tokenizer, x, x)} for x in prompts]
     for attempt in range(4):
         short = [i for i, have in enumerate(found) if len(have) < settings.rewrites]
         if not short:
@@ -140,7 +140,7 @@ def sample_rewrites(
             progress=progress,
         )
         for i, tokens in zip(rows, drawn, strict=True):
-            text = template.text(tokenizer, tokens)
+            text = template.rewrite(tokenizer, prompts[i], tokens)
             ended = tokens[-1] == tokenizer.eos_token_id
             # One token sequence per text: the frozen model sees the text only.
             if ended and len(tokens) > 1 and text and len(found[i]) < settings.rewrites:
@@ -306,7 +306,7 @@ def enumerate_models(
         stage("sampling rewrites", count * (settings.rewrites * 5 // 4 + 1)),
     )
     rewrites = [
-        [x, *(template.text(prompter_tokenizer, t) for t in ids[1:])]
+        [x, *(template.rewrite(prompter_tokenizer, x, t) for t in ids[1:])]
         for x, ids in zip(prompts, rewrite_ids, strict=True)
     ]
     response_ids = sample_responses(

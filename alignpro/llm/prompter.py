@@ -39,6 +39,9 @@ class Template:
     opening: str = "Rewritten:"
     space: str = " "
     """Between the opening words and the rewrite; part of the rewrite's first token."""
+    append: bool = False
+    """Whether what the prompter says follows x: x′ = x and a space and its words, or x alone if it says
+    nothing. Nothing of x can be lost, and x itself costs one end token."""
 
     def messages(self, x: str) -> list[Message]:
         """The conversation that ends with the request to rewrite x."""
@@ -52,15 +55,55 @@ class Template:
         """Token ids that the prompter continues with x′."""
         return _chat_ids(tokenizer, self.messages(x), self.opening)
 
-    def rewrite_ids(self, tokenizer: PreTrainedTokenizerBase, rewrite: str) -> tuple[int, ...]:
-        """Token ids with which the prompter says `rewrite` and ends its turn."""
-        ids = tokenizer(self.space + rewrite, add_special_tokens=False).input_ids
+    def rewrite_ids(self, tokenizer: PreTrainedTokenizerBase, x: str, rewrite: str) -> tuple[int, ...]:
+        """Token ids with which the prompter says `rewrite` of x and ends its turn.
+
+        Raises:
+            AlignProError: the template appends, and the rewrite does not begin with x.
+        """
+        said = rewrite
+        if self.append:
+            if not rewrite.startswith(x):
+                raise AlignProError(f"rewrite {rewrite!r}: must begin with {x!r}, since the template appends")
+            said = rewrite[len(x) :].strip()
+            if not said:
+                return (tokenizer.eos_token_id,)
+        ids = tokenizer(self.space + said, add_special_tokens=False).input_ids
         return (*ids, tokenizer.eos_token_id)
+
+    def rewrite(self, tokenizer: PreTrainedTokenizerBase, x: str, ids: tuple[int, ...]) -> str:
+        """x′ that the prompter's tokens make of x."""
+        said = self.text(tokenizer, ids)
+        return f"{x} {said}".strip() if self.append else said
 
     @staticmethod
     def text(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
-        """x′ as text: special tokens and surrounding white space removed."""
+        """Tokens as text: special tokens and surrounding white space removed."""
         return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+TEMPLATES: dict[str, Template] = {
+    "rewrite": Template(),
+    "append": Template(
+        system="Add one short instruction to the request so that its answer will be more helpful.",
+        examples=(
+            ("How do plants grow?", "Explain it step by step, in simple words."),
+            ("Name a famous painter.", "Say what made their work important."),
+            ("Tips for sleeping better", "Give a detailed overview with practical examples."),
+        ),
+        opening="Added:",
+        append=True,
+    ),
+}
+"""Named templates: the prompter says the whole rewrite, or only what is added to x."""
+
+
+def check_template(name: str | None) -> Template:
+    """The row of `TEMPLATES`, `rewrite` when None. Raises AlignProError where there is none."""
+    name = "rewrite" if name is None else name
+    if name not in TEMPLATES:
+        raise AlignProError(f"template {name}: choose from {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
 
 
 @dataclass
@@ -84,11 +127,17 @@ class Prompter:
     facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, dtype: str = "float32", device: str = "auto") -> "Prompter":
+    def from_pretrained(
+        cls, name: str | Path, *, template: str | None = None, dtype: str = "float32", device: str = "auto"
+    ) -> "Prompter":
         """A trained prompter (the folder that `save` wrote), or any model that `load_model` takes, as ρ_sft.
 
+        Args:
+            template: a row of `TEMPLATES`, for a model that has none of its own; `rewrite` when None.
+
         Raises:
-            AlignProError: the folder is damaged or holds no safetensors; or from `models.load_model`.
+            AlignProError: an unknown template, or one for a trained prompter; a folder that is damaged or holds
+                no safetensors; or from `models.load_model`.
         """
         from alignpro.llm.models import check_name, load_model, resolve
 
@@ -97,8 +146,11 @@ class Prompter:
         folder = Path(name).expanduser()
         if not (folder / PROMPTER_FILE).is_file():
             check_name(name)
+            chosen = check_template(template)
             model, tokenizer = load_model(name, dtype, device)
-            return cls(model, tokenizer, base=str(name))
+            return cls(model, tokenizer, chosen, base=str(name))
+        if template is not None:
+            raise AlignProError(f"template {template}: {folder} has its own; leave it out")
         said = read_json(folder / PROMPTER_FILE)
         try:
             template = Template(
@@ -211,7 +263,10 @@ class Prompter:
             Sampling(max_tokens=self.max_tokens),
             batch_size=batch_size,
         )
-        return [[self.template.text(self.tokenizer, tuple(ids)) for ids in row] for row in drawn]
+        return [
+            [self.template.rewrite(self.tokenizer, x, tuple(ids)) for ids in row]
+            for x, row in zip(prompts, drawn, strict=True)
+        ]
 
     def rewrite(self, x: str, *, seed: int = 0) -> str:
         """One rewrite x′ ~ ρ(·|x)."""
@@ -227,7 +282,10 @@ class Prompter:
             scores = log_probs(
                 self.model,
                 [self.template.prompt_ids(self.tokenizer, x) for x in prompts],
-                [self.template.rewrite_ids(self.tokenizer, x) for x in rewrites],
+                [
+                    self.template.rewrite_ids(self.tokenizer, x, rewrite)
+                    for x, rewrite in zip(prompts, rewrites, strict=True)
+                ],
             )
         return scores.log_probs.double().sum(1).cpu().numpy()
 

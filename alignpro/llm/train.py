@@ -100,15 +100,18 @@ class Task:
     """How a user's prompt becomes the policy's prompt, and tokens an action."""
 
     prompt_ids: Callable[[Any, str], tuple[int, ...]]
-    text: Callable[[Any, tuple[int, ...]], str]
+    text: Callable[[Any, str, tuple[int, ...]], str]
 
 
 def _prompter_task(template: Template) -> Task:
-    return Task(template.prompt_ids, template.text)
+    return Task(template.prompt_ids, template.rewrite)
 
 
 def _rlhf_task(template: Template) -> Task:
-    return Task(target_ids, lambda tokenizer, ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)))
+    def text(tokenizer: Any, x: str, ids: tuple[int, ...]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    return Task(target_ids, text)
 
 
 TASKS: dict[str, Callable[[Template], Task]] = {"prompter": _prompter_task, "rlhf": _rlhf_task}
@@ -453,7 +456,8 @@ def train(
     task = TASKS[settings.task](prompter.template)
 
     def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        texts = [task.text(tokenizer, tuple(ids)) for ids in completion_ids]
+        pairs = zip(prompts, completion_ids, strict=True)
+        texts = [task.text(tokenizer, x, tuple(ids)) for x, ids in pairs]
         step = trainer.state.global_step
         draws = [step * settings.samples + place for place in trainer.places(len(prompts))]
         return [float(value) for value in environment.score(prompts, texts, draws)]
