@@ -1,8 +1,9 @@
-"""Checkpoints that are whole or passed over, and runs that go on only as they began."""
+"""What every run on TRL's trainers shares: whole checkpoints, resuming as it began, where metrics go."""
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(found[max(found)]) if found else None
 
 
-def refuse_other_settings(folder: Path, before: Any, now: Mapping[str, Any]) -> None:
+def refuse_other_settings(
+    folder: Path, before: Any, now: Mapping[str, Any], option: str = "--resume"
+) -> None:
     """Raise AlignProError, naming the first setting that differs, unless a run can be continued as asked."""
 
     def differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
@@ -57,6 +60,19 @@ def refuse_other_settings(folder: Path, before: Any, now: Mapping[str, Any]) -> 
 
     for name, old, new in differences(before, now, ""):
         raise AlignProError(
-            f"--resume: {folder} was started with {name} = {old}, not {new}; "
+            f"{option}: {folder} was started with {name} = {old}, not {new}; "
             "repeat that setting or choose another folder"
         )
+
+
+REPORTERS = ("tensorboard", "wandb", "trackio")
+"""Where a trainer can report to; each is the package that it takes."""
+
+
+def check_reporters(report_to: Sequence[str]) -> None:
+    """Raise AlignProError for a name that is not in `REPORTERS`, or whose package is not installed."""
+    for name in report_to:
+        if name not in REPORTERS:
+            raise AlignProError(f"report_to {name}: choose from {', '.join(REPORTERS)}")
+        if find_spec(name) is None:
+            raise AlignProError(f"report_to {name}: the package is missing; run pip install {name}")

@@ -29,7 +29,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json, write_text
-from alignpro.llm.checkpoints import completing, last_checkpoint, refuse_other_settings
+from alignpro.llm.checkpoints import check_reporters, completing, last_checkpoint, refuse_other_settings
 from alignpro.llm.frozen import Sampling, Target
 from alignpro.llm.models import quiet
 from alignpro.llm.policy import log_probs, sample_and_score, sample_key
@@ -399,6 +399,7 @@ def train(
             reward that is not finite.
     """
     out = Path(out)
+    check_reporters(report_to)
     if not prompts:
         raise AlignProError("prompts: none given; name at least one")
     if hasattr(prompter.model, "peft_config"):

@@ -14,6 +14,7 @@ import torch
 from trl.trainer import grpo_trainer, rloo_trainer
 
 from alignpro.errors import AlignProError
+from alignpro.llm import checkpoints
 from alignpro.llm import train as train_module
 from alignpro.llm.frozen import Sampling
 from alignpro.llm.local import LocalTarget
@@ -262,6 +263,16 @@ def test_bad_problems_are_named(tmp_path):
             tmp_path / "c",
             progress=False,
         )
+
+
+def test_reporters_are_checked_first(monkeypatch, tmp_path):
+    """All three were tried by hand; none is needed for the tests."""
+    with pytest.raises(AlignProError, match="^report_to mlflow: choose from tensorboard, wandb, trackio"):
+        fit(tmp_path, report_to=("mlflow",))
+    monkeypatch.setattr(checkpoints, "find_spec", lambda name: None)
+    with pytest.raises(AlignProError, match="^report_to trackio: the package is missing; run pip install"):
+        fit(tmp_path, report_to=("trackio",))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_every_round_has_distinct_prompts():
