@@ -15,6 +15,21 @@ COMPLETE = "complete"
 """The last file of a checkpoint: one without it was cut short while being written."""
 
 
+ROLLOUT_ARGUMENTS: dict[str, Any] = {
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 1.0,
+    "save_total_limit": 2,
+    "bf16": False,
+    "gradient_checkpointing": False,  # TRL's default recomputes, and differentiates frozen layers too
+    "disable_tqdm": True,
+    "shuffle_dataset": False,  # the order is given; a fixed one makes resuming bit-exact
+    "remove_unused_columns": False,
+    "disable_dropout": True,
+    "log_completions": False,
+}
+"""Of TRL's configurations for training by rollouts, where ours differ from its defaults in every run."""
+
+
 @contextlib.contextmanager
 def completing(trainer: Any) -> Iterator[None]:
     """Around the writing of a trainer's checkpoint: marks it as whole, or says in one sentence why it is not.

@@ -29,7 +29,13 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json, write_text
-from alignpro.llm.checkpoints import check_reporters, completing, last_checkpoint, refuse_other_settings
+from alignpro.llm.checkpoints import (
+    ROLLOUT_ARGUMENTS,
+    check_reporters,
+    completing,
+    last_checkpoint,
+    refuse_other_settings,
+)
 from alignpro.llm.frozen import Sampling, Target
 from alignpro.llm.models import quiet
 from alignpro.llm.policy import log_probs, sample_and_score, sample_key
@@ -417,18 +423,16 @@ def train(
         raise AlignProError(
             f"prompts x samples = {batch}: {world} processes x {settings.minibatches} minibatches do not fit"
         )
-    common: dict[str, Any] = {
+    common: dict[str, Any] = ROLLOUT_ARGUMENTS | {
         "output_dir": str(out),
         "per_device_train_batch_size": batch // settings.minibatches // world,
         "num_generations": settings.samples,
         "num_iterations": settings.epochs,
         "steps_per_generation": settings.minibatches,
-        "gradient_accumulation_steps": 1,
         "max_steps": settings.iterations * settings.steps_per_round,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
         "lr_scheduler_kwargs": SCHEDULES[settings.schedule],
-        "max_grad_norm": 1.0,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "top_k": settings.top_k,
@@ -436,17 +440,9 @@ def train(
         "logging_steps": settings.steps_per_round,
         # Within a round the batch is in memory only: checkpoints fall between rounds.
         "save_steps": settings.save_every * settings.steps_per_round,
-        "save_total_limit": 2,
-        "bf16": False,
-        "gradient_checkpointing": False,
         "report_to": list(report_to),
-        "disable_tqdm": True,
         "seed": settings.seed,
         "use_cpu": next(prompter.model.parameters()).device.type == "cpu",
-        "shuffle_dataset": False,  # shuffled above
-        "remove_unused_columns": False,
-        "disable_dropout": True,
-        "log_completions": False,
     }
     if settings.vllm is not None:
         if find_spec("vllm") is None:

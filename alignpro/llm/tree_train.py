@@ -23,7 +23,12 @@ from trl import RLOOConfig, RLOOTrainer
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json, write_text
-from alignpro.llm.checkpoints import completing, last_checkpoint, refuse_other_settings
+from alignpro.llm.checkpoints import (
+    ROLLOUT_ARGUMENTS,
+    completing,
+    last_checkpoint,
+    refuse_other_settings,
+)
 from alignpro.llm.models import quiet
 from alignpro.llm.ppo import PPOConfig, PPOTrainer, joined
 from alignpro.llm.tree import TreeScores, TreeTask, tree_scores, tree_states
@@ -334,35 +339,25 @@ def train(
     write_json(record, asdict(settings))
 
     batch = settings.samples * len(task.prompts)
-    common: dict[str, Any] = {
+    common: dict[str, Any] = ROLLOUT_ARGUMENTS | {
         "output_dir": str(out),
         "per_device_train_batch_size": batch,
         "num_generations": settings.samples,
         "num_iterations": settings.epochs,
         "steps_per_generation": 1,
-        "gradient_accumulation_steps": 1,
         "max_steps": settings.iterations * settings.epochs,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-        "max_grad_norm": 1.0,
         "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 0,
         "max_completion_length": max(t.layout.leaf_edges.shape[1] for t in task.trees),
         "logging_steps": settings.epochs,
         "save_steps": settings.epochs,  # between two epochs of one batch, resuming would redraw the batch
-        "save_total_limit": 2,
-        "bf16": False,
-        "gradient_checkpointing": False,  # TRL's default recomputes, and differentiates frozen layers too
         "report_to": [],
-        "disable_tqdm": True,
         "seed": settings.seed,
         "use_cpu": next(model.parameters()).device.type == "cpu",
-        "shuffle_dataset": False,  # every batch holds all prompts; a fixed order makes resuming bit-exact
-        "remove_unused_columns": False,
-        "disable_dropout": True,
-        "log_completions": False,
     }
 
     def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
