@@ -18,7 +18,16 @@ import tyro
 
 import alignpro
 from alignpro.errors import AlignProError
-from alignpro.llm.settings import PRESETS, TrainSettings
+from alignpro.llm.judge import JudgeSettings
+from alignpro.llm.settings import (
+    PRESETS,
+    EnvironmentSettings,
+    PromptSettings,
+    RewardSettings,
+    RolloutSettings,
+    SFTSettings,
+    TrainSettings,
+)
 
 
 class Verb(Protocol):
@@ -217,41 +226,10 @@ class Train:
     """Named settings that the options start from: faithful, or paper (lr 1.41e-5, batch 256, adaptive KL)."""
     prompter: str = "smollm2-135m-instruct"
     """rho_sft: a packaged name, a local folder, a hub id, or a fine-tuned prompter's folder."""
-    target: str = "smollm2-135m-instruct"
-    """Frozen model: a name like the prompter's, or the http(s) address of an OpenAI-compatible endpoint."""
-    reward: str = "minilm-bt"
-    """A packaged reward, a reward model's folder or hub id with its range (owner/name@squash:0,2), a Python
-    function (module:function@0,1), or an endpoint's address."""
-    dataset: str = "instructions"
-    """Packaged prompts, of which the training split is used."""
-    prompts_file: str | None = None
-    """Your own prompts instead, one per line."""
-    answer_tokens: int = 64
-    """Tokens of the frozen model's answers, at most."""
-    answer_temperature: float = 1.0
-    """Of the frozen model. The paper evaluates with 1.5, top-p 0.6 and top-k 20."""
-    answer_top_p: float = 1.0
-    """Of the frozen model."""
-    answer_top_k: int = 0
-    """Of the frozen model; 0 keeps all tokens."""
-    target_model: str | None = None
-    """Endpoint: the model's name there."""
-    target_key_env: str | None = None
-    """Endpoint: NAME of the environment variable that holds its key."""
-    target_dialect: str | None = None
-    """Endpoint: openai, vllm or transformers (the latter two take top-k)."""
-    target_concurrency: int | None = None
-    """Endpoint: requests at a time. Default: 8."""
-    target_max_calls: int | None = None
-    """Endpoint: budget of requests, after which training stops and can be resumed."""
-    target_max_tokens: int | None = None
-    """Endpoint: budget of tokens."""
-    prices: tuple[float, float] | None = None
-    """Money per million prompt tokens and answer tokens, for the ledger."""
-    dtype: str = "bfloat16"
-    """Of a frozen model in this process. float32 makes answers independent of how they are batched."""
-    batch_size: int = 64
-    """Sequences at once, of a frozen model in this process."""
+    environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(default_factory=EnvironmentSettings)
+    source: tyro.conf.OmitArgPrefixes[PromptSettings] = field(default_factory=PromptSettings)
+    train_prompts: int | None = None
+    """How many prompts of the data set's training split (or of the file), from the first. Default: all."""
     report_to: tuple[str, ...] = ()
     """tensorboard, wandb, trackio."""
     resume: bool = False
@@ -260,35 +238,203 @@ class Train:
     def run(self) -> int:
         try:
             from alignpro.llm import run
-            from alignpro.llm.frozen import Sampling
         except ModuleNotFoundError as error:
             raise _needs_llm("train", error) from error
         if self.preset not in PRESETS:
             raise AlignProError(f"--preset {self.preset}: choose from {', '.join(PRESETS)}")
-        endpoint: dict[str, Any] = {
-            "model": self.target_model,
-            "key_env": self.target_key_env,
-            "dialect": self.target_dialect,
-            "concurrency": self.target_concurrency,
-            "max_calls": self.target_max_calls,
-            "max_tokens": self.target_max_tokens,
-        }
         run.run_train(
             self.out,
             self.settings,
+            self.environment,
             prompter=self.prompter,
-            target=self.target,
-            answers=Sampling(
-                self.answer_temperature, self.answer_top_p, self.answer_top_k, self.answer_tokens
-            ),
-            reward=self.reward,
-            dataset=self.dataset,
-            prompts_file=self.prompts_file,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            endpoint=endpoint,
-            prices=self.prices,
+            source=self.source,
+            train_prompts=self.train_prompts,
             report_to=self.report_to,
+            resume=self.resume,
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Fine-tune the prompter into rho_sft on pairs of a prompt and its rewrite.
+
+    The pairs' own split, by prompt, keeps some to measure on. The result's folder goes to train --prompter.
+    """
+
+    out: str
+    """Folder for checkpoints, metrics.jsonl and prompter/, the fine-tuned one."""
+    pairs: str
+    """JSON lines (or one JSON list) of objects with a prompt and a rewrite."""
+    settings: tyro.conf.OmitArgPrefixes[SFTSettings] = field(default_factory=SFTSettings)
+    prompter: str = "smollm2-135m-instruct"
+    """What is fine-tuned: a packaged name, a local folder or a hub id."""
+    template: str | None = None
+    """How a model is asked to rewrite: rewrite, or append (only what follows the prompt). A trained prompter
+    has its own. Default: rewrite."""
+    prompt_field: str = "prompt"
+    """The field that holds the prompt."""
+    rewrite_field: str = "rewrite"
+    """The field that holds the rewrite; optimized_prompt in BPO's data."""
+    report_to: tuple[str, ...] = ()
+    """tensorboard, wandb, trackio."""
+    resume: bool = False
+    """Continue an interrupted run in that folder (or start one)."""
+
+    def run(self) -> int:
+        try:
+            from alignpro.llm import run
+        except ModuleNotFoundError as error:
+            raise _needs_llm("sft", error) from error
+        run.run_sft(
+            self.out,
+            self.settings,
+            prompter=self.prompter,
+            template=self.template,
+            pairs=self.pairs,
+            prompt_field=self.prompt_field,
+            rewrite_field=self.rewrite_field,
+            report_to=self.report_to,
+            resume=self.resume,
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class Resample:
+    """The training-free prompter: draw rewrites from rho_sft, judge them, reweight to rho* or keep the best.
+
+    Prints what each lambda, and best-of-n, would gain. Interrupt at any time; the same command continues.
+    """
+
+    out: str
+    """Folder for proposals.jsonl, the answers paid for, and rewrites.jsonl."""
+    environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(default_factory=EnvironmentSettings)
+    prompter: str = "smollm2-135m-instruct"
+    """rho_sft: a packaged name, a local folder, a hub id, or a prompter's folder."""
+    template: str | None = None
+    """How a model is asked to rewrite: rewrite, or append (only what follows the prompt). A trained prompter
+    has its own. Default: rewrite."""
+    source: tyro.conf.OmitArgPrefixes[PromptSettings] = field(default_factory=PromptSettings)
+    split: str = "test"
+    """Of the data set: train, validation or test."""
+    prompts: int | None = None
+    """How many of them, from the first. Default: all."""
+    proposals: int = 16
+    """Rewrites drawn for each prompt."""
+    responses: int = 1
+    """Answers that judge each distinct one."""
+    rewrite_tokens: int | None = None
+    """Tokens of a rewrite, at most. Default: the prompter's own."""
+    lam: tuple[float, ...] = (0.02, 0.05, 0.1)
+    """Each lambda to reweight by, in units of the reward."""
+    draws: int = 0
+    """Rewrites of each prompt to resample at each lambda, into rewrites.jsonl."""
+    seed: int = 0
+    """Determines rewrites and answers."""
+
+    def run(self) -> int:
+        try:
+            from alignpro.llm import run
+        except ModuleNotFoundError as error:
+            raise _needs_llm("resample", error) from error
+        run.run_resample(
+            self.out,
+            self.environment,
+            prompter=self.prompter,
+            template=self.template,
+            source=self.source,
+            split=self.split,
+            prompts=self.prompts,
+            proposals=self.proposals,
+            responses=self.responses,
+            rewrite_tokens=self.rewrite_tokens,
+            lam=self.lam,
+            draws=self.draws,
+            seed=self.seed,
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Roll out prompters and policies on real models: texts, rewards and log-probabilities of every party.
+
+    Writes rollouts.jsonl, from which estimate, headroom and compare work without a GPU. Interrupt at any
+    time; the same command continues, and further arms can be added to a finished folder.
+    """
+
+    out: str
+    """Folder for rollouts.jsonl and the answers paid for."""
+    settings: tyro.conf.OmitArgPrefixes[RolloutSettings] = field(default_factory=RolloutSettings)
+    environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(
+        # Log-probabilities are what it is for: bfloat16 leaves tenths of a nat of noise in each.
+        default_factory=lambda: EnvironmentSettings(dtype="float32")
+    )
+    prompter: str | None = None
+    """rho_sft: a packaged name, a local folder or a hub id. Default: what the trained ones were trained from,
+    or smollm2-135m-instruct."""
+    template: str | None = None
+    """How a model is asked to rewrite: rewrite, or append (only what follows the prompt). A trained prompter
+    has its own. Default: rewrite."""
+    source: tyro.conf.OmitArgPrefixes[PromptSettings] = field(default_factory=PromptSettings)
+    split: str = "test"
+    """Of the data set: train, validation or test."""
+    prompts: int | None = None
+    """How many of them, from the first. Default: all."""
+
+    def run(self) -> int:
+        try:
+            from alignpro.llm import run
+        except ModuleNotFoundError as error:
+            raise _needs_llm("rollout", error) from error
+        run.run_rollout(
+            self.out,
+            self.settings,
+            self.environment,
+            prompter=self.prompter,
+            template=self.template,
+            source=self.source,
+            split=self.split,
+            prompts=self.prompts,
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """Train a reward model on preference pairs by eq. (1), Bradley-Terry, and say how good it is.
+
+    The pairs are split by prompt: 70% to learn from, 15% to tune on, 15% to measure on. Interrupt at any
+    time; --resume continues. The result's folder goes to train --reward, as it is.
+    """
+
+    out: str
+    """Folder for the reward model (safetensors), reward.json and metrics.jsonl."""
+    pairs: str
+    """JSON lines, objects with the strings prompt, chosen and rejected."""
+    settings: tyro.conf.OmitArgPrefixes[RewardSettings] = field(default_factory=RewardSettings)
+    base: str = "smollm2-135m-instruct"
+    """What is trained: a packaged name, a local folder or a hub id of a language model or reward model."""
+    template: str | None = None
+    """How a sample is written: a text with {prompt} and {response}. Default: the model's chat template."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    resume: bool = False
+    """Continue an interrupted run in that folder (or start one)."""
+
+    def run(self) -> int:
+        try:
+            from alignpro.llm import reward_training
+        except ModuleNotFoundError as error:
+            raise _needs_llm("reward-model", error) from error
+        reward_training.run_reward_model(
+            self.base,
+            self.pairs,
+            self.out,
+            self.settings,
+            template=self.template,
+            device=self.device,
             resume=self.resume,
         )
         return 0
@@ -320,10 +466,161 @@ class Rewrite:
         return 0
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """Check Theorem 1 on rollouts: every term, the gap, the bounds and their verdicts, with intervals.
+
+    Exit status 1 when a bound is violated.
+    """
+
+    file: tyro.conf.Positional[str]
+    """Rollouts, as alignpro rollout writes them: arms none and sft at least."""
+    beta: float
+    """RLHF tuning parameter, positive, in reward units."""
+    lam: float
+    """Prompt tuning parameter (lambda), positive, in reward units; that of training for a trained arm."""
+    level: float = 0.95
+    """Of the intervals; those of the slacks cover jointly."""
+    r_max: float | None = None
+    """Theorem 1's r_max, when it is known a priori. Default: from the declared range of the reward."""
+    betting: bool = False
+    """Intervals with guaranteed coverage for mean rewards and total variations; they are wider."""
+    json: bool = False
+    """One JSON object, instead of tables."""
+    out: str | None = None
+    """Folder for estimate.json."""
+
+    def run(self) -> int:
+        from alignpro import estimation
+        from alignpro.estimation import tables
+
+        rollouts = _rollouts(self.file, self.out)
+        interval: Any = "betting" if self.betting else "bootstrap"
+        report = estimation.estimate(
+            rollouts, self.beta, self.lam, self.level, r_max=self.r_max, interval=interval
+        )
+        _tell("estimate", report.json(), tables.of_estimate(report), self.json, self.out)
+        return int(any(bound.verdict == "violated" for bound in report.bounds))
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """Should one train at all? What an optimal prompter could gain at each lambda, before any training.
+
+    Needs arm sft with at least two draws per prompt and two answers per draw; arm none for the comparison
+    with no prompter.
+    """
+
+    file: tyro.conf.Positional[str]
+    """Rollouts, as alignpro rollout writes them."""
+    lam: tuple[float, ...] = ()
+    """Prompt tuning parameters (lambda), in reward units. Default: 2% to 50% of the reward's range."""
+    level: float = 0.95
+    """Of the intervals; those behind the answer cover jointly."""
+    json: bool = False
+    """One JSON object, instead of tables."""
+    out: str | None = None
+    """Folder for headroom.json."""
+
+    def run(self) -> int:
+        from alignpro import estimation
+        from alignpro.estimation import tables
+
+        report = estimation.headroom(_rollouts(self.file, self.out), self.lam, self.level)
+        _tell("headroom", report.json(), tables.of_headroom(report), self.json, self.out)
+        return 0
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare arms by mean reward, variance and win rate, paired over prompts."""
+
+    file: tyro.conf.Positional[str]
+    """Rollouts, as alignpro rollout writes them."""
+    arms: tuple[str, ...]
+    """The baseline, then what is compared with it."""
+    level: float = 0.95
+    """Of the intervals; differences cover jointly over the arms."""
+    json: bool = False
+    """One JSON object, instead of a table."""
+    out: str | None = None
+    """Folder for compare.json."""
+
+    def run(self) -> int:
+        from alignpro import estimation
+        from alignpro.estimation import tables
+
+        report = estimation.compare(_rollouts(self.file, self.out), self.arms, self.level)
+        _tell("compare", report.json(), tables.of_comparison(report), self.json, self.out)
+        return 0
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Win rates by a judge model: pairs of answers compared in both orders, by the paper's seven criteria.
+
+    Prints calls, tokens and cost before anything is asked. Interrupt at any time; the same command continues,
+    and further prompts can be added.
+    """
+
+    file: tyro.conf.Positional[str]
+    """Rollouts, as alignpro rollout writes them."""
+    arms: tuple[str, str]
+    """The arm of interest (A in the paper's Table 1), then what it is compared with (B)."""
+    out: str
+    """Folder for judgements.jsonl, winrate.json and the replies paid for."""
+    settings: tyro.conf.OmitArgPrefixes[JudgeSettings]
+    level: float = 0.95
+    """Of the intervals."""
+    json: bool = False
+    """One JSON object, instead of a table."""
+
+    def run(self) -> int:
+        from alignpro import winrate
+        from alignpro.estimation.intervals import check_level
+        from alignpro.llm import judge
+
+        check_level(self.level)
+        try:
+            rows = judge.run_judge(self.file, self.arms, self.settings, self.out)
+        except ModuleNotFoundError as error:
+            raise _needs_llm("judge", error) from error
+        found = winrate.win_rates(winrate.collect(rows), self.level)
+        text = "\n".join([winrate.table(found), *(f"  {line}" for line in judge.failed_replies(rows))])
+        _tell("winrate", found.json(), text, self.json, self.out)
+        return 0
+
+
+def _rollouts(file: str, out: str | None) -> Any:
+    from alignpro import rollouts
+    from alignpro.files import writable_folder
+
+    if out is not None:
+        writable_folder(out)
+    return rollouts.read(file)
+
+
+def _tell(name: str, values: dict[str, Any], text: str, as_json: bool, out: str | None) -> None:
+    """Print a result, as text or JSON, and keep it as `name`.json in the folder `out`."""
+    from alignpro.files import write_json
+
+    if out is not None:
+        write_json(os.path.join(out, f"{name}.json"), values)
+    print(json.dumps(values, ensure_ascii=False, allow_nan=False) if as_json else text)
+
+
 VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
     "train": Train,
     "rewrite": Rewrite,
+    "sft": Sft,
+    "reward-model": RewardModel,
+    "resample": Resample,
+    "rollout": Rollout,
+    "estimate": Estimate,
+    "headroom": Headroom,
+    "compare": Compare,
+    "judge": Judge,
     "verify": Verify,
     "hunt": Hunt,
     "solve": Solve,

@@ -4,8 +4,11 @@
     python experiments/open_ppo.py --out runs/open_ppo --seeds 1   # one of them; several can run at once
     python experiments/open_ppo.py --out runs/append --variant append
 
-`rewrite`: the prompter says the whole rewrite, the frozen model samples at temperature 1. `append`: it only adds to
-the prompt, and the frozen model samples as the paper evaluates (temperature 1.5, top-p 0.6, top-k 20). Trains on the training split of the packaged instructions, with the faithful settings, and rolls out on the
+`rewrite`: the prompter says the whole rewrite, and the frozen model samples at temperature 1. `append`: it
+only adds to the prompt, and the frozen model samples as the paper evaluates (temperature 1.5, top-p 0.6,
+top-k 20).
+
+Trains on the training split of the packaged instructions, with the faithful settings, and rolls out on the
 test split: no prompter, ρ_sft, and ρ_θ of each seed, each rewrite answered once. Differences of mean reward
 come with 95% bootstrap intervals over prompts, within which all samples and seeds of a prompt stay together.
 Everything resumes: run the same command again.

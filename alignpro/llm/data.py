@@ -1,7 +1,7 @@
 """User prompts and preference pairs, read from packages at run time and never redistributed here.
 
-A row of `DATASETS` is a function that needs no argument and returns prompts; a row of `PREFERENCES`
-returns preference pairs.
+A row of `PREFERENCES` is a function that returns preference pairs; the prompts, with those of public data
+sets, are the rows of `datasets.DATASETS`.
 """
 
 import hashlib
@@ -134,11 +134,6 @@ def _healthbench() -> list[PreferencePair]:
             pairs.append(_pair(turns, ideal["ideal_completion"], other, "healthbench"))
     return [pair for pair in pairs if pair is not None]
 
-
-DATASETS: dict[str, Callable[..., list[str]]] = {
-    "instructions": instructions,
-    "mt-bench": mt_bench,
-}
 
 PREFERENCES: dict[str, Callable[[], list[PreferencePair]]] = {
     "dpo-demo": _dpo_demo,

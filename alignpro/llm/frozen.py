@@ -57,6 +57,11 @@ class Sampling:
                 raise AlignProError(f"{name} {value!r}: choose {range_}")
             object.__setattr__(self, name, float(value))  # 1 and 1.0 are one setting, and one cache key
 
+    @property
+    def natural(self) -> bool:
+        """Whether it leaves the model's distribution as it is."""
+        return (self.temperature, self.top_p, self.top_k) == (1.0, 1.0, 0)
+
 
 EVALUATION = Sampling(temperature=1.5, top_p=0.6, top_k=20)
 """The Align-Pro paper's decoding of the frozen model."""
@@ -72,6 +77,12 @@ class Answer:
     prompt_tokens: int
     tokens: int
     """Tokens generated, the end token included where the backend counts it."""
+    ids: tuple[int, ...] | None = None
+    """Those tokens, end token included; None from an endpoint. Cutting `text` afresh may give others."""
+
+    def __post_init__(self) -> None:
+        if self.ids is not None:
+            object.__setattr__(self, "ids", tuple(map(int, self.ids)))  # a list, from JSON
 
 
 Answers = dict[tuple[int, int], Answer]

@@ -1,7 +1,6 @@
 """A frozen transformers model in this process: batches, a KV cache, and one random stream per answer."""
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,16 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignpro.errors import AlignProError
 from alignpro.llm.frozen import (
@@ -34,6 +24,7 @@ from alignpro.llm.frozen import (
     stream_key,
 )
 from alignpro.llm.models import load_model, quiet
+from alignpro.llm.policy import draw, end_tokens, log_probs
 from alignpro.llm.prompter import target_ids
 
 S = TypeVar("S")
@@ -81,8 +72,7 @@ class LocalTarget:
         self.calls = 0
         self.retried = 0
         self._stopping = False
-        ends = self.model.generation_config.eos_token_id
-        self._ends: list[int] = list(ends) if isinstance(ends, list) else [ends]
+        self._ends = end_tokens(self.model)
 
     @cached_property
     def revision(self) -> str:
@@ -116,8 +106,8 @@ class LocalTarget:
             keys = [stream_key(seed, sampling, prompts[p], i) for p, i in batch]
             return self._generate([ids[p] for p, _ in batch], keys, sampling)
 
-        # Similar lengths together: little padding.
-        order = sorted(asked, key=lambda job: len(ids[job[0]]))
+        # Similar lengths together: little padding. Equal prompts together: each is read once.
+        order = sorted(asked, key=lambda job: (len(ids[job[0]]), ids[job[0]]))
         try:
             for batch, generated in self._batches(order, run):
                 for (position, index), new in zip(batch, generated, strict=True):
@@ -126,6 +116,7 @@ class LocalTarget:
                         finish="stop" if new and new[-1] in self._ends else "length",
                         prompt_tokens=len(ids[position]),
                         tokens=len(new),
+                        ids=tuple(new),
                     )
                     self.calls += 1
                     answers[position, index] = answer
@@ -146,34 +137,74 @@ class LocalTarget:
         """See `Target.stop`; the batch at work is finished first."""
         self._stopping = True
 
-    def log_probs(self, prompts: Sequence[str], responses: Sequence[str | Answer]) -> np.ndarray:
-        """[n] float64: log π_F(responses[i] | prompts[i]) in nats, at temperature 1 and untruncated.
+    def log_probs(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str | Answer],
+        sampling: Sampling | None = None,
+        *,
+        drawn: bool = False,
+    ) -> np.ndarray:
+        """[n] float64: log π_F(responses[i] | prompts[i]) in nats, −inf where `sampling` excludes it.
 
-        A string is taken as a finished answer, so that ending after it counts; so is an `Answer` unless
-        it was cut off. Text is cut into tokens afresh, which for rare texts are not those sampled.
+        An `Answer` is the tokens it was, its end token among them unless it was cut off. A string is taken as
+        a finished answer, whichever token ends it; it is cut into tokens afresh, which for rare texts are not
+        those that a model would have drawn.
+
+        Args:
+            sampling: of the processed distribution; temperature 1 and nothing truncated if None.
+            drawn: the responses are answers to these prompts under `sampling`, so that none is impossible:
+                a token on the edge of what is kept stays in, though another batch rounds it out.
 
         Raises:
-            AlignProError: as many prompts as responses are needed, strings; no room for a pair.
+            AlignProError: as many prompts as responses are needed, strings; an answer without token ids; no
+                room for a pair.
         """
         if len(prompts) != len(responses):
             raise AlignProError(
                 f"{len(prompts)} prompts and {len(responses)} responses: give one response per prompt"
             )
-        pairs: list[tuple[tuple[int, ...], list[int], bool]] = []
+        # One row for each way to end; all but the end is shared, and goes through the model once.
+        rows: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            text = response.text if isinstance(response, Answer) else response
-            for kind, value in (("prompts", prompt), ("responses", text)):
-                if not isinstance(value, str):
-                    raise AlignProError(f"{kind}[{i}] is {type(value).__name__}: give a string")
-            said = self.tokenizer(text, add_special_tokens=False).input_ids
-            ended = not isinstance(response, Answer) or response.finish == "stop"
-            pairs.append((target_ids(self.tokenizer, prompt), list(said), ended))
-        self._check_room([p for p, _, _ in pairs], [len(y) + ended for _, y, ended in pairs])
-        out = np.zeros(len(pairs))
-        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+            if not isinstance(prompt, str):
+                raise AlignProError(f"prompts[{i}] is {type(prompt).__name__}: give a string")
+            ids = target_ids(self.tokenizer, prompt)
+            if isinstance(response, str):
+                said = tuple(self.tokenizer(response, add_special_tokens=False).input_ids)
+                rows += [(i, ids, (*said, end)) for end in self._ends]
+            elif not isinstance(response, Answer):
+                raise AlignProError(
+                    f"responses[{i}] is {type(response).__name__}: give a string or an answer"
+                )
+            elif response.ids is None:
+                raise AlignProError(
+                    f"responses[{i}] has no token ids (an endpoint's, or one from an older cache): "
+                    "answer it again in this process"
+                )
+            else:
+                rows.append((i, ids, response.ids))
+        self._check_room([ids for _, ids, _ in rows], [len(said) for _, _, said in rows])
+        rows = [row for row in rows if row[2]]
+        out = np.full(len(prompts), -np.inf)
+        out[[i for i, response in enumerate(responses) if isinstance(response, Answer)]] = 0.0
+        order = sorted(rows, key=lambda row: (len(row[1]), row[1], row[2]))
+
+        def run(batch: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> np.ndarray:
+            with torch.inference_mode():
+                scores = log_probs(
+                    self.model,
+                    [ids for _, ids, _ in batch],
+                    [said for _, _, said in batch],
+                    sampling=sampling,
+                    drawn=drawn,
+                )
+            return scores.log_probs.double().sum(1).cpu().numpy()
+
         try:
-            for batch, values in self._batches(order, lambda rows: self._score([pairs[i] for i in rows])):
-                out[list(batch)] = values
+            for batch, values in self._batches(order, run):
+                for (i, _, _), value in zip(batch, values, strict=True):
+                    out[i] = np.logaddexp(out[i], value) if isinstance(responses[i], str) else value
         except torch.OutOfMemoryError:
             raise AlignProError(
                 f"model {self.name!r}: one pair alone exceeds the GPU's memory; use a smaller model or dtype"
@@ -217,104 +248,10 @@ class LocalTarget:
         # Without the "clean-up" that some tokenizers ship, which moves spaces before punctuation.
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, L] ids and mask, padded on the left."""
-        width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row) :] = torch.tensor(row)
-            mask[i, width - len(row) :] = 1
-        return ids.to(self.model.device), mask.to(self.model.device)
-
-    @torch.inference_mode()
     def _generate(
         self, rows: Sequence[Sequence[int]], keys: Sequence[int], sampling: Sampling
     ) -> list[list[int]]:
         """New token ids of each row, up to its end token."""
-        ids, mask = self._padded(rows)
-        # What a model ships must not leak in. Greedy decoding ignores temperature, top_k and top_p.
-        config = GenerationConfig(
-            max_new_tokens=sampling.max_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            use_cache=True,
-            eos_token_id=self._ends,
-            pad_token_id=int(self.tokenizer.pad_token_id),
-        )
-        processors = _processors(keys, sampling, ids.shape[1])
         with quiet():  # no advice on settings that greedy decoding ignores
-            out = self.model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
-            )
-        return [_until_end(row, self._ends) for row in out[:, ids.shape[1] :].tolist()]
-
-    @torch.inference_mode()
-    def _score(self, pairs: Sequence[tuple[tuple[int, ...], list[int], bool]]) -> np.ndarray:
-        ids, mask = self._padded([(*prompt, *said) for prompt, said, _ in pairs])
-        keep = max(len(said) for _, said, _ in pairs) + 1
-        logits = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            logits_to_keep=keep,
-            use_cache=False,
-        ).logits
-        out = np.zeros(len(pairs))
-        for i, (_, said, ended) in enumerate(pairs):
-            # Row t predicts token t of the answer; the last row predicts what follows it.
-            steps = torch.log_softmax(logits[i, -(len(said) + 1) :].double(), -1)
-            total = steps[torch.arange(len(said)), torch.tensor(said, dtype=torch.long)].sum()
-            if ended:
-                total = total + torch.logsumexp(steps[-1, self._ends], 0)
-            out[i] = float(total)
-        return out
-
-
-def _processors(keys: Sequence[int], sampling: Sampling, width: int) -> LogitsProcessorList:
-    if sampling.temperature == 0:
-        return LogitsProcessorList()
-    # Philox is counter-based: a key is a stream of its own.
-    uniforms = [np.random.Generator(np.random.Philox(key=key)).random(sampling.max_tokens) for key in keys]
-    return LogitsProcessorList([_Draw(torch.from_numpy(np.stack(uniforms)), width, sampling)])
-
-
-class _Draw(LogitsProcessor):
-    """Draws each row's next token by inverse CDF from the row's own uniforms, and leaves only that token.
-
-    Greedy decoding then takes it. `torch.multinomial` would share one stream among the rows of a batch.
-    """
-
-    def __init__(self, uniforms: torch.Tensor, width: int, sampling: Sampling) -> None:
-        self.uniforms = uniforms  # [B, max_tokens] float64
-        self.width = width  # of the prompts
-        # In transformers' own order.
-        self.temperature = TemperatureLogitsWarper(sampling.temperature)
-        self.top_k = TopKLogitsWarper(sampling.top_k) if sampling.top_k else None
-        self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        warped, tokens = self.temperature(input_ids, scores), None
-        if self.top_k:
-            warped = self.top_k(input_ids, warped)
-            # The nucleus needs a sort: of the few that are left, which is three times faster in all.
-            left = int((warped > -math.inf).sum(-1).max())
-            warped, tokens = warped.topk(left)  # type: ignore[assignment]
-        if self.top_p:
-            warped = self.top_p(input_ids, warped)
-        cdf = torch.softmax(warped.double(), -1).cumsum(-1)
-        u = self.uniforms[:, input_ids.shape[1] - self.width].to(scores.device)
-        # Strictly below the total, whatever it rounds to. A token of probability 0 is never the first above.
-        threshold = (u * (1 - 2.0**-40))[:, None] * cdf[:, -1:]
-        drawn = torch.searchsorted(cdf, threshold, right=True)
-        token = drawn if tokens is None else tokens.gather(1, drawn)
-        return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)  # type: ignore[return-value]
-
-
-def _until_end(row: list[int], ends: Sequence[int]) -> list[int]:
-    for i, token in enumerate(row):
-        if token in ends:
-            return row[: i + 1]
-    return row
+            drawn = draw(self.model, int(self.tokenizer.pad_token_id), rows, keys, sampling)
+        return [ids for ids, _ in drawn]

@@ -1,11 +1,12 @@
 """A language model as a policy over token sequences: sampling, and log-probabilities without repetition.
 
 Rollouts repeat themselves: all prompts of a prompter begin with its template, and each is continued many
-times. `sample` reads each distinct prompt once. `log_probs` scores all continuations of all prompts on their
+times. `draw` reads each distinct prompt once. `log_probs` scores all continuations of all prompts on their
 prefix tree: a shared prefix goes through the model once, under a mask that shows each token its own past
-only, and gradients are those of the plain computation.
+only, and gradients are those of the plain computation. Both process the model's scores by `Warper`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,18 +14,108 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from alignpro.errors import AlignProError
 from alignpro.llm.frozen import Sampling, digest
-from alignpro.llm.local import _processors as processors
-from alignpro.llm.local import _until_end as until_end
 from alignpro.llm.tree import unwrap
 
 Ids = Sequence[int]
+Drawn = tuple[list[int], list[float]]
+"""A continuation's tokens, and the log-probability of each, in nats."""
 
 
-# --- sampling ------------------------------------------------------------------------------------------
+# --- the sampler ---------------------------------------------------------------------------------------
+
+
+class Warper:
+    """What `sampling` makes of a model's next-token scores, in transformers' own order. Not called at
+    temperature 0, which takes the likeliest token."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.scale = sampling.temperature
+        self.top_k = TopKLogitsWarper(sampling.top_k) if sampling.top_k else None
+        self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+
+    def __call__(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[N, K] processed scores, −inf where excluded, and whose they are: tokens [N, K]; None: all of them.
+
+        Args:
+            scores: [N, V], float32.
+        """
+        ids, tokens = torch.empty(0, dtype=torch.long), None  # no warper looks at what was said
+        if self.scale != 1:
+            scores = scores / self.scale
+        if self.top_k:
+            scores = self.top_k(ids, scores)  # type: ignore[arg-type]
+            # The nucleus needs a sort: of the few that are left, which is three times faster in all.
+            left = int((scores > -math.inf).sum(-1).max())
+            scores, tokens = scores.topk(left)
+        if self.top_p:
+            scores = self.top_p(ids, scores)  # type: ignore[arg-type]
+        return scores, tokens
+
+    def log_probs(self, scores: Tensor, at: Tensor, token: Tensor, *, drawn: bool = False) -> Tensor:
+        """Log-probability of `token` under the processed row `at` of scores [N, V]; −inf where excluded.
+
+        Args:
+            at, token: of one shape, the result's.
+            drawn: the tokens were drawn from this very sampler, so that none is excluded: one on the edge
+                that rounding puts outside is taken back in.
+        """
+        own = scores[at, token]
+        if self.scale == 0:
+            return torch.where((own == scores.amax(-1)[at]) | drawn, 0.0, -math.inf)
+        warped, tokens = self(scores)
+        if tokens is not None:
+            warped = torch.full_like(scores, -math.inf).scatter(1, tokens, warped)
+        value, total = warped[at, token], torch.logsumexp(warped, -1)[at]
+        if drawn:
+            own = own / self.scale
+            return torch.where(value > -math.inf, value - total, own - torch.logaddexp(total, own))
+        return value - total
+
+
+class Draws:
+    """A logits processor that draws each row's next token by inverse CDF from the row's own uniforms, and
+    leaves only that token, which greedy decoding then takes. `torch.multinomial` would share one stream
+    among the rows of a batch.
+
+    Attributes:
+        log_probs: of the tokens drawn, one [B] for each step, where they are kept.
+    """
+
+    def __init__(self, keys: Sequence[int], sampling: Sampling, width: int, keep: bool) -> None:
+        # Philox is counter-based: a key is a stream of its own.
+        streams = (np.random.Generator(np.random.Philox(key=key)) for key in keys)
+        self.uniforms = torch.from_numpy(np.stack([s.random(sampling.max_tokens) for s in streams]))
+        self.width = width  # of the prompts
+        self.warper = Warper(sampling)
+        self.keep = keep
+        self.log_probs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()
+        if self.warper.scale == 0:
+            token = scores.argmax(-1, keepdim=True)
+        else:
+            warped, tokens = self.warper(scores)
+            cdf = torch.softmax(warped.double(), -1).cumsum(-1)
+            u = self.uniforms[:, input_ids.shape[1] - self.width].to(scores.device)
+            # Strictly below the total, whatever it rounds to. A token of probability 0 is never the first
+            # above.
+            threshold = (u * (1 - 2.0**-40))[:, None] * cdf[:, -1:]
+            drawn = torch.searchsorted(cdf, threshold, right=True)
+            token = drawn if tokens is None else tokens.gather(1, drawn)
+        if self.keep:
+            self.log_probs.append(scores.gather(1, token)[:, 0] - torch.logsumexp(scores, -1))
+        return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)
 
 
 def sample_key(*parts: Any) -> int:
@@ -32,7 +123,65 @@ def sample_key(*parts: Any) -> int:
     return int.from_bytes(digest("policy", *parts)[:16])
 
 
-@torch.no_grad()
+def end_tokens(model: Any) -> list[int]:
+    """Ids of the tokens that end a turn."""
+    ends = model.generation_config.eos_token_id
+    return list(ends) if isinstance(ends, list) else [ends]
+
+
+@torch.inference_mode()
+def draw(
+    model: Any, pad: int, rows: Sequence[Ids], keys: Sequence[int], sampling: Sampling, *, score: bool = False
+) -> list[Drawn]:
+    """One batch of continuations, each up to and including an end token or `max_tokens`.
+
+    Args:
+        model: a causal language model, adapter included; its `generation_config` names the end tokens.
+        pad: id of the pad token.
+        rows: [B] prompts as token ids, none empty; equal ones that follow each other are read once.
+        keys: [B], see `sample_key`. A draw depends on its key, the model and the prompt alone, up to the
+            floating-point noise of batching.
+        score: whether to keep log-probabilities, under the model itself (temperature 1, nothing truncated).
+    """
+    model = unwrap(model)
+    distinct = [row for i, row in enumerate(rows) if not i or row != rows[i - 1]]
+    ids, mask = _left_padded(distinct, pad, model.device)
+    more = {}
+    if len(distinct) < len(rows):
+        starts = [i for i, row in enumerate(rows) if not i or row != rows[i - 1]]
+        repeats = torch.tensor(np.diff([*starts, len(rows)]), device=ids.device)
+        cache = _read(model, ids, mask)
+        if cache is not None:
+            for layer in cache.layers:
+                layer.keys = layer.keys.repeat_interleave(repeats, 0)
+                layer.values = layer.values.repeat_interleave(repeats, 0)
+            more = {"past_key_values": cache}
+        ids, mask = ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
+    ends = end_tokens(model)
+    # What a model ships must not leak in. Greedy decoding ignores temperature, top_k and top_p.
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        eos_token_id=ends,
+        pad_token_id=pad,
+    )
+    draws = Draws(keys, sampling, ids.shape[1], score)
+    chain = LogitsProcessorList([draws])
+    new = model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=chain, **more
+    )
+    values = torch.stack(draws.log_probs, 1).tolist() if score else [[]] * len(rows)
+    out = []
+    for row, scores in zip(new[:, ids.shape[1] :].tolist(), values, strict=True):
+        length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        out.append((row[:length], scores[:length]))
+    return out
+
+
 def sample_and_score(
     model: Any,
     pad: int,
@@ -41,24 +190,9 @@ def sample_and_score(
     sampling: Sampling,
     *,
     batch_size: int = 64,
-) -> list[list[tuple[list[int], list[float]]]]:
-    """Continuations of each prompt, up to and including an end token or `max_tokens`, as drawn.
-
-    Args:
-        model: a causal language model, adapter included; its `generation_config` names the end tokens.
-        pad: id of the pad token.
-        prompts: token ids, none empty.
-        keys: for each prompt, one key per continuation (see `sample_key`). A draw depends on its key, the
-            model and the prompt alone, up to the floating-point noise of batching.
-        batch_size: sequences at once.
-
-    Returns:
-        [prompts][keys of the prompt]: tokens, and the log-probability in nats of each under the model itself
-        (temperature 1, nothing truncated).
-    """
-    model = unwrap(model)
-    ends = model.generation_config.eos_token_id
-    ends = list(ends) if isinstance(ends, list) else [ends]
+    score: bool = True,
+) -> list[list[Drawn]]:
+    """[prompts][keys of the prompt] continuations, as `draw` gives them in batches of `batch_size`."""
     out: list[list[Any]] = [[None for _ in row] for row in keys]
     jobs = [
         (p, i)
@@ -67,60 +201,17 @@ def sample_and_score(
     ]
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
-        rows = list(dict.fromkeys(p for p, _ in batch))
-        counts = [sum(p == row for p, _ in batch) for row in rows]
-        ids, mask = _left_padded([prompts[p] for p in rows], pad, model.device)
-        cache = _read(model, ids, mask)
-        repeats = torch.tensor(counts, device=ids.device)
-        if cache is not None:
-            for layer in cache.layers:
-                layer.keys = layer.keys.repeat_interleave(repeats, 0)
-                layer.values = layer.values.repeat_interleave(repeats, 0)
-        ids, mask = ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
-        config = GenerationConfig(
-            max_new_tokens=sampling.max_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            use_cache=True,
-            eos_token_id=ends,
-            pad_token_id=pad,
-        )
-        recorder = _Recorder()
-        draw = processors([keys[p][i] for p, i in batch], sampling, ids.shape[1])
-        chain = LogitsProcessorList([recorder.before, *draw, recorder.after])
-        more = {} if cache is None else {"past_key_values": cache}
-        with torch.inference_mode():
-            new = model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=chain, **more
-            )
-        values = torch.stack(recorder.values, 1).tolist()
-        for (p, i), row, scores in zip(batch, new[:, ids.shape[1] :].tolist(), values, strict=True):
-            kept = until_end(row, ends)
-            out[p][i] = (kept, scores[: len(kept)])
+        each = [keys[p][i] for p, i in batch]
+        found = draw(model, pad, [prompts[p] for p, _ in batch], each, sampling, score=score)
+        for (p, i), drawn in zip(batch, found, strict=True):
+            out[p][i] = drawn
     return out
 
 
 def sample(*positional: Any, **named: Any) -> list[list[list[int]]]:
     """The tokens of `sample_and_score` alone."""
-    return [[ids for ids, _ in row] for row in sample_and_score(*positional, **named)]
-
-
-class _Recorder:
-    """Keeps the log-probability of each token drawn: `before` sees the model's scores, `after` the draw."""
-
-    def __init__(self) -> None:
-        self.values: list[Tensor] = []
-
-    def before(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._scores = scores.float()
-        return scores
-
-    def after(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token = scores.argmax(-1, keepdim=True)
-        total = torch.logsumexp(self._scores, -1)
-        self.values.append(self._scores.gather(1, token)[:, 0] - total)
-        return scores
+    rows = sample_and_score(*positional, **named, score=False)
+    return [[ids for ids, _ in row] for row in rows]
 
 
 def _read(model: Any, ids: Tensor, mask: Tensor) -> Any:
@@ -129,14 +220,13 @@ def _read(model: Any, ids: Tensor, mask: Tensor) -> Any:
         return None
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    with torch.inference_mode():
-        model.base_model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-        )
+    model.base_model(
+        input_ids=ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        position_ids=positions[:, :-1],
+        past_key_values=cache,
+        use_cache=True,
+    )
     return cache
 
 
@@ -237,7 +327,8 @@ class Scores:
 
     Attributes:
         log_probs: [B, T] of each token, in nats; 0 past the end.
-        entropies: [B, T] of the distribution each token was drawn from, in nats; 0 past the end. No gradient.
+        entropies: [B, T] of the model's own distribution before each token, in nats; 0 past the end. No
+            gradient.
         hidden: [B, T, H] final hidden state before each token, or None; 0 past the end. No gradient.
     """
 
@@ -254,6 +345,8 @@ def log_probs(
     steps: int | None = None,
     hidden: bool = False,
     most: int = 2048,
+    sampling: Sampling | None = None,
+    drawn: bool = False,
 ) -> Scores:
     """Token log-probabilities of continuations, in nats, differentiable in the model.
 
@@ -263,7 +356,10 @@ def log_probs(
         steps: T; the longest continuation's length when None.
         hidden: whether to return the hidden states too.
         most: tokens in one forward pass, about.
+        sampling: of the processed distribution instead of the model's own; −inf where it excludes a token.
+        drawn: the continuations were drawn from it (see `Warper.log_probs`).
     """
+    warper = None if sampling is None or sampling.natural else Warper(sampling)
     steps = max(map(len, continuations)) if steps is None else steps
     first = next(model.parameters())
     device, dtype = first.device, first.dtype
@@ -291,8 +387,12 @@ def log_probs(
             values = [entropy[at] * inside]
             if hidden:
                 values.append(out.hidden_states[-1][0, states].float()[at] * inside[..., None])
-        parts.append([(logits[at, token] - total[at]) * inside, *values])
+        if warper is None:
+            found = logits[at, token] - total[at]
+        else:
+            found = warper.log_probs(logits, at, token, drawn=drawn)
+        parts.append([found.masked_fill(inside == 0, 0.0), *values])
         order += pack.rows
     back = torch.argsort(torch.tensor(order, device=device))
-    found = [torch.cat(column)[back] for column in zip(*parts, strict=True)]
-    return Scores(found[0], found[1], found[2] if hidden else None)
+    columns = [torch.cat(column)[back] for column in zip(*parts, strict=True)]
+    return Scores(columns[0], columns[1], columns[2] if hidden else None)

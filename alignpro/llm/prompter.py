@@ -136,8 +136,8 @@ class Prompter:
             template: a row of `TEMPLATES`, for a model that has none of its own; `rewrite` when None.
 
         Raises:
-            AlignProError: an unknown template, or one for a trained prompter; a folder that is damaged or holds
-                no safetensors; or from `models.load_model`.
+            AlignProError: an unknown template, or one for a trained prompter; a folder that is damaged or
+                holds no safetensors; or from `models.load_model`.
         """
         from alignpro.llm.models import check_name, load_model, resolve
 
@@ -153,9 +153,7 @@ class Prompter:
             raise AlignProError(f"template {template}: {folder} has its own; leave it out")
         said = read_json(folder / PROMPTER_FILE)
         try:
-            template = Template(
-                **said["template"] | {"examples": tuple(map(tuple, said["template"]["examples"]))}
-            )
+            own = Template(**said["template"] | {"examples": tuple(map(tuple, said["template"]["examples"]))})
             base, max_tokens, facts = str(said["base"]), int(said["max_tokens"]), dict(said["facts"])
         except (KeyError, TypeError, ValueError) as error:
             raise AlignProError(
@@ -163,7 +161,7 @@ class Prompter:
             ) from None
         if not (folder / "adapter_model.safetensors").is_file():
             if (folder / "config.json").is_file():  # `save` with `whole`
-                return cls(*load_model(folder, dtype, device), template, max_tokens, str(name), facts)
+                return cls(*load_model(folder, dtype, device), own, max_tokens, str(name), facts)
             raise AlignProError(
                 f"prompter {str(name)!r}: adapter_model.safetensors is missing; save it again"
             )
@@ -172,7 +170,7 @@ class Prompter:
         model, tokenizer = load_model(base, dtype, device)
         resolve(base)
         adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
-        return cls(adapted.eval(), tokenizer, template, max_tokens, base, facts)
+        return cls(adapted.eval(), tokenizer, own, max_tokens, base, facts)
 
     def save(self, folder: str | Path, *, whole: bool = False) -> None:
         """Write the adapter (safetensors), `prompter.json` and a model card; not the language model itself.

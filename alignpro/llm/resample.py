@@ -88,10 +88,22 @@ def propose(
     _whole(1, n=n, responses=responses)
     _distinct(prompts)
     drawn = prompter.rewrites(prompts, n, seed=seed)
-    asked = [dict.fromkeys(row + [x] * include_original) for x, row in zip(prompts, drawn, strict=True)]
+    return appraise(environment, prompts, drawn, responses=responses, include_original=include_original)
+
+
+def appraise(
+    environment: "Environment",
+    prompts: Sequence[str],
+    rewrites: Sequence[Sequence[str]],
+    *,
+    responses: int,
+    include_original: bool = False,
+) -> list[Proposals]:
+    """R̂ of rewrites that were drawn from ρ_sft(·|x) elsewhere; the arguments are those of `propose`."""
+    asked = [dict.fromkeys([*row] + [x] * include_original) for x, row in zip(prompts, rewrites, strict=True)]
     pairs = [(x, rewrite) for x, row in zip(prompts, asked, strict=True) for rewrite in row]
-    xs, rewrites = [x for x, _ in pairs], [rewrite for _, rewrite in pairs]
-    scores = replace(environment, responses=responses).score(xs, rewrites, [0] * len(pairs))
+    xs, said = [x for x, _ in pairs], [rewrite for _, rewrite in pairs]
+    scores = replace(environment, responses=responses).score(xs, said, [0] * len(pairs))
     worth = dict(zip(pairs, map(float, scores), strict=True))
     asks = environment.target is not None
     return [
@@ -103,7 +115,7 @@ def propose(
             calls=len(distinct) * responses * asks,
             original=worth[x, x] if include_original else None,
         )
-        for x, row, distinct in zip(prompts, drawn, asked, strict=True)
+        for x, row, distinct in zip(prompts, rewrites, asked, strict=True)
     ]
 
 
@@ -126,9 +138,7 @@ def answers(environment: "Environment", prompts: Sequence[str], n: int) -> list[
     _distinct(prompts)
     if environment.target is None:
         raise AlignProError("environment: has no target; give the frozen model that answers")
-    rows = environment.target.respond(
-        list(prompts), environment.sampling, samples=n, seed=environment.seed
-    )
+    rows = environment.target.respond(list(prompts), environment.sampling, samples=n, seed=environment.seed)
     texts = [[answer.text for answer in row] for row in rows]
     judged = replace(environment, target=None).score(
         [x for x in prompts for _ in range(n)], [y for row in texts for y in row], [0] * (n * len(texts))
@@ -225,6 +235,32 @@ def star(proposals: Proposals, lam: float, *, share: float = 0.1) -> Star:
     )
 
 
+def table(proposals: Sequence[Proposals], lams: Sequence[float]) -> str:
+    """What resampling and best-of-n gain over ρ_sft by R̂, means over prompts, as lines of text.
+
+    Raises:
+        AlignProError: as `star`.
+    """
+    n = min(len(p.rewrites) for p in proposals)
+    lines = [f"rho_sft: mean reward {np.mean([p.rewards for p in proposals]):.4f}, by R̂ as all below"]
+    lines.append(f"{'':>10}  {'gain':>8}  {'KL, nats':>8}  effective sample size of {n}")
+    for lam in lams:
+        found = [star(p, lam) for p in proposals]
+        rows = [(s.value - s.prior_value, s.kl, s.ess) for s in found]
+        gain, kl, ess = np.mean(rows, axis=0)
+        few = sum(bool(s.warning) for s in found)
+        warning = f"; too few on {few} of {len(found)} prompts" if few else ""
+        lines.append(f"{f'lam {lam:g}':>10}  {gain:>+8.4f}  {kl:>8.3f}  {ess:.1f}{warning}")
+    sizes = sorted({2**i for i in range(1, n.bit_length()) if 2**i <= n} | {n})
+    every = [best_of_n(p, n).values - np.mean(p.rewards) for p in proposals]
+    gains = np.mean(every, 0)
+    for size in sizes:
+        bound = math.log(size) - (size - 1) / size
+        lines.append(f"{f'best of {size}':>10}  {gains[size - 1]:>+8.4f}  {f'≤ {bound:.3f}':>8}")
+    lines.append("R̂ chose, so these gains are optimistic: alignpro rollout --arms star best_of_n asks afresh")
+    return "\n".join(lines)
+
+
 def resample(proposals: Proposals, lam: float, draws: int = 1, *, seed: int = 0) -> list[str]:
     """[draws] rewrites from ρ* up to sampling error, with replacement; equal arguments, equal rewrites.
 
@@ -232,7 +268,7 @@ def resample(proposals: Proposals, lam: float, draws: int = 1, *, seed: int = 0)
         AlignProError: as `star`, or draws below 1.
     """
     _whole(1, draws=draws)
-    chosen = _draw(star(proposals, lam).weights, draws, "resample", seed, proposals.prompt)
+    chosen = choose(star(proposals, lam).weights, draws, "resample", seed, proposals.prompt)
     return [proposals.rewrites[i] for i in chosen]
 
 
@@ -325,7 +361,7 @@ def evaluate(
             raise AlignProError(
                 f"choices: that of {p.prompt!r} must be {len(p.rewrites)} weights of sum 1; take a `weights`"
             )
-        rewrites += [p.rewrites[i] for i in _draw(w, draws, "evaluate", seed, p.prompt)]
+        rewrites += [p.rewrites[i] for i in choose(w, draws, "evaluate", seed, p.prompt)]
     scores = replace(environment, responses=1).score(
         [p.prompt for p in proposals for _ in range(draws)],
         rewrites,
@@ -337,8 +373,8 @@ def evaluate(
     return Evaluation(values, float(values.mean()), error, calls)
 
 
-def _draw(weights: Array, draws: int, *key: str | int) -> Array:
-    """[draws] indices by inverse CDF; weight 0 is never drawn."""
+def choose(weights: Array, draws: int, *key: str | int) -> Array:
+    """[draws] indices of weights [n], with replacement, determined by `key`. Weight 0 is never drawn."""
     rng = np.random.default_rng(int.from_bytes(digest(*key)[:16]))
     total = np.cumsum(weights)
     return np.searchsorted(total, rng.random(draws) * total[-1] * (1 - 2.0**-40), side="right")

@@ -1,4 +1,4 @@
-"""Rewards r(x, y) of the user's own: a reward model, a Python function, an endpoint; and eq. (1) by TRL.
+"""Rewards r(x, y) of the user's own: a reward model, a Python function, an endpoint.
 
 Theorem 1 asks for bounded rewards, so each is made with its bounds (`parse_bounds`): a declared range, which
 a score may not leave, or a clipping or squashing, which `describe` reports with what it did. A score that is
@@ -10,33 +10,28 @@ tokens, and are shortened and escaped where an error shows them.
 
 import asyncio
 import contextlib
-import hashlib
 import importlib
 import inspect
 import json
 import math
-import numbers
 import os
 import re
 import sys
-import tempfile
-import time
-import warnings
-from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
-from urllib.parse import parse_qsl, urlsplit
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, writable_folder, write_json
-from alignpro.llm import data, models, packages, rewards
+from alignpro.files import read_json
+from alignpro.llm import http, models, packages, rewards
+from alignpro.llm.frozen import Answer, OnAnswer, Sampling, Stopped, digest
+from alignpro.llm.ledger import Cached, Ledger
+from alignpro.llm.rewards import check_scores, check_texts, sample_shown, shown
 
 Array = np.ndarray
 
@@ -44,10 +39,7 @@ PLAIN = "Human: {prompt}\n\nAssistant: {response}"
 """How a sample is written for a model whose tokenizer has no chat template."""
 
 REWARD_FILE = "reward.json"
-"""What `train_reward` records beside the weights."""
-
-_SQUASH_PAIRS = 1000  # training pairs from which the squash is chosen; more would not move it
-
+"""What `reward_training.train_reward` records beside the weights."""
 
 # --- bounds ---
 
@@ -151,7 +143,7 @@ def parse_bounds(bounds: "Bounds | str | None") -> Bounds:
         first, second = (float(number) for number in pair.split(","))
         make = _KINDS[kind]
     except (ValueError, KeyError):
-        raise AlignProError(f"bounds {_shown(str(bounds))}: give {_SYNTAX}") from None
+        raise AlignProError(f"bounds {shown(str(bounds))}: give {_SYNTAX}") from None
     return make(first, second)
 
 
@@ -165,6 +157,12 @@ class Bounded:
     least: float = math.inf
     greatest: float = -math.inf
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Between which a raw score must lie."""
+        b = self.bounds
+        return (b.low, b.high) if isinstance(b, Declared) else (-math.inf, math.inf)
+
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], raw: Any) -> Array:
         """[n] float64 in [low, high].
 
@@ -172,8 +170,7 @@ class Bounded:
             AlignProError: see `check_scores`.
         """
         b = self.bounds
-        limits = (b.low, b.high) if isinstance(b, Declared) else (-math.inf, math.inf)
-        scores = check_scores(prompts, responses, raw, *limits)
+        scores = check_scores(prompts, responses, raw, *self.limits)
         if len(scores):
             self.scored += len(scores)
             self.least = min(self.least, float(scores.min()))
@@ -190,84 +187,6 @@ class Bounded:
         if isinstance(self.bounds, Clip):
             facts |= {"clipped": self.clipped, "clipped_share": self.clipped / max(1, self.scored)}
         return facts
-
-
-# --- checks that every reward shares ---
-
-
-def check_texts(prompts: Sequence[str], responses: Sequence[str]) -> None:
-    """Raise AlignProError unless there is one response per prompt, all strings."""
-    if len(prompts) != len(responses):
-        raise AlignProError(
-            f"{len(prompts)} prompts and {len(responses)} responses: give one response per prompt"
-        )
-    for kind, texts in (("prompts", prompts), ("responses", responses)):
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise AlignProError(f"{kind}[{i}] is {type(text).__name__}: give a string")
-
-
-def check_scores(
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    scores: Any,
-    low: float = -math.inf,
-    high: float = math.inf,
-    start: int = 0,
-) -> Array:
-    """`scores` as [n] float64: one finite number in [low, high] per sample, or an error that shows the first
-    sample without.
-
-    Args:
-        scores: a sequence, array or tensor of n numbers.
-        start: number of the first sample, where the samples are part of a batch.
-
-    Raises:
-        AlignProError: so; the sample is shortened and escaped.
-    """
-    if isinstance(scores, torch.Tensor):
-        scores = scores.detach().float().cpu().numpy()
-    if (
-        isinstance(scores, str | bytes | Mapping)
-        or not hasattr(scores, "__len__")
-        or getattr(scores, "shape", 1) == ()
-    ):
-        raise AlignProError(
-            f"the reward returned {type(scores).__name__} for {len(prompts)} samples: "
-            "return a sequence of one number per sample"
-        )
-    if len(scores) != len(prompts):
-        raise AlignProError(
-            f"the reward returned {len(scores)} scores for {len(prompts)} samples: return one per sample"
-        )
-    found = np.zeros(len(prompts))
-    for i, score in enumerate(scores):
-        if not isinstance(score, numbers.Real | np.bool_):
-            where = _sample(start + i, prompts[i], responses[i])
-            raise AlignProError(f"the reward of {where} is of type {type(score).__name__}: return a number")
-        found[i] = float(score)
-        if not math.isfinite(found[i]):
-            where = _sample(start + i, prompts[i], responses[i])
-            raise AlignProError(
-                f"the reward of {where} is {found[i]}: every reward must be finite; "
-                "mend the reward on this sample"
-            )
-        if not low <= found[i] <= high:
-            where = _sample(start + i, prompts[i], responses[i])
-            raise AlignProError(
-                f"the reward of {where} is {found[i]:g}, outside the declared [{low:g}, {high:g}]: "
-                "declare a wider range, or clip or squash"
-            )
-    return found
-
-
-def _sample(i: int, prompt: str, response: str) -> str:
-    return f"sample {i} (prompt {_shown(prompt)}, response {_shown(response)})"
-
-
-def _shown(text: str, length: int = 80) -> str:
-    """One line of `text`: shortened, and escaped so that it cannot drive a terminal or forge a log line."""
-    return repr(text if len(text) <= length else text[: length - 3] + "...")
 
 
 def _check_interval(name: str, low: float, high: float) -> None:
@@ -298,7 +217,7 @@ def check_template(template: str) -> None:
         return
     if template.count("{prompt}") != 1 or template.count("{response}") != 1:
         raise AlignProError(
-            f"template {_shown(template)}: write {{prompt}} and {{response}} once each, or chat or pair"
+            f"template {shown(template)}: write {{prompt}} and {{response}} once each, or chat or pair"
         )
 
 
@@ -365,10 +284,10 @@ class SequenceReward:
         self.facts = dict(facts or {})
         self.template = self._choose_template(template)
         self.output = self._choose_output(output)
-        longest = _longest(model, tokenizer)
-        if max_tokens is not None and not 1 <= max_tokens <= longest:
-            raise AlignProError(f"max_tokens {max_tokens}: reward model {name!r} takes 1 to {longest}")
-        self.max_tokens = max_tokens or longest
+        most = longest(model, tokenizer)
+        if max_tokens is not None and not 1 <= max_tokens <= most:
+            raise AlignProError(f"max_tokens {max_tokens}: reward model {name!r} takes 1 to {most}")
+        self.max_tokens = max_tokens or most
         self._fix_padding()
         special = {*tokenizer.all_special_tokens}
         special |= {str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special}
@@ -414,7 +333,7 @@ class SequenceReward:
         saved = _saved_facts(model)
         chosen = parse_bounds(bounds if bounds is not None else saved.get("bounds"))
         folder = models.resolve(model)
-        with _loading(model, folder, "sequence classifier"):
+        with loading(model, folder, "sequence classifier"):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             loaded, report = AutoModelForSequenceClassification.from_pretrained(
                 folder,
@@ -426,13 +345,14 @@ class SequenceReward:
         if report["missing_keys"]:
             raise AlignProError(
                 f"reward model {str(model)!r} has no weights for {sorted(report['missing_keys'])[0]}, which "
-                "would be drawn at random; name a trained reward model, or train one with train_reward"
+                "would be drawn at random; name a trained reward model, or train one with alignpro "
+                "reward-model (train_reward)"
             )
         return cls(
             loaded.to(where),
             tokenizer,
             chosen,
-            name=_public_name(model),
+            name=public_name(model),
             template=template if template is not None else saved.get("template"),
             output=output,
             max_tokens=max_tokens if max_tokens is not None else saved.get("max_tokens"),
@@ -565,7 +485,7 @@ class SequenceReward:
 
         A configured one stays, even if it equals the end token: training read the score where it says.
         """
-        config = _text_config(self.model)
+        config = text_config(self.model)
         pad = config.pad_token_id
         if pad is not None and 0 <= pad < len(self.tokenizer):
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(pad)
@@ -588,17 +508,17 @@ def _least(n: int, fits: Callable[[int], bool]) -> int | None:
     return high
 
 
-def _text_config(model: Any) -> Any:
+def text_config(model: Any) -> Any:
     return model.config.get_text_config()
 
 
-def _longest(model: Any, tokenizer: Any) -> int:
+def longest(model: Any, tokenizer: Any) -> int:
     """How many tokens the model can take."""
-    positions = getattr(_text_config(model), "max_position_embeddings", None)
+    positions = getattr(text_config(model), "max_position_embeddings", None)
     return min(int(tokenizer.model_max_length or sys.maxsize), int(positions or sys.maxsize))
 
 
-def _public_name(model: str | Path) -> str:
+def public_name(model: str | Path) -> str:
     """A hub id, or the last part of a folder: where it lies on this machine is nobody else's business."""
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() else str(model)
@@ -616,7 +536,7 @@ def _saved_facts(model: str | Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _loading(model: str | Path, folder: Path, what: str) -> Iterator[None]:
+def loading(model: str | Path, folder: Path, what: str) -> Iterator[None]:
     try:
         with models.quiet():
             yield
@@ -683,7 +603,7 @@ class CallableReward:
         check_texts(prompts, responses)
         parts = _parts(len(prompts), 1 if self.each else self.batch_size)
         if self.is_async:
-            scores = _run(self._score_all(prompts, responses, parts))
+            scores = http.finish(self._score_all(prompts, responses, parts))
         else:
             scores = []
             for part in parts:
@@ -733,23 +653,13 @@ class CallableReward:
         try:
             yield
         except Exception as error:
-            where = _sample(part[0], prompts[part[0]], responses[part[0]])
+            where = sample_shown(part[0], prompts[part[0]], responses[part[0]])
             if len(part) > 1:
                 where = f"samples {part[0]} to {part[-1]}, the first being {where}"
             said = packages.scrub(models._one_line(error))
             raise AlignProError(
-                f"function {self.name} raised {type(error).__name__} ({_shown(said, 200)}) on {where}"
+                f"function {self.name} raised {type(error).__name__} ({shown(said, 200)}) on {where}"
             ) from error
-
-
-def _run(work: Coroutine[Any, Any, list[Array]]) -> list[Array]:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    # Called from a notebook or a server, whose loop must not be entered twice.
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
 
 
 # --- an endpoint ---
@@ -785,15 +695,19 @@ STYLES: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[Any], Any]]] = 
 `classify`: vLLM's /score, of (prompt, response) as two texts, and /classify, of a filled template, for a
 model with one output; that server applies a sigmoid unless told otherwise."""
 
-_AGAIN = {408, 425, 429, 500, 502, 503, 504}
-_LONGEST_PAUSE = 60.0  # seconds
+_WORDS = {
+    "address": "url",
+    "timeout": "timeout",
+    "found": "url and model",
+    "request": "style, model or template",
+}
 
 
 @dataclass
 class EndpointReward:
     """A reward that a server gives: JSON is posted, JSON comes back (see `STYLES`).
 
-    The key is read from the environment for each request; it is in no field, and in no error even if the
+    The key is read from the environment for each `score`; it is in no field, and in no error even if the
     server repeats it. Redirects are not followed, since they would take it along.
 
     Args:
@@ -803,11 +717,14 @@ class EndpointReward:
         model: sent as "model", where the server needs one.
         key_env: NAME of the environment variable with the key, sent as `Authorization: Bearer`.
         template: for `classify`, a text with {prompt} and {response}.
-        timeout: seconds for a request.
+        timeout: seconds for a whole request.
         retries: further tries after a failed connection, a timeout, or a status that may pass (429, 503, …).
-        backoff: seconds before the first of them, doubled each time; a server's Retry-After (seconds) counts.
+        backoff: seconds before the first of them, give or take half, doubled each time; a server's
+            Retry-After counts, up to a minute.
         concurrency: requests under way at once.
         batch_size: samples per request.
+        requests_per_minute: at most; None for no limit.
+        max_calls: budget of requests, retries included, over this object's life; None for no limit.
 
     Raises:
         AlignProError: values that do not fit, the variable is not set, or httpx2 is not installed.
@@ -824,6 +741,8 @@ class EndpointReward:
     backoff: float = 0.5
     concurrency: int = 4
     batch_size: int = 32
+    requests_per_minute: float | None = None
+    max_calls: int | None = None
     shown: str = field(init=False)
     bounded: Bounded = field(init=False, repr=False)
     low: float = field(init=False)
@@ -843,108 +762,120 @@ class EndpointReward:
             )
         _at_least(1, concurrency=self.concurrency, batch_size=self.batch_size)
         _at_least(0, retries=self.retries)
-        for name in ("timeout", "backoff"):
+        if self.max_calls is not None:
+            _at_least(1, max_calls=self.max_calls)
+        for name in ("timeout", "backoff", "requests_per_minute"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0 and (value or name == "backoff")):
-                raise AlignProError(f"{name} {value}: give a positive number of seconds")
-        self._key()
-        _client_library()
+            optional = name == "requests_per_minute" and value is None
+            if not optional and not (math.isfinite(value) and value >= 0 and (value or name == "backoff")):
+                raise AlignProError(f"{name} {value}: give a positive number")
+        http.check_key_env(self.key_env)
+        http.read_key(self.key_env)
+        http.client_library()
+        self._http = http.Transport(
+            url=self.url,
+            shown=self.shown,
+            name=f"endpoint {self.shown}",
+            words=_WORDS,
+            key_env=self.key_env,
+            concurrency=self.concurrency,
+            timeout_s=self.timeout,
+            retries=self.retries,
+            backoff_s=self.backoff,
+            patient=True,
+            requests_per_minute=self.requests_per_minute,
+            max_calls=self.max_calls,
+        )
+
+    @property
+    def calls(self) -> int:
+        """Requests so far, retries included."""
+        return self._http.calls
+
+    @property
+    def retried(self) -> int:
+        """How many of them repeated a failed one."""
+        return self._http.retried
+
+    @property
+    def revision(self) -> str:
+        """Changes with whatever determines the raw scores; a digest, since the address may hold a key."""
+        return digest(self.url, self.style, self.model, self.template).hex()
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
         """[n] float64 in [low, high]. The first failure stops; what was asked meanwhile is waited for.
 
         Raises:
-            AlignProError: the server cannot be reached, refuses, or answers something else than one finite
-                number per sample.
+            AlignProError: the server answers something else than one finite number per sample.
+            Stopped: it cannot be reached or refuses, or the budget is spent; says why in `reason`.
+        """
+        return self.bounded(prompts, responses, self.raw(prompts, responses))
+
+    def raw(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        on_score: Callable[[int, float], None] = lambda i, score: None,
+    ) -> Array:
+        """[n] float64: what the server says, not yet clipped or squashed.
+
+        Args:
+            on_score: called with (sample, raw score) as each arrives.
+
+        Raises:
+            AlignProError: see `score`.
         """
         check_texts(prompts, responses)
-        parts = _parts(len(prompts), self.batch_size)
-        with (
-            _client_library().Client(timeout=self.timeout) as client,
-            ThreadPoolExecutor(self.concurrency) as pool,
-        ):
-            waiting = [pool.submit(self._ask, client, prompts, responses, part) for part in parts]
-            try:
-                scores = [answer.result() for answer in waiting]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return self.bounded(prompts, responses, np.concatenate([np.zeros(0), *scores]))
+        scores = np.full(len(prompts), np.nan)
+        secret = http.read_key(self.key_env, self.url)
+
+        def call(part: range) -> http.Call[Array]:
+            some = [prompts[i] for i in part], [responses[i] for i in part]
+
+            def keep(found: Array) -> None:
+                scores[part[0] : part[-1] + 1] = found
+                for i in part:
+                    on_score(i, float(scores[i]))
+
+            content = STYLES[self.style][0](*some, self.template)
+            content |= {"model": self.model} if self.model else {}
+            body = json.dumps(content).encode()
+            return http.Call(body, lambda body: self._read(body, *some, part[0], secret), keep)
+
+        failure = self._http.post(_parts(len(prompts), self.batch_size), call, secret)
+        if failure is None:
+            return scores
+        done = np.isfinite(scores).sum()
+        raise Stopped(f"{failure.text} ({done} of {len(prompts)} scored)", failure.reason, {})
+
+    def stop(self) -> None:
+        """End a `score` that runs in another thread, soon; it raises Stopped."""
+        self._http.stop()
 
     def describe(self) -> dict[str, Any]:
         """Where and how the server is asked, and the bounds with what they did; not the key."""
         facts = {"kind": "endpoint", "url": self.shown, "style": self.style, "model": self.model}
         return {"name": self.model or self.shown, **facts, "bounds": self.bounded.describe()}
 
-    def _key(self) -> str | None:
-        if self.key_env is None:
-            return None
-        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_env):
-            # Not repeated: somebody may have given the key itself.
-            raise AlignProError("key_env: give the NAME of an environment variable (capitals), not the key")
-        key = os.environ.get(self.key_env, "").strip()
-        if not key:
-            raise AlignProError(f"key_env {self.key_env}: this environment variable is not set; export it")
-        if not re.fullmatch(r"[\x21-\x7e]+", key):
-            raise AlignProError(
-                f"key_env {self.key_env}: its value is no key (white space or non-ASCII in it)"
-            )
-        return key
-
-    def _ask(self, client: Any, prompts: Sequence[str], responses: Sequence[str], part: range) -> Array:
-        ask, read = STYLES[self.style]
-        some_prompts, some_responses = [prompts[i] for i in part], [responses[i] for i in part]
-        content = ask(some_prompts, some_responses, self.template)
-        body = self._post(client, content | ({"model": self.model} if self.model else {}))
+    def _read(
+        self, body: bytes, prompts: Sequence[str], responses: Sequence[str], start: int, secret: http.Secret
+    ) -> tuple[Array, int] | http.Problem:
         try:
-            scores = read(body)
+            content = json.loads(body)
+        except (ValueError, RecursionError):
+            text = secret.said(body.decode(errors="replace"))
+            return http.Problem(f"response {text!r} is not JSON; check the url and the server", True)
+        try:
+            scores = STYLES[self.style][1](content)
             if not isinstance(scores, list):
                 raise TypeError
         except Exception:
-            raise AlignProError(
-                f"endpoint {self.shown}: answered {self._safe(json.dumps(body))}, which is not of style "
-                f"{self.style}; choose from {', '.join(STYLES)}, or mend the server"
-            ) from None
-        return check_scores(some_prompts, some_responses, scores, start=part[0])
-
-    def _post(self, client: Any, content: dict[str, Any]) -> Any:
-        key = self._key()
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        pause = self.backoff
-        for left in range(self.retries, -1, -1):
-            answer, asked = None, 0.0
-            try:
-                answer = client.post(self.url, json=content, headers=headers)
-            except Exception as error:  # httpx2's many, and a text that is no Unicode
-                failure = f"{type(error).__name__} {self._safe(str(error))}"
-                if not isinstance(error, _client_library().TransportError):
-                    left = 0
-            else:
-                if answer.status_code == 200:
-                    with contextlib.suppress(ValueError):
-                        return answer.json()
-                failure = f"status {answer.status_code}, {self._safe(answer.text)}"
-                if answer.status_code not in _AGAIN:
-                    left = 0
-                with contextlib.suppress(ValueError):
-                    asked = float(answer.headers.get("Retry-After", ""))
-            if not left:
-                break
-            wait = max(pause, asked)
-            time.sleep(min(wait, _LONGEST_PAUSE) if wait == wait else pause)
-            pause *= 2
-        # Not from httpx2's exception, which holds the request, and that the key.
-        raise AlignProError(
-            f"endpoint {self.shown}: {failure}; check the address, the key "
-            f"({'in ' + self.key_env if self.key_env else 'none is sent'}) and the server"
-        )
-
-    def _safe(self, text: str) -> str:
-        """`text`, which a server chose, on one short line and without the key or the address's query."""
-        query = urlsplit(self.url).query
-        for secret in filter(None, (self._key(), query, *(v for _, v in parse_qsl(query) if len(v) > 3))):
-            text = text.replace(json.dumps(secret)[1:-1], "<secret>").replace(secret, "<secret>")
-        return _shown(packages.scrub(" ".join(text.split())), 160)
+            return http.Problem(
+                f"answered {secret.said(json.dumps(content))}, which is not of style {self.style}; choose "
+                f"from {', '.join(STYLES)}, or mend the server",
+                False,
+            )
+        return check_scores(prompts, responses, scores, *self.bounded.limits, start=start), 0
 
 
 def check_url(url: str) -> str:
@@ -953,30 +884,114 @@ def check_url(url: str) -> str:
     Raises:
         AlignProError: it is not http or https, has no host, or has a user name or password in it.
     """
-    try:
-        parts = urlsplit(url)
-        port = f":{parts.port}" if parts.port else ""
-        known = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
-    except ValueError:
-        known = False
-    if not known or re.search(r"[\x00-\x20\x7f]", url):
-        # Not repeated: a user name or a query may hold a secret.
-        raise AlignProError(
-            "url: give http://HOST/PATH or https://HOST/PATH without a user name; a key goes into an "
-            "environment variable that key_env names"
+    return http.check_address("url", url, "https://HOST/PATH", query=True)
+
+
+_ONCE = Sampling(temperature=0.0, max_tokens=1)
+
+
+class CachedReward:
+    """An endpoint's reward that asks only for the scores its folder does not hold.
+
+    A raw score is on file as soon as it arrives, in the file of `ledger.Cached`: what killed a run, or
+    changed the bounds, asks for no sample again.
+
+    Args:
+        reward: whose bounds apply; its `revision` and the texts are the key.
+        folder: created if need be; holds `answers.jsonl`, of which an answer is a score in decimal.
+
+    Raises:
+        AlignProError: the folder cannot be written to, or its file not read.
+    """
+
+    def __init__(self, reward: EndpointReward, folder: str | Path) -> None:
+        self.reward = reward
+        self.low, self.high = reward.low, reward.high
+        self._cached = Cached(_AsTarget(reward), folder, note=None)
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of this object: `answers` are scores."""
+        return self._cached.ledger
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
+        """[n] float64 in [low, high].
+
+        Raises:
+            Stopped: see `EndpointReward.score`; also where the disk is full. What arrived before is on file.
+            AlignProError: as many prompts as responses are needed, all strings; a score on file that is none.
+        """
+        check_texts(prompts, responses)
+        asked = [json.dumps(sample) for sample in zip(prompts, responses, strict=True)]
+        rows = self._cached.respond(asked, _ONCE)
+        return self.reward.bounded(prompts, responses, [_number(row[0].text) for row in rows])
+
+    def describe(self) -> dict[str, Any]:
+        """See `EndpointReward.describe`."""
+        return self.reward.describe()
+
+    def line(self) -> str:
+        """One line of text: what was asked for."""
+        spent = self.ledger
+        return (
+            f"{spent.answers} scores in {spent.calls} requests ({spent.retries} retries), {spent.hits} more "
+            "from the file"
         )
-    host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
-    return f"{parts.scheme}://{host}{port}{parts.path}"
 
 
-def _client_library() -> Any:
+def keep_scores(reward: rewards.Reward, folder: str | Path) -> rewards.Reward:
+    """`reward`, behind a `CachedReward` in `folder` where its scores are paid for."""
+    return CachedReward(reward, folder) if isinstance(reward, EndpointReward) else reward
+
+
+class _AsTarget:
+    """A reward as a `Target`: a question is a sample, as JSON, and its answer the raw score."""
+
+    remote = True
+
+    def __init__(self, reward: EndpointReward) -> None:
+        self.reward = reward
+        self.name = str(reward.describe()["name"])
+        self.revision = reward.revision
+
+    @property
+    def calls(self) -> int:
+        return self.reward.calls
+
+    @property
+    def retried(self) -> int:
+        return self.reward.retried
+
+    def stop(self) -> None:
+        self.reward.stop()
+
+    def respond(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        *,
+        first: Sequence[int] | int = 0,
+        samples: int = 1,
+        seed: int = 0,
+        on_answer: OnAnswer | None = None,
+    ) -> list[list[Answer]]:
+        found: list[list[Answer]] = [[] for _ in prompts]
+
+        def keep(i: int, score: float) -> None:
+            found[i] = [Answer(repr(score), "stop", 0, 0)]  # repr: to the bit
+            if on_answer:
+                on_answer(i, 0, found[i][0])
+
+        pairs = [json.loads(prompt) for prompt in prompts]
+        self.reward.raw([x for x, _ in pairs], [y for _, y in pairs], keep)
+        return found
+
+
+def _number(text: str) -> float:
     try:
-        import httpx2
-    except ImportError:
-        raise AlignProError(
-            "an endpoint needs httpx2; install it with: pip install 'alignpro[http]'"
-        ) from None
-    return httpx2
+        return float(text)
+    except ValueError:
+        return math.nan  # of an edited file; told with its sample
 
 
 # --- names, for the command line and YAML ---
@@ -1001,6 +1016,14 @@ def split_name(name: str) -> tuple[str, Bounds | None]:
     if at and target and re.match(r"clip\b|squash\b|[-+.\d]+[^/]*,", bounds):
         return target, parse_bounds(bounds)
     return name, None
+
+
+def shown_name(name: str) -> str:
+    """`name`, to be written down: an address without its query, in which there may be a key."""
+    target, bounds = split_name(name)
+    if not re.match(r"https?://", target):
+        return name
+    return check_url(target) + ("" if bounds is None else f"@{bounds}")
 
 
 def check_name(name: str) -> None:
@@ -1059,9 +1082,7 @@ def _kind(name: str) -> tuple[str, str, Bounds | None]:
     if models._HUB_ID.fullmatch(target):
         parse_bounds(bounds)
         return "sequence", target, bounds
-    raise AlignProError(
-        f"reward {_shown(target)}: choose from {', '.join(rewards.REWARDS)}, or name {_NAMES}"
-    )
+    raise AlignProError(f"reward {shown(target)}: choose from {', '.join(rewards.REWARDS)}, or name {_NAMES}")
 
 
 def _is_reward(found: Any) -> bool:
@@ -1077,7 +1098,7 @@ def _imported(name: str) -> Any:
     except Exception as error:
         raise AlignProError(
             f"reward {name}: importing {module} failed ({type(error).__name__}: "
-            f"{_shown(packages.scrub(models._one_line(error)), 200)}); put its folder on PYTHONPATH"
+            f"{shown(packages.scrub(models._one_line(error)), 200)}); put its folder on PYTHONPATH"
         ) from error
     for attribute in attributes.split("."):
         if not hasattr(found, attribute):
@@ -1086,291 +1107,3 @@ def _imported(name: str) -> Any:
     if not callable(found) and not _is_reward(found):
         raise AlignProError(f"reward {name}: it is {type(found).__name__}; name a function or a reward")
     return found
-
-
-# --- eq. (1) with TRL's trainer ---
-
-
-@dataclass(frozen=True)
-class RewardSettings:
-    """How a reward model is trained."""
-
-    learning_rate: float = 1e-4
-    """AdamW's step, decaying along a cosine. About 1e-5 where all weights are trained."""
-    epochs: float = 1.0
-    """Passes over the training pairs. Reward models overfit after few."""
-    batch_size: int = 16
-    """Pairs per optimizer step."""
-    max_tokens: int = 1024
-    """Of a sample, template included; longer ones lose the beginning of the prompt."""
-    lora_rank: int = 16
-    """Rank of the adapter, which is merged before saving; 0 trains all weights."""
-    centre: float = 0.01
-    """Weight of the mean of (r(x,y_u) + r(x,y_v))² (arXiv 2312.09244): eq. (1) leaves a term in x free."""
-    seed: int = 0
-    """Of the head's initial weights, the adapter's, and the order of the pairs."""
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise AlignProError(f"{name} {value}: give a positive, finite number")
-        if not (math.isfinite(self.centre) and self.centre >= 0):
-            raise AlignProError(f"centre {self.centre}: give a finite number, at least 0")
-        _at_least(1, batch_size=self.batch_size, max_tokens=self.max_tokens)
-        _at_least(0, lora_rank=self.lora_rank, seed=self.seed)
-
-
-def read_pairs(path: str | Path) -> list[data.PreferencePair]:
-    """Preference pairs from JSON lines with the strings "prompt", "chosen" and "rejected"; more is ignored.
-
-    Raises:
-        AlignProError: the file cannot be read, has no pair, or a line that is none, by its number.
-    """
-    path = Path(path).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AlignProError(
-            f"pairs {path}: cannot read it ({models._one_line(error)}); name a JSONL file"
-        ) from error
-    pairs = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            texts = [row[name] for name in ("prompt", "chosen", "rejected")]
-        except (ValueError, KeyError, TypeError):
-            texts = []
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise AlignProError(
-                f"{path.name}, line {number}: need a JSON object with the non-empty strings "
-                "prompt, chosen and rejected"
-            )
-        prompt, chosen, rejected = texts
-        if chosen == rejected:
-            raise AlignProError(f"{path.name}, line {number}: chosen equals rejected; remove the line")
-        pairs.append(data.PreferencePair(prompt, chosen, rejected, path.stem, data.split_of(prompt)))
-    if not pairs:
-        raise AlignProError(f"pairs {path}: it is empty; give JSON lines with prompt, chosen and rejected")
-    return pairs
-
-
-def train_reward(
-    pairs: Sequence[data.PreferencePair] | str | Path,
-    model: str | Path,
-    out: str | Path,
-    settings: RewardSettings | None = None,
-    *,
-    template: str | None = None,
-    device: str = "auto",
-) -> SequenceReward:
-    """Learn r(x, y) by eq. (1), −E log σ(r(x, y_u) − r(x, y_v)), with TRL's RewardTrainer; save it.
-
-    Pairs of the split `train` are learned from; `validation` (tune on it) and `test` are only measured.
-    Training and scoring write a sample in the same way. The reward that comes back is squashed so that the
-    training scores use the range: centre at their median, scale their standard deviation.
-
-    Args:
-        pairs: or a file for `read_pairs`.
-        model: a causal language model (see `models.resolve`) or a reward model with one output.
-        out: a new or empty folder, for safetensors, tokenizer and reward.json; see `SequenceReward.load`.
-        template: see `SequenceReward`; not `pair`.
-        device: `auto`, `cpu` or `cuda`.
-
-    Raises:
-        AlignProError: before any long work: pairs that cannot be read or split, values that do not fit, a
-            folder that is not empty; later: a base that cannot be loaded, or training that diverges.
-    """
-    settings = settings or RewardSettings()
-    pairs = read_pairs(pairs) if isinstance(pairs, str | Path) else list(pairs)
-    split = _split(pairs)
-    if template is not None:
-        check_template(template)
-        if template == "pair":
-            raise AlignProError(
-                "template pair: TRL's trainer has no segments; give a text with {prompt} and {response}"
-            )
-    where = models._device(device)
-    models.check_name(model)
-    out = writable_folder(out, "out")
-    if any(out.iterdir()):
-        raise AlignProError(f"out {out}: it is not empty; name a new folder")
-    with torch.random.fork_rng():  # TRL seeds the process
-        base, tokenizer = _base(model, settings.seed)
-        reward = SequenceReward(
-            base,
-            tokenizer,
-            Squash(0.0, 1.0),
-            name=_public_name(model),
-            template=template,
-            max_tokens=min(settings.max_tokens, _longest(base, tokenizer)),
-        )
-        reward.model, train_loss = _fit(reward, split["train"], settings, where)
-    reward.model.eval()
-    train = split["train"]
-    some = np.random.default_rng(settings.seed).permutation(len(train))[:_SQUASH_PAIRS]
-    seen = [train[i] for i in sorted(some)]
-    raw = np.concatenate(_pair_logits(reward, seen))
-    scale = float(raw.std())
-    bounds = Squash(float(np.median(raw)), scale if scale > 0 else 1.0)
-    measured = {part: found for part, found in (split | {"train": seen}).items() if found}
-    counts = Counter((p.source, p.split) for p in pairs)
-    texts = json.dumps([[p.prompt, p.chosen, p.rejected, p.split] for p in pairs])
-    reward.facts = {
-        "base": _public_name(model),
-        "loss": "Bradley–Terry, eq. (1), by TRL's RewardTrainer; plus centre · (r(x,y_u) + r(x,y_v))²",
-        "settings": asdict(settings),
-        "pairs": {f"{source} {part}": n for (source, part), n in sorted(counts.items())},
-        "prompts": {part: len({p.prompt for p in found}) for part, found in split.items()},
-        "pairs_sha256": hashlib.sha256(texts.encode()).hexdigest(),
-        "truncated": dict(reward.counts),
-        "optimizer_loss": train_loss,
-        **{f"{part}_loss": _loss(reward, found) for part, found in measured.items()},
-        **{
-            f"{part}_accuracy": rewards.accuracy(cast(Any, reward), found) for part, found in measured.items()
-        },
-        "test_accuracy_of_longer_wins": rewards.longer_wins(split["test"]),
-        "bounds": str(bounds),
-        "template": reward.template,
-        "max_tokens": reward.max_tokens,
-    }
-    reward.bounded = Bounded(bounds)
-    reward.counts = dict.fromkeys(reward.counts, 0)
-    with models.quiet():
-        reward.model.save_pretrained(out)
-        reward.tokenizer.save_pretrained(out)
-    write_json(out / REWARD_FILE, reward.facts)  # last: without it the folder is not taken for a reward
-    return reward
-
-
-def _split(pairs: Sequence[data.PreferencePair]) -> dict[data.Split, list[data.PreferencePair]]:
-    """The pairs of each split; refuses a prompt in two, and a split that is needed and empty."""
-    home: dict[str, str] = {}
-    for pair in pairs:
-        if home.setdefault(data._normalised(pair.prompt), pair.split) != pair.split:
-            raise AlignProError(
-                f"pairs: prompt {_shown(pair.prompt)} is in the split {pair.split} and in another; "
-                f"give each prompt one, such as data.split_of(prompt)"
-            )
-    split: dict[data.Split, list[data.PreferencePair]] = {
-        part: [pair for pair in pairs if pair.split == part] for part in data.SPLITS
-    }
-    for part in ("train", "test"):
-        if not split[part]:
-            raise AlignProError(
-                f"pairs: none of {len(pairs)} is in the split {part}; give pairs of more prompts"
-            )
-    return split
-
-
-def _base(model: str | Path, seed: int) -> tuple[Any, Any]:
-    """A sequence classifier with one output and the tokenizer; the head is new if `model` has none."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    folder = models.resolve(model)
-    torch.manual_seed(seed)
-    with _loading(model, folder, "language model"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        base, report = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            num_labels=1,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    body = sorted(key for key in report["missing_keys"] if key.startswith(f"{base.base_model_prefix}."))
-    if body:
-        raise AlignProError(f"model {str(model)!r} has no weights for {body[0]}; give a complete model")
-    models._forget_quantizer(base)
-    if report["missing_keys"]:
-        _text_config(base).pad_token_id = None  # a new head may choose one that ends nothing
-    return base, tokenizer
-
-
-def _fit(
-    reward: SequenceReward,
-    pairs: Sequence[data.PreferencePair],
-    settings: RewardSettings,
-    where: torch.device,
-) -> tuple[Any, float]:
-    """The trained model, adapter merged, and the trainer's mean loss."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import PrinterCallback, TrainerCallback
-    from trl import RewardConfig, RewardTrainer
-
-    class StopWhenLost(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if not math.isfinite((logs or {}).get("loss", 0.0)):
-                raise AlignProError(
-                    f"training diverged at step {state.global_step}: the loss is {logs['loss']}; "
-                    f"lower learning_rate (it is {settings.learning_rate:g})"
-                )
-
-    # Written and cut as for scoring, so TRL is left nothing to tokenize or to drop.
-    with models.quiet():
-        columns = {
-            f"{kind}_ids": [reward.encode(p.prompt, getattr(p, kind))["input_ids"] for p in pairs]
-            for kind in ("chosen", "rejected")
-        }
-    adapter = None
-    if settings.lora_rank:
-        adapter = LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=2 * settings.lora_rank,
-            lora_dropout=0.0,
-            target_modules="all-linear",
-            task_type="SEQ_CLS",  # trains the head besides
-        )
-    cuda = where.type == "cuda"
-    with tempfile.TemporaryDirectory() as scratch, models.quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the libraries' advice on other set-ups
-        config = RewardConfig(
-            output_dir=scratch,
-            per_device_train_batch_size=settings.batch_size,
-            num_train_epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="cosine",
-            center_rewards_coefficient=settings.centre or None,
-            max_length=None,
-            seed=settings.seed,
-            use_cpu=not cuda,
-            bf16=cuda and torch.cuda.is_bf16_supported(),
-            gradient_checkpointing=False,
-            logging_nan_inf_filter=False,
-            dataloader_pin_memory=cuda,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=not sys.stderr.isatty(),
-        )
-        trainer = RewardTrainer(
-            model=reward.model,
-            args=config,
-            train_dataset=Dataset.from_dict(columns),
-            processing_class=reward.tokenizer,
-            peft_config=adapter,
-            callbacks=[StopWhenLost()],
-        )
-        trainer.remove_callback(PrinterCallback)
-        loss = float(trainer.train().training_loss)
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        return (model.merge_and_unload() if adapter else model), loss
-
-
-def _pair_logits(reward: SequenceReward, pairs: Sequence[data.PreferencePair]) -> tuple[Array, Array]:
-    """([n], [n]): the unbounded scores of the chosen and of the rejected answers, all finite."""
-    prompts = [pair.prompt for pair in pairs]
-    chosen, rejected = ([getattr(pair, kind) for pair in pairs] for kind in ("chosen", "rejected"))
-    return (
-        check_scores(prompts, chosen, reward.logits(prompts, chosen)),
-        check_scores(prompts, rejected, reward.logits(prompts, rejected)),
-    )
-
-
-def _loss(reward: SequenceReward, pairs: Sequence[data.PreferencePair]) -> float:
-    """Eq. (1) over the pairs, in nats; log 2 is that of a constant reward."""
-    chosen, rejected = _pair_logits(reward, pairs)
-    return float(np.mean(np.logaddexp(0.0, rejected - chosen)))

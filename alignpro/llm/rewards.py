@@ -8,6 +8,7 @@ and its correlation with length. A row of `REWARDS` is a function without argume
 import hashlib
 import json
 import math
+import numbers
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,87 @@ class Reward(Protocol):
     def describe(self) -> dict[str, Any]:
         """What the reward is, its measured quality and its limits, as JSON values."""
         ...
+
+
+# --- checks that every reward shares ---
+
+
+def check_texts(prompts: Sequence[str], responses: Sequence[str]) -> None:
+    """Raise AlignProError unless there is one response per prompt, all strings."""
+    if len(prompts) != len(responses):
+        raise AlignProError(
+            f"{len(prompts)} prompts and {len(responses)} responses: give one response per prompt"
+        )
+    for kind, texts in (("prompts", prompts), ("responses", responses)):
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise AlignProError(f"{kind}[{i}] is {type(text).__name__}: give a string")
+
+
+def check_scores(
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    scores: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    start: int = 0,
+    remedy: str = "mend the reward on this sample",
+) -> Array:
+    """`scores` as [n] float64: one finite number in [low, high] per sample, or an error that shows the first
+    sample without.
+
+    Args:
+        scores: a sequence, array or tensor of n numbers.
+        start: number of the first sample, where the samples are part of a batch.
+        remedy: of a score that is not finite.
+
+    Raises:
+        AlignProError: so; the sample is shortened and escaped.
+    """
+    if isinstance(scores, torch.Tensor):
+        scores = scores.detach().float().cpu().numpy()
+    if (
+        isinstance(scores, str | bytes | Mapping)
+        or not hasattr(scores, "__len__")
+        or getattr(scores, "shape", 1) == ()
+    ):
+        raise AlignProError(
+            f"the reward returned {type(scores).__name__} for {len(prompts)} samples: "
+            "return a sequence of one number per sample"
+        )
+    if len(scores) != len(prompts):
+        raise AlignProError(
+            f"the reward returned {len(scores)} scores for {len(prompts)} samples: return one per sample"
+        )
+    found = np.zeros(len(prompts))
+    for i, score in enumerate(scores):
+        if not isinstance(score, numbers.Real | np.bool_):
+            where = sample_shown(start + i, prompts[i], responses[i])
+            raise AlignProError(f"the reward of {where} is of type {type(score).__name__}: return a number")
+        try:
+            found[i] = float(score)
+        except OverflowError:
+            found[i] = math.inf  # an integer beyond all floats
+        if not math.isfinite(found[i]):
+            where = sample_shown(start + i, prompts[i], responses[i])
+            raise AlignProError(f"the reward of {where} is {found[i]}: every reward must be finite; {remedy}")
+        if not low <= found[i] <= high:
+            where = sample_shown(start + i, prompts[i], responses[i])
+            raise AlignProError(
+                f"the reward of {where} is {found[i]:g}, outside the declared [{low:g}, {high:g}]: "
+                "declare a wider range, or clip or squash"
+            )
+    return found
+
+
+def sample_shown(i: int, prompt: str, response: str) -> str:
+    """A sample named by its number and its texts, for an error."""
+    return f"sample {i} (prompt {shown(prompt)}, response {shown(response)})"
+
+
+def shown(text: str, length: int = 80) -> str:
+    """One line of `text`: shortened, and escaped so that it cannot drive a terminal or forge a log line."""
+    return repr(text if len(text) <= length else text[: length - 3] + "...")
 
 
 # --- the Bradley–Terry head: eq. (1) for a reward linear in its features ---
@@ -294,23 +376,11 @@ class BradleyTerryReward:
             AlignProError: as many prompts as responses are needed; a text that is not a string; a score that
                 is not finite, with the sample.
         """
-        if len(prompts) != len(responses):
-            raise AlignProError(
-                f"{len(prompts)} prompts and {len(responses)} responses: give one response per prompt"
-            )
-        for i, text in enumerate((*prompts, *responses)):
-            if not isinstance(text, str):
-                kind = "prompts" if i < len(prompts) else "responses"
-                raise AlignProError(f"{kind}[{i % len(prompts)}] is {type(text).__name__}: give a string")
+        check_texts(prompts, responses)
         if not prompts:
             return np.zeros(0)
-        raw = self.logits(prompts, responses)
-        if not np.isfinite(raw).all():
-            i = int(np.flatnonzero(~np.isfinite(raw))[0])
-            raise AlignProError(
-                f"the reward of sample {i} is {raw[i]} (prompt {prompts[i][:80]!r}, response "
-                f"{responses[i][:80]!r}); the head or encoder is damaged: delete its cache folder"
-            )
+        remedy = "the head or encoder is damaged: delete its cache folder"
+        raw = check_scores(prompts, responses, self.logits(prompts, responses), remedy=remedy)
         return _sigmoid(raw)
 
     def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:

@@ -1,110 +1,169 @@
-"""What `alignpro train` and `alignpro rewrite` do: open what was named, say what it will cost, run."""
+"""What the verbs of language models do: open what was named, say what it will cost, run."""
 
+import hashlib
 import json
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from alignpro.errors import AlignProError
-from alignpro.files import writable_folder
-from alignpro.llm import data, models, packages, rewards
-from alignpro.llm.frozen import Sampling, Target
+from alignpro.files import read_json, writable_folder, write_json, write_text
+from alignpro.llm import data, datasets, models, packages, rewards
+from alignpro.llm.checkpoints import check_reporters, refuse_other_settings
+from alignpro.llm.frozen import Target
 from alignpro.llm.ledger import Cached, Prices
-from alignpro.llm.prompter import PROMPTER_FILE, Prompter
-from alignpro.llm.settings import TrainSettings, refuse_moved_optimum
+from alignpro.llm.prompter import PROMPTER_FILE, Prompter, Template, check_template
+from alignpro.llm.settings import (
+    EnvironmentSettings,
+    PromptSettings,
+    RolloutSettings,
+    SFTSettings,
+    TrainSettings,
+    refuse_moved_optimum,
+)
 
 # Of a rewrite in its chat template, for the estimate of costs.
 _PROMPT_TOKENS = 64
+_BLOCK = 32
+"""Prompts proposed for between two writes of proposals.jsonl."""
+DEFAULT_PROMPTER = "smollm2-135m-instruct"
 
 
 def is_address(target: str) -> bool:
     return target.startswith(("http://", "https://"))
 
 
-def open_target(target: str, *, dtype: str, batch_size: int, endpoint: Mapping[str, Any]) -> Target:
-    """A model in this process, or an OpenAI-compatible endpoint where `target` is an address.
-
-    Args:
-        endpoint: fields of `endpoint.Endpoint` besides base_url; `model` is required for one.
+def open_target(world: EnvironmentSettings) -> Target:
+    """A model in this process, or an OpenAI-compatible endpoint where the target is an address.
 
     Raises:
         AlignProError: an endpoint without the name of its model, or a model with an endpoint's settings.
     """
-    given = {name: value for name, value in endpoint.items() if value is not None}
-    if not is_address(target):
-        if given:
-            raise AlignProError(
-                f"{next(iter(given))}: is for an endpoint, and {target!r} is no http(s) address"
-            )
+    given = world.endpoint()
+    if not is_address(world.target):
+        _refuse_endpoint_settings(world)
         from alignpro.llm.local import LocalTarget
 
-        return LocalTarget(target, dtype=dtype, batch_size=batch_size)
+        return LocalTarget(world.target, dtype=world.dtype, batch_size=world.batch_size)
     from alignpro.llm.endpoint import Endpoint
 
     if "model" not in given:
-        raise AlignProError(f"target_model: name the model that {target} serves")
-    return Endpoint(base_url=target, **given)
+        raise AlignProError(f"target_model: name the model that {world.target} serves")
+    return Endpoint(base_url=world.target, **given)
 
 
-def user_prompts(dataset: str, prompts_file: str | None) -> list[str]:
-    """The user's prompts: one per line of the file, or the training split of a row of `data.DATASETS`."""
-    if prompts_file is not None:
-        path = Path(prompts_file)
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-            raise AlignProError(f"prompts_file {path}: cannot read it ({reason}); name a text file") from None
-        kept = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-        if not kept:
-            raise AlignProError(f"prompts_file {path}: holds no prompts; put one on each line")
-        return kept
-    if dataset not in data.DATASETS:
+def _refuse_endpoint_settings(world: EnvironmentSettings) -> None:
+    if given := world.endpoint():
         raise AlignProError(
-            f"dataset {dataset!r}: choose from {', '.join(data.DATASETS)}, or give prompts_file"
+            f"{next(iter(given))}: is for an endpoint, and {world.target!r} is no http(s) address"
         )
-    return [x for x in data.DATASETS[dataset]() if data.split_of(x) == "train"]
+
+
+def check_environment(world: EnvironmentSettings) -> tuple[Target | None, Prices | None]:
+    """Refuse what cannot be opened, before anything is loaded. The target, if an endpoint, and prices."""
+    opened: Target | None = None
+    if is_address(world.target):
+        opened = open_target(world)
+    else:
+        _refuse_endpoint_settings(world)
+        models.check_name(world.target)
+    rewards.check_name(world.reward)
+    return opened, Prices(*world.prices) if world.prices is not None else None
+
+
+def check_prompter(name: str, template: str | None = None) -> None:
+    """Refuse what is neither a prompter's folder nor a model's name, and a template that does not fit."""
+    check_template(template)
+    folder = Path(name).expanduser()
+    if not (folder / PROMPTER_FILE).is_file():
+        models.check_name(name)
+    elif template is not None:
+        raise AlignProError(f"template {template}: {folder} has its own; leave it out")
+
+
+def user_prompts(
+    source: PromptSettings, prompter: str, split: str = "train", n: int | None = None
+) -> list[str]:
+    """The user's prompts: those of the file, or a split of a row of `DATASETS`; the first n."""
+    if n is not None and n < 1:
+        raise AlignProError(f"prompts {n}: give at least 1")
+    datasets.check_dataset(source.dataset, source.data_folder, split)
+    own, fits = None, None
+    if source.prompts_file is not None:
+        own = datasets.read_prompts(source.prompts_file, source.prompt_column)
+    if source.max_prompt_tokens is not None:
+        fits = datasets.shorter(tokens=source.max_prompt_tokens, tokenizer=_tokenizer(prompter))
+    if own is None:
+        return datasets.prompts(source.dataset, split, n, folder=source.data_folder, fits=fits)
+    found = [x for x in own if fits is None or fits(x)]
+    if not found:
+        raise AlignProError(f"max_prompt_tokens {source.max_prompt_tokens}: no prompt is as short; raise it")
+    if len(found) < len(own):
+        packages.note(
+            f"{len(own) - len(found)} prompts of more than {source.max_prompt_tokens} tokens left out"
+        )
+    if n is not None and n > len(found):
+        raise AlignProError(f"prompts {n}: choose from 1 to the {len(found)} there are")
+    return found[:n]
+
+
+def _tokenizer(prompter: str) -> Any:
+    """That with which the prompter reads, without its model."""
+    from transformers import AutoTokenizer
+
+    folder = Path(prompter).expanduser()
+    if (folder / PROMPTER_FILE).is_file() and not (folder / "config.json").is_file():
+        prompter = str(read_json(folder / PROMPTER_FILE).get("base", ""))  # the folder holds an adapter alone
+    home = models.resolve(prompter)
+    try:
+        return AutoTokenizer.from_pretrained(home, trust_remote_code=False)
+    except Exception as error:
+        raise AlignProError(
+            f"model {prompter!r}: cannot read its tokenizer ({error!r}); save it with save_pretrained"
+        ) from error
+
+
+def _money(cost: Prices | None, answers: int, tokens: int) -> str:
+    """What `answers` of at most `tokens` cost at most, to end a line with."""
+    if cost is None or not answers:
+        return ""
+    most = cost.cost(answers * _PROMPT_TOKENS, answers * tokens)
+    return f"; about {most:.2f} at most for answers, at {_PROMPT_TOKENS} tokens a prompt"
 
 
 def run_train(
     out: str,
     settings: TrainSettings,
+    world: EnvironmentSettings,
     *,
     prompter: str,
-    target: str,
-    answers: Sampling,
-    reward: str,
-    dataset: str,
-    prompts_file: str | None,
-    dtype: str,
-    batch_size: int,
-    endpoint: Mapping[str, Any],
-    prices: Sequence[float] | None,
+    source: PromptSettings,
+    train_prompts: int | None = None,
     report_to: Sequence[str],
     resume: bool,
 ) -> None:
     """Everything is checked before anything is loaded."""
     refuse_moved_optimum(settings)
+    check_reporters(report_to)
     folder = writable_folder(out)
     started = (folder / "settings.json").exists()
     if started and not resume:
         raise AlignProError(
             f"--out {folder}: holds a run already; continue it with --resume or choose another"
         )
-    if not (Path(prompter).expanduser() / PROMPTER_FILE).is_file():
-        models.check_name(prompter)
-    rlhf = settings.task == "rlhf"
-    opened: Target | None = None
-    if is_address(target) and not rlhf:
-        opened = open_target(target, dtype=dtype, batch_size=batch_size, endpoint=endpoint)
-    elif not rlhf:
-        models.check_name(target)
-    rewards.check_name(reward)
-    cost = Prices(*prices) if prices is not None else None
-    prompts = user_prompts(dataset, prompts_file)
+    check_prompter(prompter)
+    answers, rlhf = world.sampling(), settings.task == "rlhf"
+    # The oracle is its own target.
+    opened, cost = check_environment(replace(world, target=prompter) if rlhf else world)
+    prompts = user_prompts(source, prompter, n=train_prompts)
 
+    from alignpro.llm.reward_models import CachedReward, keep_scores, shown_name
     from alignpro.llm.train import Environment, train
 
     rounds, each = settings.iterations, settings.prompts * settings.samples
@@ -112,24 +171,29 @@ def run_train(
     line = f"{len(prompts)} prompts; {rounds} rounds of {settings.prompts} x {settings.samples} "
     line += "answers" if rlhf else f"rewrites, {asked} answers of at most {answers.max_tokens} tokens"
     line += f"; {rounds * settings.steps_per_round} {settings.algorithm} steps"
-    if cost is not None and asked:
-        most = cost.cost(asked * _PROMPT_TOKENS, asked * answers.max_tokens)
-        line += f"; about {most:.2f} at most for answers, at {_PROMPT_TOKENS} tokens a prompt"
-    packages.note(line)
+    if is_address(world.reward):
+        line += f"; {asked or rounds * each} scores from an endpoint"
+    packages.note(line + _money(cost, asked, answers.max_tokens))
 
-    judge = rewards.load_reward(reward)
-    world: Cached | None = None
+    judge = keep_scores(rewards.load_reward(world.reward), folder / "scores")
+    target: Cached | None = None
     if not rlhf:
-        opened = opened or open_target(target, dtype=dtype, batch_size=batch_size, endpoint=endpoint)
-        world = Cached(opened, folder / "answers", prices=cost, note=None)
-    facts = {"prompter": prompter, "target": target, "reward": reward, "answers": asdict(answers)}
+        target = Cached(opened or open_target(world), folder / "answers", prices=cost, note=None)
+    facts = {
+        "prompter": prompter,
+        "target": world.target,
+        "reward": shown_name(world.reward),
+        "answers": asdict(answers),
+    }
     base = Prompter.from_pretrained(prompter, dtype="float32")
-    environment = Environment(judge, world, answers, settings.responses, settings.seed)
+    environment = Environment(judge, target, answers, settings.responses, settings.seed)
     trained = train(
         base, environment, prompts, settings, folder, resume=resume, report_to=report_to, facts=facts
     )
-    if world is not None:
-        packages.note(world.ledger.line())
+    if target is not None:
+        packages.note(target.ledger.line())
+    if isinstance(judge, CachedReward):
+        packages.note(judge.line())
     last = trained.metrics[-1]
     first = trained.metrics[0]
     print(f"mean reward of a round: {first['score']:.4f} at first, {last['score']:.4f} at last")
@@ -153,3 +217,315 @@ def run_rewrite(
     for x, row in zip(given, opened.rewrites(given, samples, seed=seed), strict=True):
         for rewrite in row:
             print(json.dumps({"x": x, "rewrite": rewrite}, ensure_ascii=False) if as_json else rewrite)
+
+
+def run_rollout(
+    out: str,
+    settings: RolloutSettings,
+    world: EnvironmentSettings,
+    *,
+    prompter: str | None,
+    template: str | None,
+    source: PromptSettings,
+    split: str,
+    prompts: int | None,
+) -> None:
+    """Everything is checked before anything is loaded."""
+    from alignpro import rollouts
+    from alignpro.llm import rollout
+    from alignpro.llm.reward_models import keep_scores, shown_name
+
+    folder, sampling = writable_folder(out), world.sampling()
+    arms = rollout.arms_of(settings)
+    # A trained prompter is named by its folder, or by that of the run that made it.
+    homes = {arm.folder: _prompter_folder(arm.folder) for arm in arms if arm.folder}
+    saved = {name: read_json(home / PROMPTER_FILE) for name, home in homes.items()}
+    for arm in arms:
+        if arm.folder:
+            _check_trained(arm, saved[arm.folder], world)
+    trained = {arm.folder: saved[arm.folder] for arm in arms if arm.folder and arm.name != "rlhf"}
+    reference = _reference(prompter, trained, homes)
+    chosen = _template(template, reference, trained)
+    if settings.rewrite_tokens is None and trained:
+        limits = {int(said["max_tokens"]) for said in trained.values()}
+        if len(limits) > 1:
+            raise AlignProError(
+                f"rewrite_tokens: the trained prompters have {sorted(limits)}; give one for all arms"
+            )
+        settings = replace(settings, rewrite_tokens=limits.pop())
+    opened, cost = check_environment(world)
+    xs = user_prompts(source, reference, split, prompts)
+
+    weights = {name: rollout.sha256(_weights(home)) for name, home in homes.items()}
+    resampling = ("lam", "proposals", "proposal_answers", "best_of")
+    record = {
+        "prompts": hashlib.sha256(json.dumps(xs).encode()).hexdigest()[:16],
+        "draws": settings.draws,
+        "answers": settings.answers,
+        "rewrite_tokens": settings.rewrite_tokens,
+        "prompter": reference,
+        "template": asdict(chosen) if chosen else None,
+        "target": world.target,
+        "target_model": world.target_model,
+        "dtype": world.dtype,
+        "reward": shown_name(world.reward),
+        "sampling": asdict(sampling),
+        "arms": {
+            str(arm): {"folder": arm.folder, "weights": weights[arm.folder]}
+            if arm.folder
+            else {name: getattr(settings, name) for name in resampling if arm.name in ("star", "best_of_n")}
+            for arm in arms
+        },
+    }
+    planned = rollout.plan(folder, xs, settings, record)
+    _, asked, _ = planned.asks()
+    packages.note(planned.line(sampling) + _money(cost, asked, sampling.max_tokens))
+
+    path = folder / rollout.FILE
+    if planned.todo or not path.exists() or (folder / rollout.PARTIAL).exists():
+        target = opened or open_target(world)
+        frozen = Cached(target, folder / "answers", prices=cost, note=None)
+
+        def open_policy(name: str) -> tuple[Target, rollout.Scorer]:
+            from alignpro.llm.local import LocalTarget
+
+            policy = Prompter.from_pretrained(homes[name], dtype=world.dtype)
+            local = LocalTarget((policy.model, policy.tokenizer), batch_size=world.batch_size, name=name)
+            return Cached(local, folder / "answers", note=None), local.log_probs
+
+        def open_prompter(name: str) -> Prompter:
+            if name:
+                return Prompter.from_pretrained(homes[name])
+            opened = Prompter.from_pretrained(reference)
+            return replace(opened, template=chosen) if chosen else opened
+
+        work = rollout.Work(
+            settings,
+            keep_scores(rewards.load_reward(world.reward), folder / "scores"),
+            frozen,
+            getattr(target, "log_probs", None),
+            sampling,
+            open_prompter,
+            open_policy,
+            world.batch_size,
+        )
+
+        def parties(arm: rollout.Arm) -> dict[str, str]:
+            who = {
+                "none": "none",
+                "sft": reference,
+                "star": f"rho* of {reference} at lam {settings.lam:g} by {settings.proposals} proposals",
+                "best_of_n": f"best of {settings.best_of or settings.proposals} of {reference}",
+            }
+            named = f"{arm.folder} {weights[arm.folder]}" if arm.folder else who[arm.name]
+            decoding = json.dumps(asdict(sampling))
+            return {
+                "frozen": f"{target.name} {target.revision}",
+                "prompter": named,
+                "reward_model": shown_name(world.reward),
+                "sampling": decoding,
+            }
+
+        with models.quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the libraries' advice on what they deprecate
+            rollout.roll_out(planned, work, parties)
+        packages.note(frozen.ledger.line())
+    found = rollouts.read(path)
+    for name in found.arms:
+        rewards_ = found.reward[found.rows(name)]
+        print(f"{name}: mean reward {rewards_.mean():.4f} of {len(rewards_)} rollouts")
+    print(f"wrote {path}")
+
+
+def _prompter_folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    for home in (folder, folder / "prompter"):
+        if (home / PROMPTER_FILE).is_file():
+            return home
+    raise AlignProError(f"trained {name!r}: holds no {PROMPTER_FILE}; name a folder that training wrote")
+
+
+def _weights(home: Path) -> Path:
+    for file in ("adapter_model.safetensors", "model.safetensors"):
+        if (home / file).is_file():
+            return home / file
+    raise AlignProError(f"trained {str(home)!r}: holds no weights in safetensors; save it again")
+
+
+def _same_model(one: str, other: str) -> bool:
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _check_trained(arm: Any, said: Any, world: EnvironmentSettings) -> None:
+    """Refuse a policy as a prompter, a prompter as a policy, and the policy of another model."""
+    try:
+        task, base = said["facts"].get("settings", {}).get("task", "prompter"), str(said["base"])
+        _ = int(said["max_tokens"]), dict(said["template"])["examples"]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise AlignProError(
+            f"trained {arm.folder!r}: its {PROMPTER_FILE} is damaged; save it again"
+        ) from None
+    if (task == "rlhf") != (arm.name == "rlhf"):
+        option = "rlhf" if task == "rlhf" else "trained"
+        raise AlignProError(f"{arm.folder!r}: it was trained with --task {task}; give it as --{option}")
+    if arm.name == "rlhf" and not is_address(world.target) and not _same_model(base, world.target):
+        raise AlignProError(
+            f"rlhf {arm.folder!r}: its policy was trained from {base}, which is not the target {world.target}"
+            "; name that as --target"
+        )
+
+
+def _reference(prompter: str | None, trained: Mapping[str, Any], homes: Mapping[str, Path]) -> str:
+    """The name of ρ_sft: what the trained prompters' adapters rest on."""
+    bases = {
+        str(said["base"]): name
+        for name, said in trained.items()
+        if (homes[name] / "adapter_model.safetensors").is_file()
+    }
+    given = prompter or next(iter(bases), DEFAULT_PROMPTER)
+    for base, name in bases.items():
+        if not _same_model(base, given):
+            raise AlignProError(
+                f"trained {name!r}: it was trained from {base}, and rho_sft is {given}; roll each out in a "
+                "folder of its own, without --prompter"
+            )
+    return given
+
+
+def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> Template | None:
+    """That of ρ_sft: the trained prompters' own, since they are compared with it; None: it has one."""
+    saved = [said["template"] for said in trained.values()]
+    for said in saved:
+        if said != saved[0]:
+            raise AlignProError("trained: their templates differ; roll each out in a folder of its own")
+    if name is not None and saved:
+        raise AlignProError(f"template {name}: the trained prompters have their own; leave it out")
+    check_prompter(reference, name)
+    if (Path(reference).expanduser() / PROMPTER_FILE).is_file():
+        return None
+    if not saved:
+        return check_template(name)
+    return Template(**saved[0] | {"examples": tuple(map(tuple, saved[0]["examples"]))})
+
+
+def run_sft(
+    out: str,
+    settings: SFTSettings,
+    *,
+    prompter: str,
+    template: str | None,
+    pairs: str,
+    prompt_field: str,
+    rewrite_field: str,
+    report_to: Sequence[str],
+    resume: bool,
+) -> None:
+    """Everything is checked before anything is loaded."""
+    check_prompter(prompter, template)
+    check_reporters(report_to)
+    folder = writable_folder(out)
+    if any(folder.iterdir()) and not resume:
+        raise AlignProError(f"--out {folder}: it is not empty; name a new folder, or continue with --resume")
+
+    from alignpro.llm.sft import PROMPTER_FOLDER, read_rewrites, sft
+
+    read = read_rewrites(pairs, prompt=prompt_field, rewrite=rewrite_field)
+    sizes = Counter(data.split_of(pair.prompt) for pair in read)
+    steps = settings.epochs * -(-sizes["train"] // settings.batch_size)
+    packages.note(
+        f"{len(read)} pairs: {sizes['train']} to learn from, {sizes['validation']} and {sizes['test']} to "
+        f"measure on; {settings.epochs} epochs, {steps} steps of {settings.batch_size} at most"
+    )
+    base = Prompter.from_pretrained(prompter, template=template)
+    tuned = sft(base, read, settings, folder, resume=resume, report_to=report_to)
+    for part, nats in tuned.facts["sft"]["nats_per_token"].items():
+        print(f"{part}: {nats['before']:.3f} nats per token before, {nats['after']:.3f} after")
+    print(f"wrote {folder / PROMPTER_FOLDER}; train it with --prompter {folder / PROMPTER_FOLDER}")
+
+
+def run_resample(
+    out: str,
+    world: EnvironmentSettings,
+    *,
+    prompter: str,
+    template: str | None,
+    source: PromptSettings,
+    split: str,
+    prompts: int | None,
+    proposals: int,
+    responses: int,
+    rewrite_tokens: int | None,
+    lam: Sequence[float],
+    draws: int,
+    seed: int,
+) -> None:
+    """Everything is checked before anything is loaded; proposals on file are kept."""
+    from alignpro.llm import resample
+    from alignpro.llm.reward_models import keep_scores, shown_name
+
+    folder = writable_folder(out)
+    for name, value, least in (
+        ("proposals", proposals, 1),
+        ("responses", responses, 1),
+        ("draws", draws, 0),
+        ("seed", seed, 0),
+        ("rewrite-tokens", 1 if rewrite_tokens is None else rewrite_tokens, 1),
+    ):
+        if value < least:
+            raise AlignProError(f"--{name} {value}: give at least {least}")
+    if not lam or not all(0 < value < float("inf") for value in lam):
+        raise AlignProError(f"--lam {' '.join(map(str, lam))}: give positive, finite numbers")
+    check_prompter(prompter, template)
+    opened, cost = check_environment(world)
+    xs = user_prompts(source, prompter, split, prompts)
+    record = {
+        "prompter": prompter,
+        "template": template,
+        "rewrite_tokens": rewrite_tokens,
+        "proposals": proposals,
+        "responses": responses,
+        "seed": seed,
+        "target": world.target,
+        "target_model": world.target_model,
+        "dtype": world.dtype,
+        "reward": shown_name(world.reward),
+        "sampling": asdict(world.sampling()),
+    }
+    begun, path = folder / "settings.json", folder / "proposals.jsonl"
+    if begun.exists():
+        refuse_other_settings(folder, read_json(begun), record, "--out")
+    found = {p.prompt: p for p in resample.load_proposals(path)} if path.exists() else {}
+    todo = [x for x in xs if x not in found]
+    kept = f" ({len(xs) - len(todo)} kept)" if len(todo) < len(xs) else ""
+    asked = len(todo) * proposals * responses
+    line = f"{len(xs)} prompts{kept}: {len(todo) * proposals} rewrites, at most {asked} answers of at most "
+    line += f"{world.answer_tokens} tokens"
+    packages.note(line + _money(cost, asked, world.answer_tokens))
+    write_json(begun, record)
+    if todo:
+        from alignpro.llm.train import Environment
+
+        target = Cached(opened or open_target(world), folder / "answers", prices=cost, note=None)
+        judge = keep_scores(rewards.load_reward(world.reward), folder / "scores")
+        environment = Environment(judge, target, world.sampling(), responses, seed)
+        rho = Prompter.from_pretrained(prompter, template=template)
+        rho.max_tokens = rewrite_tokens or rho.max_tokens
+        for start in tqdm(range(0, len(todo), _BLOCK), unit="block", disable=None):
+            block = todo[start : start + _BLOCK]
+            for p in resample.propose(rho, environment, block, proposals, seed=seed):
+                found[p.prompt] = p
+            resample.save_proposals(path, list(found.values()))
+        packages.note(target.ledger.line())
+    print(resample.table([found[x] for x in xs], lam))
+    if draws:
+        rows = [
+            {"x": x, "lam": value, "draw": i, "rewrite": rewrite}
+            for value in lam
+            for x in xs
+            for i, rewrite in enumerate(resample.resample(found[x], value, draws, seed=seed))
+        ]
+        write_text(
+            folder / "rewrites.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        )
+        print(f"wrote {folder / 'rewrites.jsonl'}")
+    print(f"wrote {path}")

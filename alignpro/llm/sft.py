@@ -24,11 +24,11 @@ from trl import SFTConfig, SFTTrainer
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.llm import data
-from alignpro.llm.checkpoints import completing, last_checkpoint, refuse_other_settings
-from alignpro.llm.frozen import is_int
+from alignpro.llm.checkpoints import check_reporters, completing, last_checkpoint, refuse_other_settings
 from alignpro.llm.models import quiet
 from alignpro.llm.policy import log_probs
 from alignpro.llm.prompter import Prompter
+from alignpro.llm.settings import SFTSettings
 from alignpro.llm.tree_train import adapter_config
 
 METRICS_FILE = "metrics.jsonl"
@@ -45,42 +45,6 @@ class Rewrite:
 
     prompt: str
     rewrite: str
-
-
-@dataclass(frozen=True)
-class SFTSettings:
-    """How the prompter is fine-tuned."""
-
-    learning_rate: float = 2e-4
-    """AdamW's step for the adapter, decaying along a cosine."""
-    epochs: int = 3
-    """Passes over the training pairs."""
-    batch_size: int = 16
-    """Pairs per optimizer step."""
-    max_tokens: int = 128
-    """Tokens of a rewrite, its end token included, here and when sampled later. Longer pairs are left out:
-    cut, they would teach never to end."""
-    lora_rank: int = 16
-    """Rank of the adapter."""
-    lora_layers: float = 1.0
-    """Share of the layers, from the top, that carry the adapter."""
-    save_every: int = 100
-    """Optimizer steps between checkpoints."""
-    seed: int = 0
-    """Of the adapter's initial values and the order of the pairs."""
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "lora_layers"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not (math.isfinite(value) and value > 0):
-                raise AlignProError(f"{name} {value}: give a positive, finite number")
-        if self.lora_layers > 1:
-            raise AlignProError(f"lora_layers {self.lora_layers}: give a share of the layers, at most 1")
-        least = {"epochs": 1, "batch_size": 1, "max_tokens": 2, "lora_rank": 1, "save_every": 1, "seed": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not is_int(value) or value < low:
-                raise AlignProError(f"{name} {value!r}: give a whole number of at least {low}")
 
 
 def read_rewrites(path: str | Path, *, prompt: str = "prompt", rewrite: str = "rewrite") -> list[Rewrite]:
@@ -159,6 +123,7 @@ def sft(
         AlignProError: an adapter, no pairs to learn from or to measure on, a folder in use, a checkpoint made
             with other settings or pairs; training that diverges.
     """
+    check_reporters(report_to)
     if hasattr(prompter.model, "peft_config"):
         raise AlignProError("prompter: it has an adapter already; merge it into its model first")
     room = getattr(prompter.model.config, "max_position_embeddings", None) or math.inf
@@ -213,7 +178,8 @@ def sft(
 def encode(prompter: Prompter, pair: Rewrite) -> Encoded:
     """The tokens of a pair exactly as the prompter reads and says them."""
     template, tokenizer = prompter.template, prompter.tokenizer
-    return template.prompt_ids(tokenizer, pair.prompt), template.rewrite_ids(tokenizer, pair.rewrite)
+    said = template.rewrite_ids(tokenizer, pair.prompt, pair.rewrite)
+    return template.prompt_ids(tokenizer, pair.prompt), said
 
 
 def columns(pairs: Sequence[Encoded]) -> dict[str, list[list[int]]]:

@@ -22,7 +22,7 @@ from faulty import PATIENCE, Server, completion, text_of
 from scipy import stats
 
 from alignpro.errors import AlignProError
-from alignpro.llm import endpoint as module
+from alignpro.llm import http as module
 from alignpro.llm.endpoint import DIALECTS, Endpoint
 from alignpro.llm.frozen import EVALUATION, Answer, Sampling, Stopped, respond_all, stream_key
 from alignpro.llm.local import LocalTarget
@@ -233,11 +233,11 @@ def test_a_storm_of_429_is_waited_out():
 
 
 def test_retry_after():
-    assert module._retry_after("2.5") == 2.5
-    assert module._retry_after("-3") == 0
-    assert module._retry_after(formatdate(time.time() + 1000)) == pytest.approx(1000, abs=60)
+    assert module.retry_after("2.5") == 2.5
+    assert module.retry_after("-3") == 0
+    assert module.retry_after(formatdate(time.time() + 1000)) == pytest.approx(1000, abs=60)
     for nothing in (None, "", "soon", "nan", "inf", "99999999999999999999999 Jan"):
-        assert module._retry_after(nothing) is None
+        assert module.retry_after(nothing) is None
 
 
 FINAL = {
@@ -339,7 +339,7 @@ def test_odd_text_survives(tmp_path):
 
 
 def test_an_endless_response_is_cut(monkeypatch):
-    monkeypatch.setattr(module, "_LARGEST", 1000)
+    monkeypatch.setattr(module, "LARGEST", 1000)
     with Server(lambda n, body: raw(b" " * 5000)) as server, pytest.raises(Stopped, match="above 1000 bytes"):
         client(server, retries=0).respond(["x"], SAMPLING)
 
@@ -381,7 +381,7 @@ def test_the_pace_keeps_to_its_rate():
     """In simulated time: any minute holds at most the rate, give or take the request at its edge."""
     rng = random.Random(0)
     for rate, amounts in ((60, [1.0] * 300), (1000, [rng.uniform(1, 90) for _ in range(300)])):
-        pace, now, starts = module._Pace(rate), 0.0, []
+        pace, now, starts = module.Pace(rate), 0.0, []
         for amount in amounts:
             now += rng.expovariate(10)
             starts.append((pace.book(now, amount), amount))
@@ -391,25 +391,25 @@ def test_the_pace_keeps_to_its_rate():
             assert sum(inside) - max(amounts) <= rate + 1e-6
         # Nor slower than it must: the mutant halves the rate.
         assert starts[-1][0] <= sum(amounts) / rate * 60 + now
-    assert module._Pace(None).book(5.0, 1e9) == 5.0
+    assert module.Pace(None).book(5.0, 1e9) == 5.0
 
 
 def test_the_rate_limits_are_asked(monkeypatch):
     booked = []
-    real = module._Pace.book
+    real = module.Pace.book
 
     def book(self, now, amount):
         booked.append((self.per_minute, amount))
         return real(self, now, amount)
 
-    monkeypatch.setattr(module._Pace, "book", book)
+    monkeypatch.setattr(module.Pace, "book", book)
     with Server() as server:
         target = client(server, requests_per_minute=1e6, tokens_per_minute=1e7)
         target.respond(["x" * 40], SAMPLING)
         assert booked == [(1e6, 1), (1e7, 28)]
         # What was booked and not used is given back.
         used = target.tokens
-        assert target._token_pace.free_at - time.monotonic() < 60 * used / 1e7 + 1
+        assert target._http._token_pace.free_at - time.monotonic() < 60 * used / 1e7 + 1
 
 
 @pytest.mark.parametrize("concurrency", [1, 5])
@@ -478,7 +478,7 @@ def test_stop_from_another_thread_keeps_what_is_in_flight():
         thread.start()
         assert arrived.wait(PATIENCE)
         target.stop()
-        target._running.loop.call_soon_threadsafe(go.set)  # after the stop has been heard
+        target._http._running.loop.call_soon_threadsafe(go.set)  # after the stop has been heard
         thread.join(PATIENCE)
         assert caught[0].reason == "stopped"
         assert len(caught[0].answers) == len(server.requests) <= 2
@@ -557,7 +557,7 @@ def test_no_torch_is_needed():
 
 LEAKS = """
 import logging, sys, traceback
-from alignpro.llm import endpoint as module
+from alignpro.llm import http as module
 from alignpro.llm.endpoint import Endpoint
 from alignpro.llm.frozen import Sampling
 from alignpro.llm.ledger import Cached
@@ -577,9 +577,9 @@ for mutant in ("none", "no scrub", "repr"):
     print("=====", flush=True)
     print("=====", file=sys.stderr, flush=True)
     if mutant == "no scrub":
-        scrub, module._Secret.scrub = module._Secret.scrub, lambda self, text: text
+        scrub, module.Secret.scrub = module.Secret.scrub, lambda self, text: text
     if mutant == "repr":
-        module._Secret.scrub, module._Secret.__repr__ = scrub, lambda self: self.value
+        module.Secret.scrub, module.Secret.__repr__ = scrub, lambda self: self.value
     target = Endpoint("m", url, key_env="PLANTED_KEY", backoff_s=1e-3, retries=2, concurrency=1)
     print(target, vars(target))
     cached = Cached(target, f"{folder}/{mutant}")

@@ -16,7 +16,7 @@ from scipy import stats
 from transformers import GenerationConfig
 
 from alignpro.errors import AlignProError
-from alignpro.llm import local
+from alignpro.llm import policy
 from alignpro.llm.frozen import EVALUATION, Answer, Sampling, Stopped, respond_all, stream_key
 from alignpro.llm.local import LocalTarget
 from alignpro.llm.models import tiny_model
@@ -131,13 +131,14 @@ def test_the_steps_are_independent_draws(target):
         return p_value(counts.ravel(), joint.ravel())
 
     assert count(lambda j: stream_key(0, Sampling(), "ab", j)) > FALSE_ALARM
-    draw = local._Draw.__init__
+    draws = policy.Draws.__init__
 
-    def one_uniform(self, uniforms, *rest):
-        draw(self, uniforms[:, :1].expand_as(uniforms), *rest)
+    def one_uniform(self, *arguments):
+        draws(self, *arguments)
+        self.uniforms = self.uniforms[:, :1].expand_as(self.uniforms)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local._Draw, "__init__", one_uniform)
+        patch.setattr(policy.Draws, "__init__", one_uniform)
         assert count(lambda j: stream_key(0, Sampling(), "ab", j)) < FALSE_ALARM
 
 
@@ -157,12 +158,12 @@ def test_an_answer_depends_on_nothing_else_that_is_asked(target, sampling):
     ragged = target.respond(["a", "a", "ab"], sampling, first=[3, 0, 1], seed=3)
     assert ragged == [[want[0][3]], [want[0][0]], [want[4][1]]]
 
-    def batch_wide(keys, sampling, width):  # the mutant: what one shared generator would give
-        return original([keys[0] + i for i in range(len(keys))], sampling, width)
+    def batch_wide(self, keys, *rest):  # the mutant: what one shared generator would give
+        original(self, [keys[0] + i for i in range(len(keys))], *rest)
 
-    original = local._processors
+    original = policy.Draws.__init__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "_processors", batch_wide)
+        patch.setattr(policy.Draws, "__init__", batch_wide)
         assert LocalTarget(model, batch_size=3).respond(PROMPTS, sampling, samples=4, seed=3) != want
 
 
@@ -252,7 +253,9 @@ def test_out_of_memory_halves_the_batch(target, monkeypatch):
 
 def test_log_probs_are_the_chain_rule(target):
     prompts = ["abc", "d", "abcdef", "a"]
-    responses = ["fgh", Answer("ba", "length", 1, 2), "", Answer("c", "stop", 1, 2)]
+    ids = target.tokenizer.convert_tokens_to_ids
+    cut, ended = Answer("ba", "length", 1, 2, ids(["b", "a"])), Answer("c", "stop", 1, 2, [ids("c"), 1])
+    responses = ["fgh", cut, "", ended]
     got = target.log_probs(prompts, responses)
     assert (got.shape, got.dtype) == ((4,), np.float64)
 
@@ -274,7 +277,8 @@ def test_log_probs_are_the_chain_rule(target):
 
 def test_log_probs_sum_to_one(target):
     """Over every answer of at most one token: the ended ones, and those cut off after one."""
-    texts = [Answer("", "stop", 1, 1), *(Answer(c, "length", 1, 1) for c in "abcdefgh")]
+    ids = target.tokenizer.convert_tokens_to_ids
+    texts = [Answer("", "stop", 1, 1, (1,)), *(Answer(c, "length", 1, 1, (ids(c),)) for c in "abcdefgh")]
     total = np.exp(target.log_probs(["abc"] * len(texts), texts)).sum()
     rest = next_token(target, target_ids(target.tokenizer, "abc"))[[0, 2]].sum()
     assert total + rest == pytest.approx(1, abs=1e-6)
@@ -374,6 +378,8 @@ def test_bad_targets_and_bad_log_probs(target):
         target.log_probs(["a"], [])
     with pytest.raises(AlignProError, match=r"responses\[0\]"):
         target.log_probs(["a"], [None])
+    with pytest.raises(AlignProError, match=r"responses\[0\] has no token ids"):
+        target.log_probs(["a"], [Answer("b", "stop", 1, 2)])
     assert target.log_probs([], []).shape == (0,)
     assert target.respond([], Sampling()) == []
 

@@ -51,8 +51,10 @@ def test_rewrites_keep_x():
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(AlignProError, match="^rewrite 'cab': must begin with 'ab', since the template appends"):
+    with pytest.raises(
+        AlignProError, match=r"^rewrite 'cab': must begin with 'ab', since the template appends"
+    ):
         APPEND.rewrite_ids(TOKENIZER, "ab", "cab")
-    with pytest.raises(AlignProError, match="^template shout: choose from rewrite, append"):
+    with pytest.raises(AlignProError, match=r"^template shout: choose from rewrite, append"):
         Prompter.from_pretrained("smollm2-135m-instruct", template="shout")
     assert {name for name, template in TEMPLATES.items() if template.append} == {"append"}

@@ -2,10 +2,18 @@
 
 import asyncio
 import http.server
+import itertools
 import json
+import logging
 import math
+import os
 import random
+import re
+import shlex
+import subprocess
+import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -13,32 +21,30 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import (
-    AutoModelForSequenceClassification,
     GemmaConfig,
     GemmaForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
-    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
+from alignpro import cli
 from alignpro.errors import AlignProError
-from alignpro.llm import data, models, reward_models, rewards
-from alignpro.llm.data import PreferencePair
+from alignpro.llm import http as transport
+from alignpro.llm import ledger, models, reward_models, rewards
+from alignpro.llm.frozen import Stopped
 from alignpro.llm.reward_models import (
     Bounded,
+    CachedReward,
     CallableReward,
     Clip,
     Declared,
     EndpointReward,
-    RewardSettings,
     SequenceReward,
     Squash,
     check_scores,
     fill,
     parse_bounds,
-    read_pairs,
-    train_reward,
 )
 
 # --- bounds ---
@@ -652,13 +658,23 @@ def test_failures_that_may_pass_are_tried_again(server):
 
 
 def test_pauses_double_and_heed_the_server(server, monkeypatch):
-    pauses = []
-    monkeypatch.setattr(reward_models.time, "sleep", pauses.append)
+    pauses, clock = [], types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+
+    async def sleep(_, seconds):
+        if seconds > 0:
+            pauses.append(seconds)
+            clock.now += seconds
+
+    monkeypatch.setattr(transport, "time", clock)
+    monkeypatch.setattr(transport._Run, "_sleep", sleep)
+    jitter = []
+    monkeypatch.setattr(transport.random, "uniform", lambda *ends: jitter.append(ends) or 1.0)
     answers = iter([{}, {"Retry-After": "7"}, {"Retry-After": "1e9"}, {"Retry-After": "nan"}, {}])
     server.answer = lambda path, body: (503, next(answers), {})
     with pytest.raises(AlignProError, match="status 503"):
         endpoint(server, backoff=0.5, retries=4).score(["a"], ["b"])
     assert pauses == [0.5, 7.0, 60.0, 4.0]
+    assert set(jitter) == {(0.5, 1.5)}
 
 
 def test_no_secret_in_any_error(server):
@@ -697,18 +713,19 @@ def test_no_secret_in_any_error(server):
     assert len(server.asked) == 1
     failing(lambda: EndpointReward("http://127.0.0.1:9/x?token=query-secret", **keyed), *sample)
     failing(lambda: EndpointReward(url, "0,1", key_env=KEY))
+    assert "not set" in failing(lambda: EndpointReward(url, "0,1", key_env="hf_pasted0123456789"))
     failing(lambda: EndpointReward("http://me:url-secret@127.0.0.1/", "0,1"))
     failing(lambda: EndpointReward("url-secret", "0,1"))
     texts.append(repr(keyed_reward()) + json.dumps(keyed_reward().describe()))
     everything = " ".join(texts)
-    for secret in (KEY, "query-secret", "url-secret"):
+    for secret in (KEY, "query-secret", "url-secret", "hf_pasted"):
         assert secret not in everything
     assert "query-secret" in url
     assert server.asked  # the loop above did talk to the server
 
 
 def test_bad_keys_and_settings_are_named_before_any_request(server, monkeypatch):
-    with pytest.raises(AlignProError, match="NO_SUCH_KEY: this environment variable is not set"):
+    with pytest.raises(AlignProError, match="NO_SUCH_KEY: that environment variable is not set"):
         endpoint(server, key_env="NO_SUCH_KEY")
     monkeypatch.setenv("MY_REWARD_KEY", "two words")
     with pytest.raises(AlignProError, match="is no key") as error:
@@ -748,6 +765,201 @@ def test_answers_that_are_no_rewards(server, answer, match):
     server.answer = lambda path, body: (200, {}, answer) if "d" in body["prompts"] else good(path, body)
     with pytest.raises(AlignProError, match=match):
         endpoint(server, batch_size=3).score(list("abcedf"), list("uvwxyz"))
+
+
+def test_the_budget_of_requests_is_kept_and_named(server):
+    statuses = [503]
+    good = server.answer
+    server.answer = lambda path, body: (statuses.pop(), {}, {}) if statuses else good(path, body)
+    reward = endpoint(server, batch_size=1, concurrency=1, max_calls=4)
+    with pytest.raises(
+        Stopped, match=r"^max_calls 4: the budget of http.* is spent; .* \(3 of 5 scored\)"
+    ) as error:
+        reward.score(list("abcde"), list("vwxyz"))
+    assert error.value.reason == "max_calls"
+    assert len(server.asked) == reward.calls == 4  # retries count
+    assert reward.retried == 1
+    with pytest.raises(Stopped, match="max_calls"):  # for the object's life
+        reward.score(["f"], ["f"])
+    assert len(server.asked) == 4
+
+
+def test_a_query_is_in_no_log(server, caplog, monkeypatch):
+    reward = EndpointReward(f"{server.url}?token=query-secret", "0,1")
+    with caplog.at_level(logging.DEBUG):
+        reward.score(["a"], ["b"])
+        assert server.url in caplog.text
+        assert "query-secret" not in caplog.text
+        # The mutant: httpx2 logs as it likes.
+        logging.getLogger("httpx2").removeFilter(transport._without_queries)
+        monkeypatch.setattr(transport, "client_library", lambda: __import__("httpx2"))
+        reward.score(["a"], ["b"])
+        assert "query-secret" in caplog.text
+
+
+# --- scores that were paid for ---
+
+TEXTS = ["".join(x) for x in itertools.product("abc", "xyz", "ab")]  # 18 distinct ones
+
+
+def asked_for(server):
+    return [pair for body in server.asked for pair in zip(body["prompts"], body["responses"], strict=True)]
+
+
+def test_a_score_is_asked_for_once(server, tmp_path):
+    plain = endpoint(server).score(TEXTS, TEXTS[::-1])
+    server.asked.clear()
+    one = CachedReward(endpoint(server, batch_size=5), tmp_path)
+    # The same sample twice is asked once.
+    np.testing.assert_array_equal(one.score(TEXTS * 2, TEXTS[::-1] * 2), np.tile(plain, 2))
+    assert sorted(asked_for(server)) == sorted(zip(TEXTS, TEXTS[::-1], strict=True))
+    assert (one.low, one.high, one.describe()) == (0.0, 1.0, one.reward.describe())
+    assert one.line() == "18 scores in 4 requests (0 retries), 0 more from the file"
+    server.asked.clear()
+    # To the bit, and whatever the bounds; a prompt and a response are not the response and the prompt.
+    two = CachedReward(endpoint(server, bounds="squash:0.1,0.2"), tmp_path)
+    np.testing.assert_array_equal(two.score(TEXTS, TEXTS[::-1]), Squash(0.1, 0.2).apply(plain))
+    assert two.describe()["bounds"]["scored"] == 18
+    assert two.line() == "0 scores in 0 requests (0 retries), 18 more from the file"
+    assert not server.asked
+    two.score(["new", TEXTS[0], TEXTS[-1]], [TEXTS[0], TEXTS[-1], "new"])
+    assert sorted(asked_for(server)) == sorted([("new", TEXTS[0]), (TEXTS[-1], "new")])
+    assert one.score([], []).shape == (0,)
+
+
+def test_what_else_determines_a_score_is_in_its_key(server, tmp_path):
+    def answer(path, body):
+        xs = body.get("prompts") or body.get("text_1")
+        value = len(body.get("model") or path) / 100
+        return 200, {}, {"rewards": [value] * len(xs), "data": [{"index": 0, "score": value}]}
+
+    server.answer = answer
+    rewards_ = [
+        EndpointReward(url, "0,1", **options)
+        for url in (server.url, f"{server.url}?v=2")
+        for options in ({}, {"model": "m"}, {"model": "m", "style": "score"})
+    ]
+    for reward in rewards_:
+        CachedReward(reward, tmp_path).score(["x"], ["y"])
+    assert len(server.asked) == 6 == len({reward.revision for reward in rewards_})
+    # Not what only says how it is asked for; and an address's query is not in the file.
+    again = EndpointReward(server.url, "clip:0,1", timeout=9.0, retries=0, batch_size=1, max_calls=1)
+    assert again.revision == rewards_[0].revision
+    assert b"v=2" not in (tmp_path / ledger.FILE).read_bytes()
+
+
+@pytest.mark.parametrize("mutant", [False, True])
+def test_scores_that_came_before_a_failure_are_kept(server, tmp_path, monkeypatch, mutant):
+    """The mutant hands them on when all are there."""
+    if mutant:
+        raw = EndpointReward.raw
+
+        def late(self, prompts, responses, on_score):
+            scores = raw(self, prompts, responses)
+            for i, score in enumerate(scores):
+                on_score(i, float(score))
+            return scores
+
+        monkeypatch.setattr(EndpointReward, "raw", late)
+    good = server.answer
+    server.answer = lambda path, body: good(path, body) if len(server.asked) <= 7 else (400, {}, {})
+    reward = CachedReward(endpoint(server, batch_size=2, concurrency=1), tmp_path)
+    with pytest.raises(Stopped, match=r"status 400 .*\(14 of 18 scored\)"):
+        reward.score(TEXTS, TEXTS)
+    server.answer = good
+    server.asked.clear()
+    again = CachedReward(endpoint(server), tmp_path)
+    np.testing.assert_array_equal(again.score(TEXTS, TEXTS), overlap(TEXTS, TEXTS))
+    assert len(asked_for(server)) == (18 if mutant else 4)
+
+
+KILLED = """
+import sys
+from alignpro.llm.reward_models import CachedReward, EndpointReward
+texts = sys.argv[3:]
+CachedReward(EndpointReward(sys.argv[1], "0,1", batch_size=1, concurrency=1), sys.argv[2]).score(texts, texts)
+"""
+
+
+def test_kill_9_loses_only_the_score_in_flight(server, tmp_path):
+    good = server.answer
+
+    def answer(path, body):
+        if len(server.asked) == 8:
+            process.kill()
+        return good(path, body)
+
+    server.answer = answer
+    command = [sys.executable, "-c", KILLED, server.url, str(tmp_path), *TEXTS]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.wait(100) == -9
+    assert len(server.asked) == 8
+    server.answer = good
+    server.asked.clear()
+    again = CachedReward(endpoint(server), tmp_path)
+    np.testing.assert_array_equal(again.score(TEXTS, TEXTS), overlap(TEXTS, TEXTS))
+    assert [x for x, _ in asked_for(server)] == TEXTS[7:]
+
+
+def test_only_rewards_are_kept(server, tmp_path):
+    """A score out of the declared range is not: the server, once mended, is asked again."""
+    good = server.answer
+    server.answer = lambda path, body: (200, {}, {"rewards": [7.0] * len(body["prompts"])})
+    for bounds, says in (("0,1", r"sample 0 .* is 7, outside the declared"), ("clip:0,1", None)):
+        reward = CachedReward(endpoint(server, bounds=bounds), tmp_path / bounds)
+        if says:
+            with pytest.raises(AlignProError, match=says):
+                reward.score(["a"], ["a"])
+        else:
+            assert reward.score(["a"], ["a"]) == 1.0
+    server.answer = good
+    np.testing.assert_allclose(CachedReward(endpoint(server), tmp_path / "0,1").score(["a"], ["a"]), 1 / 26)
+    path = tmp_path / "0,1" / ledger.FILE
+    path.write_text(path.read_text().replace(repr(1 / 26), "cheese"))
+    with pytest.raises(AlignProError, match=r"sample 0 \(prompt 'a', response 'a'\) is nan"):
+        CachedReward(endpoint(server), tmp_path / "0,1").score(["a"], ["a"])
+
+
+def test_training_goes_on_without_paying_twice(server, tmp_path, capsys, monkeypatch):
+    """Against the same training judged by the same function in this process."""
+    base = save(tmp_path / "base", *models.tiny_model(seed=1))
+    (tmp_path / "prompts.txt").write_text("abc\ndef\ngab\n")
+    small = (
+        "--iterations 3 --prompts 2 --samples 4 --epochs 1 --max-tokens 4 --answer-tokens 4 --dtype float32"
+    )
+
+    def train(out, reward, *more):
+        command = ["train", "--out", str(tmp_path / out), "--prompter", str(base), "--target", str(base)]
+        command += ["--prompts-file", str(tmp_path / "prompts.txt"), "--reward", reward, *shlex.split(small)]
+        return cli.main([*command, *more]), capsys.readouterr()
+
+    def metrics(out):
+        return (tmp_path / out / "metrics.jsonl").read_text()
+
+    assert train("plain", f"{__name__}:overlap@0,1")[0] == 0
+    name = f"{server.url}?token=query-secret@0,1"
+    score, rounds = CachedReward.score, []
+
+    def killed(self, *samples):
+        scores = score(self, *samples)
+        rounds.append(len(scores))
+        if len(rounds) == 2:
+            raise KeyboardInterrupt  # judged, but not yet learned from
+        return scores
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CachedReward, "score", killed)
+        status, begun = train("paid", name)
+    assert status == 130
+    assert "; 24 scores from an endpoint" in begun.err
+    status, said = train("paid", name, "--resume")
+    assert status == 0, said.err
+    assert metrics("paid") == metrics("plain")
+    assert len(asked_for(server)) == len(set(asked_for(server)))
+    assert re.search(r"\d+ scores in 1 requests \(0 retries\), [1-9]\d* more from the file", said.err)
+    everything = b"".join(p.read_bytes() for p in (tmp_path / "paid").rglob("*") if p.is_file())
+    assert b"query-secret" not in everything + (begun.err + said.err + said.out).encode()
+    assert f"{server.url}@0.0,1.0".encode() in everything
 
 
 # --- names ---
@@ -797,202 +1009,3 @@ def test_rewards_by_name(folder, server, tmp_path, monkeypatch):
             assert "\n" not in str(error.value)
             assert "pw" not in str(error.value)
     assert len(server.asked) == asked
-
-
-# --- eq. (1) ---
-
-
-def letter_pairs(n, seed=0, swap=False):
-    """Random strings; the one with more a's is preferred (with `swap`, the other)."""
-    rng = random.Random(seed)
-
-    def text(k):
-        return "".join(rng.choice("abcdefgh") for _ in range(k))
-
-    pairs = []
-    while len(pairs) < n:
-        x, *answers = text(6), text(8), text(8)
-        few, many = sorted(answers, key=lambda y: y.count("a"))
-        if few.count("a") < many.count("a"):
-            chosen, rejected = (few, many) if swap else (many, few)
-            pairs.append(PreferencePair(x, chosen, rejected, "letters", data.split_of(x)))
-    return pairs
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("base") / "tiny", *models.tiny_model())
-
-
-QUICK = RewardSettings(learning_rate=3e-3, epochs=2, batch_size=32, max_tokens=64, lora_rank=0)
-
-
-@pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
-    out = tmp_path_factory.mktemp("trained") / "reward"
-    return out, train_reward(letter_pairs(900), base, out, QUICK, device="cpu")
-
-
-def test_training_learns_the_preference_and_the_swapped_mutant_its_opposite(base, trained, tmp_path):
-    """A reward that knows nothing passes the first check with probability 2.5% (one side of Wilson's 95%)."""
-    facts = trained[1].facts
-    assert facts["test_accuracy"]["lo"] > 0.5
-    assert facts["test_loss"] < math.log(2)
-    assert facts["test_accuracy"]["prompts"] == facts["prompts"]["test"] > 100
-    swapped = train_reward(letter_pairs(900, swap=True), base, tmp_path / "swapped", QUICK, device="cpu")
-    true = letter_pairs(900)
-    mutant = rewards.accuracy(swapped, [p for p in true if p.split == "test"])
-    assert mutant["hi"] < 0.5
-
-
-def test_the_measures_are_of_held_out_prompts_by_equation_1(trained):
-    """Recomputed from the reward's scores without the class's own sums."""
-    reward, pairs = trained[1], letter_pairs(900)
-    assert reward.facts["pairs"] == {
-        f"letters {part}": sum(p.split == part for p in pairs) for part in sorted(data.SPLITS)
-    }
-    for part in ("validation", "test"):
-        some = [p for p in pairs if p.split == part]
-        margins = [
-            reward.logits([p.prompt], [p.chosen])[0] - reward.logits([p.prompt], [p.rejected])[0]
-            for p in some
-        ]
-        loss = sum(math.log1p(math.exp(-m)) for m in margins) / len(margins)
-        assert reward.facts[f"{part}_loss"] == pytest.approx(loss, abs=1e-5)
-        hits = {}
-        for p, m in zip(some, margins, strict=True):
-            hits.setdefault(p.prompt, []).append(m > 0)
-        value = np.mean([np.mean(h) for h in hits.values()])
-        assert reward.facts[f"{part}_accuracy"]["value"] == pytest.approx(value, abs=1e-9)
-    # Training saw other prompts: there the same measure is better.
-    assert reward.facts["train_accuracy"]["value"] > reward.facts["test_accuracy"]["value"]
-
-
-def test_the_squash_uses_the_range(trained):
-    reward = trained[1]
-    train = [p for p in letter_pairs(900) if p.split == "train"]
-    scores = np.concatenate(
-        [
-            reward.score([p.prompt for p in train], [getattr(p, k) for p in train])
-            for k in ("chosen", "rejected")
-        ]
-    )
-    assert np.median(scores) == pytest.approx(0.5, abs=1e-6)
-    assert np.quantile(scores, 0.9) - np.quantile(scores, 0.1) > 0.3
-    assert ((scores > 0.01) & (scores < 0.99)).mean() > 0.95
-
-
-def test_a_trained_reward_is_saved_as_safetensors_and_loaded_by_name(trained):
-    out, reward = trained
-    assert {p.suffix for p in out.iterdir()} <= {".json", ".safetensors", ".jinja"}
-    pairs = letter_pairs(20, seed=5)
-    prompts, responses = [p.prompt for p in pairs], [p.chosen for p in pairs]
-    for again in (SequenceReward.load(out, device="cpu"), rewards.load_reward(str(out), device="cpu")):
-        np.testing.assert_allclose(
-            again.score(prompts, responses), reward.score(prompts, responses), atol=1e-6
-        )
-        assert again.describe()["training"] == reward.describe()["training"]
-        assert again.max_tokens == 64
-    wider = SequenceReward.load(out, "clip:-1,1", device="cpu")
-    assert (wider.low, wider.high) == (-1.0, 1.0)
-    text = (out / "reward.json").read_text()
-    assert str(out.parent) not in text
-    # Any transformers program reads it as well.
-    plain = AutoModelForSequenceClassification.from_pretrained(out)
-    ids = reward.encode(prompts[0], responses[0])["input_ids"]
-    assert raw_score(plain, ids) == pytest.approx(reward.logits(prompts[:1], responses[:1])[0], abs=1e-5)
-
-
-def test_an_adapter_is_merged_and_training_is_deterministic(base, tmp_path):
-    settings = RewardSettings(learning_rate=1e-2, epochs=1, batch_size=32, max_tokens=64, lora_rank=4)
-    torch.manual_seed(123)
-    before = torch.random.get_rng_state()
-    pairs = letter_pairs(200)
-    one, two = (train_reward(pairs, base, tmp_path / str(i), settings, device="cpu") for i in range(2))
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert one.facts == two.facts
-    assert isinstance(one.model, LlamaForSequenceClassification)  # and no adapter around it
-    names = one.model.state_dict().keys()
-    assert not any("lora" in name for name in names)
-    untouched = models.load_model(base, device="cpu")[0].state_dict()
-    moved = {n for n in names if n in untouched and not torch.equal(one.model.state_dict()[n], untouched[n])}
-    assert any("q_proj" in n for n in moved)
-    assert not any("embed" in n for n in moved)
-    other = train_reward(
-        pairs, base, tmp_path / "other", RewardSettings(**{**one.facts["settings"], "seed": 1}), device="cpu"
-    )
-    assert other.facts["test_loss"] != one.facts["test_loss"]
-    heads = [reward_models._base(base, seed)[0].score.weight for seed in (0, 0, 1)]
-    assert torch.equal(heads[0], heads[1])
-    assert not torch.equal(heads[0], heads[2])
-
-
-def test_mistakes_cost_no_training(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(reward_models, "_fit", lambda *_: pytest.fail("trained"))
-    monkeypatch.setattr(reward_models, "_base", lambda *_: pytest.fail("loaded"))
-    pairs = letter_pairs(50)
-    crossing = [*pairs, PreferencePair(pairs[0].prompt.upper(), "a", "b", "s", "validation")]
-    assert pairs[0].split != "validation"
-    used = tmp_path / "used"
-    used.mkdir()
-    (used / "file").touch()
-    for arguments, options, match in (
-        ((crossing, base, tmp_path / "o"), {}, "and in another"),
-        (([p for p in pairs if p.split == "train"], base, tmp_path / "o"), {}, "split test"),
-        (([], base, tmp_path / "o"), {}, "split train"),
-        ((pairs, base, used), {}, "not empty"),
-        ((pairs, base, used / "file"), {}, "cannot write"),
-        ((pairs, tmp_path / "nothing", tmp_path / "o"), {}, "no such folder"),
-        ((pairs, base, tmp_path / "o"), {"template": "pair"}, "template"),
-        ((pairs, base, tmp_path / "o"), {"device": "abacus"}, "device"),
-        ((tmp_path / "none.jsonl", base, tmp_path / "o"), {}, "cannot read"),
-    ):
-        with pytest.raises(AlignProError, match=match):
-            train_reward(*arguments, QUICK, **options)
-    for bad in (
-        {"learning_rate": 0.0},
-        {"epochs": math.nan},
-        {"batch_size": 0},
-        {"max_tokens": 0},
-        {"lora_rank": -1},
-        {"centre": -1.0},
-        {"seed": -1},
-    ):
-        with pytest.raises(AlignProError, match=next(iter(bad))):
-            RewardSettings(**bad)
-
-
-def test_training_that_diverges_stops(base, tmp_path):
-    settings = RewardSettings(learning_rate=1e30, epochs=5, batch_size=8, max_tokens=64, lora_rank=0)
-    with pytest.raises(AlignProError, match=r"training diverged|every reward must be finite"):
-        train_reward(letter_pairs(200), base, tmp_path / "lost", settings, device="cpu")
-    assert not (tmp_path / "lost" / "reward.json").exists()
-
-
-def test_pairs_are_read_line_by_line(base, tmp_path):
-    path = tmp_path / "mine.jsonl"
-    rows = [
-        {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected, "more": 1} for p in letter_pairs(3)
-    ]
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    read = read_pairs(path)
-    assert [(p.prompt, p.chosen, p.rejected) for p in read] == [
-        (r["prompt"], r["chosen"], r["rejected"]) for r in rows
-    ]
-    assert all((p.source, p.split) == ("mine", data.split_of(p.prompt)) for p in read)
-    good = json.dumps(rows[0])
-    for bad in (
-        "{",
-        "[]",
-        "3",
-        '{"prompt": "x", "chosen": "a"}',
-        '{"prompt": "x", "chosen": "a", "rejected": 3}',
-        '{"prompt": " ", "chosen": "a", "rejected": "b"}',
-        '{"prompt": "x", "chosen": "a", "rejected": "a"}',
-    ):
-        path.write_text(f"{good}\n\n{bad}\n")
-        with pytest.raises(AlignProError, match=r"mine\.jsonl, line 3"):
-            read_pairs(path)
-    path.write_text("\n")
-    with pytest.raises(AlignProError, match="empty"):
-        read_pairs(path)

@@ -266,7 +266,9 @@ class TestTrainedReward:
         with pytest.raises(AlignProError, match=r"responses\[1\] is NoneType"):
             reward.score(["a", "b"], ["c", None])
         broken = dataclasses.replace(reward, weights=np.full_like(reward.weights, np.nan))
-        with pytest.raises(AlignProError, match=r"sample 0 is nan.*regular exercise"):
+        with pytest.raises(
+            AlignProError, match=r"sample 0 \(prompt .*regular exercise.* is nan.*delete its cache folder"
+        ):
             broken.score([PROMPT], [GOOD])
 
     def test_identical_texts_are_embedded_once(self, reward):

@@ -135,7 +135,7 @@ def test_rewrites_drawn_by_vllm(algorithm, monkeypatch, tmp_path):
     which draws from that copy by transformers and is told of new weights by `sync_weights`.
     """
     problem = Problem()
-    with pytest.raises(AlignProError, match="^vllm colocate: the package vllm is missing; run pip install"):
+    with pytest.raises(AlignProError, match=r"^vllm colocate: the package vllm is missing; run pip install"):
         fit(tmp_path / "without", replace(SETTINGS, vllm="colocate"))
 
     class Engine:
@@ -267,10 +267,10 @@ def test_bad_problems_are_named(tmp_path):
 
 def test_reporters_are_checked_first(monkeypatch, tmp_path):
     """All three were tried by hand; none is needed for the tests."""
-    with pytest.raises(AlignProError, match="^report_to mlflow: choose from tensorboard, wandb, trackio"):
+    with pytest.raises(AlignProError, match=r"^report_to mlflow: choose from tensorboard, wandb, trackio"):
         fit(tmp_path, report_to=("mlflow",))
     monkeypatch.setattr(checkpoints, "find_spec", lambda name: None)
-    with pytest.raises(AlignProError, match="^report_to trackio: the package is missing; run pip install"):
+    with pytest.raises(AlignProError, match=r"^report_to trackio: the package is missing; run pip install"):
         fit(tmp_path, report_to=("trackio",))
     assert not [*tmp_path.iterdir()]
 

@@ -1,0 +1,122 @@
+"""`compare`: two or more arms, paired over prompts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from alignpro.errors import AlignProError
+from alignpro.estimation.intervals import Estimate, check_level
+from alignpro.estimation.samples import win_rate
+from alignpro.estimation.terms import Arm, Term, estimates
+from alignpro.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Against:
+    """One arm against the baseline, all prompts paired."""
+
+    mean: Estimate
+    """Difference of mean rewards, reward units."""
+    variance: Estimate
+    """Difference of variances of the reward, over prompts and samples; reward units squared."""
+    win_rate: Estimate
+    """Probability that its answer earns more than the baseline's to the same prompt, ties a half."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms beside a baseline, the first arm named."""
+
+    level: float
+    n_prompts: int
+    baseline: str
+    mean: Mapping[str, Estimate]
+    """J of every arm."""
+    variance: Mapping[str, Estimate]
+    """Var(r) of every arm, over prompts and samples."""
+    against: Mapping[str, Against]
+    """Every other arm against the baseline. Each of the three kinds covers jointly over the arms."""
+
+    def json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def compare(rollouts: Rollouts, arms: Sequence[str], level: float = 0.95) -> Comparison:
+    """Mean reward, variance and win rate of `arms[1:]` against `arms[0]`, paired over prompts.
+
+    Raises:
+        AlignProError: fewer than two arms, one that is unknown or twice, an arm without rows for some prompt,
+            a bad level, or fewer than 5 prompts.
+    """
+    level = check_level(level)
+    for i, name in enumerate(arms):
+        if name not in rollouts.arms:
+            raise AlignProError(f"--arms {name}: is no arm here; give some of {', '.join(rollouts.arms)}")
+        if name in arms[:i]:
+            raise AlignProError(f"--arms {name}: is named twice; name each arm once")
+    if len(arms) < 2:
+        raise AlignProError(f"--arms {' '.join(arms)}: compare at least two of {', '.join(rollouts.arms)}")
+    given = {name: Arm(rollouts, name) for name in arms}
+    means = {name: arm.mean(arm.reward) for name, arm in given.items()}
+    spread = {name: _variances(means[name], arm.mean(np.square(arm.reward))) for name, arm in given.items()}
+    low, high = rollouts.low, rollouts.high
+    square = 0.25 * (high - low) ** 2
+
+    def mean(name: str) -> Term:
+        return Term(means[name], low, high, frozenset({name}), "none", "mean reward of each prompt")
+
+    def variance(name: str) -> Term:
+        method = "total variance, jackknifed over prompts"
+        return Term(spread[name], 0.0, square, frozenset({name}), "none", method)
+
+    baseline, *others = arms
+
+    def wins(name: str) -> Term:
+        method = "share of pairs won, ties a half"
+        values = _wins(given[name], given[baseline])
+        return Term(values, 0.0, 1.0, frozenset({name, baseline}), "none", method)
+
+    kinds = {
+        "mean": {name: mean(name) - mean(baseline) for name in others},
+        "variance": {name: variance(name) - variance(baseline) for name in others},
+        "win_rate": {name: wins(name) for name in others},
+    }
+    joint = len(others) > 1
+    found = {kind: estimates(rows, rollouts, level, simultaneous=joint) for kind, rows in kinds.items()}
+    return Comparison(
+        level=level,
+        n_prompts=len(rollouts.prompt_ids),
+        baseline=baseline,
+        mean=estimates({name: mean(name) for name in arms}, rollouts, level),
+        variance=estimates({name: variance(name) for name in arms}, rollouts, level),
+        against={
+            name: Against(found["mean"][name], found["variance"][name], found["win_rate"][name])
+            for name in others
+        },
+    )
+
+
+def _variances(mean: np.ndarray, square: np.ndarray) -> np.ndarray:
+    """[n] pseudo-values of V = E r² − (E r)², whose mean is unbiased for it.
+
+    With q_i, m_i a prompt's means of r² and r: V = q̄ − m̄² is biased by −Var(m̄) alone, of order 1/n, which
+    the jackknife removes exactly; pseudo-values n V − (n − 1) V₍₋ᵢ₎ take the interval of a mean.
+    """
+    n = len(mean)
+    if n < 2:
+        return square - np.square(mean)
+    whole = square.mean() - mean.mean() ** 2
+    without = (square.sum() - square) / (n - 1) - np.square((mean.sum() - mean) / (n - 1))
+    return n * whole - (n - 1) * without
+
+
+def _wins(ours: Arm, theirs: Arm) -> np.ndarray:
+    def by_prompt(arm: Arm) -> list[np.ndarray]:
+        prompt = arm.rollouts.prompt[arm.index]
+        return np.split(arm.reward, np.flatnonzero(np.diff(prompt)) + 1)
+
+    pairs = zip(by_prompt(ours), by_prompt(theirs), strict=True)
+    return np.array([win_rate(mine, other) for mine, other in pairs])

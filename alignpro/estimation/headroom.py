@@ -1,0 +1,168 @@
+"""`headroom`: what prompt optimization could gain, from samples of the reference, before any training."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from alignpro.errors import AlignProError
+from alignpro.estimation import samples
+from alignpro.estimation.intervals import Bias, Estimate, check_level, prompts_to_settle
+from alignpro.estimation.report import check_temperature
+from alignpro.estimation.terms import Absent, Term, Terms, estimates
+from alignpro.rollouts import Rollouts
+
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
+"""Default λ, as shares of the declared width of the reward."""
+
+
+@dataclass(frozen=True)
+class HeadroomAt:
+    """ρ* at one λ against the reference and against no prompter, in reward units."""
+
+    lam: float
+    over_reference: Estimate
+    """E_ρ* R − E_ρsft R = Cov_ρsft(R, e^{R/λ})/E_ρsft e^{R/λ}: what training can add to ρ_sft."""
+    net: Estimate
+    """λ log Z − E_ρsft R: the same, less λ KL(ρ*‖ρ_sft)."""
+    over_none: Estimate | None
+    """E_ρ* R − J(no prompter); None without arm none."""
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """What could be gained, and whether to try."""
+
+    level: float
+    n: int
+    n_prompts: int
+    means: Mapping[str, Estimate]
+    """J of arms none and sft."""
+    within: Estimate
+    """E Var(r|x′): the frozen model's own variation, which no prompter changes the mean of."""
+    between: Estimate
+    """Var E(r|x′): the variation that rewriting acts on. Both average over prompts; reward units squared."""
+    at: tuple[HeadroomAt, ...]
+    best_of: Mapping[int, Estimate]
+    """E R(best of n rewrites) − E_ρsft R, chosen by all answers but one: no training, n times the cost."""
+    ceiling: Estimate | None
+    """E R(best of all rewrites drawn) − J(no prompter)."""
+    answer: str
+    """Should one train at all?"""
+    warnings: tuple[str, ...]
+
+    def json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def headroom(rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95) -> Headroom:
+    """The gain prompt optimization could reach at each λ, from arm sft (and none), with intervals.
+
+    Args:
+        rollouts: at least two draws of arm sft per prompt, with at least two answers each.
+        lams: λ > 0, in reward units. Default: `SHARES` of the declared width.
+        level: of every interval by itself; the answer's are joint over λ.
+
+    Raises:
+        AlignProError: a bad λ or level, an arm sft too small, or fewer than 5 prompts.
+    """
+    level = check_level(level)
+    lams = tuple(check_temperature("lam", lam) for lam in lams)
+    lams = tuple(sorted(set(lams))) or tuple(s * (rollouts.high - rollouts.low) for s in SHARES)
+    terms = Terms(rollouts, 1.0, lams[0])
+    try:
+        arm = terms.arm("sft")
+        arm.least(2, 2)
+    except Absent as absent:
+        raise AlignProError(f"headroom: {absent}") from None
+    none = "none" in rollouts.arms
+    if none:
+        terms.arm("none")
+    sft = terms.j("sft")
+
+    within, between = arm.per_prompt(samples.variance_split)
+    square = 0.25 * terms.width**2
+    draws = int(arm.draws.min())
+    counts = [n for n in (2, 4, 8, 16, 32, 64) if n < draws] + [draws]
+    best = {n: arm.per_prompt(partial(_best, n=n))[0] for n in counts}
+    rows: dict[Any, Term] = {
+        "within": _of_sft(within, 0.0, square, "none", "unbiased analysis of variance"),
+        "between": _of_sft(between, 0.0, square, "none", "unbiased analysis of variance"),
+        **{("J", name): terms.j(name) for name in ("none", "sft") if name in rollouts.arms},
+        **{
+            ("best", n): _of_sft(values, terms.low, terms.high, "down", "cross-fitted best of n") - sft
+            for n, values in best.items()
+        },
+    }
+    decisive: dict[Any, Term] = {}
+    for lam in lams:
+        rows["over", lam] = terms.j_rho(lam) - sft
+        rows["net", lam] = terms.value(lam) - sft
+        if none:
+            rows["none", lam] = decisive["none", lam] = terms.j_rho(lam) - terms.j("none")
+        decisive["over", lam] = rows["over", lam]
+    if none:
+        rows["ceiling"] = terms.best() - terms.j("none")
+    found = _keyed(rows, rollouts, level, False)
+    joint = _keyed(decisive, rollouts, level, True)
+    return Headroom(
+        level=level,
+        n=len(rollouts),
+        n_prompts=len(rollouts.prompt_ids),
+        means={name: found["J", name] for name in ("none", "sft") if name in rollouts.arms},
+        within=found["within"],
+        between=found["between"],
+        at=tuple(
+            HeadroomAt(lam, found["over", lam], found["net", lam], found.get(("none", lam))) for lam in lams
+        ),
+        best_of={n: found["best", n] for n in counts},
+        ceiling=found.get("ceiling"),
+        answer=_answer(lams, joint, none, terms.width),
+        warnings=tuple(terms.warnings.values()),
+    )
+
+
+def _best(rewards: np.ndarray, n: int) -> np.ndarray:
+    return samples.best_of(rewards, n)[None]
+
+
+def _of_sft(values: np.ndarray, low: float, high: float, bias: Bias, method: str) -> Term:
+    return Term(values, low, high, frozenset({"sft"}), bias, method)
+
+
+def _keyed(terms: dict[Any, Term], rollouts: Rollouts, level: float, joint: bool) -> dict[Any, Estimate]:
+    named = estimates({str(k): term for k, term in terms.items()}, rollouts, level, simultaneous=joint)
+    return {k: named[str(k)] for k in terms}
+
+
+def _answer(lams: Sequence[float], joint: dict[Any, Estimate], none: bool, width: float) -> str:
+    """One sentence, from limits that cover jointly over λ."""
+    rival = "no prompter" if none else "the reference prompter"
+    gains = {lam: joint["none" if none else "over", lam] for lam in lams}
+
+    def said(gain: Estimate) -> str:
+        return f"{gain.value:+.3g} [{gain.lo:+.3g}, {gain.hi:+.3g}]"
+
+    smallest = 0.01 * width
+    sure = {lam: gain for lam, gain in gains.items() if gain.lo > 0}
+    if sure:
+        lam, gain = max(sure.items(), key=lambda item: item[1].lo)
+        return f"Yes: at lambda {lam:g} the optimal prompter earns {said(gain)} over {rival}."
+    if all(gain.hi < smallest for gain in gains.values()):
+        lam, gain = max(gains.items(), key=lambda item: item[1].hi)
+        return (
+            f"No: at none of these lambdas does the optimal prompter earn more than {max(gain.hi, 0.0):.3g} "
+            f"over {rival}, less than 1% of the reward's range ({smallest:.3g})."
+        )
+    lam, gain = max(gains.items(), key=lambda item: item[1].value)
+    more = prompts_to_settle(gain)
+    if gain.bracket:
+        remedy = "more answers and rewrites per prompt would tell (see the warnings)"
+    elif more is None:
+        remedy = "no realistic number of prompts would tell"
+    else:
+        remedy = f"about {more} more prompts would tell"
+    return f"Undecided: at lambda {lam:g} the optimal prompter earns {said(gain)} over {rival}; {remedy}."

@@ -1,0 +1,328 @@
+"""Rollouts: what the arms of an experiment wrote and earned, one JSON object per line; read and validated.
+
+A row is a `Rollout`. `read` checks a whole file before anything is computed from it and keeps the numbers
+alone, as columns (`Rollouts`); texts are compared, then dropped. Nothing missing is ever substituted. Needs
+NumPy only.
+"""
+
+import json
+import math
+import os
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from alignpro.errors import AlignProError
+
+LOGPS = ("logp_frozen_x", "logp_frozen_rewrite", "logp_prompter", "logp_reference", "logp_policy")
+"""Sequence log-probabilities, in nats, of whole texts with their end, under the sampler that was used."""
+SHARED = ("frozen", "reward_model", "sampling", "reward_low", "reward_high")
+"""What all rows of a file have in common."""
+_ROUNDING = 1e-3  # nats: how far above 0 a log-probability summed in low precision may come out
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One answer y to one rewrite x′ of a prompt x; (arm, seed, prompt_id, draw, answer) is unique.
+
+    Several draws per prompt, and several answers per draw, are allowed: with two answers to a draw, weights
+    come from one and values from the other, and Var(R) is told from the noise of answers.
+    """
+
+    prompt_id: str
+    x: str
+    """The user's prompt; one for every prompt_id."""
+    arm: str
+    """none (x itself), sft (x′ ~ ρ_sft), star (ρ*), trained (ρ_θ), rlhf (a tuned policy), best_of_n, or any
+    other name."""
+    seed: int
+    """Of the training run, or of the draw: all seeds of a prompt are one cluster."""
+    draw: int
+    """Which rewrite of this prompt, arm and seed."""
+    answer: int
+    """Which answer to that rewrite."""
+    rewrite: str | None
+    """x′; x itself in arm none; None where a policy answers x directly (arm rlhf)."""
+    response: str
+    reward: float
+    """r(x, y), within [reward_low, reward_high]."""
+    logp_frozen_x: float | None
+    """log π_F(y|x); −inf where the sampler cannot give y."""
+    logp_frozen_rewrite: float | None
+    """log π_F(y|x′)."""
+    logp_prompter: float | None
+    """log ρ(x′|x) of the arm's own prompter."""
+    logp_reference: float | None
+    """log ρ_sft(x′|x)."""
+    logp_policy: float | None
+    """log π_θ(y|x) of the tuned policy."""
+    frozen: str
+    """Which frozen model."""
+    prompter: str
+    """Which prompter or policy; one for every arm and seed."""
+    reward_model: str
+    sampling: str
+    """How the frozen model decodes, in words or JSON."""
+    reward_low: float
+    """Declared range of the reward: bounds that hold a priori, not the extremes seen."""
+    reward_high: float
+
+    def line(self) -> str:
+        """The row as one line of JSON, its newline included; −inf as Python's `-Infinity`."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+
+FIELDS = tuple(field.name for field in fields(Rollout))
+_TEXTS = ("prompt_id", "x", "arm", "response", "frozen", "prompter", "reward_model", "sampling")
+_WHOLE = ("seed", "draw", "answer")
+_NUMBERS = ("reward", "reward_low", "reward_high")
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """N validated rollouts as columns, sorted by (prompt, arm, seed, draw, answer)."""
+
+    prompt_ids: tuple[str, ...]
+    arms: tuple[str, ...]
+    prompt: np.ndarray
+    """[N] position in `prompt_ids`."""
+    arm: np.ndarray
+    """[N] position in `arms`."""
+    seed: np.ndarray
+    """[N]"""
+    draw: np.ndarray
+    """[N]"""
+    answer: np.ndarray
+    """[N]"""
+    reward: np.ndarray
+    """[N], in [low, high]."""
+    logps: dict[str, np.ndarray]
+    """`LOGPS` [N] in nats; NaN where a row has none."""
+    prompters: dict[tuple[str, int], str]
+    """By arm and seed."""
+    direct: frozenset[str]
+    """Arms without rewrites, whose policy answers x itself."""
+    frozen: str
+    reward_model: str
+    sampling: str
+    low: float
+    high: float
+
+    def __len__(self) -> int:
+        return len(self.reward)
+
+    def rows(self, arm: str) -> np.ndarray:
+        """[N] bool: the rows of `arm`; all False where it has none."""
+        return self.arm == (self.arms.index(arm) if arm in self.arms else -1)
+
+
+def read(path: str | os.PathLike[str]) -> Rollouts:
+    """A rollout file, validated as a whole. Fields beyond those of `Rollout` are ignored.
+
+    Raises:
+        AlignProError: the file is missing, empty or cut short; a line is no JSON object, lacks a field or has
+            one of the wrong type; a reward is NaN or outside its declared range; rows are repeated; or
+            models, sampling, prompters, prompts or rewrites are mixed where they must agree. It names the
+            line.
+    """
+    path = Path(path)
+    columns = _Columns()
+    lines = array("q")
+    try:
+        with open(path, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                if raw.isspace():
+                    continue
+                try:
+                    row = json.loads(raw)
+                except ValueError:
+                    if not raw.endswith(b"\n"):
+                        raise AlignProError(
+                            f"{path} line {number}: is cut short; remove this last line, or let the rollout "
+                            "finish"
+                        ) from None
+                    raise AlignProError(
+                        f"{path} line {number}: is not JSON; write one object per line"
+                    ) from None
+                if type(row) is not dict:
+                    raise AlignProError(f"{path} line {number}: is not a JSON object; write one per line")
+                lines.append(number)
+                try:
+                    columns.add([row[name] for name in FIELDS])
+                except KeyError as error:
+                    raise AlignProError(
+                        f"{path} line {number}: lacks the field {error.args[0]!r}; give it, null where the "
+                        "backend has no such log-probability"
+                    ) from None
+                except _Wrong as wrong:
+                    raise AlignProError(f"{path} line {number}: {wrong}") from None
+    except OSError as error:
+        raise AlignProError(f"{path}: cannot read it ({error.strerror}); name a rollout file") from None
+    if not lines:
+        raise AlignProError(f"{path}: holds no rollouts; name a file that alignpro rollout wrote")
+    return columns.finish(lambda i: f"{path} line {lines[i]}")
+
+
+def collect(rollouts: Iterable[Rollout]) -> Rollouts:
+    """Rollouts in memory, validated as `read` does; messages name the row, counted from 0."""
+    columns = _Columns()
+    for i, rollout in enumerate(rollouts):
+        try:
+            columns.add([getattr(rollout, name) for name in FIELDS])
+        except _Wrong as wrong:
+            raise AlignProError(f"rollout {i}: {wrong}") from None
+    if not columns.reward:
+        raise AlignProError("rollouts: there are none; give at least one")
+    return columns.finish(lambda i: f"rollout {i}")
+
+
+class _Wrong(Exception):
+    """What is wrong with one row, and the remedy."""
+
+
+def _fail(text: str) -> NoReturn:
+    raise _Wrong(text)
+
+
+_AT = {name: i for i, name in enumerate(FIELDS)}
+_TEXT_AT = tuple((name, _AT[name]) for name in _TEXTS)
+_WHOLE_AT = tuple((name, _AT[name]) for name in _WHOLE)
+_NUMBER_AT = tuple((name, _AT[name]) for name in _NUMBERS)
+_LOGP_AT = tuple((name, _AT[name]) for name in LOGPS)
+_NUMBER = (float, int)
+
+
+def _type_error(name: str, value: Any, wanted: str) -> NoReturn:
+    shown = repr(value)
+    _fail(f"{name} {shown if len(shown) <= 40 else shown[:37] + '...'} must be {wanted}; correct it")
+
+
+class _Columns:
+    """Rows as they come in, each checked by itself and against the first that it must agree with."""
+
+    def __init__(self) -> None:
+        self.prompts: dict[str, int] = {}
+        self.arms: dict[str, int] = {}
+        self.x: list[str] = []
+        self.shared: tuple[Any, ...] | None = None
+        self.prompters: dict[tuple[str, int], str] = {}
+        self.direct: dict[str, bool] = {}
+        self.drawn: dict[tuple[int, int, int, int], int] = {}
+        self.whole = {name: array("q") for name in ("prompt", "arm", *_WHOLE)}
+        self.reward = array("d")
+        self.logps = {name: array("d") for name in LOGPS}
+
+    def add(self, row: Sequence[Any]) -> None:
+        for name, at in _TEXT_AT:
+            if type(row[at]) is not str:
+                _type_error(name, row[at], "a string")
+        for name, at in _WHOLE_AT:
+            if type(row[at]) is not int or not -(2**63) <= row[at] < 2**63:
+                _type_error(name, row[at], "a whole number")
+        for name, at in _NUMBER_AT:
+            if type(row[at]) not in _NUMBER or not math.isfinite(row[at]):
+                _type_error(name, row[at], "a finite number")
+        (prompt_id, x, arm, seed, draw, answer, rewrite, _, reward, *logps) = row[:14]
+        frozen, prompter, reward_model, sampling, low, high = row[14:]
+        if not low < high:
+            _fail(f"reward_low {low} must be below reward_high {high}; declare the reward's range")
+        if not low <= reward <= high:
+            _fail(
+                f"reward {reward} is outside its declared range [{low}, {high}]; declare the range that the "
+                "reward has by construction"
+            )
+        shared = (frozen, reward_model, sampling, low, high)
+        if self.shared is None:
+            self.shared = shared
+        elif shared != self.shared:
+            for name, mine, first in zip(SHARED, shared, self.shared, strict=True):
+                if mine != first:
+                    _fail(f"{name} {mine!r} differs from {first!r} before it; estimate one setting at a time")
+        before = self.prompters.setdefault((arm, seed), prompter)
+        if before != prompter:
+            _fail(
+                f"prompter {prompter!r} differs from {before!r} of the same arm {arm!r} and seed {seed}; "
+                "give each its own arm or seed"
+            )
+        p = self.prompts.setdefault(prompt_id, len(self.prompts))
+        if p == len(self.x):
+            self.x.append(x)
+        elif self.x[p] != x:
+            _fail(f"x differs from that of prompt_id {prompt_id!r} before it; give each prompt its own id")
+        self._check_rewrite(arm, x, rewrite)
+        a = self.arms.setdefault(arm, len(self.arms))
+        if self.direct.setdefault(arm, rewrite is None) != (rewrite is None):
+            _fail(f"rewrite is null in some rows of arm {arm!r} only; give it in all, or name two arms")
+        text = hash(rewrite)
+        if self.drawn.setdefault((p, a, seed, draw), text) != text:
+            _fail(
+                f"rewrite differs between answers of draw {draw} (prompt_id {prompt_id!r}, arm {arm!r}, seed "
+                f"{seed}); give each rewrite its own draw"
+            )
+        for name, at in _LOGP_AT:
+            value = row[at]
+            if value is None:
+                value = math.nan
+            elif type(value) not in _NUMBER or not value <= _ROUNDING:
+                _type_error(name, value, "a log-probability (nats, at most 0) or null")
+            self.logps[name].append(value)
+        given_x, given_rewrite = logps[0], logps[1]
+        if rewrite is not None and given_rewrite == -math.inf:
+            _fail("logp_frozen_rewrite is -Infinity for a response drawn from it; score with its own sampler")
+        if rewrite == x and given_x is not None and given_rewrite is not None:
+            apart = abs(given_x - given_rewrite)
+            if not apart <= 0.05 * (1.0 + abs(given_x)):
+                _fail(
+                    f"logp_frozen_x {given_x} and logp_frozen_rewrite {given_rewrite} differ though the "
+                    "rewrite is x itself; score both with the same model"
+                )
+        for name, value in (("prompt", p), ("arm", a), ("seed", seed), ("draw", draw), ("answer", answer)):
+            self.whole[name].append(value)
+        self.reward.append(reward)
+
+    @staticmethod
+    def _check_rewrite(arm: str, x: str, rewrite: Any) -> None:
+        if rewrite is not None and type(rewrite) is not str:
+            _type_error("rewrite", rewrite, "a string or null")
+        if arm == "none" and rewrite != x:
+            _fail("rewrite must be x itself in arm 'none'; name the arm otherwise")
+        if arm == "rlhf" and rewrite is not None:
+            _fail("rewrite must be null in arm 'rlhf', whose policy answers x; name the arm otherwise")
+        if arm in ("sft", "star", "trained", "best_of_n") and rewrite is None:
+            _fail(f"rewrite must not be null in arm {arm!r}; give x'")
+
+    def finish(self, where: Callable[[int], str]) -> Rollouts:
+        assert self.shared is not None
+        whole = {name: np.array(values, dtype=np.int64) for name, values in self.whole.items()}
+        keys = [whole[name] for name in ("prompt", "arm", "seed", "draw", "answer")]
+        order = np.lexsort(keys[::-1])  # stable: of equal keys the earlier row comes first
+        same = np.ones(max(len(order) - 1, 0), dtype=bool)
+        for key in keys:
+            same &= np.diff(key[order]) == 0
+        if same.any():
+            at = np.flatnonzero(same)
+            first, second = order[at], order[at + 1]
+            i = int(np.argmin(second))
+            raise AlignProError(
+                f"{where(int(second[i]))}: repeats (arm, seed, prompt_id, draw, answer) of "
+                f"{where(int(first[i]))}; number draws and answers"
+            )
+        frozen, reward_model, sampling, low, high = self.shared
+        return Rollouts(
+            prompt_ids=tuple(self.prompts),
+            arms=tuple(self.arms),
+            **{name: values[order] for name, values in whole.items()},
+            reward=np.array(self.reward)[order],
+            logps={name: np.array(values)[order] for name, values in self.logps.items()},
+            prompters=self.prompters,
+            direct=frozenset(arm for arm, direct in self.direct.items() if direct),
+            frozen=frozen,
+            reward_model=reward_model,
+            sampling=sampling,
+            low=float(low),
+            high=float(high),
+        )

@@ -1,0 +1,210 @@
+"""Do 95% intervals cover in 95% of cases? On enumerated instances, where every estimated quantity is exact.
+
+    python experiments/coverage.py [--repetitions 2000] [--seed 0] [--instance FILE.npz ...] [--out FILE.json]
+
+Each repetition draws 60 prompts with their rollouts anew. `--instance` adds saved instances, such as the one
+that `alignpro demo` keeps of SmolLM2-135M-Instruct. Prints a Markdown table; writes
+experiments/results/coverage.json.
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from alignpro.estimation.intervals import betting, bootstrap_t, empirical_bernstein, studentise
+from alignpro.estimation.report import span
+from alignpro.estimation.simulate import Size, simulate
+from alignpro.estimation.terms import Terms
+from alignpro.files import write_json
+from alignpro.theory import FAMILIES, Instance, load, solution
+
+PROMPTS = 60
+SIZE = Size(PROMPTS, answers=32, draws=16, answers_per_draw=4)
+# (beta, lambda) as shares of the rewards' range, and how much is drawn.
+SETTINGS = (
+    (0.3, 0.3, SIZE),
+    (0.15, 0.2, SIZE._replace(answers_per_draw=6)),
+    (0.15, 0.15, SIZE._replace(draws=20, answers_per_draw=8)),
+    (0.02, 0.02, SIZE),
+)
+
+
+def instances(files: list[str], seed: int) -> dict[str, Instance]:
+    rng = np.random.default_rng(seed)
+    out = {}
+    for family in ("independent", "low_rank", "lm_like"):
+        batch = FAMILIES[family](rng, 1, (40, 12, 40))
+        arrays = [np.asarray(getattr(batch, key))[0] for key in ("p", "prior", "frozen", "own", "reward")]
+        out[family] = Instance(*arrays)
+    return out | {Path(file).stem: load(file) for file in files}
+
+
+def measure(instance: Instance, beta: float, lam: float, size: Size, repetitions: int, rng) -> list[dict]:
+    """Coverage, bias and spread of every estimator at one setting."""
+    s = solution(instance, beta, lam)
+    prior, star = np.asarray(instance.prior), np.asarray(s.rho_star)
+    trained = 0.5 * prior + 0.5 * star
+    t = solution(instance, beta, lam, trained)
+    low, high = float(np.min(instance.reward)), float(np.max(instance.reward))
+
+    def e(values) -> float:
+        return float(s.average(values))
+
+    gap_rhs = (high - low) * (e(s.tv_model) + e(s.tv_shift)) - e(s.prompter_kl)
+    truth = {
+        "J(none)": e(s.original),
+        "J(sft)": e(s.reference),
+        "J(pi*)": float(s.j_star),
+        "TV(pi*,pi_F)": e(s.tv_model),
+        "beta log Z*": beta * e(s.log_z_star),
+        "TV(pi_F(.|x),pi_F(.|x'))": e(s.tv_shift),
+        "J(rho*)": float(s.j_rho),
+        "lambda log Z": e(s.value),
+        "lambda KL(rho*||rho_sft)": e(s.prompter_kl),
+        "lambda KL(trained||rho_sft)": e(t.kl_to_reference),
+        "lambda KL(trained||rho*)": e(t.kl_to_star),
+        "gap of rho*": float(s.j_star - s.j_rho),
+        "gap of trained": float(t.j_star - t.j_rho),
+        "slack of the span form": gap_rhs - float(s.j_star - s.j_rho),
+    }
+    rows = {name: {"values": [], "lower": [], "upper": []} for name in truth}
+    info: dict[str, dict] = {}
+    per = max(1, 200_000 // (PROMPTS * size.draws * size.answers_per_draw))
+    done = 0
+    while done < repetitions:
+        count = min(per, repetitions - done)
+        rollouts = simulate(
+            instance, rng, size._replace(prompts=count * PROMPTS), prompters={"trained": trained}
+        )
+        terms = Terms(rollouts, beta, lam)
+        found = {
+            "J(none)": terms.j("none"),
+            "J(sft)": terms.j("sft"),
+            "J(pi*)": terms.j_pi(),
+            "TV(pi*,pi_F)": terms.tv_model(),
+            "beta log Z*": terms.value_model(),
+            "TV(pi_F(.|x),pi_F(.|x'))": terms.tv_shift(),
+            "J(rho*)": terms.j_rho(),
+            "lambda log Z": terms.value(),
+            "lambda KL(rho*||rho_sft)": terms.star_kl(),
+            "lambda KL(trained||rho_sft)": terms.kl_reference("trained"),
+            "lambda KL(trained||rho*)": terms.shortfall("trained"),
+            "gap of rho*": terms.gap(None),
+            "gap of trained": terms.gap("trained"),
+            "slack of the span form": span(terms).slack,
+        }
+        for name, term in found.items():
+            for key in ("values", "lower", "upper"):
+                side = getattr(term, key)
+                rows[name][key].append((term.values if side is None else side).reshape(count, PROMPTS))
+            info[name] = {"bias_stated": term.bias, "bracket": term.weak, "bounded": term.bounded}
+            info[name] |= {"low": term.low, "high": term.high, "ess": term.ess}
+        done += count
+    out = []
+    for name, true in truth.items():
+        values, lower, upper = (np.concatenate(rows[name][k]) for k in ("values", "lower", "upper"))
+        lo, hi = bootstrap_t(values, 0.95)
+        if info[name]["bracket"]:
+            lo, hi = bootstrap_t(lower, 0.95)[0], bootstrap_t(upper, 0.95)[1]
+            lo, hi = np.maximum(lo, info[name]["low"]), np.minimum(hi, info[name]["high"])
+        # Quantities that are exactly 0, or exactly known, are covered up to rounding.
+        slip = 1e-9 * (high - low)
+        mean = values.mean(-1)
+        row = {
+            "quantity": name,
+            "truth": true,
+            "bias": float(mean.mean() - true),
+            "bias_error": float(mean.std(ddof=1) / np.sqrt(repetitions)),
+            "sd": float(mean.std(ddof=1)),
+            "coverage": float(np.mean((lo - slip <= true) & (true <= hi + slip))),
+            "width": float(np.median(hi - lo)),
+            **{k: info[name][k] for k in ("bias_stated", "bracket", "ess")},
+        }
+        if info[name]["bounded"]:
+            for kind in (betting, empirical_bernstein):
+                l2, h2 = kind(values, info[name]["low"], info[name]["high"], 0.95)
+                row[kind.__name__] = {
+                    "coverage": float(np.mean((l2 <= true) & (true <= h2))),
+                    "width": float(np.median(h2 - l2)),
+                }
+        out.append(row)
+    out.append(_joint(rows, truth, info))
+    return out
+
+
+def _joint(rows, truth, info) -> dict:
+    """Simultaneous coverage of both gaps and the slack: joint bootstrap beside Bonferroni. Brackets apart."""
+    names = ("gap of rho*", "gap of trained", "slack of the span form")
+    values = np.stack([np.concatenate(rows[n]["values"]) for n in names], -2)
+    true = np.array([truth[n] for n in names])
+    found = studentise(values)
+    out = {"quantity": "jointly: both gaps and the slack", "bracket": any(info[n]["bracket"] for n in names)}
+    for kind, (lo, hi) in {
+        "joint": found.simultaneous(0.95),
+        "bonferroni": found.interval(1 - 0.05 / len(names)),
+    }.items():
+        out[f"coverage_{kind}"] = float(np.mean(np.all((lo <= true) & (true <= hi), -1)))
+        out[f"width_{kind}"] = float(np.median(hi - lo))
+    return out
+
+
+def cpu() -> str:
+    if os.path.exists("/proc/cpuinfo"):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--instance", nargs="*", default=[], help="saved instances (.npz)")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "coverage.json"))
+    options = parser.parse_args()
+    results = []
+    for name, instance in instances(options.instance, options.seed).items():
+        width = float(np.ptp(instance.reward))
+        for i, (beta, lam, size) in enumerate(SETTINGS):
+            rng = np.random.default_rng([options.seed, i])
+            rows = measure(instance, beta * width, lam * width, size, options.repetitions, rng)
+            setting = {"instance": name, "beta": beta * width, "lam": lam * width, **size._asdict()}
+            results.append(setting | {"rows": rows})
+            print(f"\n{name}, beta {beta:g}, lambda {lam:g} of the range, {size}\n", flush=True)
+            print("| quantity | truth | bias ± its error | sd | coverage | width | stated bias | ESS |")
+            print("|---|---|---|---|---|---|---|---|")
+            for r in rows[:-1]:
+                cover = f"{r['coverage']:.3f}" + (" (bracket)" if r["bracket"] else "")
+                ess = "" if r["ess"] is None else f"{r['ess']:.1f}"
+                print(
+                    f"| {r['quantity']} | {r['truth']:.4f} | {r['bias']:+.4f} ± {r['bias_error']:.4f} | "
+                    f"{r['sd']:.4f} | {cover} | {r['width']:.4f} | {r['bias_stated']} | {ess} |"
+                )
+            if not rows[-1]["bracket"]:
+                print("\njointly", {k: round(v, 4) for k, v in rows[-1].items() if "_" in k}, flush=True)
+    content = {
+        "command": "python experiments/coverage.py " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "seed": options.seed,
+        "repetitions": options.repetitions,
+        "level": 0.95,
+        "machine": {
+            "cpu": cpu(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
+        "results": results,
+    }
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.out, content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,395 @@
+"""`estimate`, `headroom` and `compare` end to end: from a file to verdicts, tables, JSON and exit status."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from estimate_oracle import halfway, instance, truth
+from scipy import stats
+
+from alignpro import cli
+from alignpro.errors import AlignProError
+from alignpro.estimation import compare, estimate, headroom, report
+from alignpro.estimation.simulate import Size, simulate, simulated_rows
+from alignpro.rollouts import LOGPS, collect
+
+BETA, LAM = 0.25, 0.2
+SIZE = Size(60, 24, 12, 4)
+
+
+def arguments(i):
+    pi = i.frozen[i.own] * np.exp(i.reward / BETA)
+    return {
+        "prompters": {"trained": halfway(i, LAM)},
+        "policies": {"rlhf": pi / pi.sum(-1, keepdims=True)},
+        "reward_range": (0.0, 1.0),
+    }
+
+
+@pytest.fixture(scope="module")
+def rows():
+    i = instance(3)
+    return list(simulated_rows(i, np.random.default_rng(0), SIZE, **arguments(i)))
+
+
+@pytest.fixture(scope="module")
+def rollouts():
+    i = instance(3)
+    return simulate(i, np.random.default_rng(0), SIZE, **arguments(i))
+
+
+@pytest.fixture
+def file(rows, tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text("".join(row.line() for row in rows))
+    return path
+
+
+def by_name(found):
+    return {(b.name, b.prompter): b for b in found.bounds}
+
+
+def test_every_quantity_is_near_its_truth(rollouts):
+    """Within three half-widths of a 95% interval: false alarm 1e-8 each."""
+    found = estimate(rollouts, BETA, LAM)
+    true = truth(instance(3), BETA, LAM, halfway(instance(3), LAM))
+    checked = 0
+    for name, e in found.quantities.items():
+        if name in true:
+            checked += 1
+            assert abs(e.value - true[name]) <= 1.5 * (e.hi - e.lo), name
+            assert e.lo <= e.value <= e.hi
+            assert (e.n_clusters, e.level) == (60, 0.95)
+    assert checked == 13
+    bound = by_name(found)["theorem1", "rho*"]
+    for e, name in ((bound.gap, "gap"), (bound.rhs, "rhs"), (bound.slack, "slack")):
+        assert abs(e.value - true[name]) <= 1.5 * (e.hi - e.lo)
+    assert found.missing == {}
+    assert found.warnings == ()
+
+
+def test_the_parts_add_up(rollouts):
+    found = estimate(rollouts, BETA, LAM)
+    signs = {"prompter_kl": -1, "prompter_jeffreys": -1}
+    for bound in found.bounds:
+        assert bound.rhs.value == pytest.approx(
+            sum(signs.get(name, 1) * term.value for name, term in bound.terms.items()), abs=1e-12
+        )
+        assert bound.slack.value == pytest.approx(bound.rhs.value - bound.gap.value, abs=1e-12)
+    for split in found.splits.values():
+        parts = (split.prompting_ceiling, split.kl_regularisation, split.optimisation)
+        assert sum(part.value for part in parts) == pytest.approx(split.gap.value, abs=1e-12)
+    assert found.splits["rho*"].optimisation.value == 0.0
+    assert found.gaps["rlhf - none"].value == pytest.approx(
+        found.quantities["J(rlhf)"].value - found.quantities["J(none)"].value
+    )
+
+
+def test_true_bounds_hold_with_simultaneous_limits(rollouts):
+    found = estimate(rollouts, BETA, LAM)
+    assert {b.verdict for b in found.bounds} == {"holds"}
+    assert set(by_name(found)) == {
+        *((name, "rho*") for name in report.BOUNDS),
+        *((name, "trained") for name in report.ANY_BOUNDS),
+    }
+    alone = [estimate(rollouts, BETA, LAM).quantities[k] for k in found.quantities]
+    assert alone == list(found.quantities.values())  # deterministic
+    assert by_name(found)["tight", "rho*"].slack.value < by_name(found)["theorem1", "rho*"].slack.value
+
+
+def false_bound(terms):
+    """A tenth of Theorem 1's right side."""
+    true = report.theorem1(terms)
+    share = 0.1 * (true.slack + true.gap)
+    return report.Statement(true.gap, {"tenth": (1, share)}, share - true.gap, {})
+
+
+def test_a_false_bound_is_violated(rollouts, file, monkeypatch, capsys):
+    i = instance(5, spread=0.7, noise=2.0)
+    wide = simulate(i, np.random.default_rng(0), SIZE, reward_range=(0.0, 1.0))
+    monkeypatch.setitem(report.BOUNDS, "false", false_bound)
+    true = truth(i, BETA, LAM, i.prior)
+    assert true["gap"] > 0.1 * true["rhs"] + 0.05
+    bounds = by_name(estimate(wide, BETA, LAM))
+    assert bounds["false", "rho*"].verdict == "violated"
+    assert bounds["theorem1", "rho*"].verdict == "holds"
+    assert bounds["false", "rho*"].slack.hi < 0
+
+
+def test_a_prompter_passed_off_as_rho_star_violates_theorem_1(tmp_path, capsys):
+    """On two responses, with x itself the best rewrite, all that the theorem gives away is F(ρ*) − E_ρsft R."""
+    rng = np.random.default_rng(0)
+    i = instance(0, shape=(8, 4, 2))
+    i.frozen = np.array([[0.2, 0.8], [0.4, 0.6], [0.6, 0.4], [0.9, 0.1]])
+    i.reward = np.tile([0.0, 1.0], (8, 1))
+    i.own = np.zeros(8, int)
+    worst = np.tile([0.0, 0.0, 0.02, 0.98], (8, 1))
+    best = i.prior * np.exp(i.reward @ i.frozen.T / LAM)
+    best /= best.sum(-1, keepdims=True)
+    verdicts = {}
+    for name, star in (("worst", worst), ("true", best)):
+        path = tmp_path / f"{name}.jsonl"
+        rows = simulated_rows(i, rng, Size(80, 40, 20, 4), prompters={"star": star})
+        path.write_text("".join(row.line() for row in rows))
+        status = cli.main(["estimate", str(path), "--beta", "0.5", "--lam", str(LAM), "--json"])
+        found = json.loads(capsys.readouterr().out)
+        verdicts[name] = (status, found["bounds"][0]["verdict"])
+        assert found["bounds"][0]["prompter"] == "star"
+    assert verdicts == {"worst": (1, "violated"), "true": (0, "holds")}
+
+
+def test_a_black_box_gets_what_rewards_allow(rows):
+    bare = collect([replace(row, **dict.fromkeys(LOGPS)) for row in rows])
+    found = estimate(bare, BETA, LAM)
+    bounds = by_name(found)
+    assert bounds["theorem1", "rho*"].verdict == "inapplicable"
+    assert bounds["theorem1", "rho*"].slack is None
+    assert "logp_frozen_rewrite is missing in 2880 of 2880 rows of arm sft" in bounds["theorem1", "rho*"].why
+    assert bounds["rewards_only", "rho*"].verdict == "holds"
+    assert bounds["trained_rewards_only", "trained"].verdict == "holds"
+    assert {"J(pi*)", "TV(pi*, pi_F)", "lambda log Z", "J(rho*)"} <= set(found.quantities)
+    assert "TV(pi_F(.|x), pi_F(.|x'))" in found.missing
+    full = estimate(collect(rows), BETA, LAM)
+    assert found.quantities["lambda log Z"] == full.quantities["lambda log Z"]
+
+
+def test_one_missing_log_probability_is_not_skipped(rows):
+    at = next(i for i, row in enumerate(rows) if row.arm == "sft")
+    damaged = [*rows]
+    damaged[at] = replace(rows[at], logp_frozen_x=None)
+    found = estimate(collect(damaged), BETA, LAM)
+    assert "logp_frozen_x is missing in 1 of 2880 rows" in found.missing["TV(pi_F(.|x), pi_F(.|x'))"]
+
+
+def test_a_file_without_the_reference_says_so(rows):
+    found = estimate(collect([row for row in rows if row.arm == "none"]), BETA, LAM)
+    assert {b.verdict for b in found.bounds} == {"inapplicable"}
+    assert found.bounds[0].why == "arm sft is absent; roll it out"
+    assert "J(pi*)" in found.quantities
+
+
+def test_r_max_that_does_not_enclose_the_range(rollouts):
+    assert by_name(estimate(rollouts, BETA, LAM, r_max=2.0))["theorem1", "rho*"].verdict == "holds"
+    bound = by_name(estimate(rollouts, BETA, LAM, r_max=0.5))["theorem1", "rho*"]
+    assert bound.verdict == "inapplicable"
+    assert bound.why == "not so: rewards in [0, r_max]"
+
+
+def test_degenerate_weights_warn_and_do_not_decide(rollouts):
+    found = estimate(rollouts, 0.01, 0.01)
+    assert len(found.warnings) == 2
+    assert "weights of pi* are degenerate" in found.warnings[0] + found.warnings[1]
+    q = found.quantities
+    assert q["J(pi*)"].bracket
+    assert q["J(pi*)"].hi == 1.0
+    assert q["lambda log Z"].bracket
+    assert not q["J(none)"].bracket
+    assert all(e.lo <= e.value <= e.hi for e in q.values())
+
+
+def test_inconclusive_says_how_many_prompts_would_settle(rollouts, monkeypatch):
+    def nearly(terms):
+        true = report.theorem1(terms)
+        shift = replace(true.slack, values=np.full(60, true.slack.values.mean() - 0.005))
+        return true._replace(slack=true.slack - shift)
+
+    monkeypatch.setitem(report.BOUNDS, "nearly", nearly)
+    bound = by_name(estimate(rollouts, BETA, LAM))["nearly", "rho*"]
+    assert bound.verdict == "inconclusive"
+    half = bound.slack.value - bound.slack.lo
+    assert bound.more_prompts == pytest.approx(60 * (half / 0.005) ** 2 - 60, rel=0.02, abs=2)
+    assert f"about {bound.more_prompts} more prompts" in bound.why
+
+
+def test_seeds_of_a_prompt_stay_together(rows):
+    """Twice the same training seed is no more evidence: same prompts, same interval."""
+    again = [replace(row, seed=1) for row in rows if row.arm == "trained"]
+    once, twice = estimate(collect(rows), BETA, LAM), estimate(collect(rows + again), BETA, LAM)
+    a, b = once.quantities["J(trained)"], twice.quantities["J(trained)"]
+    assert (b.lo, b.hi) == pytest.approx((a.lo, a.hi))
+    assert b.n == 2 * a.n
+    assert b.n_clusters == a.n_clusters
+
+
+def test_unequal_numbers_of_draws_are_estimated(rows):
+    fewer = [row for row in rows if not (row.arm == "sft" and int(row.prompt_id) % 2 and row.draw > 9)]
+    found = estimate(collect(fewer), BETA, LAM)
+    true = truth(instance(3), BETA, LAM, halfway(instance(3), LAM))
+    e = found.quantities["lambda log Z"]
+    assert abs(e.value - true["lambda log Z"]) <= 1.5 * (e.hi - e.lo)
+
+
+def test_a_prompt_that_an_arm_lacks_is_named(rows):
+    with pytest.raises(AlignProError, match="arm trained: has no rows for prompt_id '7'"):
+        estimate(
+            collect([row for row in rows if not (row.arm == "trained" and row.prompt_id == "7")]), BETA, LAM
+        )
+
+
+def test_betting_limits_are_wider(rollouts):
+    plain = estimate(rollouts, BETA, LAM).quantities["J(sft)"]
+    sure = estimate(rollouts, BETA, LAM, interval="betting").quantities["J(sft)"]
+    assert "betting" in sure.method
+    assert sure.hi - sure.lo > plain.hi - plain.lo
+
+
+# --- headroom ---------------------------------------------------------------------------------------------
+
+
+def test_headroom_finds_what_is_there(rollouts):
+    found = headroom(rollouts, (LAM,))
+    true = truth(instance(3), BETA, LAM, halfway(instance(3), LAM))
+    (at,) = found.at
+    for e, value in (
+        (at.over_reference, true["J(rho*)"] - true["J(sft)"]),
+        (at.net, true["lambda log Z"] - true["J(sft)"]),
+        (at.over_none, true["J(rho*)"] - true["J(none)"]),
+        (found.within, true["within"]),
+        (found.between, true["between"]),
+    ):
+        assert abs(e.value - value) <= 1.5 * (e.hi - e.lo)
+    assert list(found.best_of) == [2, 4, 8, 12]
+    gains = [e.value for e in found.best_of.values()]
+    assert gains == sorted(gains)
+
+
+def constant(i, reward):
+    i.reward = np.broadcast_to(reward, i.reward.shape)
+    return i
+
+
+def test_headroom_answers():
+    """A rewrite that always works; rewriting that changes nothing; too little to tell."""
+    i = instance(0, shape=(10, 4, 2))
+    i.frozen = np.array([[0.99, 0.01]] * 3 + [[0.01, 0.99]])
+    i.own, i.prior = np.zeros(10, int), np.full((10, 4), 0.25)
+    yes = constant(i, [0.1, 0.9])
+    size = Size(60, 16, 16, 4)
+    found = headroom(simulate(yes, np.random.default_rng(0), size, reward_range=(0, 1)), (0.3, 0.5))
+    assert found.answer.startswith("Yes: at lambda 0.3 the optimal prompter earns +")
+    i.frozen = np.array([[0.5, 0.5]] * 4)
+    flat = constant(i, [0.4999, 0.5001])
+    found = headroom(simulate(flat, np.random.default_rng(0), size, reward_range=(0, 1)), (0.1, 0.5))
+    assert found.answer.startswith("No: ")
+    i.frozen = np.random.default_rng(1).dirichlet(np.ones(2), 4)
+    vague = constant(i, [0.3, 0.7])
+    found = headroom(simulate(vague, np.random.default_rng(0), Size(6, 4, 3, 2), reward_range=(0, 1)), (0.2,))
+    assert found.answer.startswith("Undecided: ")
+
+
+def test_headroom_needs_two_answers_per_draw(rows):
+    single = [row for row in rows if row.answer == 0]
+    with pytest.raises(AlignProError, match="headroom: arm sft has a draw with 1 answer; give every rewrite"):
+        headroom(collect(single))
+    with pytest.raises(AlignProError, match="headroom: arm sft is absent"):
+        headroom(collect([row for row in rows if row.arm == "none"]))
+
+
+# --- compare ----------------------------------------------------------------------------------------------
+
+
+def test_compare_is_the_paired_analysis(rollouts):
+    found = compare(rollouts, ["none", "trained"])
+    means = {}
+    for arm in ("none", "trained"):
+        own = rollouts.rows(arm)
+        means[arm] = np.array([rollouts.reward[own & (rollouts.prompt == i)].mean() for i in range(60)])
+    difference = means["trained"] - means["none"]
+    against = found.against["trained"]
+    assert against.mean.value == pytest.approx(difference.mean())
+    t = stats.t.interval(0.95, 59, difference.mean(), stats.sem(difference))
+    assert (against.mean.lo, against.mean.hi) == pytest.approx(t, abs=0.25 * (t[1] - t[0]))
+    won = 0.0
+    for i in range(60):
+        mine = rollouts.reward[rollouts.rows("trained") & (rollouts.prompt == i)]
+        other = rollouts.reward[rollouts.rows("none") & (rollouts.prompt == i)]
+        won += ((mine[:, None] > other) + 0.5 * (mine[:, None] == other)).mean() / 60
+    assert against.win_rate.value == pytest.approx(won)
+    assert against.variance.value == pytest.approx(
+        found.variance["trained"].value - found.variance["none"].value
+    )
+
+
+def test_an_arm_against_its_copy_is_even(rows):
+    copy = [replace(row, arm="copy", prompter="copy") for row in rows if row.arm == "sft"]
+    found = compare(collect(rows + copy), ["sft", "copy", "trained"])
+    assert found.against["copy"].mean.value == 0
+    assert found.against["copy"].win_rate.value == pytest.approx(0.5)
+    assert found.against["copy"].variance.value == pytest.approx(0, abs=1e-12)
+
+
+def test_total_variance_is_unbiased_and_covers():
+    """600 experiments of 20 prompts. The mutant, the variance of all rewards together, is biased down."""
+    from alignpro.estimation.compare import _variances
+    from alignpro.estimation.intervals import bootstrap_t
+
+    i, n = instance(4), 30
+    sims = simulate(i, np.random.default_rng(0), Size(600 * n, 4, 2, 2), reward_range=(0.0, 1.0))
+    r = sims.reward[sims.rows("none")].reshape(600, n, 4)
+    values = np.array([_variances(one.mean(-1), np.square(one).mean(-1)) for one in r])
+    own = i.frozen[i.own]
+    mean, square = i.p @ (own * i.reward).sum(-1), i.p @ (own * i.reward**2).sum(-1)
+    true = square - mean**2
+    error = values.mean(-1).std() / np.sqrt(600)
+    assert abs(values.mean() - true) < 4.5 * error  # false alarm 7e-6
+    assert r.reshape(600, -1).var(-1).mean() < true
+    lo, hi = bootstrap_t(values, 0.95, resamples=1000)
+    assert 0.93 <= np.mean((lo <= true) & (true <= hi)) <= 0.99
+
+
+# --- command line -----------------------------------------------------------------------------------------
+
+
+def test_verbs_print_tables_and_strict_json(file, tmp_path, capsys):
+    verbs = {
+        "estimate": (["--beta", str(BETA), "--lam", str(LAM)], "gap <= rhs"),
+        "headroom": (["--lam", str(LAM), "0.5"], "the optimal prompter's gain"),
+        "compare": (["--arms", "none", "sft", "trained", "rlhf"], "win rate"),
+    }
+    for verb, (options, said) in verbs.items():
+        out = tmp_path / "new" / verb
+        assert cli.main([verb, str(file), *options, "--out", str(out)]) == 0
+        assert said in capsys.readouterr().out
+        assert cli.main([verb, str(file), *options, "--json"]) == 0
+        line = capsys.readouterr().out
+        assert line.count("\n") == 1
+        found = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+        assert found == json.loads((out / f"{verb}.json").read_text())
+
+
+BAD = {
+    "gone": (["estimate", "gone.jsonl", "--beta", "1", "--lam", "1"], "gone.jsonl: cannot read it"),
+    "beta": (["estimate", "FILE", "--beta", "0", "--lam", "1"], "beta 0.0: must be a positive finite number"),
+    "lam": (["estimate", "FILE", "--beta", "1", "--lam", "inf"], "lam inf: must be a positive finite"),
+    "level": (["compare", "FILE", "--arms", "none", "sft", "--level", "95"], "level 95.0: must lie between"),
+    "arm": (
+        ["compare", "FILE", "--arms", "none", "sfd"],
+        "--arms sfd: is no arm here; give some of none, sft",
+    ),
+    "one arm": (["compare", "FILE", "--arms", "none"], "--arms none: compare at least two"),
+    "twice": (["compare", "FILE", "--arms", "none", "none"], "--arms none: is named twice"),
+    "headroom lam": (["headroom", "FILE", "--lam", "-1"], "lam -1.0: must be a positive finite number"),
+    "out": (["headroom", "FILE", "--out", "FILE"], "--out "),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_get_one_line_and_status_2(case, file, capsys):
+    arguments, message = BAD[case]
+    assert cli.main([str(file) if a == "FILE" else a for a in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"alignpro: error: {message}")
+    assert said.err.count("\n") == 1
+
+
+def test_estimation_needs_neither_jax_nor_torch():
+    code = (
+        "import sys, alignpro.cli, alignpro.estimation, alignpro.estimation.tables;"
+        "print([m for m in ('jax', 'torch', 'scipy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
