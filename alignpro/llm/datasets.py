@@ -446,7 +446,7 @@ def _csv(path: Path, _column: str) -> Iterator[tuple[str, Row]]:
                 yield f"line {rows.line_num}", row
         except csv.Error as error:
             raise AlignProError(
-                f"{path.name}, line {rows.line_num}: cannot be read ({error}); mend it, or use JSONL"
+                f"{path.name}, line {rows.reader.line_num}: cannot be read ({error}); mend it, or use JSONL"
             ) from None
 
 

@@ -41,8 +41,7 @@ from alignpro.llm.models import quiet
 from alignpro.llm.policy import log_probs, sample_and_score, sample_key
 from alignpro.llm.ppo import PPOConfig, PPOTrainer
 from alignpro.llm.prompter import Prompter, Template, target_ids
-from alignpro.llm.reward_models import check_scores
-from alignpro.llm.rewards import Reward
+from alignpro.llm.rewards import Reward, check_scores
 from alignpro.llm.settings import SCHEDULES, TrainSettings, refuse_moved_optimum
 from alignpro.llm.tree_train import adapter_config
 
@@ -504,8 +503,8 @@ def _refuse_sharded(accelerator: Any) -> None:
     if kind == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3):
         name = "FSDP" if plugin is None else "DeepSpeed ZeRO-3"
         raise AlignProError(
-            f"distributed_type {name}: it shards the weights that rewrites are drawn from; use DDP, or DeepSpeed "
-            "with zero_stage 2"
+            f"distributed_type {name}: it shards the weights that rewrites are drawn from; use DDP, or "
+            "DeepSpeed with zero_stage 2"
         )
 
 

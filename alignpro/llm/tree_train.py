@@ -7,7 +7,7 @@ sampling and scoring are replaced, by the exact policy on the prompter's prefix 
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
