@@ -100,7 +100,7 @@ def _softmax(energy: np.ndarray) -> np.ndarray:
 
 
 def _others(rewards: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each answer, or each of 16 folds: the mean of a draw's other answers, and its own; [..., K] both."""
+    """For each answer, or fold of 16: the mean of a draw's other answers, and of its own; [..., K] both."""
     total, answers = rewards.sum(-1), rewards.shape[-1]
     out = []
     for fold in np.array_split(np.arange(answers), min(answers, _GROUPS)):

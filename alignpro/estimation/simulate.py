@@ -110,7 +110,7 @@ def _range(instance: Any, reward_range: tuple[float, float] | None) -> tuple[flo
     low, high = (float(reward.min()), float(reward.max())) if reward_range is None else reward_range
     if not (low < high and low <= reward.min() and reward.max() <= high):
         raise AlignProError(
-            f"reward_range ({low:g}, {high:g}): must enclose the rewards, {reward.min():g} to {reward.max():g}"
+            f"reward_range ({low:g}, {high:g}): must enclose rewards {reward.min():g} to {reward.max():g}"
         )
     return low, high
 

@@ -1,6 +1,6 @@
-"""95% intervals cover in 93 to 99% of 600 repetitions, for every estimator, where the truth is exact.
+"""95% intervals cover in 93 to 99% of 500 repetitions, for every estimator, where the truth is exact.
 
-Seeds are fixed, so the outcome is. An estimator of exactly 95% would fall outside with probability 1.5%. The
+Seeds are fixed, so the outcome is. An estimator of exactly 95% would fall outside with probability 2%. The
 whole table, at more settings and repetitions: experiments/coverage.py.
 """
 
@@ -13,7 +13,7 @@ from alignpro.estimation.report import theorem1
 from alignpro.estimation.simulate import Size, simulate
 from alignpro.estimation.terms import Terms
 
-REPETITIONS, PROMPTS, BETA, LAM = 600, 40, 0.25, 0.2
+REPETITIONS, PROMPTS, BETA, LAM = 500, 40, 0.25, 0.2
 SIZE = Size(REPETITIONS * PROMPTS, answers=16, draws=12, answers_per_draw=4)
 
 
@@ -125,6 +125,7 @@ def test_degenerate_weights_give_brackets_that_cover():
         lo = bootstrap_t(term.lower.reshape(repetitions, -1), 0.95)[0]
         hi = bootstrap_t(term.upper.reshape(repetitions, -1), 0.95)[1]
         assert np.mean((lo <= true[name]) & (true[name] <= hi)) >= 0.97
-    off = abs(terms.value().values.mean() - true["lambda log Z"])
-    assert off > 0.005  # what the brackets are for
+    values = terms.j_rho().values.reshape(repetitions, -1)
+    lo, hi = bootstrap_t(values, 0.95)  # what the brackets are for
+    assert np.mean((lo <= true["J(rho*)"]) & (true["J(rho*)"] <= hi)) < 0.9
     assert len(terms.warnings) == 2

@@ -107,20 +107,20 @@ def false_bound(terms):
     return report.Statement(true.gap, {"tenth": (1, share)}, share - true.gap, {})
 
 
-def test_a_false_bound_is_violated(rollouts, file, monkeypatch, capsys):
-    i = instance(5, spread=0.7, noise=2.0)
-    wide = simulate(i, np.random.default_rng(0), SIZE, reward_range=(0.0, 1.0))
+def test_a_false_bound_is_violated(monkeypatch):
+    i, lam = instance(5, spread=0.7, noise=2.0), 0.5
+    wide = simulate(i, np.random.default_rng(0), SIZE._replace(answers=40), reward_range=(0.0, 1.0))
     monkeypatch.setitem(report.BOUNDS, "false", false_bound)
-    true = truth(i, BETA, LAM, i.prior)
+    true = truth(i, BETA, lam, i.prior)
     assert true["gap"] > 0.1 * true["rhs"] + 0.05
-    bounds = by_name(estimate(wide, BETA, LAM))
+    bounds = by_name(estimate(wide, BETA, lam))
     assert bounds["false", "rho*"].verdict == "violated"
     assert bounds["theorem1", "rho*"].verdict == "holds"
     assert bounds["false", "rho*"].slack.hi < 0
 
 
 def test_a_prompter_passed_off_as_rho_star_violates_theorem_1(tmp_path, capsys):
-    """On two responses, with x itself the best rewrite, all that the theorem gives away is F(ρ*) − E_ρsft R."""
+    """On two responses, with x itself the best rewrite, the theorem gives away F(ρ*) − E_ρsft R and no more."""
     rng = np.random.default_rng(0)
     i = instance(0, shape=(8, 4, 2))
     i.frozen = np.array([[0.2, 0.8], [0.4, 0.6], [0.6, 0.4], [0.9, 0.1]])
@@ -269,7 +269,7 @@ def test_headroom_answers():
     yes = constant(i, [0.1, 0.9])
     size = Size(60, 16, 16, 4)
     found = headroom(simulate(yes, np.random.default_rng(0), size, reward_range=(0, 1)), (0.3, 0.5))
-    assert found.answer.startswith("Yes: at lambda 0.3 the optimal prompter earns +")
+    assert found.answer.startswith("Yes: at lambda 0.5 the optimal prompter earns +0.4")
     i.frozen = np.array([[0.5, 0.5]] * 4)
     flat = constant(i, [0.4999, 0.5001])
     found = headroom(simulate(flat, np.random.default_rng(0), size, reward_range=(0, 1)), (0.1, 0.5))

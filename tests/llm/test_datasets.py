@@ -332,7 +332,7 @@ def test_the_mutants_of_a_sample_die():
 
 
 def test_samples_are_uniform():
-    """How often each of 40 texts is among 10, over 400 seeds. Drawn without replacement, the sum of squares is
+    """How often each of 40 texts is among 10, over 400 seeds. Without replacement the sum of squares is
     (1 - 10/40) (40/39) times a chi-square of 39 degrees of freedom, which exceeds 78 with probability 2.1e-4:
     a false alarm, for both checks together, in less than one of 2,000 choices of the seeds."""
     texts = [f"prompt {i}" for i in range(40)]

@@ -12,7 +12,7 @@ from alignpro import cli, winrate
 from alignpro.errors import AlignProError
 from alignpro.llm import judge as module
 from alignpro.llm.endpoint import Endpoint
-from alignpro.llm.frozen import Sampling, Stopped
+from alignpro.llm.frozen import Stopped
 from alignpro.llm.judge import (
     CRITERIA,
     FAILURES,
@@ -194,12 +194,12 @@ def test_the_quotations_can_be_told_apart(x, first, second):
 
 
 def test_no_text_holds_the_code(monkeypatch):
+    assert len({boundary("a", "b"), boundary("a", "c"), boundary("b", "b"), boundary("b", "a")}) == 4
     # SHA-256 will not collide on request, so a weak hash stands in.
-    monkeypatch.setattr(module, "digest", lambda kind, n, *texts: bytes([n // 3]) * 16)
-    assert boundary("a") == "00" * 8
-    assert boundary("a", "x" + "00" * 8) == "01" * 8
-    assert boundary("00" * 8, "01" * 8 + "02" * 8) == "03" * 8
-    assert boundary("AA") == "00" * 8
+    monkeypatch.setattr(module, "digest", lambda kind, n, *texts: bytes([0xA0 + n]) * 16)
+    assert boundary("a") == "a0" * 8
+    assert boundary("a", "x" + "a0" * 8) == "a1" * 8
+    assert boundary("A0" * 8, "a1" * 8 + "a2" * 8) == "a3" * 8
 
 
 def test_control_tokens_stay_text_for_the_judges_own_tokenizer():
@@ -544,16 +544,15 @@ def test_mistakes_get_one_line_and_cost_nothing(case, file, tmp_path, capsys, mo
 
 
 def test_settings_of_the_judge_reach_it(file, tmp_path):
-    with served(gullible) as server:
-        assert (
-            run(file, tmp_path / "out", server, "--temperature", "0.5", "--prompts", "1", "--seed", "3") == 0
-        )
-        bodies = [body for body, _ in server.requests]
-    assert {b["temperature"] for b in bodies} == {0.5}
-    assert {b["max_tokens"] for b in bodies} == {256}
-    with served(gullible) as server:
-        judge(endpoint(server), PAIRS[:1], Sampling(temperature=0.5), seed=4)
-        assert {b["seed"] for b, _ in server.requests}.isdisjoint({b["seed"] for b in bodies})
+    seeds = []
+    for seed in ("3", "4"):
+        with served(gullible) as server:
+            more = ["--temperature", "0.5", "--prompts", "1", "--seed", seed]
+            assert run(file, tmp_path / seed, server, *more) == 0
+            bodies = [body for body, _ in server.requests]
+        assert {(b["temperature"], b["max_tokens"], b["top_p"]) for b in bodies} == {(0.5, 256, 1.0)}
+        seeds.append({b["seed"] for b in bodies})
+    assert seeds[0].isdisjoint(seeds[1])
 
 
 def test_a_prompt_without_one_arm_is_named(tmp_path):
