@@ -407,10 +407,12 @@ def run_judge(file: str, arms: Sequence[str], settings: JudgeSettings, out: str)
     }
     begun = folder / SETTINGS_FILE
     before = read_json(begun) if begun.exists() else record
+    if not isinstance(before, dict) or before.keys() != record.keys():
+        raise AlignProError(f"--out {folder}: holds another run; choose another folder")
     for name, value in record.items():
-        if before.get(name) != value:
+        if before[name] != value:
             raise AlignProError(
-                f"--out {folder}: was begun with {name} {before.get(name)!r}, not {value!r}; repeat that or "
+                f"--out {folder}: was begun with {name} {before[name]!r}, not {value!r}; repeat that or "
                 "choose another folder"
             )
     write_json(begun, record)

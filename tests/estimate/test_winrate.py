@@ -259,6 +259,26 @@ def test_the_regression_is_the_penalised_maximum(scores, seed, drive):
     np.testing.assert_allclose(loss((theta, phi))[1], 0.0, atol=1e-8 * len(y))
 
 
+def test_the_controlled_interval_is_the_sandwich_over_prompts():
+    scores, lengths = logistic(np.random.default_rng(6), 24, 0.3, 1.0)
+    prompt = np.repeat(np.arange(8), 3)
+    theta, phi, t = length_regression(scores, lengths)
+    found, _ = winrate.length_controlled(scores, lengths, prompt, 0.9)
+    p = special.expit(theta + phi * t)
+    bread = np.zeros((2, 2))
+    meat = np.zeros((2, 2))
+    for c in range(8):
+        u = sum((scores[i] - p[i]) * np.array([1, t[i]]) for i in range(24) if prompt[i] == c)
+        meat += np.outer(u, u) * 8 / 7
+    for i in range(24):
+        bread += p[i] * (1 - p[i]) * np.outer([1, t[i]], [1, t[i]])
+    bread[1, 1] += winrate.RIDGE
+    error = math.sqrt((np.linalg.inv(bread) @ meat @ np.linalg.inv(bread))[0, 0])
+    want = special.expit(theta + error * stats.norm.ppf([0.05, 0.5, 0.95]))
+    np.testing.assert_allclose([found.lo, found.value, found.hi], want, rtol=1e-9)
+    assert (found.n, found.n_clusters) == (24, 8)
+
+
 def test_where_length_alone_decides_the_controlled_rate_is_a_half():
     # z of the estimate; beyond 4 once in 16,000 times.
     scores, lengths = logistic(np.random.default_rng(0), 4000, 0.0, 3.0)

@@ -360,6 +360,8 @@ def test_one_text_twice_is_a_tie_and_not_asked():
     with served(gullible) as server:
         judged = judge(endpoint(server), [Pair("same", X, (RIGHT, RIGHT)), PAIRS[0]])
         assert len(server.requests) == 2
+        assert judge(endpoint(server), [Pair("same", X, ("", ""))])[0].said() == ("tie", "tie")
+        assert len(server.requests) == 2
     assert [j.said() for j in judged] == [("tie", "tie"), ("win", "win")]
     assert rates(judged).identical == 1
 
@@ -487,6 +489,9 @@ def test_the_verb(file, tmp_path, capsys):
         # Another comparison goes elsewhere.
         assert run(file, out, server, "--reply-tokens", "98") == 2
         assert "was begun with reply_tokens 99, not 98" in capsys.readouterr().err
+        (tmp_path / "settings.json").write_text("[]")
+        assert run(file, tmp_path, server) == 2
+        assert "holds another run; choose another folder" in capsys.readouterr().err
         assert len(server.requests) == 24
 
 
