@@ -32,6 +32,7 @@ report = timed("estimate", estimate, rollouts, 0.2, 0.2)
 seconds["read and estimate, all told"] = time.perf_counter() - start
 timed("headroom", headroom, rollouts)
 timed("compare", compare, rollouts, ["none", "sft", "trained"])
+seconds["CPU, all told"] = time.process_time()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 print(json.dumps({"rollouts": len(rollouts), "seconds": seconds, "peak_gib": peak,
                   "verdicts": {b.name: b.verdict for b in report.bounds}}))

@@ -80,15 +80,17 @@ class Clock:
                 self.inside += time.perf_counter() - start
 
     def watch(self, model):
-        """Counts the model's forward passes as inside."""
-        right = model.forward
-
-        def forward(*positional, **named):
-            with self.within():
-                return right(*positional, **named)
-
-        model.forward = forward
+        """Counts the forward passes of the model, and of its trunk called by itself, as inside."""
+        for part in (model, model.base_model):
+            part.forward = self._timed(part.forward)
         return model
+
+    def _timed(self, forward):
+        def run(*positional, **named):
+            with self.within():
+                return forward(*positional, **named)
+
+        return run
 
     def best(self):
         return min(self.steps[1:], key=lambda step: step[0])

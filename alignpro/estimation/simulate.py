@@ -33,7 +33,11 @@ class _Columns(NamedTuple):
     rewrite: np.ndarray
     response: np.ndarray
     reward: np.ndarray
-    logps: dict[str, np.ndarray]
+    logps: np.ndarray
+    """[5, N]: `LOGPS`."""
+
+
+_FLAT = _Columns._fields[:-1]
 
 
 def _log(values: np.ndarray) -> np.ndarray:
@@ -79,8 +83,7 @@ def _draw(instance: Any, rng: np.random.Generator, size: Size, prompters, polici
             response = _pick(rng, frozen[rewrite], answers)
         x = np.broadcast_to(xs[:, None, None], shape)
         k = np.broadcast_to(rewrite[..., None], shape)
-        nothing = np.full(shape, np.nan)
-        logps = dict.fromkeys(LOGPS, nothing)
+        logps = dict.fromkeys(LOGPS, np.full(shape, np.nan))
         logps["logp_frozen_x"] = _log(frozen[own[x], response])
         if arm in policies:
             logps["logp_policy"] = _log(np.asarray(probs)[x, response])
@@ -97,12 +100,11 @@ def _draw(instance: Any, rng: np.random.Generator, size: Size, prompters, polici
             k,
             response,
             reward[x, response],
-            logps,
+            np.stack([logps[name].ravel() for name in LOGPS]),
         )
         parts.append(columns)
-    joined = [np.concatenate([part[i].ravel() for part in parts]) for i in range(8)]
-    logps = {name: np.concatenate([part.logps[name].ravel() for part in parts]) for name in LOGPS}
-    return _Columns(*joined, logps), list(arms)
+    flat = [part._replace(**{name: getattr(part, name).ravel() for name in _FLAT}) for part in parts]
+    return _Columns(*(np.concatenate(of, -1) for of in zip(*flat, strict=True))), list(arms)
 
 
 def _range(instance: Any, reward_range: tuple[float, float] | None) -> tuple[float, float]:
@@ -150,7 +152,7 @@ def simulate(
         draw=columns.draw[order],
         answer=columns.answer[order],
         reward=columns.reward[order],
-        logps={name: values[order] for name, values in columns.logps.items()},
+        logps={name: values[order] for name, values in zip(LOGPS, columns.logps, strict=True)},
         prompters={(arm, 0): arm for arm in arms},
         direct=frozenset(policies),
         frozen="frozen",
@@ -177,7 +179,8 @@ def simulated_rows(
     for i in range(len(columns.reward)):
         arm, x, k = arms[columns.arm[i]], int(columns.x[i]), int(columns.rewrite[i])
         logps = {
-            name: None if np.isnan(values[i]) else float(values[i]) for name, values in columns.logps.items()
+            name: None if np.isnan(value) else float(value)
+            for name, value in zip(LOGPS, columns.logps[:, i], strict=True)
         }
         yield Rollout(
             prompt_id=str(columns.prompt[i]),
