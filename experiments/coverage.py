@@ -11,7 +11,6 @@ import argparse
 import datetime
 import os
 import platform
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -188,8 +187,11 @@ def main() -> None:
                 )
             if not rows[-1]["bracket"]:
                 print("\njointly", {k: round(v, 4) for k, v in rows[-1].items() if "_" in k}, flush=True)
+    given = f"--repetitions {options.repetitions} --seed {options.seed}"
+    if options.instance:
+        given += " --instance " + " ".join(Path(file).name for file in options.instance)
     content = {
-        "command": "python experiments/coverage.py " + " ".join(sys.argv[1:]),
+        "command": f"python experiments/coverage.py {given}",
         "date": datetime.date.today().isoformat(),
         "seed": options.seed,
         "repetitions": options.repetitions,
