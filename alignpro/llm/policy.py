@@ -24,6 +24,7 @@ from transformers import (
 
 from alignpro.errors import AlignProError
 from alignpro.llm.frozen import Sampling, digest
+from alignpro.llm.models import quiet
 from alignpro.llm.tree import unwrap
 
 Ids = Sequence[int]
@@ -171,9 +172,10 @@ def draw(
     )
     draws = Draws(keys, sampling, ids.shape[1], score)
     chain = LogitsProcessorList([draws])
-    new = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=chain, **more
-    )
+    with quiet():  # no advice on settings that greedy decoding ignores
+        new = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=chain, **more
+        )
     values = torch.stack(draws.log_probs, 1).tolist() if score else [[]] * len(rows)
     out = []
     for row, scores in zip(new[:, ids.shape[1] :].tolist(), values, strict=True):
