@@ -23,7 +23,7 @@ from alignpro.llm.frozen import (
     jobs,
     stream_key,
 )
-from alignpro.llm.models import load_model, quiet
+from alignpro.llm.models import load_model
 from alignpro.llm.policy import draw, end_tokens, log_probs
 from alignpro.llm.prompter import target_ids
 
@@ -252,6 +252,5 @@ class LocalTarget:
         self, rows: Sequence[Sequence[int]], keys: Sequence[int], sampling: Sampling
     ) -> list[list[int]]:
         """New token ids of each row, up to its end token."""
-        with quiet():  # no advice on settings that greedy decoding ignores
-            drawn = draw(self.model, int(self.tokenizer.pad_token_id), rows, keys, sampling)
+        drawn = draw(self.model, int(self.tokenizer.pad_token_id), rows, keys, sampling)
         return [ids for ids, _ in drawn]

@@ -62,11 +62,12 @@ def test_the_largest_sample_would_be_biased_up():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(2, 60), st.floats(-2, 2), st.floats(-2, 2))
+@given(st.integers(2, 60), *[st.floats(-2, 2, allow_subnormal=False)] * 2)
 def test_jackknife_removes_order_one_over_m(m, c, d):
     """Also where groups are unequal. The classic weights m and m − 1 do not, then."""
     found = samples.jackknife(lambda s: np.asarray(c + d / s.shape[-1]), np.zeros(m))
-    assert found == pytest.approx(c, abs=1e3 * EPS * (abs(c) + abs(d)))
+    # What is computed of the least normal numbers is subnormal, and keeps no relative accuracy.
+    assert found == pytest.approx(c, abs=1e3 * (EPS * (abs(c) + abs(d)) + np.finfo(float).smallest_subnormal))
 
 
 def test_the_classic_weights_fail_for_groups():
