@@ -190,7 +190,7 @@ def test_control_c_ends_quietly_and_the_run_continues(workplace, tmp_path):
     command += ["--out", str(tmp_path / "run"), "--model", str(folder / "model"), "--reward", "letters"]
     command += ["--prompts-file", str(folder / "prompts.txt"), "--prompts", "2", "--rewrites", "4"]
     # Rounds enough that a machine that is slow to signal still finds it training.
-    command += ["--responses", "4", "--iterations", "40"]
+    command += ["--responses", "4", "--iterations", "24"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     curve = tmp_path / "run" / "training" / "curve.jsonl"
@@ -207,7 +207,7 @@ def test_control_c_ends_quietly_and_the_run_continues(workplace, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert [line["step"] for line in content["curve"]] == list(range(0, 161, 4))
+    assert [line["step"] for line in content["curve"]] == list(range(0, 97, 4))
 
 
 def test_help_states_the_defaults(capsys):
