@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Protocol, Union
 
@@ -184,10 +184,8 @@ class Demo:
     """Determines prompts, samples and training."""
 
     def run(self) -> int:
-        try:
+        with _needs_llm("demo"):
             from alignpro.llm import demo
-        except ModuleNotFoundError as error:
-            raise _needs_llm("demo", error) from error
 
         preset = demo.QUICK if self.quick else demo.DemoSettings()
 
@@ -205,8 +203,15 @@ class Demo:
         return 0
 
 
-def _needs_llm(verb: str, error: ModuleNotFoundError) -> AlignProError:
-    return AlignProError(f"{verb}: the package {error.name} is missing; run pip install 'alignpro[llm]'")
+@contextlib.contextmanager
+def _needs_llm(verb: str) -> Iterator[None]:
+    """Around what imports for a verb: a package that is missing is told with its remedy."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise AlignProError(
+            f"{verb}: the package {error.name} is missing; run pip install 'alignpro[llm]'"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -236,10 +241,8 @@ class Train:
     """Continue an interrupted run in that folder (or start one)."""
 
     def run(self) -> int:
-        try:
+        with _needs_llm("train"):
             from alignpro.llm import run
-        except ModuleNotFoundError as error:
-            raise _needs_llm("train", error) from error
         if self.preset not in PRESETS:
             raise AlignProError(f"--preset {self.preset}: choose from {', '.join(PRESETS)}")
         run.run_train(
@@ -282,10 +285,8 @@ class Sft:
     """Continue an interrupted run in that folder (or start one)."""
 
     def run(self) -> int:
-        try:
+        with _needs_llm("sft"):
             from alignpro.llm import run
-        except ModuleNotFoundError as error:
-            raise _needs_llm("sft", error) from error
         run.run_sft(
             self.out,
             self.settings,
@@ -334,10 +335,8 @@ class Resample:
     """Determines rewrites and answers."""
 
     def run(self) -> int:
-        try:
+        with _needs_llm("resample"):
             from alignpro.llm import run
-        except ModuleNotFoundError as error:
-            raise _needs_llm("resample", error) from error
         run.run_resample(
             self.out,
             self.environment,
@@ -384,10 +383,8 @@ class Rollout:
     """How many of them, from the first. Default: all."""
 
     def run(self) -> int:
-        try:
+        with _needs_llm("rollout"):
             from alignpro.llm import run
-        except ModuleNotFoundError as error:
-            raise _needs_llm("rollout", error) from error
         run.run_rollout(
             self.out,
             self.settings,
@@ -424,10 +421,8 @@ class RewardModel:
     """Continue an interrupted run in that folder (or start one)."""
 
     def run(self) -> int:
-        try:
+        with _needs_llm("reward-model"):
             from alignpro.llm import reward_training
-        except ModuleNotFoundError as error:
-            raise _needs_llm("reward-model", error) from error
         reward_training.run_reward_model(
             self.base,
             self.pairs,
@@ -458,10 +453,8 @@ class Rewrite:
     """One JSON object per line, instead of the rewrite alone."""
 
     def run(self) -> int:
-        try:
+        with _needs_llm("rewrite"):
             from alignpro.llm import run
-        except ModuleNotFoundError as error:
-            raise _needs_llm("rewrite", error) from error
         run.run_rewrite(self.prompter, self.prompts, self.samples, self.seed, self.max_tokens, self.json)
         return 0
 
@@ -581,10 +574,8 @@ class Judge:
         from alignpro.llm import judge
 
         check_level(self.level)
-        try:
+        with _needs_llm("judge"):
             rows = judge.run_judge(self.file, self.arms, self.settings, self.out)
-        except ModuleNotFoundError as error:
-            raise _needs_llm("judge", error) from error
         found = winrate.win_rates(winrate.collect(rows), self.level)
         text = "\n".join([winrate.table(found), *(f"  {line}" for line in judge.failed_replies(rows))])
         _tell("winrate", found.json(), text, self.json, self.out)

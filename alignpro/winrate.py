@@ -118,7 +118,7 @@ def read(path: str | os.PathLike[str]) -> Judgements:
 # --- rates over prompts ---
 
 
-def wilson(rate: float, n: int, level: float = 0.95) -> tuple[float, float]:
+def wilson(rate: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score limits (JASA 22, 1927) of a proportion `rate` over n independent units.
 
     They solve (rate − p)² = z² p (1 − p)/n. Where a unit can also score between 0 and 1 (a tie) its variance
@@ -126,9 +126,13 @@ def wilson(rate: float, n: int, level: float = 0.95) -> tuple[float, float]:
     """
     z = NormalDist().inv_cdf(0.5 + level / 2)
     shrink = 1.0 + z * z / n
-    centre = (rate + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+
+    def lower(p: float) -> float:
+        """The lesser root, from the product of both, p²/shrink: without cancellation, and exactly 0 at 0."""
+        upper = (p + z * z / (2 * n) + z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / shrink
+        return p * p / (shrink * upper)
+
+    return lower(rate), 1.0 - lower(1.0 - rate)
 
 
 def _by_prompt(prompt: np.ndarray, values: np.ndarray) -> np.ndarray:

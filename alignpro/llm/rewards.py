@@ -25,6 +25,7 @@ from tqdm import tqdm
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
 from alignpro.llm import data, packages
+from alignpro.winrate import wilson
 
 Array = np.ndarray
 
@@ -181,11 +182,7 @@ def wilson_interval(successes: float, n: float, level: float = 0.95) -> tuple[fl
     """
     if not 0 <= successes <= n or n <= 0:
         raise AlignProError(f"successes {successes} of n {n}: need 0 <= successes <= n and n > 0")
-    z = float(stats.norm.ppf(0.5 + level / 2))
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return wilson(successes / n, n, level)
 
 
 # --- features ---

@@ -1,6 +1,7 @@
 """Settings, apart from what they set so that they cost no import of torch."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,14 @@ from alignpro.llm.frozen import Sampling, is_int
 ALGORITHM_NAMES = ("ppo", "rloo", "grpo")
 TASK_NAMES = ("prompter", "rlhf")
 SCHEDULES: dict[str, dict[str, Any]] = {"cosine_with_min_lr": {"min_lr_rate": 0.1}, "constant": {}}
+
+
+def _check_whole(settings: Any, least: Mapping[str, int]) -> None:
+    """Raise AlignProError unless each field named is a whole number of at least what `least` says."""
+    for name, low in least.items():
+        value = getattr(settings, name)
+        if not is_int(value) or value < low:
+            raise AlignProError(f"{name} {value!r}: give a whole number of at least {low}")
 
 
 @dataclass(frozen=True)
@@ -240,15 +249,7 @@ class RolloutSettings:
     """Determines rewrites and answers. Trained arms count their seeds from here."""
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("draws", 1),
-            ("answers", 1),
-            ("proposals", 1),
-            ("proposal_answers", 1),
-            ("seed", 0),
-        ):
-            if not is_int(getattr(self, name)) or getattr(self, name) < low:
-                raise AlignProError(f"{name} {getattr(self, name)!r}: give a whole number of at least {low}")
+        _check_whole(self, {"draws": 1, "answers": 1, "proposals": 1, "proposal_answers": 1, "seed": 0})
         if self.rewrite_tokens is not None and self.rewrite_tokens < 1:
             raise AlignProError(f"rewrite_tokens {self.rewrite_tokens}: give at least 1, or leave it out")
         if not (math.isfinite(self.lam) and self.lam > 0):
@@ -287,10 +288,7 @@ class SFTSettings:
         if self.lora_layers > 1:
             raise AlignProError(f"lora_layers {self.lora_layers}: give a share of the layers, at most 1")
         least = {"epochs": 1, "batch_size": 1, "max_tokens": 2, "lora_rank": 1, "save_every": 1, "seed": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not is_int(value) or value < low:
-                raise AlignProError(f"{name} {value!r}: give a whole number of at least {low}")
+        _check_whole(self, least)
 
 
 @dataclass(frozen=True)
@@ -322,10 +320,7 @@ class RewardSettings:
         if not (math.isfinite(self.centre) and self.centre >= 0):
             raise AlignProError(f"centre {self.centre}: give a finite number, at least 0")
         least = {"batch_size": 1, "max_tokens": 1, "save_every": 1, "lora_rank": 0, "seed": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not is_int(value) or value < low:
-                raise AlignProError(f"{name} {value!r}: give a whole number of at least {low}")
+        _check_whole(self, least)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
