@@ -231,6 +231,9 @@ class Train:
     """Named settings that the options start from: faithful, or paper (lr 1.41e-5, batch 256, adaptive KL)."""
     prompter: str = "smollm2-135m-instruct"
     """rho_sft: a packaged name, a local folder, a hub id, or a fine-tuned prompter's folder."""
+    template: str | None = None
+    """How a model is asked to rewrite: rewrite, or append (only what follows the prompt). A fine-tuned
+    prompter has its own. Default: rewrite."""
     environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(default_factory=EnvironmentSettings)
     source: tyro.conf.OmitArgPrefixes[PromptSettings] = field(default_factory=PromptSettings)
     train_prompts: int | None = None
@@ -250,6 +253,7 @@ class Train:
             self.settings,
             self.environment,
             prompter=self.prompter,
+            template=self.template,
             source=self.source,
             train_prompts=self.train_prompts,
             report_to=self.report_to,
@@ -270,6 +274,8 @@ class Sft:
     pairs: str
     """JSON lines (or one JSON list) of objects with a prompt and a rewrite."""
     settings: tyro.conf.OmitArgPrefixes[SFTSettings] = field(default_factory=SFTSettings)
+    config: str | None = None
+    """YAML file with any of these options; those on the command line win."""
     prompter: str = "smollm2-135m-instruct"
     """What is fine-tuned: a packaged name, a local folder or a hub id."""
     template: str | None = None
@@ -310,6 +316,8 @@ class Resample:
 
     out: str
     """Folder for proposals.jsonl, the answers paid for, and rewrites.jsonl."""
+    config: str | None = None
+    """YAML file with any of these options; those on the command line win."""
     environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(default_factory=EnvironmentSettings)
     prompter: str = "smollm2-135m-instruct"
     """rho_sft: a packaged name, a local folder, a hub id, or a prompter's folder."""
@@ -365,6 +373,8 @@ class Rollout:
 
     out: str
     """Folder for rollouts.jsonl and the answers paid for."""
+    config: str | None = None
+    """YAML file with any of these options; those on the command line win."""
     settings: tyro.conf.OmitArgPrefixes[RolloutSettings] = field(default_factory=RolloutSettings)
     environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(
         # Log-probabilities are what it is for: bfloat16 leaves tenths of a nat of noise in each.
@@ -563,6 +573,8 @@ class Judge:
     out: str
     """Folder for judgements.jsonl, winrate.json and the replies paid for."""
     settings: tyro.conf.OmitArgPrefixes[JudgeSettings]
+    config: str | None = None
+    """YAML file with any of these options; those on the command line win."""
     level: float = 0.95
     """Of the intervals."""
     json: bool = False
@@ -687,7 +699,7 @@ def _parse(arguments: Sequence[str]) -> Verb:
     ]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
         raise AlignProError(f"{arguments[0]}: is no verb; give one of {', '.join(VERBS)}")
-    if arguments and arguments[0] == "train":
+    if arguments and "config" in getattr(VERBS.get(arguments[0]), "__dataclass_fields__", {}):
         arguments = _expanded(arguments)
     said = io.StringIO()
     try:

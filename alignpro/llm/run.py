@@ -58,6 +58,12 @@ def open_target(world: EnvironmentSettings) -> Target:
     return Endpoint(base_url=world.target, **given)
 
 
+def _kept(target: Target, folder: Path, prices: Prices | None = None) -> Cached:
+    """Answers on file. A model in this process redoes a call that was cut short, so that an interruption changes
+    no answer; nothing that was paid for is asked again."""
+    return Cached(target, folder, prices=prices, note=None, whole=not target.remote)
+
+
 def _refuse_endpoint_settings(world: EnvironmentSettings) -> None:
     if given := world.endpoint():
         raise AlignProError(
@@ -143,6 +149,7 @@ def run_train(
     world: EnvironmentSettings,
     *,
     prompter: str,
+    template: str | None = None,
     source: PromptSettings,
     train_prompts: int | None = None,
     report_to: Sequence[str],
@@ -157,7 +164,7 @@ def run_train(
         raise AlignProError(
             f"--out {folder}: holds a run already; continue it with --resume or choose another"
         )
-    check_prompter(prompter)
+    check_prompter(prompter, template)
     answers, rlhf = world.sampling(), settings.task == "rlhf"
     # The oracle is its own target.
     opened, cost = check_environment(replace(world, target=prompter) if rlhf else world)
@@ -178,14 +185,15 @@ def run_train(
     judge = keep_scores(rewards.load_reward(world.reward), folder / "scores")
     target: Cached | None = None
     if not rlhf:
-        target = Cached(opened or open_target(world), folder / "answers", prices=cost, note=None)
+        target = _kept(opened or open_target(world), folder / "answers", cost)
     facts = {
         "prompter": prompter,
+        "template": template,
         "target": world.target,
         "reward": shown_name(world.reward),
         "answers": asdict(answers),
     }
-    base = Prompter.from_pretrained(prompter, dtype="float32")
+    base = Prompter.from_pretrained(prompter, template=template, dtype=settings.policy_dtype)
     environment = Environment(judge, target, answers, settings.responses, settings.seed)
     trained = train(
         base, environment, prompts, settings, folder, resume=resume, report_to=report_to, facts=facts
@@ -284,14 +292,14 @@ def run_rollout(
     path = folder / rollout.FILE
     if planned.todo or not path.exists() or (folder / rollout.PARTIAL).exists():
         target = opened or open_target(world)
-        frozen = Cached(target, folder / "answers", prices=cost, note=None)
+        frozen = _kept(target, folder / "answers", cost)
 
         def open_policy(name: str) -> tuple[Target, rollout.Scorer]:
             from alignpro.llm.local import LocalTarget
 
             policy = Prompter.from_pretrained(homes[name], dtype=world.dtype)
             local = LocalTarget((policy.model, policy.tokenizer), batch_size=world.batch_size, name=name)
-            return Cached(local, folder / "answers", note=None), local.log_probs
+            return _kept(local, folder / "answers"), local.log_probs
 
         def open_prompter(name: str) -> Prompter:
             if name:
@@ -505,7 +513,7 @@ def run_resample(
     if todo:
         from alignpro.llm.train import Environment
 
-        target = Cached(opened or open_target(world), folder / "answers", prices=cost, note=None)
+        target = _kept(opened or open_target(world), folder / "answers", cost)
         judge = keep_scores(rewards.load_reward(world.reward), folder / "scores")
         environment = Environment(judge, target, world.sampling(), responses, seed)
         rho = Prompter.from_pretrained(prompter, template=template)

@@ -53,6 +53,8 @@ class TrainSettings:
     """Rank of the adapter."""
     lora_layers: float = 0.5
     """Share of the layers, from the top, that carry the adapter."""
+    policy_dtype: str = "float32"
+    """Of the weights under the adapter, which is trained in float32: float32, or bfloat16 for half the memory."""
     critic_learning_rate: float = 3e-3
     """PPO: Adam's step for the critic."""
     gae_lambda: float = 0.95
@@ -97,6 +99,7 @@ class TrainSettings:
             ("task", TASK_NAMES),
             ("schedule", SCHEDULES),
             ("kl_estimator", ("k1", "k3")),
+            ("policy_dtype", ("float32", "bfloat16")),
             ("vllm", ("colocate", "server")),
         ):
             if getattr(self, name) not in choices and (name, getattr(self, name)) != ("vllm", None):
@@ -152,7 +155,7 @@ class PromptSettings:
     """Which user prompts."""
 
     dataset: str = "instructions"
-    """Prompts of a package (instructions, mt-bench) or of the hub (ultrafeedback, ultrafeedback-binarized,
+    """Prompts of a package (instructions, mt-bench, dpo-demo, healthbench) or of the hub (ultrafeedback, ultrafeedback-binarized,
     helpsteer, orca-dpo-pairs, openorca)."""
     data_folder: str | None = None
     """Folder with the files of the hub's data set, where the hub is out of reach."""

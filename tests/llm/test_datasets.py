@@ -386,7 +386,7 @@ def test_without_the_hub_one_sentence_says_what_to_do(name, offline, capfd):
 
 
 BAD = {
-    "unknown": (("nope",), {}, "choose from instructions, mt-bench, ultrafeedback"),
+    "unknown": (("nope",), {}, "choose from instructions, mt-bench, dpo-demo"),
     "split": (("helpsteer", "dev"), {}, "split 'dev': choose from train"),
     "none": (("helpsteer", None, 0), {}, "prompts 0: give at least 1"),
     "no folder": (("helpsteer",), {"folder": "/nowhere"}, "data_folder /nowhere: no such folder"),
@@ -667,7 +667,7 @@ def test_train_and_resample_take_a_data_set(base, tmp_path, capsys):
             ["--prompts-file", "{mine}", "--prompt-column", "q", "--train-prompts", "3"],
             "prompts 3: choose from 1 to the 2 there are",
         ),
-        (["--dataset", "orca"], "dataset 'orca': choose from instructions, mt-bench, ultrafeedback"),
+        (["--dataset", "orca"], "dataset 'orca': choose from instructions, mt-bench, dpo-demo"),
         (
             ["--dataset", "openorca", "--data-folder", "{d}/no"],
             "no: no such folder; name the one with the files",

@@ -1,0 +1,149 @@
+"""The paper's experiments: prompters × frozen models × data sets × {no fine-tuning, Align-Pro, RLHF}.
+
+    python experiments/paper.py --preset small --out runs/small --processes 2   # an hour on two CPU cores
+    python experiments/paper.py --preset paper --dry-run                        # what it would take
+    python experiments/paper.py --preset paper --out runs/paper                 # hub models, one large GPU
+
+Interrupt at any time; the same command goes on, and finished jobs are not done again. Several processes, on
+one machine or many, may work on one folder: start the same command in each (by srun, torchrun, xargs -P, or
+--processes here). Each job's options are in its folder, for `alignpro <verb> --config`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from paper_grid import cost, plan, work
+
+from alignpro.errors import AlignProError
+from alignpro.files import writable_folder, write_json
+from alignpro.llm import packages
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--preset", required=True, help="small, paper, or a YAML file like experiments/paper_grid/presets"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the grid")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print every cell and what it costs; check the hub"
+    )
+    parser.add_argument("--only", default="", help="jobs whose name holds this, and what they need")
+    parser.add_argument("--processes", type=int, default=1, help="workers on this machine, sharing its cores")
+    parser.add_argument("--summary-only", action="store_true", help="results of what is finished")
+    parser.add_argument("--publish", type=Path, help="copy results, figures and tables into this folder")
+    args = parser.parse_args(arguments)
+    try:
+        return _run(args)
+    except AlignProError as error:
+        print(f"paper.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("paper.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _run(args) -> int:
+    preset = plan.load(args.preset)
+    cost.machine_of(preset)
+    jobs = _chosen(plan.jobs(preset), args.only)
+    if args.processes < 1:
+        raise AlignProError(f"--processes {args.processes}: give at least 1")
+    if args.dry_run:
+        return _dry_run(preset, jobs)
+    if args.out is None:
+        raise AlignProError("--out: name the grid's folder (or give --dry-run)")
+    out = writable_folder(args.out)
+    work.check_settings(jobs, out)
+    todo = [job for job in jobs if not work.finished(job, out)]
+    if todo and not args.summary_only:
+        hours = sum((cost.of_job(job, preset) for job in todo), cost.Cost()).seconds / 3600
+        machine = cost.machine_of(preset).words
+        packages.note(f"{len(todo)} of {len(jobs)} jobs to do, about {hours:.1f} hours of {machine}")
+        if problems := cost.reachable(preset):
+            raise AlignProError(problems[0])
+        if args.processes > 1:
+            command = [str(Path(__file__)), "--preset", args.preset, "--out", str(out), "--only", args.only]
+            if status := work.fan_out([*command, "--processes", "1"], args.processes, out):
+                raise AlignProError(f"a worker stopped (exit status {status}); see worker-*.log in {out}")
+        else:
+            work.work(jobs, out)
+    if args.only and not args.summary_only:
+        return 0
+    with work.claim(out) as mine:
+        if mine:
+            _summarise(preset, jobs, out, args.publish)
+    return 0
+
+
+def _chosen(jobs, only):
+    by_name = {job.name: job for job in jobs}
+    wanted = {name for name in by_name if only in name}
+    if not wanted:
+        raise AlignProError(f"--only {only}: no job's name holds it; --dry-run lists them")
+    while more := {need for name in wanted for need in by_name[name].needs} - wanted:
+        wanted |= more
+    return [job for job in jobs if job.name in wanted]
+
+
+def _summarise(preset, jobs, out, publish) -> None:
+    from paper_grid import figures, summary
+
+    results = summary.summarise(preset, out)
+    write_json(out / "results.json", results)
+    write_json(out / "times.json", work.times(jobs, out))
+    pages = figures.write(results, out)
+    print(summary.table(results))
+    print(f"wrote {out / 'results.json'}, {', '.join(path.name for path in pages)}")
+    if publish is not None:
+        for path in (out / "results.json", out / "times.json", *pages):
+            target = writable_folder(publish, "--publish") / path.name
+            target.write_bytes(path.read_bytes())
+
+
+def _dry_run(preset, jobs) -> int:
+    machine = cost.machine_of(preset)
+    print(f"{preset.name}: {len(plan.cells(preset))} cells, {len(jobs)} jobs, on {machine.words}\n")
+    for name, role in cost.models(preset).items():
+        size = cost.size(name)
+        print(f"  {role:<17} {name}  {size.parameters / 1e9:.3g}B parameters")
+    for name, options in preset.datasets.items():
+        print(f"  {'prompts':<17} {name}: {options['dataset']}")
+    print(f"\n{'job':<66} {'memory':>7} {'tokens':>12} {'hours':>7}")
+    total = cost.Cost()
+    for job in jobs:
+        each = cost.of_job(job, preset)
+        total += each
+        if job.verb != "prompts":
+            tokens = f"{(each.generated + each.read + each.trained) / 1e6:.2f}M"
+            print(f"{job.name:<66} {each.memory / 1e9:>5.1f}GB {tokens:>12} {each.seconds / 3600:>7.2f}")
+    print(f"\n{'cell':<66} jobs")
+    names = {job.name for job in jobs}
+    for cell in plan.cells(preset):
+        own = [job.name for job in plan.jobs_of(preset, cell) if job.name in names]
+        print(f"{cell!s:<66} {len(own)}")
+    print(
+        f"\nin all: {total.generated / 1e6:.1f}M tokens written, {total.read / 1e6:.1f}M read, "
+        f"{total.trained / 1e6:.1f}M trained on; {total.seconds / 3600:.1f} hours of {machine.words}, "
+        f"at most {total.memory / 1e9:.0f} of {machine.memory / 1e9:.0f} GB at once. Estimated, not measured."
+    )
+    if total.memory > machine.memory:
+        raise AlignProError(
+            f"machine {preset.machine}: {total.memory / 1e9:.0f} GB do not fit; lower prompts or batch_size"
+        )
+    if preset.judge is None:
+        print("No judge is named: there will be no win rates. Give judge: in the preset (docs/paper.md).")
+    problems = cost.reachable(preset)
+    for problem in problems[1:]:
+        print(f"paper.py: {problem}", file=sys.stderr)
+    if problems:
+        raise AlignProError(f"{problems[0]}; with that, run the same command again")
+    print("Every model and data set can be had from here.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

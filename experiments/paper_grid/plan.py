@@ -1,0 +1,323 @@
+"""From a preset, a YAML file, to cells and jobs.
+
+A cell is one bar of the paper's Figure 2: a prompter, a frozen model, a data set and a configuration. A job
+is one verb of `alignpro` with one file of options, which anyone can run by hand: `alignpro train --config
+<job>/config.yaml`. Cells share jobs: the RLHF policy of a frozen model serves every prompter's cell.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignpro.errors import AlignProError
+from alignpro.files import write_json, write_text
+from alignpro.llm import datasets
+from alignpro.llm.data import SPLITS, split_of
+
+PRESETS = Path(__file__).parent / "presets"
+CONFIGURATIONS = {
+    "no-fine-tuning": "the frozen model answers the prompt as it is",
+    "align-pro": "a prompter trained by PPO stands before the frozen model",
+    "rlhf": "the frozen model itself is trained by PPO: the oracle",
+}
+"""The paper's three."""
+ARMS = {"no-fine-tuning": "none", "align-pro": "trained", "rlhf": "rlhf"}
+"""Under which name each is rolled out."""
+CONFIG = "config.yaml"
+HELD_OUT = "held_out.jsonl"
+TRAINING = "training.jsonl"
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A grid. Every field is a key of the YAML file; options are those of the verbs' --help."""
+
+    name: str
+    prompters: Mapping[str, Options]
+    """By name: prompter and template, options of train."""
+    frozen: Mapping[str, str]
+    """By name: the frozen model, an option target."""
+    datasets: Mapping[str, Options]
+    """By name: dataset, and data_folder where the hub is out of reach."""
+    environment: Options
+    """Of all: the reward, how the frozen model answers, dtype and batch size."""
+    align_pro: Options
+    """Of train, for the prompter."""
+    rlhf: Options
+    """Of train, for the oracle, where they differ from those of align_pro."""
+    rollout: Options
+    """Of rollout: draws, answers."""
+    unseen: Mapping[str, str] = field(default_factory=dict)
+    """Targets that no prompter was trained with, by name; a frozen model of the grid is unseen by the
+    prompters of the others."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of training."""
+    baseline_seeds: tuple[int, ...] = (0,)
+    """Of RLOO, at the same calls of the frozen model."""
+    training_prompts: int | None = None
+    """Of each data set, at most. Default: all."""
+    held_out_prompts: int = 100
+    """Of each data set, which never meet training."""
+    held_out_splits: tuple[str, ...] = ("test",)
+    """Where they are taken from."""
+    longest_prompt: int = 1000
+    """Characters."""
+    judge: Options | None = None
+    """Of judge; without it there are no win rates."""
+    machine: str = "cpu-core"
+    """A row of `cost.MACHINES`."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompters", "frozen", "datasets"):
+            if not getattr(self, name):
+                raise AlignProError(f"preset {self.name}: {name} is empty; name at least one")
+        for name in ("seeds", "baseline_seeds", "held_out_splits"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.seeds:
+            raise AlignProError(f"preset {self.name}: seeds is empty; give at least one")
+        for split in self.held_out_splits:
+            if split not in SPLITS or split == "train":
+                raise AlignProError(f"held_out_splits {split!r}: choose from validation, test")
+        names = [*self.prompters, *self.frozen, *self.datasets, *self.unseen]
+        if clash := [n for n in set(map(slug, names)) if n in ("", "rlhf")]:
+            raise AlignProError(f"preset {self.name}: {clash[0]!r} is no name; choose another")
+
+
+def load(name: str) -> Preset:
+    """A preset by name or file.
+
+    Raises:
+        AlignProError: there is none, or its file is no preset.
+    """
+    known = {path.stem: path for path in PRESETS.glob("*.yaml")}
+    path = known.get(name, Path(name))
+    try:
+        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise AlignProError(f"--preset {name}: choose from {', '.join(known)}, or name a YAML file") from None
+    except yaml.YAMLError as error:
+        raise AlignProError(f"--preset {name}: is not valid YAML ({str(error).splitlines()[0]})") from None
+    names = {f.name for f in fields(Preset)}
+    if not isinstance(said, dict) or (unknown := set(said) - names):
+        what = f"has no field {min(unknown)}" if isinstance(said, dict) else "holds no fields"
+        raise AlignProError(f"--preset {name}: a preset {what}; its fields are {', '.join(sorted(names))}")
+    try:
+        return Preset(**{"name": path.stem, **said})
+    except TypeError as error:
+        raise AlignProError(f"--preset {name}: {str(error).split(') ')[-1]}") from None
+
+
+def slug(name: str) -> str:
+    """`name` for a folder."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One bar of the paper's Figure 2."""
+
+    prompter: str
+    frozen: str
+    dataset: str
+    configuration: str
+
+    def __str__(self) -> str:
+        return "/".join(map(slug, (self.prompter, self.frozen, self.dataset, self.configuration)))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One verb with its options, relative to the grid's folder.
+
+    Attributes:
+        name: its folder there.
+        verb: prompts (of the grid itself), train, rollout or judge.
+        options: what its config.yaml holds.
+        needs: names of the jobs whose results it takes.
+        argument: judge's file.
+    """
+
+    name: str
+    verb: str
+    options: Options
+    needs: tuple[str, ...] = ()
+    argument: str = ""
+
+    def resolved(self, out: Path) -> dict[str, Any]:
+        """Its options with paths as the verb takes them."""
+        at = {"prompts_file", "trained", "rlhf"}
+
+        def place(value: str) -> str:
+            name, equals, path = value.rpartition("=")
+            return f"{name}{equals}{out / path}"
+
+        found: dict[str, Any] = {"out": str(out / self.name)}
+        for name, value in self.options.items():
+            if name in at:
+                value = [place(v) for v in value] if isinstance(value, list) else place(value)
+            found[name] = value
+        return found
+
+
+def cells(preset: Preset) -> list[Cell]:
+    """In the paper's order: architectures, then data sets, then configurations."""
+    return [
+        Cell(p, f, d, c)
+        for f in preset.frozen
+        for p in preset.prompters
+        for d in preset.datasets
+        for c in CONFIGURATIONS
+    ]
+
+
+def combination(prompter: str, frozen: str, dataset: str) -> str:
+    """The part of a job's name that an architecture and a data set share."""
+    return "/".join(map(slug, (frozen, dataset, prompter)))
+
+
+def jobs(preset: Preset) -> list[Job]:
+    """All of them, so that each comes after what it needs."""
+    return list({job.name: job for job in _jobs(preset)}.values())
+
+
+def _jobs(preset: Preset) -> Iterator[Job]:
+    for d, options in preset.datasets.items():
+        yield Job(f"prompts/{slug(d)}", "prompts", {**options, **_selection(preset)})
+    for d in preset.datasets:
+        for f in preset.frozen:
+            for p in preset.prompters:
+                yield from _of_combination(preset, p, f, d)
+
+
+def _selection(preset: Preset) -> dict[str, Any]:
+    names = ("training_prompts", "held_out_prompts", "held_out_splits", "longest_prompt")
+    return {name: plain(getattr(preset, name)) for name in names}
+
+
+def plain(value: Any) -> Any:
+    """`value` as YAML reads it back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _of_combination(preset: Preset, p: str, f: str, d: str) -> Iterator[Job]:
+    data, here = f"prompts/{slug(d)}", combination(p, f, d)
+    environment = {**preset.environment, "target": preset.frozen[f]}
+    training = {**environment, "prompts_file": f"{data}/{TRAINING}", "resume": True}
+    rewriting = {**training, **preset.prompters[p], **preset.align_pro}
+    oracle = {**training, **preset.align_pro, **preset.rlhf, "task": "rlhf", "prompter": preset.frozen[f]}
+    trained, rloo, policies = [], [], []
+    for seed in preset.seeds:
+        name = f"{here}/align-pro-{seed}"
+        yield Job(name, "train", {**rewriting, "seed": seed}, (data,))
+        trained.append(name)
+    for seed in preset.seeds:
+        name = f"{slug(f)}/{slug(d)}/rlhf-{seed}"
+        yield Job(name, "train", {**oracle, "seed": seed}, (data,))
+        policies.append(name)
+    for seed in preset.baseline_seeds:
+        name = f"{here}/rloo-{seed}"
+        settings = {k: v for k, v in rewriting.items() if k not in _PPO_ONLY and k != "preset"}
+        if settings["samples"] < 2:  # RLOO compares rewrites of one prompt
+            settings |= {"samples": 4, "prompts": settings["prompts"] // 4}
+        yield Job(name, "train", {**settings, "algorithm": "rloo", "seed": seed}, (data,))
+        rloo.append(name)
+
+    calls = preset.align_pro["iterations"] * preset.align_pro["prompts"] * preset.align_pro["samples"]
+    drawn = {**environment, **preset.rollout, "prompts_file": f"{data}/{HELD_OUT}"}
+    drawn["rewrite_tokens"] = preset.align_pro["max_tokens"]
+    yield Job(
+        f"{here}/rollout",
+        "rollout",
+        {
+            **drawn,
+            "arms": ["none", "sft", "star", "best_of_n"],
+            "trained": [*trained, *(f"rloo={name}" for name in rloo)],
+            "rlhf": policies,
+            "lam": preset.align_pro["lam"],
+            # As many answers as one training asked for, spread over the held-out prompts.
+            "proposals": max(1, round(calls / preset.held_out_prompts)),
+        },
+        (data, *trained, *rloo, *policies),
+    )
+    others = {name: model for name, model in preset.frozen.items() if name != f} | dict(preset.unseen)
+    for name, model in others.items():
+        options = {**drawn, "target": model, "arms": ["none", "sft"], "trained": trained}
+        yield Job(f"{here}/transfer/{slug(name)}", "rollout", options, (data, *trained))
+    if preset.judge is not None:
+        options = {**preset.judge, "arms": ["trained", "none"]}
+        file = f"{here}/rollout/rollouts.jsonl"
+        yield Job(f"{here}/judge", "judge", options, (f"{here}/rollout",), file)
+
+
+_PPO_ONLY = (
+    "critic_learning_rate",
+    "gae_lambda",
+    "value_clip_range",
+    "vf_coef",
+    "whiten_advantages",
+    "gamma",
+    "kl_estimator",
+    "whiten_rewards",
+    "target_kl",
+    "kl_horizon",
+)
+
+
+def jobs_of(preset: Preset, cell: Cell) -> list[Job]:
+    """Those that a cell's numbers come from."""
+    here = combination(cell.prompter, cell.frozen, cell.dataset)
+    training = {
+        "no-fine-tuning": "",
+        "align-pro": f"{here}/align-pro-",
+        "rlhf": f"{slug(cell.frozen)}/{slug(cell.dataset)}/rlhf-",
+    }[cell.configuration]
+    wanted = {f"prompts/{slug(cell.dataset)}", f"{here}/rollout"}
+    if cell.configuration == "align-pro":
+        wanted.add(f"{here}/judge")
+    return [job for job in jobs(preset) if job.name in wanted or (training and job.name.startswith(training))]
+
+
+def write_config(job: Job, out: Path) -> Path:
+    """The job's config.yaml."""
+    folder = out / job.name
+    folder.mkdir(parents=True, exist_ok=True)
+    head = f"# alignpro {job.verb} --config {CONFIG}" if job.verb != "prompts" else "# which prompts"
+    text = yaml.safe_dump(json.loads(json.dumps(job.resolved(out))), sort_keys=False, allow_unicode=True)
+    write_text(folder / CONFIG, f"{head}\n{text}")
+    return folder / CONFIG
+
+
+def select_prompts(job: Job, out: Path) -> None:
+    """Do a job of kind prompts: the two files of a data set, which share no prompt.
+
+    Raises:
+        AlignProError: the data set cannot be had, or has too few.
+    """
+    o = job.options
+    short = datasets.shorter(characters=o["longest_prompt"])
+
+    def of(splits: tuple[str, ...]) -> list[str]:
+        def fits(x: str) -> bool:
+            return split_of(x) in splits and short(x)
+
+        return datasets.prompts(o["dataset"], folder=o.get("data_folder"), fits=fits)
+
+    training, held_out = of(("train",)), of(tuple(o["held_out_splits"]))
+    if len(held_out) < o["held_out_prompts"]:
+        raise AlignProError(
+            f"held_out_prompts {o['held_out_prompts']}: dataset {o['dataset']} has {len(held_out)} of at "
+            f"most {o['longest_prompt']} characters; ask for no more, or allow longer ones"
+        )
+    training = training[: o["training_prompts"]]
+    held_out = held_out[: o["held_out_prompts"]]
+    for name, texts in ((TRAINING, training), (HELD_OUT, held_out)):
+        lines = (json.dumps({"prompt": x}, ensure_ascii=False) + "\n" for x in texts)
+        write_text(out / job.name / name, "".join(lines))
+    write_json(out / job.name / "counts.json", {"training": len(training), "held_out": len(held_out)})
