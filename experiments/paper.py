@@ -135,7 +135,7 @@ def _dry_run(preset, jobs) -> int:
             f"machine {preset.machine}: {total.memory / 1e9:.0f} GB do not fit; lower prompts or batch_size"
         )
     if preset.judge is None:
-        print("No judge is named: there will be no win rates. Give judge: in the preset (docs/paper.md).")
+        print("No judge is named, so there will be no win rates; experiments/README.md says how to name one.")
     problems = cost.reachable(preset)
     for problem in problems[1:]:
         print(f"paper.py: {problem}", file=sys.stderr)

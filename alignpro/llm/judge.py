@@ -5,7 +5,8 @@ theirs behind a bar; what could end a chat turn, or pass for a verdict, is broke
 So nothing in an answer can close its quotation or give the verdict itself. Whether a judge is talked round by
 what it reads is another matter: `docs/judging.md`.
 
-A reply counts only with exactly one verdict; what else it says is kept, and counted by kind (`FAILURES`).
+A reply counts only with exactly one verdict; what else it says is kept, and counted by kind (`FAILURES`). A
+model in this process that cannot write one can be made to choose (`ForcedChoice`).
 Needs no torch, unless the judge runs in this process.
 """
 
@@ -13,15 +14,30 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from alignpro import rollouts
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
-from alignpro.llm.frozen import Sampling, Target, digest, is_int
+from alignpro.llm.frozen import (
+    Answer,
+    Answers,
+    OnAnswer,
+    Sampling,
+    Stopped,
+    Target,
+    arrange,
+    digest,
+    is_int,
+    jobs,
+)
+
+if TYPE_CHECKING:
+    from alignpro.llm.local import LocalTarget
 
 CRITERIA = ("helpfulness", "harmlessness", "relevance", "accuracy", "depth", "creativity", "level of detail")
 """The paper's seven."""
@@ -64,6 +80,8 @@ class JudgeSettings:
     """Of the judge; 0 takes the likeliest token."""
     reply_tokens: int = 256
     """Tokens of a reply, at most. A judge that reasons first needs more."""
+    forced: bool = False
+    """A judge in this process, too small to write a verdict: take the verdict that it finds likelier."""
     prompts: int | None = None
     """How many prompts, from the first. Default: all."""
     per_prompt: int = 1
@@ -83,7 +101,11 @@ class JudgeSettings:
             raise AlignProError(f"prompts {self.prompts!r}: give a whole number of at least 1")
         if not is_int(self.seed):
             raise AlignProError(f"seed {self.seed!r}: give a whole number")
-        self.sampling()
+        if self.sampling().temperature and self.forced:
+            raise AlignProError(
+                f"temperature {self.temperature}: a forced choice draws nothing; leave it at 0, or leave out "
+                "--forced"
+            )
 
     def sampling(self) -> Sampling:
         """How the judge decodes."""
@@ -100,11 +122,16 @@ def open_judge(settings: JudgeSettings) -> Callable[[], Target]:
     """Opens the judge; an endpoint's settings are checked now, a model in this process loaded then.
 
     Raises:
-        AlignProError: an endpoint without the name of its model, a model with an endpoint's settings, or a
-            name that is no model's.
+        AlignProError: an endpoint without the name of its model or forced to choose, a model with an
+            endpoint's settings, or a name that is no model's.
     """
     given = settings.endpoint()
     if settings.judge.startswith(("http://", "https://")):
+        if settings.forced:
+            raise AlignProError(
+                "forced: an endpoint does not score given replies; leave out --forced, or give --judge a "
+                "model that runs in this process"
+            )
         if "model" not in given:
             raise AlignProError(f"judge_model: name the model that {settings.judge} serves")
         from alignpro.llm.endpoint import Endpoint
@@ -122,7 +149,8 @@ def open_judge(settings: JudgeSettings) -> Callable[[], Target]:
     def load() -> Target:
         from alignpro.llm.local import LocalTarget
 
-        return LocalTarget(settings.judge, dtype=settings.dtype, batch_size=settings.batch_size)
+        target = LocalTarget(settings.judge, dtype=settings.dtype, batch_size=settings.batch_size)
+        return ForcedChoice(target) if settings.forced else target
 
     return load
 
@@ -238,6 +266,108 @@ def read_verdict(text: str, finish: str = "stop") -> Verdict:
         choice: Any = lines[0].upper()
         return Verdict(choice, None, text)
     return Verdict(None, failure, text)
+
+
+# --- a judge too small to write one ---------------------------------------------------------------------
+
+CANDIDATES = ("VERDICT: A", "VERDICT: B")
+CONTENT_FREE = ("N/A", "[MASK]", "")
+"""What stands for question and both answers where there is nothing to judge (arXiv 2102.09690)."""
+
+
+class ForcedChoice:
+    """A model in this process made to choose: its reply is the one of `CANDIDATES` that it finds likelier as
+    a whole reply, calibrated. Nothing is drawn, and one choice is every sample's.
+
+    Calibrated (arXiv 2102.09690): from the log-odds of A over B those of the mean probability over
+    `CONTENT_FREE` questions are subtracted: the preference for a letter or place where there are no answers.
+    TIE is no candidate: a tie is two orders that disagree. Only where the log-odds are exactly 0 is the reply
+    `VERDICT: TIE`, which favours neither answer.
+
+    Args:
+        target: the model. As there, in low precision a batch's shape can turn a close choice.
+    """
+
+    remote: ClassVar[bool] = False
+
+    def __init__(self, target: "LocalTarget") -> None:
+        self.target = target
+        self.tokenizer = target.tokenizer
+        self.name = f"forced choice of {target.name}"
+        self.calls = 0
+        """Questions answered; the content-free ones, asked once, are not counted."""
+        self.retried = 0
+        self._stopping = False
+        control = control_tokens(target)
+        self._blank = [question(text, text, text, control) for text in CONTENT_FREE]
+
+    @cached_property
+    def revision(self) -> str:
+        """See `Target.revision`: of the model and of all that it is asked beside the question."""
+        return digest("forced choice", self.target.revision, CANDIDATES, self._blank).hex()[:16]
+
+    @cached_property
+    def prior(self) -> float:
+        """Log-odds of A over B with nothing to judge, in nats."""
+        odds = self.log_odds(self._blank)
+        of_a, of_b = (np.logaddexp.reduce(-np.logaddexp(0.0, -each)) for each in (odds, -odds))
+        return float(of_a - of_b)
+
+    def log_odds(self, questions: Sequence[str]) -> np.ndarray:
+        """[n] log π(A | question) − log π(B | question) in nats, as the model has it, not calibrated.
+
+        Raises:
+            AlignProError: as `LocalTarget.log_probs`.
+        """
+        each = [text for text in questions for _ in CANDIDATES]
+        scores = self.target.log_probs(each, CANDIDATES * len(questions))
+        return scores[::2] - scores[1::2]
+
+    def respond(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        *,
+        first: Sequence[int] | int = 0,
+        samples: int = 1,
+        seed: int = 0,
+        on_answer: OnAnswer | None = None,
+    ) -> list[list[Answer]]:
+        """See `Target.respond`; `sampling` and `seed` change nothing."""
+        asked = jobs(prompts, first, samples, seed)
+        counts = [self.count_tokens(prompt) for prompt in prompts]
+        answers: Answers = {}
+        self._stopping = False
+        # The longest first: what is too long for the model or its memory fails before anything is answered.
+        order = sorted(asked, key=lambda job: -counts[job[0]])
+        size = self.target.batch_size
+        message, reason = "stopped", "stopped"
+        for batch in (order[i : i + size] for i in range(0, len(order), size)):
+            if self._stopping:
+                break
+            try:
+                odds = self.log_odds([prompts[p] for p, _ in batch]) - self.prior
+            except AlignProError as error:
+                message, reason = str(error), "failed"
+                break
+            for (position, index), value in zip(batch, odds, strict=True):
+                text = "VERDICT: TIE" if value == 0 else CANDIDATES[int(value < 0)]
+                # No tokens: none was generated.
+                answers[position, index] = Answer(text, "stop", counts[position], 0)
+                self.calls += 1
+                if on_answer:
+                    on_answer(position, index, answers[position, index])
+        if len(answers) == len(asked):
+            return arrange(asked, answers, len(prompts))
+        raise Stopped(f"{self.name}: {message}", reason, answers)
+
+    def stop(self) -> None:
+        """See `Target.stop`; the batch at work is finished first."""
+        self._stopping = True
+
+    def count_tokens(self, prompt: str) -> int:
+        """As `LocalTarget.count_tokens`."""
+        return self.target.count_tokens(prompt)
 
 
 # --- pairs ----------------------------------------------------------------------------------------------
@@ -404,6 +534,7 @@ def run_judge(file: str, arms: Sequence[str], settings: JudgeSettings, out: str)
         "temperature": settings.temperature,
         "reply_tokens": settings.reply_tokens,
         "seed": settings.seed,
+        **({"forced": True} if settings.forced else {}),
     }
     begun = folder / SETTINGS_FILE
     before = read_json(begun) if begun.exists() else record

@@ -123,9 +123,9 @@ class Cached:
         folder: created if need be; holds `answers.jsonl`.
         prices: for the ledger's cost.
         note: called with the estimate's line before anything is asked; None keeps silent.
-        whole: ask for all that a call names unless all of it is on file; what is on file is still what counts. In
-            low precision an answer depends on its batch, and with this no batch depends on where an earlier call
-            was interrupted.
+        whole: ask for all that a call names unless all of it is on file; what is on file is still what
+            counts. In low precision an answer depends on its batch, and with this no batch depends on where
+            an earlier call was interrupted.
 
     Raises:
         AlignProError: the folder cannot be written to, or its file not read.

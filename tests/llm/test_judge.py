@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from faulty import Server, completion
 from hypothesis import given, settings
@@ -12,10 +13,11 @@ from alignpro import cli, winrate
 from alignpro.errors import AlignProError
 from alignpro.llm import judge as module
 from alignpro.llm.endpoint import Endpoint
-from alignpro.llm.frozen import Stopped
+from alignpro.llm.frozen import Sampling, Stopped
 from alignpro.llm.judge import (
     CRITERIA,
     FAILURES,
+    ForcedChoice,
     Pair,
     boundary,
     judge,
@@ -25,6 +27,7 @@ from alignpro.llm.judge import (
     read_verdict,
 )
 from alignpro.llm.ledger import Cached
+from alignpro.llm.local import LocalTarget
 from alignpro.llm.models import tiny_model
 from alignpro.llm.prompter import target_ids
 from alignpro.rollouts import Rollout
@@ -400,6 +403,88 @@ def test_a_spent_budget_keeps_what_was_paid_for(tmp_path):
         assert len(server.requests) - before == 12 - 5
 
 
+# --- forced choice ---
+
+LETTERS = "".join(dict.fromkeys("VERDICT: ABabcdefghijklmnopqrstuvwxyz|\n"))
+
+
+def local(seed=1, **options):
+    model, tokenizer = tiny_model(seed=seed, vocab=LETTERS)
+    model.config.max_position_embeddings = 4096
+    return LocalTarget((model, tokenizer), **options)
+
+
+COMPARED = [Pair(c, f"what is {c}", (f"{c} is a letter", c)) for c in "abc"]
+ASKED = [question(p.x, *a) for p in COMPARED for a in (p.answers, p.answers[::-1])]
+
+
+def choices(target, questions=ASKED):
+    return [answer.text for (answer,) in target.respond(questions, Sampling(temperature=0.0))]
+
+
+def likelier(target, prior):
+    """The choices by formulas of their own."""
+    a, b = (target.log_probs(ASKED, [f"VERDICT: {c}"] * len(ASKED)) for c in "AB")
+    return ["VERDICT: A" if x > prior else "VERDICT: B" for x in a - b]
+
+
+def test_the_likelier_verdict_is_chosen():
+    target = local(seed=8)
+    blank = [question(t, t, t, module.control_tokens(target)) for t in module.CONTENT_FREE]
+    a, b = (np.exp(target.log_probs(blank, [f"VERDICT: {c}"] * 3)) for c in "AB")
+    p = (a / (a + b)).mean()
+    chosen = choices(ForcedChoice(target))
+    assert set(chosen) == set(module.CANDIDATES)
+    assert chosen == likelier(target, np.log(p) - np.log(1 - p))
+    # Mutants: no calibration, and swapped candidates.
+    assert chosen != likelier(target, 0.0)
+
+    class Swapped(ForcedChoice):
+        def log_odds(self, questions):
+            return -super().log_odds(questions)
+
+    assert all(x != y for x, y in zip(chosen, choices(Swapped(target)), strict=True))
+
+
+def test_neither_likelier_is_a_tie():
+    class Torn(ForcedChoice):
+        def log_odds(self, questions):
+            return np.zeros(len(questions))
+
+    assert [j.said() for j in judge(Torn(local()), COMPARED)] == [("tie", "tie")] * 3
+
+
+def test_a_forced_judge_is_a_target(tmp_path):
+    inner = local(batch_size=3)
+    target = ForcedChoice(inner)
+    assert target.name == "forced choice of Llama"
+    assert module.control_tokens(target) == module.control_tokens(Cached(target, tmp_path))
+    assert "<eos>" in module.control_tokens(target)
+    revisions = [inner.revision, target.revision, ForcedChoice(local(seed=2)).revision]
+    assert len(set(revisions)) == 3
+    assert ForcedChoice(local()).revision == target.revision
+    for calls in (6, 0):
+        cached = Cached(ForcedChoice(inner), tmp_path, note=None)
+        replies = []
+        judged = judge(cached, COMPARED, on_reply=lambda seen=replies: seen.append(1))
+        assert (cached.calls, len(replies), cached.ledger.hits) == (calls, 6, 6 - calls)
+        assert [v.text for j in judged for v in j.verdicts] == choices(target)
+        assert all(None not in j.said() for j in judged)
+    twice = target.respond(ASKED[:2], Sampling(), samples=2, seed=5)
+    assert [[a.text for a in row] for row in twice] == [[text] * 2 for text in choices(target, ASKED[:2])]
+
+
+def test_a_forced_judge_stops():
+    target = ForcedChoice(local(batch_size=3))
+    with pytest.raises(Stopped, match="forced choice of Llama: stopped") as stopped:
+        target.respond(ASKED, Sampling(), on_answer=lambda *_: target.stop())
+    assert (stopped.value.reason, len(stopped.value.answers)) == ("stopped", 3)
+    # What cannot be read is said before anything is answered.
+    with pytest.raises(Stopped, match="has 5000 tokens") as failed:
+        target.respond([*ASKED, "a" * 5000], Sampling())
+    assert (failed.value.reason, failed.value.answers) == ("failed", {})
+
+
 # --- pairs from rollouts, and the verb ---
 
 
@@ -520,6 +605,21 @@ def test_a_judge_in_this_process(file, tmp_path, capsys):
     assert all(kind in FAILURES for row in rows for kind in row["failures"])
 
 
+def test_a_forced_judge_in_this_process(file, tmp_path, capsys):
+    target = local()
+    target.model.save_pretrained(tmp_path / "model")
+    target.tokenizer.save_pretrained(tmp_path / "model")
+    command = ["--judge", str(tmp_path / "model"), "--prompts", "3"]
+    assert run(file, tmp_path / "out", None, *command, "--forced") == 0
+    said = capsys.readouterr()
+    assert "over 3 of 3 pairs" in said.out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "judgements.jsonl").read_text().splitlines()]
+    assert {reply for row in rows for reply in row["replies"]} <= set(module.CANDIDATES)
+    assert {row["judge"] for row in rows} == {f"forced choice of {tmp_path / 'model'}"}
+    assert run(file, tmp_path / "out", None, *command) == 2
+    assert "holds another run" in capsys.readouterr().err
+
+
 BAD = {
     "one arm twice": ({"--arms": ["none", "none"]}, "--arms none none: name two different arms"),
     "no such arm": ({"--arms": ["none", "rlhf"]}, "--arms rlhf: is no arm here; give two of"),
@@ -530,6 +630,11 @@ BAD = {
     "no prompts": ({"--prompts": ["0"]}, "prompts 0: give a whole number of at least 1"),
     "no pairs": ({"--per-prompt": ["0"]}, "per_prompt 0: give a whole number of at least 1"),
     "temperature": ({"--temperature": ["-1"]}, "temperature -1.0: choose"),
+    "forced endpoint": (
+        {"--judge": ["http://127.0.0.1:1/v1"], "--forced": []},
+        "forced: an endpoint does not",
+    ),
+    "forced draws": ({"--temperature": ["0.5"], "--forced": []}, "temperature 0.5: a forced choice draws"),
     "level": ({"--level": ["95"]}, "level 95.0: must lie between"),
     "price": ({"--prices": ["-1", "0"]}, "prices.prompt -1.0"),
 }

