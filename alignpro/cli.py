@@ -594,6 +594,24 @@ class Judge:
         return 0
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """Tell what is installed, what this machine has, what is cached, and how to get what is missing.
+
+    Fetches nothing and asks no network. Exit status 1 when alignpro itself lacks a package.
+    """
+
+    json: bool = False
+    """One JSON object, instead of a table."""
+
+    def run(self) -> int:
+        from alignpro import doctor
+
+        found = doctor.examine()
+        _tell("doctor", found, doctor.table(found), self.json, None)
+        return int(found["extras"][0]["remedy"] is not None)
+
+
 def _rollouts(file: str, out: str | None) -> Any:
     from alignpro import rollouts
     from alignpro.files import writable_folder
@@ -627,6 +645,7 @@ VERBS: dict[str, type[Verb]] = {
     "verify": Verify,
     "hunt": Hunt,
     "solve": Solve,
+    "doctor": Doctor,
 }
 
 
@@ -737,6 +756,9 @@ def _one_line(box: str, arguments: Sequence[str]) -> str:
     return f"{said or 'cannot read the arguments'}; see alignpro{verb} --help"
 
 
+_SHELLS = ("bash", "zsh", "fish")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; its exit status.
 
@@ -748,6 +770,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if list(arguments) in (["--version"], ["-V"]):
             print(f"alignpro {alignpro.__version__}")
             return 0
+        if list(arguments[:1]) == ["--completion"]:
+            shell = (*arguments[1:], "")[0]
+            if shell not in _SHELLS:
+                raise AlignProError(f"--completion {shell}: choose from {', '.join(_SHELLS)}")
+            arguments = ["--tyro-print-completion", shell]
         status = _parse(arguments).run()
         sys.stdout.flush()
         return status
