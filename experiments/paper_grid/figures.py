@@ -76,7 +76,10 @@ def _figure(results: Results, key: str, label: str, path: Path) -> None:
         axes.set_axisbelow(True)
     for axes in grid[:, 0]:
         axes.set_ylabel(label, fontfamily=FONT)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    columns = 4 if columns > 1 else 2
+    figure.legend(
+        handles.values(), handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9
+    )
     with atomic_write(path) as file:
         figure.savefig(file, format="png", metadata={"Software": None})
 
@@ -182,6 +185,7 @@ def _wins(results: Results) -> list[str]:
                 (
                     _name(e),
                     ours,
+                    _paper_says(e),
                     *(
                         interval(w[k], 2, False)
                         for k in ("win_rate", "length_controlled", "agreement", "first_shown")
@@ -193,6 +197,7 @@ def _wins(results: Results) -> list[str]:
         head = (
             "",
             "A : B",
+            "in the paper",
             "win rate",
             "at equal lengths",
             "orders agree",
@@ -209,6 +214,14 @@ def _wins(results: Results) -> list[str]:
         [(f"{p} → {f}", *(f"{a} : {b}" for a, b in row)) for (p, f), row in PAPER_TABLE_1.items()],
     )
     return lines
+
+
+def _paper_says(each: Results) -> str:
+    row = PAPER_TABLE_1.get((each["prompter"], each["frozen"]))
+    if row is None or each["dataset"] not in PAPER_DATASETS:
+        return "–"
+    ours, theirs = row[PAPER_DATASETS.index(each["dataset"])]
+    return f"{ours} : {theirs}"
 
 
 def _theorem(results: Results) -> list[str]:
@@ -273,10 +286,15 @@ def _cost(results: Results) -> list[str]:
     return [
         "## What it took",
         "",
-        "Answers asked of frozen models, or of a policy or judge in their place. Clocks are in times.json.",
+        "Answers of frozen models, tuned policies and judges (rlhf: the samples that the policy was trained on). "
+        "Clocks are in times.json.",
         "",
         *_table(("", "jobs", "answers", "prompt tokens", "answer tokens"), rows),
     ]
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _quoted(text: str) -> str:
@@ -290,13 +308,13 @@ def _examples(results: Results) -> list[str]:
     for each in results["combinations"]:
         lines += [f"### {_name(each)}", ""]
         for example in each["examples"]:
-            lines += [f"{example['why'].capitalize()} ({example['gain']:+.3f} on average):", ""]
+            lines += [f"{_capital(example['why'])} ({example['gain']:+.3f} on average):", ""]
             lines += [_quoted(example["x"]), ""]
             for arm, said in example["arms"].items():
                 if arm == "trained":
                     lines += ["Align-Pro asks:", "", _quoted(said["rewrite"]), ""]
                 lines += [
-                    f"{STYLE[arm][0].capitalize()} (reward {said['reward']:.3f}):".replace("Rlhf", "RLHF"),
+                    f"{_capital(STYLE[arm][0])} (reward {said['reward']:.3f}):",
                     "",
                 ]
                 lines += [_quoted(said["response"]), ""]

@@ -26,6 +26,7 @@ from alignpro.llm.demo import environment
 from alignpro.llm.judge import FILE as JUDGEMENTS
 from alignpro.llm.ledger import FILE as ANSWERS
 from alignpro.llm.rollout import FILE as ROLLOUTS
+from alignpro.llm.train import METRICS_FILE
 from paper_grid import plan
 from paper_grid.plan import Preset
 
@@ -304,6 +305,11 @@ def _calls(preset: Preset, out: Path) -> dict[str, dict[str, int]]:
         kind = "transfer" if "transfer" in last else job.name.split("/")[-1].rstrip("0123456789").rstrip("-")
         row = found.setdefault(kind, {"jobs": 0, "answers": 0, "prompt_tokens": 0, "tokens": 0})
         row["jobs"] += 1
+        if job.options.get("task") == "rlhf":  # its answers are the policy's own samples
+            batch = job.options["prompts"] * job.options["samples"]
+            lines = (out / job.name / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+            row["answers"] += batch * len(lines)
+            row["tokens"] += sum(round(batch * json.loads(x)["completions/mean_length"]) for x in lines)
         path = out / job.name / "answers" / ANSWERS
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
