@@ -67,7 +67,7 @@ def _run(args) -> int:
             raise AlignProError(problems[0])
         if args.processes > 1:
             command = [str(Path(__file__)), "--preset", args.preset, "--out", str(out), "--only", args.only]
-            if status := work.fan_out([*command, "--processes", "1"], args.processes, out):
+            if status := work.fan_out([*command, "--processes", "1"], args.processes, jobs, out):
                 raise AlignProError(f"a worker stopped (exit status {status}); see worker-*.log in {out}")
         else:
             work.work(jobs, out)

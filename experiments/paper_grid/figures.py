@@ -286,7 +286,7 @@ def _cost(results: Results) -> list[str]:
     return [
         "## What it took",
         "",
-        "Answers of frozen models, tuned policies and judges (rlhf: the samples that the policy was trained on). "
+        "Answers of frozen models, tuned policies and judges (rlhf: what it was trained on). "
         "Clocks are in times.json.",
         "",
         *_table(("", "jobs", "answers", "prompt tokens", "answer tokens"), rows),

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
 from alignpro import cli
 from alignpro.errors import AlignProError
@@ -116,10 +117,10 @@ def work(jobs: Sequence[Job], out: Path) -> None:
             time.sleep(_WAIT_S)
 
 
-def fan_out(command: Sequence[str], processes: int, out: Path) -> int:
+def fan_out(command: Sequence[str], processes: int, jobs: Sequence[Job], out: Path) -> int:
     """The same command in so many processes, each on its share of the cores; the worst exit status.
 
-    Their output goes to worker-<i>.log, this process tells how far they are.
+    Their output goes to worker-<i>.log, this process tells how far they are with the jobs.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -130,15 +131,19 @@ def fan_out(command: Sequence[str], processes: int, out: Path) -> int:
             children.append(
                 subprocess.Popen([sys.executable, *command], env=environment, stdout=log, stderr=log)
             )
+        bar = stack.enter_context(tqdm(total=len(jobs), unit="job", disable=None))
         try:
-            statuses = [child.wait() for child in children]
+            while any(child.poll() is None for child in children):
+                bar.update(sum(finished(job, out) for job in jobs) - bar.n)
+                time.sleep(_WAIT_S)
+            bar.update(sum(finished(job, out) for job in jobs) - bar.n)
         except BaseException:
             for child in children:
                 child.terminate()
             for child in children:
                 child.wait()
             raise
-    return max(abs(status) for status in statuses)
+    return max(abs(child.returncode) for child in children)
 
 
 def times(jobs: Sequence[Job], out: Path) -> dict[str, dict[str, float]]:
