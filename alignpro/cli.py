@@ -143,6 +143,35 @@ class Hunt:
 
 
 @dataclass(frozen=True)
+class Explore:
+    """A local page on which beta and lambda move and the theory follows: optima, gap, bounds, frontier.
+
+    Of a random instance, or of a saved one; and a reader of rollouts. Serves on 127.0.0.1 only, until Ctrl-C.
+    """
+
+    file: str | None = None
+    """An instance: an .npz file with the arrays p, prior, frozen, own, reward, such as the demo writes."""
+    family: str | None = None
+    """A family of random instances; the page can change it. Default: lm_like."""
+    shape: tuple[int, int, int] = (4, 8, 16)
+    """Prompts, rewrites and responses of the random instance; the page can change them."""
+    seed: int = 0
+    """Determines it."""
+    rollouts: str | None = None
+    """Rollouts to read, as alignpro rollout writes them."""
+    port: int | None = None
+    """Where to listen, 1024 to 65535. Default: a free port."""
+    no_browser: bool = False
+    """Only print the address."""
+
+    def run(self) -> int:
+        from alignpro import explore
+
+        app = explore.App(self.file, self.family, self.shape, self.seed, self.rollouts)
+        return explore.main(app, self.port, not self.no_browser)
+
+
+@dataclass(frozen=True)
 class Demo:
     """Theory meets PPO on a real language model: the main job.
 
@@ -645,6 +674,7 @@ VERBS: dict[str, type[Verb]] = {
     "verify": Verify,
     "hunt": Hunt,
     "solve": Solve,
+    "explore": Explore,
     "doctor": Doctor,
 }
 
