@@ -122,15 +122,18 @@ def fan_out(command: Sequence[str], processes: int, jobs: Sequence[Job], out: Pa
 
     Their output goes to worker-<i>.log, this process tells how far they are with the jobs.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    linux = hasattr(os, "sched_setaffinity")
+    cores = sorted(os.sched_getaffinity(0)) if linux else list(range(os.cpu_count() or 1))
+    threads = max(1, len(cores) // processes)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     children = []
     with contextlib.ExitStack() as stack:
         for i in range(processes):
             log = stack.enter_context(open(out / f"worker-{i}.log", "ab"))
-            children.append(
-                subprocess.Popen([sys.executable, *command], env=environment, stdout=log, stderr=log)
-            )
+            child = subprocess.Popen([sys.executable, *command], env=environment, stdout=log, stderr=log)
+            if linux and processes <= len(cores):  # each keeps its own: two that meet on one core crawl
+                os.sched_setaffinity(child.pid, cores[i * threads : (i + 1) * threads])
+            children.append(child)
         bar = stack.enter_context(tqdm(total=len(jobs), unit="job", disable=None))
         try:
             while any(child.poll() is None for child in children):
