@@ -17,7 +17,9 @@ from typing import Annotated, Any, Protocol, Union
 import tyro
 
 import alignpro
+from alignpro import pages
 from alignpro.errors import AlignProError
+from alignpro.files import read_json
 from alignpro.llm.judge import JudgeSettings
 from alignpro.llm.settings import (
     PRESETS,
@@ -60,7 +62,7 @@ class Verify:
     """Prove, in ball arithmetic, the verdicts on this many most doubtful instances of each statement and
     family, and on what floating point calls violated. --certify alone: 8."""
     out: str | None = None
-    """Folder for verify.json and the instances that refute a statement."""
+    """Folder for verify.json, report.html and the instances that refute a statement."""
 
     def run(self) -> int:
         from alignpro import verify
@@ -92,12 +94,16 @@ class Solve:
     if that is negative."""
     json: bool = False
     """One JSON object per file and line, instead of a table."""
+    report: str | None = None
+    """File for a page of the results, .html."""
 
     def run(self) -> int:
         from tqdm import tqdm
 
         from alignpro import solve
 
+        if self.report is not None:
+            pages.check_file(self.report)
         with tqdm(total=len(self.files), unit="file", disable=len(self.files) < 100, leave=False) as bar:
             results = solve.solve_files(
                 self.files, self.beta, self.lam, self.bounds, self.r_max, progress=bar.update
@@ -107,6 +113,8 @@ class Solve:
                 print(json.dumps(result, ensure_ascii=False, allow_nan=False))
         else:
             print(solve.table(results))
+        if self.report is not None:
+            pages.keep(pages.report_of_solve(results), self.report)
         return 0
 
 
@@ -133,7 +141,7 @@ class Hunt:
     seconds: float | None = None
     """Time for each statement, compilation aside. Default: no limit."""
     out: str | None = None
-    """Folder for hunt.json and the instances found (.npz)."""
+    """Folder for hunt.json, report.html and the instances found (.npz)."""
 
     def run(self) -> int:
         from alignpro import hunt
@@ -252,7 +260,8 @@ class Train:
     """
 
     out: str
-    """Folder for checkpoints, metrics.jsonl, the answers paid for, and prompter/, the trained one."""
+    """Folder for checkpoints, metrics.jsonl, report.html, the answers paid for, and prompter/, the trained
+    one."""
     settings: tyro.conf.OmitArgPrefixes[TrainSettings] = field(default_factory=TrainSettings)
     config: str | None = None
     """YAML file with any of these options; those on the command line win."""
@@ -344,7 +353,7 @@ class Resample:
     """
 
     out: str
-    """Folder for proposals.jsonl, the answers paid for, and rewrites.jsonl."""
+    """Folder for proposals.jsonl, report.html, the answers paid for, and rewrites.jsonl."""
     config: str | None = None
     """YAML file with any of these options; those on the command line win."""
     environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(default_factory=EnvironmentSettings)
@@ -401,7 +410,7 @@ class Rollout:
     """
 
     out: str
-    """Folder for rollouts.jsonl and the answers paid for."""
+    """Folder for rollouts.jsonl, report.html and the answers paid for."""
     config: str | None = None
     """YAML file with any of these options; those on the command line win."""
     settings: tyro.conf.OmitArgPrefixes[RolloutSettings] = field(default_factory=RolloutSettings)
@@ -520,7 +529,7 @@ class Estimate:
     json: bool = False
     """One JSON object, instead of tables."""
     out: str | None = None
-    """Folder for estimate.json."""
+    """Folder for estimate.json and report.html."""
 
     def run(self) -> int:
         from alignpro import estimation
@@ -531,7 +540,10 @@ class Estimate:
         report = estimation.estimate(
             rollouts, self.beta, self.lam, self.level, r_max=self.r_max, interval=interval
         )
-        _tell("estimate", report.json(), tables.of_estimate(report), self.json, self.out)
+        values = report.json()
+        _tell("estimate", values, tables.of_estimate(report), self.json, self.out)
+        if self.out is not None:
+            pages.keep(pages.report_of_estimate(values), self.out)
         return int(any(bound.verdict == "violated" for bound in report.bounds))
 
 
@@ -552,14 +564,17 @@ class Headroom:
     json: bool = False
     """One JSON object, instead of tables."""
     out: str | None = None
-    """Folder for headroom.json."""
+    """Folder for headroom.json and report.html."""
 
     def run(self) -> int:
         from alignpro import estimation
         from alignpro.estimation import tables
 
         report = estimation.headroom(_rollouts(self.file, self.out), self.lam, self.level)
-        _tell("headroom", report.json(), tables.of_headroom(report), self.json, self.out)
+        values = report.json()
+        _tell("headroom", values, tables.of_headroom(report), self.json, self.out)
+        if self.out is not None:
+            pages.keep(pages.report_of_headroom(values), self.out)
         return 0
 
 
@@ -576,14 +591,17 @@ class Compare:
     json: bool = False
     """One JSON object, instead of a table."""
     out: str | None = None
-    """Folder for compare.json."""
+    """Folder for compare.json and report.html."""
 
     def run(self) -> int:
         from alignpro import estimation
         from alignpro.estimation import tables
 
         report = estimation.compare(_rollouts(self.file, self.out), self.arms, self.level)
-        _tell("compare", report.json(), tables.of_comparison(report), self.json, self.out)
+        values = report.json()
+        _tell("compare", values, tables.of_comparison(report), self.json, self.out)
+        if self.out is not None:
+            pages.keep(pages.report_of_compare(values), self.out)
         return 0
 
 
@@ -600,7 +618,7 @@ class Judge:
     arms: tuple[str, str]
     """The arm of interest (A in the paper's Table 1), then what it is compared with (B)."""
     out: str
-    """Folder for judgements.jsonl, winrate.json and the replies paid for."""
+    """Folder for judgements.jsonl, winrate.json, report.html and the replies paid for."""
     settings: tyro.conf.OmitArgPrefixes[JudgeSettings]
     config: str | None = None
     """YAML file with any of these options; those on the command line win."""
@@ -619,7 +637,11 @@ class Judge:
             rows = judge.run_judge(self.file, self.arms, self.settings, self.out)
         found = winrate.win_rates(winrate.collect(rows), self.level)
         text = "\n".join([winrate.table(found), *(f"  {line}" for line in judge.failed_replies(rows))])
-        _tell("winrate", found.json(), text, self.json, self.out)
+        values = found.json()
+        _tell("winrate", values, text, self.json, self.out)
+        pages.keep(
+            pages.report_of_judge(values, read_json(os.path.join(self.out, judge.SETTINGS_FILE))), self.out
+        )
         return 0
 
 
@@ -796,6 +818,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    typed = pages.TYPED.set(tuple(arguments))
     try:
         if list(arguments) in (["--version"], ["-V"]):
             print(f"alignpro {alignpro.__version__}")
@@ -821,6 +844,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
+    finally:
+        pages.TYPED.reset(typed)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 import alignpro
+from alignpro import pages
 from alignpro.errors import AlignProError
 from alignpro.files import writable_folder, write_json
 from alignpro.theory.bounds import STATEMENTS, WRONG_BOUNDS
@@ -279,6 +280,7 @@ def save(results: Sequence[Hunt], folder: Path, budget: Budget) -> None:
         },
     }
     write_json(folder / "hunt.json", content)
+    pages.keep(pages.report_of_hunt(content), folder)
 
 
 def main(bounds: Sequence[str], budget: Budget, out: str | None) -> int:

@@ -1,4 +1,4 @@
-"""Figures and a self-contained HTML page from a run's content.
+"""Figures and self-contained HTML pages: the demo's, and any other verb's from an `alignpro.pages.Page`.
 
 `render` writes `report.html`, `bound.png`, `curves.png`, `policies.png`, `rewards.png` and `examples.csv`.
 The content is plain JSON, as the demo's `report.json` holds it. Prompts, rewrites and responses in it were
@@ -15,10 +15,11 @@ from functools import cache
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from alignpro.errors import AlignProError
 from alignpro.files import atomic_write, writable_folder, write_text
+from alignpro.pages import Curves, Dots, Page, Table, number, unplaced
 
 try:
     import jinja2
@@ -599,14 +600,16 @@ def _percent(value: Any, digits: int = 1) -> str:
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested JSON as (dotted name, text) rows."""
+    """Nested JSON as (dotted name, text) rows, without the folders of absolute paths."""
     if isinstance(value, Mapping):
         return [row for k, v in value.items() for row in _flat(v, f"{prefix}.{k}" if prefix else str(k))]
     if isinstance(value, list | tuple):
         if not any(isinstance(v, Mapping | list | tuple) for v in value):
-            return [(prefix, ", ".join(map(str, value)))]
+            return [(prefix, unplaced(", ".join(map(str, value))))]
         return [row for i, v in enumerate(value) for row in _flat(v, f"{prefix}.{i + 1}")]
-    return [(prefix, f"{value:.6g}" if isinstance(value, float) else str(value))]
+    if value is None:
+        return [(prefix, "–")]
+    return [(prefix, f"{value:.6g}" if isinstance(value, float) else unplaced(str(value)))]
 
 
 def _range(sizes: Sequence[int] | int) -> str:
@@ -632,27 +635,41 @@ def _finalize(value: Any) -> Any:
     return visible(value) if type(value) is str else value
 
 
-def _html(content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], plots: Mapping[str, Plot]) -> str:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(
+            lambda file: files("alignpro").joinpath("templates", file).read_text(encoding="utf-8")
+        ),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=_finalize,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"num": _number, "pct": _percent, "flat": _flat, "range": _range}
-    source = files("alignpro").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    environment.filters |= {
+        "num": _number,
+        "pct": _percent,
+        "flat": _flat,
+        "range": _range,
+        "unplaced": unplaced,
+    }
+    return environment.get_template(name)
+
+
+def _source(plot: Plot) -> str:
+    return "data:image/png;base64," + base64.b64encode(plot.png).decode()
+
+
+def _html(content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], plots: Mapping[str, Plot]) -> str:
+    return _template("report.html.j2").render(
+        verb="demo",
         c=content,
         rows=rows,
         theorem=next(r for r in rows if r["label"] == BOUND_NAMES["theorem1"] and r["who"] == "star"),
         verdict=_verdict,
         prompters=PROMPTERS,
         terms=("model", "prompt_shift", "shortfall", "prompter_kl"),
-        plots={
-            name: {"src": "data:image/png;base64," + base64.b64encode(plot.png).decode(), "alt": plot.alt}
-            for name, plot in plots.items()
-        },
+        plots={name: {"src": _source(plot), "alt": plot.alt} for name, plot in plots.items()},
         prompts=[
             {"data": p, "best": _best_rewrites(p), "answers": [a[:1] for _, a in _answers(p)]}
             for p in content["prompts"]
@@ -660,3 +677,214 @@ def _html(content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], plots: 
         drawn_prompts=min(len(content["prompts"]), MOST_PROMPTS),
         fold=FOLD,
     )
+
+
+# --- the page of any other verb -----------------------------------------------------------------------------
+
+# A colour and a marker each: told apart with every common colour blindness, and in print.
+_GROUPS = (
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#E69F00", "v"),
+    ("#56B4E9", "P"),
+)
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
+_MARKED = {"holds": "holds", "reproduced": "holds", "violated": "violated", "REFUTED": "violated"}
+MOST_DOTS = 80
+_SHORT = ("words", "n")
+_KINDS = {"w": "words", "n": "n", "t": "texts"}
+
+
+def page(content: Page, made: Mapping[str, Any]) -> str:
+    """A verb's page as self-contained HTML.
+
+    Absolute paths and keys in addresses are cut from all its texts but those in cells of kind t, which stay
+    as others wrote them.
+
+    Args:
+        content: what it says.
+        made: `alignpro.pages.facts()`.
+    """
+    with style.context(["default", _STYLE]):  # whatever the user's matplotlibrc says
+        sections = [
+            {
+                "heading": unplaced(s.heading),
+                "sentence": unplaced(s.sentence),
+                **_figure_of(s.figure),
+                **_cells(s.table),
+            }
+            for s in content.sections
+        ]
+    keys = [{name: unplaced(text) for name, text in key._asdict().items()} for key in content.keys]
+    return _template("page.html.j2").render(
+        verb=content.verb,
+        title=unplaced(content.title),
+        lead=unplaced(content.lead),
+        key_numbers=keys,
+        sections=sections,
+        settings=content.settings,
+        made=made,
+        marked=_MARKED,
+    )
+
+
+def _cells(table: Table | None) -> dict[str, Any]:
+    if table is None:
+        return {"head": None, "rows": None}
+    head = table.head.split("|") if isinstance(table.head, str) else table.head
+    rows = [
+        [cell if kind == "t" else unplaced(cell) for kind, cell in zip(table.kinds, row, strict=True)]
+        for row in table.rows
+    ]
+    kinds = [_KINDS[kind] for kind in table.kinds]
+    for i, kind in enumerate(kinds):
+        if kind == "words" and any(len(row[i]) > 26 for row in rows):
+            kinds[i] = "long" if all(len(row[i]) < 100 for row in rows) else "longest"
+    # Of the characters that a sheet of paper has room for.
+    dense = (
+        sum(max((len(row[i]) + 3 for row in rows), default=0) for i, k in enumerate(kinds) if k in _SHORT)
+        > 90
+    )
+    return {
+        "head": [unplaced(name.strip()) for name in head],
+        "rows": rows,
+        "kinds": kinds,
+        "dense": dense,
+    }
+
+
+def _figure_of(chart: Dots | Curves | None) -> dict[str, Any]:
+    if chart is None:
+        return {"plot": None, "lacks": False}
+    plot = _dots(chart) if isinstance(chart, Dots) else _panels(chart)
+    if plot is None:
+        return {"plot": None, "lacks": True}
+    more = len(chart.dots) - MOST_DOTS if isinstance(chart, Dots) else 0
+    said = f"{more} more are in the table." if more > 0 else ""
+    tall = isinstance(chart, Dots) and len(chart.dots) > 45  # in print it may go over several sheets
+    return {"plot": {"src": _source(plot), "alt": plot.alt, "tall": tall, "more": said}, "lacks": False}
+
+
+def _finite(value: float | None) -> TypeGuard[float]:
+    return value is not None and abs(value) < 1e300  # False for NaN
+
+
+def _dots(chart: Dots) -> Plot | None:
+    """Dots and their intervals, one line each; lines of one label stand together."""
+    dots = [(dot, dot.value) for dot in chart.dots if _finite(dot.value)][:MOST_DOTS]
+    if not dots:
+        return None
+    groups = list(dict.fromkeys(dot.group for dot, _ in dots))
+    labels: dict[str, list[float]] = {}
+    figure = _figure(
+        1.15 + 0.22 * len(dots) + 0.1 * len({d.label for d, _ in dots}) + 0.25 * (len(groups) > 1)
+    )
+    axes = figure.add_subplot()
+    every = [v for d, _ in dots for v in d[1:4]] + [x for x, _ in chart.marks]
+    left, right = _scale(axes, [v for v in every if v is None or chart.least is None or v >= chart.least])
+    y = 0.0
+    for dot, value in dots:
+        y += 0.22 if dot.label in labels else 0.32
+        labels.setdefault(dot.label, []).append(y)
+        colour, marker = _GROUPS[groups.index(dot.group) % len(_GROUPS)]
+        end = value
+        if dot.lo is not None and dot.hi is not None:
+            end = max(value, dot.hi)
+            limits = [max(dot.lo, left), min(dot.hi, right)]  # an interval without an end leaves the axes
+            axes.plot(limits, [y, y], color=colour, lw=2, solid_capstyle="butt", alpha=0.6)
+        axes.plot(value, y, marker, ms=6, color=colour, label=dot.group)
+        place: dict[str, Any] = {
+            "xytext": (6, 0),
+            "textcoords": "offset points",
+            "va": "center",
+            "fontsize": 9,
+            "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        }
+        axes.annotate(number(value, ".3g"), (min(end, right), y), annotation_clip=False, **place)
+    for x, words in chart.marks:
+        axes.axvline(x, color=_INK, lw=1, ls=(0, (4, 3)), zorder=0)
+        nearer = x > left + 0.6 * (right - left) and axes.get_xscale() == "linear"
+        axes.annotate(
+            _label(words),
+            (x, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(-3 if nearer else 3, 2),
+            textcoords="offset points",
+            ha="right" if nearer else "left",
+            fontsize=9,
+        )
+    ticks = [sum(places) / len(places) for places in labels.values()]
+    axes.set_yticks(ticks, [_drawable(shorten(unplaced(label), 38)) for label in labels])
+    for tick in axes.get_yticklabels():
+        tick.set_parse_math(False)  # a dollar sign in a name is a dollar sign
+    for places in labels.values():
+        axes.axhline(places[-1] + 0.16, color="#e5e5e5", lw=0.6, zorder=0)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(y + 0.2, 0.12)
+    axes.set_xlabel(_plain(chart.axis), parse_math=False)
+    axes.set_title(_plain(chart.title), pad=18 if chart.marks else 6, parse_math=False)
+    if len(groups) > 1:
+        entries = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+        figure.legend(entries.values(), map(_plain, entries), loc="outside lower center", ncols=3)
+    said = [f"{d.label}{f', {d.group}' if d.group else ''}: {_value(d.value, d.lo, d.hi)}" for d, _ in dots]
+    said += [f"{words} at {number(x)}" for x, words in chart.marks]
+    return Plot("", _png(figure), unplaced(f"{chart.title}, {chart.axis}. {'; '.join(said)}."))
+
+
+def _scale(axes: Axes, values: Sequence[float | None]) -> tuple[float, float]:
+    """Limits with room for all that is finite; symmetric log where one number would crush the others."""
+    ends = [float(v) for v in values if _finite(v)]
+    low, high, sizes = min(ends), max(ends), sorted(abs(v) for v in ends if v)
+    middle = sizes[len(sizes) // 2] if sizes else 1.0
+    if sizes and sizes[-1] > 300 * middle:
+        axes.set_xscale("symlog", linthresh=2 * middle)
+        axes.set_xlim((5 * low if low < 0 else low) - 0.1 * middle, 5 * max(high, middle))
+    else:
+        room = (high - low) or abs(high) or 1.0
+        axes.set_xlim(low - 0.04 * room, high + 0.16 * room)
+    return axes.get_xlim()
+
+
+def _plain(text: str) -> str:
+    return _drawable(shorten(unplaced(text), 90))
+
+
+def _value(value: float | None, lo: float | None, hi: float | None) -> str:
+    return number(value) + ("" if lo is None or hi is None else f" [{number(lo)}, {number(hi)}]")
+
+
+def _panels(chart: Curves) -> Plot | None:
+    """Curves over steps, one panel below the other."""
+    if not chart.panels:
+        return None
+    figure = _figure(0.7 + 1.55 * len(chart.panels))
+    every = figure.subplots(len(chart.panels), 1, sharex=True, squeeze=False)[:, 0]
+    said = []
+    for axes, (name, curves) in zip(every, chart.panels, strict=True):
+        for i, curve in enumerate(curves):
+            colour, marker = _GROUPS[i % len(_GROUPS)]
+            values = [float(v) if _finite(v) else float("nan") for v in curve.values]
+            look: dict[str, Any] = {"color": colour, "ls": _DASHES[i % len(_DASHES)], "lw": 1.6}
+            look |= {"marker": marker, "ms": 4.5} if len(values) <= 40 else {}
+            axes.plot(chart.steps, values, label=_plain(curve.name), **look)
+            if any(map(_finite, curve.errors)):
+                band = [e if _finite(e) else 0.0 for e in curve.errors]
+                low, high = ([v + s * e for v, e in zip(values, band, strict=True)] for s in (-1, 1))
+                axes.fill_between(chart.steps, low, high, color=colour, alpha=0.18, lw=0)
+            known = [v for v in values if _finite(v)]
+            ends = f"{number(known[0])} → {number(known[-1])}" if known else "–"
+            between = f", between {number(min(known))} and {number(max(known))}" if known else ""
+            said.append(f"{name}, {curve.name}: {ends}{between}")
+            if i == 0:
+                axes.set_title(_plain(f"{name}: {ends}"), parse_math=False)
+        if len(curves) > 1:
+            axes.legend(loc="best", ncols=2)
+        axes.grid(axis="y", color="#e5e5e5", lw=0.6)
+    every[-1].set_xlabel(chart.axis)
+    every[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    alt = (
+        f"Curves over {number(chart.steps[0])} to {number(chart.steps[-1])} {chart.axis}. {'; '.join(said)}."
+    )
+    return Plot("", _png(figure), unplaced(alt))

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 import alignpro
+from alignpro import pages
 from alignpro.errors import AlignProError
 from alignpro.files import writable_folder, write_json
 from alignpro.theory.bounds import (
@@ -310,7 +311,9 @@ def verify(
     shares = np.full(len(families), instances // len(families))
     shares[: instances % len(families)] += 1
     chunk = min(_CHUNK, -(-int(shares[0]) // len(_SHAPES)))  # even a short run meets every shape
-    for shape in _SHAPES:
+    # A bar of its own: compiling is most of a short run, and what starts should say so.
+    bar = tqdm(_SHAPES, "compiling", unit="shape", disable=quiet, file=sys.stderr, leave=False)
+    for shape in bar:
         rng = np.random.default_rng(seed)
         batch = FAMILIES[families[0]](rng, chunk, shape)
         ones = np.ones(chunk)
@@ -595,4 +598,5 @@ def main(
     if folder is not None:
         save(result, folder)
         print(f"wrote {folder / 'verify.json'}")
+        pages.keep(pages.report_of_verify(_finite(result.json())), folder)
     return 1 if result.findings else 0

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from paper_grid import cost, plan, work
 
+from alignpro import pages
 from alignpro.errors import AlignProError
 from alignpro.files import writable_folder, write_json
 from alignpro.llm import packages
@@ -95,11 +96,13 @@ def _summarise(preset, jobs, out, publish) -> None:
     results = summary.summarise(preset, out)
     write_json(out / "results.json", results)
     write_json(out / "times.json", work.times(jobs, out))
-    pages = figures.write(results, out)
+    written = figures.write(results, out)
+    if page := pages.keep(pages.report_of_grid(results), out / "results.html"):
+        written.append(page)
     print(summary.table(results))
-    print(f"wrote {out / 'results.json'}, {', '.join(path.name for path in pages)}")
+    print(f"wrote {out / 'results.json'}, {', '.join(path.name for path in written)}")
     if publish is not None:
-        for path in (out / "results.json", out / "times.json", *pages):
+        for path in (out / "results.json", out / "times.json", *written):
             target = writable_folder(publish, "--publish") / path.name
             target.write_bytes(path.read_bytes())
 

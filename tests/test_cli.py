@@ -58,7 +58,8 @@ def test_verify_holds_and_refutes(tmp_path, capsys):
     assert json.loads((tmp_path / "new" / "run" / "verify.json").read_text())["violations"] == 0
     assert cli.main(["verify", *few, "--bound", "signed_max_abs", "--out", str(tmp_path)]) == 1
     assert "signed_max_abs: REFUTED" in capsys.readouterr().out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "refuted-signed_max_abs.npz", "verify.json"]
+    names = ["new", "refuted-signed_max_abs.npz", "report.html", "verify.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 BAD = {

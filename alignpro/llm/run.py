@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from alignpro import pages
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.llm import data, datasets, models, packages, rewards
@@ -202,10 +203,12 @@ def run_train(
         packages.note(target.ledger.line())
     if isinstance(judge, CachedReward):
         packages.note(judge.line())
-    last = trained.metrics[-1]
-    first = trained.metrics[0]
+    if not trained.metrics:  # of several processes the first one tells
+        return
+    first, last = trained.metrics[0], trained.metrics[-1]
     print(f"mean reward of a round: {first['score']:.4f} at first, {last['score']:.4f} at last")
     print(f"wrote {folder / 'prompter'}")
+    pages.keep(pages.report_of_train(trained.metrics, read_json(folder / "settings.json")), folder)
 
 
 def run_rewrite(
@@ -343,6 +346,10 @@ def run_rollout(
         rewards_ = found.reward[found.rows(name)]
         print(f"{name}: mean reward {rewards_.mean():.4f} of {len(rewards_)} rollouts")
     print(f"wrote {path}")
+    with path.open(encoding="utf-8") as lines:
+        pages.keep(
+            pages.report_of_rollout(found, map(json.loads, lines), record | {"seed": settings.seed}), folder
+        )
 
 
 def _prompter_folder(name: str) -> Path:
@@ -525,6 +532,7 @@ def run_resample(
             resample.save_proposals(path, list(found.values()))
         packages.note(target.ledger.line())
     print(resample.table([found[x] for x in xs], lam))
+    pages.keep(pages.report_of_resample([found[x] for x in xs], lam, record), folder)
     if draws:
         rows = [
             {"x": x, "lam": value, "draw": i, "rewrite": rewrite}
