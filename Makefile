@@ -4,7 +4,7 @@ BIN    := .venv/bin
 OUT    ?= runs/demo
 ARGS   ?=
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types docs clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"alignpro needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12 ...")'
@@ -23,9 +23,14 @@ test: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell README.md CHANGELOG.md docs experiments alignpro
 
 types: .venv/.installed
 	$(BIN)/mypy
 
+docs: .venv/.installed
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/docs
+	@echo "wrote build/docs/index.html"
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv build runs

