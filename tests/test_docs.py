@@ -28,7 +28,8 @@ DOCS = ROOT / "docs"
 DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "experiments").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHELL = re.compile(r"^ *```bash\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
-PAGES = [page for page in DOCUMENTS if BLOCK.search(page.read_text())]
+# Those of experiments/ are records of long runs.
+PAGES = [p for p in DOCUMENTS if p.parent.name != "experiments" and BLOCK.search(p.read_text())]
 
 
 def named(page: Path) -> str:

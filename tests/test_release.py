@@ -85,7 +85,13 @@ def test_the_wheel_works_where_it_is_installed(archives, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "verb", [["verify", "--instances", "100"], ["--version"], ["doctor", "--help"], ["train", "--help"]]
+    "verb",
+    [
+        ["verify", "--bound", "theorem1", "--instances", "100"],
+        ["--version"],
+        ["doctor", "--help"],
+        ["train", "--help"],
+    ],
 )
 def test_no_torch_before_it_is_needed(verb):
     code = "import sys; from alignpro.cli import main; status = main(sys.argv[1:])\n"
