@@ -226,11 +226,11 @@ def number(value: float | None, form: str = ".4g") -> str:
     return text.replace("-", "−")
 
 
-def interval(e: Json | None) -> str:
+def interval(e: Json | None, form: str = ".4g") -> str:
     """value [lo, hi], or what there is of it."""
     if e is None or e["lo"] is None:
-        return number(None if e is None else e["value"])
-    return f"{number(e['value'])} [{number(e['lo'])}, {number(e['hi'])}]"
+        return number(None if e is None else e["value"], form)
+    return f"{number(e['value'], form)} [{number(e['lo'], form)}, {number(e['hi'], form)}]"
 
 
 def _limits(e: Json | None) -> str:
@@ -927,18 +927,23 @@ def report_of_grid(results: Json) -> Page:
 def _add_combinations(page: Page, results: Json, level: str) -> None:
     every = {f"{e['prompter']} → {e['frozen']}, {e['dataset']}": e for e in results["combinations"]}
     rows: list[Sequence[str]] = [
-        (claim["claim"], name, "; ".join(map(interval, cell["positive"])) or "–", cell["verdict"])
+        (
+            claim["claim"],
+            name,
+            "; ".join(interval(part, ".3f") for part in cell["positive"]) or "–",
+            cell["verdict"],
+        )
         for claim in results["claims"]
         for name, cell in zip(every, claim["cells"], strict=True)
     ]
     page.add(
         "By combination",
         f"What each claim says is positive, with {level} over held-out prompts.",
-        Table("claim | combination | what should be positive | verdict", rows, "wwnw"),
+        Table("claim | combination | what should be positive | verdict", rows, "wwww"),
     )
     for key, heading in (("mean", "Figure 2: mean reward"), ("variance", "Figure 3: variance of the reward")):
         arms = [arm for arm in _ARMS if any(arm in e[key] for e in every.values())]
-        rows = [(name, *(interval(e[key].get(arm)) for arm in arms)) for name, e in every.items()]
+        rows = [(name, *(interval(e[key].get(arm), ".3f") for arm in arms)) for name, e in every.items()]
         dots = [_dot(name, e[key].get(arm), _ARMS[arm]) for name, e in every.items() for arm in arms]
         axis = heading.split(": ")[1]
         page.add(
