@@ -26,8 +26,6 @@ CONFIGURATIONS = {
     "rlhf": "the frozen model itself is trained by PPO: the oracle",
 }
 """The paper's three."""
-ARMS = {"no-fine-tuning": "none", "align-pro": "trained", "rlhf": "rlhf"}
-"""Under which name each is rolled out."""
 CONFIG = "config.yaml"
 HELD_OUT = "held_out.jsonl"
 TRAINING = "training.jsonl"

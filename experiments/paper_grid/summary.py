@@ -29,6 +29,7 @@ from alignpro.llm.rollout import FILE as ROLLOUTS
 from alignpro.llm.train import METRICS_FILE
 from paper_grid import plan
 from paper_grid.plan import Preset
+from paper_grid.work import FINISHED
 
 LEVEL = 0.95
 PAPER_TABLE_1 = {
@@ -50,7 +51,7 @@ def summarise(preset: Preset, out: Path) -> dict[str, Any]:
         for prompter in preset.prompters:
             for dataset in preset.datasets:
                 here = out / plan.combination(prompter, frozen, dataset)
-                if not (here / "rollout" / "finished.json").is_file():
+                if not (here / "rollout" / FINISHED).is_file():
                     missing.append(f"{prompter}, {frozen}, {dataset}: not rolled out yet")
                     continue
                 names = {"prompter": prompter, "frozen": frozen, "dataset": dataset}
@@ -109,7 +110,7 @@ def _combination(preset: Preset, here: Path, data: Path, missing: list[str]) -> 
         "mean": {arm: _shown(every.mean[arm]) for arm in arms},
         "variance": {arm: _shown(every.variance[arm]) for arm in arms},
         "contrasts": _contrasts(table, LEVEL),
-        "corrected": _contrasts(table, 1 - (1 - LEVEL) / _count(preset)),
+        "corrected": _contrasts(table, _corrected(preset)),
         "baselines": {arm: _minus(others[arm].mean) for arm in baselines},
         "wins_by_reward": _shown(compare(table, ["none", "trained"], LEVEL).against["trained"].win_rate),
         "theorem1": [
@@ -131,12 +132,12 @@ def _combination(preset: Preset, here: Path, data: Path, missing: list[str]) -> 
         "win_rate": None,
         "examples": _examples(file),
     }
-    others_ = {name: None for name in (*preset.frozen, *preset.unseen)}
-    for name in others_:
-        moved = here / "transfer" / plan.slug(name) / ROLLOUTS
-        if moved.is_file():
-            of = compare(rollouts.read(moved), ["none", "sft", "trained"], LEVEL)
-            against_sft = compare(rollouts.read(moved), ["sft", "trained"], LEVEL).against["trained"].mean
+    for name in dict.fromkeys((*preset.frozen, *preset.unseen)):
+        path = here / "transfer" / plan.slug(name) / ROLLOUTS
+        if path.is_file():
+            moved = rollouts.read(path)
+            of = compare(moved, ["none", "sft", "trained"], LEVEL)
+            against_sft = compare(moved, ["sft", "trained"], LEVEL).against["trained"].mean
             shown["transfer"][name] = {
                 "mean": {arm: _shown(e) for arm, e in of.mean.items()},
                 "trained - none": _shown(of.against["trained"].mean),
@@ -144,7 +145,8 @@ def _combination(preset: Preset, here: Path, data: Path, missing: list[str]) -> 
             }
     judged = here / "judge" / JUDGEMENTS
     if judged.is_file():
-        rates = winrate.win_rates(winrate.read(judged), LEVEL)
+        verdicts = winrate.read(judged)
+        rates = winrate.win_rates(verdicts, LEVEL)
         shown["win_rate"] = {
             "judge": rates.judge,
             **{name: getattr(rates, name) for name in ("pairs", "wins", "ties", "losses", "failed", "kappa")},
@@ -154,7 +156,7 @@ def _combination(preset: Preset, here: Path, data: Path, missing: list[str]) -> 
                 for name in ("win_rate", "length_controlled", "agreement", "first_shown")
             },
         }
-        corrected = winrate.win_rates(winrate.read(judged), 1 - (1 - LEVEL) / _count(preset))
+        corrected = winrate.win_rates(verdicts, _corrected(preset))
         shown["contrasts"]["win_rate"] = [_above_half(rates.win_rate)]
         shown["corrected"]["win_rate"] = [_above_half(corrected.win_rate)]
     elif preset.judge is not None:
@@ -162,8 +164,9 @@ def _combination(preset: Preset, here: Path, data: Path, missing: list[str]) -> 
     return shown
 
 
-def _count(preset: Preset) -> int:
-    return len(preset.prompters) * len(preset.frozen) * len(preset.datasets)
+def _corrected(preset: Preset) -> float:
+    """Bonferroni's level, for all combinations at once."""
+    return 1 - (1 - LEVEL) / (len(preset.prompters) * len(preset.frozen) * len(preset.datasets))
 
 
 def _above_half(e: Estimate | None) -> Interval | None:
@@ -299,7 +302,7 @@ def _calls(preset: Preset, out: Path) -> dict[str, dict[str, int]]:
     """By kind of job: jobs done, answers of targets that their results rest on, and the tokens of those."""
     found: dict[str, dict[str, int]] = {}
     for job in plan.jobs(preset):
-        if job.verb == "prompts" or not (out / job.name / "finished.json").is_file():
+        if job.verb == "prompts" or not (out / job.name / FINISHED).is_file():
             continue
         last = [part.split("-")[0] for part in job.name.split("/")]
         kind = "transfer" if "transfer" in last else job.name.split("/")[-1].rstrip("0123456789").rstrip("-")
