@@ -32,7 +32,7 @@ from alignpro.theory import BOUNDS, FAMILIES, LOWER_BOUNDS, STATEMENTS, Instance
 from alignpro.theory.bounds import paper_r_max, report
 from alignpro.theory.families import draw
 from alignpro.theory.gibbs import check_temperature
-from alignpro.theory.instance import KEYS, unchecked
+from alignpro.theory.instance import bare
 
 AT_STAR = tuple(n for n in (*BOUNDS, *LOWER_BOUNDS) if n not in ("trained", "trained_tight", "kl_ceiling"))
 """What is shown. At ρ* `trained` is `span`, `trained_tight` is `barycentre`, and `kl_ceiling` an equality."""
@@ -44,7 +44,6 @@ _LABEL = 300  # characters of a name
 _DECADES = (-3, 2)  # of the sliders, about the rewards' scale
 
 # Compiled once for each shape; `solution` as in `check`, so that its numbers are the same to the last bit.
-_solution = jax.jit(solution)
 _ceiling = jax.jit(limits.prompting_ceiling)
 _frontier = jax.jit(limits.frontier)
 
@@ -54,8 +53,8 @@ class Explored:
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
-        self.arrays = unchecked(*(getattr(instance, key) for key in KEYS))  # names would compile anew
-        s = _solution(self.arrays, 1.0, 1.0)
+        self.arrays = bare(instance)
+        s = solution(self.arrays, 1.0, 1.0)
         self.span = float(s.average(s.span))
         # Of rewards: sliders and defaults are in units of it.
         self.scale = 10.0 ** min(max(round(math.log10(self.span)), -14), 15) if self.span > 0 else 1.0
@@ -63,7 +62,7 @@ class Explored:
     @functools.cached_property
     def about(self) -> dict[str, Any]:
         """Sizes, labels of the prompts, defaults and ranges of β and λ, the axis of J, the frontier."""
-        s = _solution(self.arrays, 1.0, 1.0)
+        s = solution(self.arrays, 1.0, 1.0)
         f = _frontier(self.arrays, self.scale * np.logspace(-4, 3, 141))
         prompts = range(self.instance.shape[0])
         ends = (s.original, s.reference, s.optimum - s.ceiling, s.original + s.own_rise)
@@ -83,7 +82,7 @@ class Explored:
 
     def solve(self, beta: float, lam: float, prompt: int = 0) -> dict[str, Any]:
         """Every number of the page: means over P, in reward units, KL in nats; policies of one prompt."""
-        s, ceiling = _solution(self.arrays, beta, lam), _ceiling(self.arrays, beta)
+        s, ceiling = solution(self.arrays, beta, lam), _ceiling(self.arrays, beta)
         own = self.instance.frozen[int(self.instance.own[prompt])]
         x, mean = prompt, s.average
         return {

@@ -13,7 +13,9 @@ author = "the alignpro authors"
 version = release = alignpro.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 root_doc = "docs/index"
-include_patterns = ["docs/**", "experiments/*.md", "README.md", "CHANGELOG.md"]
+include_patterns = [
+    *("docs/**", "experiments/*.md", "experiments/results/**/*.md", "README.md", "CHANGELOG.md"),
+]
 exclude_patterns = [".*", "build", "runs"]  # not to be searched
 smartquotes = False  # formulas are written as they are meant
 highlight_language = "text"

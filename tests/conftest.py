@@ -1,12 +1,23 @@
 """Shapes and types of the exact theory are checked at run time, in tests only."""
 
+import atexit
+import gc
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 # Several test processes share the cores: one thread each, or they crawl. Before anything reads it.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Compiling is most of what the theory's tests do, and workers, tests and the programs they start compile
+# much the same: what one has compiled, the others take from a folder that lasts as long as this run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="alignpro-compiled-")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
@@ -30,3 +41,11 @@ def _strict_shapes():
     jax.config.update("jax_numpy_rank_promotion", "raise")
     yield
     jax.config.update("jax_numpy_rank_promotion", "allow")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_heap():
+    """What stays for good is not searched for garbage again and again: training collects often, and that
+    takes half of a short run's time once torch, JAX and the modules tested before are there."""
+    gc.collect()
+    gc.freeze()

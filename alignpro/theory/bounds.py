@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -30,7 +29,7 @@ from alignpro.theory.elementwise import (
     tanh,
 )
 from alignpro.theory.gibbs import check_temperature
-from alignpro.theory.instance import KEYS, Instance, probabilities, unchecked
+from alignpro.theory.instance import Instance, probabilities
 from alignpro.theory.solution import Solution, solution
 
 Verdict = Literal["holds", "violated", "inconclusive", "inapplicable"]
@@ -686,9 +685,6 @@ def report(name: str, statement: Statement) -> BoundReport:
     )
 
 
-_jitted = jax.jit(solution)
-
-
 def check(
     instance: Instance,
     beta: float,
@@ -717,8 +713,7 @@ def check(
         raise AlignProError(f"bound {bound!r} is unknown; give one of {', '.join(STATEMENTS)}")
     if prompter is not None:
         prompter = probabilities("prompter", prompter, np.shape(instance.prior))
-    arrays = unchecked(*(getattr(instance, key) for key in KEYS))  # names would force a new compilation
-    s = _jitted(arrays, beta, lam, prompter)
+    s = solution(instance, beta, lam, prompter)
     if r_max is not None and bound == "theorem1":
         return report(bound, theorem1(s, r_max))
     return report(bound, STATEMENTS[bound](s))

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from alignpro.errors import AlignProError
 from alignpro.theory.divergences import Floats, log_quotient, scaled_kl
 from alignpro.theory.gibbs import Tilted, check_temperature, tilt
-from alignpro.theory.instance import KEYS, Instance, normalise, probabilities, unchecked
+from alignpro.theory.instance import Instance, bare, normalise, probabilities
 from alignpro.theory.robustness import reachable
 from alignpro.theory.solution import Solution, solution
 
@@ -160,10 +160,9 @@ def solve_chain(
         raise AlignProError(f"lams: {len(given)} given for {count} stages; give one for each, or one number")
     temperatures = jnp.asarray([check_temperature(f"lams[{i}]", lam) for i, lam in enumerate(given)])
     checked = None if policies is None else _policies(chain, policies)
-    instance = chain.composed
-    arrays = unchecked(*(getattr(instance, key) for key in KEYS))
+    arrays = bare(chain.composed)
     stages = tuple(jnp.asarray(stage) for stage in chain.stages)
-    return _solve(arrays, _single(arrays, beta, temperatures[-1]), stages, temperatures, checked)
+    return _solve(arrays, solution(arrays, beta, temperatures[-1]), stages, temperatures, checked)
 
 
 def _policies(chain: Chain, policies: Sequence[Any]) -> tuple[np.ndarray, ...]:
@@ -178,9 +177,6 @@ def _policies(chain: Chain, policies: Sequence[Any]) -> tuple[np.ndarray, ...]:
         shape = (prompts, 1 if i == 0 else stage.shape[0], stage.shape[1])
         checked.append(probabilities(f"policies[{i}]", array, shape))
     return tuple(checked)
-
-
-_single, _tilt = jax.jit(solution), jax.jit(tilt)
 
 
 @jax.jit
@@ -297,7 +293,7 @@ def one_stage_bracket(chain: Chain, lams: float | Sequence[float] | np.ndarray) 
     found = solve_chain(chain, 1.0, lams)
     given = np.atleast_1d(np.asarray(lams, float))
     low, high = (
-        _tilt(chain.composed.prior, found.single.rewrite_reward, np.full(len(chain.p), t)).free_energy
+        tilt(chain.composed.prior, found.single.rewrite_reward, np.full(len(chain.p), t)).free_energy
         for t in (given.max(), given.min())
     )
     return Bracket(low, found.value, high)
@@ -321,4 +317,4 @@ def joint_tilt(chain: Chain, lam: float) -> Float[Floats, "..."]:
     energy = np.broadcast_to(reward.reshape(len(paths), *(1,) * (paths.ndim - 2), -1), paths.shape).reshape(
         flat.shape
     )
-    return _tilt(normalise(flat), energy, np.full(len(paths), lam)).probs.reshape(paths.shape)
+    return tilt(normalise(flat), energy, np.full(len(paths), lam)).probs.reshape(paths.shape)

@@ -74,6 +74,7 @@ def exponent(x: Float[Floats, "..."]) -> Int[Array, "..."]:
     return jnp.where(x > 0, jnp.clip((bits >> f.nmant) + f.minexp, -most, most), 0)
 
 
+@jax.jit
 def tilt(
     base: Float[Floats, "... K"], energy: Float[Floats, "... K"], temperature: Float[Floats, "..."] | float
 ) -> Tilted:

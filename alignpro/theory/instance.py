@@ -106,6 +106,11 @@ def unchecked(p: Any, prior: Any, frozen: Any, own: Any, reward: Any) -> Instanc
     return _unflatten(None, (p, prior, frozen, own, reward))
 
 
+def bare(instance: Instance) -> Instance:
+    """The same arrays without names, which are static: other names would compile anew."""
+    return unchecked(*(getattr(instance, key) for key in KEYS))
+
+
 def load(path: str | os.PathLike[str]) -> Instance:
     """Read an instance that `Instance.save` (or `numpy.savez`) wrote.
 

@@ -23,7 +23,7 @@ from alignpro.errors import AlignProError
 from alignpro.theory.bounds import paper_r_max
 from alignpro.theory.divergences import TINY, Floats, kl, log1p, log_quotient, scaled_kl
 from alignpro.theory.gibbs import check_temperature, tilt
-from alignpro.theory.instance import KEYS, Instance, probabilities, unchecked
+from alignpro.theory.instance import Instance, bare, probabilities
 from alignpro.theory.pairwise import pairwise_tv
 from alignpro.theory.robustness import reachable
 from alignpro.theory.solution import EPS, Solution
@@ -55,6 +55,11 @@ class _Rewards(NamedTuple):
 
 
 def _rewards(instance: Instance) -> _Rewards:
+    return _compiled_rewards(bare(instance))
+
+
+@jax.jit
+def _compiled_rewards(instance: Instance) -> _Rewards:
     prior, frozen = jnp.asarray(instance.prior, float), jnp.asarray(instance.frozen, float)
     reward, own = jnp.asarray(instance.reward, float), frozen[jnp.asarray(instance.own)]
     reach = reachable(instance)
@@ -84,12 +89,14 @@ def _prompter(instance: Instance, prompter: Float[Floats, "X K"]) -> Array:
     return jnp.asarray(prompter, float)
 
 
+@jax.jit
 def _mean(p: Float[Floats, " X"], per_prompt: Float[Floats, "... X"]) -> Float[Array, "..."]:
     """E_{x~P}; a prompt of probability 0 does not count, whatever its value."""
     p = jnp.broadcast_to(jnp.asarray(p, float), jnp.shape(per_prompt))
     return jnp.sum(jnp.where(p > 0, p * jnp.where(p > 0, per_prompt, 0.0), 0.0), -1)
 
 
+@jax.jit
 def _variance(probs: Float[Floats, "... n"], values: Float[Floats, "... n"]) -> Float[Array, "..."]:
     """Var_p(values), measured from the most probable value: accurate next to a point mass."""
     probs, values = jnp.broadcast_arrays(probs, values)
@@ -111,6 +118,7 @@ class _Extremes(NamedTuple):
     span: Float[Array, "..."]
 
 
+@jax.jit
 def _extremes(base: Array, energy: Array, tie: Array) -> _Extremes:
     inside = base > 0
     maximum = jnp.max(jnp.where(inside, energy, -jnp.inf), -1)
@@ -484,7 +492,7 @@ def lam_for_kl(
     if not 0 < wanted < np.inf:
         raise AlignProError(f"kl {kl}: must be a positive finite number of nats; kl 0 is the limit λ → ∞")
     p = np.asarray(instance.p)
-    prior, rewrite, limit = (np.asarray(v) for v in _greedy(unchecked(*(getattr(instance, k) for k in KEYS))))
+    prior, rewrite, limit = (np.asarray(v) for v in _greedy(bare(instance)))
     most = limit[p > 0] if per_prompt else np.asarray(p @ limit)
     if not wanted < most.min():
         where = f" (prompt {int(np.flatnonzero(p > 0)[most.argmin()])})" if per_prompt else ""
@@ -513,7 +521,7 @@ def _support(instance: Instance) -> tuple[Array, Array, Array]:
     return r.prior, r.rewrite, -jnp.log(_extremes(r.prior, r.rewrite, r.tie).mass)
 
 
-# Compiled here because `lam_for_kl` and an uncompiled `best_of_n` call them from the host.
+# Compiled here because `lam_for_kl` calls them from the host.
 _greedy = jax.jit(_support)
 _solve_rows = jax.jit(_lam_at_kl)
 _solve_mean = jax.jit(_lam_at_kl)
@@ -606,10 +614,14 @@ def best_of_n(
     if not isinstance(n, jax.Array) and (isinstance(n, bool) or int(n) != n or n < 1):
         raise AlignProError(f"n {n}: must be an integer of at least 1; give the number of draws")
     base, energy = jnp.broadcast_arrays(jnp.asarray(base, float), jnp.asarray(energy, float))
+    return _best_of_n(base, energy, jnp.asarray(n, float), jnp.asarray(tie, float))
+
+
+@jax.jit
+def _best_of_n(base: Array, energy: Array, draws: Array, tie: Array) -> BestOfN:
     lead, size = base.shape[:-1], base.shape[-1]
     rows, values = base.reshape(-1, size), energy.reshape(-1, size)
-    ties = jnp.broadcast_to(jnp.asarray(tie, float), lead).reshape(-1)
-    draws = jnp.asarray(n, float)
+    ties = jnp.broadcast_to(tie, lead).reshape(-1)
     ratio = jax.vmap(lambda b, e, t: _best_ratio(b, e, t, draws))(rows, values, ties)
     probs = rows * jnp.exp(ratio)
     ones = jnp.ones_like(rows)
@@ -618,7 +630,7 @@ def best_of_n(
     d = jnp.where(rows > 0, values - top[:, None], 0.0)
     lift = jnp.maximum(jnp.sum(rows * jnp.expm1(ratio) * d, -1), 0.0)
     spends = (divergence > 0) & (jnp.min(d, -1) < 0)
-    lam = _solve_rows(rows, d, jnp.where(spends, divergence, 1.0))
+    lam = _lam_at_kl(rows, d, jnp.where(spends, divergence, 1.0))
     best = jnp.where(spends, tilt(rows, d, lam).lift, 0.0)
     shape = lead if lead else ()
     return BestOfN(
@@ -923,6 +935,7 @@ class Critical(NamedTuple):
     """… and from above."""
 
 
+@jax.jit
 def _critical(
     base: Array, energy: Array, target: Array, tie: Array, noise: Array, p: Array | None
 ) -> Critical:

@@ -19,7 +19,7 @@ from alignpro.theory.instance import Instance
 from alignpro.theory.robustness import reachable, worst_loss
 
 _STEPS = 500
-_tilt, _worst_loss = jax.jit(tilt), jax.jit(worst_loss)
+_worst_loss = jax.jit(worst_loss)
 
 
 class Fit(NamedTuple):
@@ -335,7 +335,7 @@ def propagate(instance: Instance, fit: Fit, beta: float, lam: float, level: floa
     r = fit.reward @ frozen.T
     cov = frozen @ fit.covariance @ frozen.T
     rho, pi = (
-        np.asarray(_tilt(base, energy, np.full(prompts, t)).probs)
+        np.asarray(tilt(base, energy, np.full(prompts, t)).probs)
         for base, energy, t in ((prior, r, lam), (frozen[np.asarray(instance.own)], fit.reward, beta))
     )
 

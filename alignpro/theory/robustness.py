@@ -21,7 +21,7 @@ from alignpro.errors import AlignProError
 from alignpro.theory.bounds import paper_r_max
 from alignpro.theory.divergences import Floats, log1p, log_quotient, psi, scaled_kl, tv
 from alignpro.theory.gibbs import Tilted, check_temperature, tilt
-from alignpro.theory.instance import KEYS, Instance, probabilities, unchecked
+from alignpro.theory.instance import KEYS, Instance, bare, probabilities, unchecked
 from alignpro.theory.solution import Solution, solution
 
 # Up to this span(δ)/t the tilt of p by δ is exact to rounding; beyond, what underflows in p counts.
@@ -293,11 +293,7 @@ def reward_noise(instance: Instance, estimate: Float[Floats, "X Y"], beta: float
         noisy = dataclasses.replace(instance, reward=estimate, names=None)
     except AlignProError as error:
         raise AlignProError(f"estimate: {error}") from error
-    return _reward_noise(_arrays(instance), jnp.asarray(noisy.reward), beta, lam)
-
-
-def _arrays(instance: Instance) -> Instance:
-    return unchecked(*(getattr(instance, key) for key in KEYS))
+    return _reward_noise(bare(instance), jnp.asarray(noisy.reward), beta, lam)
 
 
 def _replaced(instance: Instance, **fields: Any) -> Instance:
@@ -386,7 +382,7 @@ def frozen_noise(instance: Instance, estimate: Float[Floats, "K Y"], beta: float
     """
     beta, lam = check_temperature("beta", beta), check_temperature("lam", lam)
     checked = probabilities("estimate", estimate, np.shape(instance.frozen))
-    return _frozen_noise(_arrays(instance), jnp.asarray(checked), beta, lam)
+    return _frozen_noise(bare(instance), jnp.asarray(checked), beta, lam)
 
 
 @jax.jit
@@ -453,7 +449,7 @@ def misspecified_lam(instance: Instance, lam: float, used: float) -> Perturbatio
         AlignProError: λ or λ′ is not positive and finite.
     """
     lam, used = check_temperature("lam", lam), check_temperature("used", used)
-    return _misspecified(_arrays(instance), lam, used)
+    return _misspecified(bare(instance), lam, used)
 
 
 @jax.jit

@@ -158,9 +158,6 @@ def _by_sorting(own: np.ndarray, prior: np.ndarray, frozen: np.ndarray) -> np.nd
     return 0.5 * distances[which, own]
 
 
-_compiled = jax.jit(solution)
-
-
 def solve_large(
     instance: Instance,
     beta: float,
@@ -206,7 +203,7 @@ def solve_large(
         spread(instance.own),
         spread(instance.reward),
     )
-    solved = _compiled(arrays, beta, lam, None if prompter is None else spread(prompter), spread(shift))
+    solved = solution(arrays, beta, lam, None if prompter is None else spread(prompter), spread(shift))
     return jax.tree.map(lambda leaf: leaf[:prompts] if leaf.ndim else leaf, solved) if extra else solved
 
 

@@ -7,6 +7,7 @@ rewards.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float
 from alignpro.theory.divergences import Floats, log_quotient, same_floats, scaled_kl
 from alignpro.theory.elementwise import average
 from alignpro.theory.gibbs import Tilted, exponent, power_of_two, tilt_scaled
-from alignpro.theory.instance import Instance
+from alignpro.theory.instance import Instance, bare
 from alignpro.theory.pairwise import expected_tv
 
 EPS = 2.0**-52
@@ -188,11 +189,16 @@ def solution(
         tv_shift: the field of that name where it is known (`scale.prompt_shift`): the one cost of X·K·Y, and
             the same for every β, λ and ρ.
 
-    Pure: use it under jit, vmap (over instances, or over (β, λ) with `gibbs.grid`) and grad. In
-    float64, or in float32 when p, prior, frozen and reward all are: every error bound is then that of
-    float32. Never NaN for a valid instance with |rewards| below 1e300 (float32: below 1e30, β and λ from
-    1e-6 to 1e6).
+    Compiled for each shape, and pure: use it under jit, vmap (over instances, or over (β, λ) with
+    `gibbs.grid`) and grad. In float64, or in float32 when p, prior, frozen and reward all are: every error
+    bound is then that of float32. Never NaN for a valid instance with |rewards| below 1e300 (float32: below
+    1e30, β and λ from 1e-6 to 1e6).
     """
+    return _solution(bare(instance), beta, lam, prompter, tv_shift)
+
+
+@jax.jit
+def _solution(instance: Instance, beta: Any, lam: Any, prompter: Any, tv_shift: Any) -> Solution:
     p, prior, frozen, reward = same_floats(instance.p, instance.prior, instance.frozen, instance.reward)
     dtype, own = p.dtype, jnp.asarray(instance.own)
     eps = float(jnp.finfo(dtype).eps)

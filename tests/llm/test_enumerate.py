@@ -54,9 +54,9 @@ def renormalised(model, prompt, sequences):
     out = []
     for s in sequences:
         p = 1.0
-        for t in range(len(s)):
-            with torch.no_grad():
-                logits = model(torch.tensor([[*prompt, *s[:t]]])).logits[0, -1].double()
+        with torch.no_grad():
+            rows = model(torch.tensor([[*prompt, *s]])).logits[0, len(prompt) - 1 :].double()
+        for t, logits in enumerate(rows[:-1]):
             p *= float(torch.exp(logits[s[t]] - torch.logsumexp(logits[sorted(children[tuple(s[:t])])], 0)))
         out.append(p)
     return np.array(out)
@@ -199,7 +199,7 @@ def test_smollm2_is_enumerated_exactly():
         def describe(self):
             return {"name": "length"}
 
-    settings = EnumerationSettings(rewrites=3, responses=3, rewrite_tokens=24, response_tokens=6)
+    settings = EnumerationSettings(rewrites=3, responses=3, rewrite_tokens=8, response_tokens=4)
     prompt = "Explain why the sky is blue."
     e = enumerate_models(model, tokenizer, model, tokenizer, [prompt], Length(), settings)
     expected = renormalised(model, Template().prompt_ids(tokenizer, prompt), e.rewrite_ids[0])

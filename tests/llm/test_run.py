@@ -143,7 +143,7 @@ sys.exit(cli.main(["train", *sys.argv[2:]]))
 """
 
 
-def test_a_failing_endpoint_costs_nothing_and_no_key_leaks(model, tmp_path):
+def test_a_failing_endpoint_costs_nothing_and_no_key_leaks(model, tmp_path, monkeypatch, capfd):
     """30% of calls fail, with the key echoed in the error; the run goes on, and the key is nowhere."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("abc\ndef\ngab\n")
@@ -152,37 +152,43 @@ def test_a_failing_endpoint_costs_nothing_and_no_key_leaks(model, tmp_path):
     def failing(n, body):
         return (500, {}, echo) if n % 10 in (0, 4, 7) else None
 
-    def run(out, fault):
-        with Server(fault) as server:
-            command = [sys.executable, "-c", _PLANTED, str(Path(__file__).parent)]
-            command += ["--out", str(out), "--prompter", model, "--target", server.url, "--target-model", "m"]
-            command += [
-                "--target-key-env",
-                "PLANTED",
-                "--reward",
-                "test_run:shares@0,1",
-                "--prompts-file",
-                str(prompts),
-            ]
-            environment = {**os.environ, "PLANTED": KEY, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(
-                [*command, *SMALL], env=environment, capture_output=True, text=True, check=False
-            )
-            assert all(headers["authorization"] == f"Bearer {KEY}" for _, headers in server.requests)
-            return done, len(server.requests)
+    def arguments(out, server):
+        return [
+            *("--out", str(out), "--prompter", model, "--target", server.url, "--target-model", "m"),
+            *("--target-key-env", "PLANTED", "--reward", "test_run:shares@0,1"),
+            *("--prompts-file", str(prompts), *SMALL),
+        ]
 
-    bad, asked = run(tmp_path / "bad", failing)
+    def calls(server):
+        assert all(headers["authorization"] == f"Bearer {KEY}" for _, headers in server.requests)
+        return len(server.requests)
+
+    monkeypatch.setenv("PLANTED", KEY)
+    with Server(failing) as server:  # in a process of its own: all that it writes is seen
+        command = [sys.executable, "-c", _PLANTED, str(Path(__file__).parent)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        bad = subprocess.run(
+            [*command, *arguments(tmp_path / "bad", server)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        asked = calls(server)
     assert bad.returncode == 0, bad.stderr
-    good, fewer = run(tmp_path / "good", lambda n, body: None)
-    assert good.returncode == 0, good.stderr
+    with Server(lambda n, body: None) as server:
+        assert cli.main(["train", *arguments(tmp_path / "good", server)]) == 0
+        fewer = calls(server)
     assert asked > fewer == 16
     assert (tmp_path / "bad" / "metrics.jsonl").read_text() == (
         tmp_path / "good" / "metrics.jsonl"
     ).read_text()
 
+    written = capfd.readouterr()
+
     def leaks(more=b""):
         files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-        streams = [s.encode() for done in (bad, good) for s in (done.stdout, done.stderr)]
+        streams = [s.encode() for s in (bad.stdout, bad.stderr, *written)]
         return any(KEY.encode() in content for content in [*files, *streams, more])
 
     assert not leaks()

@@ -435,9 +435,10 @@ import sys
 from dataclasses import replace
 sys.path.insert(0, sys.argv[1])
 import test_train as t
-if sys.argv[3] == "apart":
-    t.train_module.OpenPPOTrainer._join_critic_gradients = lambda self: None
-t.fit(sys.argv[2], replace(t.SHORT, minibatches=1))
+t.fit(sys.argv[2] + "/together", replace(t.SHORT, minibatches=1))
+# The mutant: each process's critic goes its own way.
+t.train_module.OpenPPOTrainer._join_critic_gradients = lambda self: None
+t.fit(sys.argv[2] + "/apart", replace(t.SHORT, minibatches=1))
 import torch.distributed as d
 print("of", d.get_world_size())
 d.destroy_process_group()
@@ -449,30 +450,21 @@ def test_two_processes_train_as_one(tmp_path):
     one = fit(tmp_path / "one", replace(SHORT, minibatches=1)).metrics
     script = tmp_path / "run.py"
     script.write_text(_TWO)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(script),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(script), str(Path(__file__).parent), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("of 2") == 2
 
     def check(critic):
-        out = tmp_path / critic
-        command = [*launch, str(Path(__file__).parent), str(out), critic]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode or done.stdout.count("of 2") != 2:
-            raise RuntimeError(done.stderr[-3000:])
-        two = [json.loads(line) for line in (out / METRICS_FILE).read_text().splitlines()]
+        two = [json.loads(line) for line in (tmp_path / critic / METRICS_FILE).read_text().splitlines()]
         names = ("score", "kl_k1", "objective", "policy_loss", "value_loss", "explained_variance")
         for name in ("score", *(f"ppo/{n}" for n in names[1:])):
             np.testing.assert_allclose([x[name] for x in two], [x[name] for x in one], rtol=1e-3, atol=1e-4)
 
     check("together")
-    with pytest.raises(AssertionError):  # each process's critic goes its own way
+    with pytest.raises(AssertionError):
         check("apart")
 
 

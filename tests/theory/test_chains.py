@@ -9,8 +9,9 @@ from theory_oracle import EPS, finite, kills
 
 from alignpro.errors import AlignProError
 from alignpro.theory import BOUNDS
-from alignpro.theory.chains import Chain, _single, joint_tilt, one_stage_bracket, solve_chain
+from alignpro.theory.chains import Chain, joint_tilt, one_stage_bracket, solve_chain
 from alignpro.theory.families import random_prompters
+from alignpro.theory.solution import solution
 
 SIZES = (2, 3, 2, 4)  # X, K₁, K₂, K₃
 LAMS = (0.3, 0.7, 0.15)
@@ -125,7 +126,7 @@ def test_equal_lambdas_tilt_whole_paths():
             weights /= weights.sum((1, 2, 3), keepdims=True)
             np.testing.assert_allclose(product, weights, atol=1e-14)
             np.testing.assert_allclose(joint_tilt(chain, 0.25), weights, atol=1e-14)
-            single = _single(chain.composed, 0.4, 0.25)
+            single = solution(chain.composed, 0.4, 0.25)
             np.testing.assert_allclose(found.value, single.value, rtol=1e-13)
             np.testing.assert_allclose(found.visits[-1], single.rho_star, atol=1e-14)
             np.testing.assert_allclose(np.asarray(found.star_cost).sum(0), single.prompter_kl, atol=1e-14)
@@ -139,13 +140,13 @@ def test_equal_lambdas_tilt_whole_paths():
 
 def test_one_stage_is_the_paper():
     chain = random_chain(3, sizes=(2, 4))
-    found, single = solve_chain(chain, 0.4, 0.3), _single(chain.composed, 0.4, 0.3)
+    found, single = solve_chain(chain, 0.4, 0.3), solution(chain.composed, 0.4, 0.3)
     np.testing.assert_allclose(found.gap, single.gap, rtol=1e-12)
     np.testing.assert_allclose(np.asarray(found.policies[0])[:, 0], single.rho_star, rtol=1e-13)
     for name, value in (("span", found.span_bound), ("tight", found.tight_bound)):
         np.testing.assert_allclose(chain.p @ value, BOUNDS[name](single).rhs, rtol=1e-12)
     rho = random_policies(3, chain)[0]
-    trained = BOUNDS["trained"](_single(chain.composed, 0.4, 0.3, rho[:, 0]))
+    trained = BOUNDS["trained"](solution(chain.composed, 0.4, 0.3, rho[:, 0]))
     found = solve_chain(chain, 0.4, 0.3, [rho[:, 0]])
     np.testing.assert_allclose(chain.p @ found.trained_bound, trained.rhs, rtol=1e-12)
     np.testing.assert_allclose(chain.p @ found.gap, trained.lhs, rtol=1e-12)

@@ -66,7 +66,7 @@ def agree(function, arguments, ulps=2.0**12):
         assert (off <= ulps * np.finfo(b.dtype).eps * size).all()
 
 
-@pytest.mark.parametrize("shape", [(4, 4, 8), (1, 1, 1), (2, 3, 1), (3, 1, 5)])
+@pytest.mark.parametrize("shape", [(4, 4, 8), (1, 1, 1)])
 def test_probabilities_and_divergences_are_those_of_vmap(shape):
     def some(*arguments):
         s, _ = everything({}, *arguments)
