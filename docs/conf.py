@@ -27,7 +27,8 @@ html_theme = "furo"
 html_title = f"alignpro {version}"
 html_additional_pages = {"index": "redirect.html"}  # the root document lies one folder down
 templates_path = ["_templates"]
-html_show_sourcelink = html_copy_source = False
+html_show_sourcelink = html_copy_source = html_show_copyright = False
+html_static_path, html_css_files = ["_static"], ["wide.css"]
 toc_object_entries = False  # hundreds to a page; the search finds them
 
 _VALUES = ("attribute", "data", "property")
