@@ -140,7 +140,9 @@ def estimates(
         elif term.bounded and interval == "betting" and not simultaneous:
             ends = betting(term.values, term.low, term.high, level)
             low, high, how = float(ends[0]), float(ends[1]), "betting (hedged capital)"
-        low, high = max(low, -1e308), min(high, 1e308)  # a bootstrap of few prompts may know no end
+        # What lies outside the quantity's range covers nothing. A bootstrap of few prompts may know no end.
+        low, high = max(low, term.low, -1e308), min(high, term.high, 1e308)
+        low, high = min(low, value), max(high, value)  # an unbiased estimate may lie outside
         out[name] = Estimate(
             value=value,
             lo=low,
