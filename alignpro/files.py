@@ -65,6 +65,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise AlignProError(f"{path}: missing or damaged; remove it or choose another folder") from error
 
 
+def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
+    """One value for each line."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
 def writable_folder(path: str | os.PathLike[str], field: str = "--out") -> Path:
     """Create `path` if need be and prove that a file can be written there, before any long work.
 

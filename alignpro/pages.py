@@ -760,6 +760,81 @@ def report_of_train(metrics: Sequence[Json], record: Json) -> Page:
     return page
 
 
+def _fitting(metrics: Sequence[Json], unit: str, panels: Mapping[str, str]) -> tuple[str, Curves]:
+    """How a loss fell: a sentence, and a curve for each key of metrics.jsonl."""
+    there = [(axis, key) for axis, key in panels.items() if any(key in line for line in metrics)]
+    curves = [(axis, [Curve(key, [line.get(key) for line in metrics])]) for axis, key in there]
+    first, last = metrics[0]["loss"], metrics[-1]["loss"]
+    said = f"On the batches learned from, the loss went from {number(first)} to {number(last)} {unit}."
+    return said, Curves([line["step"] for line in metrics], "optimizer steps", curves)
+
+
+def report_of_sft(metrics: Sequence[Json], found: Json) -> Page:
+    """Of metrics.jsonl and of `Prompter.facts["sft"]`."""
+    measured = found["nats_per_token"]
+    part = "test" if "test" in measured else next(iter(measured))
+    before, after = (number(measured[part][when], ".3f") for when in ("before", "after"))
+    page = Page(
+        "sft",
+        "Fine-tuning a prompter on rewrites",
+        f"On held-out rewrites ({part}) the prompter needs {after} nats per token; before, {before}.",
+        {key: found[key] for key in found if key != "nats_per_token"},
+    )
+    page.key("Nats per token", after, f"before {before}; {part}, {found['pairs'][part]} pairs")
+    page.key("Pairs learned from", number(found["pairs"]["train"]), f"{found['left_out']} too long, left out")
+    page.key("Optimizer steps", number(metrics[-1]["step"]))
+    rows = [
+        (name, number(found["pairs"][name]), number(e["before"], ".4f"), number(e["after"], ".4f"))
+        for name, e in measured.items()
+    ]
+    dots = [Dot(name, e[when], group=when) for name, e in measured.items() for when in ("before", "after")]
+    page.add(
+        "Held-out rewrites",
+        "Mean −log ρ(x′|x) over the tokens, the end included, of rewrites that were not learned from.",
+        Table("split | pairs | before | after", rows, "wnnn"),
+        Dots("What a held-out rewrite costs", "nats per token", dots),
+    )
+    panels = {"nats per token": "loss", "share of tokens foreseen": "mean_token_accuracy"}
+    said, curves = _fitting(metrics, "nats per token", panels)
+    page.add("Learning", said, None, curves)
+    return page
+
+
+def report_of_reward_model(metrics: Sequence[Json], found: Json) -> Page:
+    """Of metrics.jsonl and reward.json."""
+    parts = [part for part in ("train", "validation", "test") if f"{part}_accuracy" in found]
+    test, longer = found["test_accuracy"], found["test_accuracy_of_longer_wins"]
+    page = Page(
+        "reward-model",
+        "A reward learned from preferences",
+        f"On pairs never seen it prefers the chosen answer in a share of {interval(test, '.3f')}; preferring "
+        f"the longer one, in {interval(longer, '.3f')}.",
+        _some(found, "settings base template max_tokens pairs prompts truncated bounds loss"),
+    )
+    page.key("Accuracy, test", number(test["value"], ".3f"), f"{_limits(test)}; {test['prompts']} prompts")
+    page.key("By length alone", number(longer["value"], ".3f"), _limits(longer))
+    page.key("Loss, test", number(found["test_loss"], ".3f"), f"nats; of a coin {math.log(2):.3f}")
+    page.key("Bounds", found["bounds"], "so in [0, 1]")
+    rows = [
+        (part, interval(e, ".3f"), number(e["prompts"]), number(found[f"{part}_loss"], ".4f"))
+        for part, e in ((part, found[f"{part}_accuracy"]) for part in parts)
+    ]
+    rows.append(("test, by length", interval(longer, ".3f"), number(longer["prompts"]), "–"))
+    dots = [_dot(part, found[f"{part}_accuracy"], "the reward") for part in parts]
+    dots.append(_dot("test", longer, "the longer answer"))
+    page.add(
+        "How good it is",
+        "The share of pairs in which the chosen answer has the larger reward, averaged within prompts first; "
+        "95% intervals over prompts. Pairs of train were learned from.",
+        Table("split | accuracy | prompts | loss, nats", rows, "wnnn"),
+        Dots("Pairwise accuracy", "share of pairs, 95% intervals", dots, [(0.5, "a coin")]),
+    )
+    panels = {"nats": "loss", "share of pairs": "accuracy", "r(x, chosen) − r(x, rejected), raw": "margin"}
+    said, curves = _fitting(metrics, "nats", panels)
+    page.add("Learning", said, None, curves)
+    return page
+
+
 def report_of_rollout(found: "Rollouts", rows: Iterable[Json], record: Json) -> Page:
     """Of rollouts.jsonl, as columns and as rows, and of settings.json beside it."""
     from alignpro.estimation.terms import Arm, Term, estimates

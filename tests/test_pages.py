@@ -4,6 +4,7 @@ import base64
 import getpass
 import html.parser
 import io
+import itertools
 import json
 import re
 import socket
@@ -116,6 +117,12 @@ def home(tmp_path_factory):
     )
     (folder / "rollouts.jsonl").write_text("".join(row.line() for row in rows))
     (folder / "prompts.txt").write_text("\n".join(["abc", "def", "gab", "hhc", "e"]))
+    texts = ["".join(letters) for letters in itertools.product("abcd", repeat=3)]
+    for name, rows in (
+        ("rewrites", [{"prompt": x, "rewrite": x[::-1]} for x in texts]),
+        ("pairs", [{"prompt": x, "chosen": "aab", "rejected": "dcdc"} for x in texts]),
+    ):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -138,6 +145,7 @@ def model(home):
 
 WORLD = f"--target MODEL --prompter MODEL --prompts-file HOME/prompts.txt --reward {__name__}:shares@0,1"
 WORLD += " --dtype float32 --answer-tokens 4 --out OUT"
+FIT = "--epochs 1 --batch-size 4 --seed 5 --out OUT"
 COMMANDS = {
     "verify": "verify --instances 90 --family signed --bound theorem1 signed_max_abs --certify 1 --out OUT",
     "hunt": "hunt theorem1 signed_max_abs --restarts 8 --steps 40 --tries 40 --out OUT",
@@ -148,9 +156,11 @@ COMMANDS = {
     "judge": "judge HOME/rollouts.jsonl --arms trained none --judge MODEL --forced --prompts 6 --out OUT",
     "train": f"train {WORLD} --iterations 2 --prompts 2 --samples 4 --epochs 1 --max-tokens 4 --seed 5",
     "rollout": f"rollout {WORLD} --rewrite-tokens 4 --draws 2 --answers 2 --seed 5",
+    "sft": f"sft --prompter MODEL --pairs HOME/rewrites.jsonl {FIT}",
+    "reward-model": f"reward-model --base MODEL --pairs HOME/pairs.jsonl {FIT}",
     "resample": f"resample {WORLD} --rewrite-tokens 4 --proposals 4 --lam 0.05 2 --seed 5",
 }
-WITH_MODEL = ("judge", "train", "rollout", "resample")
+WITH_MODEL = ("judge", "train", "rollout", "sft", "reward-model", "resample")
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +215,7 @@ def test_every_verb_writes_a_page_that_stands_alone(verb, ran, home):
     assert rows["python"][1] == ".".join(map(str, sys.version_info[:3]))
     assert rows["numpy"][1] == np.__version__
     assert any("seed" in name for name in rows)
-    if verb in ("train", "rollout", "resample"):
+    if verb in ("train", "rollout", "sft", "reward-model", "resample"):
         assert "--seed 5" in page.text
     # And not by whom, where.
     for name in (str(home), str(run.out), str(Path.home()) + "/", f"/{getpass.getuser()}/", "/tmp/"):
@@ -303,6 +313,25 @@ def test_numbers_of_the_theory(ran):
             assert row[0] == name
             assert row[2:5] == [shown(b["rhs"]), shown(b["slack"]), b["verdict"] + ", vacuous" * b["vacuous"]]
         assert f"gap {shown(one['gap'])}" in run.page.of("img", "alt")[i]
+
+
+def test_numbers_of_fine_tuning_and_of_a_learned_reward(ran):
+    run = ran("sft")
+    held = json.loads((run.out / "prompter" / "prompter.json").read_text())["facts"]["sft"]
+    rows = run.page.rows()
+    for part, e in held["nats_per_token"].items():
+        assert rows[part][1:] == [str(held["pairs"][part]), f"{e['before']:.4f}", f"{e['after']:.4f}"]
+    lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    went = f"went from {shown(lines[0]['loss'])} to {shown(lines[-1]['loss'])}"
+    assert went in run.page.text
+
+    run = ran("reward-model")
+    found, rows = json.loads((run.out / "reward.json").read_text()), run.page.rows()
+    for part in ("train", "validation", "test"):
+        e = found[f"{part}_accuracy"]
+        three = "{value:.3f} [{lo:.3f}, {hi:.3f}]".format(**e)
+        assert rows[part][1:] == [three, str(e["prompts"]), f"{found[f'{part}_loss']:.4f}"]
+    assert found["bounds"] in run.page.text
 
 
 def test_numbers_of_the_language_models(ran):

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from alignpro import pages
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, writable_folder, write_json, write_text
+from alignpro.files import read_json, read_json_lines, writable_folder, write_json, write_text
 from alignpro.llm import data, models, packages
 from alignpro.llm.checkpoints import completing, last_checkpoint, refuse_other_settings
 from alignpro.llm.reward_models import (
@@ -234,6 +235,7 @@ def run_reward_model(
     )
     reward = train_reward(read, base, out, settings, template=template, device=device, resume=resume)
     facts = reward.facts
+    pages.keep(pages.report_of_reward_model(read_json_lines(Path(out) / METRICS_FILE), facts), out)
 
     def interval(found: dict[str, float]) -> str:
         return f"{found['value']:.3f} [{found['lo']:.3f}, {found['hi']:.3f}]"

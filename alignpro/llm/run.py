@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from alignpro import pages
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, writable_folder, write_json, write_text
+from alignpro.files import read_json, read_json_lines, writable_folder, write_json, write_text
 from alignpro.llm import data, datasets, models, packages, rewards
 from alignpro.llm.checkpoints import check_reporters, refuse_other_settings
 from alignpro.llm.frozen import Target
@@ -442,7 +442,7 @@ def run_sft(
     if any(folder.iterdir()) and not resume:
         raise AlignProError(f"--out {folder}: it is not empty; name a new folder, or continue with --resume")
 
-    from alignpro.llm.sft import PROMPTER_FOLDER, read_rewrites, sft
+    from alignpro.llm.sft import METRICS_FILE, PROMPTER_FOLDER, read_rewrites, sft
 
     read = read_rewrites(pairs, prompt=prompt_field, rewrite=rewrite_field)
     sizes = Counter(data.split_of(pair.prompt) for pair in read)
@@ -453,7 +453,9 @@ def run_sft(
     )
     base = Prompter.from_pretrained(prompter, template=template)
     tuned = sft(base, read, settings, folder, resume=resume, report_to=report_to)
-    for part, nats in tuned.facts["sft"]["nats_per_token"].items():
+    found = tuned.facts["sft"]
+    pages.keep(pages.report_of_sft(read_json_lines(folder / METRICS_FILE), found), folder)
+    for part, nats in found["nats_per_token"].items():
         print(f"{part}: {nats['before']:.3f} nats per token before, {nats['after']:.3f} after")
     print(f"wrote {folder / PROMPTER_FOLDER}; train it with --prompter {folder / PROMPTER_FOLDER}")
 
