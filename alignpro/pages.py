@@ -814,7 +814,8 @@ def report_of_reward_model(metrics: Sequence[Json], found: Json) -> Page:
     page.key("Accuracy, test", number(test["value"], ".3f"), f"{_limits(test)}; {test['prompts']} prompts")
     page.key("By length alone", number(longer["value"], ".3f"), _limits(longer))
     page.key("Loss, test", number(found["test_loss"], ".3f"), f"nats; of a coin {math.log(2):.3f}")
-    page.key("Bounds", found["bounds"], "so in [0, 1]")
+    learned = sum(n for name, n in found["pairs"].items() if name.endswith(" train"))
+    page.key("Pairs learned from", number(learned), f"{metrics[-1]['step']} optimizer steps")
     rows = [
         (part, interval(e, ".3f"), number(e["prompts"]), number(found[f"{part}_loss"], ".4f"))
         for part, e in ((part, found[f"{part}_accuracy"]) for part in parts)
