@@ -231,13 +231,14 @@ def solve_batch(
     on one batch after another (it is compiled once for each shape and statement).
 
     Raises:
-        AlignProError: the batch has no leading axis, or β or λ is neither one number nor one per instance,
-            or is not positive and finite.
+        AlignProError: the batch has no leading axis or no instance, or β or λ is neither one number nor one
+            per instance, or is not positive and finite.
     """
     arrays = unchecked(*(np.asarray(getattr(batch, key)) for key in KEYS))
-    if arrays.p.ndim != 2:
+    if arrays.p.ndim != 2 or not len(arrays.p):
         raise AlignProError(
-            f"batch: p has shape {arrays.p.shape}; give arrays with one leading axis, as FAMILIES draws them"
+            f"batch: p has shape {arrays.p.shape}; give arrays with one leading axis, as FAMILIES draws "
+            "them, and one instance or more"
         )
     count = len(arrays.p)
     temperatures = [_temperatures(name, value, count) for name, value in (("beta", beta), ("lam", lam))]

@@ -246,6 +246,9 @@ def test_batches_against_plain_numpy(monkeypatch):
 
 def test_bad_batches():
     batch = FAMILIES["independent"](np.random.default_rng(0), 3, (2, 2, 2))
+    none = jax.tree.map(lambda a: a[:0], batch)
+    with pytest.raises(AlignProError, match=r"^batch: p has shape \(0, 2\); .* one instance or more$"):
+        solve_batch(none, 0.5, 0.5)
     with pytest.raises(AlignProError, match=r"^batch: p has shape \(2,\); give arrays with one leading axis"):
         solve_batch(take(batch, 0), 1.0, 1.0)
     with pytest.raises(AlignProError, match=r"^lam: has shape \(2,\); give one number or 3"):
