@@ -414,7 +414,8 @@ def test_two_processes_on_one_file_agree(tmp_path, mutant):
     assert codes == [0, 0]
     assert (one == two) == (not mutant)
     lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
-    assert len({line["key"] for line in lines}) == 100
+    # A line without a key says what was spent on an answer that the other had on file by then.
+    assert len({line["key"] for line in lines if "key" in line}) == 100
     third = Fake()
     third.name = "slow"
     again = cached(third, tmp_path).respond([f"prompt {i}" for i in range(10)], SAMPLING, samples=10)
