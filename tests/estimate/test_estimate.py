@@ -13,7 +13,9 @@ from scipy import stats
 from alignpro import cli
 from alignpro.errors import AlignProError
 from alignpro.estimation import compare, estimate, headroom, report
+from alignpro.estimation.intervals import bootstrap_t
 from alignpro.estimation.simulate import Size, simulate, simulated_rows
+from alignpro.estimation.terms import Term, estimates
 from alignpro.rollouts import LOGPS, collect
 
 BETA, LAM = 0.25, 0.2
@@ -237,6 +239,22 @@ def test_betting_limits_are_wider(rollouts):
 
 
 # --- headroom ---------------------------------------------------------------------------------------------
+
+
+def test_no_interval_leaves_the_range_of_its_quantity(rollouts):
+    """Few and skewed prompts: the bootstrap alone would."""
+    values = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 0.9, 0.2])
+    assert bootstrap_t(values, 0.95)[1] > 1.0  # the mutant: its limits as they are
+    term = Term(values, 0.0, 1.0, frozenset({"none"}), "none", "mean")
+    mirrored = replace(term, values=1.0 - values)
+    for simultaneous in (False, True):
+        found = estimates({"a": term, "b": mirrored}, rollouts, 0.95, simultaneous=simultaneous)
+        assert found["a"].hi == 1.0
+        assert found["b"].lo == 0.0
+        assert 0.0 <= found["a"].lo < found["a"].value < 1.0
+    # A mean that lies outside, as one of unbiased estimates may, stays in its interval.
+    outside = estimates({"a": replace(term, values=values + 0.5)}, rollouts, 0.95)["a"]
+    assert outside.lo <= outside.value == outside.hi
 
 
 def test_headroom_finds_what_is_there(rollouts):
