@@ -237,16 +237,14 @@ def run_reward_model(
     facts = reward.facts
     pages.keep(pages.report_of_reward_model(read_json_lines(Path(out) / METRICS_FILE), facts), out)
 
-    def interval(found: dict[str, float]) -> str:
-        return f"{found['value']:.3f} [{found['lo']:.3f}, {found['hi']:.3f}]"
-
     for part in ("validation", "test"):
         if found := facts.get(f"{part}_accuracy"):
             print(
-                f"{part}: accuracy {interval(found)} (95%, {found['prompts']} prompts), loss "
+                f"{part}: accuracy {pages.interval(found, '.3f')} (95%, {found['prompts']} prompts), loss "
                 f"{facts[f'{part}_loss']:.4f} nats (of a coin: {math.log(2):.4f})"
             )
-    print(f"test, by length alone: accuracy {interval(facts['test_accuracy_of_longer_wins'])}")
+    length = pages.interval(facts["test_accuracy_of_longer_wins"], ".3f")
+    print(f"test, by length alone: accuracy {length}")
     print(f"wrote {out}: train with --reward {shlex.quote(out)} (bounds {facts['bounds']}, so in [0, 1])")
 
 

@@ -28,7 +28,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, write_json, write_text
+from alignpro.files import read_json, read_json_lines, write_json, write_text
 from alignpro.llm.checkpoints import (
     ROLLOUT_ARGUMENTS,
     check_reporters,
@@ -338,8 +338,7 @@ class Metrics(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step and self.path.exists():
-            kept = [json.loads(line) for line in self.path.read_text().splitlines()]
-            self.lines = [line for line in kept if line["step"] <= state.global_step]
+            self.lines = [line for line in read_json_lines(self.path) if line["step"] <= state.global_step]
         if state.is_world_process_zero:
             self.bar = tqdm(
                 total=self.settings.iterations,

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from trl import RLOOConfig, RLOOTrainer
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, write_json, write_text
+from alignpro.files import read_json, read_json_lines, write_json, write_text
 from alignpro.llm.checkpoints import (
     ROLLOUT_ARGUMENTS,
     completing,
@@ -248,8 +248,7 @@ class Curve(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step and self.path.exists():
-            kept = [json.loads(line) for line in self.path.read_text().splitlines()]
-            self.lines = [line for line in kept if line["step"] < state.global_step]
+            self.lines = [line for line in read_json_lines(self.path) if line["step"] < state.global_step]
         self.started = time.monotonic() - (self.lines[-1]["seconds"] if self.lines else 0.0)
         self._add(state)
 

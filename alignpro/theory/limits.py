@@ -217,9 +217,10 @@ def information_projection(
     beta = _temperature("beta", beta)
     if not tol > 0:
         raise AlignProError(f"tol {tol}: must be positive; give one such as 1e-10")
-    return _projection(_rewards(instance), beta, tol, max_iterations)
+    return _project(_rewards(instance), beta, tol, max_iterations)
 
 
+@jax.jit
 def _project(rewards: _Rewards, beta: Array, tol: Array | float, limit: Array | int) -> Projection:
     frozen, own = rewards.frozen, rewards.own
     rewrites, responses = frozen.shape
@@ -253,9 +254,6 @@ def _project(rewards: _Rewards, beta: Array, tol: Array | float, limit: Array | 
         iterations=iterations,
         usable=usable,
     )
-
-
-_projection = jax.jit(_project)
 
 
 def _interior(
@@ -452,6 +450,7 @@ def kl_budget(s: Solution) -> KLBudget:
     return KLBudget(model, shift, budget, spent, mean_budget, mean_spent, mean_spent <= mean_budget)
 
 
+@jax.jit
 def _lam_at_kl(base: Array, energy: Array, wanted: Array, p: Array | None = None) -> Array:
     """The temperature [N] at which each row's tilt spends `wanted` [N]; [1], in the mean, with p [N].
 
@@ -492,7 +491,7 @@ def lam_for_kl(
     if not 0 < wanted < np.inf:
         raise AlignProError(f"kl {kl}: must be a positive finite number of nats; kl 0 is the limit λ → ∞")
     p = np.asarray(instance.p)
-    prior, rewrite, limit = (np.asarray(v) for v in _greedy(bare(instance)))
+    prior, rewrite, limit = (np.asarray(v) for v in _support(bare(instance)))
     most = limit[p > 0] if per_prompt else np.asarray(p @ limit)
     if not wanted < most.min():
         where = f" (prompt {int(np.flatnonzero(p > 0)[most.argmin()])})" if per_prompt else ""
@@ -502,10 +501,10 @@ def lam_for_kl(
         )
     if per_prompt:
         rows = np.where((p > 0)[:, None], rewrite, 0.0)
-        found = _solve_rows(prior, rows, np.full(p.shape, wanted))
+        found = _lam_at_kl(prior, rows, np.full(p.shape, wanted))
         off = np.where(p > 0, np.abs(np.asarray(_spent(prior, rewrite, found)) / wanted - 1), 0.0).max()
     else:
-        found = _solve_mean(prior, rewrite, np.asarray([wanted]), p)[0]
+        found = _lam_at_kl(prior, rewrite, np.asarray([wanted]), p)[0]
         off = abs(float(p @ np.asarray(_spent(prior, rewrite, jnp.full(p.shape, found)))) / wanted - 1)
     if not off <= 1e-9:
         raise AlignProError(
@@ -515,16 +514,13 @@ def lam_for_kl(
     return jnp.where(jnp.asarray(p) > 0, found, jnp.inf) if per_prompt else found
 
 
+@jax.jit
 def _support(instance: Instance) -> tuple[Array, Array, Array]:
     """ρ_sft, R (from the best response) and the supremum of KL(ρ*‖ρ_sft), nats per prompt."""
     r = _rewards(instance)
     return r.prior, r.rewrite, -jnp.log(_extremes(r.prior, r.rewrite, r.tie).mass)
 
 
-# Compiled here because `lam_for_kl` calls them from the host.
-_greedy = jax.jit(_support)
-_solve_rows = jax.jit(_lam_at_kl)
-_solve_mean = jax.jit(_lam_at_kl)
 _spent = jax.jit(lambda base, energy, t: tilt(base, energy, t).cost / t)
 
 

@@ -21,7 +21,7 @@ from alignpro.estimation.compare import compare
 from alignpro.estimation.intervals import LEAST_PROMPTS, Estimate
 from alignpro.estimation.report import estimate
 from alignpro.estimation.terms import Arm, Term, estimates
-from alignpro.files import read_json
+from alignpro.files import read_json, read_json_lines
 from alignpro.llm.demo import environment
 from alignpro.llm.judge import FILE as JUDGEMENTS
 from alignpro.llm.ledger import FILE as ANSWERS
@@ -272,7 +272,7 @@ def _claim(claim: Claim, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _examples(file: Path) -> list[dict[str, Any]]:
     """The first prompt, and those where training gained and lost the most on average over all seeds, so
     that no one picks; of each the first draws."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = read_json_lines(file)
     rewards: dict[str, dict[str, list[float]]] = {}
     first: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
@@ -310,13 +310,12 @@ def _calls(preset: Preset, out: Path) -> dict[str, dict[str, int]]:
         row["jobs"] += 1
         if job.options.get("task") == "rlhf":  # its answers are the policy's own samples
             batch = job.options["prompts"] * job.options["samples"]
-            lines = (out / job.name / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+            lines = read_json_lines(out / job.name / METRICS_FILE)
             row["answers"] += batch * len(lines)
-            row["tokens"] += sum(round(batch * json.loads(x)["completions/mean_length"]) for x in lines)
+            row["tokens"] += sum(round(batch * x["completions/mean_length"]) for x in lines)
         path = out / job.name / "answers" / ANSWERS
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                said = json.loads(line)
+            for said in read_json_lines(path):
                 if "answer" in said:
                     row["answers"] += 1
                     row["prompt_tokens"] += said["answer"]["prompt_tokens"]

@@ -238,9 +238,6 @@ def test_betting_limits_are_wider(rollouts):
     assert sure.hi - sure.lo > plain.hi - plain.lo
 
 
-# --- headroom ---------------------------------------------------------------------------------------------
-
-
 def test_no_interval_leaves_the_range_of_its_quantity(rollouts):
     """Few and skewed prompts: the bootstrap alone would."""
     values = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 0.9, 0.2])
@@ -255,6 +252,9 @@ def test_no_interval_leaves_the_range_of_its_quantity(rollouts):
     # A mean that lies outside, as one of unbiased estimates may, stays in its interval.
     outside = estimates({"a": replace(term, values=values + 0.5)}, rollouts, 0.95)["a"]
     assert outside.lo <= outside.value == outside.hi
+
+
+# --- headroom ---------------------------------------------------------------------------------------------
 
 
 def test_headroom_finds_what_is_there(rollouts):
