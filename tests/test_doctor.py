@@ -39,7 +39,7 @@ def test_all_is_well(capsys):
         "remedy": None,
     }
     names = {row["extra"] for row in said["extras"]}
-    assert {"certify", "testing", "report", "llm", "http"} <= names
+    assert {"certify", "native", "testing", "report", "llm", "http"} <= names
     # Each extra that a user can ask for is described: a new one without a line here is noticed.
     provided = set(metadata.metadata("alignpro").get_all("Provides-Extra")) - {"dev"}
     assert provided <= set(doctor.EXTRAS)

@@ -1,91 +1,101 @@
-"""Very many small instances: `vmap` with the batch in the vector lanes, for XLA on a CPU.
+"""Very many small instances: a function compiled to machine code that takes an instance in each vector lane.
 
-A batch of 4×4×8 instances has short last axes, and XLA's CPU code for those is scalar. `in_lanes` carries
-the batch as the LAST axis of every array instead. Reductions and products over the short axes are written
-out as chains of slices, so that all work is elementwise along the batch; and what is used more than once is
-computed once, behind an optimization barrier, since XLA's fusion would copy cheap operations into each of
-their users and so do a long polynomial over and over.
+XLA's CPU code for arrays whose last axis has 4 or 8 entries is scalar or goes through memory between steps.
+`in_lanes` traces a function of one instance with JAX and writes its every operation as one instruction on
+vectors of 8 instances (16 in float32), in registers as far as they last; `llvmlite` compiles that. Arrays
+over the short axes exist only while the code is written, as NumPy arrays of instructions: a transpose or a
+slice costs nothing.
+
+Needs llvmlite (`pip install 'alignpro[native]'`). `scale.solve_batch` is what uses it.
 """
 
-from collections import Counter
+import ctypes
+import math
+import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache, reduce
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, reduce
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
+import llvmlite.binding as llvm
+import numpy as np
 from jax.extend import core
+from llvmlite import ir
 
-# XLA's CPU pipeline drops the barriers before it fuses, unless that pass is left out. Neither option
-# changes a result; both save time.
-_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander", "xla_cpu_prefer_vector_width": 512}
-# Axes up to this long are written out; longer ones are better off in XLA's own loops.
-LONGEST = 32
+from alignpro.theory.vectors import BIT, BYTE, INDEX, Vectors, element
 
+# Operations that are worth compiling: some 0.15 ms each.
+LONGEST = 2**14
+# Instances that a thread takes at a time.
+_CHUNK = 2**12
+_POINTER = ir.PointerType()
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
-_MOVES = ("broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "stop_gradient", "copy")
-# fmt: off
-_ELEMENTWISE = frozenset(
-    [
-        "abs", "add", "add_any", "and", "asin", "atan", "atan2", "atanh", "bitcast_convert_type",
-        "cbrt", "ceil", "clamp", "convert_element_type", "cos", "cosh", "div", "eq", "erf", "erfc",
-        "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "log",
-        "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow", "rem",
-        "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical",
-        "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh", "xor",
-    ]
-)
-# fmt: on
-_CHAINS: dict[str, Callable[[Any, Any], Any]] = {
-    "reduce_sum": lax.add,
-    "reduce_max": lax.max,
-    "reduce_min": lax.min,
-    "reduce_and": lax.bitwise_and,
-    "reduce_or": lax.bitwise_or,
+_CHAINS = {
+    "reduce_sum": "add",
+    "reduce_prod": "mul",
+    "reduce_max": "max",
+    "reduce_min": "min",
+    "reduce_and": "and",
+    "reduce_or": "or",
 }
+
+llvm.initialize_native_target()
+llvm.initialize_native_asmprinter()
 
 
 def in_lanes(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
-    """`function` of one instance as a function of a batch, which is the last axis of arguments and results.
+    """`function` of one instance as a function of a batch, the first axis of NumPy arguments and results.
 
     Args:
         function: of arrays or pytrees of arrays; traceable, without loops, sorts or random numbers.
         examples: arguments of one instance, or their `jax.ShapeDtypeStruct`s.
 
-    Compile the result with `compiler_options()`.
+    The result takes a core for every `_CHUNK` instances. An argument without axes of its own may be
+    broadcast over the batch. Numbers given that are below the smallest normal one count as 0, as in XLA.
 
     Raises:
-        NotImplementedError: the function has an operation that is not elementwise and not in this file.
+        NotImplementedError: the function has an operation that has no rule here, or more than `LONGEST`.
+        ValueError: (by the result) an argument's shape is not that of a batch of the examples.
     """
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*examples)
     flat = jax.make_jaxpr(lambda *leaves: _inlined(traced.jaxpr, traced.consts, leaves))(
         *jax.tree.leaves(examples)
     )
-    live = _live(flat.jaxpr)
-    for eqn in live:
-        if len(eqn.outvars) != 1 or not (_rule(eqn) or eqn.primitive.name in _ELEMENTWISE):
-            raise NotImplementedError(f"{eqn.primitive} has no rule for batches in lanes")
-    tree = jax.tree.structure(shapes)
+    arguments, results = ([v.aval for v in vs] for vs in (flat.jaxpr.invars, flat.jaxpr.outvars))
+    # A register of 64 bytes, or what the machine makes of it.
+    width = 64 // min((a.dtype.itemsize for a in arguments if a.dtype.kind == "f"), default=8)
+    kernel = _Kernel(_written(flat, width))
+    structure = jax.tree.structure(shapes)
 
-    def run(*arguments: Any) -> Any:
-        return jax.tree.unflatten(tree, _evaluate(flat, live, jax.tree.leaves(arguments)))
+    def run(*batch: Any) -> Any:
+        leaves = [_contiguous(a, v) for a, v in zip(jax.tree.leaves(batch), arguments, strict=True)]
+        count = len(leaves[0])
+        for array, v in zip(leaves, arguments, strict=True):  # the kernel would read on past its end
+            if array.shape != (count, *v.shape):
+                raise ValueError(f"an argument has shape {array.shape} where {(count, *v.shape)} was meant")
+        out = [np.empty((*v.shape, count), v.dtype) for v in results]
+        whole = count - count % width
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            starts = range(0, whole, _CHUNK)
+            list(pool.map(lambda start: kernel(leaves, out, start, min(start + _CHUNK, whole)), starts))
+        if rest := count - whole:
+            # The last few fill a vector of their own.
+            filled = [a[np.minimum(np.arange(whole, whole + width), count - 1)] for a in leaves]
+            last = [np.empty((*v.shape, width), v.dtype) for v in results]
+            kernel(filled, last, 0, width)
+            for array, some in zip(out, last, strict=True):
+                array[..., whole:] = some[..., :rest]
+        return jax.tree.unflatten(structure, [np.ascontiguousarray(np.moveaxis(a, -1, 0)) for a in out])
 
     return run
 
 
-@lru_cache
-def compiler_options() -> dict[str, Any]:
-    """What makes XLA keep the barriers and use wide vectors, as far as this XLA knows the options."""
-
-    def known(option: tuple[str, Any]) -> bool:
-        try:
-            jax.jit(lambda x: x, compiler_options=dict([option])).lower(0.0).compile()
-        except jax.errors.JaxRuntimeError:
-            return False
-        return True
-
-    return dict(filter(known, _OPTIONS.items()))
+def _contiguous(array: Any, one: Any) -> np.ndarray:
+    array = np.asarray(array, one.dtype)
+    if array.ndim == 1 and array.strides[0] == 0:  # one number for the whole batch
+        return array
+    return np.require(array, requirements=["C", "A"])
 
 
 def _inlined(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
@@ -118,122 +128,262 @@ def _live(jaxpr: Any) -> list[Any]:
     return live[::-1]
 
 
-def _evaluate(flat: Any, live: list[Any], leaves: list[Any]) -> list[Any]:
-    jaxpr, count = flat.jaxpr, leaves[0].shape[-1]
-    uses = Counter(v for eqn in live for v in eqn.invars if not isinstance(v, core.Literal))
-    known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*flat.consts, *leaves], strict=True))
-    batched = set(jaxpr.invars)
-    cost: dict[Any, int] = {}  # operations since the last barrier
+def _written(flat: Any, width: int) -> ir.Module:
+    """kernel(from, to, arguments, their strides, results, length of a result's row), a loop over vectors.
 
-    def read(v: Any) -> Any:
-        """[…, B]; what is the same for the whole batch is […, 1]."""
-        if isinstance(v, core.Literal) or v not in batched:
-            return jnp.asarray(v.val if isinstance(v, core.Literal) else known[v], v.aval.dtype)[..., None]
-        return known[v]
+    Arguments are [N, …] with so many numbers from instance to instance, results […, N].
+    """
+    jaxpr, live = flat.jaxpr, _live(flat.jaxpr)
+    for eqn in live:
+        if len(eqn.outvars) != 1:
+            raise NotImplementedError(f"{eqn.primitive} has no rule for batches in lanes")
+    if (count := sum(map(_count, live))) > LONGEST:
+        raise NotImplementedError(f"{count} operations would take too long to compile; {LONGEST} are fine")
+    module = ir.Module()
+    of = [INDEX, INDEX, _POINTER, _POINTER, _POINTER, INDEX]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), of), "kernel")
+    start, stop, arguments, strides, results, length = function.args
+    entry, loop, end = (function.append_basic_block(name) for name in ("entry", "loop", "end"))
+    b = ir.IRBuilder(entry)
+    vectors = Vectors(b, width)
 
-    def full(v: Any) -> Any:
-        value = read(v)
-        return jnp.broadcast_to(value, (*value.shape[:-1], count))
+    def index(i: int) -> ir.Constant:
+        return ir.Constant(INDEX, i)
+
+    def entries(pointers: Any, count: int, of: Any) -> list[Any]:
+        return [b.load(b.gep(pointers, [index(k)], source_etype=of), typ=of) for k in range(count)]
+
+    given = list(zip(jaxpr.invars, entries(arguments, len(jaxpr.invars), _POINTER), strict=True))
+    steps = entries(strides, len(jaxpr.invars), INDEX)
+    places = entries(results, len(jaxpr.outvars), _POINTER)
+    b.cbranch(b.icmp_signed("<", start, stop), loop, end)
+
+    b.position_at_end(loop)
+    first = b.phi(INDEX)
+    known: dict[Any, np.ndarray] = {}
+    for v, value in zip(jaxpr.constvars, flat.consts, strict=True):
+        known[v] = _constants(vectors, value, v.aval)
+    for (v, pointer), step in zip(given, steps, strict=True):
+        lanes = [
+            b.gep(pointer, [b.mul(b.add(first, index(lane)), step)], source_etype=element(v.aval.dtype))
+            for lane in range(width)
+        ]
+        known[v] = _loaded(vectors, lanes, v.aval)
+
+    def read(v: Any) -> np.ndarray:
+        return _constants(vectors, v.val, v.aval) if isinstance(v, core.Literal) else known[v]
 
     for eqn in live:
-        out, name = eqn.outvars[0], eqn.primitive.name
-        inputs = [v for v in eqn.invars if not isinstance(v, core.Literal)]
-        rule = _rule(eqn)
-        if rule is not None:
-            value = rule(eqn, *map(read, eqn.invars))
-        else:
-            value = eqn.primitive.bind(*_aligned(map(full, eqn.invars)), **eqn.params)
-        spent = sum(cost.get(v, 0) for v in inputs) + (name not in _MOVES)
-        chained = rule is not None and name not in _MOVES
-        if (chained or (uses[out] > 1 and spent > 1)) and value.shape[-1] == count:
-            value, spent = lax.optimization_barrier(value), 0
-        known[out], cost[out] = value, spent
-        batched.add(out)
-    return [full(v) for v in jaxpr.outvars]
+        known[eqn.outvars[0]] = _operation(vectors, eqn, [read(v) for v in eqn.invars])
+    for v, place in zip(jaxpr.outvars, places, strict=True):
+        size = BYTE if v.aval.dtype == bool else element(v.aval.dtype)
+        for k, value in enumerate(read(v).flat):
+            if v.aval.dtype == bool:
+                value = b.zext(value, vectors.vector(BYTE))
+            at = b.gep(place, [b.add(b.mul(length, index(k)), first)], source_etype=size)
+            b.store(value, at, align=v.aval.dtype.itemsize)
+
+    after = b.add(first, index(width))
+    first.add_incoming(start, entry)
+    first.add_incoming(after, loop)
+    b.cbranch(b.icmp_signed("<", after, stop), loop, end)
+    b.position_at_end(end)
+    b.ret_void()
+    return module
 
 
-def _aligned(values: Any) -> list[Any]:
-    """Ranks made equal: JAX lets scalars meet arrays."""
-    values = list(values)
-    rank = max(value.ndim for value in values)
-    return [value.reshape((1,) * (rank - value.ndim) + value.shape) for value in values]
+def _loaded(vectors: Vectors, lanes: list[Any], aval: Any) -> np.ndarray:
+    """An argument's vectors, from where it begins in each lane."""
+    b, width, of, size = vectors.builder, vectors.width, element(aval.dtype), math.prod(aval.shape)
+    if of == BIT:
+        raise NotImplementedError("arguments of bits have no rule for batches in lanes")
+    out: list[Any] = [None] * size
+
+    def load(lane: Any, at: int, what: Any) -> Any:
+        place = b.gep(lane, [ir.Constant(INDEX, at)], source_etype=of)
+        return b.load(place, typ=what, align=aval.dtype.itemsize)
+
+    if size >= width:
+        for at in [*range(0, size - width, width), size - width]:  # the last may overlap the one before
+            rows = [load(lane, at, vectors.vector(of)) for lane in lanes]
+            out[at : at + width] = _transposed(vectors, rows)
+    else:
+        for at in range(size):
+            value = ir.Constant(vectors.vector(of), ir.Undefined)
+            for k, lane in enumerate(lanes):
+                value = b.insert_element(value, load(lane, at, of), ir.Constant(INDEX, k))
+            out[at] = value
+    return _objects([vectors.flushed(value) for value in out], aval.shape)
 
 
-def _rule(eqn: Any) -> Callable[..., Any] | None:
-    name = eqn.primitive.name
+def _transposed(vectors: Vectors, rows: list[Any]) -> list[Any]:
+    """A square of numbers turned: in each round pairs of rows exchange blocks of half the size of theirs."""
+    width, step = vectors.width, 1
+    while step < width:
+        lanes = range(width)
+        low = [i - step + width if i & step else i for i in lanes]
+        high = [i + width if i & step else i + step for i in lanes]
+        turned = list(rows)
+        for i in lanes:
+            if not i & step:
+                for at, mask in ((i, low), (i + step, high)):
+                    picked = ir.Constant(ir.VectorType(ir.IntType(32), width), mask)
+                    turned[at] = vectors.builder.shuffle_vector(rows[i], rows[i + step], picked)
+        rows, step = turned, 2 * step
+    return rows
+
+
+def _objects(values: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    out = np.empty(len(values), object)
+    out[:] = values
+    return out.reshape(shape)
+
+
+def _constants(vectors: Vectors, value: Any, aval: Any) -> np.ndarray:
+    numbers = np.broadcast_to(np.asarray(value, aval.dtype), aval.shape)
+    of = element(aval.dtype)
+    return _objects([vectors.constant(number, of) for number in numbers.flat], aval.shape)
+
+
+def _count(eqn: Any) -> int:
+    """The operations that an equation stands for."""
+    name, size = eqn.primitive.name, math.prod(eqn.outvars[0].aval.shape)
+    if name in _MOVES or name == "iota":
+        return 0
     if name in _CHAINS:
-        axes, shape = eqn.params["axes"], eqn.invars[0].aval.shape
-        return _chain if all(shape[axis] <= LONGEST for axis in axes) else None
-    if name == "gather":
-        return _rows if _takes_rows(eqn) else None
+        return math.prod(eqn.invars[0].aval.shape)
     if name == "dot_general":
-        (left, _), batch = eqn.params["dimension_numbers"]
-        fits = len(left) == 1 and not any(batch) and eqn.invars[0].aval.shape[left[0]] <= LONGEST
-        return _product if fits else None
-    return _RULES.get(name)
+        contracted = eqn.params["dimension_numbers"][0][0]
+        return 2 * size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+    return size * (eqn.invars[0].aval.shape[0] if name == "gather" else 1)
 
 
-def _chain(eqn: Any, value: Any) -> Any:
-    combine = _CHAINS[eqn.primitive.name]
-    for axis in sorted(eqn.params["axes"], reverse=True):
-        parts = [lax.index_in_dim(value, i, axis, keepdims=False) for i in range(value.shape[axis])]
-        value = reduce(combine, parts)
-    return value
+def _each(rule: Callable[..., Any], shape: tuple[int, ...], *arrays: np.ndarray) -> np.ndarray:
+    """The rule on every entry; once where broadcasting made entries the same."""
+    arrays = tuple(np.broadcast_to(a, shape) for a in arrays)
+    done: dict[Any, Any] = {}
+    out = []
+    for values in zip(*(a.flat for a in arrays), strict=True):
+        key = tuple(map(id, values))
+        if key not in done:
+            done[key] = rule(*values)
+        out.append(done[key])
+    return _objects(out, shape)
 
 
-def _product(eqn: Any, left: Any, right: Any) -> Any:
+def _operation(vectors: Vectors, eqn: Any, inputs: list[np.ndarray]) -> np.ndarray:
+    """The result of one equation."""
+    name, params, shape = eqn.primitive.name, eqn.params, eqn.outvars[0].aval.shape
+    if name in _MOVES:
+        return _MOVES[name](eqn, *inputs)
+    if name in _CHAINS:
+        combine, axes = vectors.operations[_CHAINS[name]], params["axes"]
+        kept = [axis for axis in range(inputs[0].ndim) if axis not in axes]
+        rows = inputs[0].transpose(*kept, *axes).reshape(math.prod(shape), -1)
+        return _objects([reduce(combine, row) for row in rows], shape)
+    if name == "dot_general":
+        return _product(vectors, eqn, *inputs)
+    if name == "gather":
+        return _rows(vectors, eqn, *inputs)
+    if name == "iota":
+        return _constants(vectors, eqn.primitive.bind(**params), eqn.outvars[0].aval)
+    rule: Callable[..., Any]
+    if name == "convert_element_type":
+        rule = partial(vectors.convert, old=eqn.invars[0].aval.dtype, new=params["new_dtype"])
+    elif name == "bitcast_convert_type":
+        rule = partial(vectors.bits_as, new=params["new_dtype"])
+    elif name == "integer_pow":
+        rule = partial(vectors.power, exponent=params["y"])
+    elif name in vectors.operations:
+        rule = vectors.operations[name]
+    else:
+        raise NotImplementedError(f"{name} has no rule for batches in lanes")
+    return _each(rule, shape, *inputs)
+
+
+def _product(vectors: Vectors, eqn: Any, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Contraction over one axis of each: Σ_i left[…, i] right[…, i], outer over the rest."""
-    ((i,), (j,)), _ = eqn.params["dimension_numbers"]
-    ones = [1] * (left.ndim - 2), [1] * (right.ndim - 2)
+    (contracted, across), batch = eqn.params["dimension_numbers"]
+    if len(contracted) != 1 or any(batch):
+        raise NotImplementedError("this dot_general has no rule for batches in lanes")
+    rows = np.moveaxis(left, contracted[0], -1).reshape(-1, left.shape[contracted[0]])
+    columns = np.moveaxis(right, across[0], -1).reshape(-1, right.shape[across[0]])
+    terms = [[list(map(vectors.mul, row, column)) for column in columns] for row in rows]
+    values = [reduce(vectors.add, term) for row in terms for term in row]
+    return _objects(values, eqn.outvars[0].aval.shape)
 
-    def term(y: int) -> Any:
-        a = lax.index_in_dim(left, y, i, keepdims=False)
-        b = lax.index_in_dim(right, y, j, keepdims=False)
-        return a.reshape(*a.shape[:-1], *ones[1], a.shape[-1]) * b.reshape(*ones[0], *b.shape)
 
-    return reduce(lax.add, [term(y) for y in range(left.shape[i])])
-
-
-def _takes_rows(eqn: Any) -> bool:
-    """Whether a gather is operand[indices] along the first axis."""
-    operand, indices = (v.aval for v in eqn.invars)
-    numbers, rank = eqn.params["dimension_numbers"], len(operand.shape)
-    return (
+def _rows(vectors: Vectors, eqn: Any, operand: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """operand[indices] along the first axis: by comparisons, as each lane has its own index."""
+    numbers, last = eqn.params["dimension_numbers"], indices.ndim - 1
+    if not (
         numbers.collapsed_slice_dims == numbers.start_index_map == (0,)
         and not numbers.operand_batching_dims
         and tuple(eqn.params["slice_sizes"]) == (1, *operand.shape[1:])
-        and numbers.offset_dims == tuple(range(len(indices.shape) - 1, len(indices.shape) + rank - 2))
-        and operand.shape[0] <= LONGEST
-    )
+        and numbers.offset_dims == tuple(range(last, last + operand.ndim - 1))
+    ):
+        raise NotImplementedError("this gather has no rule for batches in lanes")
+    choose = vectors.builder.select
+    out = []
+    for index in indices[..., 0].flat:
+        beyond = [vectors.compare(">=", index, i) for i in range(1, len(operand))]
+        for column in operand.reshape(len(operand), -1).T:
+            out.append(
+                reduce(
+                    lambda chosen, more: choose(more[0], more[1], chosen),
+                    zip(beyond, column[1:], strict=True),
+                    column[0],
+                )
+            )
+    return _objects(out, eqn.outvars[0].aval.shape)
 
 
-def _rows(eqn: Any, operand: Any, indices: Any) -> Any:
-    rest = operand.ndim - 2
-    index = indices[..., 0, :]
-    index = index.reshape(*index.shape[:-1], *[1] * rest, index.shape[-1])
-    shape = jnp.broadcast_shapes(index.shape, (*[1] * (index.ndim - rest - 1), *operand.shape[1:]))
-    rows = [jnp.broadcast_to(operand[i], shape) for i in range(operand.shape[0])]
-    return reduce(lambda chosen, i: jnp.where(index >= i, rows[i], chosen), range(1, len(rows)), rows[0])
+def _broadcast(eqn: Any, value: np.ndarray, *_: Any) -> np.ndarray:
+    shape, ones = eqn.params["shape"], [1] * len(eqn.params["shape"])
+    for axis, size in zip(eqn.params["broadcast_dimensions"], value.shape, strict=True):
+        ones[axis] = size
+    return np.broadcast_to(value.reshape(ones), shape)
 
 
-def _broadcast(eqn: Any, value: Any, *_: Any) -> Any:
-    shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    return lax.broadcast_in_dim(value, (*shape, value.shape[-1]), (*dims, len(shape)))
-
-
-def _slice(eqn: Any, value: Any) -> Any:
+def _slice(eqn: Any, value: np.ndarray) -> np.ndarray:
     p = eqn.params
-    strides = p["strides"] or (1,) * (value.ndim - 1)
-    return lax.slice(value, (*p["start_indices"], 0), (*p["limit_indices"], value.shape[-1]), (*strides, 1))
+    strides = p["strides"] or (1,) * value.ndim
+    return value[tuple(map(slice, p["start_indices"], p["limit_indices"], strides))]
 
 
-_RULES: dict[str, Callable[..., Any]] = {
+_MOVES: dict[str, Callable[..., np.ndarray]] = {
     "broadcast_in_dim": _broadcast,
-    "reshape": lambda eqn, value: value.reshape(*eqn.params["new_sizes"], value.shape[-1]),
-    "squeeze": lambda eqn, value: lax.squeeze(value, eqn.params["dimensions"]),
-    "transpose": lambda eqn, value: lax.transpose(value, (*eqn.params["permutation"], value.ndim - 1)),
+    "reshape": lambda eqn, value: value.reshape(eqn.params["new_sizes"]),
+    "squeeze": lambda eqn, value: value.reshape(eqn.outvars[0].aval.shape),
+    "transpose": lambda eqn, value: value.transpose(eqn.params["permutation"]),
     "slice": _slice,
     "stop_gradient": lambda eqn, value: value,
     "copy": lambda eqn, value: value,
-    "iota": lambda eqn: eqn.primitive.bind(**eqn.params)[..., None],
 }
+
+
+class _Kernel:
+    """The code of a module for this machine's processor; it lives as long as its engine."""
+
+    def __init__(self, module: ir.Module):
+        parsed = llvm.parse_assembly(str(module))
+        parsed.verify()
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2, jit=True
+        )
+        builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+        builder.getModulePassManager().run(parsed, builder)
+        self._engine = llvm.create_mcjit_compiler(parsed, machine)
+        self._engine.finalize_object()
+        integer, pointer = ctypes.c_int64, ctypes.c_void_p
+        signature = ctypes.CFUNCTYPE(None, integer, integer, pointer, pointer, pointer, integer)
+        self._code = signature(self._engine.get_function_address("kernel"))
+
+    def __call__(
+        self, arguments: Sequence[np.ndarray], results: Sequence[np.ndarray], start: int, stop: int
+    ) -> None:
+        """Instances from start to stop, whole vectors of them; the GIL is free meanwhile."""
+        strides = np.array([a.strides[0] // a.itemsize for a in arguments], np.int64)
+        from_, to = (np.array([a.ctypes.data for a in arrays], np.uintp) for arrays in (arguments, results))
+        length = results[0].shape[-1] if results else 0
+        self._code(start, stop, from_.ctypes.data, strides.ctypes.data, to.ctypes.data, length)

@@ -8,7 +8,7 @@ These look at concrete arrays, so they are called from the host and not under ji
 `solution` computes.
 """
 
-import contextlib
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,6 @@ from alignpro.theory.bounds import theorem1
 from alignpro.theory.divergences import Floats
 from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import KEYS, Instance, probabilities, unchecked
-from alignpro.theory.lanes import compiler_options, in_lanes
 from alignpro.theory.pairwise import pairwise_tv
 from alignpro.theory.solution import Solution, solution
 
@@ -36,8 +35,6 @@ ROUTES = ("dense", "pairs", "sorted")
 _PAIR, _SORT, _PASS = 11, 250, 150
 # Numbers held at a time by the routes on the host, and by one step of a batch (its arrays stay in the cache).
 _HELD, _CACHED = 2**20, 2**14
-# Instances side by side in the vector lanes, and the largest array of an instance for which that is faster.
-_LANES, _LANES_LARGEST = 128, 256
 # Instances handed over at a time.
 _CHUNK = 2**14
 
@@ -231,8 +228,8 @@ def solve_batch(
     on one batch after another (it is compiled once for each shape and statement).
 
     Raises:
-        AlignProError: the batch has no leading axis or no instance, or β or λ is neither one number nor one
-            per instance, or is not positive and finite.
+        AlignProError: the batch has no leading axis, no instance or unequal numbers of them, or β or λ is
+            neither one number nor one per instance, or is not positive and finite.
     """
     arrays = unchecked(*(np.asarray(getattr(batch, key)) for key in KEYS))
     if arrays.p.ndim != 2 or not len(arrays.p):
@@ -241,12 +238,20 @@ def solve_batch(
             "them, and one instance or more"
         )
     count = len(arrays.p)
+    for name, array in [*((key, getattr(arrays, key)) for key in KEYS), ("prompter", prompter)]:
+        if array is not None and np.shape(array)[:1] != (count,):
+            raise AlignProError(
+                f"batch: {name} has shape {np.shape(array)}; give {count} instances of it, as of p"
+            )
     temperatures = [_temperatures(name, value, count) for name, value in (("beta", beta), ("lam", lam))]
     devices = tuple(devices or jax.devices())
     given = jax.tree.map(np.asarray, (arrays, *temperatures, prompter))
     leaves, structure = jax.tree.flatten(given)
     one = structure, tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves)
-    run, inner, lanes = _batched(statement, one, -(-min(_CHUNK, count) // len(devices)), devices)
+    alone = len(devices) == 1 and devices[0].platform == "cpu"
+    if alone and (in_lanes := _in_lanes(statement, one)):
+        return in_lanes(*given)
+    run, inner = _batched(statement, one, -(-min(_CHUNK, count) // len(devices)), devices)
     unit = inner * len(devices)
     step = -(-min(_CHUNK, count) // unit) * unit
 
@@ -257,29 +262,17 @@ def solve_batch(
         part = slice(start, stop) if stop - start == step else chosen
 
         def laid(a: np.ndarray) -> np.ndarray:
-            a = a[part].reshape(-1, inner, *a.shape[1:])
-            return _in_rows(np.moveaxis(a, 1, -1)) if lanes else a
+            return a[part].reshape(-1, inner, *a.shape[1:])
 
         def flat(a: Any) -> np.ndarray:
-            a = np.moveaxis(np.asarray(a), -1, 1) if lanes else np.asarray(a)
-            return a.reshape(-1, *a.shape[2:])[: stop - start]
+            return np.asarray(a).reshape(-1, *a.shape[2:])[: stop - start]
 
         return jax.tree.map(flat, run(*jax.tree.map(laid, given)))
 
     # One CPU device runs one small operation after another, so let the cores take a chunk each.
-    alone = len(devices) == 1 and devices[0].platform == "cpu"
     with ThreadPoolExecutor((os.cpu_count() or 1) if alone else 1) as pool:
         pieces = list(pool.map(solve, range(0, count, step)))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
-
-
-def _in_rows(view: np.ndarray) -> np.ndarray:
-    """A copy in rows, at an address that XLA takes as it is. NumPy transposes four times as fast as XLA."""
-    room = np.empty(view.nbytes + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    out = room[start : start + view.nbytes].view(view.dtype).reshape(view.shape)
-    np.copyto(out, view)
-    return out
 
 
 def _temperatures(name: str, value: Any, count: int) -> np.ndarray:
@@ -291,35 +284,49 @@ def _temperatures(name: str, value: Any, count: int) -> np.ndarray:
     return np.broadcast_to(array, (count,))
 
 
-@lru_cache
-def _batched(
-    statement: Callable[[Solution], Any], batch: Any, count: int, devices: tuple[Any, ...]
-) -> tuple[Callable[..., Any], int, bool]:
-    """The statement on a chunk, how many instances each device takes at a time, and whether in lanes.
+def _on_one(statement: Callable[[Solution], Any], batch: Any) -> tuple[Callable[..., Any], Any]:
+    """The statement on one instance, and that instance's shapes.
 
-    `batch` is a pytree's structure with the shapes and dtypes of one instance, `count` how many there are
-    for each device. The chunk's arrays are [steps, at a time, …], or [steps, …, at a time] in lanes.
+    `batch` is a pytree's structure with the shapes and dtypes of one instance.
     """
     structure, leaves = batch
-    example = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
 
     def one(instance: Instance, beta: Any, lam: Any, prompter: Any) -> Any:
         return statement(solution(instance, beta, lam, prompter))
 
-    largest = max(int(np.prod(shape)) for shape, _ in leaves)
-    step: Callable[..., Any] = jax.vmap(one)
-    inner, options, lanes = max(1, min(_CACHED // largest, count)), None, False
-    if devices[0].platform == "cpu" and largest <= _LANES_LARGEST:
-        # A statement that lanes cannot express takes the way above.
-        with contextlib.suppress(NotImplementedError):
-            step = in_lanes(one, *example)
-            inner, options, lanes = _LANES, compiler_options(), True
+    return one, jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+
+
+@lru_cache
+def _in_lanes(statement: Callable[[Solution], Any], batch: Any) -> Callable[..., Any] | None:
+    """The statement on a batch, compiled with an instance in each vector lane; None where that cannot be."""
+    if importlib.util.find_spec("llvmlite") is None:
+        return None
+    from alignpro.theory.lanes import in_lanes
+
+    one, example = _on_one(statement, batch)
+    try:
+        return in_lanes(one, *example)
+    except NotImplementedError:
+        return None
+
+
+@lru_cache
+def _batched(
+    statement: Callable[[Solution], Any], batch: Any, count: int, devices: tuple[Any, ...]
+) -> tuple[Callable[..., Any], int]:
+    """The statement on a chunk, and how many instances each device takes at a time.
+
+    `count` is how many there are for each device. The chunk's arrays are [steps, at a time, …].
+    """
+    one, _ = _on_one(statement, batch)
+    largest = max(int(np.prod(shape)) for shape, _ in batch[1])
 
     def chunk(*pieces: Any) -> Any:
         # Held back, or every use of an array would cut its piece out anew.
-        return lax.map(lambda piece: step(*lax.optimization_barrier(piece)), pieces)
+        return lax.map(lambda piece: jax.vmap(one)(*lax.optimization_barrier(piece)), pieces)
 
     across = PartitionSpec("batch")
     mesh = Mesh(np.array(devices), ("batch",))
     mapped = jax.shard_map(chunk, mesh=mesh, in_specs=across, out_specs=across, check_vma=False)
-    return jax.jit(mapped, compiler_options=options), inner, lanes
+    return jax.jit(mapped), max(1, min(_CACHED // largest, count))

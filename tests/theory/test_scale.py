@@ -251,6 +251,11 @@ def test_bad_batches():
         solve_batch(none, 0.5, 0.5)
     with pytest.raises(AlignProError, match=r"^batch: p has shape \(2,\); give arrays with one leading axis"):
         solve_batch(take(batch, 0), 1.0, 1.0)
+    short = unchecked(batch.p, batch.prior[:2], batch.frozen, batch.own, batch.reward)
+    with pytest.raises(AlignProError, match=r"^batch: prior has shape \(2, 2, 2\); give 3 instances of it"):
+        solve_batch(short, 1.0, 1.0)
+    with pytest.raises(AlignProError, match=r"^batch: prompter has shape \(2, 2, 2\); give 3 instances of it"):
+        solve_batch(batch, 1.0, 1.0, prompter=np.full((2, 2, 2), 0.5))
     with pytest.raises(AlignProError, match=r"^lam: has shape \(2,\); give one number or 3"):
         solve_batch(batch, 1.0, np.ones(2))
     for wrong in (0.0, np.array([1.0, -1.0, 1.0]), np.array([1.0, np.nan, 1.0])):
