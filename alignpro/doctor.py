@@ -18,7 +18,7 @@ EXTRAS = {
     "": "verify, solve",
     "certify": "verdicts in ball arithmetic (verify --certify, hunt)",
     "testing": "alignpro.testing, hunt's smallest counterexamples",
-    "native": "batches of small instances as machine code (solve_batch)",
+    "native": "batches of small instances as machine code",
     "report": "figures and HTML reports",
     "llm": "language models: demo, train, rollout, judge, ...",
     "http": "frozen models, rewards and judges behind an endpoint",

@@ -27,7 +27,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,6 +89,12 @@ def pairs_torch(frozen, own, prior):
 
 
 def pairs_alignpro(frozen, own, prior):
+    """As `solve_large` computes it: machine code where llvmlite is installed."""
+    return _prompt_shift(frozen, own, prior)
+
+
+def pairs_alignpro_jax(frozen, own, prior):
+    """As `solution` computes it, under jit, vmap and grad."""
     import jax
 
     import alignpro.theory  # noqa: F401  (64-bit floats)
@@ -103,7 +108,7 @@ def pairs_alignpro_single(frozen, own, prior):
     return pairs_alignpro(frozen.astype(np.float32), own, prior.astype(np.float32))
 
 
-def _structured(frozen, own, prior):
+def _prompt_shift(frozen, own, prior):
     from alignpro.theory.instance import unchecked
     from alignpro.theory.scale import prompt_shift
 
@@ -113,12 +118,12 @@ def _structured(frozen, own, prior):
 
 def pairs_alignpro_sparse(frozen, own, prior):
     """ρ_sft with 32 rewrites for each prompt."""
-    return _structured(frozen, own, sparse_prior(prior))
+    return _prompt_shift(frozen, own, sparse_prior(prior))
 
 
 def pairs_alignpro_shared(frozen, own, prior):
     """One ρ_sft for all prompts."""
-    return _structured(frozen, own, np.repeat(prior[:1], len(prior), 0))
+    return _prompt_shift(frozen, own, np.repeat(prior[:1], len(prior), 0))
 
 
 def sparse_prior(prior: np.ndarray) -> np.ndarray:
@@ -251,6 +256,7 @@ PAIRS: dict[str, Callable[..., Any]] = {
     "torch cdist": pairs_torch,
     "alignpro": pairs_alignpro,
     "alignpro float32": pairs_alignpro_single,
+    "alignpro, JAX alone": pairs_alignpro_jax,
     "alignpro, sparse ρ_sft": pairs_alignpro_sparse,
     "alignpro, shared ρ_sft": pairs_alignpro_shared,
 }
@@ -266,51 +272,52 @@ BATCH: dict[str, tuple[Callable[..., Any], int]] = {
 
 
 def peak(dtype: str) -> float:
-    """Terms |a − b| summed per second by all cores from the cache: the best case of that operation.
+    """Terms |a − b| summed per second by all cores, all in registers: the best case of that operation.
 
-    A block of 32 to 512 rows by 1 KiB, over 16 columns a step, written as the kernel's inner loop is, on data
-    small enough to stay; by one thread, and by as many as there are cores; the best of all. It is measured,
-    so other work on the machine lowers it.
+    Eight sums side by side, which wait for nothing but their own last term; by one thread, and by as many as
+    there are cores; the best of several. It is measured, so other work on the machine lowers it.
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    import jax
-    import jax.numpy as jnp
+    from llvmlite import ir
 
-    import alignpro.theory  # noqa: F401
+    from alignpro.theory.native import INDEX, POINTER, Code, function, loop, register_bytes
+    from alignpro.theory.vectors import Vectors, element
 
-    lanes, inner = 1024 // np.dtype(dtype).itemsize, 16
-    rng, cores, best = np.random.default_rng(0), os.cpu_count() or 1, 0.0
-
-    @partial(jax.jit, static_argnums=2)
-    def run(a, b, steps):
-        def step(_, total):
-            moved = a + 1e-30 * total[0, 0]  # a sum that did not change would be taken out of the loop
-            terms = [jnp.abs(moved[j][:, None] - b[j][None, :]) for j in range(inner)]
-            return total * 0.5 + sum(terms[1:], terms[0])
-
-        return jax.lax.fori_loop(0, steps, step, jnp.zeros((a.shape[1], lanes), dtype))
-
-    for rows in (32, 128, 256, 512):
-        a, b = (jnp.asarray(rng.uniform(size=(inner, n)), dtype) for n in (rows, lanes))
-        steps = 2**18 // rows
-        run(a, b, steps).block_until_ready()
-        for threads in {1, cores}:  # one, too: XLA may split the block itself
-            with ThreadPoolExecutor(threads) as pool:
-                for _ in range(4):
-                    start = time.perf_counter()
-                    list(
-                        pool.map(
-                            lambda _, a=a, b=b, n=steps: run(a, b, n).block_until_ready(), range(threads)
-                        )
-                    )
-                    rate = threads * steps * rows * lanes * inner / (time.perf_counter() - start)
-                    best = max(best, rate)
+    sums, size, of = 8, register_bytes(), element(dtype)
+    written = function(INDEX, POINTER)
+    b = ir.IRBuilder(written.append_basic_block("entry"))
+    vectors = Vectors(b, size // np.dtype(dtype).itemsize)
+    wide, half = vectors.vector(of), vectors.constant(0.5, of)
+    places = [b.gep(written.args[1], [ir.Constant(INDEX, i)], source_etype=wide) for i in range(sums + 1)]
+    totals = [b.alloca(wide) for _ in range(sums)]
+    for total, place in zip(totals, places, strict=False):
+        b.store(b.load(place, typ=wide, align=8), total)
+    other = b.load(places[-1], typ=wide, align=8)
+    with loop(b, ir.Constant(INDEX, 0), written.args[0], 1):
+        for total in totals:
+            value = b.load(total, typ=wide)
+            term = vectors.mul(half, vectors.operations["abs"](b.fsub(other, value)))
+            b.store(vectors.add(value, term), total)
+    for total, place in zip(totals, places, strict=False):
+        b.store(b.load(total, typ=wide), place, align=8)
+    b.ret_void()
+    code, steps, cores, best = Code(written), 2**24, os.cpu_count() or 1, 0.0
+    for threads in (1, cores):
+        data = np.random.default_rng(0).uniform(size=(threads, (sums + 1) * size // 8))
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in range(5):
+                start = time.perf_counter()
+                list(pool.map(lambda row: code(steps, row.ctypes.data), data))
+                rate = threads * steps * sums * vectors.width / (time.perf_counter() - start)
+                best = max(best, rate)
     return best
 
 
 def measure(task: str, name: str, sizes: list[int], repeats: int, seed: int) -> dict[str, Any]:
     """Run in a process of its own."""
+    if task == "peak" and importlib.util.find_spec("llvmlite") is None:
+        return {"skipped": "llvmlite is not installed"}
     if task == "peak":
         return {"terms_per_second": {dtype: peak(dtype) for dtype in ("float64", "float32")}}
     if "torch" in name and importlib.util.find_spec("torch") is None:
@@ -400,11 +407,10 @@ def main() -> None:
 
     found: dict[str, Any] = {"machine": machine(), "seed": args.seed, "pairs": {}, "batch": {}}
     print(", ".join(f"{key} {value}" for key, value in found["machine"].items() if value is not None))
-    found["peak"] = alone("peak", "", [], 0, 0)["terms_per_second"]
-    print(
-        f"measured peak, |a - b| summed in cache: {found['peak']['float64'] / 1e9:.1f}e9/s float64, "
-        f"{found['peak']['float32'] / 1e9:.1f}e9/s float32"
-    )
+    found["peak"] = alone("peak", "", [], 0, 0)
+    rates = found["peak"].get("terms_per_second", {})
+    said = [f"{rate / 1e9:.1f}e9/s {dtype}" for dtype, rate in rates.items()] or [found["peak"]["skipped"]]
+    print("measured peak, |a - b| summed in registers:", ", ".join(said))
     x, k, y = args.pairs
     tables = {
         "pairs": (f"pairs, X={x} K={k} Y={y}: terms |a - b|", PAIRS, args.pairs, "scipy cdist"),
@@ -437,7 +443,7 @@ def main() -> None:
             if base in found[task] and "cpu" in found[task][base]:
                 compared = found[task][base]
                 row["times_cpu"] = compared["cpu"] / compared["work"] / (row["cpu"] / row["work"])
-            row["of_peak"] = row["per_second"] / found["peak"][dtype] if dense else None
+            row["of_peak"] = row["per_second"] / rates[dtype] if dense and rates else None
             row["times"] = (
                 row["per_second"] / found[task][base]["per_second"]
                 if base in found[task] and ("per_second" in found[task][base])

@@ -9,7 +9,6 @@ slice costs nothing.
 Needs llvmlite (`pip install 'alignpro[native]'`). `scale.solve_batch` is what uses it.
 """
 
-import ctypes
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -18,18 +17,17 @@ from functools import partial, reduce
 from typing import Any
 
 import jax
-import llvmlite.binding as llvm
 import numpy as np
 from jax.extend import core
 from llvmlite import ir
 
-from alignpro.theory.vectors import BIT, BYTE, INDEX, Vectors, element
+from alignpro.theory.native import INDEX, POINTER, Code, function
+from alignpro.theory.vectors import BIT, BYTE, Vectors, element
 
 # Operations that are worth compiling: some 0.15 ms each.
 LONGEST = 2**14
 # Instances that a thread takes at a time.
 _CHUNK = 2**12
-_POINTER = ir.PointerType()
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
 _CHAINS = {
     "reduce_sum": "add",
@@ -39,9 +37,6 @@ _CHAINS = {
     "reduce_and": "and",
     "reduce_or": "or",
 }
-
-llvm.initialize_native_target()
-llvm.initialize_native_asmprinter()
 
 
 def in_lanes(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
@@ -65,25 +60,31 @@ def in_lanes(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]
     arguments, results = ([v.aval for v in vs] for vs in (flat.jaxpr.invars, flat.jaxpr.outvars))
     # A register of 64 bytes, or what the machine makes of it.
     width = 64 // min((a.dtype.itemsize for a in arguments if a.dtype.kind == "f"), default=8)
-    kernel = _Kernel(_written(flat, width))
+    code = Code(_written(flat, width))
     structure = jax.tree.structure(shapes)
+
+    def call(given: Sequence[np.ndarray], out: Sequence[np.ndarray], start: int, stop: int) -> None:
+        steps = np.array([a.strides[0] // a.itemsize for a in given], np.int64)
+        from_, to = (np.array([a.ctypes.data for a in arrays], np.uintp) for arrays in (given, out))
+        length = out[0].shape[-1] if out else 0
+        code(start, stop, *(a.ctypes.data for a in (from_, steps, to)), length)
 
     def run(*batch: Any) -> Any:
         leaves = [_contiguous(a, v) for a, v in zip(jax.tree.leaves(batch), arguments, strict=True)]
         count = len(leaves[0])
-        for array, v in zip(leaves, arguments, strict=True):  # the kernel would read on past its end
+        for array, v in zip(leaves, arguments, strict=True):  # the code would read on past its end
             if array.shape != (count, *v.shape):
                 raise ValueError(f"an argument has shape {array.shape} where {(count, *v.shape)} was meant")
         out = [np.empty((*v.shape, count), v.dtype) for v in results]
         whole = count - count % width
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             starts = range(0, whole, _CHUNK)
-            list(pool.map(lambda start: kernel(leaves, out, start, min(start + _CHUNK, whole)), starts))
+            list(pool.map(lambda start: call(leaves, out, start, min(start + _CHUNK, whole)), starts))
         if rest := count - whole:
             # The last few fill a vector of their own.
             filled = [a[np.minimum(np.arange(whole, whole + width), count - 1)] for a in leaves]
             last = [np.empty((*v.shape, width), v.dtype) for v in results]
-            kernel(filled, last, 0, width)
+            call(filled, last, 0, width)
             for array, some in zip(out, last, strict=True):
                 array[..., whole:] = some[..., :rest]
         return jax.tree.unflatten(structure, [np.ascontiguousarray(np.moveaxis(a, -1, 0)) for a in out])
@@ -128,7 +129,7 @@ def _live(jaxpr: Any) -> list[Any]:
     return live[::-1]
 
 
-def _written(flat: Any, width: int) -> ir.Module:
+def _written(flat: Any, width: int) -> ir.Function:
     """kernel(from, to, arguments, their strides, results, length of a result's row), a loop over vectors.
 
     Arguments are [N, …] with so many numbers from instance to instance, results […, N].
@@ -139,11 +140,9 @@ def _written(flat: Any, width: int) -> ir.Module:
             raise NotImplementedError(f"{eqn.primitive} has no rule for batches in lanes")
     if (count := sum(map(_count, live))) > LONGEST:
         raise NotImplementedError(f"{count} operations would take too long to compile; {LONGEST} are fine")
-    module = ir.Module()
-    of = [INDEX, INDEX, _POINTER, _POINTER, _POINTER, INDEX]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), of), "kernel")
-    start, stop, arguments, strides, results, length = function.args
-    entry, loop, end = (function.append_basic_block(name) for name in ("entry", "loop", "end"))
+    written = function(INDEX, INDEX, POINTER, POINTER, POINTER, INDEX)
+    start, stop, arguments, strides, results, length = written.args
+    entry, body, end = (written.append_basic_block(name) for name in ("entry", "body", "end"))
     b = ir.IRBuilder(entry)
     vectors = Vectors(b, width)
 
@@ -153,12 +152,12 @@ def _written(flat: Any, width: int) -> ir.Module:
     def entries(pointers: Any, count: int, of: Any) -> list[Any]:
         return [b.load(b.gep(pointers, [index(k)], source_etype=of), typ=of) for k in range(count)]
 
-    given = list(zip(jaxpr.invars, entries(arguments, len(jaxpr.invars), _POINTER), strict=True))
+    given = list(zip(jaxpr.invars, entries(arguments, len(jaxpr.invars), POINTER), strict=True))
     steps = entries(strides, len(jaxpr.invars), INDEX)
-    places = entries(results, len(jaxpr.outvars), _POINTER)
-    b.cbranch(b.icmp_signed("<", start, stop), loop, end)
+    places = entries(results, len(jaxpr.outvars), POINTER)
+    b.cbranch(b.icmp_signed("<", start, stop), body, end)
 
-    b.position_at_end(loop)
+    b.position_at_end(body)
     first = b.phi(INDEX)
     known: dict[Any, np.ndarray] = {}
     for v, value in zip(jaxpr.constvars, flat.consts, strict=True):
@@ -185,11 +184,11 @@ def _written(flat: Any, width: int) -> ir.Module:
 
     after = b.add(first, index(width))
     first.add_incoming(start, entry)
-    first.add_incoming(after, loop)
-    b.cbranch(b.icmp_signed("<", after, stop), loop, end)
+    first.add_incoming(after, body)
+    b.cbranch(b.icmp_signed("<", after, stop), body, end)
     b.position_at_end(end)
     b.ret_void()
-    return module
+    return written
 
 
 def _loaded(vectors: Vectors, lanes: list[Any], aval: Any) -> np.ndarray:
@@ -360,30 +359,3 @@ _MOVES: dict[str, Callable[..., np.ndarray]] = {
     "stop_gradient": lambda eqn, value: value,
     "copy": lambda eqn, value: value,
 }
-
-
-class _Kernel:
-    """The code of a module for this machine's processor; it lives as long as its engine."""
-
-    def __init__(self, module: ir.Module):
-        parsed = llvm.parse_assembly(str(module))
-        parsed.verify()
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2, jit=True
-        )
-        builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
-        builder.getModulePassManager().run(parsed, builder)
-        self._engine = llvm.create_mcjit_compiler(parsed, machine)
-        self._engine.finalize_object()
-        integer, pointer = ctypes.c_int64, ctypes.c_void_p
-        signature = ctypes.CFUNCTYPE(None, integer, integer, pointer, pointer, pointer, integer)
-        self._code = signature(self._engine.get_function_address("kernel"))
-
-    def __call__(
-        self, arguments: Sequence[np.ndarray], results: Sequence[np.ndarray], start: int, stop: int
-    ) -> None:
-        """Instances from start to stop, whole vectors of them; the GIL is free meanwhile."""
-        strides = np.array([a.strides[0] // a.itemsize for a in arguments], np.int64)
-        from_, to = (np.array([a.ctypes.data for a in arrays], np.uintp) for arrays in (arguments, results))
-        length = results[0].shape[-1] if results else 0
-        self._code(start, stop, from_.ctypes.data, strides.ctypes.data, to.ctypes.data, length)

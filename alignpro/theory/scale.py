@@ -32,7 +32,7 @@ from alignpro.theory.solution import Solution, solution
 ROUTES = ("dense", "pairs", "sorted")
 # Measured on CPU, in units of one term |a − b| of a dense block: such a term of a pair taken alone; an entry
 # of a column sorted; an entry of a pass over a sorted column.
-_PAIR, _SORT, _PASS = 11, 250, 150
+_PAIR, _SORT, _PASS = 35, 900, 400
 # Numbers held at a time by the routes on the host, and by one step of a batch (its arrays stay in the cache).
 _HELD, _CACHED = 2**20, 2**14
 # Instances handed over at a time.
@@ -63,7 +63,8 @@ def prompt_shift(
         by: a row of `ROUTES`; the cheapest, by `route`, when None.
         devices: those of the dense route; all when None.
 
-    - `dense`: U·K·Y terms for U different rows among `own`, in blocks (`pairwise.pairwise_tv`).
+    - `dense`: U·K·Y terms for U different rows among `own`, in blocks (`distances.expected_tv` on a CPU with
+      llvmlite, `pairwise.pairwise_tv` elsewhere).
     - `pairs`: only pairs of different rows that some x needs (ρ_sft > 0), each once: a sparse ρ_sft.
     - `sorted`: for each response, Σ_k w_k |a − q_k| at every a = q_j at once, from the sorted q: with W the
       running sum of the weights, Σ_{k≤j} w_k (q_j − q_k) = Σ_{i<j} W_i (q_{i+1} − q_i), and the same from
@@ -89,7 +90,17 @@ def prompt_shift(
     return shift.astype(np.result_type(prior, frozen))
 
 
+def _native(devices: tuple[Any, ...]) -> bool:
+    """Whether one CPU is to do all the work, and llvmlite is there to write its code."""
+    one = len(devices) == 1 and devices[0].platform == "cpu"
+    return one and importlib.util.find_spec("llvmlite") is not None
+
+
 def _dense(own: np.ndarray, prior: np.ndarray, frozen: np.ndarray, devices: tuple[Any, ...]) -> np.ndarray:
+    if _native(devices):
+        from alignpro.theory.distances import expected_tv
+
+        return expected_tv(frozen, own, prior)
     rows, which = np.unique(own, return_inverse=True)
     padded = np.pad(rows, (0, -len(rows) % len(devices)))
     distances = np.asarray(_rowwise(devices)(frozen[padded], frozen))
@@ -122,9 +133,13 @@ def _by_pairs(own: np.ndarray, prior: np.ndarray, frozen: np.ndarray) -> np.ndar
     low, high = codes // prior.shape[1], codes % prior.shape[1]
     distances = np.empty(len(codes))
     step = max(1, _HELD // 16 // frozen.shape[1])
-    for i in range(0, len(codes), step):
+
+    def some(i: int) -> None:
         difference = frozen[low[i : i + step]] - frozen[high[i : i + step]]
         np.abs(difference, out=difference).sum(-1, out=distances[i : i + step])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(some, range(0, len(codes), step)))
     return np.bincount(x, prior[x, k] * 0.5 * distances[which], minlength=len(own))
 
 
@@ -138,9 +153,10 @@ def _kinds(prior: np.ndarray) -> tuple[np.ndarray, list[int]]:
 def _by_sorting(own: np.ndarray, prior: np.ndarray, frozen: np.ndarray) -> np.ndarray:
     rewrites, responses = frozen.shape
     kinds, which = _kinds(prior)
-    distances = np.zeros((len(kinds), rewrites))
-    step = max(1, _HELD // rewrites)
-    for y in range(0, responses, step):
+    step = max(1, _HELD // 4 // rewrites)
+
+    def some(y: int) -> np.ndarray:
+        distances = np.empty((len(kinds), rewrites))
         columns = np.ascontiguousarray(frozen[:, y : y + step].T)
         order = np.argsort(columns, -1)
         gaps = np.diff(np.take_along_axis(columns, order, -1), axis=-1)
@@ -150,7 +166,11 @@ def _by_sorting(own: np.ndarray, prior: np.ndarray, frozen: np.ndarray) -> np.nd
             sums = np.zeros_like(columns)
             np.cumsum(below[:, :-1] * gaps, -1, out=sums[:, 1:])
             sums[:, -2::-1] += np.cumsum(above[:, :-1] * gaps[:, ::-1], -1)
-            distances[kind] += np.bincount(order.ravel(), sums.ravel(), minlength=rewrites)
+            distances[kind] = np.bincount(order.ravel(), sums.ravel(), minlength=rewrites)
+        return distances
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        distances = sum(pool.map(some, range(0, responses, step)), start=np.zeros((len(kinds), rewrites)))
     return 0.5 * distances[which, own]
 
 
@@ -248,8 +268,7 @@ def solve_batch(
     given = jax.tree.map(np.asarray, (arrays, *temperatures, prompter))
     leaves, structure = jax.tree.flatten(given)
     one = structure, tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves)
-    alone = len(devices) == 1 and devices[0].platform == "cpu"
-    if alone and (in_lanes := _in_lanes(statement, one)):
+    if _native(devices) and (in_lanes := _in_lanes(statement, one)):
         return in_lanes(*given)
     run, inner = _batched(statement, one, -(-min(_CHUNK, count) // len(devices)), devices)
     unit = inner * len(devices)
@@ -270,6 +289,7 @@ def solve_batch(
         return jax.tree.map(flat, run(*jax.tree.map(laid, given)))
 
     # One CPU device runs one small operation after another, so let the cores take a chunk each.
+    alone = len(devices) == 1 and devices[0].platform == "cpu"
     with ThreadPoolExecutor((os.cpu_count() or 1) if alone else 1) as pool:
         pieces = list(pool.map(solve, range(0, count, step)))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
@@ -300,8 +320,6 @@ def _on_one(statement: Callable[[Solution], Any], batch: Any) -> tuple[Callable[
 @lru_cache
 def _in_lanes(statement: Callable[[Solution], Any], batch: Any) -> Callable[..., Any] | None:
     """The statement on a batch, compiled with an instance in each vector lane; None where that cannot be."""
-    if importlib.util.find_spec("llvmlite") is None:
-        return None
     from alignpro.theory.lanes import in_lanes
 
     one, example = _on_one(statement, batch)

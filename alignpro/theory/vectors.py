@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 
-BIT, BYTE, INDEX = ir.IntType(1), ir.IntType(8), ir.IntType(64)
+BIT, BYTE = ir.IntType(1), ir.IntType(8)
 _TYPES: dict[str, Any] = {
     "float64": ir.DoubleType(),
     "float32": ir.FloatType(),
-    "int64": INDEX,
+    "int64": ir.IntType(64),
     "int32": ir.IntType(32),
     "bool": BIT,
 }
@@ -96,6 +96,14 @@ class Vectors:
         if isinstance(of, ir.FloatType):
             number = float(np.float32(number))
         return ir.Constant(self.vector(of), [ir.Constant(of, number)] * self.width)
+
+    def everywhere(self, number: Any) -> Any:
+        """One number in every lane."""
+        b, zero = self.builder, ir.Constant(ir.IntType(32), 0)
+        alone = b.insert_element(ir.Constant(self.vector(number.type), ir.Undefined), number, zero)
+        return b.shuffle_vector(
+            alone, alone, ir.Constant(ir.VectorType(zero.type, self.width), [0] * self.width)
+        )
 
     def flushed(self, x: Any) -> Any:
         """0 where a float is below the smallest normal one."""

@@ -11,7 +11,7 @@ import pytest
 from theory_oracle import EPS, close, kills, oracle
 
 from alignpro.errors import AlignProError
-from alignpro.theory import scale
+from alignpro.theory import distances, scale
 from alignpro.theory.bounds import BOUNDS, IDENTITIES, LEMMAS
 from alignpro.theory.families import FAMILIES, random_prompters, take
 from alignpro.theory.instance import KEYS, Instance, unchecked
@@ -138,14 +138,23 @@ def test_gradients(shape):
     kills(check, lambda f, own, prior: jnp.sum(prior * pairwise_tv(f[own], jax.lax.stop_gradient(f)), -1))
 
 
+@pytest.fixture(params=[True, False], ids=["native", "without llvmlite"])
+def native(request, monkeypatch):
+    """Both ways on one CPU device."""
+    if not request.param:
+        monkeypatch.setattr(scale, "_native", lambda devices: False)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_every_route_gives_the_same(dtype):
+def test_every_route_gives_the_same(dtype, native):
     cases = [
         case(3, (70, 60, 50), dtype),
         case(4, (70, 60, 50), dtype, keep=0.05, owners=7),
         case(5, (70, 60, 50), dtype, kinds=3),
         case(6, (1, 1, 1), dtype),
         case(7, (5, 300, 2), dtype, kinds=1),
+        case(8, (9, 33, 300), dtype),
     ]
     for family, draw in FAMILIES.items():
         batch = draw(np.random.default_rng(8), 1, (6, 5, 8))
@@ -188,11 +197,18 @@ def test_sorting_keeps_relative_accuracy():
     kills(check, cancelling)
 
 
+def test_the_code_reads_no_row_that_is_not_there():
+    i = case(0, (3, 4, 5))
+    for own in (np.array([0, 4, 1]), np.array([0, -1, 1])):
+        with pytest.raises(IndexError, match="own must lie in 0, …, 3"):
+            distances.expected_tv(i.frozen, own, i.prior)
+
+
 def test_the_route_follows_the_structure():
     assert route(case(0, (300, 300, 50))) == "dense"
-    assert route(case(0, (300, 300, 50), keep=0.02)) == "pairs"
-    assert route(case(0, (1500, 1500, 3), kinds=1)) == "sorted"
-    assert route(case(0, (1500, 1500, 3), kinds=1, owners=3)) == "dense"
+    assert route(case(0, (300, 300, 50), keep=0.005)) == "pairs"
+    assert route(case(0, (3000, 3000, 3), kinds=1)) == "sorted"
+    assert route(case(0, (3000, 3000, 3), kinds=1, owners=3)) == "dense"
     with pytest.raises(AlignProError, match=r"route 'fast' is unknown; give one of dense, pairs, sorted"):
         prompt_shift(case(0, (2, 2, 2)), "fast")
 
@@ -213,7 +229,7 @@ def test_solve_large_is_solution():
         solve_large(i, 0.3, 0.2, prompter=np.ones((2, 2)))
 
 
-def test_batches_against_plain_numpy(monkeypatch):
+def test_batches_against_plain_numpy(monkeypatch, native):
     monkeypatch.setattr(scale, "_CHUNK", 64)
     monkeypatch.setattr(scale, "_CACHED", 16 * 8)
     count, rng = 150, np.random.default_rng(13)
@@ -254,7 +270,9 @@ def test_bad_batches():
     short = unchecked(batch.p, batch.prior[:2], batch.frozen, batch.own, batch.reward)
     with pytest.raises(AlignProError, match=r"^batch: prior has shape \(2, 2, 2\); give 3 instances of it"):
         solve_batch(short, 1.0, 1.0)
-    with pytest.raises(AlignProError, match=r"^batch: prompter has shape \(2, 2, 2\); give 3 instances of it"):
+    with pytest.raises(
+        AlignProError, match=r"^batch: prompter has shape \(2, 2, 2\); give 3 instances of it"
+    ):
         solve_batch(batch, 1.0, 1.0, prompter=np.full((2, 2, 2), 0.5))
     with pytest.raises(AlignProError, match=r"^lam: has shape \(2,\); give one number or 3"):
         solve_batch(batch, 1.0, np.ones(2))
