@@ -1,6 +1,6 @@
 """Machine code for this processor, from LLVM's intermediate language: what `lanes` and `distances` share.
 
-Needs llvmlite (`pip install 'alignpro[native]'`); ask `available()` before importing what needs it.
+Needs llvmlite (`pip install 'alignpro[native]'`); `scale` asks whether it is there.
 """
 
 import ctypes
