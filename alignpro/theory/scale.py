@@ -100,7 +100,8 @@ def _dense(own: np.ndarray, prior: np.ndarray, frozen: np.ndarray, devices: tupl
     if _native(devices):
         from alignpro.theory.distances import expected_tv
 
-        return expected_tv(frozen, own, prior)
+        single = frozen.dtype == np.float32
+        return expected_tv(frozen if single else frozen.astype(np.float64, copy=False), own, prior)
     rows, which = np.unique(own, return_inverse=True)
     padded = np.pad(rows, (0, -len(rows) % len(devices)))
     distances = np.asarray(_rowwise(devices)(frozen[padded], frozen))
