@@ -90,7 +90,11 @@ def pairs_torch(frozen, own, prior):
 
 def pairs_alignpro(frozen, own, prior):
     """As `solve_large` computes it: machine code where llvmlite is installed."""
-    return _prompt_shift(frozen, own, prior)
+    from alignpro.theory.instance import unchecked
+    from alignpro.theory.scale import prompt_shift
+
+    instance = unchecked(None, prior, frozen, own, None)
+    return lambda: prompt_shift(instance)
 
 
 def pairs_alignpro_jax(frozen, own, prior):
@@ -108,22 +112,14 @@ def pairs_alignpro_single(frozen, own, prior):
     return pairs_alignpro(frozen.astype(np.float32), own, prior.astype(np.float32))
 
 
-def _prompt_shift(frozen, own, prior):
-    from alignpro.theory.instance import unchecked
-    from alignpro.theory.scale import prompt_shift
-
-    instance = unchecked(None, prior, frozen, own, None)
-    return lambda: prompt_shift(instance)
-
-
 def pairs_alignpro_sparse(frozen, own, prior):
     """ρ_sft with 32 rewrites for each prompt."""
-    return _prompt_shift(frozen, own, sparse_prior(prior))
+    return pairs_alignpro(frozen, own, sparse_prior(prior))
 
 
 def pairs_alignpro_shared(frozen, own, prior):
     """One ρ_sft for all prompts."""
-    return _prompt_shift(frozen, own, np.repeat(prior[:1], len(prior), 0))
+    return pairs_alignpro(frozen, own, np.repeat(prior[:1], len(prior), 0))
 
 
 def sparse_prior(prior: np.ndarray) -> np.ndarray:
@@ -281,7 +277,7 @@ def peak(dtype: str) -> float:
 
     from llvmlite import ir
 
-    from alignpro.theory.native import INDEX, POINTER, Code, function, loop, register_bytes
+    from alignpro.theory.native import INDEX, POINTER, Code, function, index, loop, register_bytes
     from alignpro.theory.vectors import Vectors, element
 
     sums, size, of = 8, register_bytes(), element(dtype)
@@ -289,15 +285,15 @@ def peak(dtype: str) -> float:
     b = ir.IRBuilder(written.append_basic_block("entry"))
     vectors = Vectors(b, size // np.dtype(dtype).itemsize)
     wide, half = vectors.vector(of), vectors.constant(0.5, of)
-    places = [b.gep(written.args[1], [ir.Constant(INDEX, i)], source_etype=wide) for i in range(sums + 1)]
+    places = [b.gep(written.args[1], [index(i)], source_etype=wide) for i in range(sums + 1)]
     totals = [b.alloca(wide) for _ in range(sums)]
     for total, place in zip(totals, places, strict=False):
         b.store(b.load(place, typ=wide, align=8), total)
     other = b.load(places[-1], typ=wide, align=8)
-    with loop(b, ir.Constant(INDEX, 0), written.args[0], 1):
+    with loop(b, index(0), written.args[0], 1):
         for total in totals:
             value = b.load(total, typ=wide)
-            term = vectors.mul(half, vectors.operations["abs"](b.fsub(other, value)))
+            term = vectors.mul(half, vectors.abs(b.fsub(other, value)))
             b.store(vectors.add(value, term), total)
     for total, place in zip(totals, places, strict=False):
         b.store(b.load(total, typ=wide), place, align=8)

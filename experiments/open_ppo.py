@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alignpro.files import write_json, write_text
+from alignpro.files import read_json_lines, write_json, write_text
 from alignpro.llm import data
 from alignpro.llm.demo import environment
 from alignpro.llm.frozen import EVALUATION, Sampling
@@ -70,7 +70,7 @@ def rows_of(arm, seed, prompts, rewrites, env, samples):
 
 def roll_out(path, arm, seed, prompts, rewrites, env, samples):
     if path.exists():
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(path)
     rows = rows_of(arm, seed, prompts, rewrites(), env, samples)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{arm} (seed {seed}): mean reward {np.mean([row['reward'] for row in rows]):.4f}", flush=True)
@@ -186,8 +186,7 @@ def _curve(path):
         "ppo/explained_variance",
         "completions/mean_length",
     )
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: line.get(name) for name in names} for line in lines]
+    return [{name: line.get(name) for name in names} for line in read_json_lines(path)]
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ Intervals are 95% bootstraps over prompts.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from open_ppo import MODEL, REWARD, VARIANTS, by_prompt, interval
 
-from alignpro.files import write_json
+from alignpro.files import read_json_lines, write_json
 from alignpro.llm import data
 from alignpro.llm.demo import environment
 from alignpro.llm.ledger import Cached
@@ -63,7 +62,7 @@ def main():
     }
     for arm in ("none", "sft", "trained"):
         files = sorted(args.run.glob(f"seed-*/rollouts-{arm}.jsonl"))
-        rows = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+        rows = [row for file in files for row in read_json_lines(file)]
         means[arm] = by_prompt(rows, held_out)
     pairs = [("star", "none"), ("best_of_n", "none"), ("trained", "star"), ("trained", "best_of_n")]
     result = {

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from llvmlite import ir
 
-from alignpro.theory.native import INDEX, POINTER, Code, function, loop, register_bytes
+from alignpro.theory.native import INDEX, POINTER, Code, function, index, loop, register_bytes
 from alignpro.theory.vectors import Vectors, element
 
 _ROWS, _STRIP = 4, 128
@@ -65,9 +65,6 @@ def _code(dtype: np.dtype) -> tuple[Code, int]:
     vectors, of = Vectors(b, lanes), element(dtype)
     half = vectors.constant(0.5, of)
 
-    def index(i: int) -> Any:
-        return ir.Constant(INDEX, i)
-
     def at(array: Any, line: Any, length: Any, entry: Any) -> Any:
         """The address of array[line, entry] in rows of `length`."""
         return b.gep(array, [b.add(b.mul(line, length), entry)], source_etype=of)
@@ -94,7 +91,7 @@ def _code(dtype: np.dtype) -> tuple[Code, int]:
                 for row, sums in zip(own, totals, strict=True):
                     one = vectors.everywhere(b.load(at(frozen, row, length, y), typ=of))
                     for other, total in zip(others, sums, strict=True):
-                        term = vectors.mul(half, vectors.operations["abs"](b.fsub(one, other)))
+                        term = vectors.mul(half, vectors.abs(b.fsub(one, other)))
                         b.store(vectors.add(b.load(total, typ=vectors.vector(of)), term), total)
             for total, place in places:
                 b.store(b.load(total, typ=vectors.vector(of)), place, align=dtype.itemsize)

@@ -21,7 +21,7 @@ import numpy as np
 from jax.extend import core
 from llvmlite import ir
 
-from alignpro.theory.native import INDEX, POINTER, Code, function
+from alignpro.theory.native import INDEX, POINTER, Code, function, index, loop
 from alignpro.theory.vectors import BIT, BYTE, Vectors, element
 
 # Operations that are worth compiling: some 0.15 ms each.
@@ -63,11 +63,12 @@ def in_lanes(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]
     code = Code(_written(flat, width))
     structure = jax.tree.structure(shapes)
 
-    def call(given: Sequence[np.ndarray], out: Sequence[np.ndarray], start: int, stop: int) -> None:
+    def bound(given: Sequence[np.ndarray], out: Sequence[np.ndarray]) -> Callable[[int, int], None]:
+        """The code on these arrays, from and to the instances it is called with."""
         steps = np.array([a.strides[0] // a.itemsize for a in given], np.int64)
         from_, to = (np.array([a.ctypes.data for a in arrays], np.uintp) for arrays in (given, out))
-        length = out[0].shape[-1] if out else 0
-        code(start, stop, *(a.ctypes.data for a in (from_, steps, to)), length)
+        tables, length = (from_, steps, to), out[0].shape[-1] if out else 0
+        return lambda start, stop: code(start, stop, *(a.ctypes.data for a in tables), length)
 
     def run(*batch: Any) -> Any:
         leaves = [_contiguous(a, v) for a, v in zip(jax.tree.leaves(batch), arguments, strict=True)]
@@ -76,15 +77,15 @@ def in_lanes(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]
             if array.shape != (count, *v.shape):
                 raise ValueError(f"an argument has shape {array.shape} where {(count, *v.shape)} was meant")
         out = [np.empty((*v.shape, count), v.dtype) for v in results]
-        whole = count - count % width
+        whole, solve = count - count % width, bound(leaves, out)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             starts = range(0, whole, _CHUNK)
-            list(pool.map(lambda start: call(leaves, out, start, min(start + _CHUNK, whole)), starts))
+            list(pool.map(lambda start: solve(start, min(start + _CHUNK, whole)), starts))
         if rest := count - whole:
             # The last few fill a vector of their own.
             filled = [a[np.minimum(np.arange(whole, whole + width), count - 1)] for a in leaves]
             last = [np.empty((*v.shape, width), v.dtype) for v in results]
-            call(filled, last, 0, width)
+            bound(filled, last)(0, width)
             for array, some in zip(out, last, strict=True):
                 array[..., whole:] = some[..., :rest]
         return jax.tree.unflatten(structure, [np.ascontiguousarray(np.moveaxis(a, -1, 0)) for a in out])
@@ -142,12 +143,8 @@ def _written(flat: Any, width: int) -> ir.Function:
         raise NotImplementedError(f"{count} operations would take too long to compile; {LONGEST} are fine")
     written = function(INDEX, INDEX, POINTER, POINTER, POINTER, INDEX)
     start, stop, arguments, strides, results, length = written.args
-    entry, body, end = (written.append_basic_block(name) for name in ("entry", "body", "end"))
-    b = ir.IRBuilder(entry)
+    b = ir.IRBuilder(written.append_basic_block("entry"))
     vectors = Vectors(b, width)
-
-    def index(i: int) -> ir.Constant:
-        return ir.Constant(INDEX, i)
 
     def entries(pointers: Any, count: int, of: Any) -> list[Any]:
         return [b.load(b.gep(pointers, [index(k)], source_etype=of), typ=of) for k in range(count)]
@@ -155,38 +152,29 @@ def _written(flat: Any, width: int) -> ir.Function:
     given = list(zip(jaxpr.invars, entries(arguments, len(jaxpr.invars), POINTER), strict=True))
     steps = entries(strides, len(jaxpr.invars), INDEX)
     places = entries(results, len(jaxpr.outvars), POINTER)
-    b.cbranch(b.icmp_signed("<", start, stop), body, end)
-
-    b.position_at_end(body)
-    first = b.phi(INDEX)
     known: dict[Any, np.ndarray] = {}
     for v, value in zip(jaxpr.constvars, flat.consts, strict=True):
         known[v] = _constants(vectors, value, v.aval)
-    for (v, pointer), step in zip(given, steps, strict=True):
-        lanes = [
-            b.gep(pointer, [b.mul(b.add(first, index(lane)), step)], source_etype=element(v.aval.dtype))
-            for lane in range(width)
-        ]
-        known[v] = _loaded(vectors, lanes, v.aval)
 
     def read(v: Any) -> np.ndarray:
         return _constants(vectors, v.val, v.aval) if isinstance(v, core.Literal) else known[v]
 
-    for eqn in live:
-        known[eqn.outvars[0]] = _operation(vectors, eqn, [read(v) for v in eqn.invars])
-    for v, place in zip(jaxpr.outvars, places, strict=True):
-        size = BYTE if v.aval.dtype == bool else element(v.aval.dtype)
-        for k, value in enumerate(read(v).flat):
-            if v.aval.dtype == bool:
-                value = b.zext(value, vectors.vector(BYTE))
-            at = b.gep(place, [b.add(b.mul(length, index(k)), first)], source_etype=size)
-            b.store(value, at, align=v.aval.dtype.itemsize)
-
-    after = b.add(first, index(width))
-    first.add_incoming(start, entry)
-    first.add_incoming(after, body)
-    b.cbranch(b.icmp_signed("<", after, stop), body, end)
-    b.position_at_end(end)
+    with loop(b, start, stop, width) as first:
+        for (v, pointer), step in zip(given, steps, strict=True):
+            lanes = [
+                b.gep(pointer, [b.mul(b.add(first, index(lane)), step)], source_etype=element(v.aval.dtype))
+                for lane in range(width)
+            ]
+            known[v] = _loaded(vectors, lanes, v.aval)
+        for eqn in live:
+            known[eqn.outvars[0]] = _operation(vectors, eqn, [read(v) for v in eqn.invars])
+        for v, place in zip(jaxpr.outvars, places, strict=True):
+            size = BYTE if v.aval.dtype == bool else element(v.aval.dtype)
+            for k, value in enumerate(read(v).flat):
+                if v.aval.dtype == bool:
+                    value = b.zext(value, vectors.vector(BYTE))
+                at = b.gep(place, [b.add(b.mul(length, index(k)), first)], source_etype=size)
+                b.store(value, at, align=v.aval.dtype.itemsize)
     b.ret_void()
     return written
 
@@ -199,7 +187,7 @@ def _loaded(vectors: Vectors, lanes: list[Any], aval: Any) -> np.ndarray:
     out: list[Any] = [None] * size
 
     def load(lane: Any, at: int, what: Any) -> Any:
-        place = b.gep(lane, [ir.Constant(INDEX, at)], source_etype=of)
+        place = b.gep(lane, [index(at)], source_etype=of)
         return b.load(place, typ=what, align=aval.dtype.itemsize)
 
     if size >= width:
@@ -210,7 +198,7 @@ def _loaded(vectors: Vectors, lanes: list[Any], aval: Any) -> np.ndarray:
         for at in range(size):
             value = ir.Constant(vectors.vector(of), ir.Undefined)
             for k, lane in enumerate(lanes):
-                value = b.insert_element(value, load(lane, at, of), ir.Constant(INDEX, k))
+                value = b.insert_element(value, load(lane, at, of), index(k))
             out[at] = value
     return _objects([vectors.flushed(value) for value in out], aval.shape)
 
@@ -324,8 +312,8 @@ def _rows(vectors: Vectors, eqn: Any, operand: np.ndarray, indices: np.ndarray) 
         raise NotImplementedError("this gather has no rule for batches in lanes")
     choose = vectors.builder.select
     out = []
-    for index in indices[..., 0].flat:
-        beyond = [vectors.compare(">=", index, i) for i in range(1, len(operand))]
+    for wanted in indices[..., 0].flat:
+        beyond = [vectors.compare(">=", wanted, i) for i in range(1, len(operand))]
         for column in operand.reshape(len(operand), -1).T:
             out.append(
                 reduce(
@@ -344,6 +332,10 @@ def _broadcast(eqn: Any, value: np.ndarray, *_: Any) -> np.ndarray:
     return np.broadcast_to(value.reshape(ones), shape)
 
 
+def _reshape(eqn: Any, value: np.ndarray) -> np.ndarray:
+    return value.reshape(eqn.outvars[0].aval.shape)
+
+
 def _slice(eqn: Any, value: np.ndarray) -> np.ndarray:
     p = eqn.params
     strides = p["strides"] or (1,) * value.ndim
@@ -352,8 +344,8 @@ def _slice(eqn: Any, value: np.ndarray) -> np.ndarray:
 
 _MOVES: dict[str, Callable[..., np.ndarray]] = {
     "broadcast_in_dim": _broadcast,
-    "reshape": lambda eqn, value: value.reshape(eqn.params["new_sizes"]),
-    "squeeze": lambda eqn, value: value.reshape(eqn.outvars[0].aval.shape),
+    "reshape": _reshape,
+    "squeeze": _reshape,
     "transpose": lambda eqn, value: value.transpose(eqn.params["permutation"]),
     "slice": _slice,
     "stop_gradient": lambda eqn, value: value,

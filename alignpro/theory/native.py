@@ -18,6 +18,11 @@ llvm.initialize_native_target()
 llvm.initialize_native_asmprinter()
 
 
+def index(i: int) -> ir.Constant:
+    """A whole number to count and to address with."""
+    return ir.Constant(INDEX, i)
+
+
 def function(*arguments: Any) -> ir.Function:
     """A function to write, of INDEX and POINTER arguments, alone in its module. It returns nothing."""
     of = ir.FunctionType(ir.VoidType(), arguments)
@@ -63,6 +68,6 @@ def loop(builder: ir.IRBuilder, start: Any, stop: Any, step: int) -> Iterator[An
     builder.cbranch(builder.icmp_signed("<", i, stop), body, after)
     builder.position_at_end(body)
     yield i
-    builder.store(builder.add(i, ir.Constant(INDEX, step)), counter)
+    builder.store(builder.add(i, index(step)), counter)
     builder.branch(test)
     builder.position_at_end(after)

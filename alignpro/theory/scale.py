@@ -90,10 +90,13 @@ def prompt_shift(
     return shift.astype(np.result_type(prior, frozen))
 
 
+def _one_cpu(devices: tuple[Any, ...]) -> bool:
+    return len(devices) == 1 and devices[0].platform == "cpu"
+
+
 def _native(devices: tuple[Any, ...]) -> bool:
     """Whether one CPU is to do all the work, and llvmlite is there to write its code."""
-    one = len(devices) == 1 and devices[0].platform == "cpu"
-    return one and importlib.util.find_spec("llvmlite") is not None
+    return _one_cpu(devices) and importlib.util.find_spec("llvmlite") is not None
 
 
 def _dense(own: np.ndarray, prior: np.ndarray, frozen: np.ndarray, devices: tuple[Any, ...]) -> np.ndarray:
@@ -290,8 +293,7 @@ def solve_batch(
         return jax.tree.map(flat, run(*jax.tree.map(laid, given)))
 
     # One CPU device runs one small operation after another, so let the cores take a chunk each.
-    alone = len(devices) == 1 and devices[0].platform == "cpu"
-    with ThreadPoolExecutor((os.cpu_count() or 1) if alone else 1) as pool:
+    with ThreadPoolExecutor(os.cpu_count() if _one_cpu(devices) else 1) as pool:
         pieces = list(pool.map(solve, range(0, count, step)))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
 
@@ -305,27 +307,27 @@ def _temperatures(name: str, value: Any, count: int) -> np.ndarray:
     return np.broadcast_to(array, (count,))
 
 
-def _on_one(statement: Callable[[Solution], Any], batch: Any) -> tuple[Callable[..., Any], Any]:
-    """The statement on one instance, and that instance's shapes.
-
-    `batch` is a pytree's structure with the shapes and dtypes of one instance.
-    """
-    structure, leaves = batch
+def _on_one(statement: Callable[[Solution], Any]) -> Callable[..., Any]:
+    """The statement on one instance."""
 
     def one(instance: Instance, beta: Any, lam: Any, prompter: Any) -> Any:
         return statement(solution(instance, beta, lam, prompter))
 
-    return one, jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+    return one
 
 
 @lru_cache
 def _in_lanes(statement: Callable[[Solution], Any], batch: Any) -> Callable[..., Any] | None:
-    """The statement on a batch, compiled with an instance in each vector lane; None where that cannot be."""
+    """The statement on a batch, compiled with an instance in each vector lane; None where that cannot be.
+
+    `batch` is a pytree's structure with the shapes and dtypes of one instance.
+    """
     from alignpro.theory.lanes import in_lanes
 
-    one, example = _on_one(statement, batch)
+    structure, leaves = batch
+    example = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
     try:
-        return in_lanes(one, *example)
+        return in_lanes(_on_one(statement), *example)
     except NotImplementedError:
         return None
 
@@ -336,9 +338,10 @@ def _batched(
 ) -> tuple[Callable[..., Any], int]:
     """The statement on a chunk, and how many instances each device takes at a time.
 
-    `count` is how many there are for each device. The chunk's arrays are [steps, at a time, …].
+    `batch` is as for `_in_lanes`, `count` how many there are for each device. The chunk's arrays are
+    [steps, at a time, …].
     """
-    one, _ = _on_one(statement, batch)
+    one = _on_one(statement)
     largest = max(int(np.prod(shape)) for shape, _ in batch[1])
 
     def chunk(*pieces: Any) -> Any:

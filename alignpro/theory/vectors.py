@@ -71,7 +71,7 @@ class Vectors:
         self.builder, self.width = builder, width
         # fmt: off
         self.operations: dict[str, Callable[..., Any]] = {
-            "abs": self._abs, "add": self.add, "add_any": self.add, "and": builder.and_,
+            "abs": self.abs, "add": self.add, "add_any": self.add, "and": builder.and_,
             "atanh": self._atanh, "div": self._div, "eq": self._comparison("=="), "exp": self.exp,
             "expm1": self.expm1, "ge": self._comparison(">="), "gt": self._comparison(">"),
             "le": self._comparison("<="), "log": self.log, "log1p": self.log1p,
@@ -109,7 +109,7 @@ class Vectors:
         """0 where a float is below the smallest normal one."""
         if not _is_float(x):
             return x
-        tiny = self.compare("<", self._abs(x), _format(x).info.tiny)
+        tiny = self.compare("<", self.abs(x), _format(x).info.tiny)
         return self.builder.select(tiny, self.constant(0, x), x)
 
     def add(self, x: Any, y: Any) -> Any:
@@ -129,7 +129,7 @@ class Vectors:
     def _neg(self, x: Any) -> Any:
         return self.builder.fneg(x) if _is_float(x) else self.builder.neg(x)
 
-    def _abs(self, x: Any) -> Any:
+    def abs(self, x: Any) -> Any:
         if _is_float(x):
             return self._intrinsic("fabs", x)
         return self.builder.select(self.compare("<", x, 0), self.builder.neg(x), x)
@@ -279,7 +279,7 @@ class Vectors:
         """eˣ − 1, by its series where |x| < ½."""
         near = self.mul(self.mul(self._exp_series(x, _format(x).expm1_terms), x), x)
         far = self.builder.fsub(self.exp(x), self.constant(1, x))
-        return self.builder.select(self.compare("<", self._abs(x), 0.5), self.builder.fadd(near, x), far)
+        return self.builder.select(self.compare("<", self.abs(x), 0.5), self.builder.fadd(near, x), far)
 
     def log1p(self, x: Any) -> Any:
         """log(1 + x), what the sum loses added back in proportion."""
@@ -288,10 +288,10 @@ class Vectors:
         lost = b.fdiv(b.fsub(x, b.fsub(total, one)), total)
         value = self.log(total)
         # At 0 and at ∞ what is lost is not defined.
-        return b.select(self.compare("<", self._abs(value), math.inf), b.fadd(value, lost), value)
+        return b.select(self.compare("<", self.abs(value), math.inf), b.fadd(value, lost), value)
 
     def _odd(self, x: Any, of_positive: Callable[[Any], Any]) -> Any:
-        value = of_positive(self._abs(x))
+        value = of_positive(self.abs(x))
         return self.builder.select(self.compare("<", x, 0), self.builder.fneg(value), value)
 
     def _tanh(self, x: Any) -> Any:
