@@ -266,7 +266,7 @@ class Train:
     config: str | None = None
     """YAML file with any of these options; those on the command line win."""
     preset: str = "faithful"
-    """Named settings that the options start from: faithful, or paper (lr 1.41e-5, batch 256, adaptive KL)."""
+    """Named settings that the options start from: faithful, or paper (lr 1.41e-5, batch 128, adaptive KL)."""
     prompter: str = "smollm2-135m-instruct"
     """rho_sft: a packaged name, a local folder, a hub id, or a fine-tuned prompter's folder."""
     template: str | None = None
@@ -323,6 +323,8 @@ class Sft:
     """The field that holds the prompt."""
     rewrite_field: str = "rewrite"
     """The field that holds the rewrite; optimized_prompt in BPO's data."""
+    chat_template_kwargs: str | None = None
+    """Further arguments of the prompter's chat template, as a JSON object."""
     report_to: tuple[str, ...] = ()
     """tensorboard, wandb, trackio."""
     resume: bool = False
@@ -341,6 +343,7 @@ class Sft:
             rewrite_field=self.rewrite_field,
             report_to=self.report_to,
             resume=self.resume,
+            chat_template_kwargs=self.chat_template_kwargs,
         )
         return 0
 
@@ -499,11 +502,42 @@ class Rewrite:
     """Tokens of a rewrite, at most. Default: as it was trained."""
     json: bool = False
     """One JSON object per line, instead of the rewrite alone."""
+    chat_template_kwargs: str | None = None
+    """Further arguments of the prompter's chat template, as a JSON object. Default: as it was trained."""
 
     def run(self) -> int:
         with _needs_llm("rewrite"):
             from alignpro.llm import run
-        run.run_rewrite(self.prompter, self.prompts, self.samples, self.seed, self.max_tokens, self.json)
+        run.run_rewrite(
+            self.prompter,
+            self.prompts,
+            self.samples,
+            self.seed,
+            self.max_tokens,
+            self.json,
+            self.chat_template_kwargs,
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Write the whole model that a trained prompter (or any adapter that PEFT saved) and its base make.
+
+    The result is a folder of safetensors that every program which reads transformers' models takes.
+    """
+
+    adapter: tyro.conf.Positional[str]
+    """The folder of a trained prompter or policy, of the run that made it, or of an adapter."""
+    out: str
+    """A new folder for the model."""
+    dtype: str = "float32"
+    """Type of its weights: float32, bfloat16 or float16."""
+
+    def run(self) -> int:
+        with _needs_llm("merge"):
+            from alignpro.llm import run
+        run.run_merge(self.adapter, self.out, self.dtype)
         return 0
 
 
@@ -685,6 +719,7 @@ VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
     "train": Train,
     "rewrite": Rewrite,
+    "merge": Merge,
     "sft": Sft,
     "reward-model": RewardModel,
     "resample": Resample,

@@ -21,7 +21,6 @@ import json
 import os
 import tempfile
 import time
-import warnings
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,13 +31,14 @@ from theory import machine
 
 from alignpro.llm import data
 from alignpro.llm import train as training
+from alignpro.llm.adapters import adapter_config
 from alignpro.llm.frozen import Sampling
+from alignpro.llm.libraries import quiet
 from alignpro.llm.local import LocalTarget
-from alignpro.llm.models import quiet, tiny_model
+from alignpro.llm.models import tiny_model
 from alignpro.llm.prompter import Prompter, target_ids
 from alignpro.llm.settings import TrainSettings
 from alignpro.llm.train import Environment, train
-from alignpro.llm.tree_train import adapter_config
 
 REWRITE, ANSWER = 24, 32
 
@@ -228,8 +228,7 @@ def trl_rloo(args):
         return environment.score(x, texts, list(range(len(x)))).tolist()
 
     asked = [tokenizer.decode(list(template.prompt_ids(tokenizer, x))) for x in prompts]
-    with tempfile.TemporaryDirectory() as folder, quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder, quiet():
         config = RLOOConfig(
             output_dir=folder,
             per_device_train_batch_size=8 * args.samples,

@@ -16,11 +16,10 @@ COMPLETE = "complete"
 
 
 ROLLOUT_ARGUMENTS: dict[str, Any] = {
-    "gradient_accumulation_steps": 1,
-    "max_grad_norm": 1.0,
     "save_total_limit": 2,
     "bf16": False,
-    "gradient_checkpointing": False,  # TRL's default recomputes, and differentiates frozen layers too
+    "gradient_checkpointing": False,  # TRL's default recomputes
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the other kind needs trained inputs
     "disable_tqdm": True,
     "shuffle_dataset": False,  # the order is given; a fixed one makes resuming bit-exact
     "remove_unused_columns": False,

@@ -21,7 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
-from alignpro.llm.prompter import Template, target_ids
+from alignpro.llm.chat import chat_of
+from alignpro.llm.policy import end_tokens
+from alignpro.llm.prompter import Template, check_room, target_ids
 from alignpro.llm.rewards import Reward
 from alignpro.llm.tree import PrefixTree, TreeTask, leaf_probabilities
 from alignpro.theory import Instance, Names, load
@@ -53,8 +55,7 @@ def sample(
         seed: of a generator of its own; the global random state is left alone.
         progress: called with the number of continuations just finished.
     """
-    ends = model.generation_config.eos_token_id
-    stop = set(ends if isinstance(ends, list) else [ends])
+    stop = {*end_tokens(model)}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out: list[Tokens] = [()] * len(prompts)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -123,6 +124,8 @@ def sample_rewrites(
         AlignProError: no candidate of some prompt was usable.
     """
     found: list[dict[str, Tokens]] = [{x: template.rewrite_ids(tokenizer, x, x)} for x in prompts]
+    ends = {*end_tokens(model)}
+    drawn_of = {x: [0, 0] for x in prompts}
     for attempt in range(4):
         short = [i for i, have in enumerate(found) if len(have) < settings.rewrites]
         if not short:
@@ -141,14 +144,18 @@ def sample_rewrites(
         )
         for i, tokens in zip(rows, drawn, strict=True):
             text = template.rewrite(tokenizer, prompts[i], tokens)
-            ended = tokens[-1] == tokenizer.eos_token_id
+            ended = tokens[-1] in ends
+            drawn_of[prompts[i]][0] += 1
+            drawn_of[prompts[i]][1] += not ended
             # One token sequence per text: the frozen model sees the text only.
             if ended and len(tokens) > 1 and text and len(found[i]) < settings.rewrites:
                 found[i].setdefault(text, tokens)
     for x, have in zip(prompts, found, strict=True):
         if len(have) < 2:
             raise AlignProError(
-                f"prompt {x!r}: no usable rewrite was sampled; raise rewrite_tokens or drop it"
+                f"prompt {x!r}: of {drawn_of[x][0]} rewrites drawn, {drawn_of[x][1]} did not end within "
+                f"{settings.rewrite_tokens} tokens, the others repeat the prompt or are empty; raise "
+                "rewrite_tokens or drop the prompt"
             )
     return [list(have.values()) for have in found]
 
@@ -296,6 +303,10 @@ def enumerate_models(
     count = len(prompts)
     for model in (prompter, frozen):
         model.eval()
+    prompt_ids = [template.prompt_ids(prompter_tokenizer, x) for x in prompts]
+    check_room(prompter, prompts, prompt_ids, settings.rewrite_tokens, "the prompter")
+    plain = [target_ids(frozen_tokenizer, x) for x in prompts]
+    check_room(frozen, prompts, plain, settings.response_tokens, "the frozen model")
 
     rewrite_ids = sample_rewrites(
         prompter,
@@ -312,9 +323,9 @@ def enumerate_models(
     response_ids = sample_responses(
         frozen, frozen_tokenizer, rewrites, settings, stage("sampling responses", count * settings.responses)
     )
-    responses = [[Template.text(frozen_tokenizer, ids) for ids in row] for row in response_ids]
+    frozen_chat = chat_of(frozen_tokenizer)
+    responses = [[frozen_chat.said(ids).text.strip() for ids in row] for row in response_ids]
 
-    prompt_ids = [template.prompt_ids(prompter_tokenizer, x) for x in prompts]
     prior_rows = leaf_probabilities(
         prompter,
         prompt_ids,

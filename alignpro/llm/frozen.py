@@ -79,6 +79,8 @@ class Answer:
     """Tokens generated, the end token included where the backend counts it."""
     ids: tuple[int, ...] | None = None
     """Those tokens, end token included; None from an endpoint. Cutting `text` afresh may give others."""
+    thought: bool = False
+    """Whether a leading thought was taken off `text`; `ids` hold it."""
 
     def __post_init__(self) -> None:
         if self.ids is not None:

@@ -23,6 +23,7 @@ import numpy as np
 from alignpro import rollouts
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
+from alignpro.llm.chat import parse_options
 from alignpro.llm.frozen import (
     Answer,
     Answers,
@@ -92,6 +93,8 @@ class JudgeSettings:
     """Of a judge in this process."""
     batch_size: int = 8
     """Pairs at once, of a judge in this process."""
+    chat_template_kwargs: str | None = None
+    """Further arguments of the chat template of a judge in this process, as a JSON object."""
 
     def __post_init__(self) -> None:
         for name, low in (("reply_tokens", 1), ("per_prompt", 1), ("batch_size", 1)):
@@ -125,7 +128,7 @@ def open_judge(settings: JudgeSettings) -> Callable[[], Target]:
         AlignProError: an endpoint without the name of its model or forced to choose, a model with an
             endpoint's settings, or a name that is no model's.
     """
-    given = settings.endpoint()
+    given, options = settings.endpoint(), parse_options(settings.chat_template_kwargs)
     if settings.judge.startswith(("http://", "https://")):
         if settings.forced:
             raise AlignProError(
@@ -145,11 +148,17 @@ def open_judge(settings: JudgeSettings) -> Callable[[], Target]:
     from alignpro.llm import models
 
     models.check_name(settings.judge)
+    models.check_dtype(settings.dtype)
 
     def load() -> Target:
         from alignpro.llm.local import LocalTarget
 
-        target = LocalTarget(settings.judge, dtype=settings.dtype, batch_size=settings.batch_size)
+        target = LocalTarget(
+            settings.judge,
+            dtype=settings.dtype,
+            batch_size=settings.batch_size,
+            chat_template_kwargs=options,
+        )
         return ForcedChoice(target) if settings.forced else target
 
     return load

@@ -1,7 +1,7 @@
 """A frozen transformers model in this process: batches, a KV cache, and one random stream per answer."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -11,6 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignpro.errors import AlignProError
+from alignpro.llm.chat import Said, chat_of
+from alignpro.llm.forward import room
 from alignpro.llm.frozen import (
     Answer,
     Answers,
@@ -39,11 +41,12 @@ class LocalTarget:
     in bfloat16 most such answers differed: there, keep `batch_size` and the calls, or a cache.
 
     Args:
-        model: what `models.load_model` takes, or the (model, tokenizer) that it returned. The weights must
-            not change while this exists.
+        model: what `models.load_model` takes, or the (model, tokenizer) that it returned (or `models.prepare`
+            made ready). The weights must not change while this exists.
         dtype, device: of a model named; bfloat16 halves memory and, on most machines, time.
         batch_size: sequences at once; halved for good when CUDA runs out of memory.
         name: instead of the model's own, in caches and tables.
+        chat_template_kwargs: of a model named: further arguments of its chat template.
 
     Raises:
         AlignProError: a bad batch size; or a failure of `load_model`.
@@ -59,10 +62,14 @@ class LocalTarget:
         device: str = "auto",
         batch_size: int = 32,
         name: str = "",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if not is_int(batch_size) or batch_size < 1:
             raise AlignProError(f"batch_size {batch_size!r}: choose a whole number of at least 1")
-        pair = model if isinstance(model, tuple) else load_model(model, dtype, device)
+        if isinstance(model, tuple):
+            pair = model
+        else:
+            pair = load_model(model, dtype, device, chat_template_kwargs=chat_template_kwargs)
         self.model: Any = pair[0]
         self.tokenizer: Any = pair[1]
         self.batch_size = batch_size
@@ -76,13 +83,15 @@ class LocalTarget:
 
     @cached_property
     def revision(self) -> str:
-        """SHA-256, shortened, of the weights as loaded (so of the dtype too), tokens and chat template."""
+        """SHA-256, shortened, of the weights as loaded (so of the dtype too), tokens and chat format."""
         hashed = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             hashed.update(digest(name, str(tensor.dtype), list(tensor.shape)))
             hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        hashed.update(digest(vocabulary, str(self.tokenizer.chat_template), self._ends))
+        chat = chat_of(self.tokenizer)
+        # The format as it comes out, beside the template: its date and its options are in there.
+        hashed.update(digest(vocabulary, str(chat.template), dict(chat.options), chat.sample(), self._ends))
         return hashed.hexdigest()[:16]
 
     def respond(
@@ -111,8 +120,10 @@ class LocalTarget:
         try:
             for batch, generated in self._batches(order, run):
                 for (position, index), new in zip(batch, generated, strict=True):
+                    said = self._said(new)
                     answer = Answer(
-                        text=self._text(new),
+                        text=said.text,
+                        thought=said.thought,
                         finish="stop" if new and new[-1] in self._ends else "length",
                         prompt_tokens=len(ids[position]),
                         tokens=len(new),
@@ -171,7 +182,7 @@ class LocalTarget:
                 raise AlignProError(f"prompts[{i}] is {type(prompt).__name__}: give a string")
             ids = target_ids(self.tokenizer, prompt)
             if isinstance(response, str):
-                said = tuple(self.tokenizer(response, add_special_tokens=False).input_ids)
+                said = chat_of(self.tokenizer).text_ids(response)
                 rows += [(i, ids, (*said, end)) for end in self._ends]
             elif not isinstance(response, Answer):
                 raise AlignProError(
@@ -216,13 +227,13 @@ class LocalTarget:
         return len(target_ids(self.tokenizer, prompt))
 
     def _check_room(self, ids: Sequence[Sequence[int]], new: Sequence[int]) -> None:
-        room = getattr(self.model.config, "max_position_embeddings", None)
+        most = room(self.model)
         for i, (row, extra) in enumerate(zip(ids, new, strict=True)):
             if not row:
                 raise AlignProError(f"prompts[{i}] has no tokens; give a prompt that is not empty")
-            if room is not None and len(row) + extra > room:
+            if most is not None and len(row) + extra > most:
                 raise AlignProError(
-                    f"prompts[{i}] has {len(row)} tokens, with {extra} more to come beyond the {room} that "
+                    f"prompts[{i}] has {len(row)} tokens, with {extra} more to come beyond the {most} that "
                     f"model {self.name!r} reads; shorten it or lower max_tokens"
                 )
 
@@ -244,9 +255,9 @@ class LocalTarget:
             start += len(batch)
             yield batch, result
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def _said(self, ids: Sequence[int]) -> Said:
         # Without the "clean-up" that some tokenizers ship, which moves spaces before punctuation.
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return chat_of(self.tokenizer).said(ids, clean_up_tokenization_spaces=False)
 
     def _generate(
         self, rows: Sequence[Sequence[int]], keys: Sequence[int], sampling: Sampling

@@ -9,10 +9,11 @@ Lemma 1: a shipped sampling temperature (which rescales λ), top-k or nucleus tr
 penalty, dropout, and a pad token equal to the end token (which hides the end of every answer).
 """
 
-import contextlib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,21 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging as transformers_logging
 
 from alignpro.errors import AlignProError
-from alignpro.llm import packages
+from alignpro.files import read_json
+from alignpro.llm import chat, packages
+from alignpro.llm.check import check_model
+from alignpro.llm.libraries import quiet
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "4bit": torch.bfloat16,
+}
+"""Types of weights by name, and what is computed in. 4bit: NF4 by bitsandbytes (arXiv 2305.14314)."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -113,45 +123,184 @@ def resolve(model: str | Path) -> Path:
 
 
 def load_model(
-    model: str | Path, dtype: str = "float32", device: str = "auto"
+    model: str | Path,
+    dtype: str = "float32",
+    device: str = "auto",
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, ready to sample from, score with and train.
+    """A causal language model and its tokenizer, ready to sample from, score with and train (see `prepare`).
 
-    The model is in evaluation mode with every dropout probability 0 (so that `train()` is harmless too) and
-    samples its own distribution: temperature 1, top_p 1, top_k 0, no repetition penalty. The tokenizer pads
-    on the left with a token that ends nothing, and has a chat template. `config._name_or_path` is the
-    resolved folder, from which trainers reload the reference.
+    `config._name_or_path` is the resolved folder, from which trainers reload the reference.
 
     Args:
-        model: see `resolve`.
-        dtype: `float32`, `bfloat16` or `float16`.
-        device: `auto` (CUDA if there is one), or a torch device such as `cpu` or `cuda:1`.
+        model: see `resolve`; or the folder of an adapter that PEFT saved, which is merged into its base in
+            memory.
+        dtype: a row of `DTYPES`.
+        device: `auto` (CUDA if there is one: that of this process's LOCAL_RANK), or a torch device such as
+            `cpu` or `cuda:1`.
+        chat_template_kwargs: further arguments of the chat template, such as {"enable_thinking": False}.
 
     Raises:
-        AlignProError: an unknown dtype or device, a model without a chat template or a usable pad token, a
-            folder that transformers cannot read; or a failure of `resolve`.
+        AlignProError: an unknown dtype or device, a model that lacks weights, a folder that transformers
+            cannot read; or a failure of `resolve` or `prepare`.
+    """
+    where = device_of(device)
+    check_dtype(dtype)
+    folder = resolve(model)
+    if is_adapter(folder):
+        return _load_adapter(folder, str(model), dtype, device, chat_template_kwargs)
+    loaded, tokenizer = _load(folder, str(model), dtype, where)
+    prepare(loaded, tokenizer, str(model), chat_template_kwargs=chat_template_kwargs)
+    return loaded, tokenizer
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a type of weights that is not in `DTYPES`, and 4bit without bitsandbytes.
+
+    Raises:
+        AlignProError: so.
     """
     if dtype not in DTYPES:
         raise AlignProError(f"dtype {dtype!r}: choose from {', '.join(DTYPES)}")
-    where = _device(device)
-    folder = resolve(model)
+    if dtype == "4bit" and find_spec("bitsandbytes") is None:
+        raise AlignProError(
+            "dtype '4bit': the package bitsandbytes is missing; run pip install bitsandbytes, or choose "
+            "bfloat16"
+        )
+
+
+def _load(folder: Path, name: str, dtype: str, where: torch.device) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder as they are saved, on their device."""
+    more: dict[str, Any] = {}
+    if dtype == "4bit":
+        from transformers import BitsAndBytesConfig
+
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=True,
+        )
+        more = {"quantization_config": config, "device_map": {"": where}}
+    auto: Any = AutoModelForCausalLM
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            loaded = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+            loaded, report = auto.from_pretrained(
+                folder,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **more,
             )
-    except AlignProError:
-        raise
     except Exception as error:
         raise AlignProError(
-            f"model {str(model)!r}: cannot load {folder} ({_one_line(error)}); check that it is a complete "
+            f"model {name!r}: cannot load {folder} ({_one_line(error)}); check that it is a complete "
             "causal language model saved as safetensors"
         ) from error
-    _prepare(loaded, tokenizer, str(model))
+    wrong = sorted(report["missing_keys"]) or sorted(map(str, report.get("mismatched_keys", ())))
+    if wrong:
+        raise AlignProError(
+            f"model {name!r}: {folder} has no weights that fit {wrong[0]} ({len(wrong)} in all), which would "
+            "be drawn at random; save the whole model again"
+        )
     loaded.config._name_or_path = str(folder)
-    loaded.to(where)  # type: ignore[arg-type]
+    if dtype != "4bit":
+        loaded.to(where)
     return loaded, tokenizer
+
+
+# --- adapters --------------------------------------------------------------------------------------------
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds an adapter that PEFT saved, and not a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def adapter_base(folder: Path) -> str:
+    """The name of the model that an adapter's folder rests on, found from any working folder.
+
+    Raises:
+        AlignProError: the folder does not say, or what it names is not there.
+    """
+    said: Any = {}
+    for file, key in (("prompter.json", "base"), (ADAPTER_CONFIG, "base_model_name_or_path")):
+        if (folder / file).is_file():
+            said = read_json(folder / file)
+            if isinstance(said, dict) and isinstance(said.get(key), str) and said[key]:
+                return find_base(said[key], folder)
+    raise AlignProError(f"adapter {folder}: does not name the model that it belongs to; save it again")
+
+
+def find_base(base: str, folder: Path) -> str:
+    """`base` as a name that can be opened now: a relative path is looked for from the working folder, then
+    from `folder` and each folder above it.
+
+    Raises:
+        AlignProError: it is a path, and nothing is there.
+    """
+    path = Path(base).expanduser()
+    if base in MODELS or path.exists():
+        return base
+    if not path.is_absolute():
+        home = folder.expanduser().resolve()
+        for parent in (home, *home.parents):
+            if (parent / path).exists():
+                return str(parent / path)
+        if _HUB_ID.fullmatch(base):
+            return base
+    raise AlignProError(
+        f"{folder}: its base model {base!r} is not there; put it back, or write where it is into base in its "
+        "prompter.json (base_model_name_or_path in adapter_config.json)"
+    )
+
+
+def attach_adapter(model: Any, folder: Path, name: str) -> Any:
+    """`model` with the adapter that PEFT saved in `folder`, every tensor of it in place.
+
+    Raises:
+        AlignProError: the adapter cannot be read, or does not fit the model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise AlignProError(f"adapter {name!r}: {ADAPTER_WEIGHTS} is missing; save it again as safetensors")
+    try:
+        with quiet():
+            adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
+        with safe_open(weights, "pt") as file:
+            stored = set(file.keys())
+    except Exception as error:
+        raise AlignProError(
+            f"adapter {name!r}: cannot be put on its model ({_one_line(error)}); save it again"
+        ) from error
+    wanted = set(get_peft_model_state_dict(adapted))
+    if odd := sorted(wanted ^ stored):
+        raise AlignProError(
+            f"adapter {name!r}: {'lacks' if odd[0] in wanted else 'has no place for'} {odd[0]} ({len(odd)} "
+            "such tensors); it belongs to another model, or is damaged: save it again"
+        )
+    return adapted.eval()
+
+
+def _load_adapter(
+    folder: Path, name: str, dtype: str, device: str, options: Mapping[str, Any] | None
+) -> tuple[Any, Any]:
+    if dtype == "4bit":
+        raise AlignProError(
+            f"dtype '4bit': {name!r} is an adapter, which cannot be merged into 4 bits; run "
+            "alignpro merge first"
+        )
+    base, tokenizer = load_model(adapter_base(folder), dtype, device, chat_template_kwargs=options)
+    with quiet():
+        merged = attach_adapter(base, folder, name).merge_and_unload()
+    merged.config._name_or_path = str(folder)
+    return merged.eval(), tokenizer
 
 
 def tiny_model(
@@ -203,32 +352,73 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    _prepare(model, tokenizer, "tiny")
+    prepare(model, tokenizer, "tiny")
     return model, tokenizer
 
 
-def _prepare(model: Any, tokenizer: Any, name: str) -> Any:
-    """Everything `load_model` promises about a model and tokenizer that are already in memory, in place."""
+def prepare(
+    model: Any, tokenizer: Any, name: str = "model", *, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> Any:
+    """Make a causal language model and its tokenizer, already in memory, ready to use, in place.
+
+    The model is in evaluation mode with every dropout probability 0 (so that `train()` is harmless too) and
+    samples its own distribution: temperature 1, top_p 1, top_k 0, no repetition penalty. It stops at every
+    token that ends a turn: those of its generation_config, the tokenizer's, and the one that its chat
+    template writes. The tokenizer pads on the left. The way to read the model is found and checked
+    (`check.check_model`).
+
+    Args:
+        chat_template_kwargs: further arguments of the chat template.
+
+    Returns:
+        the model.
+
+    Raises:
+        AlignProError: no chat template or one that fails, no end token, no usable pad token; a model whose
+            scores are not those of a plain forward pass.
+    """
+    configure_model(model, tokenizer, name, chat_template_kwargs)
+    check_model(model, tokenizer, name)
+    return model
+
+
+def configure_model(
+    model: Any, tokenizer: Any, name: str, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """All of `prepare` but the check of its numbers."""
     if not tokenizer.chat_template:
         raise AlignProError(
             f"model {name!r} has no chat template; choose an instruction-tuned model or add "
             "chat_template.jinja to its folder"
         )
+    try:
+        format_ = chat.configure(tokenizer, chat_template_kwargs)
+        end = format_.end
+    except AlignProError as error:
+        raise AlignProError(f"model {name!r} {error}") from error
     shipped = model.generation_config.eos_token_id  # may list several tokens that end a turn
-    ends = shipped if isinstance(shipped, list) else [shipped]
-    ends = [int(i) for i in dict.fromkeys([*ends, tokenizer.eos_token_id]) if i is not None]
-    if not ends:
-        raise AlignProError(
-            f"model {name!r} has no end-of-sequence token; set eos_token in its tokenizer_config.json"
+    listed = shipped if isinstance(shipped, list) else [shipped]
+    ends = [int(i) for i in dict.fromkeys([*listed, tokenizer.eos_token_id]) if i is not None]
+    if end not in ends:
+        if ends:
+            packages.note(
+                f"model {name!r}: its chat ends a turn with {tokenizer.convert_ids_to_tokens(end)}, which "
+                "its configuration does not list among the ends; it stops there, too"
+            )
+        ends.append(end)
+    if format_.opens_thought:
+        packages.note(
+            f"model {name!r}: its chat template opens a thought before every answer; a prompter's is closed "
+            "at once, others' are taken off their answers. They may be turned off by "
+            "--chat-template-kwargs '{\"enable_thinking\": false}'"
         )
     pad = _pad_token(tokenizer, ends, name)
     if tokenizer.pad_token != pad:
         tokenizer.pad_token = pad
     tokenizer.padding_side = "left"  # generation continues from the right-hand end
     pad_id = int(tokenizer.pad_token_id)
-    # Qwen and Phi list their pad token among the ends; a token cannot be both.
-    ends = [i for i in ends if i != pad_id]
-    model.config.pad_token_id = pad_id
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = pad_id
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -245,11 +435,13 @@ def _prepare(model: Any, tokenizer: Any, name: str) -> Any:
         for key, value in list(vars(module).items()):
             if "dropout" in key and isinstance(value, float):
                 setattr(module, key, 0.0)
-    for key, value in list(vars(model.config).items()):
-        if re.search(r"dropout|_pdrop$", key) and isinstance(value, float):
-            setattr(model.config, key, 0.0)
-    _forget_quantizer(model)
-    return model.eval()
+    for config in (model.config, model.config.get_text_config()):
+        for key, value in list(vars(config).items()):
+            if re.search(r"dropout|_pdrop$", key) and isinstance(value, float):
+                setattr(config, key, 0.0)
+    if not getattr(model, "is_loaded_in_4bit", False):
+        _forget_quantizer(model)
+    model.eval()
 
 
 def _pad_token(tokenizer: Any, ends: list[int], name: str) -> str:
@@ -288,7 +480,7 @@ def _convert(source: Path, folder: Path) -> Path:
         packages.note(f"converting {source.name} into {folder} (once, about 15 s)")
         with quiet():
             model, tokenizer = read(source)
-        _prepare(model, tokenizer, source.name)
+        configure_model(model, tokenizer, source.name)
         # float32 keeps the dequantised values exactly. Stored as bfloat16 (half the 538 MB) an answer of 60
         # tokens changed its log-probability by 0.29 nats, stored as float16 by 0.06.
         with quiet():
@@ -394,6 +586,8 @@ def _ready(folder: Path) -> bool:
 
 
 def _checked_folder(folder: Path) -> Path:
+    if is_adapter(folder):
+        return folder
     if not (folder / "config.json").is_file():
         raise AlignProError(
             f"model folder {folder} has no config.json; name the folder that save_pretrained wrote"
@@ -443,9 +637,23 @@ def _from_hub(model: str) -> Path:
         ) from error
 
 
-def _device(device: str) -> torch.device:
+def device_of(device: str) -> torch.device:
+    """The torch device that `device` names; of several processes on one machine each has its own by `auto`.
+
+    Raises:
+        AlignProError: it is no device, or CUDA is not to be had.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if rank >= torch.cuda.device_count():
+            raise AlignProError(
+                f"LOCAL_RANK {rank}: this machine has {torch.cuda.device_count()} CUDA devices; start no "
+                "more processes than that"
+            )
+        torch.cuda.set_device(rank)  # what asks for CUDA without a number means this one
+        return torch.device("cuda", rank)
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -458,17 +666,3 @@ def _device(device: str) -> torch.device:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No weight-loading bars for work of a few seconds; the user's own settings come back afterwards."""
-    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if shown:
-            transformers_logging.enable_progress_bar()

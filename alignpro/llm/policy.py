@@ -2,13 +2,14 @@
 
 Rollouts repeat themselves: all prompts of a prompter begin with its template, and each is continued many
 times. `draw` reads each distinct prompt once. `log_probs` scores all continuations of all prompts on their
-prefix tree: a shared prefix goes through the model once, under a mask that shows each token its own past
-only, and gradients are those of the plain computation. Both process the model's scores by `Warper`.
+prefix tree, where the model can be read so (`forward`): a shared prefix goes through it once, and gradients
+are those of the plain computation. Both process the model's scores by `Warper`.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,9 @@ from transformers import (
 )
 
 from alignpro.errors import AlignProError
+from alignpro.llm.forward import Forest, Head, How, edge_log_probs, how_of, states, unwrap
 from alignpro.llm.frozen import Sampling, digest
-from alignpro.llm.models import quiet
-from alignpro.llm.tree import unwrap
+from alignpro.llm.libraries import CACHE, quiet
 
 Ids = Sequence[int]
 Drawn = tuple[list[int], list[float]]
@@ -132,7 +133,14 @@ def end_tokens(model: Any) -> list[int]:
 
 @torch.inference_mode()
 def draw(
-    model: Any, pad: int, rows: Sequence[Ids], keys: Sequence[int], sampling: Sampling, *, score: bool = False
+    model: Any,
+    pad: int,
+    rows: Sequence[Ids],
+    keys: Sequence[int],
+    sampling: Sampling,
+    *,
+    score: bool = False,
+    how: How | None = None,
 ) -> list[Drawn]:
     """One batch of continuations, each up to and including an end token or `max_tokens`.
 
@@ -143,21 +151,32 @@ def draw(
         keys: [B], see `sample_key`. A draw depends on its key, the model and the prompt alone, up to the
             floating-point noise of batching.
         score: whether to keep log-probabilities, under the model itself (temperature 1, nothing truncated).
+        how: another way to read the model than the one that was found (`forward.How`).
     """
+    how = how or how_of(model)
+    lengths = [len(row) for row in rows]
+    if not how.padded and len(set(lengths)) > 1:
+        out: list[Drawn] = [([], [])] * len(rows)
+        for length in sorted(set(lengths)):
+            some = [i for i, n in enumerate(lengths) if n == length]
+            part = [rows[i] for i in some], [keys[i] for i in some]
+            found = draw(model, pad, *part, sampling, score=score, how=how)
+            for i, drawn in zip(some, found, strict=True):
+                out[i] = drawn
+        return out
     model = unwrap(model)
     distinct = [row for i, row in enumerate(rows) if not i or row != rows[i - 1]]
     ids, mask = _left_padded(distinct, pad, model.device)
     more = {}
     if len(distinct) < len(rows):
-        starts = [i for i, row in enumerate(rows) if not i or row != rows[i - 1]]
-        repeats = torch.tensor(np.diff([*starts, len(rows)]), device=ids.device)
-        cache = _read(model, ids, mask)
+        # Whose prompt each row is: a cache repeats its rows as it does for a beam search.
+        own = torch.tensor([row == rows[i - 1] for i, row in enumerate(rows)][1:]).logical_not().cumsum(0)
+        own = torch.cat([own.new_zeros(1), own]).to(ids.device)
+        cache = _read(model, ids, mask) if how.shared else None
         if cache is not None:
-            for layer in cache.layers:
-                layer.keys = layer.keys.repeat_interleave(repeats, 0)
-                layer.values = layer.values.repeat_interleave(repeats, 0)
-            more = {"past_key_values": cache}
-        ids, mask = ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
+            cache.reorder_cache(own)
+            more = {CACHE: cache}
+        ids, mask = ids[own], mask[own]
     ends = end_tokens(model)
     # What a model ships must not leak in. Greedy decoding ignores temperature, top_k and top_p.
     config = GenerationConfig(
@@ -226,8 +245,8 @@ def _read(model: Any, ids: Tensor, mask: Tensor) -> Any:
         input_ids=ids[:, :-1],
         attention_mask=mask[:, :-1],
         position_ids=positions[:, :-1],
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE: cache},
     )
     return cache
 
@@ -260,16 +279,10 @@ class Pack:
     states: np.ndarray
     edges: tuple[tuple[tuple[int, int], ...], ...]
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Positions [N] and who sees whom [N, N]."""
-        n = len(self.tokens)
-        positions, sees = np.zeros(n, int), np.zeros((n, n), bool)
-        for i, parent in enumerate(self.parents):
-            if parent >= 0:
-                positions[i] = positions[parent] + 1
-                sees[i, :i] = sees[parent, :i]
-            sees[i, i] = True
-        return positions, sees
+    @property
+    def forest(self) -> Forest:
+        """Its nodes."""
+        return Forest(self.tokens, self.parents)
 
     def table(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """[rows, steps]: `edges` as two arrays, and 1.0 where there is one."""
@@ -349,6 +362,7 @@ def log_probs(
     most: int = 2048,
     sampling: Sampling | None = None,
     drawn: bool = False,
+    how: How | None = None,
 ) -> Scores:
     """Token log-probabilities of continuations, in nats, differentiable in the model.
 
@@ -358,43 +372,31 @@ def log_probs(
         steps: T; the longest continuation's length when None.
         hidden: whether to return the hidden states too.
         most: tokens in one forward pass, about.
-        sampling: of the processed distribution instead of the model's own; −inf where it excludes a token.
+        sampling: of the processed distribution instead of the model's own; −inf where it excludes a token. No
+            gradient then.
         drawn: the continuations were drawn from it (see `Warper.log_probs`).
+        how: another way to read the model than the one that was found (`forward.How`).
+
+    Raises:
+        AlignProError: an empty prompt, or a model that was never checked.
     """
-    warper = None if sampling is None or sampling.natural else Warper(sampling)
+    how, head = how or how_of(model), Head.of(model)
+    choose = None
+    if sampling is not None and not sampling.natural:
+        choose = partial(Warper(sampling).log_probs, drawn=drawn)
     steps = max(map(len, continuations)) if steps is None else steps
-    first = next(model.parameters())
-    device, dtype = first.device, first.dtype
     order: list[int] = []
     parts: list[list[Tensor]] = []
     for pack in packs(prompts, continuations, most):
-        positions, sees = pack.arrays()
-        # Additive form: understood by every attention implementation that takes a 4-d mask.
-        mask = torch.zeros(sees.shape, dtype=dtype)
-        mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(dtype).min)
-        states = torch.as_tensor(pack.states, device=device)
-        out = model(
-            input_ids=torch.as_tensor(pack.tokens, device=device)[None],
-            position_ids=torch.as_tensor(positions, device=device)[None],
-            attention_mask=mask.to(device)[None, None],
-            logits_to_keep=states,
-            output_hidden_states=hidden,
-            use_cache=False,
-        )
-        logits = out.logits[0].float()
-        total = torch.logsumexp(logits, -1)
-        at, token, inside = (torch.as_tensor(a, device=device) for a in pack.table(steps))
-        with torch.no_grad():
-            entropy = total - (torch.exp(logits - total[:, None]) * logits).sum(-1)
-            values = [entropy[at] * inside]
-            if hidden:
-                values.append(out.hidden_states[-1][0, states].float()[at] * inside[..., None])
-        if warper is None:
-            found = logits[at, token] - total[at]
-        else:
-            found = warper.log_probs(logits, at, token, drawn=drawn)
-        parts.append([found.masked_fill(inside == 0, 0.0), *values])
+        (found,) = states(model, [pack.forest], [pack.states], how)
+        at, token, inside = (torch.as_tensor(a, device=found.device) for a in pack.table(steps))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and choose is None):
+            values, entropies = edge_log_probs(head, found, at.flatten(), token.flatten(), choose)
+        columns = [values.view(at.shape).masked_fill(inside == 0, 0.0), entropies[at] * inside]
+        if hidden:
+            columns.append(found.detach().float()[at] * inside[..., None])
+        parts.append(columns)
         order += pack.rows
-    back = torch.argsort(torch.tensor(order, device=device))
-    columns = [torch.cat(column)[back] for column in zip(*parts, strict=True)]
-    return Scores(columns[0], columns[1], columns[2] if hidden else None)
+    back = torch.argsort(torch.tensor(order, device=parts[0][0].device))
+    joined = [torch.cat(column)[back] for column in zip(*parts, strict=True)]
+    return Scores(joined[0], joined[1], joined[2] if hidden else None)

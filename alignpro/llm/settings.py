@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignpro.errors import AlignProError
+from alignpro.llm.chat import parse_options
 from alignpro.llm.frozen import Sampling, is_int
 
 ALGORITHM_NAMES = ("ppo", "rloo", "grpo")
@@ -54,12 +55,21 @@ class TrainSettings:
     lora_layers: float = 0.5
     """Share of the layers, from the top, that carry the adapter."""
     policy_dtype: str = "float32"
-    """Of the weights under the adapter, which is trained in float32: float32, or bfloat16 for half the
-    memory."""
+    """Type of the weights under the adapter, which is trained in float32: float32, bfloat16 for half the
+    memory, or 4bit for an eighth (bitsandbytes)."""
     critic_learning_rate: float = 3e-3
     """PPO: Adam's step for the critic."""
-    gae_lambda: float = 0.95
-    """PPO: λ of generalized advantage estimation."""
+    gae_lambda: float = 1.0
+    """PPO: λ of generalized advantage estimation. Below 1 moves the optimum wherever the critic is not exact,
+    the more the longer the rewrite."""
+    max_grad_norm: float | None = 1.0
+    """Longest gradient of a step; a longer one is cut to it. None: none is cut."""
+    microbatches: int = 1
+    """Parts in which an optimizer step's rewrites go through the model, one after the other: the same
+    gradient with less memory."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: about a third more time
+    for a fraction of the memory."""
     clip_range: float = 0.2
     """PPO, GRPO: ε of the clipped surrogate."""
     value_clip_range: float | None = None
@@ -100,7 +110,7 @@ class TrainSettings:
             ("task", TASK_NAMES),
             ("schedule", SCHEDULES),
             ("kl_estimator", ("k1", "k3")),
-            ("policy_dtype", ("float32", "bfloat16")),
+            ("policy_dtype", ("float32", "bfloat16", "4bit")),
             ("vllm", ("colocate", "server")),
         ):
             if getattr(self, name) not in choices and (name, getattr(self, name)) != ("vllm", None):
@@ -120,7 +130,7 @@ class TrainSettings:
         for name in ("top_p", "gamma", "gae_lambda", "lora_layers"):
             if not 0 < getattr(self, name) <= 1:
                 raise AlignProError(f"{name} {getattr(self, name)}: give a number above 0 and at most 1")
-        for name in ("value_clip_range", "target_kl"):
+        for name in ("value_clip_range", "target_kl", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise AlignProError(f"{name} {value}: give a positive number, or leave it out")
@@ -131,6 +141,7 @@ class TrainSettings:
             "responses": 1,
             "epochs": 1,
             "minibatches": 1,
+            "microbatches": 1,
             "max_tokens": 1,
         }
         least |= {"lora_rank": 1, "save_every": 1, "seed": 0, "top_k": 0, "kl_horizon": 1}
@@ -141,9 +152,14 @@ class TrainSettings:
             raise AlignProError(
                 f"samples {self.samples}: {self.algorithm} compares rewrites of one prompt; give at least 2"
             )
-        if self.samples * self.prompts % self.minibatches:
+        if self.samples * self.prompts % (self.minibatches * self.microbatches):
+            name = "minibatches" if self.samples * self.prompts % self.minibatches else "microbatches"
             raise AlignProError(
-                f"minibatches {self.minibatches}: does not divide {self.prompts} prompts x {self.samples}"
+                f"{name} {getattr(self, name)}: does not divide {self.prompts} prompts x {self.samples}"
+            )
+        if self.samples * self.prompts < 2:
+            raise AlignProError(
+                "prompts x samples = 1: one rewrite tells nothing of another; give at least 2"
             )
 
     @property
@@ -210,9 +226,20 @@ class EnvironmentSettings:
     prices: tuple[float, float] | None = None
     """Money per million prompt tokens and answer tokens, for the ledger."""
     dtype: str = "bfloat16"
-    """Of a frozen model in this process. float32 makes answers independent of how they are batched."""
+    """Type of the weights of a frozen model in this process: float32 makes answers independent of how they
+    are batched, bfloat16 halves its memory, 4bit quarters that (bitsandbytes)."""
     batch_size: int = 64
     """Sequences at once, of a frozen model in this process."""
+    chat_template_kwargs: str | None = None
+    """Further arguments of the chat templates of prompter and frozen model, as a JSON object:
+    {"enable_thinking": false} turns off the thoughts of Qwen's models."""
+
+    def __post_init__(self) -> None:
+        parse_options(self.chat_template_kwargs)
+
+    def chat_options(self) -> dict[str, Any] | None:
+        """`chat_template_kwargs` as a dictionary; None where it was not given."""
+        return None if self.chat_template_kwargs is None else parse_options(self.chat_template_kwargs)
 
     def sampling(self) -> Sampling:
         """How the frozen model decodes."""
@@ -329,7 +356,8 @@ class RewardSettings:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "faithful": {},
-    # The gpt2-sentiment notebook of TRL 0.11: batch 256 in mini-batches of 16, adaptive λ.
+    # TRL 0.11.4's PPOConfig with the one value that the gpt2-sentiment notebook sets, its learning rate. Ours
+    # are a LoRA adapter where the notebook trains all weights, and a critic beside the policy.
     "paper": {
         "algorithm": "ppo",
         "lam": 0.2,
@@ -338,10 +366,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1.41e-5,
         "critic_learning_rate": 1.41e-5,
         "schedule": "constant",
-        "prompts": 256,
+        "prompts": 128,
         "samples": 1,
         "epochs": 4,
-        "minibatches": 16,
+        "minibatches": 1,
+        "max_grad_norm": None,
         "gamma": 1.0,
         "gae_lambda": 0.95,
         "clip_range": 0.2,
@@ -351,8 +380,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "allow_moved_optimum": True,
     },
 }
-"""Named settings. `paper`: those of the notebook that the paper names, whose λ adapts, so that its optimum is
-ρ* for no λ given in advance; see `moved_optimum`."""
+"""Named settings. `paper`: those of the notebook that the paper names, whose λ adapts and whose generalized
+advantages have λ 0.95, so that its optimum is ρ* for no λ given in advance; see `moved_optimum`."""
 
 
 def moved_optimum(args: Any) -> dict[str, str]:
@@ -392,6 +421,11 @@ def moved_optimum(args: Any) -> dict[str, str]:
     if has("gamma", 1.0) != 1.0:
         found["gamma"] = (
             f"{args.gamma}: the reward at the end weighs less than the KL of early tokens; set it to 1.0"
+        )
+    if has("gae_lambda", 1.0) != 1.0:
+        found["gae_lambda"] = (
+            f"{args.gae_lambda}: where the critic does not explain the returns, early tokens see a share of "
+            "the score and all of their own KL; set it to 1.0"
         )
     if has("whiten_rewards", False):
         found["whiten_rewards"] = (

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,12 +23,12 @@ from trl import SFTConfig, SFTTrainer
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.llm import data
+from alignpro.llm.adapters import adapter_config
 from alignpro.llm.checkpoints import check_reporters, completing, last_checkpoint, refuse_other_settings
-from alignpro.llm.models import quiet
+from alignpro.llm.libraries import quiet
 from alignpro.llm.policy import log_probs
 from alignpro.llm.prompter import Prompter
 from alignpro.llm.settings import SFTSettings
-from alignpro.llm.tree_train import adapter_config
 
 METRICS_FILE = "metrics.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -151,8 +150,7 @@ def sft(
     elif any(out.iterdir()):
         raise AlignProError(f"out {out}: it is not empty; name a new folder, or resume")
     before = {part: nats_per_token(prompter, found) for part, found in held.items()}
-    with quiet(), warnings.catch_warnings(), torch.random.fork_rng():  # TRL seeds the process
-        warnings.simplefilter("ignore")  # the libraries' advice on other set-ups
+    with quiet(), torch.random.fork_rng():  # TRL seeds the process
         trainer = _trainer(prompter, split["train"], settings, out, report_to)
         if trainer.args.should_save:
             write_json(out / SETTINGS_FILE, record)

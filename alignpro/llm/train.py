@@ -11,7 +11,6 @@ its action the answer y, and λ plays β.
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -25,25 +24,27 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import GRPOConfig, RLOOConfig
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, read_json_lines, write_json, write_text
+from alignpro.llm.adapters import adapter_config
+from alignpro.llm.chat import Said, chat_of
 from alignpro.llm.checkpoints import (
     ROLLOUT_ARGUMENTS,
     check_reporters,
-    completing,
     last_checkpoint,
     refuse_other_settings,
 )
+from alignpro.llm.forward import how_of, unwrap
 from alignpro.llm.frozen import Sampling, Target
-from alignpro.llm.models import quiet
+from alignpro.llm.libraries import quiet
 from alignpro.llm.policy import log_probs, sample_and_score, sample_key
 from alignpro.llm.ppo import PPOConfig, PPOTrainer
-from alignpro.llm.prompter import Prompter, Template, target_ids
+from alignpro.llm.prompter import Prompter, Template, check_room, target_ids
 from alignpro.llm.rewards import Reward, check_scores
 from alignpro.llm.settings import SCHEDULES, TrainSettings, refuse_moved_optimum
-from alignpro.llm.tree_train import adapter_config
+from alignpro.llm.trl_adapter import GRPORollouts, Party, RLOORollouts, Rollouts
 
 METRICS_FILE = "metrics.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -106,17 +107,18 @@ class Task:
 
     prompt_ids: Callable[[Any, str], tuple[int, ...]]
     text: Callable[[Any, str, tuple[int, ...]], str]
+    said: Callable[[Any, tuple[int, ...]], Said]
 
 
 def _prompter_task(template: Template) -> Task:
-    return Task(template.prompt_ids, template.rewrite)
+    return Task(template.prompt_ids, template.rewrite, template.said)
 
 
 def _rlhf_task(template: Template) -> Task:
-    def text(tokenizer: Any, x: str, ids: tuple[int, ...]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    def said(tokenizer: Any, ids: tuple[int, ...]) -> Said:
+        return chat_of(tokenizer).said(ids)
 
-    return Task(target_ids, text)
+    return Task(target_ids, lambda tokenizer, x, ids: said(tokenizer, ids).text, said)
 
 
 TASKS: dict[str, Callable[[Template], Task]] = {"prompter": _prompter_task, "rlhf": _rlhf_task}
@@ -125,44 +127,44 @@ TASKS: dict[str, Callable[[Template], Task]] = {"prompter": _prompter_task, "rlh
 # --- on TRL's trainers ---------------------------------------------------------------------------------
 
 
-class OpenRollouts:
-    """Mixin for TRL's trainers: one sampler and one scorer, which read shared prefixes once.
+class OpenRollouts(Rollouts):
+    """Rewrites of open-ended text: one sampler and one scorer, which read shared prefixes once.
 
-    The behaviour policy's log-probabilities are kept from sampling, the reference's hidden states (for PPO's
-    critic) from its scoring: nothing goes through a model twice.
+    What the behaviour policy said of its rewrites is kept from drawing them in float32. In low precision the
+    sampler's numbers and the scorer's differ by more than a clip range, and another engine's do in any: then
+    they are scored as training scores them, and `sampler_mismatch` tells by how much that differs.
     """
-
-    accelerator: Any
-    args: Any
-    model: Any
-    ref_model: Any
-    state: Any
-    use_vllm: bool
-    vllm_generation: Any
-    _last_loaded_step: int
 
     def __init__(self, *positional: Any, task: Task, draws_seed: int, **named: Any) -> None:
         self._task, self._draws_seed = task, draws_seed
         self._drawn: list[list[float]] = []
         self._hidden: Tensor | None = None
         super().__init__(*positional, **named)
+        causal = unwrap(self.model)
+        self.rescored = self.use_vllm or causal.dtype != torch.float32
 
-    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
+    def tokens_of(self, prompts: Sequence[str]) -> list[list[int]]:
+        """See `Rollouts.tokens_of`."""
         tokenizer = self.processing_class  # type: ignore[attr-defined]
         ids = {x: list(self._task.prompt_ids(tokenizer, x)) for x in dict.fromkeys(prompts)}
-        return [ids[x] for x in prompts], None, {}
+        return [ids[x] for x in prompts]
 
-    def _group(self) -> int:
-        return self.num_generations if self.model.training else self.num_generations_eval  # type: ignore[attr-defined]
+    def draw(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """See `Rollouts.draw`."""
+        said = self.draw_by_vllm(prompt_ids) if self.use_vllm else self._sample(prompt_ids)
+        if self.rescored:
+            sampled = self._drawn
+            model = self.accelerator.unwrap_model(self.model)
+            with torch.no_grad():
+                values = log_probs(model, prompt_ids, said).log_probs
+            self._drawn = [row[: len(ids)] for row, ids in zip(values.tolist(), said, strict=True)]
+            if not self.use_vllm:
+                pairs = zip(sampled, self._drawn, strict=True)
+                off = [abs(math.fsum(a) - math.fsum(b)) for a, b in pairs]
+                self.note("sampler_mismatch", torch.tensor(np.mean(off), device=values.device))
+        return said
 
-    def places(self, count: int) -> list[int]:
-        """Place of each local sequence among the continuations of its prompt, over all processes."""
-        start = self.accelerator.process_index * count
-        return [(start + i) % self._group() for i in range(count)]
-
-    def _draw(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        if self.use_vllm:
-            return self._draw_by_vllm(prompt_ids)
+    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         step, args = self.state.global_step, self.args
         places = self.places(len(prompt_ids))
         rows: dict[tuple[int, ...], list[int]] = {}
@@ -185,67 +187,27 @@ class OpenRollouts:
                 out[i], self._drawn[i] = ids, values
         return out
 
-    def _draw_by_vllm(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """As TRL does it, but keeping what vLLM says of its own tokens: it is the behaviour policy."""
-        step = self.state.global_step
-        if step != self._last_loaded_step:
-            self.vllm_generation.sync_weights()
-            self._last_loaded_step = step
-        _, ids, values, _ = self.vllm_generation.generate(
-            prompts=prompt_ids, images=None, num_generations=self._group()
-        )
-        self._drawn = [[each[0] for each in row] for row in values]
-        return ids
-
-    def _is_reference(self, model: Any) -> bool:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        if self.ref_model is not None:
-            return model is self.ref_model
-        layers = (layer for layer in model.modules() if isinstance(layer, BaseTunerLayer))
-        return any(layer.disable_adapters for layer in layers)
-
-    def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor, None]:
-        split = input_ids.shape[1] - logits_to_keep
-        prompts, said = [], []
-        for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
-            prompts.append([t for t, m in zip(ids[:split], mask[:split], strict=True) if m])
-            said.append([t for t, m in zip(ids[split:], mask[split:], strict=True) if m])
-        if torch.is_grad_enabled():
-            scores = log_probs(model, prompts, said, steps=logits_to_keep)
-            return scores.log_probs, scores.entropies, None
-        if self._is_reference(model):
-            scores = log_probs(model, prompts, said, steps=logits_to_keep, hidden=self.needs_hidden)
+    def score(
+        self, party: Party, model: Any, prompts: list[list[int]], said: list[list[int]], steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `Rollouts.score`."""
+        if party == "behaviour":
+            kept = self.kept_log_probs(steps)
+            return kept, torch.zeros_like(kept)
+        hidden = party == "reference" and self.needs_hidden
+        scores = log_probs(model, prompts, said, steps=steps, hidden=hidden)
+        if hidden:
             self._hidden = scores.hidden
-            return scores.log_probs, scores.entropies, None
-        kept = self._sampled_log_probs(logits_to_keep, input_ids.device)
-        return kept, torch.zeros_like(kept), None
+        return scores.log_probs, scores.entropies
 
-    def _sampled_log_probs(self, steps: int, device: torch.device) -> Tensor:
-        """[B, steps] log-probabilities of the batch last drawn, kept from sampling; 0 past the end."""
-        kept = torch.zeros(len(self._drawn), steps, device=device)
+    def kept_log_probs(self, steps: int) -> Tensor:
+        """[B, steps] log-probabilities of the batch last drawn by the policy that drew it; 0 past the end."""
+        kept = torch.zeros(len(self._drawn), steps, device=self.accelerator.device)
         for i, values in enumerate(self._drawn):
             kept[i, : len(values)] = torch.tensor(values)
         return kept
 
     needs_hidden = False
-
-    def _calculate_rewards(self, *positional: Any, **named: Any) -> Tensor:
-        rewards = super()._calculate_rewards(*positional, **named)  # type: ignore[misc]
-        self._note("score", rewards.mean())  # the same name in all, before any KL
-        return rewards
-
-    def _note(self, name: str, value: Tensor) -> None:
-        self._metrics["train" if self.model.training else "eval"][name].append(value.item())  # type: ignore[attr-defined]
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with completing(self):
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: TRL's card would credit another method. `Prompter.save` writes one."""
 
 
 class OpenPPOTrainer(OpenRollouts, PPOTrainer):
@@ -253,50 +215,34 @@ class OpenPPOTrainer(OpenRollouts, PPOTrainer):
 
     needs_hidden = True
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
-        return self._draw(prompt_ids), None
-
-    def _critic_features(self, batch: dict[str, Tensor]) -> Tensor:
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        """See `PPOTrainer.features`: kept from scoring the reference."""
         assert self._hidden is not None
         return self._hidden
 
 
-class OpenRLOOTrainer(OpenRollouts, RLOOTrainer):
+class OpenRLOOTrainer(OpenRollouts, RLOORollouts):
     """TRL's RLOO (arXiv 2402.14740); its β is λ, in the reward."""
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
-        return self._draw(prompt_ids)
 
+class OpenGRPOTrainer(OpenRollouts, GRPORollouts):
+    """TRL's GRPO (arXiv 2402.03300) with −λ log(ρ_θ/ρ_sft) in the reward."""
 
-class OpenGRPOTrainer(OpenRollouts, GRPOTrainer):
-    """TRL's GRPO (arXiv 2402.03300) with −λ log(ρ_θ/ρ_sft) in the reward, not a k3 estimate in the loss.
-
-    Differentiated at the samples, the k3 in GRPO's loss has the gradient of KL(ρ_sft‖ρ), the other direction,
-    so that its optimum is not ρ*.
-    """
-
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
-        return self._draw(prompt_ids), None
-
-    def _get_per_token_logps_and_entropies(self, model: Any, *positional: Any, **named: Any) -> Any:
-        found = super()._get_per_token_logps_and_entropies(model, *positional, **named)
-        if not torch.is_grad_enabled() and self._is_reference(model):
+    def score(
+        self, party: Party, model: Any, prompts: list[list[int]], said: list[list[int]], steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `Rollouts.score`."""
+        found = super().score(party, model, prompts, said, steps)
+        if party == "reference":
             self._reference = found[0]
         return found
 
-    def _calculate_rewards(self, *positional: Any, **named: Any) -> Tensor:
-        rewards = super()._calculate_rewards(*positional, **named)
-        old = self._sampled_log_probs(self._reference.shape[1], self._reference.device)
-        ratio = (old - self._reference).sum(1)  # the reference is 0 past the end
-        self._note("kl", self.accelerator.gather(ratio).mean())
+    def rewarded(self, rewards: Tensor) -> Tensor:
+        """See `Rollouts.rewarded`."""
+        behaviour = self.kept_log_probs(self._reference.shape[1])
+        ratio = (behaviour - self._reference).sum(1)  # the reference is 0 past the end
+        self.note("kl", ratio.mean())
         return rewards - self.args.beta * self.accelerator.gather(ratio)[:, None]
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        beta, self.beta = self.beta, 0.0
-        try:
-            return super()._compute_loss(model, inputs)
-        finally:
-            self.beta = beta
 
 
 def _ppo(common: dict[str, Any], s: TrainSettings) -> tuple[type, Any]:
@@ -417,16 +363,21 @@ def train(
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     batch = settings.prompts * settings.samples
-    if batch % (settings.minibatches * world):
+    steps = settings.minibatches * settings.microbatches
+    if batch % (steps * world):
         raise AlignProError(
-            f"prompts x samples = {batch}: {world} processes x {settings.minibatches} minibatches do not fit"
+            f"prompts x samples = {batch}: {world} processes x {settings.minibatches} minibatches x "
+            f"{settings.microbatches} microbatches do not fit"
         )
     common: dict[str, Any] = ROLLOUT_ARGUMENTS | {
         "output_dir": str(out),
-        "per_device_train_batch_size": batch // settings.minibatches // world,
+        "per_device_train_batch_size": batch // steps // world,
+        "gradient_accumulation_steps": settings.microbatches,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "max_grad_norm": settings.max_grad_norm or 0.0,  # 0: the Trainer cuts none
         "num_generations": settings.samples,
         "num_iterations": settings.epochs,
-        "steps_per_generation": settings.minibatches,
+        "steps_per_generation": steps,
         "max_steps": settings.iterations * settings.steps_per_round,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
@@ -445,25 +396,36 @@ def train(
     if settings.vllm is not None:
         if find_spec("vllm") is None:
             raise AlignProError(
-                f"vllm {settings.vllm}: the package vllm is missing; run pip install vllm, or leave it out"
+                f"vllm {settings.vllm}: the package vllm is missing; run pip install 'trl[vllm]', whose "
+                "version of it TRL supports, or leave it out"
             )
         common |= {"use_vllm": True, "vllm_mode": settings.vllm}
     task = TASKS[settings.task](prompter.template)
+    ids = [task.prompt_ids(tokenizer, x) for x in prompts]
+    check_room(prompter.model, prompts, ids, settings.max_tokens, f"prompter {prompter.base or 'model'!r}")
 
     def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         pairs = zip(prompts, completion_ids, strict=True)
         texts = [task.text(tokenizer, x, tuple(ids)) for x, ids in pairs]
+        thoughts = [task.said(tokenizer, tuple(ids)).thought for ids in completion_ids]
+        if any(thoughts):
+            trainer.note("thought_share", torch.tensor(np.mean(thoughts), device=trainer.accelerator.device))
         step = trainer.state.global_step
         draws = [step * settings.samples + place for place in trainer.places(len(prompts))]
         return [float(value) for value in environment.score(prompts, texts, draws)]
 
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the libraries' advice on other set-ups
+    with quiet():
         kind, config = ALGORITHMS[settings.algorithm](common, settings)
         if not settings.allow_moved_optimum:
             refuse_moved_optimum(config)
         out.mkdir(parents=True, exist_ok=True)
-        record = {"settings": asdict(settings), "prompts": len(prompts), **(facts or {})}
+        record = {
+            "settings": asdict(settings),
+            "prompts": len(prompts),
+            "chat": chat_of(tokenizer).describe(),
+            "read": how_of(prompter.model).describe(),
+            **(facts or {}),
+        }
         if resume and (out / SETTINGS_FILE).exists():
             refuse_other_settings(out, read_json(out / SETTINGS_FILE), json.loads(json.dumps(record)))
         if int(os.environ.get("RANK", "0")) == 0:

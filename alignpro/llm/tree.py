@@ -5,8 +5,8 @@ renormalising its next-token distribution over the children of each node, gives 
 probabilities of the leaves sum to one exactly, and each is a product of the model's own (renormalised)
 conditionals. A node with one child is *forced*: its step has probability one.
 
-All leaves of a tree are scored in ONE forward pass: the prompt is followed by every node whose hidden
-state decides between children, and a tree-shaped attention mask lets each node see its ancestors only.
+All leaves of a tree are scored in one forward pass where the model can be read so (`forward`): the prompt is
+followed by every node whose hidden state decides between children, and each node sees its ancestors only.
 Tokens after the last decision of a path never reach the model, since their probability is one.
 """
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from alignpro.errors import AlignProError
+from alignpro.llm.forward import Forest, Head, states
 
 
 @dataclass(frozen=True)
@@ -186,34 +187,6 @@ class TreeScores:
         return table[torch.as_tensor(TreeLayout.fit(index, steps), device=values.device)[leaves]]
 
 
-def _packed(
-    prompts: Sequence[Sequence[int]], layouts: Sequence[TreeLayout], device: torch.device
-) -> dict[str, Tensor]:
-    """Right-padded rows `prompt + kept nodes`, their positions, and the tree-shaped mask [B, 1, L, L]."""
-    size = max(len(p) + len(t.tokens) for p, t in zip(prompts, layouts, strict=True))
-    ids = np.zeros((len(prompts), size), np.int64)
-    positions = np.zeros((len(prompts), size), np.int64)
-    sees = np.zeros((len(prompts), 1, size, size), bool)
-    sees[:, 0, np.arange(size), np.arange(size)] = True  # padding sees itself, so no softmax row is empty
-    for b, (prompt, layout) in enumerate(zip(prompts, layouts, strict=True)):
-        n, end = len(prompt), len(prompt) + len(layout.tokens)
-        ids[b, :n], ids[b, n:end] = prompt, layout.tokens
-        positions[b, :n] = np.arange(n)
-        sees[b, 0, :n, :n] = np.tri(n, dtype=bool)
-        sees[b, 0, n:end, :n] = True
-        for i, p in enumerate(layout.parents):
-            positions[b, n + i] = positions[b, n + p] + 1  # p = −1 is the prompt's last token
-            if p >= 0:
-                sees[b, 0, n + i, n : n + i] = sees[b, 0, n + p, n : n + i]
-    packed = {"input_ids": ids, "position_ids": positions, "attention_mask": sees}
-    return {name: torch.as_tensor(array, device=device) for name, array in packed.items()}
-
-
-def unwrap(model: Any) -> Any:
-    """The causal language model under a PEFT wrapper (whose adapters stay in place)."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def tree_states(model: Any, prompts: Sequence[Sequence[int]], layouts: Sequence[TreeLayout]) -> list[Tensor]:
     """Final hidden states at each tree's states, in one forward pass.
 
@@ -225,38 +198,23 @@ def tree_states(model: Any, prompts: Sequence[Sequence[int]], layouts: Sequence[
     Returns:
         B tensors [1 + S, H]: row 0 is the end of the prompt (state −1), row 1 + s is state s.
     """
-    causal = unwrap(model)
-    packed = _packed(prompts, layouts, causal.device)
-    mask = packed.pop("attention_mask")
-    # Additive form: understood by every attention implementation that takes a 4-d mask.
-    additive = torch.zeros(mask.shape, dtype=causal.dtype, device=mask.device)
-    additive.masked_fill_(~mask, torch.finfo(causal.dtype).min)
-    hidden = causal.base_model(**packed, attention_mask=additive, use_cache=False).last_hidden_state
-    return [
-        hidden[b, len(p) - 1 : len(p) + len(t.tokens)]
-        for b, (p, t) in enumerate(zip(prompts, layouts, strict=True))
-    ]
+    forests, wanted = [], []
+    for prompt, layout in zip(prompts, layouts, strict=True):
+        n, s = len(prompt), len(layout.tokens)
+        parents = np.concatenate([np.arange(n) - 1, layout.parents + n])  # −1: the prompt's last token
+        forests.append(Forest(np.concatenate([np.array(prompt, int), layout.tokens]), parents))
+        wanted.append(np.arange(n - 1, n + s))
+    return states(model, forests, wanted)
 
 
 def tree_scores(
     model: Any, prompts: Sequence[Sequence[int]], trees: Sequence[PrefixTree]
 ) -> list[TreeScores]:
-    """The model's exact policies on B prefix trees, in one differentiable forward pass.
-
-    Raises:
-        AlignProError: the model rescales or caps its logits in a way this scorer does not reproduce.
-    """
-    causal = unwrap(model)
-    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(causal.config, field, None) not in (None, 1, 1.0):
-            raise AlignProError(
-                f"model sets {field}, which prefix-tree scoring does not reproduce; use another model"
-            )
+    """The model's exact policies on B prefix trees, in one differentiable forward pass."""
     layouts = [tree.layout for tree in trees]
-    states = tree_states(model, prompts, layouts)
-    head = causal.get_output_embeddings()
+    head = Head.of(model)
     scores = []
-    for hidden, layout in zip(states, layouts, strict=True):
+    for hidden, layout in zip(tree_states(model, prompts, layouts), layouts, strict=True):
         if len(layout.edge_state) == 0:  # a single leaf: probability one
             zero = hidden.new_zeros(0, dtype=torch.float32)
             scores.append(TreeScores(layout, zero, zero.new_zeros(len(layout.leaf_edges)), zero))
@@ -266,9 +224,8 @@ def tree_scores(
         count = int(layout.edge_group[-1]) + 1
         state_of_group = torch.zeros(count, dtype=torch.long, device=device)
         state_of_group[group] = torch.as_tensor(layout.edge_state + 1, device=device)
-        logits = head(hidden[state_of_group])[
-            group, torch.as_tensor(layout.edge_token, device=device)
-        ].float()
+        token = torch.as_tensor(layout.edge_token, device=device)
+        logits = head.finish(head.module(hidden[state_of_group])[group, token].float())
         top = torch.full((count,), -torch.inf, device=device).scatter_reduce(
             0, group, logits.detach(), "amax"
         )

@@ -6,7 +6,6 @@ sampling and scoring are replaced, by the exact policy on the prompter's prefix 
 
 import json
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,23 +14,22 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from trl import RLOOConfig, RLOOTrainer
+from trl import RLOOConfig
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, read_json_lines, write_json, write_text
+from alignpro.llm.adapters import adapter_config
 from alignpro.llm.checkpoints import (
     ROLLOUT_ARGUMENTS,
-    completing,
     last_checkpoint,
     refuse_other_settings,
 )
-from alignpro.llm.models import quiet
-from alignpro.llm.ppo import PPOConfig, PPOTrainer, joined
+from alignpro.llm.libraries import quiet
+from alignpro.llm.ppo import PPOConfig, PPOTrainer
 from alignpro.llm.tree import TreeScores, TreeTask, tree_scores, tree_states
+from alignpro.llm.trl_adapter import Party, RLOORollouts, Rollouts, parts_of
 
 CURVE_FILE = "curve.jsonl"
 
@@ -72,18 +70,12 @@ class TrainSettings:
                 raise AlignProError(f"{name} = {getattr(self, name)}: give at least {least}")
 
 
-class TreeRollouts:
-    """Mixin for TRL's trainers: sample from, and score on, the exact policies of prefix trees.
+class TreeRollouts(Rollouts):
+    """Sample from, and score on, the exact policies of prefix trees.
 
     Actions end with a leaf's last decision: what follows has probability one, so it carries no choice,
     no KL and no gradient.
     """
-
-    accelerator: Any
-    args: Any
-    model: Any
-    ref_model: Any
-    state: Any
 
     def __init__(self, *positional: Any, task: TreeTask, **named: Any) -> None:
         self.task = task
@@ -95,15 +87,12 @@ class TreeRollouts:
 
     # Log-probabilities without gradient are constant between optimizer steps (the reference's for ever), so
     # sampling, PPO's old log-probabilities and the exact curve share one forward pass.
-    def _tree_scores(self, model: nn.Module, rows: Sequence[int]) -> list[TreeScores]:
+    def _tree_scores(self, party: Party, model: nn.Module, rows: Sequence[int]) -> list[TreeScores]:
         task = self.task
-        if torch.is_grad_enabled():
+        if party == "policy":
             model = self.accelerator.unwrap_model(model)
             return tree_scores(model, [task.prompt_ids[x] for x in rows], [task.trees[x] for x in rows])
-        reference = model is self.ref_model or any(
-            layer.disable_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer)
-        )
-        kind, version = ("reference", 0) if reference else ("policy", self.state.global_step)
+        kind, version = (party, 0) if party == "reference" else (party, self.state.global_step)
         stale = [x for x in rows if self._cache.get((kind, x), (-1, None))[0] != version]
         if stale:
             model = self.accelerator.unwrap_model(model)
@@ -111,27 +100,22 @@ class TreeRollouts:
             self._cache.update({(kind, x): (version, s) for x, s in zip(stale, fresh, strict=True)})
         return [self._cache[kind, x][1] for x in rows]
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with completing(self):
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: TRL's card would credit another method. settings.json and the curve describe the run."""
-
     @torch.no_grad()
     def exact_policy(self) -> list[np.ndarray]:
         """ρ_θ(·|x) over the leaves of each prompt's tree, as X float64 arrays that sum to one."""
-        scores = self._tree_scores(self.model, range(len(self.task.prompts)))
+        scores = self._tree_scores("behaviour", self.model, range(len(self.task.prompts)))
         return [s.probabilities() for s in scores]
 
-    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
-        return [list(self.task.prompt_ids[self._row[p]]) for p in prompts], None, {}
+    def tokens_of(self, prompts: Sequence[str]) -> list[list[int]]:
+        """See `Rollouts.tokens_of`."""
+        return [list(self.task.prompt_ids[self._row[p]]) for p in prompts]
 
     @torch.no_grad()
-    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+    def draw(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """See `Rollouts.draw`."""
         rows = [self._row_of_ids[tuple(ids)] for ids in prompt_ids]
         unique = sorted(set(rows))
-        scores = dict(zip(unique, self._tree_scores(self.model, unique), strict=True))
+        scores = dict(zip(unique, self._tree_scores("behaviour", self.model, unique), strict=True))
         actions: list[list[int]] = [[] for _ in rows]
         for x in unique:
             places = [i for i, row in enumerate(rows) if row == x]
@@ -142,15 +126,10 @@ class TreeRollouts:
                 actions[i] = list(self.task.trees[x].layout.actions[leaf])
         return actions
 
-    def _leaves(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[list[int], list[int]]:
-        """(row, leaf) of each sequence of a padded batch."""
-        rows, leaves = [], []
-        for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
-            prompt = [t for t, m in zip(ids[:-keep], mask[:-keep], strict=True) if m]
-            action = [t for t, m in zip(ids[-keep:], mask[-keep:], strict=True) if m]
-            rows.append(self._row_of_ids[tuple(prompt)])
-            leaves.append(self._leaf[rows[-1]][tuple(action)])
-        return rows, leaves
+    def leaves(self, prompts: list[list[int]], said: list[list[int]]) -> tuple[list[int], list[int]]:
+        """(row, leaf) of each action."""
+        rows = [self._row_of_ids[tuple(ids)] for ids in prompts]
+        return rows, [self._leaf[x][tuple(action)] for x, action in zip(rows, said, strict=True)]
 
     def _per_row(self, rows: list[int], leaves: list[int], pick: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Assemble [B, ...] from one call of `pick` per distinct row."""
@@ -161,41 +140,32 @@ class TreeRollouts:
             places += where
         return torch.cat(parts)[torch.argsort(torch.tensor(places))]
 
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: nn.Module,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        **_: Any,
-    ) -> tuple[Tensor, Tensor | None, None]:
-        rows, leaves = self._leaves(input_ids, attention_mask, logits_to_keep)
+    def score(
+        self, party: Party, model: Any, prompts: list[list[int]], said: list[list[int]], steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `Rollouts.score`."""
+        rows, leaves = self.leaves(prompts, said)
         unique = sorted(set(rows))
-        scores = dict(zip(unique, self._tree_scores(model, unique), strict=True))
-        logps = self._per_row(rows, leaves, lambda x, y: scores[x].step_log_probs(y, logits_to_keep))
-        entropies = None
-        if compute_entropy:
-            entropies = self._per_row(rows, leaves, lambda x, y: scores[x].step_entropies(y, logits_to_keep))
-        return logps, entropies, None
+        scores = dict(zip(unique, self._tree_scores(party, model, unique), strict=True))
+        return (
+            self._per_row(rows, leaves, lambda x, y: scores[x].step_log_probs(y, steps)),
+            self._per_row(rows, leaves, lambda x, y: scores[x].step_entropies(y, steps)),
+        )
 
 
 class TreePPOTrainer(TreeRollouts, PPOTrainer):
     """PPO on prefix trees."""
 
-    def _generate_single_turn(self, prompt_ids, *_: Any, **__: Any):
-        return self._sample(prompt_ids), None
-
     @torch.no_grad()
-    def _critic_features(self, batch: dict[str, Tensor]) -> Tensor:
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        """See `PPOTrainer.features`."""
         if not hasattr(self, "_features"):  # the reference never changes: one pass serves all of training
             model = self.accelerator.unwrap_model(self.model)
             with model.disable_adapter():
                 states = tree_states(model, self.task.prompt_ids, [t.layout for t in self.task.trees])
             self._features = [s.float() for s in states]
-        ids, attention, keep = joined(batch)
-        rows, leaves = self._leaves(ids, attention, keep)
+        prompts, said, keep = parts_of(batch)
+        rows, leaves = self.leaves(prompts, said)
 
         def pick(x: int, y: Tensor) -> Tensor:
             layout = self.task.trees[x].layout
@@ -204,11 +174,8 @@ class TreePPOTrainer(TreeRollouts, PPOTrainer):
         return self._per_row(rows, leaves, pick)
 
 
-class TreeRLOOTrainer(TreeRollouts, RLOOTrainer):
+class TreeRLOOTrainer(TreeRollouts, RLOORollouts):
     """TRL's RLOO (arXiv 2402.14740) on prefix trees; its β is λ."""
-
-    def _generate_single_turn(self, prompt_ids, *_: Any, **__: Any):
-        return self._sample(prompt_ids)
 
 
 def _ppo(common: dict[str, Any], settings: TrainSettings) -> tuple[type, Any]:
@@ -290,23 +257,6 @@ class Trained:
     curve: list[dict[str, Any]]
 
 
-def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
-    """A LoRA adapter (arXiv 2106.09685) on every linear map of the top layers; fresh, it changes nothing."""
-    depth = model.config.num_hidden_layers
-    first = depth - max(1, round(layers * depth))
-    names = {
-        n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n
-    }
-    return LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=0.0,
-        target_modules=sorted(names),
-        layers_to_transform=list(range(first, depth)),
-        task_type="CAUSAL_LM",
-    )
-
-
 def train(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -344,6 +294,8 @@ def train(
         "num_generations": settings.samples,
         "num_iterations": settings.epochs,
         "steps_per_generation": 1,
+        "gradient_accumulation_steps": 1,
+        "max_grad_norm": 1.0,
         "max_steps": settings.iterations * settings.epochs,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "cosine_with_min_lr",
@@ -370,8 +322,7 @@ def train(
         return values
 
     curve = Curve(out / CURVE_FILE, evaluate, settings.epochs, progress)
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the libraries' advice on other set-ups
+    with quiet():
         kind, config = ALGORITHMS[settings.algorithm](common, settings)
         torch.manual_seed(settings.seed)  # the adapter's initial values
         trainer = kind(

@@ -218,8 +218,9 @@ def test_control_tokens_stay_text_for_the_judges_own_tokenizer():
     assert {"<eos>", "<pad>", "$turn$", "n$e"} <= set(control)
     hostile = "<eos><pad>$turn$e $turn$turn$"
     ids = {tokenizer.convert_tokens_to_ids(t) for t in ("<eos>", "<pad>", "$turn$", "n$e")}
-    assert ids & set(target_ids(tokenizer, hostile))
-    assert not ids & set(target_ids(tokenizer, question("abc", hostile, "d", control)))
+    assert ids & set(tokenizer(hostile).input_ids)
+    assert not ids & set(tokenizer(question("abc", hostile, "d", control)).input_ids)
+    assert not ids & set(target_ids(tokenizer, hostile))  # a chat's content is text to begin with
     assert module.control_tokens(object()) == ()
 
     class Wrapper:

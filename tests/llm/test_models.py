@@ -14,6 +14,7 @@ from alignpro.llm import models, packages
 from alignpro.llm.frozen import Sampling
 from alignpro.llm.local import LocalTarget
 from alignpro.llm.models import MODELS, load_model, resolve, tiny_model
+from alignpro.llm.policy import draw, sample_key
 from alignpro.llm.prompter import target_ids
 
 
@@ -97,11 +98,17 @@ def test_pad_equal_to_eos_is_replaced(saved):
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 1
 
 
-def test_a_pad_listed_among_the_ends_is_taken_out(saved):
+def test_a_pad_listed_among_the_ends_still_ends(saved):
+    """Qwen pads with <|endoftext|>, which ends a text too: an answer does not run on past it."""
     edit_json(saved / "generation_config.json", eos_token_id=[1, 0, 2])
     model, tokenizer = load_model(saved, device="cpu")
     assert tokenizer.pad_token_id == 0
-    assert model.generation_config.eos_token_id == [1, 2]
+    assert model.generation_config.eos_token_id == [1, 0, 2]
+    keys = [sample_key("pad", i) for i in range(64)]
+    drawn = [ids for ids, _ in draw(model, 0, [(3, 4)] * 64, keys, Sampling(max_tokens=12))]
+    ended = [ids for ids in drawn if 0 in ids]
+    assert ended
+    assert all(ids.index(0) == len(ids) - 1 for ids in ended)
 
 
 def test_a_missing_chat_template_is_named(saved):

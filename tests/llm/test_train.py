@@ -116,7 +116,13 @@ def test_every_algorithm_reaches_the_optimum(algorithm, tmp_path):
 
 @pytest.mark.parametrize(
     "moved",
-    [{"temperature": 0.5}, {"kl_estimator": "k3"}, {"top_k": 2}, {"target_kl": 1e-3, "kl_horizon": 200}],
+    [
+        {"temperature": 0.5},
+        {"gae_lambda": 0.0},
+        {"kl_estimator": "k3"},
+        {"top_k": 2},
+        {"target_kl": 1e-3, "kl_horizon": 200},
+    ],
 )
 def test_what_moves_the_optimum_does_and_is_refused_unless_allowed(moved, tmp_path):
     settings = replace(SETTINGS, **moved)
@@ -218,11 +224,10 @@ def test_the_oracle_without_training_is_the_one_that_training_nears(tmp_path):
 def test_named_settings():
     assert (tuple(ALGORITHMS), tuple(TASKS)) == (ALGORITHM_NAMES, TASK_NAMES)
     paper = TrainSettings(**PRESETS["paper"])
-    assert paper.prompts * paper.samples == 256
-    assert paper.prompts * paper.samples // paper.minibatches == 16
+    assert (paper.prompts * paper.samples, paper.minibatches, paper.max_grad_norm) == (128, 1, None)
     assert (paper.learning_rate, paper.lam, paper.epochs, paper.clip_range) == (1.41e-5, 0.2, 4, 0.2)
     _, config = train_module._ppo({"output_dir": "x", "use_cpu": True, "bf16": False}, paper)
-    assert set(moved_optimum(config)) == {"target_kl"}
+    assert set(moved_optimum(config)) == {"target_kl", "gae_lambda"}
     _, config = train_module._ppo(
         {"output_dir": "x", "use_cpu": True, "bf16": False}, TrainSettings(**PRESETS["faithful"])
     )
@@ -437,7 +442,7 @@ sys.path.insert(0, sys.argv[1])
 import test_train as t
 t.fit(sys.argv[2] + "/together", replace(t.SHORT, minibatches=1))
 # The mutant: each process's critic goes its own way.
-t.train_module.OpenPPOTrainer._join_critic_gradients = lambda self: None
+t.train_module.OpenPPOTrainer.join_critic_gradients = lambda self: None
 t.fit(sys.argv[2] + "/apart", replace(t.SHORT, minibatches=1))
 import torch.distributed as d
 print("of", d.get_world_size())
@@ -472,7 +477,7 @@ def test_two_processes_train_as_one(tmp_path):
 def test_nothing_is_scored_twice(algorithm, monkeypatch, tmp_path):
     """A round scores the reference once and the policy once a step; the rest is kept from sampling."""
     settings = replace(SHORT, algorithm=algorithm, iterations=2, epochs=2, minibatches=1)
-    kept = train_module.OpenRollouts._get_per_token_logps_and_entropies
+    kept = train_module.OpenRollouts.score
     right, counts = train_module.log_probs, []
 
     def counted(*positional, **named):
@@ -481,17 +486,17 @@ def test_nothing_is_scored_twice(algorithm, monkeypatch, tmp_path):
 
     def check(scorer, name):
         counts.clear()
-        monkeypatch.setattr(train_module.OpenRollouts, "_get_per_token_logps_and_entropies", scorer)
+        monkeypatch.setattr(train_module.OpenRollouts, "score", scorer)
         monkeypatch.setattr(train_module, "log_probs", counted)
         fit(tmp_path / name, settings)
         assert (counts.count(False), counts.count(True)) == (2, 4)
 
     check(kept, "right")
 
-    def rescored(self, model, ids, mask, keep, *_, **__):
-        if not torch.is_grad_enabled() and not self._is_reference(model):
+    def rescored(self, party, model, prompts, said, steps):
+        if party == "behaviour":
             counted(model, [[3]], [[4]])
-        return kept(self, model, ids, mask, keep)
+        return kept(self, party, model, prompts, said, steps)
 
     with pytest.raises(AssertionError):
         check(rescored, "mutant")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignpro.errors import AlignProError
-from alignpro.llm import tree as tree_module
+from alignpro.llm import forward
 from alignpro.llm.models import tiny_model
 from alignpro.llm.tree import PrefixTree, TreeTask, leaf_probabilities, tree_scores, tree_states
 
@@ -63,14 +63,7 @@ def test_the_tree_mask_matters(monkeypatch):
     tree = PrefixTree(tuple((*s, END) for s in itertools.product((3, 4), repeat=3)))
     with torch.no_grad():
         expected = brute_force((5, 6), tree.sequences)
-        packed = tree_module._packed
-
-        def causal(*arguments):
-            out = packed(*arguments)
-            size = out["attention_mask"].shape[-1]
-            return out | {"attention_mask": torch.ones(1, 1, size, size).tril().bool()}
-
-        monkeypatch.setattr(tree_module, "_packed", causal)
+        monkeypatch.setattr(forward.Forest, "sees", lambda f: np.tri(len(f.tokens), dtype=bool))
         mutant = tree_scores(MODEL, [(5, 6)], [tree])[0].leaf_log_probs
     assert (mutant - expected).abs().max() > 100 * tolerance(expected)
 
@@ -148,11 +141,16 @@ def test_bad_sequences_are_named(sequences, words):
         PrefixTree(sequences)
 
 
-def test_models_with_altered_logits_are_refused():
+def test_caps_and_scales_of_logits_are_the_models_own():
+    """As Gemma 2 caps its logits and Cohere scales them."""
     model, _ = tiny_model(seed=0)
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(AlignProError, match="final_logit_softcapping"):
-        tree_scores(model, [(3,)], [PrefixTree(((3,), (4,)))])
+    with torch.no_grad():
+        plain = model(torch.tensor([[3]])).logits[0, -1, 3:5]
+    model.config.final_logit_softcapping, model.config.logit_scale = 1.5, 0.5
+    scored = tree_scores(model, [(3,)], [PrefixTree(((3,), (4,)))])[0].leaf_log_probs
+    capped = torch.log_softmax(1.5 * torch.tanh(0.5 * plain / 1.5), 0)
+    assert torch.allclose(scored, capped, rtol=0, atol=1e-5)
+    assert (torch.log_softmax(plain, 0) - capped).abs().max() > 0.01
 
 
 def test_prompts_that_are_the_same_tokens_are_refused():

@@ -1,0 +1,354 @@
+"""How a model's chat is written down: which tokens a conversation becomes, and what was said in which tokens.
+
+What a template leaves to chance or to the calendar is settled here, once for prompters, frozen models, judges
+and rewards: the date, a system message that the template refuses, control tokens that somebody spells in a
+prompt, the token that ends a turn, and thoughts before an answer.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from alignpro.errors import AlignProError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Message = dict[str, str]
+Ids = tuple[int, ...]
+
+DATE = date(2024, 7, 26)
+"""Today, to every chat template: one that asks the clock would change the model overnight. It is the day that
+Llama 3.2's template names where it has no clock."""
+THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+"""Marks around what a model thinks before it answers."""
+
+_ATTRIBUTE = "_alignpro_chat"
+_CALENDAR = "alignpro_calendar"
+_PRIVATE = (
+    "\U000f0000",
+    "\U000f0001",
+    "\U000f0002",
+)  # of Unicode's private use: in no template, in no tokenizer
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a continuation says.
+
+    Attributes:
+        text: without special tokens, and without a leading thought.
+        thought: whether there was one. A thought that was cut off leaves an empty text.
+    """
+
+    text: str
+    thought: bool = False
+
+
+@dataclass(eq=False)
+class Chat:
+    """The chat format of one tokenizer.
+
+    Args:
+        tokenizer: with a chat template.
+        options: further arguments of the template, such as {"enable_thinking": False}.
+    """
+
+    tokenizer: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.template = self.tokenizer.chat_template
+
+    # --- conversations to tokens ---
+
+    def ids(self, messages: Sequence[Message], opening: str = "") -> Ids:
+        """Token ids that the model continues: the conversation, the head of its turn, and `opening` words.
+
+        What the messages say is encoded as text, whatever it spells. Where the template opens a thought,
+        opening words follow an empty one.
+
+        Raises:
+            AlignProError: the template fails.
+        """
+        messages = self._merged(messages)
+        tail = (self._closing if opening else "") + opening
+        if not any(self._spells(m["content"]) for m in messages):
+            text = self.render(messages) + tail
+            return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        held, contents = [], []
+        for message in messages:
+            if self._spells(message["content"]):
+                contents.append(message["content"].strip() if self._trims else message["content"])
+                message = {**message, "content": f"{_PRIVATE[2]}{len(contents) - 1}{_PRIVATE[2]}"}
+            held.append(message)
+        text = self.render(held) + tail
+        if self._protected is None:
+            for i, content in enumerate(contents):
+                text = text.replace(f"{_PRIVATE[2]}{i}{_PRIVATE[2]}", self._broken(content))
+            return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        text = self._control.sub(lambda match: self._alias[match[0]], text)
+        for i, content in enumerate(contents):
+            content = re.sub("|".join(_PRIVATE), "\ufffd", content)
+            text = text.replace(f"{_PRIVATE[2]}{i}{_PRIVATE[2]}", content)
+        return tuple(self._protected.encode(text, add_special_tokens=False).ids)
+
+    def text_ids(self, text: str) -> Ids:
+        """Token ids of `text` as text: a control token that it spells is not one."""
+        if not self._spells(text):
+            return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        if self._protected is None:
+            return tuple(self.tokenizer(self._broken(text), add_special_tokens=False).input_ids)
+        return tuple(self._protected.encode(text, add_special_tokens=False).ids)
+
+    def render(self, messages: Sequence[Message], *, generate: bool = True) -> str:
+        """The conversation as the template writes it, on the pinned date.
+
+        Args:
+            generate: whether the head of the model's own turn follows.
+
+        Raises:
+            AlignProError: the template fails.
+        """
+        try:
+            return str(self._apply(messages, generate))
+        except Exception as error:  # a template raises what it likes
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise AlignProError(
+                f"has a chat template that fails ({why}); mend chat_template.jinja"
+            ) from error
+
+    def _apply(self, messages: Sequence[Message], generate: bool) -> Any:
+        return self.tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=self._dated,
+            tokenize=False,
+            add_generation_prompt=generate,
+            **{_CALENDAR: self._calendar, **self.options},
+        )
+
+    @cached_property
+    def _calendar(self) -> dict[str, str]:
+        """The pinned date in each format that the template asks for."""
+        formats = re.findall(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", str(self.template))
+        return {form: DATE.strftime(form) for _, form in formats}
+
+    @cached_property
+    def _dated(self) -> str | None:
+        """The template, its clock replaced by the calendar; None where it asks none."""
+        text = self.tokenizer.get_chat_template()
+        if "strftime_now" not in text:
+            return None
+        return f"{{%- macro strftime_now(form) -%}}{{{{ {_CALENDAR}[form] }}}}{{%- endmacro -%}}" + text
+
+    # --- what the template does ---
+
+    @cached_property
+    def end(self) -> int:
+        """Id of the token with which the template ends a turn; the tokenizer's end where it writes none.
+
+        Raises:
+            AlignProError: neither has one.
+        """
+        mark = _PRIVATE[2]
+        try:
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+            tail = self.render(turns, generate=False).rpartition(mark)[2]
+        except AlignProError:
+            tail = ""
+        found = self._special.search(tail)
+        if found is None and self.tokenizer.eos_token_id is None:
+            raise AlignProError("has no end-of-sequence token; set eos_token in its tokenizer_config.json")
+        if found is None:
+            return int(self.tokenizer.eos_token_id)
+        return int(self.tokenizer.convert_tokens_to_ids(found[0]))
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether a system message is written; Gemma's template refuses one."""
+        mark = _PRIVATE[2]
+        try:
+            return mark in self._apply(
+                [{"role": "system", "content": mark}, {"role": "user", "content": "?"}], True
+            )
+        except Exception:
+            return False
+
+    @cached_property
+    def opens_thought(self) -> bool:
+        """Whether the head of the model's turn ends inside a thought."""
+        return bool(self._closing)
+
+    @cached_property
+    def _closing(self) -> str:
+        head = self.render([{"role": "user", "content": "?"}]).rpartition("?")[2]
+        for opened, closed in THOUGHTS:
+            if head.rfind(opened) > head.rfind(closed):
+                return ("" if head.endswith("\n") else "\n") + f"\n{closed}\n\n"
+        return ""
+
+    @cached_property
+    def _trims(self) -> bool:
+        mark = _PRIVATE[2]
+        return f" {mark} " not in self.render([{"role": "user", "content": f" {mark} "}])
+
+    def _merged(self, messages: Sequence[Message]) -> list[Message]:
+        """The system message before the first user's turn, where the template has no place for it."""
+        messages = list(messages)
+        if len(messages) > 1 and messages[0]["role"] == "system" and not self.takes_system:
+            first = messages[1]
+            merged = {**first, "content": f"{messages[0]['content']}\n\n{first['content']}"}
+            return [merged, *messages[2:]]
+        return messages
+
+    # --- control tokens ---
+
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """What a template writes to steer the model: special tokens, and added ones that it mentions."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        found = {str(token) for token in added if token.special or str(token) in str(self.template)}
+        found |= {str(token) for token in self.tokenizer.all_special_tokens}
+        return tuple(sorted(filter(str.strip, found), key=lambda t: (-len(t), t)))
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        found = {str(t) for t in added if t.special} | {str(t) for t in self.tokenizer.all_special_tokens}
+        every = sorted(filter(str.strip, found), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, every)) or r"(?!)")
+
+    def _spells(self, text: str) -> bool:
+        return self._control.search(text) is not None
+
+    def _broken(self, text: str) -> str:
+        """Every control token in `text` pulled apart, visibly."""
+        return re.sub(f"(?=(?:{self._control.pattern}))(.)", r"\1 ", text, flags=re.S)
+
+    @cached_property
+    def _alias(self) -> dict[str, str]:
+        return {t: f"{_PRIVATE[0]}{i}{_PRIVATE[1]}" for i, t in enumerate(self.control_tokens)}
+
+    @cached_property
+    def _protected(self) -> "Tokenizer | None":
+        """The tokenizer with every control token under another name, which no text can spell.
+
+        None where the tokenizer has no backend that can be renamed.
+        """
+        from tokenizers import Tokenizer
+
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            return None
+        data = json.loads(backend.to_str())
+        alias, model = self._alias, data["model"]
+        for token in data["added_tokens"]:
+            token["content"] = alias.get(token["content"], token["content"])
+        vocabulary = model.get("vocab")
+        if isinstance(vocabulary, dict):
+            model["vocab"] = {alias.get(token, token): i for token, i in vocabulary.items()}
+        elif isinstance(vocabulary, list):
+            model["vocab"] = [[alias.get(token, token), *rest] for token, *rest in vocabulary]
+        if isinstance(model.get("unk_token"), str):
+            model["unk_token"] = alias.get(model["unk_token"], model["unk_token"])
+        data["post_processor"], data["truncation"], data["padding"] = None, None, None
+        try:
+            renamed = Tokenizer.from_str(json.dumps(data))
+        except Exception:  # of the Rust library, without a class of its own
+            return None
+        known = self.tokenizer.get_vocab()
+        same = all(renamed.token_to_id(a) == known[t] for t, a in alias.items() if t in known)
+        return renamed if same else None
+
+    # --- tokens to what was said ---
+
+    def said(self, ids: Sequence[int], *, opened: bool | None = None, **options: Any) -> Said:
+        """The text of a continuation, without special tokens and without a leading thought.
+
+        Args:
+            opened: whether it begins inside a thought; as the template has it if None.
+            options: of the tokenizer's decode.
+        """
+        opened = self.opens_thought if opened is None else opened
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True, **options))
+        if self._special_marks and self._special_marks & set(ids):  # would be left out
+            kept = [i for i in ids if i not in self._special_ids or i in self._special_marks]
+            text = str(self.tokenizer.decode(kept, skip_special_tokens=False, **options))
+        for begin, close in THOUGHTS:
+            starts = text.lstrip().startswith(begin)
+            if starts or (opened and begin in self._closing.replace("/", "")):
+                _, found, after = text.partition(close)
+                return Said(after.lstrip() if found else "", True)
+        return Said(text)
+
+    @cached_property
+    def _special_marks(self) -> set[int]:
+        """Ids of the marks around thoughts that are special tokens."""
+        known = self.tokenizer.get_vocab()
+        return {known[mark] for pair in THOUGHTS for mark in pair if mark in known} & self._special_ids
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).items()
+        return {int(i) for i, token in added if token.special} | {*map(int, self.tokenizer.all_special_ids)}
+
+    # --- the record ---
+
+    def describe(self) -> dict[str, Any]:
+        """What determines the format beside the template itself, as JSON values."""
+        return {"date": DATE.isoformat(), "options": dict(self.options)}
+
+    def sample(self) -> str:
+        """A short conversation as the model reads it: changes whenever the format does."""
+        return self.render(
+            self._merged([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])
+        )
+
+
+def chat_of(tokenizer: Any) -> Chat:
+    """The tokenizer's chat format, as `configure` left it."""
+    found = getattr(tokenizer, _ATTRIBUTE, None)
+    if found is None or found.tokenizer is not tokenizer or found.template != tokenizer.chat_template:
+        found = Chat(tokenizer, {} if found is None else found.options)
+        setattr(tokenizer, _ATTRIBUTE, found)
+    return found
+
+
+def configure(tokenizer: Any, options: Mapping[str, Any] | None) -> Chat:
+    """Set further arguments of the tokenizer's chat template.
+
+    Raises:
+        AlignProError: the template fails with them.
+    """
+    found = Chat(tokenizer, dict(options or {}))
+    setattr(tokenizer, _ATTRIBUTE, found)
+    found.sample()
+    return found
+
+
+def parse_options(text: str | None) -> dict[str, Any]:
+    """The arguments of a chat template from a JSON object, such as '{"enable_thinking": false}'.
+
+    Raises:
+        AlignProError: it is no JSON object.
+    """
+    if text is None or not text.strip():
+        return {}
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise AlignProError(
+            f"chat_template_kwargs {text[:80]!r}: is no JSON object; write one such as "
+            "'{\"enable_thinking\": false}'"
+        )
+    return found

@@ -1,0 +1,165 @@
+"""What every model passes before it is used: what is sampled is what is scored, and both are what it says.
+
+A few short continuations (and, where attention has a window, some beyond it) are scored by a plain forward
+pass of one sequence, in the fast way that shares prefixes, sequence by sequence, and are drawn. The fastest
+way whose numbers are those of the plain pass is recorded on the model (`forward.How`); where none is, the
+model is refused. It costs a dozen passes over a handful of tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignpro.errors import AlignProError
+from alignpro.llm.forward import How, masks_of, remember, room, text_config, unwrap, windows
+from alignpro.llm.frozen import Sampling
+from alignpro.llm.libraries import quiet
+from alignpro.llm.policy import draw, end_tokens, log_probs, sample_key
+
+_LONGEST = 16_384
+"""A window beyond this many tokens is not gone beyond: no prompt here comes near it."""
+
+Pair = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """Log-probabilities by plain forward passes, and what rounding may add to one of them."""
+
+    values: list[np.ndarray]
+    tolerance: float
+
+
+def check_model(model: Any, tokenizer: Any, name: str = "model") -> How:
+    """Find the fastest way to read and sample the model that gives a plain forward pass's numbers; record it.
+
+    Args:
+        model: a causal language model, ready to use (`models.prepare`).
+        name: for the error.
+
+    Raises:
+        AlignProError: no way agrees with a plain forward pass, or the model's numbers are not finite.
+    """
+    with quiet(), torch.inference_mode():
+        pairs = _pairs(model, tokenizer)
+        plain = _plain(model, pairs, name)
+        found = How()
+        for masks in masks_of(model):
+            found = replace(found, masks=masks)
+            off = _off(partial(_scored, model, pairs, found), plain)
+            if off <= plain.tolerance:
+                break
+        else:
+            raise _refused(name, "the scores of sequences", off)
+        for shared, padded in ((True, True), (False, True), (True, False), (False, False)):
+            found = replace(found, shared=shared, padded=padded)
+            off = _drawn_off(model, tokenizer, pairs, found, name)
+            if off <= 1.0:
+                break
+        else:
+            raise _refused(name, "the probabilities of sampled tokens", off * plain.tolerance)
+    remember(model, found)
+    return found
+
+
+def _refused(name: str, what: str, off: float) -> AlignProError:
+    return AlignProError(
+        f"model {name!r}: {what} differ from those of a plain forward pass by {off:.2g} nats a token, "
+        "whichever way it is read; alignpro cannot use it: choose another, or report its architecture"
+    )
+
+
+def _pairs(model: Any, tokenizer: Any) -> list[Pair]:
+    """Prompts and continuations of ordinary tokens: two prompts of different lengths, one with two branches;
+    and one prompt longer than the window, with two more."""
+    rng = np.random.default_rng(0)
+    special = {*tokenizer.all_special_ids, *end_tokens(model), tokenizer.pad_token_id}
+    size = min(len(tokenizer), int(text_config(model).vocab_size))
+    ordinary = np.array([i for i in range(size) if i not in special] or [0])
+    most = room(model) or 1 << 30
+
+    def tokens(n: int) -> list[int]:
+        return [int(i) for i in rng.choice(ordinary, n)]
+
+    start, branch = tokens(max(1, min(6, most - 6))), tokens(2)
+    pairs = [
+        (start, [*branch, *tokens(3)]),
+        (start, [*branch, *tokens(2)]),
+        (start[:-2] or start, tokens(4)),
+    ]
+    window = min((w for w in windows(model).values() if w is not None), default=None)
+    if window is not None and window <= _LONGEST and window + 12 < most:
+        long = tokens(window + 4)
+        pairs += [(long, [*branch, *tokens(3)]), (long, [*branch, *tokens(4)])]
+    return pairs
+
+
+def _plain(model: Any, pairs: Sequence[Pair], name: str) -> _Plain:
+    """Each sequence in a forward pass of its own, by the model's own logits.
+
+    Rounding: the type's relative precision times the logits' spread, a few times over; 1e-4 nats at least.
+    """
+    causal, values, spread = unwrap(model), [], 0.0
+    for prompt, said in pairs:
+        ids = torch.tensor([[*prompt, *said]], device=causal.device)
+        logits = causal(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        if not bool(torch.isfinite(logits).all()):
+            raise AlignProError(
+                f"model {name!r}: its logits are not finite; its weights are damaged, or overflow in this "
+                "dtype: save it again, or choose another dtype"
+            )
+        spread = max(spread, float(logits.std()))
+        each = torch.log_softmax(logits, -1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+        values.append(each.double().cpu().numpy())
+    return _Plain(values, max(1e-4, _ROUNDINGS * torch.finfo(causal.dtype).eps * spread))
+
+
+_ROUNDINGS = 8
+
+
+def _scored(model: Any, pairs: Sequence[Pair], how: How) -> list[np.ndarray]:
+    found = log_probs(model, [p for p, _ in pairs], [said for _, said in pairs], how=how).log_probs
+    rows = found.double().cpu().numpy()
+    return [row[: len(said)] for row, (_, said) in zip(rows, pairs, strict=True)]
+
+
+def _off(way: Callable[[], list[np.ndarray]], plain: _Plain) -> float:
+    """Largest mean difference of a sequence's tokens, in nats; infinite where the way cannot be gone."""
+    try:
+        found = way()
+    except AlignProError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # an architecture that does not take such a mask raises what it likes
+        return np.inf
+    differences = [np.abs(a - b).mean() for a, b in zip(found, plain.values, strict=True)]
+    return float(np.nan_to_num(max(differences), nan=np.inf))
+
+
+def _drawn_off(model: Any, tokenizer: Any, pairs: Sequence[Pair], how: How, name: str) -> float:
+    """As `_off` for tokens as they are drawn, in units of its tolerance: two draws of each prompt."""
+    prompts = [p for p, _ in pairs[1:]][:: -2 if len(pairs) > 3 else 1]
+    rows = [p for p in sorted(prompts, key=len) for _ in range(2)]
+    keys = [sample_key("check", i) for i in range(len(rows))]
+    drawn: list[tuple[list[int], list[float]]] = []
+
+    def way() -> list[np.ndarray]:
+        pad = int(tokenizer.pad_token_id)
+        drawn.extend(draw(model, pad, rows, keys, Sampling(max_tokens=3), score=True, how=how))
+        return [np.array(values) for _, values in drawn]
+
+    try:
+        found = way()
+    except AlignProError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return np.inf
+    plain = _plain(model, [(row, ids) for row, (ids, _) in zip(rows, drawn, strict=True)], name)
+    return _off(lambda: found, plain) / plain.tolerance
