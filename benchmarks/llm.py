@@ -2,6 +2,7 @@
 
     python benchmarks/llm.py                         # SmolLM2-135M-Instruct, 8 prompts x 8 rewrites
     python benchmarks/llm.py --tiny                  # a tiny random model: the overhead of the machinery
+    python benchmarks/llm.py --memory                # what scoring keeps, at a vocabulary of 262,144
     python benchmarks/llm.py --json result.json
 
 One step: rewrites are generated, the frozen model answers each, the reward judges (a cheap one here), the
@@ -17,6 +18,7 @@ inside forward and backward passes; the rest is overhead.
 """
 
 import argparse
+import gc
 import json
 import os
 import tempfile
@@ -331,6 +333,138 @@ def plain(args):
     return clock.best()
 
 
+# --- memory ----------------------------------------------------------------------------------------------
+
+VOCABULARY, STATES = 262_144, 1024
+
+
+class Peak:
+    """Bytes held at most within the block, beyond what was held before it."""
+
+    def __enter__(self):
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = self._resident("VmRSS")
+        return self
+
+    def __exit__(self, *_):
+        now = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self._resident("VmHWM")
+        self.bytes = now - self.before
+
+    @staticmethod
+    def _resident(field):
+        (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field)]
+        return 1024 * int(line.split()[1])
+
+
+def scoring_memory():
+    """Log-probabilities, entropies and the gradient of 1,024 tokens at a vocabulary of 262,144."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from alignpro.llm.forward import How, remember
+    from alignpro.llm.policy import log_probs
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).to(device)
+    remember(model, How())
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    trained = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    rng = np.random.default_rng(0)
+    said = rng.integers(5, VOCABULARY, (8, STATES // 8)).tolist()
+    prompts = rng.integers(5, VOCABULARY, (8, 4)).tolist()
+
+    def ours():
+        scores = log_probs(model, prompts, said)
+        scores.log_probs.sum().backward()
+
+    def plain():
+        ids = torch.tensor([[*p, *s] for p, s in zip(prompts, said, strict=True)], device=device)
+        logits = model(input_ids=ids, logits_to_keep=STATES // 8 + 1).logits[:, :-1].float()
+        logp = torch.log_softmax(logits, -1)
+        with torch.no_grad():
+            (-(logp.exp() * logp)).sum(-1)
+        logp.gather(2, ids[:, -STATES // 8 :, None]).sum().backward()
+
+    out = {}
+    for name, way in (("alignpro", ours), ("plain transformers", plain)):
+        trained.grad = None
+        with Peak() as peak:
+            start = time.perf_counter()
+            way()
+            seconds = time.perf_counter() - start
+        out[name] = {"bytes": peak.bytes, "seconds": seconds, "gradient": float(trained.grad.norm())}
+    return out
+
+
+def saved_activations():
+    """Bytes that autograd keeps for each token, layer and hidden unit, in bfloat16, by configuration."""
+    import transformers as t
+    from peft import get_peft_model
+
+    common = {"num_hidden_layers": 4, "vocab_size": 1000, "pad_token_id": 0}
+
+    def sizes(hidden, inner, heads, groups, **more):
+        named = {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads}
+        return common | named | {"num_key_value_heads": groups} | more
+
+    kinds = {  # the ratios of the models' own widths
+        "Llama-3.1-8B": (t.LlamaForCausalLM, t.LlamaConfig(**sizes(512, 1792, 4, 1))),
+        "Phi-3.5-mini": (t.Phi3ForCausalLM, t.Phi3Config(**sizes(384, 1024, 4, 4))),
+        "Qwen2.5-1.5B": (t.Qwen2ForCausalLM, t.Qwen2Config(**sizes(384, 2240, 3, 1))),
+        "Qwen2.5-7B": (t.Qwen2ForCausalLM, t.Qwen2Config(**sizes(448, 2368, 7, 1))),
+        "Gemma 2": (t.Gemma2ForCausalLM, t.Gemma2Config(**sizes(512, 2048, 4, 2, head_dim=128))),
+    }
+    out = {}
+    for name, (kind, config) in kinds.items():
+        model = kind(config).to(torch.bfloat16)
+        model = get_peft_model(model, adapter_config(model, 16, 1.0))
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept = {}
+
+        def keep(tensor, weights=weights, kept=kept):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        ids = torch.randint(5, 900, (1, 256))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = model.base_model.model.model(input_ids=ids, use_cache=False).last_hidden_state
+        out[name] = sum(kept.values()) / (ids.numel() * config.hidden_size * config.num_hidden_layers)
+        del hidden
+    return out
+
+
+def memory(path):
+    logits = 4 * STATES * VOCABULARY
+    found = {"machine": machine(), "one_logits_tensor": logits, "scoring": scoring_memory()}
+    print(f"{STATES} tokens at a vocabulary of {VOCABULARY}: the logits are {logits / 1e9:.2f} GB in float32")
+    for name, row in found["scoring"].items():
+        print(
+            f"{name:22s}{row['bytes'] / 1e9:8.2f} GB more at the peak, {row['bytes'] / logits:.2f} logits "
+            f"tensors, {row['seconds']:.2f} s, gradient {row['gradient']:.6f}"
+        )
+    found["saved_activations"] = saved_activations()
+    print("bytes that autograd keeps for each token, layer and hidden unit, bfloat16:")
+    print(", ".join(f"{name} {value:.0f}" for name, value in found["saved_activations"].items()))
+    if path:
+        path.write_text(json.dumps(found, indent=1))
+
+
 RIVALS = {"alignpro ppo": ours, "plain transformers": plain, "trl rloo": trl_rloo}
 
 
@@ -339,10 +473,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", metavar="FILE", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.memory:
+        memory(args.json)
+        return
     found = {"machine": machine(), "threads": args.threads, "rivals": {}}
     print(", ".join(f"{key} {value}" for key, value in found["machine"].items() if value is not None))
     head = ("", "step s", "rewrites", "answers", "tok/s", "in models", "x plain")

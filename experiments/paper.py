@@ -2,6 +2,7 @@
 
     python experiments/paper.py --preset small --out runs/small --processes 2   # an hour on two CPU cores
     python experiments/paper.py --preset paper --dry-run                        # what it would take
+    python experiments/paper.py --preset paper --rehearse --out runs/paper      # measured, on random weights
     python experiments/paper.py --preset paper --out runs/paper                 # hub models, one large GPU
 
 Interrupt at any time; the same command goes on, and finished jobs are not done again. Several processes, on
@@ -13,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from paper_grid import cost, plan, work
+from paper_grid import cost, plan, rehearse, work
 
 from alignpro import pages
 from alignpro.errors import AlignProError
@@ -31,6 +32,15 @@ def main(arguments=None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the grid")
     parser.add_argument(
         "--dry-run", action="store_true", help="print every cell and what it costs; check the hub"
+    )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="run one round of each kind of job on random weights of the models' configurations, without a "
+        "hub, and write what it took to rehearsal.json in --out, from which --dry-run then reckons",
+    )
+    parser.add_argument(
+        "--scale", default="real", help="of a rehearsal: real, or tiny (small widths and lengths, for a test)"
     )
     parser.add_argument("--only", default="", help="jobs whose name holds this, and what they need")
     parser.add_argument("--processes", type=int, default=1, help="workers on this machine, sharing its cores")
@@ -54,10 +64,16 @@ def _run(args) -> int:
     if args.processes < 1:
         raise AlignProError(f"--processes {args.processes}: give at least 1")
     if args.dry_run:
-        return _dry_run(preset, jobs)
+        return _dry_run(preset, jobs, args.out)
     if args.out is None:
         raise AlignProError("--out: name the grid's folder (or give --dry-run)")
     out = writable_folder(args.out)
+    if args.rehearse:
+        record = rehearse.rehearse(preset, writable_folder(out / "rehearsal"), args.scale, args.only)
+        write_json(out / rehearse.FILE, record)
+        print(rehearse.table(record))
+        print(f"wrote {out / rehearse.FILE}")
+        return int(any("failed" in row for row in record["jobs"].values()))
     work.check_settings(jobs, out)
     todo = [job for job in jobs if not work.finished(job, out)]
     if todo and not args.summary_only:
@@ -107,8 +123,20 @@ def _summarise(preset, jobs, out, publish) -> None:
             target.write_bytes(path.read_bytes())
 
 
-def _dry_run(preset, jobs) -> int:
-    machine = cost.machine_of(preset)
+def _whence(jobs, rows, machine) -> str:
+    """What hours and memory rest on."""
+    known = [job for job in jobs if job.verb != "prompts"]
+    ours = [rows[rehearse.kind_of(job)] for job in known if rehearse.kind_of(job) in rows]
+    if not ours:
+        return "Estimated, not measured; --rehearse measures."
+    share = "."
+    if len(ours) < len(known):
+        share = f" for {len(ours)} of {len(known)} jobs, the rest estimated."
+    return f"Measured by rehearsal on {ours[0]['device']}{share}"
+
+
+def _dry_run(preset, jobs, out) -> int:
+    machine, rows = cost.machine_of(preset), rehearse.load(out, preset)
     print(f"{preset.name}: {len(plan.cells(preset))} cells, {len(jobs)} jobs, on {machine.words}\n")
     for name, role in cost.models(preset).items():
         size = cost.size(name)
@@ -118,7 +146,7 @@ def _dry_run(preset, jobs) -> int:
     print(f"\n{'job':<66} {'memory':>7} {'tokens':>12} {'hours':>7}")
     total = cost.Cost()
     for job in jobs:
-        each = cost.of_job(job, preset)
+        each = rehearse.measured(job, cost.of_job(job, preset), rows)
         total += each
         if job.verb != "prompts":
             tokens = f"{(each.generated + each.read + each.trained) / 1e6:.2f}M"
@@ -131,11 +159,15 @@ def _dry_run(preset, jobs) -> int:
     print(
         f"\nin all: {total.generated / 1e6:.1f}M tokens written, {total.read / 1e6:.1f}M read, "
         f"{total.trained / 1e6:.1f}M trained on; {total.seconds / 3600:.1f} hours of {machine.words}, "
-        f"at most {total.memory / 1e9:.0f} of {machine.memory / 1e9:.0f} GB at once. Estimated, not measured."
+        f"at most {total.memory / 1e9:.0f} of {machine.memory / 1e9:.0f} GB at once. "
+        + _whence(jobs, rows, machine)
     )
+    for name, why in rehearse.failures(jobs, rows).items():
+        raise AlignProError(f"{name}: its rehearsal failed ({why}); lower prompts, or raise microbatches")
     if total.memory > machine.memory:
         raise AlignProError(
-            f"machine {preset.machine}: {total.memory / 1e9:.0f} GB do not fit; lower prompts or batch_size"
+            f"machine {preset.machine}: {total.memory / 1e9:.0f} GB do not fit; lower batch_size, or raise "
+            "microbatches or set gradient_checkpointing"
         )
     if preset.judge is None:
         print("No judge is named, so there will be no win rates; experiments/README.md says how to name one.")

@@ -461,8 +461,13 @@ class Terms:
         """β KL(π_θ‖π_F) of a tuned policy, likewise."""
         arm = self.arm(name)
         ratio = arm.logp("logp_policy") - arm.logp("logp_frozen_x")
-        if not np.isfinite(ratio).all():
-            raise Absent(f"arm {name} has answers that the frozen model cannot give; its KL is infinite")
+        if not (finite := np.isfinite(ratio)).all():
+            raise Absent(
+                f"arm {name}: the frozen model's decoding never gives {(~finite).sum()} of its {finite.size} "
+                "answers, so that KL(pi||pi_F) is infinite; a policy keeps within top-p and top-k only if "
+                "it was trained with them: roll out with --answer-temperature 1 --answer-top-p 1 "
+                "--answer-top-k 0"
+            )
         method = "mean of log pi_theta(y|x) - log pi_F(y|x)"
         return Term(self.beta * arm.mean(ratio), -np.inf, np.inf, frozenset({name}), "none", method)
 

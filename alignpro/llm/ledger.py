@@ -58,6 +58,8 @@ class Ledger:
     """Answers served from the cache."""
     prompt_tokens: int = 0
     tokens: int = 0
+    thoughts: int = 0
+    """Answers that began with a thought, which was taken off."""
     seconds: float = 0.0
     """Of waiting for the target, not of computing elsewhere."""
     cost: float | None = None
@@ -76,9 +78,10 @@ class Ledger:
     def line(self) -> str:
         """One line of text."""
         money = "" if self.cost is None else f", cost {self.cost:.4f}"
+        thoughts = f", {self.thoughts} thoughts taken off" if self.thoughts else ""
         return (
             f"{self.answers} answers in {self.calls} calls ({self.retries} retries), {self.hits} more from "
-            f"the cache, {self.prompt_tokens}+{self.tokens} tokens, {self.seconds:.1f} s{money}"
+            f"the cache, {self.prompt_tokens}+{self.tokens} tokens, {self.seconds:.1f} s{thoughts}{money}"
         )
 
 
@@ -214,6 +217,7 @@ class Cached:
             answers.update(dict.fromkeys(places[key], answer))  # kept even where it cannot be written
             spent = spending.since()
             spent.answers, spent.prompt_tokens, spent.tokens = 1, answer.prompt_tokens, answer.tokens
+            spent.thoughts = int(answer.thought)
             if self.prices:
                 spent.cost = self.prices.cost(answer.prompt_tokens, answer.tokens)
             self.ledger.add(spent)
@@ -388,6 +392,7 @@ class _File:
                 if not isinstance(answer.text, str) or answer.finish not in ("stop", "length"):
                     raise ValueError
                 spent.answers, spent.prompt_tokens, spent.tokens = 1, answer.prompt_tokens, answer.tokens
+                spent.thoughts = int(answer.thought)
                 self.index.setdefault(key, answer)
         except (ValueError, KeyError, TypeError, RecursionError):
             self.damaged += bool(line.strip())

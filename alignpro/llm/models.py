@@ -173,7 +173,7 @@ def check_dtype(dtype: str) -> None:
 def _load(folder: Path, name: str, dtype: str, where: torch.device) -> tuple[Any, Any]:
     """Model and tokenizer of a folder as they are saved, on their device."""
     more: dict[str, Any] = {}
-    if dtype == "4bit":
+    if dtype == "4bit" and not drawn_at_random(folder):
         from transformers import BitsAndBytesConfig
 
         config = BitsAndBytesConfig(
@@ -183,18 +183,10 @@ def _load(folder: Path, name: str, dtype: str, where: torch.device) -> tuple[Any
             bnb_4bit_use_double_quant=True,
         )
         more = {"quantization_config": config, "device_map": {"": where}}
-    auto: Any = AutoModelForCausalLM
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            loaded, report = auto.from_pretrained(
-                folder,
-                dtype=DTYPES[dtype],
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **more,
-            )
+            loaded, report = read_weights(AutoModelForCausalLM, folder, DTYPES[dtype], where, **more)
     except Exception as error:
         raise AlignProError(
             f"model {name!r}: cannot load {folder} ({_one_line(error)}); check that it is a complete "
@@ -210,6 +202,53 @@ def _load(folder: Path, name: str, dtype: str, where: torch.device) -> tuple[Any
     if dtype != "4bit":
         loaded.to(where)
     return loaded, tokenizer
+
+
+RANDOM_FILE = "random_weights.json"
+"""Marks a folder for rehearsals: a configuration and a tokenizer, whose weights are drawn at loading."""
+REHEARSAL = "ALIGNPRO_REHEARSAL"
+"""The environment variable without which such a folder is refused; 1 in a rehearsal."""
+
+
+def drawn_at_random(folder: Path) -> bool:
+    """Whether the folder is one for rehearsals.
+
+    Raises:
+        AlignProError: it is, and this is no rehearsal.
+    """
+    if not (folder / RANDOM_FILE).is_file():
+        return False
+    if os.environ.get(REHEARSAL) != "1":
+        raise AlignProError(
+            f"model folder {folder} has no weights: it was made for a rehearsal (experiments/paper.py "
+            "--rehearse); name a trained model"
+        )
+    return True
+
+
+def read_weights(
+    auto: Any, folder: Path, dtype: torch.dtype, where: torch.device, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A model of one of transformers' auto classes from safetensors, without its code, and what was amiss.
+
+    In a folder for rehearsals the weights are drawn, on the device at once.
+    """
+    if drawn_at_random(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device(where), torch.random.fork_rng():
+            torch.manual_seed(int(read_json(folder / RANDOM_FILE)["seed"]))
+            made = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+        if (folder / "generation_config.json").is_file():
+            made.generation_config = GenerationConfig.from_pretrained(folder)
+        return made, {"missing_keys": []}
+    return auto.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
+    )
 
 
 # --- adapters --------------------------------------------------------------------------------------------
@@ -586,7 +625,7 @@ def _ready(folder: Path) -> bool:
 
 
 def _checked_folder(folder: Path) -> Path:
-    if is_adapter(folder):
+    if is_adapter(folder) or drawn_at_random(folder):
         return folder
     if not (folder / "config.json").is_file():
         raise AlignProError(

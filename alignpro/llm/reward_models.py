@@ -338,13 +338,8 @@ class SequenceReward:
         folder = models.resolve(model)
         with loading(model, folder, "sequence classifier"):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            loaded, report = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                dtype=models.DTYPES[dtype],
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+            auto = AutoModelForSequenceClassification
+            loaded, report = models.read_weights(auto, folder, models.DTYPES[dtype], where)
         if report["missing_keys"]:
             raise AlignProError(
                 f"reward model {str(model)!r} has no weights for {sorted(report['missing_keys'])[0]}, which "

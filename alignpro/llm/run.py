@@ -313,6 +313,11 @@ def run_rollout(
         },
     }
     planned = rollout.plan(folder, xs, settings, record)
+    if settings.rlhf and not sampling.natural:
+        packages.note(
+            "rlhf: policies are trained at temperature 1 with nothing truncated; under this decoding of "
+            "answers some of theirs may be impossible to the frozen model, and their KL then is infinite"
+        )
     _, asked, _ = planned.asks()
     packages.note(planned.line(sampling) + _money(cost, asked, sampling.max_tokens))
 

@@ -7,7 +7,7 @@ or three.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,13 @@ from alignpro.llm import datasets, packages
 from alignpro.llm.settings import PRESETS, TrainSettings
 from paper_grid.plan import Job, Preset
 
+_LOGITS = 512 * 2**20
+"""Bytes of logits held at once on a GPU (`forward.chunk_rows`); they stand twice, with their exponentials."""
 TEMPLATE_TOKENS = 150
 """Of the prompter's instruction and examples, shared by all prompts."""
 CHARACTERS_PER_TOKEN = 4
+REWARD_BYTES = 4
+"""Of each weight of a reward model, which is loaded in float32."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ def size(model: str) -> Size:
         ) from None
 
 
-def _decode(machine: Machine, m: Size, tokens: int, count: int, batch: int, nbytes: int) -> float:
+def _decode(machine: Machine, m: Size, tokens: int, count: int, batch: int, nbytes: float) -> float:
     """Seconds to write `tokens` tokens of each of `count` texts."""
     at_once = min(batch, count)
     step = max(m.parameters * nbytes / machine.bandwidth, 2 * m.parameters * at_once / machine.operations)
@@ -150,9 +154,10 @@ def _decode(machine: Machine, m: Size, tokens: int, count: int, batch: int, nbyt
 
 
 def _activations(m: Size, tokens: float, nbytes: int) -> float:
-    """Bytes kept for the backward pass: 17 numbers for each layer and hidden unit (arXiv 2205.05198, eq. 2,
-    its attention matrices apart), and the logits in float32, three times over."""
-    return tokens * (17 * nbytes * m.layers * m.hidden + 12 * m.vocabulary)
+    """Bytes kept for the backward pass: 50 numbers for each layer and hidden unit of a model with gated
+    layers and an adapter on each linear map (60 to 103 bytes in bfloat16: benchmarks/llm.py --memory); of the
+    logits a chunk at a time is held."""
+    return tokens * 50 * nbytes * m.layers * m.hidden + 2 * _LOGITS
 
 
 def machine_of(preset: Preset) -> Machine:
@@ -178,9 +183,9 @@ def of_job(job: Job, preset: Preset) -> Cost:
     return _judging(job.options, preset, machine)
 
 
-def _common(o: Mapping[str, Any], preset: Preset) -> tuple[Size, Size, int, int, int]:
+def _common(o: Mapping[str, Any], preset: Preset) -> tuple[Size, Size, int, int, float]:
     """The frozen model, the reward, tokens of a prompt and of an answer, and bytes of a weight."""
-    nbytes = 4 if o.get("dtype", "bfloat16") == "float32" else 2
+    nbytes = {"float32": 4, "4bit": 0.55}.get(o.get("dtype", "bfloat16"), 2)
     prompt = preset.longest_prompt // (2 * CHARACTERS_PER_TOKEN)  # prompts are half as long as they may be
     reward = _reward_model(o["reward"])
     judge = NONE if reward is None else size(reward)
@@ -191,7 +196,8 @@ def _training(o: Mapping[str, Any], preset: Preset, machine: Machine) -> Cost:
     chosen = {**PRESETS[o.get("preset", "faithful")], **o}
     s = TrainSettings(**{f.name: chosen[f.name] for f in fields(TrainSettings) if f.name in chosen})
     frozen, reward, prompt, answer, nbytes = _common(o, preset)
-    policy, batch, own = size(o["prompter"]), s.prompts * s.samples, 4 if s.policy_dtype == "float32" else 2
+    policy, batch = size(o["prompter"]), s.prompts * s.samples
+    own = 4 if s.policy_dtype == "float32" else 2
     rlhf = s.task == "rlhf"
     shared = 0 if rlhf else TEMPLATE_TOKENS
     tokens = s.prompts * prompt + shared + batch * s.max_tokens  # of one pass of the policy
@@ -204,8 +210,13 @@ def _training(o: Mapping[str, Any], preset: Preset, machine: Machine) -> Cost:
     seconds += _decode(machine, policy, s.max_tokens, batch, 64, own)
     if not rlhf:
         seconds += _decode(machine, frozen, answer, answers, int(o["batch_size"]), nbytes)
-    memory = policy.parameters * own + reward.parameters * nbytes
-    memory += _activations(policy, tokens / s.minibatches * s.lora_layers, own)
+    memory = policy.parameters * own + reward.parameters * REWARD_BYTES
+    part = tokens / (s.minibatches * s.microbatches)
+    if s.gradient_checkpointing:  # each layer's input, and one layer whole
+        memory += part * policy.layers * policy.hidden * own
+        memory += _activations(replace(policy, layers=1), part, own)
+    else:
+        memory += _activations(policy, part * s.lora_layers, own)
     if not rlhf:
         memory += frozen.parameters * nbytes
         memory += frozen.kv * nbytes * int(o["batch_size"]) * (prompt + s.max_tokens + answer)
@@ -231,7 +242,7 @@ def _rollout(o: Mapping[str, Any], preset: Preset, machine: Machine) -> Cost:
     seconds += 2 * reward.parameters * answers * (prompt + answer) / machine.operations
     seconds += _decode(machine, frozen, answer, answers, int(o["batch_size"]), nbytes)
     seconds += _decode(machine, prompter, length, rewrites, int(o["batch_size"]), 4)
-    memory = (2 * frozen.parameters + reward.parameters) * nbytes + 8 * prompter.parameters
+    memory = 2 * frozen.parameters * nbytes + reward.parameters * REWARD_BYTES + 8 * prompter.parameters
     memory += frozen.kv * nbytes * int(o["batch_size"]) * (prompt + length + answer)
     return Cost(answers * answer + rewrites * length, scored, 0, seconds, memory)
 

@@ -117,8 +117,20 @@ def work(jobs: Sequence[Job], out: Path) -> None:
             time.sleep(_WAIT_S)
 
 
+def devices() -> list[str]:
+    """Names of the CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip()]
+    import torch
+
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
 def fan_out(command: Sequence[str], processes: int, jobs: Sequence[Job], out: Path) -> int:
-    """The same command in so many processes, each on its share of the cores; the worst exit status.
+    """The same command in so many processes; the worst exit status.
+
+    Each has its share of the cores, and a GPU of its own where there are enough.
 
     Their output goes to worker-<i>.log, this process tells how far they are with the jobs.
     """
@@ -126,10 +138,13 @@ def fan_out(command: Sequence[str], processes: int, jobs: Sequence[Job], out: Pa
     cores = sorted(os.sched_getaffinity(0)) if linux else list(range(os.cpu_count() or 1))
     threads = max(1, len(cores) // processes)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    gpus = devices()
     children = []
     with contextlib.ExitStack() as stack:
         for i in range(processes):
             log = stack.enter_context(open(out / f"worker-{i}.log", "ab"))
+            if gpus:  # one to each worker, in turn
+                environment["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
             child = subprocess.Popen([sys.executable, *command], env=environment, stdout=log, stderr=log)
             if linux and processes <= len(cores):  # each keeps its own: two that meet on one core crawl
                 os.sched_setaffinity(child.pid, cores[i * threads : (i + 1) * threads])

@@ -85,6 +85,40 @@ def test_reaches_the_optimum_on_a_gpu(tmp_path):
     assert trained.curve[-1]["exact"]["kl_to_star"] < 0.01
 
 
+def test_long_rewrites_reach_the_optimum_with_a_critic_that_knows_nothing(monkeypatch, tmp_path):
+    """Ten tokens, of which the first alone earns. Mutant: generalized advantages with λ = 0.8."""
+    model, tokenizer = tiny_model(seed=2, vocab="ab")
+    a, b = tokenizer("ab").input_ids
+    tree = PrefixTree(tuple((*word, END) for word in itertools.product((a, b), repeat=10)))
+    score = np.array([0.4 * (leaf[0] == a) for leaf in tree.sequences])
+    prompt = tuple(tokenizer("ba").input_ids)
+    task = TreeTask(("ba",), (prompt,), (tree,), lambda x, leaves: score[leaves].tolist())
+    lam = 0.1
+    (prior,) = leaf_probabilities(model, [prompt], [tree])
+    star = prior * np.exp(score / lam)
+    star /= star.sum()
+    settings = TrainSettings(
+        lam=lam, iterations=16, samples=256, learning_rate=5e-3, lora_layers=1.0, lora_rank=8
+    )
+
+    def distance(name):
+        def evaluate(policy):
+            return {"kl_to_star": float((policy[0] * np.log(policy[0] / star)).sum())}
+
+        fresh, _ = tiny_model(seed=2, vocab="ab")
+        found = train(fresh, tokenizer, task, settings, tmp_path / name, evaluate=evaluate)
+        return found.curve[0]["exact"]["kl_to_star"], found.curve[-1]["exact"]["kl_to_star"]
+
+    monkeypatch.setattr(ppo.Critic, "forward", lambda self, x: self.center + 0 * self.body(x).squeeze(-1))
+    before, after = distance("faithful")
+    assert before > 0.25
+    assert after < 0.025
+    right = ppo.generalized_advantages
+    monkeypatch.setattr(ppo, "generalized_advantages", lambda *args: right(*args[:4], 0.8))
+    _, moved = distance("moved")
+    assert moved > 0.1
+
+
 def test_k3_in_the_reward_misses_the_optimum(monkeypatch, tmp_path):
     """Mutant: E[k3] is the same KL, but its gradient through the score is not the KL's."""
 

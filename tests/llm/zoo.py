@@ -1,7 +1,8 @@
 """Tiny random models of the architectures that users have, under their real chat templates.
 
-The templates are those that TRL's wheel ships. Weights are random and large, so that a wrong mask, position or
-end shows in the first digits of every probability. What is particular to each family is in its row of `FAMILIES`.
+The templates are those that TRL's wheel ships. Weights are random and large, so that a wrong mask, position
+or end shows in the first digits of every probability. What is particular to each family is in its row of
+`FAMILIES`.
 """
 
 import json
