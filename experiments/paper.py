@@ -60,7 +60,7 @@ def main(arguments=None) -> int:
 def _run(args) -> int:
     preset = plan.load(args.preset)
     cost.machine_of(preset)
-    jobs = _chosen(plan.jobs(preset), args.only)
+    jobs = plan.chosen(plan.jobs(preset), args.only)
     if args.processes < 1:
         raise AlignProError(f"--processes {args.processes}: give at least 1")
     if args.dry_run:
@@ -94,16 +94,6 @@ def _run(args) -> int:
         if mine:
             _summarise(preset, jobs, out, args.publish)
     return 0
-
-
-def _chosen(jobs, only):
-    by_name = {job.name: job for job in jobs}
-    wanted = {name for name in by_name if only in name}
-    if not wanted:
-        raise AlignProError(f"--only {only}: no job's name holds it; --dry-run lists them")
-    while more := {need for name in wanted for need in by_name[name].needs} - wanted:
-        wanted |= more
-    return [job for job in jobs if job.name in wanted]
 
 
 def _summarise(preset, jobs, out, publish) -> None:

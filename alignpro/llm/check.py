@@ -106,7 +106,15 @@ def _plain(model: Any, pairs: Sequence[Pair], name: str) -> _Plain:
     causal, values, spread = unwrap(model), [], 0.0
     for prompt, said in pairs:
         ids = torch.tensor([[*prompt, *said]], device=causal.device)
-        logits = causal(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        try:
+            logits = causal(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of transformers, or of a library that computes on quantised weights
+            why = " ".join(str(error).split())[:160] or type(error).__name__
+            raise AlignProError(
+                f"model {name!r}: a plain forward pass fails ({why}); choose another dtype, device or model"
+            ) from error
         if not bool(torch.isfinite(logits).all()):
             raise AlignProError(
                 f"model {name!r}: its logits are not finite; its weights are damaged, or overflow in this "

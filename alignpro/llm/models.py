@@ -199,7 +199,9 @@ def _load(folder: Path, name: str, dtype: str, where: torch.device) -> tuple[Any
             "be drawn at random; save the whole model again"
         )
     loaded.config._name_or_path = str(folder)
-    if dtype != "4bit":
+    if dtype == "4bit":
+        loaded.requires_grad_(False)  # what computes on the quantised weights takes no others
+    else:
         loaded.to(where)
     return loaded, tokenizer
 

@@ -56,7 +56,7 @@ class TrainSettings:
     """Share of the layers, from the top, that carry the adapter."""
     policy_dtype: str = "float32"
     """Type of the weights under the adapter, which is trained in float32: float32, bfloat16 for half the
-    memory, or 4bit for an eighth (bitsandbytes)."""
+    memory, or 4bit for an eighth (bitsandbytes; the adapter is then in bfloat16, as TRL has it)."""
     critic_learning_rate: float = 3e-3
     """PPO: Adam's step for the critic."""
     gae_lambda: float = 1.0

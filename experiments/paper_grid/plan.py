@@ -185,6 +185,21 @@ def jobs(preset: Preset) -> list[Job]:
     return list({job.name: job for job in _jobs(preset)}.values())
 
 
+def chosen(jobs: list[Job], only: str) -> list[Job]:
+    """The jobs whose name holds `only`, and those that they need.
+
+    Raises:
+        AlignProError: there is none.
+    """
+    by_name = {job.name: job for job in jobs}
+    wanted = {name for name in by_name if only in name}
+    if not wanted:
+        raise AlignProError(f"--only {only}: no job's name holds it; --dry-run lists them")
+    while more := {need for name in wanted for need in by_name[name].needs} - wanted:
+        wanted |= more
+    return [job for job in jobs if job.name in wanted]
+
+
 def _jobs(preset: Preset) -> Iterator[Job]:
     for d, options in preset.datasets.items():
         yield Job(f"prompts/{slug(d)}", "prompts", {**options, **_selection(preset)})

@@ -361,10 +361,11 @@ def rehearse(preset: Preset, out: Path, scale: str, only: str = "") -> dict[str,
         folders[name] = str(write_model(CONFIGS[name], out / "models" / plan.slug(name), scale))
     small = shrunk(preset, scale)
     arithmetic = {job.name: cost.of_job(job, small) for job in plan.jobs(small)}
-    jobs = [job for job in plan.jobs(renamed(small, folders)) if only in job.name or job.verb == "prompts"]
+    jobs = plan.chosen(plan.jobs(renamed(small, folders)), only)
     os.environ[models.REHEARSAL] = "1"
     found: dict[str, Any] = {}
-    packages.note(f"rehearsal at scale {scale}: {len(jobs)} jobs of one round, on random weights")
+    count = sum(job.verb != "prompts" for job in jobs)
+    packages.note(f"rehearsal at scale {scale}: {count} jobs of one round, on random weights")
     for job in jobs:
         if job.verb == "prompts":
             write_prompts(job, out, small)

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -326,11 +327,17 @@ def test_costs_add_up():
     preset = plan.load("paper")
     job = next(j for j in plan.jobs(preset) if j.name.endswith("phi-3.5-instruct/align-pro-0"))
     found = cost.of_job(job, preset)
-    assert found.generated == 40 * 256 * (128 + 256)
-    assert found.trained == 40 * 4 * (256 * (125 + 128) + cost.TEMPLATE_TOKENS)
-    weights = 3.82e9 * 2 + 8.03e9 * 2 + 2.51e9 * 2  # policy, frozen model, reward, in bfloat16
-    assert found.memory > weights
-    assert found.seconds > 40 * (128 * 4 + 256 * 4) * cost.MACHINES["h100"].step
+    assert found.generated == 40 * 128 * (128 + 256)
+    assert found.trained == 40 * 4 * (128 * (125 + 128) + cost.TEMPLATE_TOKENS)
+    weights = 3.82e9 * 2 + 8.03e9 * 2 + 2.51e9 * 4  # policy and frozen model in bfloat16, reward in float32
+    activations = (8 * (125 + 128)) * 100 * 32 * 3072  # of a sixteenth of the batch
+    assert weights + activations < found.memory < cost.MACHINES["h100"].memory
+    assert found.seconds > 40 * (128 * 2 + 256 * 2) * cost.MACHINES["h100"].step
+    # In one piece it would not fit; checkpointing fits it too.
+    whole = replace(job, options={**job.options, "microbatches": 1})
+    assert cost.of_job(whole, preset).memory > cost.MACHINES["h100"].memory
+    checkpointed = replace(whole, options={**whole.options, "gradient_checkpointing": True})
+    assert cost.of_job(checkpointed, preset).memory < cost.MACHINES["h100"].memory
 
 
 def part(lo, hi):
@@ -391,3 +398,52 @@ def test_one_job_is_done_by_one_process(tmp_path):
         environment = {**os.environ, "PYTHONPATH": str(EXPERIMENTS)}
         assert subprocess.run(command, env=environment).returncode == 3
     assert subprocess.run(command, env=environment).returncode == 0
+
+
+def test_every_worker_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    program = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    assert work.fan_out(["-c", program], 3, [], tmp_path) == 0
+    said = [(tmp_path / f"worker-{i}.log").read_text().strip() for i in range(3)]
+    assert said == ["2", "5", "2"]
+
+
+def test_the_papers_grid_rehearsed(tmp_path, capsys):
+    """All four pairs and three configurations of the paper's own preset, on tiny models of their kinds."""
+    from paper_grid import rehearse
+
+    out = tmp_path / "out"
+    arguments = ["--preset", "paper", "--out", str(out)]
+    only = [] if os.environ.get("ALIGNPRO_NIGHTLY") else ["--only", "qwen-2.5-1.5b"]
+    status = paper.main([*arguments, "--rehearse", "--scale", "tiny", *only])
+    said = capsys.readouterr()
+    assert status == 0, said.err[-2000:]
+    record = json.loads((out / rehearse.FILE).read_text())
+    wanted = {rehearse.kind_of(job) for job in plan.jobs(plan.load("paper")) if job.verb != "prompts"}
+    kinds = {row["kind"] for row in record["jobs"].values()}
+    assert kinds == {kind for kind in wanted if not only or only[1] in kind or kind.endswith("/rlhf")}
+    assert all(row["seconds"] > 0 and row["memory"] > 1e8 for row in record["jobs"].values())
+    # Arithmetic is not replaced by what tiny models took; by real sizes it is, a round scaled to the run.
+    preset = plan.load("paper")
+    assert rehearse.load(out, preset) == {}
+    name = next(name for name in record["jobs"] if "align-pro" in name)
+    job = next(job for job in plan.jobs(preset) if job.name == name)
+    record["scale"], record["jobs"][name]["seconds"] = "real", 60.0
+    record["jobs"][name]["memory"] = 7e10
+    (out / rehearse.FILE).write_text(json.dumps(record))
+    rows, estimate = rehearse.load(out, preset), cost.of_job(job, preset)
+    found = rehearse.measured(job, estimate, rows)
+    rounds = estimate.seconds / record["jobs"][name]["arithmetic"]["seconds"]
+    assert found.seconds == pytest.approx(60.0 * rounds)
+    assert found.memory == 7e10
+    paper.main([*arguments, "--dry-run"])
+    assert "Measured by rehearsal on" in capsys.readouterr().out
+    record["jobs"][name]["failed"] = "out of memory"
+    (out / rehearse.FILE).write_text(json.dumps(record))
+    assert paper.main([*arguments, "--dry-run"]) == 2
+    assert "its rehearsal failed (out of memory); lower prompts" in capsys.readouterr().err
+
+
+def test_what_cannot_be_rehearsed_is_named(home, tmp_path, capsys):
+    assert paper.main(["--preset", "paper", "--rehearse", "--scale", "huge", "--out", str(tmp_path)]) == 2
+    assert "--scale huge: choose from real, tiny" in capsys.readouterr().err

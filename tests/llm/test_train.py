@@ -118,7 +118,6 @@ def test_every_algorithm_reaches_the_optimum(algorithm, tmp_path):
     "moved",
     [
         {"temperature": 0.5},
-        {"gae_lambda": 0.0},
         {"kl_estimator": "k3"},
         {"top_k": 2},
         {"target_kl": 1e-3, "kl_horizon": 200},
@@ -471,6 +470,70 @@ def test_two_processes_train_as_one(tmp_path):
     check("together")
     with pytest.raises(AssertionError):
         check("apart")
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo", "grpo"])
+@pytest.mark.parametrize("how", [{"microbatches": 4}, {"gradient_checkpointing": True}])
+def test_less_memory_is_the_same_training(algorithm, how, tmp_path):
+    """Parts of a step add up to the step, and what is computed again is what was computed."""
+    settings = replace(SHORT, algorithm=algorithm, iterations=3, epochs=2, minibatches=2)
+    whole = fit(tmp_path / "whole", settings).metrics
+    parts = fit(tmp_path / "parts", replace(settings, **how)).metrics
+    names = ("score", "grad_norm", "ppo/kl_k1", "ppo/policy_loss", "ppo/value_loss", "kl")
+    for name in names:
+        if name in whole[0]:
+            a, b = ([line[name] for line in lines] for lines in (parts, whole))
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo", "grpo"])
+def test_nothing_is_clipped_before_the_first_step(algorithm, monkeypatch, tmp_path):
+    """In bfloat16 too, where sampler and scorer differ by more than the clip range; in parts as well.
+
+    Mutant: what the sampler said is taken for the policy that drew.
+    """
+    model, tokenizer = tiny_model(seed=1, vocab="abcdefgh", hidden=64, layers=4)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    model.save_pretrained(str(tmp_path / "m"), safe_serialization=True)
+    tokenizer.save_pretrained(str(tmp_path / "m"))
+    settings = replace(
+        SHORT, algorithm=algorithm, iterations=1, epochs=1, minibatches=2, max_tokens=12, learning_rate=1e-12
+    )
+
+    def first(name):
+        policy = Prompter.from_pretrained(tmp_path / "m", dtype="bfloat16", device="cpu")
+        found = train(
+            policy, Environment(TableReward(), None), PROMPTS, settings, tmp_path / name, progress=False
+        )
+        return found.metrics[0]
+
+    clip = {"ppo": "ppo/clip_fraction"}.get(algorithm, "clip_ratio/region_mean")
+    line = first("right")
+    assert line[clip] == 0
+    assert line["sampler_mismatch"] > 0.02
+    assert abs(line.get("ppo/kl_k1", line.get("kl"))) < 1e-6
+    if algorithm == "rloo":  # whose ratio is of whole sequences
+        monkeypatch.setattr(train_module.OpenRollouts, "draw", train_module.OpenRollouts._sample)
+        monkeypatch.setattr(train_module.OpenRollouts, "_check_untouched", lambda *_: None)
+        monkeypatch.setattr(train_module.OpenRollouts, "_score_again", lambda *_: None)
+        assert first("mutant")[clip] > 0
+
+
+def test_an_untouched_policy_that_differs_from_its_reference_ends_the_run(monkeypatch, tmp_path):
+    """Round 1's KL is 0, or the model is read or sampled wrongly: here a sampler that is off by a little."""
+    right = train_module.sample_and_score
+
+    def wrong(*positional, **named):
+        rows = right(*positional, **named)
+        return [[(ids, [v - 0.01 for v in values]) for ids, values in row] for row in rows]
+
+    monkeypatch.setattr(train_module, "sample_and_score", wrong)
+    with pytest.raises(
+        AlignProError, match=r"^round 1: the untrained policy differs .* by 0\.01 nats a token"
+    ):
+        fit(tmp_path, SHORT)
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo", "grpo"])

@@ -221,7 +221,15 @@ def test_bad_settings_are_named(change, words):
 
 
 @pytest.mark.parametrize(
-    "change", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}, {"gamma": 0.99}, {"kl_coef": 0.0}]
+    "change",
+    [
+        {"temperature": 0.7},
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"gamma": 0.99},
+        {"gae_lambda": 0.95},
+        {"kl_coef": 0.0},
+    ],
 )
 def test_settings_that_move_the_optimum_are_refused(change, tmp_path):
     model, tokenizer, _, _ = problem()

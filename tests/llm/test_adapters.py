@@ -1,0 +1,187 @@
+"""Adapters: where they go in any layout, that they are whole, and that they are found from anywhere."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from alignpro import cli
+from alignpro.errors import AlignProError
+from alignpro.llm import models
+from alignpro.llm.adapters import adapter_config, blocks_of
+from alignpro.llm.local import LocalTarget
+from alignpro.llm.prompter import Prompter
+
+TEXTS = ["How do plants grow?", "Name a painter."]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with the models `llama3_2`, `gpt2` and `gemma3_vision`, and prompts."""
+    folder = tmp_path_factory.mktemp("home")
+    for name in ("llama3_2", "gpt2", "gemma3_vision"):
+        zoo.build(name, folder)
+    zoo.write_prompts(folder / "prompts.jsonl")
+    return folder
+
+
+@pytest.fixture
+def trained(home, tmp_path, monkeypatch):
+    """A prompter trained in one folder, its base named by a relative path."""
+    monkeypatch.syspath_prepend(str(zoo.Path(zoo.__file__).parent))
+    work = tmp_path / "work"
+    shutil.copytree(home / "llama3_2", work / "models" / "base")
+    monkeypatch.chdir(work)
+    arguments = ["train", "--out", "runs/a", "--prompter", "models/base", "--target", "models/base"]
+    arguments += ["--reward", "zoo:letters@0,1", "--prompts-file", str(home / "prompts.jsonl")]
+    arguments += ["--iterations", "2", "--prompts", "2", "--samples", "2", "--max-tokens", "5"]
+    arguments += ["--answer-tokens", "5", "--learning-rate", "0.05"]
+    assert cli.main(arguments) == 0
+    return work / "runs" / "a"
+
+
+def test_adapters_are_on_the_top_layers_of_the_language_model(home):
+    gpt2, _ = models.load_model(home / "gpt2", device="cpu")
+    name, blocks = blocks_of(gpt2)
+    assert (name, len(blocks)) == ("transformer.h", 4)
+    found = adapter_config(gpt2, 4, 0.5)
+    assert {target.split(".")[2] for target in found.target_modules} == {"2", "3"}
+    assert found.fan_in_fan_out
+    vision, _ = models.load_model(home / "gemma3_vision", device="cpu")
+    found = adapter_config(vision, 4, 1.0)
+    assert len(found.target_modules) == 4 * 7
+    assert all("language_model.layers." in target for target in found.target_modules)
+    linear = {n for n, m in vision.named_modules() if isinstance(m, nn.Linear)}
+    assert any("vision" in n for n in linear)  # which are left alone
+
+
+def test_a_layout_without_layers_is_one_line(home):
+    model, _ = models.load_model(home / "llama3_2", device="cpu")
+    model.config.num_hidden_layers = 7
+    with pytest.raises(AlignProError, match=r"^model LlamaForCausalLM: no list of its 7 layers was found"):
+        adapter_config(model, 4, 1.0)
+
+
+def test_a_relative_base_is_found_from_anywhere(trained, tmp_path, monkeypatch):
+    expected = Prompter.from_pretrained(trained / "prompter", device="cpu").log_probs(TEXTS, TEXTS)
+    monkeypatch.chdir(tmp_path)
+    again = Prompter.from_pretrained(trained / "prompter", device="cpu")
+    np.testing.assert_array_equal(again.log_probs(TEXTS, TEXTS), expected)
+    assert cli.main(["rewrite", str(trained), *TEXTS]) == 0  # the folder of the run does as well
+    # Written by an earlier version: a path relative to where it was trained.
+    path = trained / "prompter" / "prompter.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {"base": "models/base"}))
+    again = Prompter.from_pretrained(trained / "prompter", device="cpu")
+    np.testing.assert_array_equal(again.log_probs(TEXTS, TEXTS), expected)
+    shutil.move(tmp_path / "work" / "models", tmp_path / "elsewhere")
+    path.write_text(json.dumps(said | {"base": "./models/base"}))
+    with pytest.raises(AlignProError, match=r"its base model './models/base' is not there; put it back"):
+        Prompter.from_pretrained(trained / "prompter", device="cpu")
+
+
+def test_an_adapter_is_a_model_wherever_one_is_named(trained, tmp_path):
+    """As target and as prompter it is merged in memory; `merge` writes the same model whole."""
+    adapted = Prompter.from_pretrained(trained / "prompter", device="cpu")
+    expected = adapted.log_probs(TEXTS, TEXTS)
+    merged = Prompter.from_pretrained(trained / "prompter", device="cpu", merged=True)
+    assert not hasattr(merged.model, "peft_config")
+    np.testing.assert_allclose(merged.log_probs(TEXTS, TEXTS), expected, rtol=1e-5)
+    base = Prompter.from_pretrained(adapted.base, device="cpu").log_probs(TEXTS, TEXTS)
+    assert np.abs(base - expected).max() > 1e-3  # training did change it
+    target = LocalTarget(trained / "prompter", device="cpu", dtype="float32")
+    plain = LocalTarget(adapted.base, device="cpu", dtype="float32")
+    assert np.abs(target.log_probs(TEXTS, TEXTS) - plain.log_probs(TEXTS, TEXTS)).max() > 1e-3
+    assert target.revision != plain.revision
+    assert cli.main(["merge", str(trained), "--out", str(tmp_path / "whole")]) == 0
+    whole = Prompter.from_pretrained(tmp_path / "whole", device="cpu")
+    np.testing.assert_allclose(whole.log_probs(TEXTS, TEXTS), expected, rtol=1e-5)
+    assert whole.template == adapted.template
+    assert not [*(tmp_path / "whole").glob("*.bin")]
+    assert cli.main(["merge", str(trained), "--out", str(tmp_path / "whole")]) == 2  # it is there
+
+
+@pytest.mark.parametrize("change", ["lost", "renamed", "gone"])
+def test_an_adapter_that_is_not_whole_is_refused(change, trained, tmp_path):
+    """Otherwise arm `trained` would be arm `sft`, without a word."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(trained / "prompter", folder)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first = sorted(tensors)[0]
+    if change == "lost":
+        del tensors[first]
+    elif change == "renamed":
+        tensors = {name.replace("base_model.model", "other"): t for name, t in tensors.items()}
+    else:
+        tensors = {}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(AlignProError, match=r"^adapter .*(lacks|has no place for) .*save it again"):
+        Prompter.from_pretrained(folder, device="cpu")
+    with pytest.raises(AlignProError, match=r"^adapter .*save it again"):
+        models.load_model(folder, device="cpu")
+
+
+def test_a_model_that_lacks_a_tensor_is_refused(home, tmp_path):
+    """transformers would draw it at random, anew at every run."""
+    shutil.copytree(home / "llama3_2", tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(AlignProError, match=r"no weights that fit model\.layers\.1\.mlp\.up_proj\.weight"):
+        models.load_model(tmp_path / "m", device="cpu")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.full((64, 32), float("nan"))
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(AlignProError, match=r"its logits are not finite"):
+        models.load_model(tmp_path / "m", device="cpu")
+
+
+def test_every_process_has_a_device_of_its_own(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert models.device_of("auto") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert models.device_of("auto") == torch.device("cuda", 3)
+    assert chosen == [0, 3]
+    assert models.device_of("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(AlignProError, match=r"^LOCAL_RANK 4: this machine has 4 CUDA devices"):
+        models.device_of("auto")
+
+
+def test_four_bits_need_their_package(home, monkeypatch, capsys):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(AlignProError, match=r"^dtype '4bit': the package bitsandbytes is missing; run pip"):
+        models.load_model(home / "llama3_2", "4bit")
+    arguments = ["train", "--out", str(home / "none"), "--prompter", str(home / "llama3_2")]
+    arguments += ["--prompts-file", str(home / "prompts.jsonl"), "--policy-dtype", "4bit"]
+    assert cli.main(arguments) == 2
+    assert "the package bitsandbytes is missing" in capsys.readouterr().err
+
+
+def test_a_folder_for_rehearsals_is_no_model(home, tmp_path, monkeypatch):
+    shutil.copytree(home / "llama3_2", tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    (tmp_path / "m" / models.RANDOM_FILE).write_text('{"seed": 0}')
+    monkeypatch.delenv(models.REHEARSAL, raising=False)
+    with pytest.raises(AlignProError, match=r"has no weights: it was made for a rehearsal"):
+        models.load_model(tmp_path / "m", device="cpu")
+    monkeypatch.setenv(models.REHEARSAL, "1")
+    one, two = (models.load_model(tmp_path / "m", device="cpu")[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("text", "match"), [("thinking", "is no JSON object"), ("[1]", "is no JSON object")])
+def test_chat_options_are_an_object(text, match, home, capsys):
+    arguments = ["rewrite", str(home / "llama3_2"), "x", "--chat-template-kwargs", text]
+    assert cli.main(arguments) == 2
+    assert match in capsys.readouterr().err
