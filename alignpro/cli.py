@@ -215,6 +215,8 @@ class Demo:
     """ppo or rloo. Default: ppo."""
     iterations: int | None = None
     """Rounds of sampling, each followed by 4 optimizer steps. Default: 16 (quick: 4)."""
+    chat_template_kwargs: str | None = None
+    """Further arguments of the model's chat template, as a JSON object."""
     sampled_rewards: bool = False
     """Reward a rewrite with one sampled response, not with its expected reward."""
     seed: int = 0
@@ -231,7 +233,7 @@ class Demo:
 
         settings = replace(
             preset,
-            **given("model", "reward", "prompts_file", "prompts", "beta", "seed"),
+            **given("model", "reward", "prompts_file", "prompts", "beta", "seed", "chat_template_kwargs"),
             exact_rewards=not self.sampled_rewards,
             enumeration=replace(preset.enumeration, **given("rewrites", "responses")),
             training=replace(preset.training, **given("lam", "algorithm", "iterations")),

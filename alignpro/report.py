@@ -269,7 +269,7 @@ def _bound(content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Plo
     axes = figure.add_subplot()
     right = max([content["span"], *(sum(map(abs, r["terms"].values())) for r in rows)])
     left = min([0.0, *(min(r["gap"], r["rhs"]) for r in rows)])
-    axes.set_xlim(left * 1.05, right * 1.44)
+    axes.set_xlim(left * 1.05, right * 1.44 or 1.0)
     for i, row in enumerate(rows):
         _bound_row(axes, i, row, right)
     axes.axvline(0, color=_MUTED, lw=0.8)

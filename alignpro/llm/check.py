@@ -75,7 +75,7 @@ def _refused(name: str, what: str, off: float) -> AlignProError:
 
 def _pairs(model: Any, tokenizer: Any) -> list[Pair]:
     """Prompts and continuations of ordinary tokens: two prompts of different lengths, one with two branches;
-    and one prompt longer than the window, with two more."""
+    and one prompt half as long again as the window, with two more."""
     rng = np.random.default_rng(0)
     special = {*tokenizer.all_special_ids, *end_tokens(model), tokenizer.pad_token_id}
     size = min(len(tokenizer), int(text_config(model).vocab_size))
@@ -92,8 +92,9 @@ def _pairs(model: Any, tokenizer: Any) -> list[Pair]:
         (start[:-2] or start, tokens(4)),
     ]
     window = min((w for w in windows(model).values() if w is not None), default=None)
-    if window is not None and window <= _LONGEST and window + 12 < most:
-        long = tokens(window + 4)
+    length = 0 if window is None else window + max(4, window // 2)
+    if window is not None and window <= _LONGEST and length + 8 < most:
+        long = tokens(length)
         pairs += [(long, [*branch, *tokens(3)]), (long, [*branch, *tokens(4)])]
     return pairs
 

@@ -25,9 +25,11 @@ from tqdm import tqdm
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json
 from alignpro.llm import models, rewards
+from alignpro.llm.chat import parse_options
 from alignpro.llm.checkpoints import refuse_other_settings
 from alignpro.llm.data import instructions
 from alignpro.llm.enumerate import Enumeration, EnumerationSettings, enumerate_models
+from alignpro.llm.forward import text_config
 from alignpro.llm.models import load_model
 from alignpro.llm.rewards import Reward, load_reward
 from alignpro.llm.tree_train import Trained, TrainSettings, train
@@ -45,6 +47,8 @@ class DemoSettings:
     """Prompter and frozen model: a packaged model, a local folder or a hub id."""
     reward: str = "minilm-bt"
     """r(x, y): a packaged reward or the folder of a saved one."""
+    chat_template_kwargs: str | None = None
+    """Further arguments of the model's chat template, as a JSON object."""
     prompts: int = 8
     """User prompts: real instructions."""
     prompt_words: int = 12
@@ -63,6 +67,7 @@ class DemoSettings:
     def __post_init__(self) -> None:
         if self.prompts < 1:
             raise AlignProError(f"prompts = {self.prompts}: give at least 1")
+        parse_options(self.chat_template_kwargs)
         if not (np.isfinite(self.beta) and self.beta > 0):
             raise AlignProError(f"beta = {self.beta}: give a positive, finite number")
         object.__setattr__(self, "enumeration", replace(self.enumeration, seed=self.seed))
@@ -144,7 +149,9 @@ def _run(out: Path, settings: DemoSettings, resume: bool, command: str | None) -
     since = time.monotonic()
     prompts = user_prompts(settings)
     reward = load_reward(settings.reward)
-    model, tokenizer = load_model(settings.model)
+    model, tokenizer = load_model(
+        settings.model, chat_template_kwargs=parse_options(settings.chat_template_kwargs)
+    )
     _say(_cost(model, settings, skip_enumeration=(out / "texts.json").exists()))
     done("load", since)
 
@@ -321,7 +328,7 @@ def _bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
 @torch.no_grad()
 def _cost(model: Any, settings: DemoSettings, skip_enumeration: bool) -> str:
     """An estimate of the time ahead, from the speed of one short forward pass on this machine."""
-    ids = torch.arange(1, 513, device=model.device).view(4, 128) % model.config.vocab_size
+    ids = torch.arange(1, 513, device=model.device).view(4, 128) % text_config(model).vocab_size
     model.base_model(input_ids=ids)
     since = time.monotonic()
     model.base_model(input_ids=ids)

@@ -169,7 +169,7 @@ def _sample(prompter: "Prompter", prompts: Sequence[str], keys: list[list[int]],
     """[prompts][keys] token ids x′ ~ ρ(·|x) and log ρ(x′|x), kept from sampling."""
     from alignpro.llm.policy import sample_and_score
 
-    ids = [prompter.template.prompt_ids(prompter.tokenizer, x) for x in prompts]
+    ids = prompter.prompt_ids(prompts)
     sampling = Sampling(max_tokens=prompter.max_tokens)
     pad = prompter.tokenizer.pad_token_id
     drawn = sample_and_score(prompter.model, pad, ids, keys, sampling, batch_size=batch_size)
@@ -210,7 +210,7 @@ def _trained(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
     prompter, reference = work.prompter(arm.folder), work.reference
     keys = _keys("rollout", arm.seed, prompts, work.settings.draws)
     rows = _sample(prompter, prompts, keys, work.batch_size)
-    given = [reference.template.prompt_ids(reference.tokenizer, x) for x in prompts]
+    given = reference.prompt_ids(prompts)
     pairs = [(start, ids) for start, row in zip(given, rows, strict=True) for ids, _ in row]
     with torch.inference_mode():
         scores = log_probs(reference.model, [start for start, _ in pairs], [ids for _, ids in pairs])

@@ -20,7 +20,14 @@ from alignpro.llm.checkpoints import check_reporters, refuse_other_settings
 from alignpro.llm.frozen import Target
 from alignpro.llm.ledger import Cached, Prices
 from alignpro.llm.libraries import quiet
-from alignpro.llm.prompter import PROMPTER_FILE, Prompter, Template, check_template
+from alignpro.llm.prompter import (
+    PROMPTER_FILE,
+    Prompter,
+    Template,
+    check_room,
+    check_template,
+    target_ids,
+)
 from alignpro.llm.settings import (
     EnvironmentSettings,
     PromptSettings,
@@ -64,6 +71,24 @@ def open_target(world: EnvironmentSettings) -> Target:
     if "model" not in given:
         raise AlignProError(f"target_model: name the model that {world.target} serves")
     return Endpoint(base_url=world.target, **given)
+
+
+def _how_read(target: Target) -> dict[str, Any]:
+    """How a model in this process is read (`forward.How`); nothing of an endpoint."""
+    model = getattr(target, "model", None)
+    if not hasattr(model, "generation_config"):
+        return {}
+    from alignpro.llm.forward import how_of
+
+    return how_of(model).describe()
+
+
+def _check_target_room(target: Target, prompts: Sequence[str], tokens: int) -> None:
+    """Refuse prompts that leave a model in this process no room to answer, before anything is asked."""
+    if _how_read(target):
+        local: Any = target
+        ids = [target_ids(local.tokenizer, x) for x in prompts]
+        check_room(local.model, prompts, ids, tokens, f"target {target.name!r}")
 
 
 def _kept(target: Target, folder: Path, prices: Prices | None = None) -> Cached:
@@ -194,10 +219,14 @@ def run_train(
 
     judge = keep_scores(rewards.load_reward(world.reward), folder / "scores")
     target: Cached | None = None
+    read: dict[str, Any] = {}
     if not rlhf:
-        target = _kept(opened or open_target(world), folder / "answers", cost)
+        frozen = opened or open_target(world)
+        read = _how_read(frozen)
+        target = _kept(frozen, folder / "answers", cost)
     facts = {
         "prompter": prompter,
+        "target_read": read,
         "chat_template_kwargs": world.chat_options() or {},
         "template": template,
         "target": world.target,
@@ -326,6 +355,7 @@ def run_rollout(
         options = dict(next(iter(trained.values())).get("chat_template_kwargs") or {})
     if planned.todo or not path.exists() or (folder / rollout.PARTIAL).exists():
         target = opened or open_target(world)
+        _check_target_room(target, xs, sampling.max_tokens)
         frozen = _kept(target, folder / "answers", cost)
 
         def open_policy(name: str) -> tuple[Target, rollout.Scorer]:
@@ -339,7 +369,9 @@ def run_rollout(
             if name:
                 return Prompter.from_pretrained(homes[name], chat_template_kwargs=options)
             opened = Prompter.from_pretrained(reference, chat_template_kwargs=options)
-            return replace(opened, template=chosen) if chosen else opened
+            opened = replace(opened, template=chosen) if chosen else opened
+            opened.prompt_ids(xs)  # all have room, before the first is drawn
+            return opened
 
         work = rollout.Work(
             settings,
@@ -591,8 +623,10 @@ def run_resample(
         target = _kept(opened or open_target(world), folder / "answers", cost)
         judge = keep_scores(rewards.load_reward(world.reward), folder / "scores")
         environment = Environment(judge, target, world.sampling(), responses, seed)
+        _check_target_room(target.target, todo, world.answer_tokens)
         rho = Prompter.from_pretrained(prompter, template=template, chat_template_kwargs=world.chat_options())
         rho.max_tokens = rewrite_tokens or rho.max_tokens
+        rho.prompt_ids(todo)  # all have room, before the first is drawn
         for start in tqdm(range(0, len(todo), _BLOCK), unit="block", disable=None):
             block = todo[start : start + _BLOCK]
             for p in resample.propose(rho, environment, block, proposals, seed=seed):

@@ -24,7 +24,9 @@ from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.llm import data
 from alignpro.llm.adapters import adapter_config
+from alignpro.llm.chat import chat_of
 from alignpro.llm.checkpoints import check_reporters, completing, last_checkpoint, refuse_other_settings
+from alignpro.llm.forward import how_of, room
 from alignpro.llm.libraries import quiet
 from alignpro.llm.policy import log_probs
 from alignpro.llm.prompter import Prompter
@@ -125,11 +127,11 @@ def sft(
     check_reporters(report_to)
     if hasattr(prompter.model, "peft_config"):
         raise AlignProError("prompter: it has an adapter already; merge it into its model first")
-    room = getattr(prompter.model.config, "max_position_embeddings", None) or math.inf
+    most = room(prompter.model) or math.inf
     split: dict[str, list[Encoded]] = {part: [] for part in data.SPLITS}
     for pair in pairs:
         ids = encode(prompter, pair)
-        if len(ids[1]) <= settings.max_tokens and len(ids[0]) + len(ids[1]) <= room:
+        if len(ids[1]) <= settings.max_tokens and len(ids[0]) + len(ids[1]) <= most:
             split[data.split_of(pair.prompt)].append(ids)
     held = {part: found for part, found in split.items() if part != "train" and found}
     if not split["train"] or not held:
@@ -141,6 +143,8 @@ def sft(
     record = {
         "settings": asdict(settings),
         "base": prompter.base,
+        "chat": chat_of(prompter.tokenizer).describe(),
+        "read": how_of(prompter.model).describe(),
         "pairs": {part: len(found) for part, found in split.items()},
         "left_out": len(pairs) - sum(map(len, split.values())),
         "tokens_sha256": hashlib.sha256(json.dumps(split).encode()).hexdigest(),

@@ -265,8 +265,6 @@ def build(name: str, folder: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, row.model)(made)
-    with torch.no_grad():  # turns that end now and then
-        model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids(row.end)] *= 4
     ends = [tokenizer.convert_tokens_to_ids(token) for token in row.ends]
     model.generation_config = GenerationConfig(
         eos_token_id=ends if len(ends) > 1 else ends[0], pad_token_id=common["pad_token_id"]
