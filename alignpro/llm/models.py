@@ -198,7 +198,7 @@ def _load(folder: Path, name: str, dtype: str, where: torch.device) -> tuple[Any
             f"model {name!r}: {folder} has no weights that fit {wrong[0]} ({len(wrong)} in all), which would "
             "be drawn at random; save the whole model again"
         )
-    loaded.config._name_or_path = str(folder.resolve())  # adapters note it as their base
+    loaded.name_or_path = loaded.config._name_or_path = str(folder.resolve())  # an adapter's base, to PEFT
     if dtype == "4bit":
         loaded.requires_grad_(False)  # what computes on the quantised weights takes no others
     else:
@@ -340,7 +340,7 @@ def _load_adapter(
     base, tokenizer = load_model(adapter_base(folder), dtype, device, chat_template_kwargs=options)
     with quiet():
         merged = attach_adapter(base, folder, name).merge_and_unload()
-    merged.config._name_or_path = str(folder.resolve())
+    merged.name_or_path = merged.config._name_or_path = str(folder.resolve())
     return merged.eval(), tokenizer
 
 

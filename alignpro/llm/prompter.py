@@ -199,6 +199,8 @@ class Prompter:
         Raises:
             AlignProError: there is no adapter (with `whole`: there is one), or the folder cannot be written.
         """
+        from alignpro.llm.libraries import quiet
+
         folder = Path(folder)
         if whole == hasattr(self.model, "peft_config"):
             raise AlignProError(
@@ -207,7 +209,10 @@ class Prompter:
                 else "Prompter.save: an untrained prompter is its base model; there is nothing to save"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(str(folder), safe_serialization=True)
+        # PEFT would ask the hub whether the vocabulary grew; adapters here are on layers alone.
+        more = {} if whole else {"save_embedding_layers": False}
+        with quiet():
+            self.model.save_pretrained(str(folder), safe_serialization=True, **more)
         if whole:
             self.tokenizer.save_pretrained(str(folder))
         write_json(

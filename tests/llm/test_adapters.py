@@ -85,7 +85,7 @@ def test_a_relative_base_is_found_from_anywhere(trained, tmp_path, monkeypatch):
         Prompter.from_pretrained(trained / "prompter", device="cpu")
 
 
-def test_an_adapter_is_a_model_wherever_one_is_named(trained, tmp_path):
+def test_an_adapter_is_a_model_wherever_one_is_named(home, trained, tmp_path):
     """As target and as prompter it is merged in memory; `merge` writes the same model whole."""
     adapted = Prompter.from_pretrained(trained / "prompter", device="cpu")
     expected = adapted.log_probs(TEXTS, TEXTS)
@@ -104,6 +104,29 @@ def test_an_adapter_is_a_model_wherever_one_is_named(trained, tmp_path):
     assert whole.template == adapted.template
     assert not [*(tmp_path / "whole").glob("*.bin")]
     assert cli.main(["merge", str(trained), "--out", str(tmp_path / "whole")]) == 2  # it is there
+    # As ρ_sft it is trained on from there.
+    arguments = [
+        "train",
+        "--out",
+        str(tmp_path / "again"),
+        "--prompter",
+        str(trained),
+        "--target",
+        adapted.base,
+    ]
+    arguments += [
+        "--reward",
+        "zoo:letters@0,1",
+        "--prompts-file",
+        str(home / "prompts.jsonl"),
+        "--lam",
+        "0.1",
+    ]
+    arguments += ["--iterations", "1", "--prompts", "2", "--samples", "2", "--max-tokens", "5"]
+    assert cli.main([*arguments, "--answer-tokens", "5"]) == 0
+    again = Prompter.from_pretrained(tmp_path / "again" / "prompter", device="cpu")
+    with again.model.disable_adapter():
+        np.testing.assert_allclose(again.log_probs(TEXTS, TEXTS), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("change", ["lost", "renamed", "gone"])

