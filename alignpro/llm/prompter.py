@@ -6,7 +6,7 @@ prompter.rewrite("How do plants grow?")
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,9 @@ class Prompter:
                 else "Prompter.save: an untrained prompter is its base model; there is nothing to save"
             )
         folder.mkdir(parents=True, exist_ok=True)
+        if not whole and self.base:
+            for config in self.model.peft_config.values():
+                config.base_model_name_or_path = self.base  # not the folder where it lies in a cache
         # PEFT would ask the hub whether the vocabulary grew; adapters here are on layers alone.
         more = {} if whole else {"save_embedding_layers": False}
         with quiet():
@@ -233,8 +236,10 @@ class Prompter:
 
         from huggingface_hub import HfApi
 
+        # Where the base lies on this machine is nobody else's business.
+        shared = replace(self, base=Path(self.base).name) if Path(self.base).is_absolute() else self
         with tempfile.TemporaryDirectory() as folder:
-            self.save(folder, whole=not hasattr(self.model, "peft_config"))
+            shared.save(folder, whole=not hasattr(self.model, "peft_config"))
             api = HfApi()
             api.create_repo(repository, exist_ok=True, **options)
             api.upload_folder(repo_id=repository, folder_path=folder)

@@ -72,6 +72,8 @@ def test_a_relative_base_is_found_from_anywhere(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     again = Prompter.from_pretrained(trained / "prompter", device="cpu")
     np.testing.assert_array_equal(again.log_probs(TEXTS, TEXTS), expected)
+    named = json.loads((trained / "prompter" / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == again.base == str(tmp_path / "work" / "models" / "base")
     assert cli.main(["rewrite", str(trained), *TEXTS]) == 0  # the folder of the run does as well
     # Written by an earlier version: a path relative to where it was trained.
     path = trained / "prompter" / "prompter.json"

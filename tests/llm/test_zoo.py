@@ -22,20 +22,6 @@ NEAR = 1e-4
 
 
 @pytest.fixture(scope="session")
-def animals(tmp_path_factory):
-    """Name of a family -> its folder, built when it is asked for."""
-    folder, built = tmp_path_factory.mktemp("zoo"), {}
-
-    def get(name):
-        if name not in built:
-            make = zoo.build_classifier if name in zoo.CLASSIFIERS else zoo.build
-            built[name] = make(name, folder)
-        return built[name]
-
-    return get
-
-
-@pytest.fixture(scope="session")
 def loaded(animals):
     """Name of a family -> its model and tokenizer, loaded once."""
     cache = {}
