@@ -36,6 +36,11 @@ _PRIVATE = (
 )  # of Unicode's private use: in no template, in no tokenizer
 
 
+def _public(text: str) -> str:
+    """`text` without the private characters by which control tokens go here."""
+    return re.sub("|".join(_PRIVATE), "\ufffd", text)
+
+
 @dataclass(frozen=True)
 class Said:
     """What a continuation says.
@@ -93,8 +98,7 @@ class Chat:
             return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
         text = self._control.sub(lambda match: self._alias[match[0]], text)
         for i, content in enumerate(contents):
-            content = re.sub("|".join(_PRIVATE), "\ufffd", content)
-            text = text.replace(f"{_PRIVATE[2]}{i}{_PRIVATE[2]}", content)
+            text = text.replace(f"{_PRIVATE[2]}{i}{_PRIVATE[2]}", _public(content))
         return tuple(self._protected.encode(text, add_special_tokens=False).ids)
 
     def text_ids(self, text: str) -> Ids:
@@ -103,7 +107,7 @@ class Chat:
             return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
         if self._protected is None:
             return tuple(self.tokenizer(self._broken(text), add_special_tokens=False).input_ids)
-        return tuple(self._protected.encode(text, add_special_tokens=False).ids)
+        return tuple(self._protected.encode(_public(text), add_special_tokens=False).ids)
 
     def render(self, messages: Sequence[Message], *, generate: bool = True) -> str:
         """The conversation as the template writes it, on the pinned date.

@@ -257,6 +257,10 @@ def test_control_tokens_in_a_prompt_are_text(name, loaded):
     count = sum(i in ids for i in target_ids(tokenizer, hostile))
     assert count == sum(i in ids for i in plain)  # the template's own
     assert not ids & set(chat_of(tokenizer).text_ids(hostile))
+    # Nor by the names that control tokens have while such a text is encoded.
+    names = hostile + "".join(f"\U000f0000{i}\U000f0001" for i in range(len(control)))
+    assert not ids & set(chat_of(tokenizer).text_ids(names))
+    assert sum(i in ids for i in target_ids(tokenizer, names)) == count
     # Mutant: the text handed to the tokenizer as it is.
     assert sum(i in ids for i in tokenizer(hostile, add_special_tokens=False).input_ids) == len(control)
     # What spells nothing is encoded as ever.
