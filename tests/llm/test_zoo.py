@@ -84,6 +84,24 @@ def test_scores_are_those_of_a_plain_forward_pass(name, loaded):
     np.testing.assert_allclose(scores.hidden[0].numpy(), hidden.numpy(), rtol=0, atol=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scores_and_draws_on_a_gpu(name, animals):
+    """In float32 on CUDA the ways agree as on a CPU, with TF32 off; in bfloat16 the check passes."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    model, tokenizer = load_model(animals(name), device="cuda")
+    assert forward.how_of(model).masks == zoo.FAMILIES[name].masks
+    prompts, said = sequences(tokenizer)
+    with torch.no_grad():
+        scores = log_probs(model, prompts, said).log_probs.double().cpu().numpy()
+    on_cpu, _ = load_model(animals(name), device="cpu")
+    for row, prompt, ids in zip(scores, prompts, said, strict=True):
+        expected = plain_log_probs(on_cpu, prompt, ids)
+        np.testing.assert_allclose(row[: len(ids)], expected, rtol=0, atol=10 * NEAR)
+    load_model(animals(name), "bfloat16", "cuda")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_are_those_of_a_plain_forward_pass(name, loaded):
     model, tokenizer = loaded(name)
