@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
 from alignpro.llm.chat import chat_of
+from alignpro.llm.forward import how_of
 from alignpro.llm.policy import end_tokens
 from alignpro.llm.prompter import Template, check_room, target_ids
 from alignpro.llm.rewards import Reward
@@ -60,8 +61,11 @@ def sample(
     out: list[Tokens] = [()] * len(prompts)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in range(0, len(order), batch):
-            rows = order[start : start + batch]
+        while order:
+            rows = order[:batch]
+            if not how_of(model).padded:
+                rows = [i for i in rows if len(prompts[i]) == len(prompts[rows[0]])]
+            order = order[len(rows) :]
             width = max(len(prompts[i]) for i in rows)
             ids = torch.full((len(rows), width), tokenizer.pad_token_id)
             mask = torch.zeros_like(ids)

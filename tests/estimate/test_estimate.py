@@ -1,6 +1,7 @@
 """`estimate`, `headroom` and `compare` end to end: from a file to verdicts, tables, JSON and exit status."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -48,6 +49,16 @@ def file(rows, tmp_path):
     path = tmp_path / "rollouts.jsonl"
     path.write_text("".join(row.line() for row in rows))
     return path
+
+
+def test_a_policy_outside_the_frozen_models_support_is_told(rows):
+    """Trained without truncation, evaluated with it: an infinite KL comes with its reason and a remedy."""
+    mine = [row for row in rows if row.arm == "rlhf"]
+    changed = {id(row): replace(row, logp_frozen_x=-math.inf) for row in mine[:3]}
+    found = estimate(collect([changed.get(id(row), row) for row in rows]), BETA, LAM)
+    (told,) = {why for why in found.missing.values() if "KL(pi||pi_F)" in why}
+    assert f"never gives 3 of its {len(mine)} answers, so that KL(pi||pi_F) is infinite" in told
+    assert "--answer-top-p 1" in told
 
 
 def by_name(found):

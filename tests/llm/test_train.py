@@ -272,6 +272,18 @@ def test_bad_settings_are_named(wrong, message):
 def test_bad_problems_are_named(tmp_path):
     with pytest.raises(AlignProError, match=r"^prompts 4: more than the 3 distinct ones given"):
         fit(tmp_path, replace(SETTINGS, prompts=4))
+    model, tokenizer = tiny_model(seed=1, vocab="abcd")
+    with pytest.raises(
+        AlignProError, match=r"has 511 tokens to prompter .* with 2 more exceed the 512 that it"
+    ):
+        train(
+            Prompter(model, tokenizer, BARE),
+            Environment(TableReward(), None),
+            ["ab", "c" * 511, "a"],
+            SETTINGS,
+            tmp_path / "long",
+        )
+    assert not (tmp_path / "long").exists()
     trained = fit(tmp_path / "a", replace(SETTINGS, iterations=1, samples=4))
     with pytest.raises(AlignProError, match=r"^prompter: it has an adapter already"):
         train(trained.prompter, Environment(TableReward(), None), PROMPTS, SETTINGS, tmp_path / "b")
