@@ -4,9 +4,14 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
+
+# A shell's background jobs ignore Ctrl-C, and so would every program that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Several test processes share the cores: one thread each, or they crawl. Before anything reads it.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -173,8 +173,7 @@ def test_mistakes_are_one_line_and_leave_nothing(workplace, tmp_path, capsys, mo
 
 
 PROGRAM = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts tests in the background ignores it
+import sys
 sys.path.insert(0, {tests!r})
 from test_demo import Letters
 from alignpro import cli
