@@ -320,7 +320,7 @@ def attach_adapter(model: Any, folder: Path, name: str) -> Any:
         raise AlignProError(
             f"adapter {name!r}: cannot be put on its model ({_one_line(error)}); save it again"
         ) from error
-    wanted = set(get_peft_model_state_dict(adapted))
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))  # True would ask the hub
     if odd := sorted(wanted ^ stored):
         raise AlignProError(
             f"adapter {name!r}: {'lacks' if odd[0] in wanted else 'has no place for'} {odd[0]} ({len(odd)} "
