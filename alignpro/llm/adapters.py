@@ -1,4 +1,4 @@
-"""Where a trained adapter goes: on the linear maps of the language model's top layers, in any layout."""
+"""Finds the places of a LoRA adapter: the linear maps of a language model's top layers, in any layout."""
 
 from typing import Any
 

@@ -43,7 +43,7 @@ def _public(text: str) -> str:
 
 @dataclass(frozen=True)
 class Said:
-    """What a continuation says.
+    """The text that a continuation's tokens stand for.
 
     Attributes:
         text: without special tokens, and without a leading thought.
@@ -213,7 +213,7 @@ class Chat:
 
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
-        """What a template writes to steer the model: special tokens, and added ones that it mentions."""
+        """Tokens that steer a model: its special tokens, and added ones that its chat template mentions."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
         found = {str(token) for token in added if token.special or str(token) in str(self.template)}
         found |= {str(token) for token in self.tokenizer.all_special_tokens}
@@ -307,7 +307,7 @@ class Chat:
     # --- the record ---
 
     def describe(self) -> dict[str, Any]:
-        """What determines the format beside the template itself, as JSON values."""
+        """The pinned date and the template's further arguments, as JSON values for a record."""
         return {"date": DATE.isoformat(), "options": dict(self.options)}
 
     def sample(self) -> str:

@@ -1,4 +1,4 @@
-"""What every model passes before it is used: what is sampled is what is scored, and both are what it says.
+"""A check of every model before it is used: sampled and scored log-probabilities are the model's own.
 
 A few short continuations (and, where attention has a window, some beyond it) are scored by a plain forward
 pass of one sequence, in the fast way that shares prefixes, sequence by sequence, and are drawn. The fastest
@@ -144,7 +144,7 @@ def _scored(model: Any, pairs: Sequence[Pair], how: How) -> list[np.ndarray]:
 
 
 def _tried(way: Callable[[], T]) -> T | None:
-    """What `way` finds; None where the architecture does not go that way, and raises what it likes."""
+    """The result of calling `way`; None where it raises, as an architecture does that cannot be read so."""
     try:
         return way()
     except (AlignProError, torch.OutOfMemoryError):
@@ -162,7 +162,7 @@ def _off(found: list[np.ndarray] | None, plain: _Plain) -> float:
 
 
 def _drawn_off(model: Any, tokenizer: Any, pairs: Sequence[Pair], how: How, name: str) -> float:
-    """As `_off` for tokens as they are drawn, in units of its tolerance: two draws of each prompt."""
+    """The error of log-probabilities kept from sampling, two draws a prompt, in units of the tolerance."""
     prompts = [p for p, _ in pairs[1:]][:: -2 if len(pairs) > 3 else 1]
     rows = [p for p in sorted(prompts, key=len) for _ in range(2)]
     keys = [sample_key("check", i) for i in range(len(rows))]

@@ -184,7 +184,7 @@ def states(
 
 
 def _alone(model: Any, forests: Sequence[Forest], wanted: Sequence[np.ndarray]) -> list[Tensor]:
-    """As `states`, each sequence by itself; padding is on the right, where nothing that counts sees it."""
+    """Hidden states as `states` gives them, each sequence read by itself and padded on the right."""
     device = next(unwrap(model).parameters()).device
     rows: list[tuple[int, list[int]]] = []  # forest, and a path that no other goes on from
     home: list[dict[int, tuple[int, int]]] = [{} for _ in forests]  # node: row and place
