@@ -31,16 +31,17 @@ import numpy as np
 import torch
 from theory import machine
 
-from alignpro.llm import data, policy
-from alignpro.llm import train as training
-from alignpro.llm.adapters import adapter_config
-from alignpro.llm.frozen import Sampling
-from alignpro.llm.libraries import quiet
-from alignpro.llm.local import LocalTarget
-from alignpro.llm.models import tiny_model
-from alignpro.llm.prompter import Prompter, target_ids
-from alignpro.llm.settings import TrainSettings
-from alignpro.llm.train import Environment, train
+from alignpro.llm.data import packaged
+from alignpro.llm.models import policy
+from alignpro.llm.models.adapters import adapter_config
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.models.libraries import quiet
+from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.policies.prompter import Prompter, target_ids
+from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.training import open_ended
+from alignpro.llm.training.open_ended import Environment, train
+from alignpro.llm.training.settings import TrainSettings
 
 REWRITE, ANSWER = 24, 32
 
@@ -124,7 +125,7 @@ def parts(tiny):
     return (
         prompter,
         LocalTarget("smollm2-135m-instruct", dtype="float32", batch_size=64),
-        data.instructions(8),
+        packaged.instructions(8),
     )
 
 
@@ -142,7 +143,7 @@ def settings(args, algorithm="ppo"):
 
 
 def ours(args):
-    """`alignpro.llm.train`, PPO."""
+    """`alignpro.llm.training.open_ended`, PPO."""
     prompter, frozen, prompts = parts(args.tiny)
     clock = Clock()
     clock.watch(prompter.model)
@@ -156,7 +157,7 @@ def ours(args):
 
     policy.edge_log_probs = applied
     timed = {"sample_and_score": "prompter generation", "log_probs": "scoring and update, forward"}
-    saved = {name: getattr(training, name) for name in timed}
+    saved = {name: getattr(open_ended, name) for name in timed}
 
     def wrap(name, phase):
         def run(*positional, **named):
@@ -169,7 +170,7 @@ def ours(args):
         return run
 
     for name, phase in timed.items():
-        setattr(training, name, wrap(name, phase))
+        setattr(open_ended, name, wrap(name, phase))
     respond = frozen.respond
 
     def responding(*positional, **named):
@@ -179,11 +180,11 @@ def ours(args):
         return found
 
     frozen.respond = responding
-    with _backward(clock, training.OpenPPOTrainer), tempfile.TemporaryDirectory() as folder:
+    with _backward(clock, open_ended.OpenPPOTrainer), tempfile.TemporaryDirectory() as folder:
         train(prompter, environment, prompts, settings(args), folder, progress=False)
     policy.edge_log_probs = head
     for name, function in saved.items():
-        setattr(training, name, function)
+        setattr(open_ended, name, function)
     return clock.best()
 
 
@@ -373,8 +374,8 @@ def scoring_memory():
     """Log-probabilities, entropies and the gradient of 1,024 tokens at a vocabulary of 262,144."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from alignpro.llm.forward import How, remember
-    from alignpro.llm.policy import log_probs
+    from alignpro.llm.models.forward import How, remember
+    from alignpro.llm.models.policy import log_probs
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = LlamaConfig(

@@ -91,7 +91,7 @@ def pairs_torch(frozen, own, prior):
 def pairs_alignpro(frozen, own, prior):
     """As `solve_large` computes it: machine code where llvmlite is installed."""
     from alignpro.theory.instance import unchecked
-    from alignpro.theory.scale import prompt_shift
+    from alignpro.theory.scale.routes import prompt_shift
 
     instance = unchecked(None, prior, frozen, own, None)
     return lambda: prompt_shift(instance)
@@ -277,8 +277,8 @@ def peak(dtype: str) -> float:
 
     from llvmlite import ir
 
-    from alignpro.theory.native import INDEX, POINTER, Code, function, index, loop, register_bytes
-    from alignpro.theory.vectors import Vectors, element
+    from alignpro.theory.scale.native import INDEX, POINTER, Code, function, index, loop, register_bytes
+    from alignpro.theory.scale.vectors import Vectors, element
 
     sums, size, of = 8, register_bytes(), element(dtype)
     written = function(INDEX, POINTER)

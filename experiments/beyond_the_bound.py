@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from alignpro.theory import FAMILIES, limits, robustness, solution
-from alignpro.theory.chains import _solve  # `solve_chain` without its checks, to be vmapped
+from alignpro.theory import FAMILIES, solution
 from alignpro.theory.families import random_prompters
 from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import unchecked
+from alignpro.theory.results import cost, derivatives, reach, readings, robustness
+from alignpro.theory.results.chains import _solve  # `solve_chain` without its checks, to be vmapped
 
 SHAPE, CHUNK = (2, 4, 5), 1000
 DRAWS = (2, 7, 1000)
@@ -40,11 +41,11 @@ def apart(lhs, rhs, size):
 def of_limits(instance, beta, lam, rho):
     s, other = solution(instance, beta, lam), solution(instance, beta, lam, rho)
     span = jnp.maximum(s.span, 1e-300)
-    head, read = limits.headroom(instance, lam), limits.limit_readings(instance, beta, lam)
-    value, ceiling = limits.response_value(instance, lam), limits.prompting_ceiling(instance, beta)
-    critical, budget = limits.critical_lam(instance, beta, per_prompt=True), limits.kl_budget(s)
-    projected, price = limits.information_projection(instance, beta), limits.kl_price(instance, beta, rho)
-    split = limits.variance_split(instance, rho)
+    head, read = derivatives.headroom(instance, lam), readings.limit_readings(instance, beta, lam)
+    value, ceiling = reach.response_value(instance, lam), reach.prompting_ceiling(instance, beta)
+    critical, budget = readings.critical_lam(instance, beta, per_prompt=True), cost.kl_budget(s)
+    projected, price = reach.information_projection(instance, beta), cost.kl_price(instance, beta, rho)
+    split = derivatives.variance_split(instance, rho)
     finite = jnp.isfinite(price.policy)
     paid = jnp.where(finite, beta * (price.star + price.between - price.policy), price.gap)
     found = {
@@ -75,7 +76,7 @@ def of_limits(instance, beta, lam, rho):
         "variance split": apart(split.total, split.within + split.between, span**2),
     }
     for n in DRAWS:
-        best = limits.best_of_n_rewrites(instance, n)
+        best = cost.best_of_n_rewrites(instance, n)
         found[f"best of {n}: KL <= log n - (n-1)/n"] = beyond(best.kl, best.kl_bound, 1.0)
         found[f"best of {n}: below the frontier"] = beyond(best.lift, best.frontier_lift, span)
     return {name: jnp.max(v) for name, v in found.items()}

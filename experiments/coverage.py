@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from alignpro.estimation.intervals import betting, bootstrap_t, empirical_bernstein, studentise
-from alignpro.estimation.report import span
 from alignpro.estimation.simulate import Size, simulate
+from alignpro.estimation.statements import span
 from alignpro.estimation.terms import Terms
 from alignpro.files import write_json
 from alignpro.theory import FAMILIES, Instance, load, solution

@@ -15,11 +15,11 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
+from alignpro.commands.demo import DemoSettings, Judge, enumerated, environment, fit, user_prompts
 from alignpro.files import writable_folder, write_json
-from alignpro.llm.demo import DemoSettings, Judge, enumerated, environment, fit, user_prompts
-from alignpro.llm.models import load_model
-from alignpro.llm.rewards import load_reward
-from alignpro.llm.tree_train import TrainSettings
+from alignpro.llm.models.load import load_model
+from alignpro.llm.rewards.opening import load_reward
+from alignpro.llm.training.tree import TrainSettings
 
 
 @dataclass(frozen=True)

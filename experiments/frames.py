@@ -12,10 +12,10 @@ import argparse
 import numpy as np
 import torch
 
-from alignpro.llm import data
-from alignpro.llm.frozen import Sampling
-from alignpro.llm.local import LocalTarget
-from alignpro.llm.rewards import load_reward
+from alignpro.llm.data import packaged, split
+from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.rewards.opening import load_reward
+from alignpro.llm.targets.local import LocalTarget
 
 FRAMES = (
     "{x} Explain in detail.",
@@ -52,7 +52,7 @@ def main():
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    prompts = [x for x in data.instructions() if data.split_of(x) == "train"][: args.prompts]
+    prompts = [x for x in packaged.instructions() if split.split_of(x) == "train"][: args.prompts]
     target, reward = LocalTarget("smollm2-135m-instruct", batch_size=64), load_reward("minilm-bt")
 
     def mean_rewards(frame):

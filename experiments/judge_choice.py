@@ -13,10 +13,10 @@ import re
 import numpy as np
 import torch
 
-from alignpro import winrate
-from alignpro.llm import data
-from alignpro.llm.judge import ForcedChoice, control_tokens, question
-from alignpro.llm.local import LocalTarget
+from alignpro.estimation import winrate
+from alignpro.llm.arms.judge import ForcedChoice, control_tokens, question
+from alignpro.llm.data import packaged
+from alignpro.llm.targets.local import LocalTarget
 
 
 def cut(text: str, words: int) -> str:
@@ -41,7 +41,7 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     texts = {}
-    for pair in data.preference_pairs(["dpo-demo"]):
+    for pair in packaged.preference_pairs(["dpo-demo"]):
         x, *answers = (cut(text, args.words) for text in (pair.prompt, pair.chosen, pair.rejected))
         if answers[0] != answers[1]:
             texts.setdefault(x, answers)

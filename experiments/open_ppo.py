@@ -22,15 +22,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from alignpro.commands.demo import environment
 from alignpro.files import read_json_lines, write_json, write_text
-from alignpro.llm import data
-from alignpro.llm.demo import environment
-from alignpro.llm.frozen import EVALUATION, Sampling
-from alignpro.llm.ledger import Cached
-from alignpro.llm.local import LocalTarget
-from alignpro.llm.prompter import Prompter
-from alignpro.llm.rewards import load_reward
-from alignpro.llm.train import PROMPTER_FOLDER, Environment, TrainSettings, train
+from alignpro.llm.data import packaged, split
+from alignpro.llm.models.sampling import EVALUATION, Sampling
+from alignpro.llm.policies.prompter import Prompter
+from alignpro.llm.rewards.opening import load_reward
+from alignpro.llm.targets.ledger import Cached
+from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.training.open_ended import PROMPTER_FOLDER, Environment, TrainSettings, train
 
 MODEL, REWARD = "smollm2-135m-instruct", "minilm-bt"
 SETTINGS = TrainSettings(
@@ -106,9 +106,9 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    every = data.instructions()
-    training = [x for x in every if data.split_of(x) == "train"]
-    held_out = [x for x in every if data.split_of(x) == "test"]
+    every = packaged.instructions()
+    training = [x for x in every if split.split_of(x) == "train"]
+    held_out = [x for x in every if split.split_of(x) == "test"]
     settings, answers = VARIANTS[args.variant]
     settings = replace(settings, iterations=args.iterations or settings.iterations)
     reward = load_reward(REWARD)

@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 
 from paper_grid import cost, plan, rehearse, work
+from paper_grid import page as grid_page
 
-from alignpro import pages
 from alignpro.errors import AlignProError
 from alignpro.files import writable_folder, write_json
-from alignpro.llm import packages
+from alignpro.llm.models import packages
+from alignpro.report import keep
 
 
 def main(arguments=None) -> int:
@@ -103,7 +104,7 @@ def _summarise(preset, jobs, out, publish) -> None:
     write_json(out / "results.json", results)
     write_json(out / "times.json", work.times(jobs, out))
     written = figures.write(results, out)
-    if page := pages.keep(pages.report_of_grid(results), out / "results.html"):
+    if page := keep.keep(grid_page.report_of_grid(results), out / "results.html"):
         written.append(page)
     print(summary.table(results))
     print(f"wrote {out / 'results.json'}, {', '.join(path.name for path in written)}")

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "llm"))
 
 from test_train import FAST, fit
 
-from alignpro.llm import ppo
-from alignpro.llm.tree_train import TrainSettings
+from alignpro.llm.training import ppo
+from alignpro.llm.training.tree import TrainSettings
 
 
 def distances(algorithm: str) -> np.ndarray:

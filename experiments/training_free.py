@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from open_ppo import MODEL, REWARD, VARIANTS, by_prompt, interval
 
+from alignpro.commands.demo import environment
 from alignpro.files import read_json_lines, write_json
-from alignpro.llm import data
-from alignpro.llm.demo import environment
-from alignpro.llm.ledger import Cached
-from alignpro.llm.local import LocalTarget
-from alignpro.llm.prompter import Prompter
-from alignpro.llm.resample import best_of_n, evaluate, load_proposals, propose, save_proposals, star
-from alignpro.llm.rewards import load_reward
-from alignpro.llm.train import Environment
+from alignpro.llm.arms.resample import best_of_n, evaluate, load_proposals, propose, save_proposals, star
+from alignpro.llm.data import packaged, split
+from alignpro.llm.policies.prompter import Prompter
+from alignpro.llm.rewards.opening import load_reward
+from alignpro.llm.targets.ledger import Cached
+from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.training.open_ended import Environment
 
 
 def main():
@@ -36,7 +36,7 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     settings, answers = VARIANTS["rewrite"]
-    held_out = [x for x in data.instructions() if data.split_of(x) == "test"]
+    held_out = [x for x in packaged.instructions() if split.split_of(x) == "test"]
     n = round(settings.iterations * settings.prompts * settings.samples / len(held_out))
     world = Environment(
         load_reward(REWARD),

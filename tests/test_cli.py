@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import alignpro
-from alignpro import cli
+from alignpro.commands import main
 from alignpro.theory.bounds import BOUNDS, LOWER_BOUNDS
 from alignpro.theory.families import draw
 
@@ -24,7 +24,7 @@ def files(tmp_path):
 
 
 def test_solve_prints_one_json_object_per_file(files, capsys):
-    assert cli.main(["solve", *files, *GOOD, "--bounds", "all", "--json"]) == 0
+    assert main.main(["solve", *files, *GOOD, "--bounds", "all", "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     for file, line in zip(files, lines, strict=True):
@@ -43,7 +43,7 @@ def test_solve_prints_one_json_object_per_file(files, capsys):
 
 
 def test_solve_prints_a_table(files, capsys):
-    assert cli.main(["solve", files[0], *GOOD, "--r-max", "0.1"]) == 0
+    assert main.main(["solve", files[0], *GOOD, "--r-max", "0.1"]) == 0
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if line.strip().startswith("theorem1"))
     assert "inapplicable" in row
@@ -53,10 +53,10 @@ def test_solve_prints_a_table(files, capsys):
 
 def test_verify_holds_and_refutes(tmp_path, capsys):
     few = ["--instances", "300", "--family", "signed"]
-    assert cli.main(["verify", *few, "--bound", "theorem1", "--out", str(tmp_path / "new" / "run")]) == 0
+    assert main.main(["verify", *few, "--bound", "theorem1", "--out", str(tmp_path / "new" / "run")]) == 0
     assert "theorem1: no violation in 300 instances" in capsys.readouterr().out
     assert json.loads((tmp_path / "new" / "run" / "verify.json").read_text())["violations"] == 0
-    assert cli.main(["verify", *few, "--bound", "signed_max_abs", "--out", str(tmp_path)]) == 1
+    assert main.main(["verify", *few, "--bound", "signed_max_abs", "--out", str(tmp_path)]) == 1
     assert "signed_max_abs: REFUTED" in capsys.readouterr().out
     names = ["new", "refuted-signed_max_abs.npz", "report.html", "verify.json"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
@@ -94,7 +94,7 @@ def test_mistakes_get_one_line_and_status_2(case, files, tmp_path, capsys):
     out = tmp_path / "out"
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     arguments = [{"FILE": files[0], "OUT": str(out)}.get(a, a) for a in arguments]
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith(f"alignpro: error: {message}")
@@ -103,19 +103,19 @@ def test_mistakes_get_one_line_and_status_2(case, files, tmp_path, capsys):
 
 
 def test_every_bad_file_gets_its_line_before_anything_is_computed(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("alignpro.solve.solve_instances", lambda *a: pytest.fail("computed"))
+    monkeypatch.setattr("alignpro.commands.solve.solve_instances", lambda *a: pytest.fail("computed"))
     (tmp_path / "text.npz").write_text("no")
     bad = [str(tmp_path / "gone.npz"), str(tmp_path / "text.npz")]
-    assert cli.main(["solve", files[0], bad[0], files[1], bad[1], *GOOD]) == 2
+    assert main.main(["solve", files[0], bad[0], files[1], bad[1], *GOOD]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert [line.split(": ")[2] for line in said.err.splitlines()] == bad
 
 
 def test_help_version_and_interruption(capsys, monkeypatch):
-    assert cli.main(["--version"]) == 0
+    assert main.main(["--version"]) == 0
     assert capsys.readouterr().out == f"alignpro {alignpro.__version__}\n"
-    assert cli.main(["solve", "--help"]) == 0
+    assert main.main(["solve", "--help"]) == 0
     assert "in reward units" in capsys.readouterr().out
 
     @dataclass(frozen=True)
@@ -125,24 +125,25 @@ def test_help_version_and_interruption(capsys, monkeypatch):
         def run(self) -> int:
             raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, "wait", Wait)
-    assert cli.main(["wait"]) == 130
+    monkeypatch.setitem(main.VERBS, "wait", Wait)
+    assert main.main(["wait"]) == 130
     assert capsys.readouterr().err == "alignpro: interrupted\n"
 
 
 def test_nothing_heavy_is_imported():
     script = (
-        "import sys, alignpro.cli, alignpro.verify, alignpro.solve, alignpro.theory; "
+        "import sys, alignpro.commands.main, alignpro.commands.verify; "
+        "import alignpro.commands.solve, alignpro.theory; "
         "print([m for m in ('torch', 'matplotlib', 'transformers', 'pandas') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    light = "import sys, alignpro, alignpro.cli; print('jax' in sys.modules)"
+    light = "import sys, alignpro, alignpro.commands.main; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
 def test_a_closed_pipe_is_quiet(files):
-    command = f"{sys.executable} -m alignpro.cli solve {' '.join(files)} --beta 1 --lam 1 --json | true"
+    command = f"{sys.executable} -m alignpro solve {' '.join(files)} --beta 1 --lam 1 --json | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""

@@ -19,9 +19,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from alignpro.cli import _parse
+from alignpro.commands.main import _parse
 from alignpro.errors import AlignProError
-from alignpro.llm import packages
+from alignpro.llm.models import packages
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

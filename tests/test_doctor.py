@@ -6,7 +6,7 @@ from importlib import metadata
 
 import pytest
 
-from alignpro import cli, doctor
+from alignpro.commands import doctor, main
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def without(monkeypatch):
 
 
 def test_all_is_well(capsys):
-    assert cli.main(["doctor", "--json"]) == 0
+    assert main.main(["doctor", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["extras"][0] | {"packages": 0} == {
         "extra": "alignpro",
@@ -47,13 +47,13 @@ def test_all_is_well(capsys):
 
 def test_what_is_missing_is_named_with_its_remedy(without, capsys):
     without(trl=None, peft="0.1")
-    assert cli.main(["doctor"]) == 0  # an extra is a choice
+    assert main.main(["doctor"]) == 0  # an extra is a choice
     said = capsys.readouterr().out
     assert "lacks trl, peft" in said
     assert "pip install 'alignpro[llm]'" in said
     assert "pip install 'alignpro[certify]'" not in said
     without(jax=None)
-    assert cli.main(["doctor"]) == 1
+    assert main.main(["doctor"]) == 1
     assert "pip install alignpro    #" in capsys.readouterr().out
 
 
@@ -72,7 +72,7 @@ def test_it_asks_no_network(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("ALIGNPRO_CACHE", str(tmp_path / "none" / "yet"))
-    assert cli.main(["doctor"]) == 0
+    assert main.main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "fetched at first use" in said
     assert " cached" not in said
@@ -81,8 +81,8 @@ def test_it_asks_no_network(monkeypatch, tmp_path, capsys):
 
 def test_completion(capsys):
     for shell in ("bash", "zsh", "fish"):
-        assert cli.main(["--completion", shell]) == 0
+        assert main.main(["--completion", shell]) == 0
         said = capsys.readouterr().out
         assert "reward-model" in said
-    assert cli.main(["--completion", "ksh"]) == 2
+    assert main.main(["--completion", "ksh"]) == 2
     assert "--completion ksh: choose from bash, zsh, fish" in capsys.readouterr().err

@@ -20,11 +20,12 @@ import jax
 import numpy as np
 import pytest
 
-from alignpro import cli, explore
+from alignpro.commands import explore, main
 from alignpro.errors import AlignProError
 from alignpro.rollouts import Rollout
-from alignpro.theory import FAMILIES, STATEMENTS, Instance, Names, check, limits, solution
+from alignpro.theory import FAMILIES, STATEMENTS, Instance, Names, check, solution
 from alignpro.theory.families import draw
+from alignpro.theory.results import cost, reach
 
 HOSTILE = (
     "<img src=x onerror='window.hacked=1'></script><script>window.hacked=1</script>",
@@ -139,8 +140,8 @@ def agree(found, instance, beta, lam, prompt):
     }
     assert found["gap"] == check(instance, beta, lam).gap
     assert (found["delta1"], found["delta2"]) == (mean(s.delta1), mean(s.delta2))
-    assert found["kl"] == float(limits.kl_budget(s).mean_spent)
-    ceiling = limits.prompting_ceiling(instance, beta)
+    assert found["kl"] == float(cost.kl_budget(s).mean_spent)
+    ceiling = reach.prompting_ceiling(instance, beta)
     assert found["ceiling"]["anywhere"] == pytest.approx(mean(ceiling.anywhere), rel=1e-12, abs=1e-15)
     assert found["ceiling"]["supported"] == mean(s.ceiling)
     assert [b["name"] for b in found["bounds"]] == list(explore.AT_STAR)
@@ -213,7 +214,7 @@ def test_dropped_bounds_say_nothing_new():
 def test_the_frontier_passes_through_rho_star(server):
     about = api(server, "instance", **family("lm_like"))
     instance = draw("lm_like", 3, SHAPE)[0]
-    f = jax.jit(limits.frontier)(instance, np.array(about["frontier"]["lam"]))
+    f = jax.jit(cost.frontier)(instance, np.array(about["frontier"]["lam"]))
     assert about["frontier"]["kl"] == np.asarray(f.mean_kl).tolist()
     assert about["frontier"]["reward"] == np.asarray(f.mean_reward).tolist()
     for i in (30, 60, 90):
@@ -292,7 +293,7 @@ def test_a_bad_parameter_is_one_sentence(server, change, said):
 
 
 def test_other_requests_are_refused(server):
-    for path, status in (("/api/nothing", 400), ("/etc/passwd", 404), ("/../alignpro/cli.py", 404)):
+    for path, status in (("/api/nothing", 400), ("/etc/passwd", 404), ("/../alignpro/commands/main.py", 404)):
         assert ask(server, path)[0] == status
     for method in ("POST", "PUT", "HEAD"):
         status, headers, _ = ask(server, "/", method)
@@ -326,7 +327,7 @@ def test_without_a_file_or_rollouts_there_are_none():
 )
 def test_the_command_line_refuses_before_serving(arguments, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["explore", "--no-browser", *arguments]) == 2
+    assert main.main(["explore", "--no-browser", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert said in err
@@ -336,13 +337,13 @@ def test_the_command_line_refuses_before_serving(arguments, said, capsys, tmp_pa
 def test_a_taken_port_is_named(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert cli.main(["explore", "--no-browser", "--port", port]) == 2
+        assert main.main(["explore", "--no-browser", "--port", port]) == 2
     assert f"--port {port}: cannot listen there" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_the_normal_end_and_torch_stays_away():
     code = (
-        "import sys; from alignpro import cli; status = cli.main(['explore', '--no-browser']); "
+        "import sys; from alignpro.commands import main as cli; status = cli.main(['explore', '--no-browser']); "
         "print(status, sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:

@@ -20,10 +20,14 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-from alignpro import cli, pages, report
+from paper_grid import main
+from paper_grid import page as grid_page
+
 from alignpro.errors import AlignProError
 from alignpro.estimation.simulate import Size, simulated_rows
-from alignpro.pages import Curve, Curves, Dot, Dots, Page, Table
+from alignpro.report import figures as report_figures
+from alignpro.report import keep, numbers, render
+from alignpro.report.page import Curve, Curves, Dot, Dots, Page, Table
 from alignpro.theory.families import draw
 
 HOSTILE = "<script>alert(1)</script></style></td><img src=x onerror=y>&amp;{{ 98765 * 43211 }}"
@@ -131,7 +135,7 @@ def model(home):
     pytest.importorskip("torch", reason="needs torch: pip install 'alignpro[llm]'")
     import torch
 
-    from alignpro.llm.models import tiny_model
+    from alignpro.llm.models.configure import tiny_model
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -175,7 +179,7 @@ def ran(home, tmp_path_factory, request):
             names = {"HOME": str(home), "MODEL": tiny, "OUT": str(out)}
             words = [re.sub("HOME|MODEL|OUT", lambda m: names[m[0]], w) for w in COMMANDS[verb].split()]
             with redirect_stdout(io.StringIO()) as told, redirect_stderr(io.StringIO()) as noted:
-                status = cli.main(words)
+                status = main.main(words)
             said = SimpleNamespace(out=told.getvalue(), err=noted.getvalue())
             assert status == (verb in ("verify", "hunt")), said.err
             text = (out / "report.html").read_text(encoding="utf-8")
@@ -357,7 +361,7 @@ def test_numbers_of_the_language_models(ran):
     first = [row for row in rows if row["draw"] == row["answer"] == 0]
     assert len(texts) == len(first) == 10
     for row in first:
-        assert (row["x"], row["arm"], report.visible(row["response"])) in texts
+        assert (row["x"], row["arm"], report_figures.visible(row["response"])) in texts
 
     run = ran("resample")
     proposals = [json.loads(line) for line in (run.out / "proposals.jsonl").read_text().splitlines()]
@@ -424,19 +428,19 @@ def grid():
 
 
 def test_the_grid_has_a_page_too(grid, tmp_path):
-    assert pages.keep(pages.report_of_grid(grid), tmp_path / "results.html") == tmp_path / "results.html"
+    assert keep.keep(grid_page.report_of_grid(grid), tmp_path / "results.html") == tmp_path / "results.html"
     page = Strict((tmp_path / "results.html").read_text(encoding="utf-8"))
     every = [cell for table in page.tables for row in table for cell in row]
     for value in (0.41, 0.42, 0.43, 0.51, 0.52, 0.71, 0.72, 0.81, 0.82):
         assert limits(e(value)) in every, value
     for value in (0.11, 0.12, 0.13, 0.21, 0.22, 0.23):
-        assert pages.interval(e(value), ".3f") in every, value
+        assert numbers.interval(e(value), ".3f") in every, value
     assert "0.310 [0.210, 0.410]; 0.320 [0.220, 0.420]" in every
     assert "4 : 1 : 3" in every
     assert "script" not in page.tags
     assert any(HOSTILE in cell and "⟨U+202E⟩gnp.exe⟨U+2066⟩⟨U+200B⟩" in cell for cell in every)
     grid["combinations"], grid["claims"][0]["cells"] = [], []
-    Strict(report.page(pages.report_of_grid(grid), pages.facts()))
+    Strict(render.page(grid_page.report_of_grid(grid), keep.facts()))
 
 
 # --- strangers' text ---
@@ -454,7 +458,7 @@ def a_page(text, **changes):
 
 
 def rendered(page):
-    return report.page(page, {**pages.facts(), "command": f"alignpro {HOSTILE}{HIDDEN}"})
+    return render.page(page, {**keep.facts(), "command": f"alignpro {HOSTILE}{HIDDEN}"})
 
 
 def test_text_from_outside_stays_text():
@@ -471,9 +475,9 @@ def test_text_from_outside_stays_text():
 
 def test_without_escaping_it_would_not(monkeypatch):
     """The mutant."""
-    whole = report.jinja2.Environment
-    monkeypatch.setattr(report.jinja2, "Environment", lambda **said: whole(**{**said, "autoescape": False}))
-    text = report.page(a_page("<script>alert(1)</script>"), pages.facts())
+    whole = render.jinja2.Environment
+    monkeypatch.setattr(render.jinja2, "Environment", lambda **said: whole(**{**said, "autoescape": False}))
+    text = render.page(a_page("<script>alert(1)</script>"), keep.facts())
     assert "script" in Strict(text).tags
     with pytest.raises(AssertionError):
         Strict(rendered(a_page(HOSTILE)))
@@ -496,7 +500,7 @@ def test_without_escaping_it_would_not(monkeypatch):
     ],
 )
 def test_no_folder_and_no_key_is_told(said, expected):
-    assert pages.unplaced(said) == expected
+    assert numbers.unplaced(said) == expected
 
 
 def test_the_command_is_as_typed_but_for_folders():
@@ -509,13 +513,13 @@ def test_the_command_is_as_typed_but_for_folders():
         "--x=/a/b",
         "~/c d/e",
     ]
-    token = pages.TYPED.set(typed)
+    token = keep.TYPED.set(typed)
     try:
-        said = pages.facts()["command"]
+        said = keep.facts()["command"]
     finally:
-        pages.TYPED.reset(token)
+        keep.TYPED.reset(token)
     assert said == "alignpro estimate 'runs/a b.jsonl' --out '…/my run' --lam=0.1 --x=…/b …/e"
-    assert pages.facts()["command"] is None
+    assert keep.facts()["command"] is None
 
 
 # --- what is drawn ---
@@ -523,14 +527,14 @@ def test_the_command_is_as_typed_but_for_folders():
 
 def test_dots_are_where_the_numbers_are(monkeypatch):
     figures = []
-    monkeypatch.setattr(report, "_png", lambda figure: figures.append(figure) or b"")
+    monkeypatch.setattr(report_figures, "_png", lambda figure: figures.append(figure) or b"")
     dots = [
         Dot("$a$", 0.25, 0.125, 0.5, "x"),
         Dot("$a$", 0.75, None, None, "y"),
         Dot("b", -0.5, -1.7e308, 0.0, "x"),
     ]
     dots += [Dot("none", None), Dot("nan", float("nan"))]
-    plot = report._dots(Dots("T", "units", dots, [(1.0, "here")]))
+    plot = report_figures._dots(Dots("T", "units", dots, [(1.0, "here")]))
     [axes] = figures[0].axes
     drawn = [line for line in axes.lines if line.get_marker() in ("o", "s")]
     assert [line.get_xdata()[0] for line in drawn] == [0.25, 0.75, -0.5]
@@ -539,22 +543,24 @@ def test_dots_are_where_the_numbers_are(monkeypatch):
     assert bars == [[0.125, 0.5], [axes.get_xlim()[0], 0.0]]  # one without an end leaves the axes
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["$a$", "b"]
     assert plot.alt == ("T, units. $a$, x: 0.25 [0.125, 0.5]; $a$, y: 0.75; b, x: −0.5 [−∞, 0]; here at 1.")
-    assert report._dots(Dots("T", "units", [Dot("a", None)])) is None
+    assert report_figures._dots(Dots("T", "units", [Dot("a", None)])) is None
 
 
 def test_one_far_number_does_not_crush_the_others(monkeypatch):
     figures = []
-    monkeypatch.setattr(report, "_png", lambda figure: figures.append(figure) or b"")
+    monkeypatch.setattr(report_figures, "_png", lambda figure: figures.append(figure) or b"")
     for far, scale in ((2.0, "linear"), (1e6, "symlog")):
-        report._dots(Dots("T", "units", [*(Dot(str(i), 0.1 * i) for i in range(1, 9)), Dot("far", far)]))
+        report_figures._dots(
+            Dots("T", "units", [*(Dot(str(i), 0.1 * i) for i in range(1, 9)), Dot("far", far)])
+        )
         assert figures[-1].axes[0].get_xscale() == scale
 
 
 def test_curves_are_the_numbers(monkeypatch):
     figures = []
-    monkeypatch.setattr(report, "_png", lambda figure: figures.append(figure) or b"")
+    monkeypatch.setattr(report_figures, "_png", lambda figure: figures.append(figure) or b"")
     curves = [Curve("a", [0.1, None, 0.4], [0.05, None, 0.05]), Curve("b", [1.0, 2.0, 3.0])]
-    plot = report._panels(Curves([1, 2, 3], "steps", [("u", curves)]))
+    plot = report_figures._panels(Curves([1, 2, 3], "steps", [("u", curves)]))
     [axes] = figures[0].axes
     first, second = axes.lines
     np.testing.assert_array_equal(first.get_ydata(), [0.1, np.nan, 0.4])
@@ -579,40 +585,40 @@ def test_a_result_without_figures_or_rows_says_so():
 def test_another_verbs_page_is_not_written_over(tmp_path, capsys):
     one, other = a_page("one"), a_page("two")
     other.verb = "estimate"
-    assert pages.keep(one, tmp_path) == pages.keep(one, tmp_path) == tmp_path / "report.html"
-    assert pages.keep(other, tmp_path) == tmp_path / "estimate-report.html"
+    assert keep.keep(one, tmp_path) == keep.keep(one, tmp_path) == tmp_path / "report.html"
+    assert keep.keep(other, tmp_path) == tmp_path / "estimate-report.html"
     assert capsys.readouterr().err.splitlines()[-1] == f"wrote {tmp_path / 'estimate-report.html'}"
     assert "<title>one</title>" in (tmp_path / "report.html").read_text()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.html").write_text("somebody's")
-    assert pages.keep(one, tmp_path / "mine") == tmp_path / "mine" / "compare-report.html"
+    assert keep.keep(one, tmp_path / "mine") == tmp_path / "mine" / "compare-report.html"
     assert (tmp_path / "mine" / "report.html").read_text() == "somebody's"
 
 
 def test_one_process_of_several_writes(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert pages.keep(a_page("a"), tmp_path) is None
+    assert keep.keep(a_page("a"), tmp_path) is None
     assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("name", ["x.npz", "report", "folder.html"])
 def test_a_report_that_cannot_be_is_refused_first(name, home, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("alignpro.solve.solve_files", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr("alignpro.commands.solve.solve_files", lambda *_, **__: pytest.fail("computed"))
     (tmp_path / "folder.html").mkdir()
     command = ["solve", str(home / "0.npz"), "--beta", "1", "--lam", "1", "--report", str(tmp_path / name)]
-    assert cli.main(command) == 2
+    assert main.main(command) == 2
     said = capsys.readouterr().err
     assert said == f"alignpro: error: --report {tmp_path / name}: name a file that ends in .html\n"
 
 
 def test_a_folder_that_cannot_be_is_named():
     with pytest.raises(AlignProError, match=r"^--report /dev/null: cannot write there"):
-        pages.check_file("/dev/null/x.html")
+        keep.check_file("/dev/null/x.html")
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
 def test_without_the_extra_a_verb_does_all_the_rest(package, home, tmp_path):
-    code = f"import sys; sys.modules[{package!r}] = None; from alignpro import cli; "
+    code = f"import sys; sys.modules[{package!r}] = None; from alignpro.commands import main as cli;"
     code += "sys.exit(cli.main(sys.argv[1:]))"
     command = ["compare", str(home / "rollouts.jsonl"), "--arms", "none", "sft", "--out", str(tmp_path)]
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
@@ -626,6 +632,6 @@ def test_without_the_extra_a_verb_does_all_the_rest(package, home, tmp_path):
 
 def test_importing_it_draws_nothing():
     heavy = "{'matplotlib', 'jinja2', 'numpy', 'jax', 'torch'}"
-    code = f"import sys, alignpro.pages; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, alignpro.report.page; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -75,7 +75,7 @@ def test_the_wheel_works_where_it_is_installed(archives, tmp_path):
     """Away from the tree: its code and its templates come from the wheel alone."""
     with zipfile.ZipFile(archives[0]) as wheel:
         wheel.extractall(tmp_path / "site")
-    code = "import alignpro, sys; from alignpro.cli import main; print(alignpro.__file__)\n"
+    code = "import alignpro, sys; from alignpro.commands.main import main; print(alignpro.__file__)\n"
     code += "sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "solve", "--help"]
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}
@@ -94,7 +94,7 @@ def test_the_wheel_works_where_it_is_installed(archives, tmp_path):
     ],
 )
 def test_no_torch_before_it_is_needed(verb):
-    code = "import sys; from alignpro.cli import main; status = main(sys.argv[1:])\n"
+    code = "import sys; from alignpro.commands.main import main; status = main(sys.argv[1:])\n"
     code += "assert 'torch' not in sys.modules; assert 'transformers' not in sys.modules; sys.exit(status)"
     done = subprocess.run([sys.executable, "-c", code, *verb], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignpro.errors import AlignProError
-from alignpro.testing import (
+from alignpro.theory.instance import KEYS, Instance, normalise
+from alignpro.theory.testing import (
     chains,
     counterexample,
     instances,
@@ -20,7 +21,6 @@ from alignpro.testing import (
     rewards,
     temperatures,
 )
-from alignpro.theory.instance import KEYS, Instance, normalise
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -187,12 +187,12 @@ def test_mistakes_are_told_at_once(case):
 def test_without_hypothesis_there_is_one_line_with_the_remedy():
     script = (
         "import sys; sys.modules['hypothesis'] = None\n"
-        "from alignpro import cli\n"
+        "from alignpro.commands import main as cli\n"
         "sys.exit(cli.main(['hunt', 'theorem1']))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == (
-        "alignpro: error: alignpro.testing: the package hypothesis is missing; "
+        "alignpro: error: alignpro.theory.testing: the package hypothesis is missing; "
         "run pip install 'alignpro[testing]'\n"
     )

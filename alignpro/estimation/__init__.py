@@ -3,7 +3,7 @@
 from alignpro.estimation.compare import Comparison, compare
 from alignpro.estimation.headroom import Headroom, headroom
 from alignpro.estimation.intervals import Estimate
-from alignpro.estimation.report import BoundEstimate, EstimateReport, estimate
+from alignpro.estimation.statements import BoundEstimate, EstimateReport, estimate
 
 __all__ = [
     "BoundEstimate",

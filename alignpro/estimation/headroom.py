@@ -10,7 +10,7 @@ import numpy as np
 from alignpro.errors import AlignProError
 from alignpro.estimation import samples
 from alignpro.estimation.intervals import Bias, Estimate, check_level, prompts_to_settle
-from alignpro.estimation.report import check_temperature
+from alignpro.estimation.statements import check_temperature
 from alignpro.estimation.terms import Absent, Term, Terms, estimates
 from alignpro.rollouts import Rollouts
 

@@ -8,7 +8,7 @@ import jax
 
 jax.config.update("jax_enable_x64", True)
 
-from alignpro.theory import chains, limits, preferences, robustness  # noqa: E402
+from alignpro.theory import results  # noqa: E402
 from alignpro.theory.bounds import (  # noqa: E402
     BOUNDS,
     IDENTITIES,
@@ -24,6 +24,7 @@ from alignpro.theory.divergences import jeffreys, kl, tv  # noqa: E402
 from alignpro.theory.families import FAMILIES  # noqa: E402
 from alignpro.theory.gibbs import Tilted, grid, tilt  # noqa: E402
 from alignpro.theory.instance import Instance, Names, load  # noqa: E402
+from alignpro.theory.results import chains, preferences, robustness  # noqa: E402
 from alignpro.theory.solution import Solution, solution  # noqa: E402
 
 __all__ = [
@@ -45,9 +46,9 @@ __all__ = [
     "grid",
     "jeffreys",
     "kl",
-    "limits",
     "load",
     "preferences",
+    "results",
     "robustness",
     "solution",
     "tilt",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from alignpro.cli import main as alignpro
+from alignpro.commands.main import main as alignpro
 
 PROMPTS = [
     "How do I fold a shirt?",

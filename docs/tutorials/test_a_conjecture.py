@@ -2,8 +2,8 @@
 
 from hypothesis import given, settings
 
-from alignpro.testing import counterexample, instances, temperatures
 from alignpro.theory import solution
+from alignpro.theory.testing import counterexample, instances, temperatures
 
 problem = (instances(shape=(1, 2, 2)), temperatures(1e-3, 1e3))  # one shape is compiled once
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from alignpro.cli import main as alignpro
+from alignpro.commands.main import main as alignpro
 from alignpro.theory import Instance, check, solution
 
 # One prompt, two rewrites (the first is the prompt itself), two responses, the second of which is better.

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.errors import AlignProError
-from alignpro.llm import datasets, packages
-from alignpro.llm.settings import PRESETS, TrainSettings
+from alignpro.llm.data import public
+from alignpro.llm.models import download
+from alignpro.llm.training.settings import PRESETS, TrainSettings
 from paper_grid.plan import Job, Preset
 
 _LOGITS = 512 * 2**20
@@ -275,15 +276,15 @@ def reachable(preset: Preset) -> list[str]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    from alignpro.llm.models import MODELS
-    from alignpro.llm.rewards import REWARDS
+    from alignpro.llm.models.catalogue import MODELS
+    from alignpro.llm.rewards.opening import REWARDS
 
     wanted = [
         (m, "model") for m in models(preset) if m not in MODELS and m not in REWARDS and not Path(m).exists()
     ]
     for options in preset.datasets.values():
-        source = datasets.DATASETS.get(options.get("dataset", ""))
-        if isinstance(source, datasets.Source) and not options.get("data_folder"):
+        source = public.DATASETS.get(options.get("dataset", ""))
+        if isinstance(source, public.Source) and not options.get("data_folder"):
             wanted.append((source.repository, "dataset"))
     found = []
     for name, kind in wanted:
@@ -297,6 +298,6 @@ def reachable(preset: Preset) -> list[str]:
                 f"{name}: the hub has no such {kind}, or it is private; check the name, or hf auth login"
             )
         except Exception as error:  # of httpx and huggingface_hub, without a common class
-            why = packages.scrub(" ".join(str(error).split())[:120]) or type(error).__name__
+            why = download.scrub(" ".join(str(error).split())[:120]) or type(error).__name__
             found.append(f"{name}: the hub cannot be reached ({why})")
     return found

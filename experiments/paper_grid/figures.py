@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from alignpro.files import atomic_write, write_text
-from alignpro.report import visible
+from alignpro.report.figures import visible
 from paper_grid.summary import PAPER_DATASETS, PAPER_TABLE_1, interval
 
 # Okabe–Ito, and a marker each: told apart with every common colour blindness, and in print.

@@ -16,8 +16,8 @@ import yaml
 
 from alignpro.errors import AlignProError
 from alignpro.files import write_json, write_text
-from alignpro.llm import datasets
-from alignpro.llm.data import SPLITS, split_of
+from alignpro.llm.data import public
+from alignpro.llm.data.split import SPLITS, split_of
 
 PRESETS = Path(__file__).parent / "presets"
 CONFIGURATIONS = {
@@ -314,13 +314,13 @@ def select_prompts(job: Job, out: Path) -> None:
         AlignProError: the data set cannot be had, or has too few.
     """
     o = job.options
-    short = datasets.shorter(characters=o["longest_prompt"])
+    short = public.shorter(characters=o["longest_prompt"])
 
     def of(splits: tuple[str, ...]) -> list[str]:
         def fits(x: str) -> bool:
             return split_of(x) in splits and short(x)
 
-        return datasets.prompts(o["dataset"], folder=o.get("data_folder"), fits=fits)
+        return public.prompts(o["dataset"], folder=o.get("data_folder"), fits=fits)
 
     training, held_out = of(("train",)), of(tuple(o["held_out_splits"]))
     if len(held_out) < o["held_out_prompts"]:

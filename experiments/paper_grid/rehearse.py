@@ -23,7 +23,7 @@ import numpy as np
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json, write_text
-from alignpro.llm import packages
+from alignpro.llm.models import packages
 from paper_grid import cost, plan, work
 from paper_grid.plan import Job, Preset
 
@@ -147,9 +147,9 @@ def write_model(model: Model, folder: Path, scale: str) -> Path:
     """Configuration, tokenizer and chat template, and the mark by which weights are drawn at loading."""
     import transformers
     import trl
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 
-    from alignpro.llm.models import RANDOM_FILE
+    from alignpro.llm.models.catalogue import RANDOM_FILE
 
     values = dict(model.values)
     if scale == "tiny":
@@ -159,7 +159,7 @@ def write_model(model: Model, folder: Path, scale: str) -> Path:
         values |= {"head_dim": 16} if "head_dim" in values else {}
         values["original_max_position_embeddings"] = values["max_position_embeddings"]
     vocabulary, merges = _words(model.specials, values["vocab_size"])
-    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend = Tokenizer(models_load_load.BPE(vocabulary, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     named = {f"{role}_token": token for role, token in model.roles.items()}
@@ -286,7 +286,8 @@ def watching() -> Iterator[Watch]:
     """Measure training and rolling out within; models are loaded before the clock starts."""
     import torch
 
-    from alignpro.llm import rollout, train
+    from alignpro.llm.arms import rollout
+    from alignpro.llm.training import open_ended
 
     found = Watch(where="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -302,8 +303,8 @@ def watching() -> Iterator[Watch]:
 
         return run
 
-    saved = train.train, rollout.roll_out
-    train.train, rollout.roll_out = timed(saved[0]), timed(saved[1])
+    saved = open_ended.train, rollout.roll_out
+    open_ended.train, rollout.roll_out = timed(saved[0]), timed(saved[1])
     gc.collect()
     if found.where == "cuda":
         torch.cuda.empty_cache()
@@ -313,7 +314,7 @@ def watching() -> Iterator[Watch]:
     try:
         yield found
     finally:
-        train.train, rollout.roll_out = saved
+        open_ended.train, rollout.roll_out = saved
         found.memory = torch.cuda.max_memory_reserved() if found.where == "cuda" else _peak()
 
 
@@ -345,14 +346,15 @@ def rehearse(preset: Preset, out: Path, scale: str, only: str = "") -> dict[str,
     """
     import torch
 
-    from alignpro.llm import models
-    from alignpro.llm.rewards import REWARDS
+    from alignpro.llm.models import catalogue
+    from alignpro.llm.models import catalogue as models_load_catalogue
+    from alignpro.llm.rewards.opening import REWARDS
 
     if scale not in SCALES:
         raise AlignProError(f"--scale {scale}: choose from {', '.join(SCALES)}")
     folders = {}
     for name in cost.models(replace(preset, judge=None)):
-        if name in models.MODELS or name in REWARDS or Path(name).expanduser().exists():
+        if name in catalogue.MODELS or name in REWARDS or Path(name).expanduser().exists():
             continue
         if name not in CONFIGS:
             raise AlignProError(
@@ -362,7 +364,7 @@ def rehearse(preset: Preset, out: Path, scale: str, only: str = "") -> dict[str,
     small = shrunk(preset, scale)
     arithmetic = {job.name: cost.of_job(job, small) for job in plan.jobs(small)}
     jobs = plan.chosen(plan.jobs(renamed(small, folders)), only)
-    os.environ[models.REHEARSAL] = "1"
+    os.environ[models_load_catalogue.REHEARSAL] = "1"
     found: dict[str, Any] = {}
     count = sum(job.verb != "prompts" for job in jobs)
     packages.note(f"rehearsal at scale {scale}: {count} jobs of one round, on random weights")

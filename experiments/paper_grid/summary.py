@@ -15,18 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from alignpro import rollouts, winrate
+from alignpro import rollouts
+from alignpro.commands.demo import environment
 from alignpro.errors import AlignProError
+from alignpro.estimation import winrate
 from alignpro.estimation.compare import compare
 from alignpro.estimation.intervals import LEAST_PROMPTS, Estimate
-from alignpro.estimation.report import estimate
+from alignpro.estimation.statements import estimate
 from alignpro.estimation.terms import Arm, Term, estimates
 from alignpro.files import read_json, read_json_lines
-from alignpro.llm.demo import environment
-from alignpro.llm.judge import FILE as JUDGEMENTS
-from alignpro.llm.ledger import FILE as ANSWERS
-from alignpro.llm.rollout import FILE as ROLLOUTS
-from alignpro.llm.train import METRICS_FILE
+from alignpro.llm.arms.judge import FILE as JUDGEMENTS
+from alignpro.llm.arms.rollout import FILE as ROLLOUTS
+from alignpro.llm.targets.ledger import FILE as ANSWERS
+from alignpro.llm.training.open_ended import METRICS_FILE
 from paper_grid import plan
 from paper_grid.plan import Preset
 from paper_grid.work import FINISHED

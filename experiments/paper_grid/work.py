@@ -19,10 +19,10 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from alignpro import cli
+from alignpro.commands import main
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json
-from alignpro.llm import packages
+from alignpro.llm.models import packages
 from paper_grid import plan
 from paper_grid.plan import Job
 
@@ -80,7 +80,7 @@ def do(job: Job, out: Path) -> None:
         plan.select_prompts(job, out)
     else:
         argument = [str(out / job.argument)] if job.argument else []
-        status = cli.main([job.verb, *argument, "--config", str(path)])
+        status = main.main([job.verb, *argument, "--config", str(path)])
         if status == 130:
             raise KeyboardInterrupt
         if status:

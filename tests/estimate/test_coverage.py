@@ -9,8 +9,8 @@ import pytest
 from estimate_oracle import halfway, instance, truth
 
 from alignpro.estimation.intervals import bootstrap_t, studentise
-from alignpro.estimation.report import theorem1
 from alignpro.estimation.simulate import Size, simulate
+from alignpro.estimation.statements import theorem1
 from alignpro.estimation.terms import Terms
 
 REPETITIONS, PROMPTS, BETA, LAM = 500, 40, 0.25, 0.2

@@ -11,9 +11,9 @@ import pytest
 from estimate_oracle import halfway, instance, truth
 from scipy import stats
 
-from alignpro import cli
+from alignpro.commands import main
 from alignpro.errors import AlignProError
-from alignpro.estimation import compare, estimate, headroom, report
+from alignpro.estimation import compare, estimate, headroom, statements
 from alignpro.estimation.intervals import bootstrap_t
 from alignpro.estimation.simulate import Size, simulate, simulated_rows
 from alignpro.estimation.terms import Term, estimates
@@ -105,8 +105,8 @@ def test_true_bounds_hold_with_simultaneous_limits(rollouts):
     found = estimate(rollouts, BETA, LAM)
     assert {b.verdict for b in found.bounds} == {"holds"}
     assert set(by_name(found)) == {
-        *((name, "rho*") for name in report.BOUNDS),
-        *((name, "trained") for name in report.ANY_BOUNDS),
+        *((name, "rho*") for name in statements.BOUNDS),
+        *((name, "trained") for name in statements.ANY_BOUNDS),
     }
     alone = [estimate(rollouts, BETA, LAM).quantities[k] for k in found.quantities]
     assert alone == list(found.quantities.values())  # deterministic
@@ -115,15 +115,15 @@ def test_true_bounds_hold_with_simultaneous_limits(rollouts):
 
 def false_bound(terms):
     """A tenth of Theorem 1's right side."""
-    true = report.theorem1(terms)
+    true = statements.theorem1(terms)
     share = 0.1 * (true.slack + true.gap)
-    return report.Statement(true.gap, {"tenth": (1, share)}, share - true.gap, {})
+    return statements.Statement(true.gap, {"tenth": (1, share)}, share - true.gap, {})
 
 
 def test_a_false_bound_is_violated(monkeypatch):
     i, lam = instance(5, spread=0.7, noise=2.0), 0.5
     wide = simulate(i, np.random.default_rng(0), SIZE._replace(answers=40), reward_range=(0.0, 1.0))
-    monkeypatch.setitem(report.BOUNDS, "false", false_bound)
+    monkeypatch.setitem(statements.BOUNDS, "false", false_bound)
     true = truth(i, BETA, lam, i.prior)
     assert true["gap"] > 0.1 * true["rhs"] + 0.05
     bounds = by_name(estimate(wide, BETA, lam))
@@ -147,7 +147,7 @@ def test_a_prompter_passed_off_as_rho_star_violates_theorem_1(tmp_path, capsys):
         path = tmp_path / f"{name}.jsonl"
         rows = simulated_rows(i, rng, Size(80, 40, 20, 4), prompters={"star": star})
         path.write_text("".join(row.line() for row in rows))
-        status = cli.main(["estimate", str(path), "--beta", "0.5", "--lam", str(LAM), "--json"])
+        status = main.main(["estimate", str(path), "--beta", "0.5", "--lam", str(LAM), "--json"])
         found = json.loads(capsys.readouterr().out)
         verdicts[name] = (status, found["bounds"][0]["verdict"])
         assert found["bounds"][0]["prompter"] == "star"
@@ -205,11 +205,11 @@ def test_degenerate_weights_warn_and_do_not_decide(rollouts):
 
 def test_inconclusive_says_how_many_prompts_would_settle(rollouts, monkeypatch):
     def nearly(terms):
-        true = report.theorem1(terms)
+        true = statements.theorem1(terms)
         shift = replace(true.slack, values=np.full(60, true.slack.values.mean() - 0.005))
         return true._replace(slack=true.slack - shift)
 
-    monkeypatch.setitem(report.BOUNDS, "nearly", nearly)
+    monkeypatch.setitem(statements.BOUNDS, "nearly", nearly)
     bound = by_name(estimate(rollouts, BETA, LAM))["nearly", "rho*"]
     assert bound.verdict == "inconclusive"
     half = bound.slack.value - bound.slack.lo
@@ -380,9 +380,9 @@ def test_verbs_print_tables_and_strict_json(file, tmp_path, capsys):
     }
     for verb, (options, said) in verbs.items():
         out = tmp_path / "new" / verb
-        assert cli.main([verb, str(file), *options, "--out", str(out)]) == 0
+        assert main.main([verb, str(file), *options, "--out", str(out)]) == 0
         assert said in capsys.readouterr().out
-        assert cli.main([verb, str(file), *options, "--json"]) == 0
+        assert main.main([verb, str(file), *options, "--json"]) == 0
         line = capsys.readouterr().out
         assert line.count("\n") == 1
         found = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
@@ -408,7 +408,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_mistakes_get_one_line_and_status_2(case, file, capsys):
     arguments, message = BAD[case]
-    assert cli.main([str(file) if a == "FILE" else a for a in arguments]) == 2
+    assert main.main([str(file) if a == "FILE" else a for a in arguments]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith(f"alignpro: error: {message}")
@@ -417,7 +417,7 @@ def test_mistakes_get_one_line_and_status_2(case, file, capsys):
 
 def test_estimation_needs_neither_jax_nor_torch():
     code = (
-        "import sys, alignpro.cli, alignpro.estimation, alignpro.estimation.tables;"
+        "import sys, alignpro.commands.main, alignpro.estimation, alignpro.commands.tables;"
         "print([m for m in ('jax', 'torch', 'scipy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special, stats
 
-from alignpro import winrate
 from alignpro.errors import AlignProError
-from alignpro.winrate import Judgements, collect, length_regression, rate, wilson, win_rates
+from alignpro.estimation import winrate
+from alignpro.estimation.winrate import Judgements, collect, length_regression, rate, wilson, win_rates
 
 EPS = np.finfo(float).eps
 

@@ -19,7 +19,7 @@ import yaml
 from paper_grid import cost, figures, plan, summary, work
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models import tiny_model
+from alignpro.llm.models.configure import tiny_model
 
 HERE = Path(__file__).parent
 EXPERIMENTS = Path(paper.__file__).parent
@@ -129,20 +129,20 @@ def test_every_cell_of_the_paper():
 @pytest.mark.parametrize("name", ["small", "paper"])
 def test_every_job_is_one_that_its_verb_takes(name, tmp_path):
     """The options parse, as they stand in the config.yaml."""
-    from alignpro import cli
+    from alignpro.commands import main
 
     for job in plan.jobs(plan.load(name)):
         path = plan.write_config(job, tmp_path)
         if job.verb != "prompts":
             argument = [str(tmp_path / job.argument)] if job.argument else []
-            parsed = cli._parse([job.verb, *argument, "--config", str(path)])
+            parsed = main._parse([job.verb, *argument, "--config", str(path)])
             assert parsed.out == str(tmp_path / job.name)
     # The mutant: an option that no verb has.
     job = next(job for job in plan.jobs(plan.load(name)) if job.verb == "train")
     path = plan.write_config(job, tmp_path)
     path.write_text(path.read_text() + "nonesuch: 1\n")
     with pytest.raises(AlignProError, match="nonesuch"):
-        cli._parse([job.verb, "--config", str(path)])
+        main._parse([job.verb, "--config", str(path)])
 
 
 def test_the_whole_grid(home, whole):

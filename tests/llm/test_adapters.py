@@ -10,12 +10,12 @@ import zoo
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from alignpro import cli
+from alignpro.commands import main
 from alignpro.errors import AlignProError
-from alignpro.llm import models
-from alignpro.llm.adapters import adapter_config, blocks_of
-from alignpro.llm.local import LocalTarget
-from alignpro.llm.prompter import Prompter
+from alignpro.llm.models import catalogue, configure, load
+from alignpro.llm.models.adapters import adapter_config, blocks_of
+from alignpro.llm.policies.prompter import Prompter
+from alignpro.llm.targets.local import LocalTarget
 
 TEXTS = ["How do plants grow?", "Name a painter."]
 
@@ -41,18 +41,18 @@ def trained(home, tmp_path, monkeypatch):
     arguments += ["--reward", "zoo:letters@0,1", "--prompts-file", str(home / "prompts.jsonl")]
     arguments += ["--iterations", "2", "--prompts", "2", "--samples", "2", "--max-tokens", "5"]
     arguments += ["--answer-tokens", "5", "--learning-rate", "0.05"]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     return work / "runs" / "a"
 
 
 def test_adapters_are_on_the_top_layers_of_the_language_model(home):
-    gpt2, _ = models.load_model(home / "gpt2", device="cpu")
+    gpt2, _ = load.load_model(home / "gpt2", device="cpu")
     name, blocks = blocks_of(gpt2)
     assert (name, len(blocks)) == ("transformer.h", 4)
     found = adapter_config(gpt2, 4, 0.5)
     assert {target.split(".")[2] for target in found.target_modules} == {"2", "3"}
     assert found.fan_in_fan_out
-    vision, _ = models.load_model(home / "gemma3_vision", device="cpu")
+    vision, _ = load.load_model(home / "gemma3_vision", device="cpu")
     found = adapter_config(vision, 4, 1.0)
     assert len(found.target_modules) == 4 * 7
     assert all("language_model.layers." in target for target in found.target_modules)
@@ -61,7 +61,7 @@ def test_adapters_are_on_the_top_layers_of_the_language_model(home):
 
 
 def test_a_layout_without_layers_is_one_line(home):
-    model, _ = models.load_model(home / "llama3_2", device="cpu")
+    model, _ = load.load_model(home / "llama3_2", device="cpu")
     model.config.num_hidden_layers = 7
     with pytest.raises(AlignProError, match=r"^model LlamaForCausalLM: no list of its 7 layers was found"):
         adapter_config(model, 4, 1.0)
@@ -74,7 +74,7 @@ def test_a_relative_base_is_found_from_anywhere(trained, tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.log_probs(TEXTS, TEXTS), expected)
     named = json.loads((trained / "prompter" / "adapter_config.json").read_text())
     assert named["base_model_name_or_path"] == again.base == str(tmp_path / "work" / "models" / "base")
-    assert cli.main(["rewrite", str(trained), *TEXTS]) == 0  # the folder of the run does as well
+    assert main.main(["rewrite", str(trained), *TEXTS]) == 0  # the folder of the run does as well
     # Written by an earlier version: a path relative to where it was trained.
     path = trained / "prompter" / "prompter.json"
     said = json.loads(path.read_text())
@@ -100,12 +100,12 @@ def test_an_adapter_is_a_model_wherever_one_is_named(home, trained, tmp_path):
     plain = LocalTarget(adapted.base, device="cpu", dtype="float32")
     assert np.abs(target.log_probs(TEXTS, TEXTS) - plain.log_probs(TEXTS, TEXTS)).max() > 1e-3
     assert target.revision != plain.revision
-    assert cli.main(["merge", str(trained), "--out", str(tmp_path / "whole")]) == 0
+    assert main.main(["merge", str(trained), "--out", str(tmp_path / "whole")]) == 0
     whole = Prompter.from_pretrained(tmp_path / "whole", device="cpu")
     np.testing.assert_allclose(whole.log_probs(TEXTS, TEXTS), expected, rtol=1e-5)
     assert whole.template == adapted.template
     assert not [*(tmp_path / "whole").glob("*.bin")]
-    assert cli.main(["merge", str(trained), "--out", str(tmp_path / "whole")]) == 2  # it is there
+    assert main.main(["merge", str(trained), "--out", str(tmp_path / "whole")]) == 2  # it is there
     # As ρ_sft it is trained on from there.
     arguments = [
         "train",
@@ -125,7 +125,7 @@ def test_an_adapter_is_a_model_wherever_one_is_named(home, trained, tmp_path):
         "0.1",
     ]
     arguments += ["--iterations", "1", "--prompts", "2", "--samples", "2", "--max-tokens", "5"]
-    assert cli.main([*arguments, "--answer-tokens", "5"]) == 0
+    assert main.main([*arguments, "--answer-tokens", "5"]) == 0
     again = Prompter.from_pretrained(tmp_path / "again" / "prompter", device="cpu")
     with again.model.disable_adapter():
         np.testing.assert_allclose(again.log_probs(TEXTS, TEXTS), expected, rtol=1e-5)
@@ -149,7 +149,7 @@ def test_an_adapter_that_is_not_whole_is_refused(change, trained, tmp_path):
     with pytest.raises(AlignProError, match=r"^adapter .*(lacks|has no place for) .*save it again"):
         Prompter.from_pretrained(folder, device="cpu")
     with pytest.raises(AlignProError, match=r"^adapter .*save it again"):
-        models.load_model(folder, device="cpu")
+        load.load_model(folder, device="cpu")
 
 
 def test_a_model_that_lacks_a_tensor_is_refused(home, tmp_path):
@@ -160,11 +160,11 @@ def test_a_model_that_lacks_a_tensor_is_refused(home, tmp_path):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(AlignProError, match=r"no weights that fit model\.layers\.1\.mlp\.up_proj\.weight"):
-        models.load_model(tmp_path / "m", device="cpu")
+        load.load_model(tmp_path / "m", device="cpu")
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.full((64, 32), float("nan"))
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(AlignProError, match=r"its logits are not finite"):
-        models.load_model(tmp_path / "m", device="cpu")
+        load.load_model(tmp_path / "m", device="cpu")
 
 
 def test_every_process_has_a_device_of_its_own(monkeypatch):
@@ -173,40 +173,40 @@ def test_every_process_has_a_device_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert models.device_of("auto") == torch.device("cuda", 0)
+    assert configure.device_of("auto") == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert models.device_of("auto") == torch.device("cuda", 3)
+    assert configure.device_of("auto") == torch.device("cuda", 3)
     assert chosen == [0, 3]
-    assert models.device_of("cuda:1") == torch.device("cuda", 1)
+    assert configure.device_of("cuda:1") == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(AlignProError, match=r"^LOCAL_RANK 4: this machine has 4 CUDA devices"):
-        models.device_of("auto")
+        configure.device_of("auto")
 
 
 def test_four_bits_need_their_package(home, monkeypatch, capsys):
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(load, "find_spec", lambda name: None)
     with pytest.raises(AlignProError, match=r"^dtype '4bit': the package bitsandbytes is missing; run pip"):
-        models.load_model(home / "llama3_2", "4bit")
+        load.load_model(home / "llama3_2", "4bit")
     arguments = ["train", "--out", str(home / "none"), "--prompter", str(home / "llama3_2")]
     arguments += ["--prompts-file", str(home / "prompts.jsonl"), "--policy-dtype", "4bit"]
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     assert "the package bitsandbytes is missing" in capsys.readouterr().err
 
 
 def test_a_folder_for_rehearsals_is_no_model(home, tmp_path, monkeypatch):
     shutil.copytree(home / "llama3_2", tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
-    (tmp_path / "m" / models.RANDOM_FILE).write_text('{"seed": 0}')
-    monkeypatch.delenv(models.REHEARSAL, raising=False)
+    (tmp_path / "m" / catalogue.RANDOM_FILE).write_text('{"seed": 0}')
+    monkeypatch.delenv(catalogue.REHEARSAL, raising=False)
     with pytest.raises(AlignProError, match=r"has no weights: it was made for a rehearsal"):
-        models.load_model(tmp_path / "m", device="cpu")
-    monkeypatch.setenv(models.REHEARSAL, "1")
-    one, two = (models.load_model(tmp_path / "m", device="cpu")[0] for _ in range(2))
+        load.load_model(tmp_path / "m", device="cpu")
+    monkeypatch.setenv(catalogue.REHEARSAL, "1")
+    one, two = (load.load_model(tmp_path / "m", device="cpu")[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(("text", "match"), [("thinking", "is no JSON object"), ("[1]", "is no JSON object")])
 def test_chat_options_are_an_object(text, match, home, capsys):
     arguments = ["rewrite", str(home / "llama3_2"), "x", "--chat-template-kwargs", text]
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     assert match in capsys.readouterr().err

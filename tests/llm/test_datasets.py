@@ -22,11 +22,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from alignpro import cli
+from alignpro.commands import main
 from alignpro.errors import AlignProError
-from alignpro.llm import data, datasets
-from alignpro.llm.datasets import DATASETS, Source, pairs, prompts, read_prompts, sample, shorter
-from alignpro.llm.models import tiny_model
+from alignpro.llm.data import own as datasets_own
+from alignpro.llm.data import public
+from alignpro.llm.data import split as data
+from alignpro.llm.data.own import read_prompts
+from alignpro.llm.data.public import DATASETS, Source, pairs, prompts, sample, shorter
+from alignpro.llm.models.configure import tiny_model
 
 SOURCES = [name for name, row in DATASETS.items() if isinstance(row, Source)]
 GRADED = [name for name in SOURCES if DATASETS[name].grades is not None]
@@ -277,7 +280,7 @@ def test_no_prompt_is_in_two_splits_of_any_data_sets(everything, monkeypatch):
         lambda text: data.SPLITS[next(count) % 3],
         lambda text: data.SPLITS[hashlib.sha256(text.encode()).digest()[0] % 3],
     ):
-        monkeypatch.setattr(datasets, "split_of", mutant)
+        monkeypatch.setattr(public, "split_of", mutant)
         assert leaks(everything) > 20
 
 
@@ -396,7 +399,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_mistakes_are_refused_before_anything_is_read(case, monkeypatch):
-    monkeypatch.setattr(datasets, "_rows", None)
+    monkeypatch.setattr(public, "_rows", None)
     given_, more, message = BAD[case]
     with pytest.raises(AlignProError, match=message):
         prompts(*given_, **more)
@@ -495,7 +498,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 ASK = """
 import os, urllib.request
 from alignpro.errors import AlignProError
-from alignpro.llm.datasets import pairs, prompts
+from alignpro.llm.data.public import pairs, prompts
 try:
     prompts("orca-dpo-pairs")
 except AlignProError as error:
@@ -556,7 +559,7 @@ def own(path, rows, column="prompt"):
     return path
 
 
-@pytest.mark.parametrize("suffix", datasets.FORMATS)
+@pytest.mark.parametrize("suffix", datasets_own.FORMATS)
 def test_files_of_every_format(suffix, tmp_path):
     path = own(tmp_path / f"mine{suffix}", [*OWN, " How? "])
     assert read_prompts(path) == OWN
@@ -639,11 +642,11 @@ def test_train_and_resample_take_a_data_set(base, tmp_path, capsys):
     more = ["--dataset", "helpsteer", "--data-folder", str(folder), "--max-prompt-tokens", "2"]
     short = [x for x in xs if len(x) == 2]
     train = [x for x in short if data.split_of(x) == "train"]
-    assert cli.main([*verb("train", base, tmp_path / "t"), *more, "--prompts", "2"]) == 0
+    assert main.main([*verb("train", base, tmp_path / "t"), *more, "--prompts", "2"]) == 0
     assert f"{len(train)} prompts; 1 rounds of 2 x 2" in capsys.readouterr().err
     held = [x for x in short if data.split_of(x) == "test"]
     assert held
-    assert cli.main([*verb("resample", base, tmp_path / "r"), *more]) == 0
+    assert main.main([*verb("resample", base, tmp_path / "r"), *more]) == 0
     rows = [json.loads(line) for line in (tmp_path / "r" / "proposals.jsonl").read_text().splitlines()]
     assert {row["prompt"] for row in rows} == set(held)
     assert not set(held) & set(train)
@@ -677,13 +680,13 @@ def test_train_and_resample_take_a_data_set(base, tmp_path, capsys):
 def test_mistakes_on_the_command_line(more, message, base, tmp_path, capsys):
     mine = own(tmp_path / "mine.csv", ["ab", "cd"], "q")
     more = [word.format(mine=mine, d=tmp_path) for word in more]
-    assert cli.main([*verb("train", base, tmp_path / "out"), *more]) == 2
+    assert main.main([*verb("train", base, tmp_path / "out"), *more]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
 
 
 def test_the_help_names_every_data_set(capsys):
-    assert cli.main(["train", "--help"]) == 0
+    assert main.main(["train", "--help"]) == 0
     said = "".join(c for c in capsys.readouterr().out if c.isalnum() or c == "-")
     assert all(name in said for name in DATASETS)

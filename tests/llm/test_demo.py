@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alignpro import cli
+from alignpro.commands import demo, main
+from alignpro.commands.demo import DemoSettings, run
 from alignpro.errors import AlignProError
-from alignpro.llm import demo, rewards
-from alignpro.llm.demo import DemoSettings, run
-from alignpro.llm.enumerate import EnumerationSettings
-from alignpro.llm.models import tiny_model
-from alignpro.llm.tree_train import TrainSettings
+from alignpro.llm.arms.enumerate import EnumerationSettings
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.rewards import opening
+from alignpro.llm.training.tree import TrainSettings
 from alignpro.theory import check, load, solution
 
 
@@ -50,11 +50,11 @@ def workplace(tmp_path_factory):
         enumeration=EnumerationSettings(rewrites=6, responses=8, rewrite_tokens=6, response_tokens=5),
         training=TrainSettings(iterations=6, samples=64, lora_layers=1.0, learning_rate=3e-3, lam=0.1),
     )
-    before = dict(rewards.REWARDS)
-    rewards.REWARDS["letters"] = Letters
+    before = dict(opening.REWARDS)
+    opening.REWARDS["letters"] = Letters
     yield folder, settings
-    rewards.REWARDS.clear()
-    rewards.REWARDS.update(before)
+    opening.REWARDS.clear()
+    opening.REWARDS.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +160,9 @@ def test_mistakes_are_one_line_and_leave_nothing(workplace, tmp_path, capsys, mo
         (["--out", str(tmp_path / "a"), "--reward", "letters", "--model", "nothing"], "model 'nothing'"),
     ]
     # Before anything is fetched.
-    monkeypatch.setattr("alignpro.llm.packages.fetch", lambda *a: pytest.fail("fetched"))
+    monkeypatch.setattr("alignpro.llm.models.packages.fetch", lambda *a: pytest.fail("fetched"))
     for arguments, words in cases:
-        assert cli.main(["demo", *arguments]) == 2, arguments
+        assert main.main(["demo", *arguments]) == 2, arguments
         said = capsys.readouterr().err.strip().splitlines()
         assert len(said) == 1, said
         assert said[0].startswith("alignpro: error: ")
@@ -176,9 +176,9 @@ PROGRAM = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_demo import Letters
-from alignpro import cli
-from alignpro.llm import rewards
-rewards.REWARDS["letters"] = Letters
+from alignpro.commands import main as cli
+from alignpro.llm.rewards import opening
+opening.REWARDS["letters"] = Letters
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -204,14 +204,14 @@ def test_control_c_ends_quietly_and_the_run_continues(workplace, tmp_path):
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert "--resume" in said
-    assert cli.main(command[3:]) == 0
+    assert main.main(command[3:]) == 0
     content = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [line["step"] for line in content["curve"]] == list(range(0, 97, 4))
 
 
 def test_help_states_the_defaults(capsys):
     """The flags default to None, so their help says what that means; it must stay true."""
-    assert cli.main(["demo", "--help"]) == 0
+    assert main.main(["demo", "--help"]) == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     full, quick = DemoSettings(), demo.QUICK
     for name, a, b in (

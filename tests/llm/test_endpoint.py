@@ -22,11 +22,12 @@ from faulty import PATIENCE, Server, completion, text_of
 from scipy import stats
 
 from alignpro.errors import AlignProError
-from alignpro.llm import http as module
-from alignpro.llm.endpoint import DIALECTS, Endpoint
-from alignpro.llm.frozen import EVALUATION, Answer, Sampling, Stopped, respond_all, stream_key
-from alignpro.llm.local import LocalTarget
-from alignpro.llm.models import tiny_model
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.models.sampling import EVALUATION, Sampling, stream_key
+from alignpro.llm.targets import http
+from alignpro.llm.targets.endpoint import DIALECTS, Endpoint
+from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.targets.target import Answer, Stopped, respond_all
 
 SAMPLING = Sampling(max_tokens=10)
 PROMPTS = [f"prompt {i}" for i in range(10)]
@@ -233,11 +234,11 @@ def test_a_storm_of_429_is_waited_out():
 
 
 def test_retry_after():
-    assert module.retry_after("2.5") == 2.5
-    assert module.retry_after("-3") == 0
-    assert module.retry_after(formatdate(time.time() + 1000)) == pytest.approx(1000, abs=60)
+    assert http.retry_after("2.5") == 2.5
+    assert http.retry_after("-3") == 0
+    assert http.retry_after(formatdate(time.time() + 1000)) == pytest.approx(1000, abs=60)
     for nothing in (None, "", "soon", "nan", "inf", "99999999999999999999999 Jan"):
-        assert module.retry_after(nothing) is None
+        assert http.retry_after(nothing) is None
 
 
 FINAL = {
@@ -323,7 +324,7 @@ def test_an_empty_answer_is_an_answer():
 
 
 def test_odd_text_survives(tmp_path):
-    from alignpro.llm.ledger import Cached
+    from alignpro.llm.targets.ledger import Cached
 
     odd = "\ud800 \x00 \u2028 💡 __import__('os') {{7*7}}"
     reply = {
@@ -339,7 +340,7 @@ def test_odd_text_survives(tmp_path):
 
 
 def test_an_endless_response_is_cut(monkeypatch):
-    monkeypatch.setattr(module, "LARGEST", 1000)
+    monkeypatch.setattr(http, "LARGEST", 1000)
     with Server(lambda n, body: raw(b" " * 5000)) as server, pytest.raises(Stopped, match="above 1000 bytes"):
         client(server, retries=0).respond(["x"], SAMPLING)
 
@@ -381,7 +382,7 @@ def test_the_pace_keeps_to_its_rate():
     """In simulated time: any minute holds at most the rate, give or take the request at its edge."""
     rng = random.Random(0)
     for rate, amounts in ((60, [1.0] * 300), (1000, [rng.uniform(1, 90) for _ in range(300)])):
-        pace, now, starts = module.Pace(rate), 0.0, []
+        pace, now, starts = http.Pace(rate), 0.0, []
         for amount in amounts:
             now += rng.expovariate(10)
             starts.append((pace.book(now, amount), amount))
@@ -391,18 +392,18 @@ def test_the_pace_keeps_to_its_rate():
             assert sum(inside) - max(amounts) <= rate + 1e-6
         # Nor slower than it must: the mutant halves the rate.
         assert starts[-1][0] <= sum(amounts) / rate * 60 + now
-    assert module.Pace(None).book(5.0, 1e9) == 5.0
+    assert http.Pace(None).book(5.0, 1e9) == 5.0
 
 
 def test_the_rate_limits_are_asked(monkeypatch):
     booked = []
-    real = module.Pace.book
+    real = http.Pace.book
 
     def book(self, now, amount):
         booked.append((self.per_minute, amount))
         return real(self, now, amount)
 
-    monkeypatch.setattr(module.Pace, "book", book)
+    monkeypatch.setattr(http.Pace, "book", book)
     with Server() as server:
         target = client(server, requests_per_minute=1e6, tokens_per_minute=1e7)
         target.respond(["x" * 40], SAMPLING)
@@ -551,16 +552,17 @@ def test_without_the_client_the_error_says_what_to_install(monkeypatch):
 
 
 def test_no_torch_is_needed():
-    code = "import sys, alignpro.llm.endpoint, alignpro.llm.ledger; sys.exit('torch' in sys.modules)"
+    code = "import sys, alignpro.llm.targets.endpoint, alignpro.llm.targets.ledger; "
+    code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
 
 
 LEAKS = """
 import logging, sys, traceback
-from alignpro.llm import http as module
-from alignpro.llm.endpoint import Endpoint
-from alignpro.llm.frozen import Sampling
-from alignpro.llm.ledger import Cached
+from alignpro.llm.targets import http as module
+from alignpro.llm.targets.endpoint import Endpoint
+from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.targets.ledger import Cached
 url, folder = sys.argv[1:]
 logging.basicConfig(level=logging.DEBUG)
 

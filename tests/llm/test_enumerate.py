@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from alignpro.errors import AlignProError
-from alignpro.llm import packages
-from alignpro.llm.enumerate import Enumeration, EnumerationSettings, enumerate_models, sample
-from alignpro.llm.models import load_model, tiny_model
-from alignpro.llm.prompter import Template, target_ids
+from alignpro.llm.arms.enumerate import Enumeration, EnumerationSettings, enumerate_models, sample
+from alignpro.llm.models import packages
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.models.load import load_model
+from alignpro.llm.policies.prompter import Template, target_ids
 from alignpro.theory import solution
 
 PLAIN = Template(system="", examples=(), request="", opening="", space="")

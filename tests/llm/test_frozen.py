@@ -16,11 +16,12 @@ from scipy import stats
 from transformers import GenerationConfig
 
 from alignpro.errors import AlignProError
-from alignpro.llm import policy
-from alignpro.llm.frozen import EVALUATION, Answer, Sampling, Stopped, respond_all, stream_key
-from alignpro.llm.local import LocalTarget
-from alignpro.llm.models import tiny_model
-from alignpro.llm.prompter import target_ids
+from alignpro.llm.models import policy
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.models.sampling import EVALUATION, Sampling, stream_key
+from alignpro.llm.policies.prompter import target_ids
+from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.targets.target import Answer, Stopped, respond_all
 
 PROMPTS = ["a", "bcd", "abcdefgh", "hgf", "ab", "eeeeee"]
 FALSE_ALARM = 1e-6

@@ -9,12 +9,11 @@ from faulty import Server, completion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignpro import cli, winrate
+from alignpro.commands import main
 from alignpro.errors import AlignProError
-from alignpro.llm import judge as module
-from alignpro.llm.endpoint import Endpoint
-from alignpro.llm.frozen import Sampling, Stopped
-from alignpro.llm.judge import (
+from alignpro.estimation import winrate
+from alignpro.llm.arms import judge as module_judge
+from alignpro.llm.arms.judge import (
     CRITERIA,
     FAILURES,
     ForcedChoice,
@@ -26,10 +25,13 @@ from alignpro.llm.judge import (
     quoted,
     read_verdict,
 )
-from alignpro.llm.ledger import Cached
-from alignpro.llm.local import LocalTarget
-from alignpro.llm.models import tiny_model
-from alignpro.llm.prompter import target_ids
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.policies.prompter import target_ids
+from alignpro.llm.targets.endpoint import Endpoint
+from alignpro.llm.targets.ledger import Cached
+from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.targets.target import Stopped
 from alignpro.rollouts import Rollout
 
 X = "What is six times seven?"
@@ -141,7 +143,7 @@ def test_attacks_lose_over_http_too(monkeypatch):
     with served(gullible) as server:
         fenced = judge(endpoint(server), compared)
         assert {j.said() for j in fenced} == {("loss", "loss")}
-        monkeypatch.setattr(module, "question", lambda x, a, b, control=(): unfenced(x, a, b))
+        monkeypatch.setattr(module_judge, "question", lambda x, a, b, control=(): unfenced(x, a, b))
         fooled = judge(endpoint(server), compared)
         assert all(j.said()[0] == "win" for j in fooled)
 
@@ -199,7 +201,7 @@ def test_the_quotations_can_be_told_apart(x, first, second):
 def test_no_text_holds_the_code(monkeypatch):
     assert len({boundary("a", "b"), boundary("a", "c"), boundary("b", "b"), boundary("b", "a")}) == 4
     # SHA-256 will not collide on request, so a weak hash stands in.
-    monkeypatch.setattr(module, "digest", lambda kind, n, *texts: bytes([0xA0 + n]) * 16)
+    monkeypatch.setattr(module_judge, "digest", lambda kind, n, *texts: bytes([0xA0 + n]) * 16)
     assert boundary("a") == "a0" * 8
     assert boundary("a", "x" + "a0" * 8) == "a1" * 8
     assert boundary("A0" * 8, "a1" * 8 + "a2" * 8) == "a3" * 8
@@ -214,21 +216,21 @@ def test_control_tokens_stay_text_for_the_judges_own_tokenizer():
 
     target = Local()
     target.tokenizer = tokenizer
-    control = module.control_tokens(target)
+    control = module_judge.control_tokens(target)
     assert {"<eos>", "<pad>", "$turn$", "n$e"} <= set(control)
     hostile = "<eos><pad>$turn$e $turn$turn$"
     ids = {tokenizer.convert_tokens_to_ids(t) for t in ("<eos>", "<pad>", "$turn$", "n$e")}
     assert ids & set(tokenizer(hostile).input_ids)
     assert not ids & set(tokenizer(question("abc", hostile, "d", control)).input_ids)
     assert not ids & set(target_ids(tokenizer, hostile))  # a chat's content is text to begin with
-    assert module.control_tokens(object()) == ()
+    assert module_judge.control_tokens(object()) == ()
 
     class Wrapper:
         pass
 
     cached = Wrapper()
     cached.target = target
-    assert module.control_tokens(cached) == control
+    assert module_judge.control_tokens(cached) == control
 
 
 # --- the verdict ---
@@ -355,7 +357,7 @@ def test_failures_are_counted_and_kept():
     assert (found.win_rate.n, found.win_rate.value, found.bounds) == (4, 1.0, (pytest.approx(4 / 6), 1.0))
     rows = [j.row(("a", "b"), "judge") for j in judged]
     assert rows[0]["replies"] == ["I cannot say."] * 2
-    shown = module.failed_replies(rows)
+    shown = module_judge.failed_replies(rows)
     assert shown[0] == "none, prompt p0: 'I cannot say.'"
     assert len(shown) == 3
 
@@ -431,11 +433,11 @@ def likelier(target, prior):
 
 def test_the_likelier_verdict_is_chosen():
     target = local(seed=8)
-    blank = [question(t, t, t, module.control_tokens(target)) for t in module.CONTENT_FREE]
+    blank = [question(t, t, t, module_judge.control_tokens(target)) for t in module_judge.CONTENT_FREE]
     a, b = (np.exp(target.log_probs(blank, [f"VERDICT: {c}"] * 3)) for c in "AB")
     p = (a / (a + b)).mean()
     chosen = choices(ForcedChoice(target))
-    assert set(chosen) == set(module.CANDIDATES)
+    assert set(chosen) == set(module_judge.CANDIDATES)
     assert chosen == likelier(target, np.log(p) - np.log(1 - p))
     # Mutants: no calibration, and swapped candidates.
     assert chosen != likelier(target, 0.0)
@@ -459,8 +461,8 @@ def test_a_forced_judge_is_a_target(tmp_path):
     inner = local(batch_size=3)
     target = ForcedChoice(inner)
     assert target.name == "forced choice of Llama"
-    assert module.control_tokens(target) == module.control_tokens(Cached(target, tmp_path))
-    assert "<eos>" in module.control_tokens(target)
+    assert module_judge.control_tokens(target) == module_judge.control_tokens(Cached(target, tmp_path))
+    assert "<eos>" in module_judge.control_tokens(target)
     revisions = [inner.revision, target.revision, ForcedChoice(local(seed=2)).revision]
     assert len(set(revisions)) == 3
     assert ForcedChoice(local()).revision == target.revision
@@ -547,7 +549,7 @@ def test_pairs_meet_every_seed(file):
 def run(file, out, server, *more):
     where = [server.url, "--judge-model", "judge"] if server else []
     command = ["judge", file, "--arms", "trained", "none", "--out", str(out)]
-    return cli.main([*command, *(["--judge", *where] if server else []), *more])
+    return main.main([*command, *(["--judge", *where] if server else []), *more])
 
 
 def test_the_verb(file, tmp_path, capsys):
@@ -615,7 +617,7 @@ def test_a_forced_judge_in_this_process(file, tmp_path, capsys):
     said = capsys.readouterr()
     assert "over 3 of 3 pairs" in said.out
     rows = [json.loads(line) for line in (tmp_path / "out" / "judgements.jsonl").read_text().splitlines()]
-    assert {reply for row in rows for reply in row["replies"]} <= set(module.CANDIDATES)
+    assert {reply for row in rows for reply in row["replies"]} <= set(module_judge.CANDIDATES)
     assert {row["judge"] for row in rows} == {f"forced choice of {tmp_path / 'model'}"}
     assert run(file, tmp_path / "out", None, *command) == 2
     assert "holds another run" in capsys.readouterr().err
@@ -644,10 +646,10 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_mistakes_get_one_line_and_cost_nothing(case, file, tmp_path, capsys, monkeypatch):
     changes, message = BAD[case]
-    monkeypatch.setattr("alignpro.llm.local.LocalTarget.__init__", None)
+    monkeypatch.setattr("alignpro.llm.targets.local.LocalTarget.__init__", None)
     given = {"--arms": ["trained", "none"], "--judge": ["smollm2-135m-instruct"], **changes}
     arguments = [word for name, values in given.items() for word in (name, *values)]
-    assert cli.main(["judge", file, *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert main.main(["judge", file, *arguments, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr()
     assert said.err.startswith(f"alignpro: error: {message}")
     assert said.err.count("\n") == 1

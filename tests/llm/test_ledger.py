@@ -13,12 +13,13 @@ import pytest
 from faulty import Server
 
 from alignpro.errors import AlignProError
-from alignpro.llm import ledger as module
-from alignpro.llm.endpoint import Endpoint
-from alignpro.llm.frozen import EVALUATION, Answer, Sampling, Stopped, arrange, jobs
-from alignpro.llm.ledger import FILE, Cached, Prices, cache_key, spent
-from alignpro.llm.local import LocalTarget
-from alignpro.llm.models import tiny_model
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.models.sampling import EVALUATION, Sampling
+from alignpro.llm.targets import ledger
+from alignpro.llm.targets.endpoint import Endpoint
+from alignpro.llm.targets.ledger import FILE, Cached, Prices, cache_key, spent
+from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.targets.target import Answer, Stopped, arrange, jobs
 
 SAMPLING = Sampling(max_tokens=9)
 PROMPTS = [f"prompt {i}" for i in range(6)]
@@ -73,8 +74,8 @@ def test_samples_of_one_prompt_are_not_one_answer(tmp_path, monkeypatch):
     rows = cached(Fake(), tmp_path / "a").respond(["x"], SAMPLING, samples=8)[0]
     assert len({a.text for a in rows}) == 8
     # The mutant: a key without the sample index.
-    key = module.cache_key
-    monkeypatch.setattr(module, "cache_key", lambda *parts: key(*parts[:-1], 0))
+    key = ledger.cache_key
+    monkeypatch.setattr(ledger, "cache_key", lambda *parts: key(*parts[:-1], 0))
     rows = cached(Fake(), tmp_path / "b").respond(["x"], SAMPLING, samples=8)[0]
     assert len({a.text for a in rows}) == 1
 
@@ -276,10 +277,11 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 # The scripts below fork: each child is a process of its own, without paying for its imports.
 COMMON = """
 import json, os, random, resource, signal, sys, time
-from alignpro.llm import ledger
-from alignpro.llm.endpoint import Endpoint
-from alignpro.llm.frozen import Answer, Sampling, Stopped, arrange, jobs
-from alignpro.llm.ledger import Cached
+from alignpro.llm.targets import ledger
+from alignpro.llm.targets.endpoint import Endpoint
+from alignpro.llm.targets.target import Answer, Stopped, arrange, jobs
+from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.targets.ledger import Cached
 SAMPLING = Sampling(max_tokens=9)
 PROMPTS = [f"prompt {i}" for i in range(40)]
 LOG = os.open("asked", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -477,7 +479,7 @@ def test_a_full_disk_below_an_endpoint(tmp_path, monkeypatch):
         target = cached(Endpoint("m", server.url, concurrency=2), tmp_path)
         want = target.respond(PROMPTS[:2], SAMPLING)
         full = True
-        monkeypatch.setattr(module.os, "write", no_space)
+        monkeypatch.setattr(ledger.os, "write", no_space)
         with pytest.raises(Stopped, match="No space left on device") as error:
             target.respond(PROMPTS, SAMPLING)
         assert (0, 0) in error.value.answers

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignpro.llm.ppo import (
+from alignpro.llm.training.ppo import (
     Critic,
     clipped_surrogate,
     clipped_value_loss,

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models import tiny_model
-from alignpro.llm.prompter import TEMPLATES, Prompter, Template
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.policies.prompter import TEMPLATES, Prompter, Template
 
 BARE = Template(system="", examples=(), request="", opening=">", space="")
 APPEND = replace(BARE, append=True)

@@ -9,11 +9,7 @@ import numpy as np
 import pytest
 
 from alignpro.errors import AlignProError
-from alignpro.llm.frozen import Sampling
-from alignpro.llm.local import LocalTarget
-from alignpro.llm.models import tiny_model
-from alignpro.llm.prompter import Prompter, Template
-from alignpro.llm.resample import (
+from alignpro.llm.arms.resample import (
     Proposals,
     best_of_n,
     evaluate,
@@ -23,8 +19,13 @@ from alignpro.llm.resample import (
     save_proposals,
     star,
 )
-from alignpro.llm.train import Environment
-from alignpro.theory import gibbs, limits
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.policies.prompter import Prompter, Template
+from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.training.open_ended import Environment
+from alignpro.theory import gibbs
+from alignpro.theory.results import cost
 
 BASE = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
 REWARD = np.array([0.1, 0.5, 0.5, 0.9, 1.4])
@@ -166,11 +167,11 @@ def test_best_of_n_is_unbiased_for_the_theory():
     runs = np.array([best_of_n(drawn(12, seed)).values for seed in range(1000)])
     mean, error = runs.mean(0), runs.std(0, ddof=1) / math.sqrt(len(runs))
     for n in (1, 2, 4, 12):
-        exact = limits.best_of_n(BASE, REWARD, n)
+        exact = cost.best_of_n(BASE, REWARD, n)
         assert abs(mean[n - 1] - float(exact.probs @ REWARD)) < Z * error[n - 1]
         assert float(exact.kl) <= best_of_n(drawn(12, 0), n).kl_bound + 1e-12
     # Mutant: off by one.
-    exact = limits.best_of_n(BASE, REWARD, 4)
+    exact = cost.best_of_n(BASE, REWARD, 4)
     assert abs(mean[2] - float(exact.probs @ REWARD)) > Z * error[2]
 
 
@@ -198,7 +199,7 @@ class Echo:
         pass
 
     def respond(self, prompts, sampling, *, first=0, samples=1, seed=0, on_answer=None):
-        from alignpro.llm.frozen import Answer
+        from alignpro.llm.targets.target import Answer
 
         self.calls += len(prompts) * samples
         rows = []

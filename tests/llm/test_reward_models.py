@@ -28,24 +28,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from alignpro import cli
+from alignpro.commands import main as cli
 from alignpro.errors import AlignProError
-from alignpro.llm import http as transport
-from alignpro.llm import ledger, models, reward_models, rewards
-from alignpro.llm.frozen import Stopped
-from alignpro.llm.reward_models import (
-    Bounded,
-    CachedReward,
-    CallableReward,
-    Clip,
-    Declared,
-    EndpointReward,
-    SequenceReward,
-    Squash,
-    check_scores,
-    fill,
-    parse_bounds,
-)
+from alignpro.llm.models import configure, resolve
+from alignpro.llm.rewards import names, opening, reward_b
+from alignpro.llm.rewards.bounds import Bounded, Clip, Declared, Squash, parse_bounds
+from alignpro.llm.rewards.classifier import SequenceReward, check_scores
+from alignpro.llm.rewards.endpoint import CachedReward, EndpointReward
+from alignpro.llm.rewards.function import CallableReward
+from alignpro.llm.rewards.reward import fill
+from alignpro.llm.targets import http as transport
+from alignpro.llm.targets import ledger
+from alignpro.llm.targets.target import Stopped
 
 # --- bounds ---
 
@@ -138,7 +132,7 @@ def test_templates_are_filled_literally():
     assert chained != expected  # the mutant of two passes
     for bad in ("", "{prompt}", "{response} {response} {prompt}", "{x}"):
         with pytest.raises(AlignProError, match="template"):
-            reward_models.check_template(bad)
+            reward_b.check_template(bad)
 
 
 # --- sequence classifiers ---
@@ -335,10 +329,8 @@ def test_other_templates(folder, tmp_path, capsys):
     capsys.readouterr()
     plain = SequenceReward.load(tmp_path / "plain", "squash:0,2", device="cpu")
     assert "no chat template" in capsys.readouterr().err
-    assert plain.template == reward_models.PLAIN
-    assert (
-        plain.encode("hi", "yo")["input_ids"] == tokenizer(fill(reward_models.PLAIN, "hi", "yo"))["input_ids"]
-    )
+    assert plain.template == reward_b.PLAIN
+    assert plain.encode("hi", "yo")["input_ids"] == tokenizer(fill(reward_b.PLAIN, "hi", "yo"))["input_ids"]
     with pytest.raises(AlignProError, match="has no chat template"):
         SequenceReward.load(tmp_path / "plain", "squash:0,2", device="cpu", template="chat")
 
@@ -374,12 +366,12 @@ def test_dtypes_and_the_description(folder, reward):
 
 
 def test_models_that_are_no_reward_models(folder, tmp_path, monkeypatch):
-    causal = save(tmp_path / "causal", *models.tiny_model())
+    causal = save(tmp_path / "causal", *configure.tiny_model())
     with pytest.raises(AlignProError, match=r"no weights for score\.weight.*train_reward"):
         SequenceReward.load(causal, "squash:0,1", device="cpu")
     with pytest.raises(AlignProError, match="Theorem 1 needs a bounded reward"):
         SequenceReward.load(folder, device="cpu")
-    monkeypatch.setattr(models, "_from_hub", lambda _: pytest.fail("a download before the check"))
+    monkeypatch.setattr(resolve, "_from_hub", lambda _: pytest.fail("a download before the check"))
     with pytest.raises(AlignProError, match="Theorem 1 needs a bounded reward"):
         SequenceReward.load("weqweasdas/RM-Gemma-2B", device="cpu")
     with pytest.raises(AlignProError, match="template"):
@@ -598,7 +590,7 @@ class Server:
 def server(monkeypatch):
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv(reward_models.KEY_ENV, raising=False)
+    monkeypatch.delenv(names.KEY_ENV, raising=False)
     monkeypatch.setenv("MY_REWARD_KEY", KEY)
     server = Server()
     yield server
@@ -875,7 +867,7 @@ def test_scores_that_came_before_a_failure_are_kept(server, tmp_path, monkeypatc
 
 KILLED = """
 import sys
-from alignpro.llm.reward_models import CachedReward, EndpointReward
+from alignpro.llm.rewards.endpoint import CachedReward, EndpointReward
 texts = sys.argv[3:]
 CachedReward(EndpointReward(sys.argv[1], "0,1", batch_size=1, concurrency=1), sys.argv[2]).score(texts, texts)
 """
@@ -922,7 +914,7 @@ def test_only_rewards_are_kept(server, tmp_path):
 
 def test_training_goes_on_without_paying_twice(server, tmp_path, capsys, monkeypatch):
     """Against the same training judged by the same function in this process."""
-    base = save(tmp_path / "base", *models.tiny_model(seed=1))
+    base = save(tmp_path / "base", *configure.tiny_model(seed=1))
     (tmp_path / "prompts.txt").write_text("abc\ndef\ngab\n")
     small = (
         "--iterations 3 --prompts 2 --samples 4 --epochs 1 --max-tokens 4 --answer-tokens 4 --dtype float32"
@@ -967,7 +959,7 @@ def test_training_goes_on_without_paying_twice(server, tmp_path, capsys, monkeyp
 
 def test_rewards_by_name(folder, server, tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
-        "from alignpro.llm.reward_models import CallableReward\n"
+        "from alignpro.llm.rewards.function import CallableReward\n"
         "def short(prompts, responses):\n    return [1 / (1 + len(y)) for y in responses]\n"
         "def one(prompt, response):\n    return 0.5\n"
         "made = CallableReward(one, '0,1', each=True)\n"
@@ -975,17 +967,17 @@ def test_rewards_by_name(folder, server, tmp_path, monkeypatch):
     )
     (tmp_path / "broken_rewards.py").write_text("raise RuntimeError('no\\nluck')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert rewards.load_reward("my_rewards:short@0,1").score(["a"], ["bcd"]) == pytest.approx([0.25])
-    assert rewards.load_reward("my_rewards:made").score(["a"], ["b"]) == pytest.approx([0.5])
-    assert rewards.load_reward("my_rewards:one@0,1", each=True).score(["a"], ["b"]) == pytest.approx([0.5])
-    assert rewards.load_reward(f"{server.url}@clip:0,2").score(["a"], ["a"]) == pytest.approx([1 / 26])
-    monkeypatch.setenv(reward_models.KEY_ENV, KEY)
-    rewards.load_reward(f"{server.url}@0,1").score(["a"], ["a"])
+    assert opening.load_reward("my_rewards:short@0,1").score(["a"], ["bcd"]) == pytest.approx([0.25])
+    assert opening.load_reward("my_rewards:made").score(["a"], ["b"]) == pytest.approx([0.5])
+    assert opening.load_reward("my_rewards:one@0,1", each=True).score(["a"], ["b"]) == pytest.approx([0.5])
+    assert opening.load_reward(f"{server.url}@clip:0,2").score(["a"], ["a"]) == pytest.approx([1 / 26])
+    monkeypatch.setenv(names.KEY_ENV, KEY)
+    opening.load_reward(f"{server.url}@0,1").score(["a"], ["a"])
     assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
-    loaded = rewards.load_reward(f"{folder}@squash:0,2", device="cpu")
+    loaded = opening.load_reward(f"{folder}@squash:0,2", device="cpu")
     assert isinstance(loaded, SequenceReward)
     assert loaded.bounded.bounds == Squash(0.0, 2.0)
-    rewards.check_name("weqweasdas/RM-Gemma-2B@squash:0,2")
+    opening.check_name("weqweasdas/RM-Gemma-2B@squash:0,2")
     asked = len(server.asked)
     for name, match in {
         "nope": "minilm-bt",
@@ -1003,7 +995,7 @@ def test_rewards_by_name(folder, server, tmp_path, monkeypatch):
         str(folder): "Theorem 1 needs",
         "../nowhere/else@0,1": "choose from",
     }.items():
-        for use in (rewards.check_name, rewards.load_reward):
+        for use in (opening.check_name, opening.load_reward):
             with pytest.raises(AlignProError, match=match) as error:
                 use(name)
             assert "\n" not in str(error.value)

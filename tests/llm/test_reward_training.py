@@ -13,12 +13,15 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from trl import RewardTrainer
 
-from alignpro import cli
+from alignpro.commands import main
 from alignpro.errors import AlignProError
-from alignpro.llm import data, models, reward_training, rewards
-from alignpro.llm.data import PreferencePair
-from alignpro.llm.reward_models import SequenceReward
-from alignpro.llm.reward_training import RewardSettings, read_pairs, train_reward
+from alignpro.llm.data import split
+from alignpro.llm.data.packaged import PreferencePair
+from alignpro.llm.models import configure, load
+from alignpro.llm.rewards import minilm, opening
+from alignpro.llm.rewards.classifier import SequenceReward
+from alignpro.llm.training import reward as reward_training
+from alignpro.llm.training.reward import RewardSettings, read_pairs, train_reward
 
 
 def save(folder, model, tokenizer):
@@ -45,13 +48,13 @@ def letter_pairs(n, seed=0, swap=False):
         few, many = sorted(answers, key=lambda y: y.count("a"))
         if few.count("a") < many.count("a"):
             chosen, rejected = (few, many) if swap else (many, few)
-            pairs.append(PreferencePair(x, chosen, rejected, "letters", data.split_of(x)))
+            pairs.append(PreferencePair(x, chosen, rejected, "letters", split.split_of(x)))
     return pairs
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("base") / "tiny", *models.tiny_model())
+    return save(tmp_path_factory.mktemp("base") / "tiny", *configure.tiny_model())
 
 
 QUICK = RewardSettings(learning_rate=3e-3, epochs=2, batch_size=32, max_tokens=64, lora_rank=0)
@@ -71,7 +74,7 @@ def test_training_learns_the_preference_and_the_swapped_mutant_its_opposite(base
     assert facts["test_accuracy"]["prompts"] == facts["prompts"]["test"] > 100
     swapped = train_reward(letter_pairs(900, swap=True), base, tmp_path / "swapped", QUICK, device="cpu")
     true = letter_pairs(900)
-    mutant = rewards.accuracy(swapped, [p for p in true if p.split == "test"])
+    mutant = minilm.accuracy(swapped, [p for p in true if p.split == "test"])
     assert mutant["hi"] < 0.5
 
 
@@ -79,7 +82,7 @@ def test_the_measures_are_of_held_out_prompts_by_equation_1(trained):
     """Recomputed from the reward's scores without the class's own sums."""
     reward, pairs = trained[1], letter_pairs(900)
     assert reward.facts["pairs"] == {
-        f"letters {part}": sum(p.split == part for p in pairs) for part in sorted(data.SPLITS)
+        f"letters {part}": sum(p.split == part for p in pairs) for part in sorted(split.SPLITS)
     }
     for part in ("validation", "test"):
         some = [p for p in pairs if p.split == part]
@@ -117,7 +120,7 @@ def test_a_trained_reward_is_saved_as_safetensors_and_loaded_by_name(trained):
     assert {p.suffix for p in out.iterdir()} <= {".json", ".jsonl", ".safetensors", ".jinja"}
     pairs = letter_pairs(20, seed=5)
     prompts, responses = [p.prompt for p in pairs], [p.chosen for p in pairs]
-    for again in (SequenceReward.load(out, device="cpu"), rewards.load_reward(str(out), device="cpu")):
+    for again in (SequenceReward.load(out, device="cpu"), opening.load_reward(str(out), device="cpu")):
         np.testing.assert_allclose(
             again.score(prompts, responses), reward.score(prompts, responses), atol=1e-6
         )
@@ -144,7 +147,7 @@ def test_an_adapter_is_merged_and_training_is_deterministic(base, tmp_path):
     assert isinstance(one.model, LlamaForSequenceClassification)  # and no adapter around it
     names = one.model.state_dict().keys()
     assert not any("lora" in name for name in names)
-    untouched = models.load_model(base, device="cpu")[0].state_dict()
+    untouched = load.load_model(base, device="cpu")[0].state_dict()
     moved = {n for n in names if n in untouched and not torch.equal(one.model.state_dict()[n], untouched[n])}
     assert any("q_proj" in n for n in moved)
     assert not any("embed" in n for n in moved)
@@ -284,7 +287,7 @@ def test_pairs_are_read_line_by_line(base, tmp_path):
     assert [(p.prompt, p.chosen, p.rejected) for p in read] == [
         (r["prompt"], r["chosen"], r["rejected"]) for r in rows
     ]
-    assert all((p.source, p.split) == ("mine", data.split_of(p.prompt)) for p in read)
+    assert all((p.source, p.split) == ("mine", split.split_of(p.prompt)) for p in read)
     good = json.dumps(rows[0])
     for bad in (
         "{",
@@ -320,7 +323,7 @@ def call(base, tmp_path, capsys):
 
     def run(*arguments, out="out"):
         command = ["reward-model", "--base", str(base), "--pairs", str(file), "--out", str(tmp_path / out)]
-        status = cli.main([*command, *options, *arguments])
+        status = main.main([*command, *options, *arguments])
         return status, capsys.readouterr()
 
     return run
@@ -340,7 +343,7 @@ def test_a_reward_model_from_the_command_line_judges_training(call, base, tmp_pa
         assert call("--save-every", "4", out="it's mine")[0] == 130
     status, said = call("--save-every", "4", "--resume", out="it's mine")
     assert status == 0, said.err
-    n = {part: sum(p.split == part for p in pairs) for part in data.SPLITS}
+    n = {part: sum(p.split == part for p in pairs) for part in split.SPLITS}
     sizes = f"({n['train']} train, {n['validation']} validation, {n['test']} test)"
     work = f"{2 * math.ceil(n['train'] / 32)} steps of 32 pairs, all weights, samples of at most 64 tokens"
     assert f"{len(pairs)} pairs of {len(pairs)} prompts {sizes}; {work}" in said.err
@@ -352,7 +355,7 @@ def test_a_reward_model_from_the_command_line_judges_training(call, base, tmp_pa
     xs = [p.prompt for p in test]
     better = reward.logits(xs, [p.chosen for p in test]) > reward.logits(xs, [p.rejected for p in test])
     assert value == pytest.approx(better.mean(), abs=6e-4)
-    assert (lo, hi) == pytest.approx(rewards.wilson_interval(better.sum(), n["test"]), abs=6e-4)
+    assert (lo, hi) == pytest.approx(minilm.wilson_interval(better.sum(), n["test"]), abs=6e-4)
     assert f"(95%, {n['test']} prompts)" in line
     # The flag that is printed is the one to use.
     option, name = shlex.split(re.search(r"train with (--reward .+) \(bounds", said.out)[1])
@@ -360,7 +363,7 @@ def test_a_reward_model_from_the_command_line_judges_training(call, base, tmp_pa
     prompts.write_text("abc\ndef\n")
     small = shlex.split("--iterations 1 --prompts 2 --samples 4 --epochs 1 --max-tokens 4 --answer-tokens 4")
     command = ["train", "--out", str(tmp_path / "run"), "--prompter", str(base), "--target", str(base)]
-    status = cli.main([*command, "--prompts-file", str(prompts), *small, option, name])
+    status = main.main([*command, "--prompts-file", str(prompts), *small, option, name])
     assert status == 0, capsys.readouterr().err
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     answers = [json.loads(row) for row in (tmp_path / "run/answers/answers.jsonl").read_text().splitlines()]

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from alignpro.errors import AlignProError
-from alignpro.llm import data, packages, rewards
-from alignpro.llm.data import PreferencePair
-from alignpro.llm.rewards import (
+from alignpro.llm.data import packaged
+from alignpro.llm.data.packaged import PreferencePair
+from alignpro.llm.models import packages
+from alignpro.llm.rewards import minilm, opening
+from alignpro.llm.rewards.minilm import (
     TEXT_FEATURES,
     BradleyTerryReward,
     Embedder,
@@ -22,7 +24,8 @@ from alignpro.llm.rewards import (
 NEEDED = ("minilm", "llamafactory", "eval-framework")
 needs_reward = pytest.mark.skipif(
     not all(packages.cached(name) for name in NEEDED),
-    reason='fetch and train it with: python -c "from alignpro.llm.rewards import load_reward; load_reward()"',
+    reason='fetch and train it with: python -c "from alignpro.llm.rewards.opening import load_reward; '
+    'load_reward()"',
 )
 
 
@@ -129,7 +132,7 @@ def test_wilson_intervals():
 
 def test_text_features_notice_what_they_name():
     def feature(name: str, response: str, prompt: str = "Name a red fruit") -> float:
-        return rewards._text_features(prompt, response)[TEXT_FEATURES.index(name) - 2]
+        return minilm._text_features(prompt, response)[TEXT_FEATURES.index(name) - 2]
 
     assert feature("prompt words", "a red fruit") == 1.0
     assert feature("prompt words", "an apple") == 0.0
@@ -142,14 +145,14 @@ def test_text_features_notice_what_they_name():
     assert feature("capitals", "APP") == 1.0
     assert feature("non-ASCII", "苹果") == 1.0
     for text in ("", " ", "\n", "🙂", "?!", "a" * 10_000):
-        assert np.isfinite(rewards._text_features("", text)).all()
-    assert len(rewards._text_features("x", "y")) == len(TEXT_FEATURES) - 2
+        assert np.isfinite(minilm._text_features("", text)).all()
+    assert len(minilm._text_features("x", "y")) == len(TEXT_FEATURES) - 2
 
 
 def test_cutting_keeps_white_space_inside():
-    assert rewards._cut("  one\n\n- two  three four", 4) == "one\n\n- two  three"
-    assert rewards._cut("one", 3) == "one"
-    assert rewards._cut("  ", 3) == ""
+    assert minilm._cut("  one\n\n- two  three four", 4) == "one\n\n- two  three"
+    assert minilm._cut("one", 3) == "one"
+    assert minilm._cut("  ", 3) == ""
 
 
 def test_prompts_weigh_the_same_and_groups_have_their_shares():
@@ -157,12 +160,12 @@ def test_prompts_weigh_the_same_and_groups_have_their_shares():
         return PreferencePair(prompt, "a", "b", source, split)  # type: ignore[arg-type]
 
     pairs = [pair("x", "hb"), pair("x", "hb"), pair("y", "dpo"), pair("z", "dpo", "test"), pair("x", "echo")]
-    weight = rewards._pair_weights(pairs, 4, {"echo": 0.1})
+    weight = minilm._pair_weights(pairs, 4, {"echo": 0.1})
     assert weight == pytest.approx([0.25, 0.25, 0.5, 1.0, 0.1])
 
 
 def test_accuracy_is_averaged_within_prompts():
-    fact = rewards._clustered(["a", "a", "a", "a", "b"], np.array([1, 1, 1, 1, 0.0]))
+    fact = minilm._clustered(["a", "a", "a", "a", "b"], np.array([1, 1, 1, 1, 0.0]))
     assert fact["value"] == 0.5
     assert (fact["prompts"], fact["pairs"]) == (2, 5)
     assert (fact["lo"], fact["hi"]) == wilson_interval(1, 2)
@@ -170,15 +173,15 @@ def test_accuracy_is_averaged_within_prompts():
 
 def test_unknown_rewards(tmp_path):
     with pytest.raises(AlignProError, match="minilm-bt"):
-        rewards.load_reward("nope")
+        opening.load_reward("nope")
     with pytest.raises(AlignProError, match="cannot load a reward") as error:
-        rewards.load_reward(str(tmp_path))
+        opening.load_reward(str(tmp_path))
     assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")
 def reward():
-    return rewards.load_reward("minilm-bt")
+    return opening.load_reward("minilm-bt")
 
 
 PROMPT = "What are the benefits of regular exercise?"
@@ -223,7 +226,7 @@ class TestTrainedReward:
 
     def test_the_score_is_the_squashed_head(self, reward):
         """Recomputed from the saved numbers, without the class's own arithmetic."""
-        phi = rewards.features([PROMPT], [GOOD], reward.embedder)[0]
+        phi = minilm.features([PROMPT], [GOOD], reward.embedder)[0]
         ex = reward.embedder.embed([PROMPT])[0].astype(float)
         raw = sum(reward.weights * (phi - reward.mean) * reward.scale_by)
         raw -= ex @ reward.baseline[:-1] + reward.baseline[-1]
@@ -232,17 +235,17 @@ class TestTrainedReward:
 
     def test_it_beats_chance_and_length_on_held_out_prompts(self, reward):
         # The first 40 words of every answer: a third of the time, and the length that small models write.
-        test = [rewards._shortened(pair, 40) for pair in data.preference_pairs(split="test")]
-        measured = rewards.accuracy(reward, test)
+        test = [minilm._shortened(pair, 40) for pair in packaged.preference_pairs(split="test")]
+        measured = minilm.accuracy(reward, test)
         assert measured == pytest.approx(reward.describe()["test_accuracy_first_40_words"], abs=0.02)
         assert measured["lo"] > 0.5
-        assert measured["value"] > rewards.longer_wins(test)["value"]
+        assert measured["value"] > minilm.longer_wins(test)["value"]
 
     def test_the_description_is_json_and_measured(self, reward):
         facts = reward.describe()
         json.dumps(facts, allow_nan=False)
         assert abs(facts["length_correlation"]) < 0.35
-        assert sum(facts["pairs"].values()) == len(data.preference_pairs())
+        assert sum(facts["pairs"].values()) == len(packaged.preference_pairs())
         assert facts["limits"]
         facts["limits"].clear()
         assert reward.describe()["limits"]  # a copy
@@ -250,7 +253,7 @@ class TestTrainedReward:
     def test_saving_and_loading(self, reward, tmp_path):
         reward.save(tmp_path / "saved")
         assert {p.name for p in (tmp_path / "saved").iterdir()} == {"head.safetensors", "reward.json"}
-        again = rewards.load_reward(str(tmp_path / "saved"))
+        again = opening.load_reward(str(tmp_path / "saved"))
         texts = [GOOD, *BAD.values()]
         prompts = [PROMPT] * len(texts)
         np.testing.assert_allclose(again.score(prompts, texts), reward.score(prompts, texts), atol=1e-6)
@@ -287,12 +290,12 @@ class TestTrainedReward:
 
     def test_training_is_deterministic(self, reward):
         """A small configuration, twice; and another seed builds other pairs."""
-        config = rewards.TrainingConfig(
+        config = minilm.TrainingConfig(
             sources=("dpo-demo",), weight_decays=(1.0,), short_words=8, constructed_prompts=30
         )
         small = Embedder(max_tokens=16)
-        one, two = (rewards.train_bradley_terry(config, small) for _ in range(2))
+        one, two = (minilm.train_bradley_terry(config, small) for _ in range(2))
         np.testing.assert_array_equal(one.weights, two.weights)
         assert one.describe() == two.describe()
         other = dataclasses.replace(config, seed=1)
-        assert rewards.constructed_pairs(config) != rewards.constructed_pairs(other)
+        assert minilm.constructed_pairs(config) != minilm.constructed_pairs(other)

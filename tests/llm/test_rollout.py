@@ -20,15 +20,18 @@ import torch
 from faulty import Server
 from peft import get_peft_model
 
-from alignpro import cli, rollouts
+from alignpro import rollouts
+from alignpro.commands import main
 from alignpro.errors import AlignProError
-from alignpro.llm import rollout
-from alignpro.llm.frozen import Answer, Sampling
-from alignpro.llm.local import LocalTarget
-from alignpro.llm.models import load_model, tiny_model
-from alignpro.llm.policy import sample_and_score, sample_key
-from alignpro.llm.prompter import Prompter, target_ids
-from alignpro.llm.tree_train import adapter_config
+from alignpro.llm.arms import rollout
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.models.load import load_model
+from alignpro.llm.models.policy import sample_and_score, sample_key
+from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.policies.prompter import Prompter, target_ids
+from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.targets.target import Answer
+from alignpro.llm.training.tree import adapter_config
 
 PROMPTS = ["abc", "def", "gab", "hhc", "e"]
 PLAIN = Sampling(max_tokens=5)
@@ -118,7 +121,7 @@ def log_prob(model, prompt_ids, said, sampling):
 def run(request, home, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     more = [*trained(home), "--rlhf", str(home / "policy")]
-    assert cli.main(arguments(home, out, *more, sampling=request.param)) == 0
+    assert main.main(arguments(home, out, *more, sampling=request.param)) == 0
     return request.param, out
 
 
@@ -195,7 +198,7 @@ def test_every_row_is_there_once_and_names_its_parties(run, home):
 
 def resampled(home, out, *more):
     common = ["--arms", "star", "best_of_n", "--lam", "1e-3", "--proposals", "8", "--draws", "8", *more]
-    assert cli.main(arguments(home, out, *common, reward="noise")) == 0
+    assert main.main(arguments(home, out, *common, reward="noise")) == 0
     return rows_of(out)
 
 
@@ -246,7 +249,7 @@ def whole(home, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout, "BLOCK", 2)
-        assert cli.main(arguments(home, out, *trained(home)[:2], "--arms", "none", "star")) == 0
+        assert main.main(arguments(home, out, *trained(home)[:2], "--arms", "none", "star")) == 0
     return (out / "rollouts.jsonl").read_bytes()
 
 
@@ -272,11 +275,11 @@ def test_an_interrupted_run_goes_on_to_the_same_file(cut, block, whole, home, tm
         name, cutter = ("_frozen_scores", unscored) if cut.endswith("block") else ("_append", torn)
         patch.setattr(rollout, name, cutter)
         with pytest.raises(Cut):
-            cli.main(command)
+            main.main(command)
     assert not (tmp_path / "rollouts.jsonl").exists()
     answered = len((tmp_path / "answers" / "answers.jsonl").read_text().splitlines())
     capsys.readouterr()
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     assert (tmp_path / "rollouts.jsonl").read_bytes() == whole
     said = capsys.readouterr().err
     assert ("(56 rollouts kept)" in said) == (block == 4)  # of 5 + 2 prompts, 8 each
@@ -286,13 +289,13 @@ def test_an_interrupted_run_goes_on_to_the_same_file(cut, block, whole, home, tm
     keys = [row["key"] for row in map(json.loads, lines) if "key" in row]
     assert len(set(keys)) == len(keys)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
 
 
 def test_kill_9(whole, home, tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1])\nfrom alignpro import cli\n"
-    code += "from alignpro.llm import rollout\nrollout.BLOCK = 2\ncli.main(sys.argv[2:])"
+    code = "import sys; sys.path.insert(0, sys.argv[1])\nfrom alignpro.commands import main as cli\n"
+    code += "from alignpro.llm.arms import rollout\nrollout.BLOCK = 2\ncli.main(sys.argv[2:])"
     command = arguments(home, tmp_path, *trained(home)[:2], "--arms", "none", "star")
     command = [a.replace(__name__ + ":", Path(__file__).stem + ":") for a in command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -308,15 +311,15 @@ def test_kill_9(whole, home, tmp_path):
     process.wait()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout, "BLOCK", 2)
-        assert cli.main(command) == 0
+        assert main.main(command) == 0
     assert (tmp_path / "rollouts.jsonl").read_bytes() == whole
 
 
 def test_arms_are_added_and_settings_are_not_changed(whole, home, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rollout, "BLOCK", 2)
-    assert cli.main(arguments(home, tmp_path, "--arms", "none")) == 0
-    assert cli.main(arguments(home, tmp_path, "--arms", "star")) == 0
-    assert cli.main(arguments(home, tmp_path, *trained(home)[:2], "--arms", "none", "star")) == 0
+    assert main.main(arguments(home, tmp_path, "--arms", "none")) == 0
+    assert main.main(arguments(home, tmp_path, "--arms", "star")) == 0
+    assert main.main(arguments(home, tmp_path, *trained(home)[:2], "--arms", "none", "star")) == 0
     assert (tmp_path / "rollouts.jsonl").read_bytes() == whole
     capsys.readouterr()
     for more, name in (
@@ -325,7 +328,7 @@ def test_arms_are_added_and_settings_are_not_changed(whole, home, tmp_path, monk
         (["--answer-top-k", "3"], "sampling.top_k = 0, not 3"),
         (["--prompts", "2"], "prompts = "),
     ):
-        assert cli.main(arguments(home, tmp_path, *more)) == 2
+        assert main.main(arguments(home, tmp_path, *more)) == 2
         assert name in capsys.readouterr().err
     assert (tmp_path / "rollouts.jsonl").read_bytes() == whole
 
@@ -342,13 +345,13 @@ def test_an_endpoint_gives_no_log_probs_and_a_budget_is_not_overrun(home, tmp_pa
         return [*command, "--target-model", "m", "--target-concurrency", "2"]
 
     with Server() as server:
-        assert cli.main(command(tmp_path / "whole")) == 0
+        assert main.main(command(tmp_path / "whole")) == 0
         rows = rows_of(tmp_path / "whole")
         asked = len(server.requests)
-        assert cli.main(command(tmp_path / "cut", "--target-max-calls", "60")) == 2
+        assert main.main(command(tmp_path / "cut", "--target-max-calls", "60")) == 2
         assert "max_calls 60: the budget" in capsys.readouterr().err
         assert len(server.requests) == asked + 60
-        assert cli.main(command(tmp_path / "cut", "--target-max-calls", "9999")) == 0
+        assert main.main(command(tmp_path / "cut", "--target-max-calls", "9999")) == 0
         assert len(server.requests) == 2 * asked
     whole, cut = (tmp_path / name / "rollouts.jsonl" for name in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()
@@ -383,11 +386,11 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_mistakes_are_told_in_one_line_before_anything_is_loaded(case, home, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("alignpro.llm.prompter.Prompter.from_pretrained", None)
-    monkeypatch.setattr("alignpro.llm.run.open_target", None)
+    monkeypatch.setattr("alignpro.llm.policies.prompter.Prompter.from_pretrained", None)
+    monkeypatch.setattr("alignpro.commands.shared.open_target", None)
     more, message = BAD[case]
     command = arguments(home, tmp_path / "out", *(a.replace("HOME", str(home)) for a in more))
-    assert cli.main(command) == 2
+    assert main.main(command) == 2
     said = capsys.readouterr()
     assert message in said.err
     assert said.err.count("\n") == 1
@@ -398,24 +401,24 @@ def test_damage_and_changed_weights_are_noticed(home, tmp_path, capsys):
     folder = tmp_path / "mine"
     shutil.copytree(home / "one", folder)
     command = arguments(home, tmp_path / "out", "--arms", "none", "--trained", str(folder), "--prompts", "1")
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     shutil.copy(home / "two" / "adapter_model.safetensors", folder)
     capsys.readouterr()
-    assert cli.main(command) == 2
+    assert main.main(command) == 2
     assert "arms.trained (seed 0).weights = " in capsys.readouterr().err
     (folder / "prompter.json").write_text('{"base": "x"}')
-    assert cli.main(command) == 2
+    assert main.main(command) == 2
     assert "its prompter.json is damaged" in capsys.readouterr().err
 
 
 def test_a_template_that_appends(home, tmp_path):
-    assert cli.main(arguments(home, tmp_path, "--arms", "sft", "--template", "append")) == 0
+    assert main.main(arguments(home, tmp_path, "--arms", "sft", "--template", "append")) == 0
     rows = rows_of(tmp_path)
     assert all(row["rewrite"].startswith(row["x"]) for row in rows)
     assert any(row["rewrite"] != row["x"] for row in rows)
     # The trained prompters' template is that of ρ_sft, too.
     both = arguments(home, tmp_path / "two", *trained(home), "--template", "append")
-    assert cli.main(both) == 2
+    assert main.main(both) == 2
 
 
 def test_old_cached_answers_without_ids_are_refused(home):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from faulty import Server
 
-from alignpro import cli
-from alignpro.llm.models import tiny_model
-from alignpro.llm.prompter import Prompter
+from alignpro.commands import main
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.policies.prompter import Prompter
 
 KEY = "sk-planted-51d84b067f3a9c2e"
 SMALL = ["--iterations", "2", "--prompts", "2", "--samples", "4", "--epochs", "1", "--max-tokens", "4"]
@@ -47,7 +47,7 @@ def call(model, tmp_path, capsys):
             "--reward",
             f"{__name__}:shares@0,1",
         ]
-        status = cli.main(
+        status = main.main(
             ["train", *common, "--prompts-file", str(prompts), *SMALL, "--answer-tokens", "4", *arguments]
         )
         return status, capsys.readouterr()
@@ -70,7 +70,7 @@ def test_train_then_rewrite_in_three_lines(call, tmp_path, capsys):
     rewrite = prompter.rewrite("abc")
     assert prompter.rewrite("abc") == rewrite
     assert prompter.facts["settings"]["iterations"] == 2
-    assert cli.main(["rewrite", str(out / "prompter"), "abc", "--json", "--samples", "3"]) == 0
+    assert main.main(["rewrite", str(out / "prompter"), "abc", "--json", "--samples", "3"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["x"] for line in lines] == ["abc"] * 3
     assert lines[0]["rewrite"] == rewrite
@@ -131,14 +131,14 @@ def test_rewrite_refuses_what_it_cannot_do(capsys, tmp_path):
         (["", "x"], "prompter '': name a model"),
         ([str(tmp_path), "x", "--samples", "0"], "--samples 0: give at least 1"),
     ):
-        assert cli.main(["rewrite", *arguments]) == 2
+        assert main.main(["rewrite", *arguments]) == 2
         assert message in capsys.readouterr().err
 
 
 _PLANTED = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from alignpro import cli
+from alignpro.commands import main as cli
 sys.exit(cli.main(["train", *sys.argv[2:]]))
 """
 
@@ -177,7 +177,7 @@ def test_a_failing_endpoint_costs_nothing_and_no_key_leaks(model, tmp_path, monk
         asked = calls(server)
     assert bad.returncode == 0, bad.stderr
     with Server(lambda n, body: None) as server:
-        assert cli.main(["train", *arguments(tmp_path / "good", server)]) == 0
+        assert main.main(["train", *arguments(tmp_path / "good", server)]) == 0
         fewer = calls(server)
     assert asked > fewer == 16
     assert (tmp_path / "bad" / "metrics.jsonl").read_text() == (

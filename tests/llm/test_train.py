@@ -14,18 +14,18 @@ import torch
 from trl.trainer import grpo_trainer, rloo_trainer
 
 from alignpro.errors import AlignProError
-from alignpro.llm import checkpoints
-from alignpro.llm import train as train_module
-from alignpro.llm.frozen import Sampling
-from alignpro.llm.local import LocalTarget
-from alignpro.llm.models import tiny_model
-from alignpro.llm.policy import log_probs, sample_and_score, sample_key
-from alignpro.llm.ppo import AdaptiveKL, PPOConfig
-from alignpro.llm.prompter import Prompter, Template
-from alignpro.llm.resample import answers, star
-from alignpro.llm.reward_models import CallableReward, Declared
-from alignpro.llm.settings import ALGORITHM_NAMES, PRESETS, TASK_NAMES, TrainSettings, moved_optimum
-from alignpro.llm.train import ALGORITHMS, METRICS_FILE, TASKS, Environment, train
+from alignpro.llm.arms.resample import answers, star
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.models.policy import log_probs, sample_and_score, sample_key
+from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.policies.prompter import Prompter, Template
+from alignpro.llm.rewards.bounds import Declared
+from alignpro.llm.rewards.function import CallableReward
+from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.training import checkpoints, open_ended
+from alignpro.llm.training.open_ended import ALGORITHMS, METRICS_FILE, TASKS, Environment, train
+from alignpro.llm.training.ppo import AdaptiveKL, PPOConfig
+from alignpro.llm.training.settings import ALGORITHM_NAMES, PRESETS, TASK_NAMES, TrainSettings, moved_optimum
 
 PROMPTS = ["ab", "cd", "ef"]
 LAM = 0.35
@@ -186,7 +186,7 @@ def test_rewrites_drawn_by_vllm(algorithm, monkeypatch, tmp_path):
             ids, values = ([row[0][k] for row in drawn] for k in (0, 1))
             return prompts, ids, [[[v] for v in row] for row in values], None
 
-    monkeypatch.setattr(train_module, "find_spec", lambda name: name)
+    monkeypatch.setattr(open_ended, "find_spec", lambda name: name)
     for module in (grpo_trainer, rloo_trainer):
         monkeypatch.setattr(module, "VLLMGeneration", Engine)
     settings = replace(SETTINGS, algorithm=algorithm, vllm="colocate")
@@ -225,9 +225,9 @@ def test_named_settings():
     paper = TrainSettings(**PRESETS["paper"])
     assert (paper.prompts * paper.samples, paper.minibatches, paper.max_grad_norm) == (128, 1, None)
     assert (paper.learning_rate, paper.lam, paper.epochs, paper.clip_range) == (1.41e-5, 0.2, 4, 0.2)
-    _, config = train_module._ppo({"output_dir": "x", "use_cpu": True, "bf16": False}, paper)
+    _, config = open_ended._ppo({"output_dir": "x", "use_cpu": True, "bf16": False}, paper)
     assert set(moved_optimum(config)) == {"target_kl", "gae_lambda"}
-    _, config = train_module._ppo(
+    _, config = open_ended._ppo(
         {"output_dir": "x", "use_cpu": True, "bf16": False}, TrainSettings(**PRESETS["faithful"])
     )
     assert not moved_optimum(config)
@@ -316,7 +316,7 @@ def test_reporters_are_checked_first(monkeypatch, tmp_path):
 
 def test_every_round_has_distinct_prompts():
     rng = np.random.default_rng(0)
-    rows = train_module._rounds(list("abcde"), 3, 20, rng)
+    rows = open_ended._rounds(list("abcde"), 3, 20, rng)
     assert len(rows) == 60
     assert all(len(set(rows[i : i + 3])) == 3 for i in range(0, 60, 3))
     assert {rows.count(x) for x in "abcde"} == {12}
@@ -527,21 +527,21 @@ def test_nothing_is_clipped_before_the_first_step(algorithm, monkeypatch, tmp_pa
     assert line["sampler_mismatch"] > 0.02
     assert abs(line.get("ppo/kl_k1", line.get("kl"))) < 1e-6
     if algorithm == "rloo":  # whose ratio is of whole sequences
-        monkeypatch.setattr(train_module.OpenRollouts, "draw", train_module.OpenRollouts._sample)
-        monkeypatch.setattr(train_module.OpenRollouts, "_check_untouched", lambda *_: None)
-        monkeypatch.setattr(train_module.OpenRollouts, "_score_again", lambda *_: None)
+        monkeypatch.setattr(open_ended.OpenRollouts, "draw", open_ended.OpenRollouts._sample)
+        monkeypatch.setattr(open_ended.OpenRollouts, "_check_untouched", lambda *_: None)
+        monkeypatch.setattr(open_ended.OpenRollouts, "_score_again", lambda *_: None)
         assert first("mutant")[clip] > 0
 
 
 def test_an_untouched_policy_that_differs_from_its_reference_ends_the_run(monkeypatch, tmp_path):
     """Round 1's KL is 0, or the model is read or sampled wrongly: here a sampler that is off by a little."""
-    right = train_module.sample_and_score
+    right = open_ended.sample_and_score
 
     def wrong(*positional, **named):
         rows = right(*positional, **named)
         return [[(ids, [v - 0.01 for v in values]) for ids, values in row] for row in rows]
 
-    monkeypatch.setattr(train_module, "sample_and_score", wrong)
+    monkeypatch.setattr(open_ended, "sample_and_score", wrong)
     with pytest.raises(
         AlignProError, match=r"^round 1: the untrained policy differs .* by 0\.01 nats a token"
     ):
@@ -552,8 +552,8 @@ def test_an_untouched_policy_that_differs_from_its_reference_ends_the_run(monkey
 def test_nothing_is_scored_twice(algorithm, monkeypatch, tmp_path):
     """A round scores the reference once and the policy once a step; the rest is kept from sampling."""
     settings = replace(SHORT, algorithm=algorithm, iterations=2, epochs=2, minibatches=1)
-    kept = train_module.OpenRollouts.score
-    right, counts = train_module.log_probs, []
+    kept = open_ended.OpenRollouts.score
+    right, counts = open_ended.log_probs, []
 
     def counted(*positional, **named):
         counts.append(torch.is_grad_enabled())
@@ -561,8 +561,8 @@ def test_nothing_is_scored_twice(algorithm, monkeypatch, tmp_path):
 
     def check(scorer, name):
         counts.clear()
-        monkeypatch.setattr(train_module.OpenRollouts, "score", scorer)
-        monkeypatch.setattr(train_module, "log_probs", counted)
+        monkeypatch.setattr(open_ended.OpenRollouts, "score", scorer)
+        monkeypatch.setattr(open_ended, "log_probs", counted)
         fit(tmp_path / name, settings)
         assert (counts.count(False), counts.count(True)) == (2, 4)
 
@@ -583,7 +583,7 @@ def test_sharded_weights_are_refused():
     def accelerator(kind, stage=None):
         return Fake(distributed_type=kind, state=Fake(deepspeed_plugin=Fake(zero_stage=stage)))
 
-    refuse, kinds = train_module._refuse_sharded, train_module.DistributedType
+    refuse, kinds = open_ended._refuse_sharded, open_ended.DistributedType
     for kind, stage, name in ((kinds.FSDP, None, "FSDP"), (kinds.DEEPSPEED, 3, "DeepSpeed ZeRO-3")):
         with pytest.raises(AlignProError, match=f"^distributed_type {name}: .* use DDP, or DeepSpeed"):
             refuse(accelerator(kind, stage))

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignpro.errors import AlignProError
-from alignpro.llm import forward
-from alignpro.llm.models import tiny_model
-from alignpro.llm.tree import PrefixTree, TreeTask, leaf_probabilities, tree_scores, tree_states
+from alignpro.llm.models import forward
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.policies.tree import PrefixTree, TreeTask, leaf_probabilities, tree_scores, tree_states
 
 END = 1
 MODEL, TOKENIZER = tiny_model(seed=3, vocab="abcdef")

@@ -10,12 +10,12 @@ import torch
 from scipy import stats
 
 from alignpro.errors import AlignProError
-from alignpro.llm import ppo
-from alignpro.llm import tree_train as train_module
-from alignpro.llm.models import tiny_model
-from alignpro.llm.ppo import PPOConfig, PPOTrainer
-from alignpro.llm.tree import PrefixTree, TreeTask, leaf_probabilities
-from alignpro.llm.tree_train import TrainSettings, train
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.policies.tree import PrefixTree, TreeTask, leaf_probabilities
+from alignpro.llm.training import ppo
+from alignpro.llm.training import tree as train_module
+from alignpro.llm.training.ppo import PPOConfig, PPOTrainer
+from alignpro.llm.training.tree import TrainSettings, train
 
 END, LAM = 1, 0.35
 PROMPTS = ("ab", "cd")

@@ -9,8 +9,8 @@ from trl.trainer import grpo_trainer, rloo_trainer
 
 import alignpro
 from alignpro.errors import AlignProError
-from alignpro.llm.ppo import PPOConfig
-from alignpro.llm.trl_adapter import PRIVATE
+from alignpro.llm.training.ppo import PPOConfig
+from alignpro.llm.training.trl_adapter import PRIVATE
 
 ATTRIBUTES = (
     *("_metrics", "_step", "_buffered_inputs", "_last_loaded_step", "vllm_generation", "num_generations"),

@@ -7,12 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from alignpro import cli
-from alignpro.llm import run as module
-from alignpro.llm.data import split_of
-from alignpro.llm.models import tiny_model
-from alignpro.llm.prompter import Prompter
-from alignpro.llm.resample import load_proposals
+from alignpro.commands import main, shared
+from alignpro.llm.arms.resample import load_proposals
+from alignpro.llm.data.split import split_of
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.policies.prompter import Prompter
 
 PROMPTS = ["abc", "def", "gab", "hhc", "e"]
 
@@ -45,7 +44,7 @@ def pairs(tmp_path_factory):
 def sft(base, pairs, out, *more):
     command = ["sft", "--out", str(out), "--prompter", base, "--pairs", str(pairs)]
     command += ["--prompt-field", "x", "--rewrite-field", "better", "--epochs", "2", "--max-tokens", "6"]
-    return cli.main([*command, "--learning-rate", "0.01", *more])
+    return main.main([*command, "--learning-rate", "0.01", *more])
 
 
 def test_sft_gives_a_prompter_that_train_takes(base, pairs, tmp_path, capsys):
@@ -74,7 +73,7 @@ def test_sft_gives_a_prompter_that_train_takes(base, pairs, tmp_path, capsys):
     command = ["train", "--out", str(tmp_path / "train"), "--prompter", str(folder), "--target", base]
     command += ["--reward", f"{__name__}:shares@0,1", "--prompts-file", str(tmp_path / "prompts.txt")]
     command += ["--iterations", "1", "--prompts", "2", "--samples", "2", "--epochs", "1", "--max-tokens", "4"]
-    assert cli.main([*command, "--answer-tokens", "4"]) == 0
+    assert main.main([*command, "--answer-tokens", "4"]) == 0
     # And a second run does not touch the first, unless it resumes it.
     assert sft(base, pairs, tmp_path / "sft") == 2
     assert "it is not empty; name a new folder, or continue with --resume" in capsys.readouterr().err
@@ -113,7 +112,7 @@ def command(base, tmp_path):
 
 def test_resample_prints_what_the_formulas_say(command, tmp_path, capsys):
     """Gain, KL and effective sample size of eq. (10) on the proposals, and the best of n, by plain NumPy."""
-    assert cli.main([*command, "--lam", "0.05", "2", "--draws", "3", "--responses", "2"]) == 0
+    assert main.main([*command, "--lam", "0.05", "2", "--draws", "3", "--responses", "2"]) == 0
     said = capsys.readouterr()
     assert "5 prompts: 40 rewrites, at most 80 answers of at most 4 tokens" in said.err
     rewards = np.array([p.rewards for p in load_proposals(tmp_path / "out" / "proposals.jsonl")])
@@ -140,11 +139,11 @@ def test_resample_prints_what_the_formulas_say(command, tmp_path, capsys):
 
 
 def test_resample_goes_on_where_it_stopped(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "_BLOCK", 2)
-    assert cli.main([*command, "--draws", "2"]) == 0
+    monkeypatch.setattr(shared, "_BLOCK", 2)
+    assert main.main([*command, "--draws", "2"]) == 0
     files = {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.json*")}
     elsewhere = [a.replace(str(tmp_path / "out"), str(tmp_path / "cut")) for a in command]
-    from alignpro.llm import resample
+    from alignpro.llm.arms import resample
 
     propose, count = resample.propose, iter(range(9))
 
@@ -155,17 +154,17 @@ def test_resample_goes_on_where_it_stopped(command, tmp_path, monkeypatch, capsy
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resample, "propose", interrupted)
-        assert cli.main([*elsewhere, "--draws", "2"]) == 130
+        assert main.main([*elsewhere, "--draws", "2"]) == 130
     assert len(load_proposals(tmp_path / "cut" / "proposals.jsonl")) == 2
     capsys.readouterr()
-    assert cli.main([*elsewhere, "--draws", "2"]) == 0
+    assert main.main([*elsewhere, "--draws", "2"]) == 0
     assert "5 prompts (2 kept): 24 rewrites" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in (tmp_path / "cut").glob("*.json*")} == files
     # Other λ ask for nothing; other proposals are another folder's.
     monkeypatch.setattr(Prompter, "from_pretrained", None)
-    assert cli.main([*command, "--lam", "0.5"]) == 0
+    assert main.main([*command, "--lam", "0.5"]) == 0
     for more, name in ((["--seed", "1"], "seed = 0, not 1"), (["--proposals", "9"], "proposals = 8, not 9")):
-        assert cli.main([*command, *more]) == 2
+        assert main.main([*command, *more]) == 2
         assert name in capsys.readouterr().err
 
 
@@ -182,7 +181,7 @@ def test_resample_goes_on_where_it_stopped(command, tmp_path, monkeypatch, capsy
 )
 def test_mistakes_in_resample_cost_nothing(more, message, command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Prompter, "from_pretrained", None)
-    assert cli.main([*command, *more]) == 2
+    assert main.main([*command, *more]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1

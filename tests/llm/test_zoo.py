@@ -6,14 +6,14 @@ import torch
 import zoo
 
 from alignpro.errors import AlignProError
-from alignpro.llm import check, forward
-from alignpro.llm.chat import chat_of
-from alignpro.llm.frozen import Sampling
-from alignpro.llm.local import LocalTarget
-from alignpro.llm.models import load_model
-from alignpro.llm.policy import draw, end_tokens, log_probs, sample_key
-from alignpro.llm.prompter import Prompter, Template, target_ids
-from alignpro.llm.tree import PrefixTree, leaf_probabilities
+from alignpro.llm.models import check, forward
+from alignpro.llm.models.chat import chat_of
+from alignpro.llm.models.load import load_model
+from alignpro.llm.models.policy import draw, end_tokens, log_probs, sample_key
+from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.policies.prompter import Prompter, Template, target_ids
+from alignpro.llm.policies.tree import PrefixTree, leaf_probabilities
+from alignpro.llm.targets.local import LocalTarget
 
 FAMILIES = list(zoo.FAMILIES)
 NO_CLASSIFIER = ("lfm2",)
@@ -135,7 +135,7 @@ def test_gradients_are_those_of_a_plain_forward_pass(name, loaded):
 
 
 def zoo_blocks(model):
-    from alignpro.llm.adapters import blocks_of
+    from alignpro.llm.models.adapters import blocks_of
 
     return blocks_of(model)
 

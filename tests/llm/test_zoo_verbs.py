@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import zoo
 
-from alignpro import cli
-from alignpro.llm import demo, rewards
-from alignpro.llm.enumerate import Enumeration, EnumerationSettings, enumerate_models
-from alignpro.llm.models import load_model
-from alignpro.llm.tree import PrefixTree, leaf_probabilities
-from alignpro.llm.tree_train import train
+from alignpro.commands import demo, main
+from alignpro.llm.arms.enumerate import Enumeration, EnumerationSettings, enumerate_models
+from alignpro.llm.models.load import load_model
+from alignpro.llm.policies.tree import PrefixTree, leaf_probabilities
+from alignpro.llm.rewards import opening
+from alignpro.llm.training.tree import train
 
 FAMILIES = list(zoo.FAMILIES)
 NIGHTLY = bool(os.environ.get("ALIGNPRO_NIGHTLY"))
@@ -39,7 +39,7 @@ class Letters:
 def run(options, **paths):
     """`alignpro` with these options, in which {name} stands for a path."""
     arguments = [word.format(**paths) for word in options.split()]
-    assert cli.main(arguments) == 0, options
+    assert main.main(arguments) == 0, options
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_every_verb_runs(name, animals, world, capsys):
         assert clips == [0.0]
         assert json.loads((here["at"] / run_name / "settings.json").read_text())["read"]["masks"]
     run("merge {at}/ppo --out {at}/merged", **here)
-    assert cli.main(["rewrite", str(here["at"] / "merged"), "How do plants grow?", "--samples", "2"]) == 0
+    assert main.main(["rewrite", str(here["at"] / "merged"), "How do plants grow?", "--samples", "2"]) == 0
     run(
         f"resample --out {{at}}/resample --prompter {{model}} {WORLD} --proposals 2 --rewrite-tokens 5 "
         "--split train --prompts 2",
@@ -141,7 +141,7 @@ def test_the_demos_model_work(name, animals, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES if NIGHTLY else ["gemma3", "qwen3_5"])
 def test_the_whole_demo(name, animals, tmp_path, monkeypatch):
-    monkeypatch.setitem(rewards.REWARDS, "letters", Letters)
+    monkeypatch.setitem(opening.REWARDS, "letters", Letters)
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(PROMPTS))
     settings = replace(
@@ -177,7 +177,7 @@ def test_reward_models_from_each_family(name, animals, tmp_path, capsys):
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["reward-model", "--base", str(animals(name)), "--pairs", str(pairs)]
     arguments += ["--out", str(tmp_path / "reward"), "--device", "cpu", "--batch-size", "8"]
-    status = cli.main(arguments)
+    status = main.main(arguments)
     said = capsys.readouterr().err
     if name in NO_CLASSIFIER:  # transformers has no classifier of this architecture
         assert status == 2
@@ -208,7 +208,7 @@ def test_no_warning_of_a_library_reaches_a_user(animals, world):
         f"rollout --out {{at}}/b {WORLD} --prompts 2 --trained {{at}}/a",
     ]
     given = [[word.format(**here) for word in verb.split()] for verb in verbs]
-    program = "import sys, json\nfrom alignpro import cli\n"
+    program = "import sys, json\nfrom alignpro.commands import main as cli\n"
     program += "sys.exit(max(cli.main(verb) for verb in json.loads(sys.argv[1])))"
     command = [sys.executable, "-W", "default", "-c", program, json.dumps(given)]
     environment = {**os.environ, "PYTHONPATH": str(zoo.Path(zoo.__file__).parent), "OMP_NUM_THREADS": "1"}

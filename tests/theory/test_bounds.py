@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from theory_oracle import EPS, close, exact, fields, finite, kills, oracle
 
+from alignpro.commands.solve import solve_instances
 from alignpro.errors import AlignProError
-from alignpro.solve import solve_instances
 from alignpro.theory.bounds import (
     ANY_PROMPTER,
     BOUNDS,

@@ -9,8 +9,8 @@ from theory_oracle import EPS, finite, kills
 
 from alignpro.errors import AlignProError
 from alignpro.theory import BOUNDS
-from alignpro.theory.chains import Chain, joint_tilt, one_stage_bracket, solve_chain
 from alignpro.theory.families import random_prompters
+from alignpro.theory.results.chains import Chain, joint_tilt, one_stage_bracket, solve_chain
 from alignpro.theory.solution import solution
 
 SIZES = (2, 3, 2, 4)  # X, K₁, K₂, K₃

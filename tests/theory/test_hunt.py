@@ -6,21 +6,14 @@ import numpy as np
 import pytest
 from theory_oracle import exact, fields, kills
 
-from alignpro import cli, hunt
+from alignpro.commands import hunt, main
 from alignpro.errors import AlignProError
 from alignpro.theory.bounds import BOUNDS, IDENTITIES, STATEMENTS, WRONG_BOUNDS
 from alignpro.theory.families import draw
-from alignpro.theory.hunt import (
-    FLOOR,
-    TEMPERATURES,
-    Target,
-    ascend,
-    evaluate,
-    simplify,
-    smallest,
-    target,
-)
 from alignpro.theory.instance import load
+from alignpro.theory.search.ascend import ascend
+from alignpro.theory.search.found import FLOOR, TEMPERATURES, Target, evaluate, target
+from alignpro.theory.search.shrink import simplify, smallest
 
 SHAPE = (2, 3, 3)
 # One size of everything, so that each statement is compiled once for all tests.
@@ -142,7 +135,7 @@ def test_simplify_keeps_what_it_shows():
 
 def test_q2_is_answered_in_plain_numpy(tmp_path, capsys):
     """The prompter optimal for λ outperforms π*: sup of −gap/span is 1, and 1×2×2 is the least shape."""
-    assert cli.main(["hunt", "q2", *LIKE, "--out", str(tmp_path)]) == 1
+    assert main.main(["hunt", "q2", *LIKE, "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert "never_outperforms (lhs <= rhs, known to be false): REFUTED" in said
     row = json.loads((tmp_path / "hunt.json").read_text())["statements"]["never_outperforms"]
@@ -170,7 +163,7 @@ def test_no_smaller_shape_can_outperform():
 
 def test_what_is_written_reloads_to_the_same_verdict(tmp_path, capsys):
     names = ["signed_max_abs", "trained"]
-    assert cli.main(["hunt", *names, *LIKE, "--out", str(tmp_path)]) == 1
+    assert main.main(["hunt", *names, *LIKE, "--out", str(tmp_path)]) == 1
     capsys.readouterr()
     content = json.loads((tmp_path / "hunt.json").read_text())
     for name in names:
@@ -220,7 +213,7 @@ def test_interrupting_keeps_what_was_found(tmp_path, capsys, monkeypatch):
     assert cut.tried == 60
     assert cut.found.violated  # the simplest until then
     monkeypatch.setattr(hunt, "ascend", lambda *a, **k: found)
-    assert cli.main(["hunt", "theorem1", "pinsker", "--out", str(tmp_path)]) == 130
+    assert main.main(["hunt", "theorem1", "pinsker", "--out", str(tmp_path)]) == 130
     said = capsys.readouterr()
     assert "interrupted: this is what was found so far" in said.out
     assert "pinsker" not in said.out
@@ -251,7 +244,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gets_one_line(case, tmp_path, capsys):
     arguments, message = BAD[case]
-    assert cli.main(["hunt", *arguments, "--out", str(tmp_path / "new")]) == 2
+    assert main.main(["hunt", *arguments, "--out", str(tmp_path / "new")]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith(f"alignpro: error: {message}")

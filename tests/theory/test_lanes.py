@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from theory_oracle import kills
 
-from alignpro.theory import lanes, vectors
 from alignpro.theory.bounds import BOUNDS, IDENTITIES, LEMMAS, LOWER_BOUNDS, theorem1
 from alignpro.theory.families import FAMILIES, random_prompters
 from alignpro.theory.instance import KEYS, unchecked
-from alignpro.theory.lanes import in_lanes
-from alignpro.theory.scale import solve_batch
+from alignpro.theory.scale import lanes, solve_batch, vectors
+from alignpro.theory.scale.lanes import in_lanes
 from alignpro.theory.solution import solution
 
 

@@ -11,29 +11,29 @@ from scipy.optimize import minimize
 from theory_oracle import EPS, exact, fields, finite, kills
 
 from alignpro.errors import AlignProError
-from alignpro.theory import limits as L
 from alignpro.theory.bounds import theorem1
 from alignpro.theory.families import FAMILIES, draw, random_prompters, take
 from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance
+from alignpro.theory.results import cost, derivatives, reach, readings
 from alignpro.theory.solution import solution
 
 compiled, compiled_tilt = jax.jit(solution), jax.jit(tilt)
 J = SimpleNamespace(
     **{
-        name: jax.jit(getattr(L, name))
+        name: jax.jit(getattr(reach, name))
         for name in (
             "information_projection", "prompting_ceiling", "response_value", "kl_budget", "best_of_n",
             "kl_price", "sensitivity", "headroom", "variance_split", "limit_readings", "best_of_n_rewrites",
             "best_of_n_responses",
         )
     },
-    frontier=jax.jit(L.frontier, static_argnames="responses"),
-    critical_lam=jax.jit(L.critical_lam, static_argnames="per_prompt"),
-    critical_beta=jax.jit(L.critical_beta, static_argnames="per_prompt"),
+    frontier=jax.jit(cost.frontier, static_argnames="responses"),
+    critical_lam=jax.jit(readings.critical_lam, static_argnames="per_prompt"),
+    critical_beta=jax.jit(readings.critical_beta, static_argnames="per_prompt"),
 )  # fmt: skip
 """Compiled once per shape; what they refuse is tested on the plain functions."""
-mapped_projection = jax.jit(jax.vmap(L.information_projection))
+mapped_projection = jax.jit(jax.vmap(reach.information_projection))
 SPREAD = ("independent", "peaked", "sparse", "near_deterministic", "signed", "scaled")
 
 
@@ -156,15 +156,15 @@ def test_projection_maximises_the_regularised_objective():
 
 def test_projection_says_when_it_has_not_converged():
     instance = draw("independent", 0, (3, 4, 5))[0]
-    short = L.information_projection(instance, 0.1, max_iterations=3)
-    full = L.information_projection(instance, 0.1)
+    short = reach.information_projection(instance, 0.1, max_iterations=3)
+    full = reach.information_projection(instance, 0.1)
     assert not short.converged.any()
     assert full.converged.all()
     assert (full.kl >= short.kl - short.gap).all()
     with pytest.raises(AlignProError, match=r"^tol 0\.0: must be positive"):
-        L.information_projection(instance, 0.1, tol=0.0)
+        reach.information_projection(instance, 0.1, tol=0.0)
     with pytest.raises(AlignProError, match=r"^beta -1\.0: must be a positive finite number"):
-        L.information_projection(instance, -1.0)
+        reach.information_projection(instance, -1.0)
 
 
 # ------------------------------------------------------------------------------- ceilings
@@ -287,26 +287,26 @@ def test_lam_for_kl_spends_exactly_that(family):
                     s = compiled(instance, 1.0, lams[x])
                     np.testing.assert_allclose(s.prompter_kl[x] / lams[x], share * most.min(), rtol=1e-12)
 
-            check(L.lam_for_kl)
-        kills(check, lambda *a, **k: L.lam_for_kl(*a, **k) * (1 + 1e-6))
+            check(cost.lam_for_kl)
+        kills(check, lambda *a, **k: cost.lam_for_kl(*a, **k) * (1 + 1e-6))
 
 
 def test_lam_for_kl_refuses_what_cannot_be_spent():
     instance = Instance([0.5, 0.5], [[0.25, 0.75]] * 2, np.eye(2), [0, 0], [[1.0, 0.0], [0.0, 1.0]])
     most = 0.5 * np.log(4) + 0.5 * np.log(4 / 3)
-    assert 0 < L.lam_for_kl(instance, most * (1 - 1e-9)) < 0.1
+    assert 0 < cost.lam_for_kl(instance, most * (1 - 1e-9)) < 0.1
     with pytest.raises(AlignProError, match=rf"^kl 2: cannot be spent; the supremum.* {most:.6f}\d* nats; "):
-        L.lam_for_kl(instance, 2.0)
+        cost.lam_for_kl(instance, 2.0)
     with pytest.raises(AlignProError, match=r"the supremum, as λ → 0, is 0\.287682\d* nats \(prompt 1\)"):
-        L.lam_for_kl(instance, 0.3, per_prompt=True)
+        cost.lam_for_kl(instance, 0.3, per_prompt=True)
     with pytest.raises(AlignProError, match=r"^kl 1e-60: needs a lam outside"):
-        L.lam_for_kl(instance, 1e-60)
+        cost.lam_for_kl(instance, 1e-60)
     flat = dataclasses.replace(instance, reward=np.ones((2, 2)))
     with pytest.raises(AlignProError, match=r"the supremum, as λ → 0, is 0 nats"):
-        L.lam_for_kl(flat, 1e-9)
+        cost.lam_for_kl(flat, 1e-9)
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(AlignProError, match=r"^kl .*: must be a positive finite number of nats"):
-            L.lam_for_kl(instance, bad)
+            cost.lam_for_kl(instance, bad)
 
 
 def test_frontier_is_optimal():
@@ -357,7 +357,7 @@ def test_responses_have_the_higher_frontier():
         check(low, high)
         kills(partial(check, low), high._replace(mean_kl=high.mean_kl + 0.5))
     with pytest.raises(AlignProError, match=r"^lams 0\.0: must be a positive finite number"):
-        L.frontier(instance, np.array([1.0, 0.0]))
+        cost.frontier(instance, np.array([1.0, 0.0]))
 
 
 # -------------------------------------------------------------------------------- best of n
@@ -413,7 +413,7 @@ def test_best_of_n_by_enumeration_and_in_the_limit():
         top = [k for k in triple if energy[k] == max(energy[list(triple)])]
         for k in top:
             want[k] += base[list(triple)].prod() / len(top)
-    np.testing.assert_allclose(L.best_of_n(base, energy, 3).probs, want, rtol=1e-14)
+    np.testing.assert_allclose(cost.best_of_n(base, energy, 3).probs, want, rtol=1e-14)
     assert J.best_of_n(base, energy, 1).kl == 0
     assert J.best_of_n(base, energy, 1).lift == 0
     assert J.best_of_n(base, energy, 1).lam == np.inf
@@ -421,7 +421,7 @@ def test_best_of_n_by_enumeration_and_in_the_limit():
     np.testing.assert_allclose(J.best_of_n(base, np.ones(6), 9).probs, base, rtol=4 * EPS)
     for bad in (0, -2, True):
         with pytest.raises(AlignProError, match=rf"^n {bad}: must be an integer of at least 1"):
-            L.best_of_n(base, energy, bad)
+            cost.best_of_n(base, energy, bad)
 
 
 def test_best_of_n_on_both_levels():
@@ -469,7 +469,7 @@ def test_kl_price_identity():
     assert found.policy == found.between == np.inf
     assert found.gap == -0.5
     with pytest.raises(AlignProError, match=r"^prompter\[0\] sums to 1\.5"):
-        L.kl_price(outside, 1.0, np.array([[0.5, 1.0]]))
+        cost.kl_price(outside, 1.0, np.array([[0.5, 1.0]]))
 
 
 def _watched(instance, beta, lam):
@@ -719,7 +719,7 @@ def test_the_smallest_instance_where_prompting_wins():
     beta = 0.7
     share = 2 / (1 + np.exp(-1 / beta)) - 1
     np.testing.assert_allclose(
-        L.critical_lam(tiny, beta).value, 0.5 / np.log(share / (1 - share)), rtol=1e-13
+        readings.critical_lam(tiny, beta).value, 0.5 / np.log(share / (1 - share)), rtol=1e-13
     )
     # One rewrite, or one value of reward, in effect: never.
     assert J.critical_lam(dataclasses.replace(tiny, frozen=[[0.5, 0.5]] * 2), 0.7).value == 0
@@ -731,20 +731,20 @@ def test_the_smallest_instance_where_prompting_wins():
 
 def everything(instance, beta, lam):
     return (
-        L.information_projection(instance, beta),
-        L.prompting_ceiling(instance, beta),
-        L.response_value(instance, lam),
-        L.kl_budget(solution(instance, beta, lam)),
-        L.frontier(instance, jnp.stack([lam, 2 * lam])),
-        L.best_of_n_rewrites(instance, 4),
-        L.best_of_n_responses(instance, 4),
-        L.kl_price(instance, beta, jnp.asarray(instance.prior)),
-        L.sensitivity(instance, beta, lam),
-        L.headroom(instance, lam),
-        L.variance_split(instance, jnp.asarray(instance.prior)),
-        L.limit_readings(instance, beta, lam),
-        L.critical_lam(instance, beta),
-        L.critical_beta(instance, lam, per_prompt=True),
+        reach.information_projection(instance, beta),
+        reach.prompting_ceiling(instance, beta),
+        reach.response_value(instance, lam),
+        cost.kl_budget(solution(instance, beta, lam)),
+        cost.frontier(instance, jnp.stack([lam, 2 * lam])),
+        cost.best_of_n_rewrites(instance, 4),
+        cost.best_of_n_responses(instance, 4),
+        cost.kl_price(instance, beta, jnp.asarray(instance.prior)),
+        derivatives.sensitivity(instance, beta, lam),
+        derivatives.headroom(instance, lam),
+        derivatives.variance_split(instance, jnp.asarray(instance.prior)),
+        readings.limit_readings(instance, beta, lam),
+        readings.critical_lam(instance, beta),
+        readings.critical_beta(instance, lam, per_prompt=True),
     )
 
 

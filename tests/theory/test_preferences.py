@@ -10,8 +10,13 @@ from theory_oracle import kills
 from alignpro.errors import AlignProError
 from alignpro.theory import Instance
 from alignpro.theory.families import draw
-from alignpro.theory.preferences import expected_preferences, fit_rewards, propagate, sample_preferences
-from alignpro.theory.robustness import reward_noise
+from alignpro.theory.results.preferences import (
+    expected_preferences,
+    fit_rewards,
+    propagate,
+    sample_preferences,
+)
+from alignpro.theory.results.robustness import reward_noise
 
 SHAPE = (4, 3, 5)
 FALSE_ALARM = 1e-4

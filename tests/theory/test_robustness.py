@@ -10,7 +10,7 @@ from theory_oracle import EPS, close, fields, finite, kills, oracle
 from alignpro.errors import AlignProError
 from alignpro.theory import Instance, solution
 from alignpro.theory.families import FAMILIES, draw
-from alignpro.theory.robustness import (
+from alignpro.theory.results.robustness import (
     _frozen_noise,
     _reward_noise,
     ensemble,

@@ -11,12 +11,12 @@ import pytest
 from theory_oracle import EPS, close, kills, oracle
 
 from alignpro.errors import AlignProError
-from alignpro.theory import distances, scale
 from alignpro.theory.bounds import BOUNDS, IDENTITIES, LEMMAS
 from alignpro.theory.families import FAMILIES, random_prompters, take
 from alignpro.theory.instance import KEYS, Instance, unchecked
 from alignpro.theory.pairwise import expected_tv, pairwise_tv
-from alignpro.theory.scale import ROUTES, prompt_shift, route, solve_batch, solve_large
+from alignpro.theory.scale import distances, routes
+from alignpro.theory.scale.routes import ROUTES, prompt_shift, route, solve_batch, solve_large
 from alignpro.theory.solution import solution
 
 # Below and above one broadcast; not, and only just, multiples of the blocks; with a single row or column.
@@ -142,7 +142,7 @@ def test_gradients(shape):
 def native(request, monkeypatch):
     """Both ways on one CPU device."""
     if not request.param:
-        monkeypatch.setattr(scale, "_native", lambda devices: False)
+        monkeypatch.setattr(routes, "_native", lambda devices: False)
     return request.param
 
 
@@ -230,8 +230,8 @@ def test_solve_large_is_solution():
 
 
 def test_batches_against_plain_numpy(monkeypatch, native):
-    monkeypatch.setattr(scale, "_CHUNK", 64)
-    monkeypatch.setattr(scale, "_CACHED", 16 * 8)
+    monkeypatch.setattr(routes, "_CHUNK", 64)
+    monkeypatch.setattr(routes, "_CACHED", 16 * 8)
     count, rng = 150, np.random.default_rng(13)
     batch = FAMILIES["signed"](rng, count, (2, 4, 3))
     beta, lam = 10.0 ** rng.uniform(-1, 1, (2, count))

@@ -3,12 +3,12 @@ import json
 import numpy as np
 import pytest
 
-from alignpro import cli, verify
+from alignpro.commands import main, verify
 from alignpro.errors import AlignProError
-from alignpro.theory import certify
 from alignpro.theory.bounds import BOUNDS, IDENTITIES, LEMMAS, LOWER_BOUNDS, WRONG_BOUNDS, tight
 from alignpro.theory.families import FAMILIES
 from alignpro.theory.instance import load
+from alignpro.theory.proof import certify
 from alignpro.theory.solution import solution
 
 
@@ -132,12 +132,12 @@ def test_a_violation_that_rounding_forged_is_settled(monkeypatch):
 @pytest.mark.parametrize(("certify", "count"), [(["--certify"], 8), (["--certify", "2"], 2)])
 def test_the_flag(certify, count, capsys):
     asked = ["verify", "--bound", "theorem1", "--instances", "60", "--family", "signed"]
-    assert cli.main([*asked, *certify]) == 0
+    assert main.main([*asked, *certify]) == 0
     assert f"(ball arithmetic on the {count} most doubtful" in capsys.readouterr().out
 
 
 def test_the_flag_takes_one_number(capsys):
-    assert cli.main(["verify", "--certify", "1", "2"]) == 2
+    assert main.main(["verify", "--certify", "1", "2"]) == 2
     assert "--certify 1 2: give one number, or none" in capsys.readouterr().err
 
 

@@ -1,0 +1,127 @@
+"""`alignpro judge`."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from alignpro.errors import AlignProError
+from alignpro.files import read_json, writable_folder, write_json, write_text
+from alignpro.llm.models.chat import parse_options
+from alignpro.llm.targets.target import Target
+
+if TYPE_CHECKING:
+    pass
+
+from alignpro.llm.arms.judge import FILE, SETTINGS_FILE, ForcedChoice, JudgeSettings, judge, pairs
+
+
+def open_judge(settings: JudgeSettings) -> Callable[[], Target]:
+    """Opens the judge; an endpoint's settings are checked now, a model in this process loaded then.
+
+    Raises:
+        AlignProError: an endpoint without the name of its model or forced to choose, a model with an
+            endpoint's settings, or a name that is no model's.
+    """
+    given, options = settings.endpoint(), parse_options(settings.chat_template_kwargs)
+    if settings.judge.startswith(("http://", "https://")):
+        if settings.forced:
+            raise AlignProError(
+                "forced: an endpoint does not score given replies; leave out --forced, or give --judge a "
+                "model that runs in this process"
+            )
+        if "model" not in given:
+            raise AlignProError(f"judge_model: name the model that {settings.judge} serves")
+        from alignpro.llm.targets.endpoint import Endpoint
+
+        opened = Endpoint(base_url=settings.judge, **given)
+        return lambda: opened
+    if given:
+        raise AlignProError(
+            f"judge_{next(iter(given))}: is for an endpoint, and {settings.judge!r} is no http(s) address"
+        )
+    from alignpro.llm.models import catalogue, configure
+
+    catalogue.check_name(settings.judge)
+    configure.check_dtype(settings.dtype)
+
+    def load() -> Target:
+        from alignpro.llm.targets.local import LocalTarget
+
+        target = LocalTarget(
+            settings.judge,
+            dtype=settings.dtype,
+            batch_size=settings.batch_size,
+            chat_template_kwargs=options,
+        )
+        return ForcedChoice(target) if settings.forced else target
+
+    return load
+
+
+def run_judge(file: str, arms: Sequence[str], settings: JudgeSettings, out: str) -> list[dict[str, Any]]:
+    """Judge a rollout file into `out`: settings.json, answers/ (replies paid for), judgements.jsonl.
+
+    Everything is checked before the judge is loaded; what is to be asked is estimated before it is asked. The
+    same call goes on after an interruption, and further prompts can be added.
+
+    Returns:
+        The rows of judgements.jsonl, for `alignpro.estimation.winrate.collect`.
+
+    Raises:
+        AlignProError: bad settings or files, another comparison in `out`, or the judge's own errors.
+    """
+    from tqdm import tqdm
+
+    from alignpro.llm.models import packages
+    from alignpro.llm.targets.ledger import Cached, Prices
+
+    prices = None if settings.prices is None else Prices(*settings.prices)
+    opened = open_judge(settings)
+    compared = pairs(file, arms, settings.per_prompt, settings.prompts)
+    folder = writable_folder(out)
+    record = {
+        "arms": list(arms),
+        "judge": settings.judge,
+        "judge_model": settings.judge_model,
+        "temperature": settings.temperature,
+        "reply_tokens": settings.reply_tokens,
+        "seed": settings.seed,
+        **({"forced": True} if settings.forced else {}),
+    }
+    begun = folder / SETTINGS_FILE
+    before = read_json(begun) if begun.exists() else record
+    if not isinstance(before, dict) or before.keys() != record.keys():
+        raise AlignProError(f"--out {folder}: holds another run; choose another folder")
+    for name, value in record.items():
+        if before[name] != value:
+            raise AlignProError(
+                f"--out {folder}: was begun with {name} {before[name]!r}, not {value!r}; repeat that or "
+                "choose another folder"
+            )
+    write_json(begun, record)
+    identical = sum(pair.answers[0] == pair.answers[1] for pair in compared)
+    same = f" ({identical} identical, not asked)" if identical else ""
+    packages.note(f"{len(compared)} pairs of {arms[0]} and {arms[1]}{same}, both orders")
+    target = Cached(opened(), folder / "answers", prices=prices)
+    with tqdm(total=2 * (len(compared) - identical), unit="reply", disable=None) as bar:
+        judged = judge(target, compared, settings.sampling(), seed=settings.seed, on_reply=bar.update)
+    packages.note(target.ledger.line())
+    rows = [judgement.row((arms[0], arms[1]), target.name) for judgement in judged]
+    # ASCII: a reply may hold what UTF-8 cannot.
+    write_text(folder / FILE, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= 120 else "..." + text[-117:]  # where the verdict should be
+
+
+def failed_replies(rows: Sequence[dict[str, Any]], most: int = 3) -> list[str]:
+    """One line for each of the first `most` replies without a verdict, cut and escaped for a terminal."""
+    found = [
+        (row["prompt_id"], kind, text)
+        for row in rows
+        for kind, text in zip(row["failures"], row["replies"], strict=True)
+        if kind is not None
+    ]
+    return [f"{kind}, prompt {name}: {_end(text)!a}" for name, kind, text in found[:most]]

@@ -1,0 +1,38 @@
+"""`alignpro merge`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from alignpro.commands.shared import _home
+from alignpro.errors import AlignProError
+from alignpro.files import writable_folder
+from alignpro.llm.models import adapters, catalogue, configure, load, packages
+from alignpro.llm.models.libraries import quiet
+from alignpro.llm.policies.prompter import PROMPTER_FILE, Prompter
+
+
+def run_merge(adapter: str, out: str, dtype: str) -> None:
+    """Write the whole model that an adapter and its base make, into a new folder."""
+    home = Path(_home(adapter)).expanduser()
+    if not (home / catalogue.ADAPTER_CONFIG).is_file():
+        raise AlignProError(
+            f"adapter {adapter!r}: holds no {catalogue.ADAPTER_CONFIG}; name the folder of a trained "
+            "prompter or of an adapter that PEFT saved"
+        )
+    if dtype == "4bit":
+        raise AlignProError("--dtype 4bit: cannot be merged into; choose float32, bfloat16 or float16")
+    configure.check_dtype(dtype)
+    base = adapters.adapter_base(home)
+    folder = writable_folder(out)
+    if any(folder.iterdir()):
+        raise AlignProError(f"--out {folder}: it is not empty; name a new folder")
+    packages.note(f"merging {home} into {base}, as {dtype}")
+    if (home / PROMPTER_FILE).is_file():
+        merged = Prompter.from_pretrained(home, dtype=dtype, device="cpu", merged=True)
+        replace(merged, base=base).save(folder, whole=True)
+    else:
+        model, tokenizer = load.load_model(home, dtype, "cpu")
+        with quiet():
+            model.save_pretrained(str(folder), safe_serialization=True)
+            tokenizer.save_pretrained(str(folder))
+    print(f"wrote {folder}: a whole model; give it as --prompter or --target")

@@ -1,0 +1,372 @@
+"""Win rates from pairwise judgements: raw and length-controlled, with what the judge itself is worth.
+
+A pair is one answer of each of two arms to one prompt, judged in both orders: won or lost where the orders
+agree or one of them calls a tie, tied where they disagree. An order without a verdict fails its pair; failed
+pairs are in no rate, and `WinRates.bounds` says what they could have changed. Prompts are the independent
+units throughout. Needs NumPy only.
+"""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from alignpro.errors import AlignProError
+from alignpro.estimation.intervals import LEAST_PROMPTS, Estimate, bootstrap_t, check_level
+
+VERDICTS = {"win": 1.0, "tie": 0.0, "loss": -1.0, None: math.nan}
+"""What one order says of the first arm's answer; None where it failed."""
+RIDGE = 0.25
+"""Of the length effect φ: a prior N(0, 2²) in log-odds, so that φ stays finite where length decides all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Judgements:
+    """N judged pairs as columns."""
+
+    arms: tuple[str, str]
+    judge: str
+    prompt: np.ndarray
+    """[N] which prompt."""
+    verdicts: np.ndarray
+    """[N, 2]: 1, 0, −1 for a win, tie, loss of `arms[0]`, shown first in column 0 and second in column 1; NaN
+    where the order failed."""
+    asked: np.ndarray
+    """[N] bool: False where both answers are the same text, a tie that no judge is needed for."""
+    lengths: np.ndarray
+    """[N, 2] characters of the two answers, in the arms' order."""
+    failures: Mapping[str, int]
+    """How many orders failed, by kind."""
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+
+def outcomes(verdicts: np.ndarray) -> np.ndarray:
+    """[N] 1, 0, −1 or NaN from `verdicts` [N, 2]: both orders combined."""
+    return np.sign(verdicts.sum(1))
+
+
+def collect(rows: Iterable[Mapping[str, Any]], where: str = "judgement") -> Judgements:
+    """Columns of judgements as `alignpro.llm.arms.judge` writes them.
+
+    Args:
+        where: what messages call a row; its number, from 1, follows.
+
+    Raises:
+        AlignProError: a row lacks a field or has a bad one, two rows differ in arms or judge, or there are
+            none.
+    """
+    prompts: dict[str, int] = {}
+    prompt, verdicts, asked, lengths = [], [], [], []
+    failures: Counter[str] = Counter()
+    shared: list[Any] = []
+    for number, row in enumerate(rows, 1):
+        try:
+            said = [VERDICTS[verdict] for verdict in row["verdicts"]]
+            size = [int(length) for length in row["lengths"]]
+            names = [*map(str, row["arms"]), str(row["judge"])]
+            if (len(said), len(size), len(names)) != (2, 2, 3) or min(size) < 0:
+                raise ValueError
+            failures.update(str(kind) for kind in row["failures"] if kind is not None)
+            prompt.append(prompts.setdefault(str(row["prompt_id"]), len(prompts)))
+            asked.append(not row["identical"])
+        except (KeyError, TypeError, ValueError):
+            raise AlignProError(f"{where} {number}: is no judgement; judge the rollouts again") from None
+        shared = shared or names
+        if names != shared:
+            raise AlignProError(
+                f"{where} {number}: is of {names}, those before it of {shared}; keep one comparison a file"
+            )
+        verdicts.append(said)
+        lengths.append(size)
+    if not prompt:
+        raise AlignProError(f"{where}s: there are none; judge some rollouts")
+    return Judgements(
+        arms=(shared[0], shared[1]),
+        judge=shared[2],
+        prompt=np.array(prompt),
+        verdicts=np.array(verdicts),
+        asked=np.array(asked),
+        lengths=np.array(lengths, dtype=float),
+        failures=dict(sorted(failures.items())),
+    )
+
+
+def read(path: str | os.PathLike[str]) -> Judgements:
+    """The judgements in a file that `alignpro judge` wrote.
+
+    Raises:
+        AlignProError: it cannot be read, or a line is no judgement.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "a line is not JSON"
+        raise AlignProError(f"{path}: cannot read it ({reason}); name a file of alignpro judge") from None
+    return collect(rows, f"{path} line")
+
+
+# --- rates over prompts ---
+
+
+def wilson(rate: float, n: float, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score limits (JASA 22, 1927) of a proportion `rate` over n independent units.
+
+    They solve (rate − p)² = z² p (1 − p)/n. Where a unit can also score between 0 and 1 (a tie) its variance
+    is below p(1 − p), and the limits are wider than they need be.
+    """
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    shrink = 1.0 + z * z / n
+
+    def lower(p: float) -> float:
+        """The lesser root, from the product of both, p²/shrink: without cancellation, and exactly 0 at 0."""
+        upper = (p + z * z / (2 * n) + z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / shrink
+        return p * p / (shrink * upper)
+
+    return lower(rate), 1.0 - lower(1.0 - rate)
+
+
+def _by_prompt(prompt: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """[C] or [C, D]: sums of `values` [N] or [N, D] over each of the C prompts."""
+    of = np.unique(prompt, return_inverse=True)[1]
+    out = np.zeros((of.max() + 1, *values.shape[1:]))
+    np.add.at(out, of, values)
+    return out
+
+
+def rate(scores: np.ndarray, prompt: np.ndarray, level: float) -> Estimate | None:
+    """Mean of `scores` [N] in [0, 1] with an interval over prompts; None of nothing.
+
+    Wilson's with one score a prompt, and where the bootstrap has nothing to resample (fewer than 5 prompts,
+    or all alike); otherwise percentile-t over prompts, of the ratio Σ scores/Σ counts made linear.
+    """
+    if not len(scores):
+        return None
+    value = float(scores.mean())
+    counts = _by_prompt(prompt, np.ones(len(scores)))
+    residuals = _by_prompt(prompt, scores - value) / counts.mean()
+    n = len(counts)
+    alike = np.abs(residuals).max() <= 8 * np.finfo(float).eps
+    if counts.max() == 1 or n < LEAST_PROMPTS or alike:
+        lo, hi = wilson(value, n, level)
+        method = "Wilson score, prompts as units"
+    else:
+        low, high = bootstrap_t(value + residuals, level)
+        lo, hi = max(0.0, float(low)), min(1.0, float(high))
+        method = "percentile-t bootstrap over prompts"
+    return Estimate(value, min(lo, value), max(hi, value), level, len(scores), n, method, "none")
+
+
+# --- length control ---
+
+
+def length_regression(scores: np.ndarray, lengths: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """Maximise Σ y log p + (1 − y) log(1 − p) − ½ RIDGE φ², p = σ(θ + φ t), over θ and φ.
+
+    t = tanh(d/sd(d)), d the first answer's length minus the second's: the length term of arXiv 2404.04475,
+    eq. (1). σ(θ) is the win rate at equal lengths. φ alone is penalised, so that Σ(y − p) = 0, and σ(θ) is
+    the mean of y exactly where lengths are equal throughout.
+
+    Args:
+        scores: y [N], 1, ½, 0 for a win, tie, loss; neither all 1 nor all 0, where θ is infinite.
+        lengths: [N, 2].
+
+    Returns:
+        θ, φ in log-odds and t [N].
+    """
+    d = lengths[:, 0] - lengths[:, 1]
+    spread = d.std()
+    # Without a spread there is a constant, which cannot be told from θ: nothing to control for.
+    t = np.tanh(d / spread) if spread > 8 * np.finfo(float).eps * np.abs(d).max() else np.zeros(len(d))
+    mean = scores.mean()
+    at = np.array([math.log(mean / (1 - mean)), 0.0])
+
+    def objective(at: np.ndarray) -> float:
+        eta = at[0] + at[1] * t
+        return float(scores @ eta - np.logaddexp(0.0, eta).sum() - 0.5 * RIDGE * at[1] ** 2)
+
+    value = objective(at)
+    for _ in range(100):  # Newton, halving steps that overshoot; strictly concave, so few suffice
+        gradient, information = _derivatives(scores, t, at)
+        step = np.linalg.solve(information, gradient.sum(0) - [0.0, RIDGE * at[1]])
+        while (new := objective(at + step)) < value - 1e-12 * len(t) and np.abs(step).max() > 1e-9:
+            step /= 2
+        at, value = at + step, new
+        if np.abs(step).max() <= 1e-9:
+            break
+    return float(at[0]), float(at[1]), t
+
+
+def _derivatives(scores: np.ndarray, t: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[N, 2] gradients of the log-likelihood, pair by pair, and [2, 2] the penalised information."""
+    design = np.stack([np.ones_like(t), t], 1)
+    p = 0.5 * (1.0 + np.tanh(0.5 * (design @ at)))
+    information = design.T @ (design * (p * (1 - p))[:, None])
+    return design * (scores - p)[:, None], information + np.diag([0.0, RIDGE])
+
+
+def length_controlled(
+    scores: np.ndarray, lengths: np.ndarray, prompt: np.ndarray, level: float
+) -> tuple[Estimate | None, float]:
+    """The win rate at equal lengths, σ(θ), and the length effect φ (see `length_regression`).
+
+    The interval is Wald's for θ with the sandwich variance over prompts, through σ. All won or all lost, and
+    all lengths alike, leave nothing to control for: then it is the raw rate.
+    """
+    raw = rate(scores, prompt, level)
+    if raw is None or raw.n_clusters < LEAST_PROMPTS:
+        return None, 0.0
+    if raw.value in (0.0, 1.0):
+        return raw, 0.0
+    theta, phi, t = length_regression(scores, lengths)
+    if not t.any():
+        return raw, 0.0
+    gradients, information = _derivatives(scores, t, np.array([theta, phi]))
+    meat = _by_prompt(prompt, gradients)
+    n = len(meat)
+    left = np.linalg.solve(information, meat.T)
+    error = math.sqrt(n / (n - 1) * float(left[0] @ left[0]))
+    width = NormalDist().inv_cdf(0.5 + level / 2) * error
+    value, lo, hi = (0.5 * (1.0 + math.tanh(0.5 * x)) for x in (theta, theta - width, theta + width))
+    method = "logistic regression on length, sandwich variance over prompts"
+    return Estimate(value, lo, hi, level, raw.n, n, method, "unknown"), phi
+
+
+# --- the report ---
+
+
+@dataclass(frozen=True)
+class WinRates:
+    """`arms[0]` against `arms[1]`, by one judge. Counts are of pairs, rates in [0, 1]."""
+
+    arms: tuple[str, str]
+    judge: str
+    pairs: int
+    prompts: int
+    wins: int
+    ties: int
+    losses: int
+    failed: int
+    """Pairs with an order that gave no verdict; in no rate."""
+    identical: int
+    """Of the ties, those whose answers are one text."""
+    failures: Mapping[str, int]
+    """Orders without a verdict, by kind."""
+    win_rate: Estimate | None
+    """Ties a half, over the pairs that did not fail; None where all did."""
+    bounds: tuple[float, float]
+    """The win rate over all pairs, were every missing verdict one against, or one for, `arms[0]`."""
+    length_controlled: Estimate | None
+    """The win rate at equal lengths; None with fewer than 5 prompts."""
+    length_effect: float
+    """φ, log-odds per unit of tanh(standardised length difference); positive where longer answers win."""
+    mean_lengths: tuple[float, float]
+    """Characters."""
+    agreement: Estimate | None
+    """How often both orders say the same, over pairs that were asked and did not fail."""
+    kappa: float | None
+    """Cohen's κ of the two orders: 1 agreement, 0 none beyond chance; None where chance alone agrees."""
+    first_shown: Estimate | None
+    """How often the answer shown first is preferred, ties a half; 0.5 from a judge blind to position."""
+
+    def json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def win_rates(judgements: Judgements, level: float = 0.95) -> WinRates:
+    """Everything that the judgements say, with intervals over prompts at `level`.
+
+    Raises:
+        AlignProError: a bad level.
+    """
+    level = check_level(level)
+    verdicts, prompt = judgements.verdicts, judgements.prompt
+    outcome = outcomes(verdicts)
+    good = ~np.isnan(outcome)
+    scores = 0.5 + 0.5 * outcome[good]
+    against, for_ = (
+        float(np.mean(0.5 + 0.5 * outcomes(np.where(np.isnan(verdicts), v, verdicts)))) for v in (-1.0, 1.0)
+    )
+    both = good & judgements.asked
+    first, second = verdicts[both].T
+    controlled, effect = length_controlled(scores, judgements.lengths[good], prompt[good], level)
+    mean = judgements.lengths.mean(0)
+    return WinRates(
+        arms=judgements.arms,
+        judge=judgements.judge,
+        pairs=len(judgements),
+        prompts=len(np.unique(prompt)),
+        wins=int((outcome == 1).sum()),
+        ties=int((outcome == 0).sum()),
+        losses=int((outcome == -1).sum()),
+        failed=int((~good).sum()),
+        identical=int((~judgements.asked).sum()),
+        failures=judgements.failures,
+        win_rate=rate(scores, prompt[good], level),
+        bounds=(against, for_),
+        length_controlled=controlled,
+        length_effect=effect,
+        mean_lengths=(float(mean[0]), float(mean[1])),
+        agreement=rate((first == second).astype(float), prompt[both], level),
+        kappa=cohen_kappa(first, second),
+        first_shown=rate(0.5 + (first - second) / 4, prompt[both], level),
+    )
+
+
+def cohen_kappa(first: np.ndarray, second: np.ndarray) -> float | None:
+    """(p_o − p_e)/(1 − p_e) of two ratings [N] in {−1, 0, 1}; None of nothing, or where p_e is 1."""
+    if not len(first):
+        return None
+    shares = np.array([[np.mean(r == v) for v in (-1, 0, 1)] for r in (first, second)])
+    chance = float(shares[0] @ shares[1])
+    return None if chance == 1.0 else (float(np.mean(first == second)) - chance) / (1.0 - chance)
+
+
+def table(found: WinRates) -> str:
+    """For reading; A : B as in the paper's Table 1, percent of the pairs that did not fail, ties the rest."""
+    ours, theirs = found.arms
+    judged = found.pairs - found.failed
+
+    def percent(count: int) -> str:
+        return f"{100 * count / judged:.0f}" if judged else "-"
+
+    def shown(e: Estimate | None) -> str:
+        return "not to be had" if e is None else f"{e.value:.3f} [{e.lo:.3f}, {e.hi:.3f}]"
+
+    lengths = "mean length {:.0f} against {:.0f} characters".format(*found.mean_lengths)
+    over = f"over {judged} of {found.pairs} pairs"
+    if found.failed:
+        over += "; {:.3f} to {:.3f} were every failed verdict lost, or won".format(*found.bounds)
+    kappa = "" if found.kappa is None else f"Cohen's kappa {found.kappa:.2f}"
+    level = next((e.level for e in (found.win_rate, found.agreement) if e is not None), None)
+    head = f"{found.pairs} pairs of {found.prompts} prompts, each judged in both orders by {found.judge}"
+    rows: Sequence[tuple[str, str, str]] = [
+        (
+            f"{ours} : {theirs}",
+            f"{percent(found.wins)} : {percent(found.losses)}",
+            f"won {found.wins}, lost {found.losses}, tied {found.ties}"
+            + (f" ({found.identical} identical)" if found.identical else "")
+            + f", failed {found.failed}",
+        ),
+        ("win rate, ties a half", shown(found.win_rate), over),
+        ("at equal lengths", shown(found.length_controlled), lengths),
+        ("orders agree", shown(found.agreement), kappa),
+        ("first shown preferred", shown(found.first_shown), "0.5 where position does not matter"),
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    lines = [head + (f"; {level:.0%} intervals over prompts" if level else "")]
+    lines += [f"  {a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}".rstrip() for a, b, c in rows]
+    if found.failures:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in found.failures.items())
+        lines.append(f"verdicts that failed: {kinds}")
+    return "\n".join(lines)

@@ -1,0 +1,410 @@
+"""A real prompter and a real frozen model as an exact `Instance`.
+
+For each user prompt x, rewrites are sampled from the prompter and responses from the frozen model under
+every rewrite. Both models are then restricted to the prefix trees of what was sampled
+(`alignpro.llm.policies.tree`), which makes them true policies on finite sets: ρ_sft(x′|x), π_F(y|x′), R(x, x′), ρ* and all of the theory are
+exact for them. Restriction is the only approximation; the report says so.
+
+Each prompt has its own rewrites and responses. In the instance they are the diagonal blocks of `prior` and
+`frozen`; the rewards are real on every pair (x, y), reachable or not.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from alignpro.errors import AlignProError
+from alignpro.files import write_json
+from alignpro.llm.models.chat import chat_of
+from alignpro.llm.models.forward import how_of
+from alignpro.llm.models.policy import end_tokens
+from alignpro.llm.policies.prompter import Template, check_room, target_ids
+from alignpro.llm.policies.tree import PrefixTree, TreeTask, leaf_probabilities
+from alignpro.llm.rewards.reward import Reward
+from alignpro.theory import Instance, Names, load
+
+Tokens = tuple[int, ...]
+Progress = Callable[[int], None]
+
+
+def _silent(_: int) -> None:
+    pass
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Tokens],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    batch: int = 64,
+    progress: Progress = _silent,
+) -> list[Tokens]:
+    """One continuation of each prompt, up to and including its end token (or cut at `max_new_tokens`).
+
+    Args:
+        prompts: token ids; rows of similar length are batched together.
+        seed: of a generator of its own; the global random state is left alone.
+        progress: called with the number of continuations just finished.
+    """
+    stop = {*end_tokens(model)}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    out: list[Tokens] = [()] * len(prompts)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        while order:
+            rows = order[:batch]
+            if not how_of(model).padded:
+                rows = [i for i in rows if len(prompts[i]) == len(prompts[rows[0]])]
+            order = order[len(rows) :]
+            width = max(len(prompts[i]) for i in rows)
+            ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+            mask = torch.zeros_like(ids)
+            for b, i in enumerate(rows):
+                ids[b, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[b, width - len(prompts[i]) :] = 1
+            done = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=True,
+                temperature=temperature,
+            )
+            for i, row in zip(rows, done[:, width:].tolist(), strict=True):
+                end = next((t for t, token in enumerate(row) if token in stop), len(row) - 1)
+                out[i] = tuple(row[: end + 1])
+            progress(len(rows))
+    return out
+
+
+@dataclass(frozen=True)
+class EnumerationSettings:
+    """How large the finite sets are, and how they are drawn."""
+
+    rewrites: int = 16
+    """Distinct rewrites per prompt at most, the original prompt among them."""
+    responses: int = 32
+    """Distinct responses per prompt at most."""
+    rewrite_tokens: int = 32
+    """Longest rewrite; candidates that do not end by then are dropped."""
+    response_tokens: int = 40
+    """Longest response; longer ones are cut there, as a token limit would."""
+    candidate_temperature: float = 0.9
+    """Temperature at which CANDIDATE rewrites are drawn. The policies always have temperature 1."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("rewrites", 2), ("responses", 2), ("rewrite_tokens", 2), ("response_tokens", 1)):
+            if getattr(self, name) < least:
+                raise AlignProError(f"{name} = {getattr(self, name)}: give at least {least}")
+        if not (np.isfinite(self.candidate_temperature) and self.candidate_temperature > 0):
+            raise AlignProError(
+                f"candidate_temperature = {self.candidate_temperature}: give a positive number"
+            )
+        if self.seed < 0:
+            raise AlignProError(f"seed = {self.seed}: give 0 or more")
+
+
+def sample_rewrites(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    template: Template,
+    settings: EnumerationSettings,
+    progress: Progress = _silent,
+) -> list[list[Tokens]]:
+    """For each prompt, token sequences of distinct rewrites; the first is the original prompt itself.
+
+    Raises:
+        AlignProError: no candidate of some prompt was usable.
+    """
+    found: list[dict[str, Tokens]] = [{x: template.rewrite_ids(tokenizer, x, x)} for x in prompts]
+    ends = {*end_tokens(model)}
+    drawn_of = {x: [0, 0] for x in prompts}
+    for attempt in range(4):
+        short = [i for i, have in enumerate(found) if len(have) < settings.rewrites]
+        if not short:
+            break
+        # Some candidates repeat or run on; a quarter more than is missing usually suffices.
+        counts = {i: max(4, (settings.rewrites - len(found[i])) * 5 // 4 + 2) for i in short}
+        rows = [i for i in short for _ in range(counts[i])]
+        drawn = sample(
+            model,
+            tokenizer,
+            [template.prompt_ids(tokenizer, prompts[i]) for i in rows],
+            max_new_tokens=settings.rewrite_tokens,
+            seed=settings.seed + 1_000_003 * attempt,
+            temperature=settings.candidate_temperature,
+            progress=progress,
+        )
+        for i, tokens in zip(rows, drawn, strict=True):
+            text = template.rewrite(tokenizer, prompts[i], tokens)
+            ended = tokens[-1] in ends
+            drawn_of[prompts[i]][0] += 1
+            drawn_of[prompts[i]][1] += not ended
+            # One token sequence per text: the frozen model sees the text only.
+            if ended and len(tokens) > 1 and text and len(found[i]) < settings.rewrites:
+                found[i].setdefault(text, tokens)
+    for x, have in zip(prompts, found, strict=True):
+        if len(have) < 2:
+            raise AlignProError(
+                f"prompt {x!r}: of {drawn_of[x][0]} rewrites drawn, {drawn_of[x][1]} did not end within "
+                f"{settings.rewrite_tokens} tokens, the others repeat the prompt or are empty; raise "
+                "rewrite_tokens or drop the prompt"
+            )
+    return [list(have.values()) for have in found]
+
+
+def sample_responses(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rewrites: Sequence[Sequence[str]],
+    settings: EnumerationSettings,
+    progress: Progress = _silent,
+) -> list[list[Tokens]]:
+    """For each prompt, token sequences of distinct responses, drawn evenly under all of its rewrites."""
+    found: list[dict[Tokens, None]] = [{} for _ in rewrites]
+    for attempt in range(4):
+        rows = []
+        for i, texts in enumerate(rewrites):
+            missing = settings.responses - len(found[i])
+            rows += [(i, k % len(texts)) for k in range(missing)]
+        if not rows:
+            break
+        drawn = sample(
+            model,
+            tokenizer,
+            [target_ids(tokenizer, rewrites[i][k]) for i, k in rows],
+            max_new_tokens=settings.response_tokens,
+            seed=settings.seed + 1_000_003 * attempt + 1,
+            progress=progress,
+        )
+        for (i, _), tokens in zip(rows, drawn, strict=True):
+            found[i].setdefault(tokens)
+    return [list(have) for have in found]
+
+
+@dataclass(frozen=True)
+class Enumeration:
+    """A prompter and a frozen model on finite sets, and the exact instance they form.
+
+    Attributes:
+        prompts: X user prompts.
+        prompt_ids: for each, the token ids that the prompter continues.
+        rewrite_ids, response_ids: for each, the leaves of its two trees.
+        rewrites, responses: their texts.
+        instance: rows of `frozen` and columns of `prior` are all rewrites, prompt by prompt; columns of
+            `frozen` and `reward` all responses, prompt by prompt.
+    """
+
+    prompts: tuple[str, ...]
+    prompt_ids: tuple[Tokens, ...]
+    rewrite_ids: tuple[tuple[Tokens, ...], ...]
+    response_ids: tuple[tuple[Tokens, ...], ...]
+    rewrites: tuple[tuple[str, ...], ...]
+    responses: tuple[tuple[str, ...], ...]
+    instance: Instance
+
+    def rows(self, x: int) -> slice:
+        """The rewrites of prompt x among the K of the instance."""
+        start = sum(len(r) for r in self.rewrites[:x])
+        return slice(start, start + len(self.rewrites[x]))
+
+    def columns(self, x: int) -> slice:
+        """The responses of prompt x among the Y of the instance."""
+        start = sum(len(r) for r in self.responses[:x])
+        return slice(start, start + len(self.responses[x]))
+
+    def prompter(self, policy: Sequence[np.ndarray]) -> np.ndarray:
+        """Leaf probabilities per prompt as ρ(x′|x), [X, K]."""
+        rho = np.zeros(self.instance.prior.shape)
+        for x, row in enumerate(policy):
+            rho[x, self.rows(x)] = row
+        return rho
+
+    def task(self, *, exact_rewards: bool = True) -> TreeTask:
+        """The prompter's environment.
+
+        Args:
+            exact_rewards: reward a rewrite with R(x, x′); otherwise with r(x, y) of one sampled response.
+        """
+        reward, frozen = np.asarray(self.instance.reward), np.asarray(self.instance.frozen)
+        expected = reward @ frozen.T
+        starts = [self.rows(x).start for x in range(len(self.prompts))]
+
+        def exact(x: int, leaves: Sequence[int]) -> Sequence[float]:
+            return expected[x, starts[x] + np.asarray(leaves)].tolist()
+
+        def sampled(x: int, leaves: Sequence[int]) -> Sequence[float]:
+            rows = torch.as_tensor(frozen[starts[x] + np.asarray(leaves)])
+            return reward[x, torch.multinomial(rows, 1)[:, 0].numpy()].tolist()
+
+        trees = tuple(PrefixTree(leaves) for leaves in self.rewrite_ids)
+        return TreeTask(self.prompts, self.prompt_ids, trees, exact if exact_rewards else sampled)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `instance.npz` (numbers) and `texts.json` (texts and tokens) into `folder`."""
+        folder = Path(folder)
+        self.instance.save(folder / "instance.npz")
+        write_json(folder / "texts.json", {key: getattr(self, key) for key in _TEXT_FIELDS})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Enumeration":
+        """Read what `save` wrote."""
+        folder = Path(folder)
+        try:
+            stored = json.loads((folder / "texts.json").read_text())
+            texts = {key: _tuples(stored[key]) for key in _TEXT_FIELDS}
+        except (OSError, ValueError, KeyError) as error:
+            raise AlignProError(
+                f"{folder / 'texts.json'}: missing or damaged; run the enumeration again"
+            ) from error
+        return cls(**texts, instance=load(folder / "instance.npz"))
+
+
+_TEXT_FIELDS = ("prompts", "prompt_ids", "rewrite_ids", "response_ids", "rewrites", "responses")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def enumerate_models(
+    prompter: Any,
+    prompter_tokenizer: PreTrainedTokenizerBase,
+    frozen: Any,
+    frozen_tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    reward: Reward,
+    settings: EnumerationSettings,
+    *,
+    template: Template | None = None,
+    progress: Callable[[str, int], Progress] | None = None,
+) -> Enumeration:
+    """Sample the finite sets, score them exactly, and assemble the instance.
+
+    Args:
+        prompts: X distinct user prompts, each as likely as the others.
+        reward: scores (original prompt, response).
+        progress: called with a stage's name and its number of units; returns what reports finished ones.
+
+    Raises:
+        AlignProError: repeated prompts, a prompt without usable rewrites, or rewards out of their range.
+    """
+    if len(set(prompts)) != len(prompts):
+        raise AlignProError("prompts: some are repeated; give each once")
+    template = template or Template()
+    stage = progress or (lambda _name, _total: _silent)
+    count = len(prompts)
+    for model in (prompter, frozen):
+        model.eval()
+    prompt_ids = [template.prompt_ids(prompter_tokenizer, x) for x in prompts]
+    check_room(prompter, prompts, prompt_ids, settings.rewrite_tokens, "the prompter")
+    plain = [target_ids(frozen_tokenizer, x) for x in prompts]
+    check_room(frozen, prompts, plain, settings.response_tokens, "the frozen model")
+
+    rewrite_ids = sample_rewrites(
+        prompter,
+        prompter_tokenizer,
+        prompts,
+        template,
+        settings,
+        stage("sampling rewrites", count * (settings.rewrites * 5 // 4 + 1)),
+    )
+    rewrites = [
+        [x, *(template.rewrite(prompter_tokenizer, x, t) for t in ids[1:])]
+        for x, ids in zip(prompts, rewrite_ids, strict=True)
+    ]
+    response_ids = sample_responses(
+        frozen, frozen_tokenizer, rewrites, settings, stage("sampling responses", count * settings.responses)
+    )
+    frozen_chat = chat_of(frozen_tokenizer)
+    responses = [[frozen_chat.said(ids).text.strip() for ids in row] for row in response_ids]
+
+    prior_rows = leaf_probabilities(
+        prompter,
+        prompt_ids,
+        [PrefixTree(tuple(ids)) for ids in rewrite_ids],
+        progress=stage("scoring rewrites", count),
+    )
+    response_trees = [PrefixTree(tuple(ids)) for ids in response_ids]
+    pairs = [(x, text) for x, row in enumerate(rewrites) for text in row]
+    frozen_rows = leaf_probabilities(
+        frozen,
+        [target_ids(frozen_tokenizer, text) for _, text in pairs],
+        [response_trees[x] for x, _ in pairs],
+        progress=stage("scoring responses", len(pairs)),
+    )
+
+    all_responses = [text for row in responses for text in row]
+    tick = stage("rewarding", count)
+    scores = np.empty((count, len(all_responses)))
+    for x, prompt in enumerate(prompts):
+        scores[x] = reward.score([prompt] * len(all_responses), all_responses)
+        if not ((scores[x] >= reward.low) & (scores[x] <= reward.high)).all():
+            raise AlignProError(
+                f"prompt {prompt!r}: a reward leaves the declared range [{reward.low}, {reward.high}]"
+            )
+        tick(1)
+
+    instance = assemble(prior_rows, frozen_rows, scores, prompts, rewrites, responses)
+    return Enumeration(
+        prompts=tuple(prompts),
+        prompt_ids=tuple(prompt_ids),
+        rewrite_ids=_nested(rewrite_ids),
+        response_ids=_nested(response_ids),
+        rewrites=_nested(rewrites),
+        responses=_nested(responses),
+        instance=instance,
+    )
+
+
+def _nested(rows: Sequence[Sequence[Any]]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(tuple(row) for row in rows)
+
+
+def assemble(
+    prior_rows: Sequence[np.ndarray],
+    frozen_rows: Sequence[np.ndarray],
+    scores: np.ndarray,
+    prompts: Sequence[str],
+    rewrites: Sequence[Sequence[str]],
+    responses: Sequence[Sequence[str]],
+) -> Instance:
+    """The block-diagonal instance: one block of rewrites and responses per prompt, prompts equally likely.
+
+    Args:
+        prior_rows: X arrays, ρ_sft over each prompt's rewrites; the first is the original prompt.
+        frozen_rows: one array per rewrite of every prompt in turn, π_F over that prompt's responses.
+        scores: [X, Y] rewards of all responses for all prompts.
+    """
+    sizes, widths = [len(r) for r in rewrites], [len(r) for r in responses]
+    k0, y0 = np.cumsum([0, *sizes]), np.cumsum([0, *widths])
+    prior = np.zeros((len(prompts), k0[-1]))
+    frozen = np.zeros((k0[-1], y0[-1]))
+    rows = iter(frozen_rows)
+    for x, row in enumerate(prior_rows):
+        prior[x, k0[x] : k0[x + 1]] = row
+        for k in range(k0[x], k0[x + 1]):
+            frozen[k, y0[x] : y0[x + 1]] = next(rows)
+    return Instance(
+        p=np.full(len(prompts), 1 / len(prompts)),
+        prior=prior,
+        frozen=frozen,
+        own=k0[:-1],
+        reward=scores,
+        names=Names(
+            prompts=tuple(prompts),
+            rewrites=tuple(text for row in rewrites for text in row),
+            responses=tuple(text for row in responses for text in row),
+        ),
+    )

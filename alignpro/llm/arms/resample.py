@@ -1,0 +1,391 @@
+"""The training-free prompter: rewrites drawn from ρ_sft, reweighted to ρ* (eq. 10) or cut to the best of n.
+
+proposals = propose(prompter, environment, prompts, 64, responses=2)
+found = star(proposals[0], lam=0.05)
+rewrites = resample(proposals[0], lam=0.05, draws=8)
+
+What any training must beat at equal `calls`. Nothing here needs torch.
+
+The winner's curse: a reward R̂ that chose a rewrite is optimistic for it, since luck was chosen too. The
+values of `star` and `best_of_n` are too high where R̂ is noisy; report those of `evaluate`, on fresh answers.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from alignpro.errors import AlignProError
+from alignpro.files import write_text
+from alignpro.llm.models.sampling import digest, is_int
+
+if TYPE_CHECKING:
+    from alignpro.llm.policies.prompter import Prompter
+    from alignpro.llm.training.open_ended import Environment
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What one prompt's rewrites are worth. Its fields are JSON values.
+
+    Raises:
+        AlignProError: no rewrites, not one finite reward for each, or counts out of range.
+    """
+
+    prompt: str
+    """x."""
+    rewrites: tuple[str, ...]
+    """[n] draws from ρ_sft(·|x), repeats included."""
+    rewards: tuple[float, ...]
+    """[n] R̂ of each: the mean reward over `responses` answers; equal rewrites share their answers."""
+    responses: int = 1
+    """Answers to each distinct rewrite: samples 0 … responses−1 of π_F."""
+    calls: int = 0
+    """Answers asked of π_F for all this, those that a cache served included."""
+    original: float | None = None
+    """R̂ of x itself as its own rewrite, where it was asked for."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rewrites", tuple(self.rewrites))
+        object.__setattr__(self, "rewards", tuple(map(float, self.rewards)))
+        n, numbers = len(self.rewrites), [*self.rewards, self.original or 0.0]
+        if not n or len(self.rewards) != n or not np.isfinite(numbers).all():
+            raise AlignProError(f"rewards of {self.prompt!r}: give a finite one for each of its {n} rewrites")
+        _whole(1, responses=self.responses)
+        _whole(0, calls=self.calls)
+
+
+def propose(
+    prompter: "Prompter",
+    environment: "Environment",
+    prompts: Sequence[str],
+    n: int,
+    *,
+    responses: int | None = None,
+    include_original: bool = False,
+    seed: int = 0,
+) -> list[Proposals]:
+    """n rewrites of each prompt from ρ_sft, and their estimated rewards R̂.
+
+    Args:
+        prompter: ρ_sft, as it is (one with an adapter proposes from ρ_θ).
+        environment: what rewrites are worth; its seed determines the answers.
+        prompts: distinct, not empty.
+        responses: answers to each distinct rewrite; the environment's if None.
+        include_original: estimate R̂(x, x) too.
+        seed: of the rewrites.
+
+    Raises:
+        AlignProError: arguments out of range; or from the prompter, π_F or the reward.
+    """
+    responses = environment.responses if responses is None else responses
+    _whole(1, n=n, responses=responses)
+    _distinct(prompts)
+    drawn = prompter.rewrites(prompts, n, seed=seed)
+    return appraise(environment, prompts, drawn, responses=responses, include_original=include_original)
+
+
+def appraise(
+    environment: "Environment",
+    prompts: Sequence[str],
+    rewrites: Sequence[Sequence[str]],
+    *,
+    responses: int,
+    include_original: bool = False,
+) -> list[Proposals]:
+    """R̂ of rewrites that were drawn from ρ_sft(·|x) elsewhere; the arguments are those of `propose`."""
+    asked = [dict.fromkeys([*row] + [x] * include_original) for x, row in zip(prompts, rewrites, strict=True)]
+    pairs = [(x, rewrite) for x, row in zip(prompts, asked, strict=True) for rewrite in row]
+    xs, said = [x for x, _ in pairs], [rewrite for _, rewrite in pairs]
+    scores = replace(environment, responses=responses).score(xs, said, [0] * len(pairs))
+    worth = dict(zip(pairs, map(float, scores), strict=True))
+    asks = environment.target is not None
+    return [
+        Proposals(
+            x,
+            tuple(row),
+            tuple(worth[x, rewrite] for rewrite in row),
+            responses,
+            calls=len(distinct) * responses * asks,
+            original=worth[x, x] if include_original else None,
+        )
+        for x, row, distinct in zip(prompts, rewrites, asked, strict=True)
+    ]
+
+
+def answers(environment: "Environment", prompts: Sequence[str], n: int) -> list[Proposals]:
+    """n answers of π_F to each prompt itself and their rewards: the oracle π* of eq. (4), without training.
+
+    π* ∝ π_F exp(r/β) is ρ* with answers in the place of rewrites, so `star(p, beta)` of what comes back
+    estimates J(π*) (`value`), β log Z* (`free_energy`) and KL(π*‖π_F) (`kl`), and `resample` draws from π*.
+    β log Z* bounds the objective J − β·KL of every policy, and one falls short of it by β·KL(π‖π*): what a
+    trained policy is checked by. r is exact, so `value` and `free_energy` are biased down only.
+
+    Args:
+        environment: its seed determines the answers: samples 0 … n−1 of π_F; `responses` plays no part.
+        prompts: distinct, not empty.
+
+    Raises:
+        AlignProError: arguments out of range, no target; or from π_F or the reward.
+    """
+    _whole(1, n=n)
+    _distinct(prompts)
+    if environment.target is None:
+        raise AlignProError("environment: has no target; give the frozen model that answers")
+    rows = environment.target.respond(list(prompts), environment.sampling, samples=n, seed=environment.seed)
+    texts = [[answer.text for answer in row] for row in rows]
+    judged = replace(environment, target=None).score(
+        [x for x in prompts for _ in range(n)], [y for row in texts for y in row], [0] * (n * len(texts))
+    )
+    return [
+        Proposals(x, tuple(row), tuple(scores), calls=n)
+        for x, row, scores in zip(prompts, texts, judged.reshape(-1, n), strict=True)
+    ]
+
+
+def save_proposals(path: str | Path, proposals: Sequence[Proposals]) -> None:
+    """One JSON line for each prompt, atomically."""
+    write_text(path, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in proposals))
+
+
+def load_proposals(path: str | Path) -> list[Proposals]:
+    """What `save_proposals` wrote.
+
+    Raises:
+        AlignProError: the file cannot be read (line 0), or a line that is none, by its number.
+    """
+    number, found = 0, []
+    try:
+        for line in Path(path).read_text(encoding="utf-8").split("\n"):
+            number += 1
+            found += [Proposals(**json.loads(line))] if line else []
+    except (OSError, ValueError, TypeError) as error:
+        raise AlignProError(
+            f"proposals {path}, line {number}: not what save_proposals wrote ({error}); propose again"
+        ) from None
+    return found
+
+
+@dataclass(frozen=True)
+class Star:
+    """ρ* on n draws of ρ_sft: w ∝ exp(R̂/λ). All converge as n and `responses` grow.
+
+    With exact rewards `value` and `free_energy` are biased down, for every n. Noise of variance s² in R̂
+    biases value, free_energy and kl up, by s²/λ, s²/(2λ) and s²/(2λ²) to leading order in 1/λ.
+    """
+
+    weights: Array
+    """[n], summing to 1. Equal rewrites have one weight for each time drawn."""
+    ess: float
+    """Effective sample size (Σw)²/Σw², from 1 to n."""
+    value: float
+    """Ĵ = Σ w R̂, reward units."""
+    free_energy: float
+    """λ log Ẑ, Ẑ the mean of exp(R̂/λ): the optimal objective (eq. 9), reward units."""
+    kl: float
+    """KL(ρ*‖ρ_sft) in nats, = (value − free_energy)/λ. Biased down for mild tilts (by about itself/n) and
+    where it nears log n, its most; up where ρ* sits on ties of small mass. Unknown in general."""
+    prior_value: float
+    """Mean R̂ under ρ_sft, unbiased."""
+    warning: str
+    """Not empty where `ess` is below the stated share of n."""
+
+
+def star(proposals: Proposals, lam: float, *, share: float = 0.1) -> Star:
+    """ρ* of eq. (10) over one prompt's draws, in log space: λ from 1e-6 to 1e6 of the rewards' unit is safe.
+
+    `original` plays no part: it is no draw from ρ_sft.
+
+    Args:
+        lam: λ > 0, reward units.
+        share: of n; a smaller effective sample size is warned of.
+
+    Raises:
+        AlignProError: λ out of range.
+    """
+    if not (math.isfinite(lam) and lam > 0):
+        raise AlignProError(f"lam {lam}: give a positive, finite number")
+    r = np.array(proposals.rewards)
+    n, top = len(r), r.max()
+    d = r - top
+    mean = d.mean()
+    a = d / lam
+    w = np.exp(a)
+    z, w = w.mean(), w / w.sum()
+    if a.min() > -1.0:
+        # Mild: about the mean, whose first-order terms cancel, or KL would be all rounding.
+        u = (d - mean) / lam
+        growth = np.expm1(u)
+        log_z = math.log1p(growth.mean())  # of exp((R̂ − mean)/λ)
+        lift = np.mean(u * growth) / (1 + growth.mean())
+        kl, value, free = lift - log_z, mean + lam * lift, mean + lam * log_z
+    else:
+        kl, value, free = w @ a - math.log(z), w @ d, lam * math.log(z)
+    ess = min(float(n), 1.0 / float(w @ w))
+    warning = f"effective sample size {ess:.1f} of {n} at lam {lam:g} for {proposals.prompt[:40]!r}: "
+    warning = warning + "few rewrites decide; draw more or raise lam" if ess < share * n else ""
+    return Star(
+        w, ess, float(top + value), float(top + free), max(0.0, float(kl)), float(top + mean), warning
+    )
+
+
+def table(proposals: Sequence[Proposals], lams: Sequence[float]) -> str:
+    """What resampling and best-of-n gain over ρ_sft by R̂, means over prompts, as lines of text.
+
+    Raises:
+        AlignProError: as `star`.
+    """
+    n = min(len(p.rewrites) for p in proposals)
+    lines = [f"rho_sft: mean reward {np.mean([p.rewards for p in proposals]):.4f}, by R̂ as all below"]
+    lines.append(f"{'':>10}  {'gain':>8}  {'KL, nats':>8}  effective sample size of {n}")
+    for lam in lams:
+        found = [star(p, lam) for p in proposals]
+        rows = [(s.value - s.prior_value, s.kl, s.ess) for s in found]
+        gain, kl, ess = np.mean(rows, axis=0)
+        few = sum(bool(s.warning) for s in found)
+        warning = f"; too few on {few} of {len(found)} prompts" if few else ""
+        lines.append(f"{f'lam {lam:g}':>10}  {gain:>+8.4f}  {kl:>8.3f}  {ess:.1f}{warning}")
+    sizes = sorted({2**i for i in range(1, n.bit_length()) if 2**i <= n} | {n})
+    every = [best_of_n(p, n).values - np.mean(p.rewards) for p in proposals]
+    gains = np.mean(every, 0)
+    for size in sizes:
+        bound = math.log(size) - (size - 1) / size
+        lines.append(f"{f'best of {size}':>10}  {gains[size - 1]:>+8.4f}  {f'≤ {bound:.3f}':>8}")
+    lines.append("R̂ chose, so these gains are optimistic: alignpro rollout --arms star best_of_n asks afresh")
+    return "\n".join(lines)
+
+
+def resample(proposals: Proposals, lam: float, draws: int = 1, *, seed: int = 0) -> list[str]:
+    """[draws] rewrites from ρ* up to sampling error, with replacement; equal arguments, equal rewrites.
+
+    Raises:
+        AlignProError: as `star`, or draws below 1.
+    """
+    _whole(1, draws=draws)
+    chosen = choose(star(proposals, lam).weights, draws, "resample", seed, proposals.prompt)
+    return [proposals.rewrites[i] for i in chosen]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best of n of the N draws by R̂: draw n, keep one of the largest R̂."""
+
+    weights: Array
+    """[N] chance of each to be kept, over all choices of n among the N; ties share. n = N: the best alone."""
+    value: float
+    """Σ weights·R̂ = values[n−1]."""
+    values: Array
+    """[n] mean of the largest R̂ of 1, …, n draws: unbiased for E max R̂ over independent draws. For the mean R
+    of what is kept it is biased up (the winner's curse) unless R̂ is exact."""
+    kl_bound: float
+    """log n − (n−1)/n ≥ KL(best of n‖ρ_sft) in nats (arXiv 2401.01879), of the rule before any draw."""
+
+
+def best_of_n(proposals: Proposals, n: int | None = None) -> Best:
+    """The best of n by R̂, and its expected R̂ for every n' ≤ n, by order statistics.
+
+    Of n' draws without replacement from N the k-th smallest is the largest with chance C(k−1, n'−1)/C(N, n').
+
+    Args:
+        n: from 1 to N; N if None.
+
+    Raises:
+        AlignProError: n out of range.
+    """
+    r = np.array(proposals.rewards)
+    size = len(r)
+    n = size if n is None else n
+    if not is_int(n) or not 1 <= n <= size:
+        raise AlignProError(f"n {n!r}: choose a whole number from 1 to the {size} rewrites drawn")
+    order, rank = np.argsort(r, kind="stable"), np.arange(1, size + 1)
+    chance, values = np.full(size, 1 / size), []
+    for m in range(1, n + 1):
+        if m > 1:  # C(k−1, m−1)/C(N, m) from C(k−1, m−2)/C(N, m−1)
+            chance = chance * np.maximum(rank - m + 1, 0) / (m - 1) * m / (size - m + 1)
+        values.append(float(chance @ r[order]))
+    # Ties share: which of them came last in the order means nothing.
+    _, tie, count = np.unique(r[order], return_inverse=True, return_counts=True)
+    weights = np.zeros(size)
+    weights[order] = (np.bincount(tie, chance) / count)[tie]
+    return Best(weights, values[-1], np.array(values), math.log(n) - (n - 1) / n)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A choice's rewards on answers that had no part in it."""
+
+    values: Array
+    """[X] mean reward of each prompt's choice; unbiased given the proposals."""
+    value: float
+    """Their mean, Ĵ."""
+    standard_error: float
+    """Of `value`, over prompts (one prompt's draws are no independent evidence); nan with one prompt."""
+    calls: int
+    """Answers asked of π_F."""
+
+
+def evaluate(
+    proposals: Sequence[Proposals],
+    choices: Sequence[Array],
+    environment: "Environment",
+    draws: int = 1,
+    *,
+    seed: int = 0,
+) -> Evaluation:
+    """J of chosen rewrites on fresh answers: x′ ~ choice, y ~ π_F(·|x′), `draws` times for each prompt.
+
+    Free of the winner's curse: the answers are samples of π_F beyond those that R̂ was made of, also where the
+    environment is the one that proposed.
+
+    Args:
+        choices: for each prompt, the `weights` of `star` or `best_of_n`, or others that sum to 1.
+        draws: of each prompt.
+        seed: of the draws from the choices.
+
+    Raises:
+        AlignProError: choices that do not fit; or from π_F or the reward.
+    """
+    _whole(1, draws=draws)
+    if not proposals or len(choices) != len(proposals):
+        raise AlignProError(f"choices: {len(choices)} for {len(proposals)} prompts; give one for each")
+    rewrites: list[str] = []
+    for p, choice in zip(proposals, choices, strict=True):
+        w = np.asarray(choice, float)
+        if w.shape != (len(p.rewrites),) or not (w >= 0).all() or not abs(w.sum() - 1) < 1e-6:
+            raise AlignProError(
+                f"choices: that of {p.prompt!r} must be {len(p.rewrites)} weights of sum 1; take a `weights`"
+            )
+        rewrites += [p.rewrites[i] for i in choose(w, draws, "evaluate", seed, p.prompt)]
+    scores = replace(environment, responses=1).score(
+        [p.prompt for p in proposals for _ in range(draws)],
+        rewrites,
+        [p.responses + i for p in proposals for i in range(draws)],
+    )
+    values = np.asarray(scores, float).reshape(len(proposals), draws).mean(1)
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    calls = 0 if environment.target is None else len(rewrites)
+    return Evaluation(values, float(values.mean()), error, calls)
+
+
+def choose(weights: Array, draws: int, *key: str | int) -> Array:
+    """[draws] indices of weights [n], with replacement, determined by `key`. Weight 0 is never drawn."""
+    rng = np.random.default_rng(int.from_bytes(digest(*key)[:16]))
+    total = np.cumsum(weights)
+    return np.searchsorted(total, rng.random(draws) * total[-1] * (1 - 2.0**-40), side="right")
+
+
+def _distinct(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str) or len(set(prompts)) != len(prompts) or not prompts:
+        raise AlignProError("prompts: give a list of distinct strings, at least one")
+
+
+def _whole(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if not is_int(value) or value < least:
+            raise AlignProError(f"{name} {value!r}: choose a whole number of at least {least}")

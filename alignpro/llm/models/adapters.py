@@ -1,0 +1,109 @@
+"""LoRA adapters: where in a model they go, in any layout, and which base an adapter's folder rests on."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from alignpro.errors import AlignProError
+from alignpro.files import read_json
+from alignpro.llm.models.catalogue import _HUB_ID, ADAPTER_CONFIG, MODELS
+from alignpro.llm.models.forward import text_config, unwrap
+
+_OTHER_TOWERS = ("vision", "visual", "audio", "image")
+
+
+def blocks_of(model: Any) -> tuple[str, Any]:
+    """The name and the list of the language model's layers, from the first to the last.
+
+    Raises:
+        AlignProError: the model has no list of as many layers as its configuration says.
+    """
+    causal, depth = unwrap(model), int(text_config(model).num_hidden_layers)
+    found = [
+        (name, module)
+        for name, module in causal.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and not any(tower in part for part in name.split(".") for tower in _OTHER_TOWERS)
+    ]
+    if not found:
+        raise AlignProError(
+            f"model {type(causal).__name__}: no list of its {depth} layers was found, so that an adapter has "
+            "no place; choose another model"
+        )
+    # A model may list other things that are as many, such as each layer's norms.
+    return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
+def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
+    """A LoRA adapter (arXiv 2106.09685) on every linear map of the top layers; fresh, it changes nothing.
+
+    Args:
+        rank: of the adapter.
+        layers: share of the layers, from the top, that carry it.
+
+    Raises:
+        AlignProError: no layers, or no linear maps in them, were found.
+    """
+    name, blocks = blocks_of(model)
+    first = len(blocks) - max(1, round(layers * len(blocks)))
+    linear = {
+        f"{name}.{i}.{part}": type(module)
+        for i in range(first, len(blocks))
+        for part, module in blocks[i].named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    if not linear:
+        raise AlignProError(
+            f"model {type(unwrap(model)).__name__}: its layers hold no linear map that an adapter could "
+            "change; choose another model"
+        )
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=sorted(linear),
+        fan_in_fan_out=all(issubclass(kind, Conv1D) for kind in linear.values()),  # GPT-2's transposed maps
+        task_type="CAUSAL_LM",
+    )
+
+
+def adapter_base(folder: Path) -> str:
+    """The name of the model that an adapter's folder rests on, found from any working folder.
+
+    Raises:
+        AlignProError: the folder does not say, or what it names is not there.
+    """
+    said: Any = {}
+    for file, key in (("prompter.json", "base"), (ADAPTER_CONFIG, "base_model_name_or_path")):
+        if (folder / file).is_file():
+            said = read_json(folder / file)
+            if isinstance(said, dict) and isinstance(said.get(key), str) and said[key]:
+                return find_base(said[key], folder)
+    raise AlignProError(f"adapter {folder}: does not name the model that it belongs to; save it again")
+
+
+def find_base(base: str, folder: Path) -> str:
+    """`base` as a name that can be opened now: a relative path is looked for from the working folder, then
+    from `folder` and each folder above it.
+
+    Raises:
+        AlignProError: it is a path, and nothing is there.
+    """
+    path = Path(base).expanduser()
+    if base in MODELS or path.exists():
+        return base
+    if not path.is_absolute():
+        home = folder.expanduser().resolve()
+        for parent in (home, *home.parents):
+            if (parent / path).exists():
+                return str(parent / path)
+        if _HUB_ID.fullmatch(base):
+            return base
+    raise AlignProError(
+        f"{folder}: its base model {base!r} is not there; put it back, or write where it is into base in its "
+        "prompter.json (base_model_name_or_path in adapter_config.json)"
+    )

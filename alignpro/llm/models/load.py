@@ -1,0 +1,171 @@
+"""One resolver from a model's name to a folder of safetensors, and one loader that makes it trainable.
+
+A name is looked up in `MODELS` (weights shipped inside a package), then as a local folder or GGUF file, then
+as a hub id. Weights are read from safetensors, GGUF or (packaged) ONNX only: unpickling runs code, so it is
+never done.
+
+The loader removes what silently moves the optimum of the prompter's objective, eq. (9), away from ρ* of
+Lemma 1: a shipped sampling temperature (which rescales λ), top-k or nucleus truncation, a repetition
+penalty, dropout, and a pad token equal to the end token (which hides the end of every answer).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from alignpro.errors import AlignProError
+from alignpro.files import read_json
+from alignpro.llm.models.adapters import adapter_base
+from alignpro.llm.models.catalogue import ADAPTER_WEIGHTS, RANDOM_FILE, drawn_at_random, is_adapter
+from alignpro.llm.models.configure import DTYPES, _one_line, check_dtype, device_of, prepare
+from alignpro.llm.models.libraries import quiet
+from alignpro.llm.models.resolve import resolve
+
+
+def load_model(
+    model: str | Path,
+    dtype: str = "float32",
+    device: str = "auto",
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, ready to sample from, score with and train (see `prepare`).
+
+    `config._name_or_path` is the resolved folder, from which trainers reload the reference.
+
+    Args:
+        model: see `resolve`; or the folder of an adapter that PEFT saved, which is merged into its base in
+            memory.
+        dtype: a row of `DTYPES`.
+        device: `auto` (CUDA if there is one: that of this process's LOCAL_RANK), or a torch device such as
+            `cpu` or `cuda:1`.
+        chat_template_kwargs: further arguments of the chat template, such as {"enable_thinking": False}.
+
+    Raises:
+        AlignProError: an unknown dtype or device, a model that lacks weights, a folder that transformers
+            cannot read; or a failure of `resolve` or `prepare`.
+    """
+    where = device_of(device)
+    check_dtype(dtype)
+    folder = resolve(model)
+    if is_adapter(folder):
+        return _load_adapter(folder, str(model), dtype, device, chat_template_kwargs)
+    loaded, tokenizer = _load(folder, str(model), dtype, where)
+    prepare(loaded, tokenizer, str(model), chat_template_kwargs=chat_template_kwargs)
+    return loaded, tokenizer
+
+
+def _load(folder: Path, name: str, dtype: str, where: torch.device) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder as they are saved, on their device."""
+    more: dict[str, Any] = {}
+    if dtype == "4bit" and not drawn_at_random(folder):
+        from transformers import BitsAndBytesConfig
+
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=True,
+        )
+        more = {"quantization_config": config, "device_map": {"": where}}
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            loaded, report = read_weights(AutoModelForCausalLM, folder, DTYPES[dtype], where, **more)
+    except Exception as error:
+        raise AlignProError(
+            f"model {name!r}: cannot load {folder} ({_one_line(error)}); check that it is a complete "
+            "causal language model saved as safetensors"
+        ) from error
+    wrong = sorted(report["missing_keys"]) or sorted(map(str, report.get("mismatched_keys", ())))
+    if wrong:
+        raise AlignProError(
+            f"model {name!r}: {folder} has no weights that fit {wrong[0]} ({len(wrong)} in all), which would "
+            "be drawn at random; save the whole model again"
+        )
+    loaded.name_or_path = loaded.config._name_or_path = str(folder.resolve())  # an adapter's base, to PEFT
+    if dtype == "4bit":
+        loaded.requires_grad_(False)  # what computes on the quantised weights takes no others
+    else:
+        loaded.to(where)
+    return loaded, tokenizer
+
+
+def read_weights(
+    auto: Any, folder: Path, dtype: torch.dtype, where: torch.device, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A model of one of transformers' auto classes from safetensors, without its code, and what was amiss.
+
+    In a folder for rehearsals the weights are drawn, on the device at once.
+    """
+    if drawn_at_random(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device(where), torch.random.fork_rng():
+            torch.manual_seed(int(read_json(folder / RANDOM_FILE)["seed"]))
+            made = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+        if (folder / "generation_config.json").is_file():
+            made.generation_config = GenerationConfig.from_pretrained(folder)
+        return made, {"missing_keys": []}
+    return auto.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
+    )
+
+
+def attach_adapter(model: Any, folder: Path, name: str) -> Any:
+    """`model` with the adapter that PEFT saved in `folder`, every tensor of it in place.
+
+    Raises:
+        AlignProError: the adapter cannot be read, or does not fit the model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise AlignProError(f"adapter {name!r}: {ADAPTER_WEIGHTS} is missing; save it again as safetensors")
+    try:
+        with quiet():
+            adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
+        with safe_open(weights, "pt") as file:
+            stored = set(file.keys())
+    except Exception as error:
+        raise AlignProError(
+            f"adapter {name!r}: cannot be put on its model ({_one_line(error)}); save it again"
+        ) from error
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))  # True would ask the hub
+    if odd := sorted(wanted ^ stored):
+        raise AlignProError(
+            f"adapter {name!r}: {'lacks' if odd[0] in wanted else 'has no place for'} {odd[0]} ({len(odd)} "
+            "such tensors); it belongs to another model, or is damaged: save it again"
+        )
+    return adapted.eval()
+
+
+def _load_adapter(
+    folder: Path, name: str, dtype: str, device: str, options: Mapping[str, Any] | None
+) -> tuple[Any, Any]:
+    if dtype == "4bit":
+        raise AlignProError(
+            f"dtype '4bit': {name!r} is an adapter, which cannot be merged into 4 bits; run "
+            "alignpro merge first"
+        )
+    base, tokenizer = load_model(adapter_base(folder), dtype, device, chat_template_kwargs=options)
+    with quiet():
+        merged = attach_adapter(base, folder, name).merge_and_unload()
+    merged.name_or_path = merged.config._name_or_path = str(folder.resolve())
+    return merged.eval(), tokenizer

@@ -1,0 +1,402 @@
+"""A language model as a policy over token sequences: sampling, and log-probabilities without repetition.
+
+Rollouts repeat themselves: all prompts of a prompter begin with its template, and each is continued many
+times. `draw` reads each distinct prompt once. `log_probs` scores all continuations of all prompts on their
+prefix tree, where the model can be read so (`forward`): a shared prefix goes through it once, and gradients
+are those of the plain computation. Both process the model's scores by `Warper`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from alignpro.errors import AlignProError
+from alignpro.llm.models.forward import Forest, Head, How, edge_log_probs, how_of, states, unwrap
+from alignpro.llm.models.libraries import CACHE, quiet
+from alignpro.llm.models.sampling import Sampling, digest
+
+Ids = Sequence[int]
+Drawn = tuple[list[int], list[float]]
+"""A continuation's tokens, and the log-probability of each, in nats."""
+
+
+# --- the sampler ---------------------------------------------------------------------------------------
+
+
+class Warper:
+    """What `sampling` makes of a model's next-token scores, in transformers' own order. Not called at
+    temperature 0, which takes the likeliest token."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.scale = sampling.temperature
+        self.top_k = TopKLogitsWarper(sampling.top_k) if sampling.top_k else None
+        self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+
+    def __call__(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[N, K] processed scores, −inf where excluded, and whose they are: tokens [N, K]; None: all of them.
+
+        Args:
+            scores: [N, V], float32.
+        """
+        ids, tokens = torch.empty(0, dtype=torch.long), None  # no warper looks at what was said
+        if self.scale != 1:
+            scores = scores / self.scale
+        if self.top_k:
+            scores = self.top_k(ids, scores)  # type: ignore[arg-type]
+            # The nucleus needs a sort: of the few that are left, which is three times faster in all.
+            left = int((scores > -math.inf).sum(-1).max())
+            scores, tokens = scores.topk(left)
+        if self.top_p:
+            scores = self.top_p(ids, scores)  # type: ignore[arg-type]
+        return scores, tokens
+
+    def log_probs(self, scores: Tensor, at: Tensor, token: Tensor, *, drawn: bool = False) -> Tensor:
+        """Log-probability of `token` under the processed row `at` of scores [N, V]; −inf where excluded.
+
+        Args:
+            at, token: of one shape, the result's.
+            drawn: the tokens were drawn from this very sampler, so that none is excluded: one on the edge
+                that rounding puts outside is taken back in.
+        """
+        own = scores[at, token]
+        if self.scale == 0:
+            return torch.where((own == scores.amax(-1)[at]) | drawn, 0.0, -math.inf)
+        warped, tokens = self(scores)
+        if tokens is not None:
+            warped = torch.full_like(scores, -math.inf).scatter(1, tokens, warped)
+        value, total = warped[at, token], torch.logsumexp(warped, -1)[at]
+        if drawn:
+            own = own / self.scale
+            return torch.where(value > -math.inf, value - total, own - torch.logaddexp(total, own))
+        return value - total
+
+
+class Draws:
+    """A logits processor that draws each row's next token by inverse CDF from the row's own uniforms, and
+    leaves only that token, which greedy decoding then takes. `torch.multinomial` would share one stream
+    among the rows of a batch.
+
+    Attributes:
+        log_probs: of the tokens drawn, one [B] for each step, where they are kept.
+    """
+
+    def __init__(self, keys: Sequence[int], sampling: Sampling, width: int, keep: bool) -> None:
+        # Philox is counter-based: a key is a stream of its own.
+        streams = (np.random.Generator(np.random.Philox(key=key)) for key in keys)
+        self.uniforms = torch.from_numpy(np.stack([s.random(sampling.max_tokens) for s in streams]))
+        self.width = width  # of the prompts
+        self.warper = Warper(sampling)
+        self.keep = keep
+        self.log_probs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()
+        if self.warper.scale == 0:
+            token = scores.argmax(-1, keepdim=True)
+        else:
+            warped, tokens = self.warper(scores)
+            cdf = torch.softmax(warped.double(), -1).cumsum(-1)
+            u = self.uniforms[:, input_ids.shape[1] - self.width].to(scores.device)
+            # Strictly below the total, whatever it rounds to. A token of probability 0 is never the first
+            # above.
+            threshold = (u * (1 - 2.0**-40))[:, None] * cdf[:, -1:]
+            drawn = torch.searchsorted(cdf, threshold, right=True)
+            token = drawn if tokens is None else tokens.gather(1, drawn)
+        if self.keep:
+            self.log_probs.append(scores.gather(1, token)[:, 0] - torch.logsumexp(scores, -1))
+        return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)
+
+
+def sample_key(*parts: Any) -> int:
+    """128 bits that determine one draw, from JSON values such as a seed, a step, a text and an index."""
+    return int.from_bytes(digest("policy", *parts)[:16])
+
+
+def end_tokens(model: Any) -> list[int]:
+    """Ids of the tokens that end a turn."""
+    ends = model.generation_config.eos_token_id
+    return list(ends) if isinstance(ends, list) else [ends]
+
+
+@torch.inference_mode()
+def draw(
+    model: Any,
+    pad: int,
+    rows: Sequence[Ids],
+    keys: Sequence[int],
+    sampling: Sampling,
+    *,
+    score: bool = False,
+    how: How | None = None,
+) -> list[Drawn]:
+    """One batch of continuations, each up to and including an end token or `max_tokens`.
+
+    Args:
+        model: a causal language model, adapter included; its `generation_config` names the end tokens.
+        pad: id of the pad token.
+        rows: [B] prompts as token ids, none empty; equal ones that follow each other are read once.
+        keys: [B], see `sample_key`. A draw depends on its key, the model and the prompt alone, up to the
+            floating-point noise of batching.
+        score: whether to keep log-probabilities, under the model itself (temperature 1, nothing truncated).
+        how: another way to read the model than the one that was found (`forward.How`).
+    """
+    how = how or how_of(model)
+    lengths = [len(row) for row in rows]
+    if not how.padded and len(set(lengths)) > 1:
+        out: list[Drawn] = [([], [])] * len(rows)
+        for length in sorted(set(lengths)):
+            some = [i for i, n in enumerate(lengths) if n == length]
+            part = [rows[i] for i in some], [keys[i] for i in some]
+            found = draw(model, pad, *part, sampling, score=score, how=how)
+            for i, drawn in zip(some, found, strict=True):
+                out[i] = drawn
+        return out
+    model = unwrap(model)
+    distinct = [row for i, row in enumerate(rows) if not i or row != rows[i - 1]]
+    ids, mask = _left_padded(distinct, pad, model.device)
+    more = {}
+    if len(distinct) < len(rows):
+        # Whose prompt each row is: a cache repeats its rows as it does for a beam search.
+        own = torch.tensor([row == rows[i - 1] for i, row in enumerate(rows)][1:]).logical_not().cumsum(0)
+        own = torch.cat([own.new_zeros(1), own]).to(ids.device)
+        cache = _read(model, ids, mask) if how.shared else None
+        if cache is not None:
+            cache.reorder_cache(own)
+            more = {CACHE: cache}
+        ids, mask = ids[own], mask[own]
+    ends = end_tokens(model)
+    # What a model ships must not leak in. Greedy decoding ignores temperature, top_k and top_p.
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        eos_token_id=ends,
+        pad_token_id=pad,
+    )
+    draws = Draws(keys, sampling, ids.shape[1], score)
+    chain = LogitsProcessorList([draws])
+    with quiet():  # no advice on settings that greedy decoding ignores
+        new = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=chain, **more
+        )
+    values = torch.stack(draws.log_probs, 1).tolist() if score else [[]] * len(rows)
+    out = []
+    for row, scores in zip(new[:, ids.shape[1] :].tolist(), values, strict=True):
+        length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        out.append((row[:length], scores[:length]))
+    return out
+
+
+def sample_and_score(
+    model: Any,
+    pad: int,
+    prompts: Sequence[Ids],
+    keys: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    batch_size: int = 64,
+    score: bool = True,
+) -> list[list[Drawn]]:
+    """[prompts][keys of the prompt] continuations, as `draw` gives them in batches of `batch_size`."""
+    out: list[list[Any]] = [[None for _ in row] for row in keys]
+    jobs = [
+        (p, i)
+        for p in sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+        for i in range(len(keys[p]))
+    ]
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        each = [keys[p][i] for p, i in batch]
+        found = draw(model, pad, [prompts[p] for p, _ in batch], each, sampling, score=score)
+        for (p, i), drawn in zip(batch, found, strict=True):
+            out[p][i] = drawn
+    return out
+
+
+def sample(*positional: Any, **named: Any) -> list[list[list[int]]]:
+    """The tokens of `sample_and_score` alone."""
+    rows = sample_and_score(*positional, **named, score=False)
+    return [[ids for ids, _ in row] for row in rows]
+
+
+def _read(model: Any, ids: Tensor, mask: Tensor) -> Any:
+    """The keys and values of all but the last token of each distinct prompt."""
+    if ids.shape[1] < 2:
+        return None
+    cache = DynamicCache(config=model.config)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    model.base_model(
+        input_ids=ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        position_ids=positions[:, :-1],
+        use_cache=True,
+        **{CACHE: cache},
+    )
+    return cache
+
+
+def _left_padded(rows: Sequence[Ids], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    ids, mask = np.full((len(rows), width), pad), np.zeros((len(rows), width), int)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :], mask[i, width - len(row) :] = row, 1
+    return torch.as_tensor(ids, device=device), torch.as_tensor(mask, device=device)
+
+
+# --- scoring -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Sequences on their prefix tree, as one row for the model.
+
+    Attributes:
+        rows: which sequences.
+        tokens, parents: [N] of the tree's nodes; parents come first, −1 is the root.
+        states: [S] nodes after which some continuation goes on.
+        edges: for each sequence, (index into `states`, token) of each token of its continuation.
+    """
+
+    rows: tuple[int, ...]
+    tokens: np.ndarray
+    parents: np.ndarray
+    states: np.ndarray
+    edges: tuple[tuple[tuple[int, int], ...], ...]
+
+    @property
+    def forest(self) -> Forest:
+        """Its nodes."""
+        return Forest(self.tokens, self.parents)
+
+    def table(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[rows, steps]: `edges` as two arrays, and 1.0 where there is one."""
+        at, token = np.zeros((2, len(self.rows), steps), int)
+        inside = np.zeros((len(self.rows), steps), np.float32)
+        for i, edges in enumerate(self.edges):
+            n = len(edges)
+            at[i, :n], token[i, :n] = zip(*edges, strict=True)
+            inside[i, :n] = 1.0
+        return at, token, inside
+
+
+def packs(prompts: Sequence[Ids], continuations: Sequence[Ids], most: int = 2048) -> list[Pack]:
+    """Sequences gathered into prefix trees of about `most` nodes, those that share a prefix together.
+
+    Raises:
+        AlignProError: an empty prompt.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
+    found: list[Pack] = []
+    start = 0
+    while start < len(order):
+        index: dict[tuple[int, int], int] = {}
+        tokens: list[int] = []
+        parents: list[int] = []
+        state: dict[int, int] = {}
+        rows: list[int] = []
+        edges: list[tuple[tuple[int, int], ...]] = []
+        while start < len(order) and (not rows or len(tokens) < most):
+            i = order[start]
+            prompt, said = prompts[i], continuations[i]
+            if not len(prompt):
+                raise AlignProError(f"prompts[{i}] has no tokens; a policy needs something to continue")
+            node, steps = -1, []
+            for place, token in enumerate((*prompt, *said)):
+                if place >= len(prompt):
+                    steps.append((state.setdefault(node, len(state)), int(token)))
+                if place == len(prompt) + len(said) - 1 and len(said):
+                    break  # what follows the last token is nobody's concern
+                if (node, token) not in index:
+                    index[node, token] = len(tokens)
+                    tokens.append(int(token))
+                    parents.append(node)
+                node = index[node, token]
+            rows.append(i)
+            edges.append(tuple(steps))
+            start += 1
+        found.append(
+            Pack(tuple(rows), np.array(tokens), np.array(parents), np.array([*state], int), tuple(edges))
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `log_probs` finds of B continuations of at most T tokens.
+
+    Attributes:
+        log_probs: [B, T] of each token, in nats; 0 past the end.
+        entropies: [B, T] of the model's own distribution before each token, in nats; 0 past the end. No
+            gradient.
+        hidden: [B, T, H] final hidden state before each token, or None; 0 past the end. No gradient.
+    """
+
+    log_probs: Tensor
+    entropies: Tensor
+    hidden: Tensor | None
+
+
+def log_probs(
+    model: Any,
+    prompts: Sequence[Ids],
+    continuations: Sequence[Ids],
+    *,
+    steps: int | None = None,
+    hidden: bool = False,
+    most: int = 2048,
+    sampling: Sampling | None = None,
+    drawn: bool = False,
+    how: How | None = None,
+) -> Scores:
+    """Token log-probabilities of continuations, in nats, differentiable in the model.
+
+    Args:
+        model: called as it is (a DDP or PEFT wrapper included), so that its hooks run.
+        prompts, continuations: B pairs of token ids.
+        steps: T; the longest continuation's length when None.
+        hidden: whether to return the hidden states too.
+        most: tokens in one forward pass, about.
+        sampling: of the processed distribution instead of the model's own; −inf where it excludes a token. No
+            gradient then.
+        drawn: the continuations were drawn from it (see `Warper.log_probs`).
+        how: another way to read the model than the one that was found (`forward.How`).
+
+    Raises:
+        AlignProError: an empty prompt, or a model that was never checked.
+    """
+    how, head = how or how_of(model), Head.of(model)
+    choose = None
+    if sampling is not None and not sampling.natural:
+        choose = partial(Warper(sampling).log_probs, drawn=drawn)
+    steps = max(map(len, continuations)) if steps is None else steps
+    order: list[int] = []
+    parts: list[list[Tensor]] = []
+    for pack in packs(prompts, continuations, most):
+        (found,) = states(model, [pack.forest], [pack.states], how)
+        at, token, inside = (torch.as_tensor(a, device=found.device) for a in pack.table(steps))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and choose is None):
+            values, entropies = edge_log_probs(head, found, at.flatten(), token.flatten(), choose)
+        columns = [values.view(at.shape).masked_fill(inside == 0, 0.0), entropies[at] * inside]
+        if hidden:
+            columns.append(found.detach().float()[at] * inside[..., None])
+        parts.append(columns)
+        order += pack.rows
+    back = torch.argsort(torch.tensor(order, device=parts[0][0].device))
+    joined = [torch.cat(column)[back] for column in zip(*parts, strict=True)]
+    return Scores(joined[0], joined[1], joined[2] if hidden else None)

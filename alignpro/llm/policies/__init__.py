@@ -1,0 +1,1 @@
+"""Policies made of language models: prompters, and exact policies on prefix trees."""

@@ -1,0 +1,358 @@
+"""How a language model becomes a prompter: the rewriting template around x, and x′ back from its tokens.
+
+prompter = Prompter.from_pretrained("runs/mine/prompter")
+prompter.rewrite("How do plants grow?")
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from alignpro.errors import AlignProError
+from alignpro.files import read_json, write_json, write_text
+from alignpro.llm.models.chat import Message, Said, chat_of
+from alignpro.llm.models.forward import room
+
+PROMPTER_FILE = "prompter.json"
+
+
+@dataclass(frozen=True)
+class Template:
+    """The rewriting instruction: a system message, examples, and the words that open the prompter's turn.
+
+    ρ_sft is the language model behind this template. The opening words leave a small model nothing to add
+    before the rewrite itself.
+    """
+
+    system: str = "Rewrite the request so that its answer will be more helpful. Keep its meaning."
+    examples: tuple[tuple[str, str], ...] = (
+        ("How do plants grow?", "Explain step by step, in simple words, how plants grow from a seed."),
+        ("Name a famous painter.", "Name a famous painter and say what made their work important."),
+        ("Tips for sleeping better", "What are some practical tips for sleeping better at night?"),
+    )
+    request: str = "Request: "
+    opening: str = "Rewritten:"
+    space: str = " "
+    """Between the opening words and the rewrite; part of the rewrite's first token."""
+    append: bool = False
+    """Whether what the prompter says follows x: x′ = x and a space and its words, or x alone if it says
+    nothing. Nothing of x can be lost, and x itself costs one end token."""
+
+    def messages(self, x: str) -> list[Message]:
+        """The conversation that ends with the request to rewrite x."""
+        out = [{"role": "system", "content": self.system}] if self.system else []
+        for before, after in self.examples:
+            out.append({"role": "user", "content": self.request + before})
+            out.append({"role": "assistant", "content": self.opening + self.space + after})
+        return [*out, {"role": "user", "content": self.request + x}]
+
+    def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, x: str) -> tuple[int, ...]:
+        """Token ids that the prompter continues with x′."""
+        return chat_of(tokenizer).ids(self.messages(x), self.opening)
+
+    def rewrite_ids(self, tokenizer: PreTrainedTokenizerBase, x: str, rewrite: str) -> tuple[int, ...]:
+        """Token ids with which the prompter says `rewrite` of x and ends its turn.
+
+        Raises:
+            AlignProError: the template appends, and the rewrite does not begin with x.
+        """
+        said, chat = rewrite, chat_of(tokenizer)
+        if self.append:
+            if not rewrite.startswith(x):
+                raise AlignProError(f"rewrite {rewrite!r}: must begin with {x!r}, since the template appends")
+            said = rewrite[len(x) :].strip()
+            if not said:
+                return (chat.end,)
+        return (*chat.text_ids(self.space + said), chat.end)
+
+    def rewrite(self, tokenizer: PreTrainedTokenizerBase, x: str, ids: tuple[int, ...]) -> str:
+        """x′ that the prompter's tokens make of x."""
+        said = self.text(tokenizer, ids)
+        return f"{x} {said}".strip() if self.append else said
+
+    @classmethod
+    def text(cls, tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
+        """The text of `said`."""
+        return cls.said(tokenizer, ids).text
+
+    @staticmethod
+    def said(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> Said:
+        """Tokens as text: special tokens, a leading thought and surrounding white space removed."""
+        found = chat_of(tokenizer).said(ids, opened=False)  # a thought that the template opens is closed
+        return Said(found.text.strip(), found.thought)
+
+
+TEMPLATES: dict[str, Template] = {
+    "rewrite": Template(),
+    "append": Template(
+        system="Add one short instruction to the request so that its answer will be more helpful.",
+        examples=(
+            ("How do plants grow?", "Explain it step by step, in simple words."),
+            ("Name a famous painter.", "Say what made their work important."),
+            ("Tips for sleeping better", "Give a detailed overview with practical examples."),
+        ),
+        opening="Added:",
+        append=True,
+    ),
+}
+"""Named templates: the prompter says the whole rewrite, or only what is added to x."""
+
+
+def check_template(name: str | None) -> Template:
+    """The row of `TEMPLATES`, `rewrite` when None. Raises AlignProError where there is none."""
+    name = "rewrite" if name is None else name
+    if name not in TEMPLATES:
+        raise AlignProError(f"template {name}: choose from {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+@dataclass
+class Prompter:
+    """ρ(x′|x): a language model behind a rewriting template, with a trained adapter or without (ρ_sft).
+
+    Attributes:
+        model: the language model; wrapped by PEFT where there is an adapter.
+        tokenizer: its tokenizer.
+        template: the instruction around x.
+        max_tokens: tokens of a rewrite, the end token included; longer ones are cut off.
+        base: name of the language model, which `save` records.
+        facts: how it was trained, as JSON values, for the model card.
+    """
+
+    model: Any
+    tokenizer: Any
+    template: Template = field(default_factory=Template)
+    max_tokens: int = 48
+    base: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        template: str | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        merged: bool = False,
+    ) -> "Prompter":
+        """A trained prompter (the folder that `save` wrote), or any model that `load_model` takes, as ρ_sft.
+
+        Args:
+            template: a row of `TEMPLATES`, for a model that has none of its own; `rewrite` when None.
+            dtype: of the weights, a row of `models.DTYPES`.
+            device: see `models.load_model`.
+            chat_template_kwargs: further arguments of the chat template; as the prompter was saved if None.
+            merged: merge its adapter into the language model, so that it can be trained on from there.
+
+        Raises:
+            AlignProError: an unknown template, or one for a trained prompter; a folder that is damaged or
+                holds no safetensors, or whose base is not there; or from `models.load_model`.
+        """
+        from alignpro.llm.models import adapters, catalogue, load
+        from alignpro.llm.models import catalogue as adapters_catalogue
+
+        if not str(name):
+            raise AlignProError("prompter '': name a model, or the folder of a trained prompter")
+        folder = Path(name).expanduser()
+        if not (folder / PROMPTER_FILE).is_file():
+            catalogue.check_name(name)
+            chosen = check_template(template)
+            loaded = load.load_model(name, dtype, device, chat_template_kwargs=chat_template_kwargs)
+            base = (
+                str(folder.resolve()) if folder.exists() and str(name) not in catalogue.MODELS else str(name)
+            )
+            return cls(*loaded, chosen, base=base)
+        if template is not None:
+            raise AlignProError(f"template {template}: {folder} has its own; leave it out")
+        said = read_json(folder / PROMPTER_FILE)
+        try:
+            own = Template(**said["template"] | {"examples": tuple(map(tuple, said["template"]["examples"]))})
+            base, max_tokens, facts = str(said["base"]), int(said["max_tokens"]), dict(said["facts"])
+            options = dict(said.get("chat_template_kwargs", {}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise AlignProError(
+                f"prompter {str(name)!r}: {PROMPTER_FILE} is not one that Prompter.save wrote ({error!r})"
+            ) from None
+        if chat_template_kwargs is not None:
+            options = dict(chat_template_kwargs)
+        whole = (folder / "config.json").is_file()  # `save` with `whole`
+        if whole or merged:
+            loaded = load.load_model(folder, dtype, device, chat_template_kwargs=options)
+            return cls(*loaded, own, max_tokens, str(folder.resolve()), facts)
+        if not (folder / adapters_catalogue.ADAPTER_WEIGHTS).is_file():
+            raise AlignProError(
+                f"prompter {str(name)!r}: {adapters_catalogue.ADAPTER_WEIGHTS} is missing; save it again"
+            )
+        base = adapters.find_base(base, folder)
+        model, tokenizer = load.load_model(base, dtype, device, chat_template_kwargs=options)
+        adapted = load.attach_adapter(model, folder, str(name))
+        return cls(adapted, tokenizer, own, max_tokens, base, facts)
+
+    def save(self, folder: str | Path, *, whole: bool = False) -> None:
+        """Write the adapter (safetensors), `prompter.json` and a model card; not the language model itself.
+
+        Args:
+            whole: write the language model and its tokenizer; for one without an adapter (merged).
+
+        Raises:
+            AlignProError: there is no adapter (with `whole`: there is one), or the folder cannot be written.
+        """
+        from alignpro.llm.models.libraries import quiet
+
+        folder = Path(folder)
+        if whole == hasattr(self.model, "peft_config"):
+            raise AlignProError(
+                "Prompter.save: whole is for a model without an adapter; merge it first"
+                if whole
+                else "Prompter.save: an untrained prompter is its base model; there is nothing to save"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        if not whole and self.base:
+            for config in self.model.peft_config.values():
+                config.base_model_name_or_path = self.base  # not the folder where it lies in a cache
+        # PEFT would ask the hub whether the vocabulary grew; adapters here are on layers alone.
+        more = {} if whole else {"save_embedding_layers": False}
+        with quiet():
+            self.model.save_pretrained(str(folder), safe_serialization=True, **more)
+        if whole:
+            self.tokenizer.save_pretrained(str(folder))
+        write_json(
+            folder / PROMPTER_FILE,
+            {
+                "base": self.base,
+                "template": asdict(self.template),
+                "max_tokens": self.max_tokens,
+                "chat_template_kwargs": dict(chat_of(self.tokenizer).options),
+                "facts": self.facts,
+            },
+        )
+        write_text(folder / "README.md", self.card())
+
+    def push_to_hub(self, repository: str, **options: Any) -> None:
+        """Upload what `save` writes to `repository` (owner/name); needs `hf auth login`."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        # Where the base lies on this machine is nobody else's business.
+        shared = replace(self, base=Path(self.base).name) if Path(self.base).is_absolute() else self
+        with tempfile.TemporaryDirectory() as folder:
+            shared.save(folder, whole=not hasattr(self.model, "peft_config"))
+            api = HfApi()
+            api.create_repo(repository, exist_ok=True, **options)
+            api.upload_folder(repo_id=repository, folder_path=folder)
+
+    def card(self) -> str:
+        """The model card, in Markdown."""
+        facts = "\n".join(
+            f"- {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in self.facts.items()
+        )
+        base = (
+            f"base_model: {self.base}\n"
+            if "/" in self.base and not self.base.startswith((".", "/", "~"))
+            else ""
+        )
+        adapter = hasattr(self.model, "peft_config")
+        library, kind = ("peft", "A LoRA adapter") if adapter else ("transformers", "A language model")
+        aim = "the objective of Align-Pro (arXiv 2501.03486, equation 9)"
+        if "sft" in self.facts and "settings" not in self.facts:
+            aim = "pairs of a prompt and its rewrite"
+        return (
+            f"---\nlibrary_name: {library}\n{base}tags:\n- prompt-optimization\n- align-pro\n---\n\n"
+            f"# A prompter for {Path(self.base).name}\n\n"
+            f"It rewrites a request so that a frozen language model answers it better. {kind} trained "
+            f"with `alignpro` on {aim}.\n\n"
+            "```python\nfrom alignpro.llm.prompter import Prompter\n\n"
+            'prompter = Prompter.from_pretrained("<this folder>")\n'
+            'print(prompter.rewrite("How do plants grow?"))\n'
+            f"```\n\n## Training\n\n{facts or 'not recorded'}\n\n## Limits\n\n"
+            "Trained for one frozen model, one reward and one kind of prompt; elsewhere it may do harm.\n"
+        )
+
+    def prompt_ids(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids that each prompt's rewrites continue.
+
+        Raises:
+            AlignProError: a prompt leaves no room for a rewrite of `max_tokens` in what the model reads.
+        """
+        found = [self.template.prompt_ids(self.tokenizer, x) for x in prompts]
+        check_room(self.model, prompts, found, self.max_tokens, f"prompter {self.base or 'model'!r}")
+        return found
+
+    def rewrites(
+        self, prompts: Sequence[str], samples: int = 1, *, first: int = 0, seed: int = 0, batch_size: int = 64
+    ) -> list[list[str]]:
+        """[prompts][samples] rewrites x′ ~ ρ(·|x), numbers `first …` of each; repeatable by `seed`."""
+        from alignpro.llm.models.policy import sample, sample_key
+        from alignpro.llm.models.sampling import Sampling
+
+        if isinstance(prompts, str) or not all(isinstance(x, str) and x.strip() for x in prompts):
+            raise AlignProError("prompts: give a list of strings that are not empty")
+        if samples < 1:
+            raise AlignProError(f"samples {samples}: give at least 1")
+        drawn = sample(
+            self.model,
+            self.tokenizer.pad_token_id,
+            self.prompt_ids(prompts),
+            [[sample_key("rewrite", seed, x, i) for i in range(first, first + samples)] for x in prompts],
+            Sampling(max_tokens=self.max_tokens),
+            batch_size=batch_size,
+        )
+        return [
+            [self.template.rewrite(self.tokenizer, x, tuple(ids)) for ids in row]
+            for x, row in zip(prompts, drawn, strict=True)
+        ]
+
+    def rewrite(self, x: str, *, seed: int = 0) -> str:
+        """One rewrite x′ ~ ρ(·|x)."""
+        return self.rewrites([x], seed=seed)[0][0]
+
+    def log_probs(self, prompts: Sequence[str], rewrites: Sequence[str]) -> np.ndarray:
+        """[n] float64: log ρ(rewrites[i] | prompts[i]) in nats, the end of the turn included."""
+        import torch
+
+        from alignpro.llm.models.policy import log_probs
+
+        with torch.no_grad():
+            scores = log_probs(
+                self.model,
+                self.prompt_ids(prompts),
+                [
+                    self.template.rewrite_ids(self.tokenizer, x, rewrite)
+                    for x, rewrite in zip(prompts, rewrites, strict=True)
+                ],
+            )
+        return scores.log_probs.double().sum(1).cpu().numpy()
+
+
+def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ...]:
+    """Token ids of `prompt` as the user's turn of the frozen model's chat."""
+    return chat_of(tokenizer).ids([{"role": "user", "content": prompt}])
+
+
+def check_room(
+    model: Any, prompts: Sequence[str], ids: Sequence[Sequence[int]], tokens: int, name: str
+) -> None:
+    """Refuse prompts that leave no room for a continuation of `tokens` in what the model reads.
+
+    Raises:
+        AlignProError: so, naming the longest.
+    """
+    most = room(model)
+    if most is None or not ids:
+        return
+    i = max(range(len(ids)), key=lambda i: len(ids[i]))
+    if len(ids[i]) + tokens > most:
+        shown = prompts[i] if len(prompts[i]) <= 60 else prompts[i][:57] + "..."
+        raise AlignProError(
+            f"prompt {shown!r}: has {len(ids[i])} tokens to {name}, its template's included, which with "
+            f"{tokens} more exceed the {most} that it reads; leave it out (--max-prompt-tokens), or lower "
+            "max_tokens"
+        )

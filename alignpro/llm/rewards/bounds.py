@@ -1,0 +1,161 @@
+"""How a score that has no bounds gets them: declared, clipped or squashed into an interval."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from alignpro.errors import AlignProError
+from alignpro.llm.rewards.reward import Array, check_scores, shown
+
+
+@dataclass(frozen=True)
+class Declared:
+    """The reward lies in [low, high] by construction; a score outside is an error."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        _check_interval("bounds", self.low, self.high)
+
+    def apply(self, raw: Array) -> Array:
+        """[n] float64: `raw`, which the caller has checked (`check_scores`)."""
+        return raw
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "declared", "low": self.low, "high": self.high}
+
+    def __str__(self) -> str:
+        return f"{self.low!r},{self.high!r}"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Scores beyond [low, high] are moved to its ends."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        _check_interval("bounds clip", self.low, self.high)
+
+    def apply(self, raw: Array) -> Array:
+        """[n] float64 in [low, high]."""
+        return np.clip(raw, self.low, self.high)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "clip", "low": self.low, "high": self.high}
+
+    def __str__(self) -> str:
+        return f"clip:{self.low!r},{self.high!r}"
+
+
+@dataclass(frozen=True)
+class Squash:
+    """σ((score − centre) / scale) ∈ [0, 1]: keeps the order of answers, and no score is out of reach.
+
+    Args:
+        centre: the score that becomes ½.
+        scale: > 0, in units of the score; centre ± scale become 0.27 and 0.73.
+    """
+
+    centre: float
+    scale: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.centre) and math.isfinite(self.scale) and self.scale > 0):
+            raise AlignProError(
+                f"bounds squash:{self.centre},{self.scale}: give a finite centre and a positive scale"
+            )
+
+    @property
+    def low(self) -> float:
+        return 0.0
+
+    @property
+    def high(self) -> float:
+        return 1.0
+
+    def apply(self, raw: Array) -> Array:
+        """[n] float64 in [0, 1]."""
+        return 0.5 * (1.0 + np.tanh(0.5 * (raw - self.centre) / self.scale))
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "squash", "centre": self.centre, "scale": self.scale, "low": 0.0, "high": 1.0}
+
+    def __str__(self) -> str:
+        return f"squash:{self.centre!r},{self.scale!r}"
+
+
+Bounds = Declared | Clip | Squash
+_KINDS: dict[str, Callable[[float, float], Bounds]] = {"": Declared, "clip": Clip, "squash": Squash}
+_SYNTAX = "LOW,HIGH (declared), clip:LOW,HIGH or squash:CENTRE,SCALE"
+
+
+def parse_bounds(bounds: "Bounds | str | None") -> Bounds:
+    """The bounds that a user wrote: `0,1`, `clip:-5,5` or `squash:0,2`; bounds already made pass.
+
+    Raises:
+        AlignProError: none given, or not of that form.
+    """
+    if isinstance(bounds, Declared | Clip | Squash):
+        return bounds
+    if bounds is None or not str(bounds).strip():
+        raise AlignProError(f"bounds: Theorem 1 needs a bounded reward; give {_SYNTAX}")
+    kind, _, pair = str(bounds).strip().rpartition(":")
+    try:
+        first, second = (float(number) for number in pair.split(","))
+        make = _KINDS[kind]
+    except (ValueError, KeyError):
+        raise AlignProError(f"bounds {shown(str(bounds))}: give {_SYNTAX}") from None
+    return make(first, second)
+
+
+@dataclass
+class Bounded:
+    """Bounds at work: checks and bounds scores, and keeps count of what it did to them."""
+
+    bounds: Bounds
+    scored: int = 0
+    clipped: int = 0
+    least: float = math.inf
+    greatest: float = -math.inf
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Between which a raw score must lie."""
+        b = self.bounds
+        return (b.low, b.high) if isinstance(b, Declared) else (-math.inf, math.inf)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], raw: Any) -> Array:
+        """[n] float64 in [low, high].
+
+        Raises:
+            AlignProError: see `check_scores`.
+        """
+        b = self.bounds
+        scores = check_scores(prompts, responses, raw, *self.limits)
+        if len(scores):
+            self.scored += len(scores)
+            self.least = min(self.least, float(scores.min()))
+            self.greatest = max(self.greatest, float(scores.max()))
+            if isinstance(b, Clip):
+                self.clipped += int(((scores < b.low) | (scores > b.high)).sum())
+        return b.apply(scores)
+
+    def describe(self) -> dict[str, Any]:
+        """The bounds, how many scores they saw, between which, and the share clipped."""
+        facts = {**self.bounds.describe(), "scored": self.scored}
+        if self.scored:
+            facts |= {"raw_least": self.least, "raw_greatest": self.greatest}
+        if isinstance(self.bounds, Clip):
+            facts |= {"clipped": self.clipped, "clipped_share": self.clipped / max(1, self.scored)}
+        return facts
+
+
+def _check_interval(name: str, low: float, high: float) -> None:
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise AlignProError(f"{name} {low},{high}: give two finite numbers, the lower first")

@@ -1,0 +1,340 @@
+"""Rewards r(x, y) of the user's own: a reward model, a Python function, an endpoint.
+
+Theorem 1 asks for bounded rewards, so each is made with its bounds (`parse_bounds`): a declared range, which
+a score may not leave, or a clipping or squashing, which `describe` reports with what it did. A score that is
+not finite is refused with its sample before any of that, since clipping would make a number of it.
+
+Prompts and responses are data throughout: they are filled in literally, cannot spell a model's special
+tokens, and are shortened and escaped where an error shows them.
+"""
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from alignpro.errors import AlignProError
+from alignpro.files import read_json
+from alignpro.llm.models import catalogue, configure, packages, resolve
+from alignpro.llm.models import load as models_load_load
+from alignpro.llm.models.chat import chat_of
+from alignpro.llm.models.forward import room, text_config
+from alignpro.llm.models.libraries import quiet
+from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
+from alignpro.llm.rewards.reward import PLAIN, Array, _at_least, _parts, check_template, check_texts, fill
+
+REWARD_FILE = "reward.json"
+"""What `reward_training.train_reward` records beside the weights."""
+
+
+# --- a sequence-classification reward model ---
+
+
+class SequenceReward:
+    """A sequence classifier that reads prompt and response and gives one number.
+
+    The sample is written by the tokenizer's own chat template (a user's and an assistant's turn), by a
+    `template` with {prompt} and {response}, or, where there is neither, as `PLAIN`. A chat template writes
+    its own special tokens, so the tokenizer adds none: exactly one BOS, as for `weqweasdas/RM-Gemma-2B`,
+    whose recipe takes the template's BOS out and lets the tokenizer put it back. (That model ships
+    safetensors and Gemma's template; its scores have no range: give `squash:CENTRE,SCALE`.)
+
+    Special tokens spelled out in a prompt or response are taken out: they could forge the end of a turn.
+    Samples longer than `max_tokens` lose the beginning of the prompt; only a response that is too long by
+    itself is cut, at its end. Decoder classifiers read the score at the last token that is not padding, as
+    their configuration names it; where it names none, a token that ends nothing is chosen. Padding is on the
+    right, so a score does not depend on its batch (up to rounding: 1e-6 in float32, 1e-2 in bfloat16).
+
+    Args:
+        model: a transformers model with a sequence-classification head.
+        tokenizer: its own.
+        bounds: see `parse_bounds`.
+        name: shown by `describe`.
+        template: None for the tokenizer's chat template; `chat` to insist on it; `pair` for encoders trained
+            on (prompt, response) as two segments; or a text with {prompt} and {response}.
+        output: which output of the head is the reward; needed where it has several.
+        max_tokens: of a sample, template included; what the model can take if None.
+        batch_size: samples per forward pass.
+        facts: what `train_reward` recorded.
+
+    Raises:
+        AlignProError: bounds, template or output that do not fit; no usable pad token.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        bounds: Bounds | str,
+        *,
+        name: str = "model",
+        template: str | None = None,
+        output: int | None = None,
+        max_tokens: int | None = None,
+        batch_size: int = 16,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.bounded = Bounded(parse_bounds(bounds))
+        self.low, self.high = self.bounded.bounds.low, self.bounded.bounds.high
+        _at_least(1, batch_size=batch_size)
+        self.name, self.model, self.tokenizer, self.batch_size = name, model, tokenizer, batch_size
+        self.facts = dict(facts or {})
+        self.template = self._choose_template(template)
+        self.output = self._choose_output(output)
+        most = longest(model, tokenizer)
+        if max_tokens is not None and not 1 <= max_tokens <= most:
+            raise AlignProError(f"max_tokens {max_tokens}: reward model {name!r} takes 1 to {most}")
+        self.max_tokens = max_tokens or most
+        self._fix_padding()
+        special = {*tokenizer.all_special_tokens}
+        special |= {str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special}
+        longest_first = sorted(filter(None, special), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.counts = {"prompts_truncated": 0, "responses_truncated": 0, "special_tokens_removed": 0}
+        model.config.use_cache = False
+        model.eval()
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        bounds: Bounds | str | None = None,
+        *,
+        template: str | None = None,
+        output: int | None = None,
+        max_tokens: int | None = None,
+        batch_size: int = 16,
+        dtype: str = "float32",
+        device: str = "auto",
+    ) -> "SequenceReward":
+        """The reward model in a folder or under a hub id: safetensors only, and none of its code is run.
+
+        Args:
+            model: a folder that `train_reward` or `save_pretrained` wrote, or a hub id `owner/name`.
+            bounds: needed unless `train_reward` recorded them in the folder.
+            dtype: `float32`, `bfloat16` or `float16`.
+            device: `auto` (CUDA if there is one), or a torch device.
+
+        Raises:
+            AlignProError: unknown names or no bounds, before any download; a model without a trained head,
+                a folder that transformers cannot read, or a failure of `models.resolve`.
+        """
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        if dtype not in configure.DTYPES:
+            raise AlignProError(f"dtype {dtype!r}: choose from {', '.join(configure.DTYPES)}")
+        where = configure.device_of(device)
+        if template is not None:
+            check_template(template)
+        catalogue.check_name(model)
+        saved = _saved_facts(model)
+        chosen = parse_bounds(bounds if bounds is not None else saved.get("bounds"))
+        folder = resolve.resolve(model)
+        with loading(model, folder, "sequence classifier"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            auto = AutoModelForSequenceClassification
+            loaded, report = models_load_load.read_weights(auto, folder, configure.DTYPES[dtype], where)
+        if report["missing_keys"]:
+            raise AlignProError(
+                f"reward model {str(model)!r} has no weights for {sorted(report['missing_keys'])[0]}, which "
+                "would be drawn at random; name a trained reward model, or train one with alignpro "
+                "reward-model (train_reward)"
+            )
+        return cls(
+            loaded.to(where),
+            tokenizer,
+            chosen,
+            name=public_name(model),
+            template=template if template is not None else saved.get("template"),
+            output=output,
+            max_tokens=max_tokens if max_tokens is not None else saved.get("max_tokens"),
+            batch_size=batch_size,
+            facts=saved,
+        )
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
+        """[n] float64 in [low, high].
+
+        Raises:
+            AlignProError: as many prompts as responses are needed, all strings; a score that is not finite or
+                leaves a declared range, with the sample.
+        """
+        return self.bounded(prompts, responses, self.logits(prompts, responses))
+
+    def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
+        """[n] float64: the head's output, unbounded. Identical samples are computed once."""
+        check_texts(prompts, responses)
+        samples = list(dict.fromkeys(zip(prompts, responses, strict=True)))
+        found: dict[tuple[str, str], float] = {}
+        with quiet(), torch.inference_mode():
+            rows = [self.encode(x, y) for x, y in samples]
+            # Similar lengths together: little padding. The longest first: memory runs out at once or never.
+            order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+            parts = _parts(len(order), self.batch_size)
+            for part in tqdm(parts, desc="scoring", unit="batch", disable=len(parts) < 16 or None):
+                batch = [order[i] for i in part]
+                padded = self.tokenizer.pad([rows[i] for i in batch], padding=True, return_tensors="pt")
+                logits = self.model(**padded.to(self.model.device)).logits[:, self.output]
+                found.update(zip((samples[i] for i in batch), logits.double().tolist(), strict=True))
+        return np.array([found[sample] for sample in zip(prompts, responses, strict=True)])
+
+    def encode(self, prompt: str, response: str) -> dict[str, list[int]]:
+        """The tokens of one sample, at most `max_tokens`; what was taken out is added to `counts`.
+
+        Raises:
+            AlignProError: the template alone is longer than that.
+        """
+        prompt, response = self._without_special(prompt), self._without_special(response)
+        row = self._tokens(prompt, response)
+        if len(row["input_ids"]) <= self.max_tokens:
+            return row
+        self.counts["prompts_truncated"] += 1
+        cut = _least(len(prompt), lambda k: self._fits(prompt[k:], response))
+        if cut is not None:
+            return self._tokens(prompt[cut:], response)
+        self.counts["responses_truncated"] += 1
+        size = len(response)
+        cut = _least(size, lambda k: self._fits("", response[: size - k]))
+        if cut is None:
+            raise AlignProError(f"max_tokens {self.max_tokens}: the template alone is longer; raise it")
+        return self._tokens("", response[: size - cut])
+
+    def describe(self) -> dict[str, Any]:
+        """The model, how samples are written, the bounds with what they did, and the facts of training."""
+        return json.loads(
+            json.dumps(
+                {
+                    "name": self.name,
+                    "kind": "sequence classifier",
+                    "architecture": type(self.model).__name__,
+                    "dtype": str(self.model.dtype).removeprefix("torch."),
+                    "template": self.template,
+                    "output": self.output,
+                    "max_tokens": self.max_tokens,
+                    "pad_token": self.tokenizer.pad_token,
+                    "bounds": self.bounded.describe(),
+                    **self.counts,
+                    **({"training": self.facts} if self.facts else {}),
+                }
+            )
+        )
+
+    def _fits(self, prompt: str, response: str) -> bool:
+        return len(self._tokens(prompt, response)["input_ids"]) <= self.max_tokens
+
+    def _tokens(self, prompt: str, response: str) -> dict[str, list[int]]:
+        if self.template == "pair":
+            return dict(self.tokenizer(prompt, response))
+        if self.template != "chat":
+            return dict(self.tokenizer(fill(self.template, prompt, response)))
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        try:
+            text = chat_of(self.tokenizer).render(turns, generate=False)
+        except AlignProError as error:
+            raise AlignProError(f"reward model {self.name!r} {error}, or give template=") from error
+        return dict(self.tokenizer(text, add_special_tokens=False))
+
+    def _without_special(self, text: str) -> str:
+        while True:  # what closes over a gap may spell another
+            text, n = self._special.subn("", text)
+            if not n:
+                return text
+            self.counts["special_tokens_removed"] += n
+
+    def _choose_template(self, template: str | None) -> str:
+        if template is not None:
+            check_template(template)
+        if template in (None, "chat"):
+            if self.tokenizer.chat_template:
+                return "chat"
+            if template == "chat":
+                raise AlignProError(
+                    f"template chat: the tokenizer of reward model {self.name!r} has no chat template; "
+                    "give a text with {prompt} and {response}"
+                )
+            packages.note(
+                f"reward model {self.name!r} has no chat template: samples are written {PLAIN!r}; if it was "
+                "trained otherwise, its scores mean nothing: give template="
+            )
+        return template or PLAIN
+
+    def _choose_output(self, output: int | None) -> int:
+        n = int(self.model.config.num_labels)
+        if output is None and n > 1:
+            labels = ", ".join(f"{i} {label}" for i, label in list(self.model.config.id2label.items())[:10])
+            raise AlignProError(
+                f"output: reward model {self.name!r} has {n} outputs ({labels}); choose one as the reward"
+            )
+        if not 0 <= (output or 0) < n:
+            raise AlignProError(f"output {output}: reward model {self.name!r} has outputs 0 to {n - 1}")
+        return output or 0
+
+    def _fix_padding(self) -> None:
+        """One pad token in tokenizer and configuration, since the score is read before the padding.
+
+        A configured one stays, even if it equals the end token: training read the score where it says.
+        """
+        config = text_config(self.model)
+        pad = config.pad_token_id
+        if pad is not None and 0 <= pad < len(self.tokenizer):
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(pad)
+        else:
+            listed = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+            ends = [i for i in (self.tokenizer.eos_token_id, *listed) if i is not None]
+            self.tokenizer.pad_token = configure._pad_token(self.tokenizer, ends or [-1], self.name)
+            config.pad_token_id = self.tokenizer.pad_token_id
+        self.tokenizer.padding_side = "right"
+
+
+def _least(n: int, fits: Callable[[int], bool]) -> int | None:
+    """The least k in 0..n with fits(k), by bisection; None if not even fits(n)."""
+    if not fits(n):
+        return None
+    low, high = -1, n
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def longest(model: Any, tokenizer: Any) -> int:
+    """How many tokens the model can take."""
+    return min(int(tokenizer.model_max_length or sys.maxsize), room(model) or sys.maxsize)
+
+
+def public_name(model: str | Path) -> str:
+    """A hub id, or the last part of a folder: where it lies on this machine is nobody else's business."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else str(model)
+
+
+def _saved_facts(model: str | Path) -> dict[str, Any]:
+    path = Path(model).expanduser() / REWARD_FILE
+    if not path.is_file():
+        return {}
+    facts = read_json(path)
+    kinds = {"bounds": str, "template": str, "max_tokens": int}
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(k), t) for k, t in kinds.items()):
+        raise AlignProError(f"{path}: not what train_reward wrote; remove it and give bounds")
+    return facts
+
+
+@contextlib.contextmanager
+def loading(model: str | Path, folder: Path, what: str) -> Iterator[None]:
+    try:
+        with quiet():
+            yield
+    except AlignProError:
+        raise
+    except Exception as error:
+        raise AlignProError(
+            f"reward model {str(model)!r}: cannot load {folder} ({configure._one_line(error)}); check that "
+            f"it is a complete {what} saved as safetensors"
+        ) from error

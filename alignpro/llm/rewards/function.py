@@ -1,0 +1,135 @@
+"""A reward made of a Python function."""
+
+import asyncio
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignpro.errors import AlignProError
+from alignpro.llm.models import configure, download
+from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
+from alignpro.llm.rewards.reward import (
+    Array,
+    _at_least,
+    _parts,
+    check_scores,
+    check_texts,
+    sample_shown,
+    shown,
+)
+from alignpro.llm.targets import http
+
+
+@dataclass
+class CallableReward:
+    """A Python function as reward.
+
+    Args:
+        function: of (prompts, responses), lists of strings, giving one number per sample; or, with `each`, of
+            one prompt and one response, giving a number.
+        bounds: see `parse_bounds`.
+        each: the function takes one sample.
+        is_async: the function is `async def`. Every `score` runs its calls in an event loop of its own, so
+            nothing that belongs to a loop may outlive a call.
+        concurrency: how many asynchronous calls are under way at once.
+        batch_size: samples per call, without `each`.
+        context: further keyword arguments of every call.
+        name: shown by `describe`; the function's own if empty.
+
+    Raises:
+        AlignProError: bounds or numbers that do not fit.
+    """
+
+    function: Callable[..., Any]
+    bounds: Bounds | str
+    each: bool = False
+    is_async: bool = False
+    concurrency: int = 8
+    batch_size: int = 64
+    context: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    name: str = ""
+    bounded: Bounded = field(init=False, repr=False)
+    low: float = field(init=False)
+    high: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise AlignProError(f"function: {type(self.function).__name__} cannot be called; give a function")
+        _at_least(1, concurrency=self.concurrency, batch_size=self.batch_size)
+        self.bounds = parse_bounds(self.bounds)
+        self.bounded = Bounded(self.bounds)
+        self.low, self.high = self.bounds.low, self.bounds.high
+        self.name = self.name or getattr(self.function, "__name__", type(self.function).__name__)
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
+        """[n] float64 in [low, high].
+
+        Raises:
+            AlignProError: the function raised (its exception is the cause), or returned something else than
+                one finite number per sample; the sample is shown.
+        """
+        check_texts(prompts, responses)
+        parts = _parts(len(prompts), 1 if self.each else self.batch_size)
+        if self.is_async:
+            scores = http.finish(self._score_all(prompts, responses, parts))
+        else:
+            scores = []
+            for part in parts:
+                with self._blamed(prompts, responses, part):
+                    result = self._call(prompts, responses, part)
+                if inspect.isawaitable(result):
+                    if inspect.iscoroutine(result):
+                        result.close()
+                    raise AlignProError(f"function {self.name}: it is asynchronous; set is_async=True")
+                scores.append(self._checked(prompts, responses, part, result))
+        return self.bounded(prompts, responses, np.concatenate([np.zeros(0), *scores]))
+
+    def describe(self) -> dict[str, Any]:
+        """The function's name and the bounds with what they did."""
+        return {"name": self.name, "kind": "Python function", "bounds": self.bounded.describe()}
+
+    async def _score_all(
+        self, prompts: Sequence[str], responses: Sequence[str], parts: Sequence[range]
+    ) -> list[Array]:
+        gate = asyncio.Semaphore(self.concurrency)
+
+        async def one(part: range) -> Array:
+            async with gate:
+                with self._blamed(prompts, responses, part):
+                    result = self._call(prompts, responses, part)
+                    awaited = inspect.isawaitable(result)
+                    result = await result if awaited else result
+                if not awaited:
+                    raise AlignProError(f"function {self.name}: it is not asynchronous; set is_async=False")
+                return self._checked(prompts, responses, part, result)
+
+        # The first failure ends the loop, which cancels the other calls.
+        return list(await asyncio.gather(*map(one, parts)))
+
+    def _call(self, prompts: Sequence[str], responses: Sequence[str], part: range) -> Any:
+        if self.each:
+            return self.function(prompts[part[0]], responses[part[0]], **self.context)
+        return self.function([prompts[i] for i in part], [responses[i] for i in part], **self.context)
+
+    def _checked(self, prompts: Sequence[str], responses: Sequence[str], part: range, result: Any) -> Array:
+        if self.each:
+            result = [result.item() if isinstance(result, torch.Tensor | np.ndarray) else result]
+        return check_scores([prompts[i] for i in part], [responses[i] for i in part], result, start=part[0])
+
+    @contextlib.contextmanager
+    def _blamed(self, prompts: Sequence[str], responses: Sequence[str], part: range) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            where = sample_shown(part[0], prompts[part[0]], responses[part[0]])
+            if len(part) > 1:
+                where = f"samples {part[0]} to {part[-1]}, the first being {where}"
+            said = download.scrub(configure._one_line(error))
+            raise AlignProError(
+                f"function {self.name} raised {type(error).__name__} ({shown(said, 200)}) on {where}"
+            ) from error

@@ -1,0 +1,1 @@
+"""Frozen models that answer, and the ledger of their answers."""

@@ -1,0 +1,257 @@
+"""A frozen transformers model in this process: batches, a KV cache, and one random stream per answer."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignpro.errors import AlignProError
+from alignpro.llm.models.chat import Said, chat_of
+from alignpro.llm.models.forward import room
+from alignpro.llm.models.load import load_model
+from alignpro.llm.models.policy import draw, end_tokens, log_probs
+from alignpro.llm.models.sampling import Sampling, digest, is_int, stream_key
+from alignpro.llm.policies.prompter import target_ids
+from alignpro.llm.targets.target import Answer, Answers, OnAnswer, Stopped, arrange, jobs
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+class LocalTarget:
+    """A frozen transformers model in this process: batched, with a KV cache.
+
+    A batch's shape moves its rounding, and a rounding can change a token and all that follow. In float32
+    that is rare (at least 31 of 32 answers of 32 tokens agreed between batch sizes 32 and 5, SmolLM2-135M);
+    in bfloat16 most such answers differed: there, keep `batch_size` and the calls, or a cache.
+
+    Args:
+        model: what `models.load_model` takes, or the (model, tokenizer) that it returned (or `models.prepare`
+            made ready). The weights must not change while this exists.
+        dtype, device: of a model named; bfloat16 halves memory and, on most machines, time.
+        batch_size: sequences at once; halved for good when CUDA runs out of memory.
+        name: instead of the model's own, in caches and tables.
+        chat_template_kwargs: of a model named: further arguments of its chat template.
+
+    Raises:
+        AlignProError: a bad batch size; or a failure of `load_model`.
+    """
+
+    remote: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+        *,
+        dtype: str = "bfloat16",
+        device: str = "auto",
+        batch_size: int = 32,
+        name: str = "",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not is_int(batch_size) or batch_size < 1:
+            raise AlignProError(f"batch_size {batch_size!r}: choose a whole number of at least 1")
+        if isinstance(model, tuple):
+            pair = model
+        else:
+            pair = load_model(model, dtype, device, chat_template_kwargs=chat_template_kwargs)
+        self.model: Any = pair[0]
+        self.tokenizer: Any = pair[1]
+        self.batch_size = batch_size
+        if isinstance(model, tuple):
+            model = type(self.model).__name__.removesuffix("ForCausalLM")
+        self.name = name or str(model)
+        self.calls = 0
+        self.retried = 0
+        self._stopping = False
+        self._ends = end_tokens(self.model)
+
+    @cached_property
+    def revision(self) -> str:
+        """SHA-256, shortened, of the weights as loaded (so of the dtype too), tokens and chat format."""
+        hashed = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            hashed.update(digest(name, str(tensor.dtype), list(tensor.shape)))
+            hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        chat = chat_of(self.tokenizer)
+        # The format as it comes out, beside the template: its date and its options are in there.
+        hashed.update(digest(vocabulary, str(chat.template), dict(chat.options), chat.sample(), self._ends))
+        return hashed.hexdigest()[:16]
+
+    def respond(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        *,
+        first: Sequence[int] | int = 0,
+        samples: int = 1,
+        seed: int = 0,
+        on_answer: OnAnswer | None = None,
+    ) -> list[list[Answer]]:
+        """See `Target.respond`. Also refuses prompts that leave no room for `max_tokens`."""
+        asked = jobs(prompts, first, samples, seed)
+        ids = [target_ids(self.tokenizer, prompt) for prompt in prompts]
+        self._check_room(ids, [sampling.max_tokens] * len(ids))
+        answers: Answers = {}
+        self._stopping = False
+
+        def run(batch: Sequence[tuple[int, int]]) -> list[list[int]]:
+            keys = [stream_key(seed, sampling, prompts[p], i) for p, i in batch]
+            return self._generate([ids[p] for p, _ in batch], keys, sampling)
+
+        # Similar lengths together: little padding. Equal prompts together: each is read once.
+        order = sorted(asked, key=lambda job: (len(ids[job[0]]), ids[job[0]]))
+        try:
+            for batch, generated in self._batches(order, run):
+                for (position, index), new in zip(batch, generated, strict=True):
+                    said = self._said(new)
+                    answer = Answer(
+                        text=said.text,
+                        thought=said.thought,
+                        finish="stop" if new and new[-1] in self._ends else "length",
+                        prompt_tokens=len(ids[position]),
+                        tokens=len(new),
+                        ids=tuple(new),
+                    )
+                    self.calls += 1
+                    answers[position, index] = answer
+                    if on_answer:
+                        on_answer(position, index, answer)
+                if self._stopping:
+                    break
+        except torch.OutOfMemoryError:
+            message = "one sequence alone exceeds the GPU's memory; use a smaller model, dtype or max_tokens"
+            reason = "failed"
+        else:
+            if len(answers) == len(asked):
+                return arrange(asked, answers, len(prompts))
+            message, reason = "stopped", "stopped"
+        raise Stopped(f"model {self.name!r}: {message}", reason, answers)
+
+    def stop(self) -> None:
+        """See `Target.stop`; the batch at work is finished first."""
+        self._stopping = True
+
+    def log_probs(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str | Answer],
+        sampling: Sampling | None = None,
+        *,
+        drawn: bool = False,
+    ) -> np.ndarray:
+        """[n] float64: log π_F(responses[i] | prompts[i]) in nats, −inf where `sampling` excludes it.
+
+        An `Answer` is the tokens it was, its end token among them unless it was cut off. A string is taken as
+        a finished answer, whichever token ends it; it is cut into tokens afresh, which for rare texts are not
+        those that a model would have drawn.
+
+        Args:
+            sampling: of the processed distribution; temperature 1 and nothing truncated if None.
+            drawn: the responses are answers to these prompts under `sampling`, so that none is impossible:
+                a token on the edge of what is kept stays in, though another batch rounds it out.
+
+        Raises:
+            AlignProError: as many prompts as responses are needed, strings; an answer without token ids; no
+                room for a pair.
+        """
+        if len(prompts) != len(responses):
+            raise AlignProError(
+                f"{len(prompts)} prompts and {len(responses)} responses: give one response per prompt"
+            )
+        # One row for each way to end; all but the end is shared, and goes through the model once.
+        rows: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            if not isinstance(prompt, str):
+                raise AlignProError(f"prompts[{i}] is {type(prompt).__name__}: give a string")
+            ids = target_ids(self.tokenizer, prompt)
+            if isinstance(response, str):
+                said = chat_of(self.tokenizer).text_ids(response)
+                rows += [(i, ids, (*said, end)) for end in self._ends]
+            elif not isinstance(response, Answer):
+                raise AlignProError(
+                    f"responses[{i}] is {type(response).__name__}: give a string or an answer"
+                )
+            elif response.ids is None:
+                raise AlignProError(
+                    f"responses[{i}] has no token ids (an endpoint's, or one from an older cache): "
+                    "answer it again in this process"
+                )
+            else:
+                rows.append((i, ids, response.ids))
+        self._check_room([ids for _, ids, _ in rows], [len(said) for _, _, said in rows])
+        rows = [row for row in rows if row[2]]
+        out = np.full(len(prompts), -np.inf)
+        out[[i for i, response in enumerate(responses) if isinstance(response, Answer)]] = 0.0
+        order = sorted(rows, key=lambda row: (len(row[1]), row[1], row[2]))
+
+        def run(batch: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> np.ndarray:
+            with torch.inference_mode():
+                scores = log_probs(
+                    self.model,
+                    [ids for _, ids, _ in batch],
+                    [said for _, _, said in batch],
+                    sampling=sampling,
+                    drawn=drawn,
+                )
+            return scores.log_probs.double().sum(1).cpu().numpy()
+
+        try:
+            for batch, values in self._batches(order, run):
+                for (i, _, _), value in zip(batch, values, strict=True):
+                    out[i] = np.logaddexp(out[i], value) if isinstance(responses[i], str) else value
+        except torch.OutOfMemoryError:
+            raise AlignProError(
+                f"model {self.name!r}: one pair alone exceeds the GPU's memory; use a smaller model or dtype"
+            ) from None
+        return out
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of `prompt` as the user's turn, the chat template's included."""
+        return len(target_ids(self.tokenizer, prompt))
+
+    def _check_room(self, ids: Sequence[Sequence[int]], new: Sequence[int]) -> None:
+        most = room(self.model)
+        for i, (row, extra) in enumerate(zip(ids, new, strict=True)):
+            if not row:
+                raise AlignProError(f"prompts[{i}] has no tokens; give a prompt that is not empty")
+            if most is not None and len(row) + extra > most:
+                raise AlignProError(
+                    f"prompts[{i}] has {len(row)} tokens, with {extra} more to come beyond the {most} that "
+                    f"model {self.name!r} reads; shorten it or lower max_tokens"
+                )
+
+    def _batches(self, rows: Sequence[T], run: Callable[[Sequence[T]], S]) -> Iterator[tuple[Sequence[T], S]]:
+        """`run` on consecutive batches; out of memory halves the batch and tries again."""
+        start = 0
+        while start < len(rows):
+            batch = rows[start : start + self.batch_size]
+            result = None
+            try:
+                result = run(batch)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+            if result is None:  # outside the handler, whose traceback holds the tensors
+                self.batch_size = max(1, len(batch) // 2)
+                torch.cuda.empty_cache()
+                continue
+            start += len(batch)
+            yield batch, result
+
+    def _said(self, ids: Sequence[int]) -> Said:
+        # Without the "clean-up" that some tokenizers ship, which moves spaces before punctuation.
+        return chat_of(self.tokenizer).said(ids, clean_up_tokenization_spaces=False)
+
+    def _generate(
+        self, rows: Sequence[Sequence[int]], keys: Sequence[int], sampling: Sampling
+    ) -> list[list[int]]:
+        """New token ids of each row, up to its end token."""
+        drawn = draw(self.model, int(self.tokenizer.pad_token_id), rows, keys, sampling)
+        return [ids for ids, _ in drawn]

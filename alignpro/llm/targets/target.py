@@ -1,0 +1,197 @@
+"""Frozen targets π_F behind one `respond`: a model in this process (`local.py`), an endpoint (`endpoint.py`).
+
+Sample i of a prompt is a draw of its own: it depends on the seed, the sampling parameters, the prompt and i
+alone, not on what else is asked, in which order or in which batch. In this process that holds up to the
+floating-point noise of batching; an endpoint is sent a seed per sample and does with it what it can.
+
+Answers are data: nothing in them is evaluated. This module, `endpoint` and `ledger` need no torch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from alignpro.errors import AlignProError
+from alignpro.llm.models.sampling import Sampling, is_int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One y. Its fields are JSON values."""
+
+    text: str
+    finish: Literal["stop", "length"]
+    """`stop` at the end token, `length` when cut off at `max_tokens`."""
+    prompt_tokens: int
+    tokens: int
+    """Tokens generated, the end token included where the backend counts it."""
+    ids: tuple[int, ...] | None = None
+    """Those tokens, end token included; None from an endpoint. Cutting `text` afresh may give others."""
+    thought: bool = False
+    """Whether a leading thought was taken off `text`; `ids` hold it."""
+
+    def __post_init__(self) -> None:
+        if self.ids is not None:
+            object.__setattr__(self, "ids", tuple(map(int, self.ids)))  # a list, from JSON
+
+
+Answers = dict[tuple[int, int], Answer]
+OnAnswer = Callable[[int, int, Answer], None]
+
+
+class Stopped(AlignProError):
+    """`respond` ended before everything was answered: a spent budget or a failing target.
+
+    Attributes:
+        reason: `max_calls`, `max_tokens` (budgets), `failed` or `stopped` (by `Target.stop`).
+        answers: what was answered before, {(position in prompts, sample index): Answer}.
+        completed: from `respond_all`, the answers of the targets that finished.
+    """
+
+    def __init__(self, message: str, reason: str, answers: Answers) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.answers = answers
+        self.completed: dict[str, list[list[Answer]]] = {}
+
+
+class Target(Protocol):
+    """A frozen model π_F(y|x′)."""
+
+    name: str
+
+    @property
+    def calls(self) -> int:
+        """Requests sent, or sequences generated, so far."""
+        ...
+
+    @property
+    def retried(self) -> int:
+        """How many of the calls repeated a failed one."""
+        ...
+
+    @property
+    def remote(self) -> bool:
+        """Whether it waits for another machine, so that several can run at once."""
+        ...
+
+    @property
+    def revision(self) -> str:
+        """Changes whenever the answers' distribution may: part of the cache key."""
+        ...
+
+    def stop(self) -> None:
+        """Ends a `respond` that runs in another thread, soon; it raises Stopped."""
+        ...
+
+    def respond(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        *,
+        first: Sequence[int] | int = 0,
+        samples: int = 1,
+        seed: int = 0,
+        on_answer: OnAnswer | None = None,
+    ) -> list[list[Answer]]:
+        """[len(prompts)][samples]: samples `first … first+samples−1` of each prompt.
+
+        Args:
+            prompts: x′, the user's turn.
+            first: index of the first sample, one for all prompts or one each.
+            on_answer: called with (position, sample index, answer) as each arrives.
+
+        Raises:
+            AlignProError: bad arguments, before any work.
+            Stopped: some were not answered; carries those that were.
+        """
+        ...
+
+
+def jobs(
+    prompts: Sequence[str], first: Sequence[int] | int, samples: int, seed: int
+) -> list[tuple[int, int]]:
+    """(position, sample index) of every answer that `respond` is asked for, its arguments checked.
+
+    Raises:
+        AlignProError: an argument of another type or range.
+    """
+    if isinstance(prompts, str):
+        raise AlignProError("prompts: give a list of strings, not one string")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise AlignProError(f"prompts[{i}] is {type(prompt).__name__}: give a string")
+    if not is_int(samples) or samples < 1:
+        raise AlignProError(f"samples {samples!r}: choose a whole number of at least 1")
+    if not is_int(seed):
+        raise AlignProError(f"seed {seed!r}: choose a whole number")
+    starts = list(first) if isinstance(first, Sequence) else [first] * len(prompts)
+    if len(starts) != len(prompts):
+        raise AlignProError(f"first has {len(starts)} entries for {len(prompts)} prompts: give one for each")
+    for start in starts:
+        if not is_int(start) or start < 0:
+            raise AlignProError(f"first {start!r}: choose a whole number of at least 0")
+    return [(p, i) for p, start in enumerate(starts) for i in range(int(start), int(start) + samples)]
+
+
+def arrange(asked: Sequence[tuple[int, int]], answers: Answers, prompts: int) -> list[list[Answer]]:
+    """[prompts][samples], the shape that `respond` returns."""
+    out: list[list[Answer]] = [[] for _ in range(prompts)]
+    for position, index in asked:
+        out[position].append(answers[position, index])
+    return out
+
+
+def respond_all(
+    targets: Mapping[str, Target],
+    prompts: Sequence[str],
+    sampling: Sampling | Mapping[str, Sampling],
+    *,
+    first: Sequence[int] | int = 0,
+    samples: int = 1,
+    seed: int = 0,
+) -> dict[str, list[list[Answer]]]:
+    """Every target's answers to every prompt; endpoints run at the same time, local models in turn.
+
+    Args:
+        targets: by the names that the answers get.
+        sampling: one for all, or one for each name.
+
+    Raises:
+        AlignProError: no targets, a name without sampling parameters; or a target's own error.
+        Stopped: a target stopped; the others ran to their ends, and are in its `completed`.
+    """
+    if not targets:
+        raise AlignProError("targets: name at least one")
+    each = dict.fromkeys(targets, sampling) if isinstance(sampling, Sampling) else dict(sampling)
+    if set(each) != set(targets):
+        raise AlignProError(f"sampling for {sorted(each)}: name exactly the targets, {sorted(targets)}")
+    jobs(prompts, first, samples, seed)
+
+    def ask(name: str) -> list[list[Answer]] | AlignProError:
+        try:
+            return targets[name].respond(prompts, each[name], first=first, samples=samples, seed=seed)
+        except AlignProError as error:
+            return error
+
+    remote = [name for name in targets if targets[name].remote]
+    with ThreadPoolExecutor(max(1, len(remote))) as pool:
+        futures = {name: pool.submit(ask, name) for name in remote}
+        try:
+            local = {name: ask(name) for name in targets if name not in futures}
+            results = {name: futures[name].result() if name in futures else local[name] for name in targets}
+        except BaseException:  # an interrupt: the pool would wait for the others' ends
+            for name in remote:
+                targets[name].stop()
+            raise
+    failed = {name: result for name, result in results.items() if isinstance(result, AlignProError)}
+    completed = {name: result for name, result in results.items() if not isinstance(result, AlignProError)}
+    for name, error in failed.items():
+        kept = error if isinstance(error, Stopped) else None
+        stopped = Stopped(
+            f"target {name!r}: {error}", kept.reason if kept else "failed", kept.answers if kept else {}
+        )
+        stopped.completed = completed
+        raise stopped from error
+    return completed

@@ -1,0 +1,1 @@
+"""Training prompters, policies and rewards."""

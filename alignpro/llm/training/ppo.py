@@ -1,0 +1,363 @@
+"""Proximal policy optimization of a prompter (Schulman et al., arXiv 1707.06347), whose optimum is ρ*.
+
+TRL no longer ships PPO. The mathematics is here, in plain torch, and `PPOTrainer`, which says of a round what
+its tokens are worth and what its loss is; the rest is TRL's loop (`trl_adapter`).
+
+With γ = 1 and the penalty −λ (log ρ_θ − log ρ_sft) added to the reward of every token (the k1 estimator),
+the expected return of a rewrite is R(x, x′) − λ log ρ_θ(x′|x)/ρ_sft(x′|x): PPO ascends the prompter's
+objective (eq. 9), whose only maximiser is ρ* (eq. 10). Putting a k3 estimate in the reward, whitening it,
+sampling at a temperature other than 1, or normalising by sequence length would move that optimum; so would
+generalized advantages with λ below 1, wherever the critic does not explain the returns: a token far from the
+end then sees the share λ^distance of the score, and all of its own KL.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from trl import GRPOConfig
+
+from alignpro.errors import AlignProError
+from alignpro.files import read_json, write_json
+from alignpro.llm.models.forward import text_config
+from alignpro.llm.training.settings import refuse_moved_optimum
+from alignpro.llm.training.trl_adapter import OwnLoss, without_groups
+
+# --- the mathematics -----------------------------------------------------------------------------------
+
+
+def shaped_rewards(
+    score: Tensor,
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    estimator: str = "k1",
+) -> Tensor:
+    """Per-token rewards: −λ (log ρ_θ − log ρ_ref) at each token, the score added at the last one.
+
+    Args:
+        score: [B] reward of each completion.
+        log_probs, ref_log_probs: [B, T] token log-probabilities, in nats.
+        mask: [B, T] 1 on the completion's tokens, which form a prefix of each row.
+        kl_coef: λ.
+        estimator: k1, the log-ratio; or k3, e^−k1 − 1 + k1, whose mean is the KL but whose gradient, in the
+            reward, is not that of the KL.
+
+    Returns:
+        [B, T]; with k1 each row sums to score − λ·(log-ratio of the sequence).
+    """
+    ratio = log_probs - ref_log_probs
+    rewards = -kl_coef * (ratio if estimator == "k1" else torch.expm1(-ratio) + ratio) * mask
+    last = mask.sum(1).long().clamp(min=1) - 1
+    return rewards.scatter_add(1, last[:, None], score[:, None].to(rewards.dtype))
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (arXiv 1506.02438).
+
+    A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t.
+
+    Args:
+        rewards, values, mask: [B, T]; the value after the last token is 0.
+
+    Returns:
+        advantages and returns (advantages + values), [B, T], 0 outside the mask.
+    """
+    mask = mask.to(values.dtype)
+    values = values * mask
+    advantages = torch.zeros_like(values)
+    running = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        following = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(running)
+        running = (rewards[:, t] + gamma * following - values[:, t] + gamma * gae_lambda * running) * mask[
+            :, t
+        ]
+        advantages[:, t] = running
+    return advantages, advantages + values
+
+
+def clipped_surrogate(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
+) -> tuple[Tensor, Tensor]:
+    """The negated clipped objective, −min(w A, clip(w, 1 ± ε) A) with w = ρ_θ/ρ_old, summed over tokens.
+
+    Summing over a sequence's tokens and averaging over the batch gives every sequence the weight that the
+    policy gradient gives it; averaging over tokens would favour short ones.
+
+    Returns:
+        the loss (scalar) and the share of tokens whose gradient the clip removes.
+    """
+    ratio = torch.exp(log_probs - old_log_probs)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages) * mask
+    dead = ((ratio > 1 + clip_range) & (advantages > 0)) | ((ratio < 1 - clip_range) & (advantages < 0))
+    return loss.sum() / len(mask), (dead * mask).sum() / mask.sum().clamp(min=1)
+
+
+def clipped_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip_range: float | None,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """½ mean over tokens of max((V − G)², (V_c − G)²), V_c clipped to ±clip_range about the old value.
+
+    `tokens` is the number to divide by, where the mean is over more than this batch.
+    """
+    error = (values - returns).square()
+    if clip_range is not None:
+        near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+        error = torch.maximum(error, (near - returns).square())
+    return 0.5 * (error * mask).sum() / (mask.sum() if tokens is None else tokens).clamp(min=1)
+
+
+@dataclass
+class AdaptiveKL:
+    """The controller of λ of Ziegler et al. (arXiv 1909.08593): λ grows while the KL is above `target`.
+
+    With it no λ is fixed, so training has no one optimum ρ* of eq. (10).
+    """
+
+    value: float
+    """λ now."""
+    target: float
+    """KL of a sequence, in nats."""
+    horizon: int
+
+    def update(self, kl: float, sequences: int) -> None:
+        """After a batch of that mean KL: λ ← λ (1 + clip(KL/target − 1, ±0.2)·sequences/horizon)."""
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        self.value *= 1.0 + error * sequences / self.horizon
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Over the masked tokens."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def explained_variance(
+    values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    mean: Callable[[Tensor, Tensor], Tensor] = masked_mean,
+) -> Tensor:
+    """1 − Var(G − V)/Var(G) over the masked tokens: 1 for a perfect critic, 0 for a constant one."""
+
+    def variance(x: Tensor) -> Tensor:
+        return mean((x - mean(x, mask)).square(), mask)
+
+    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-12)
+
+
+class Critic(nn.Module):
+    """V(state): a small network on the frozen reference model's hidden state, [..., H] -> [...].
+
+    It reads fixed features, so training it never moves the policy and no second language model is needed.
+    The output is a correction, in units of the first batch's returns, to their mean.
+    """
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        last = nn.Linear(width, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.body = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width), nn.GELU(), last)
+        self.center: Tensor
+        self.scale: Tensor
+        self.register_buffer("center", torch.tensor(0.0))
+        self.register_buffer("scale", torch.tensor(0.0))  # 0: not calibrated yet
+
+    def calibrate(self, totals: Tensor) -> None:
+        """Fix the output's units from the first batch's total rewards [B]; later calls change nothing."""
+        if self.scale == 0:
+            self.center.copy_(totals.mean())
+            self.scale.copy_(totals.std(correction=0).clamp(min=1e-3))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.center + self.scale * self.body(features).squeeze(-1)
+
+
+# --- on TRL's rollouts ---------------------------------------------------------------------------------
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    """Settings of `PPOTrainer`; those of `trl.GRPOConfig` besides. `num_iterations` are the PPO epochs."""
+
+    kl_coef: float = field(default=0.05, metadata={"help": "λ: weight of the KL to the reference prompter"})
+    kl_estimator: str = field(default="k1", metadata={"help": "of the KL in the reward: k1 or k3"})
+    target_kl: float | None = field(
+        default=None, metadata={"help": "adapt λ so that a sequence's KL nears this, in nats; None: λ fixed"}
+    )
+    kl_horizon: int = field(default=10_000, metadata={"help": "sequences over which λ adapts"})
+    gamma: float = field(default=1.0, metadata={"help": "discount; 1 keeps the optimum at ρ*"})
+    gae_lambda: float = field(
+        default=1.0, metadata={"help": "λ of generalized advantages; 1 keeps the optimum at ρ*"}
+    )
+    clip_range: float = field(default=0.2, metadata={"help": "ε of the clipped surrogate"})
+    value_clip_range: float | None = field(
+        default=None, metadata={"help": "clip of the value update; None: off"}
+    )
+    whiten_rewards: bool = field(default=False, metadata={"help": "divide a batch's rewards by their spread"})
+    whiten_advantages: bool = field(
+        default=False, metadata={"help": "divide a batch's advantages by their spread"}
+    )
+    vf_coef: float = field(default=1.0, metadata={"help": "weight of the value loss"})
+    critic_learning_rate: float = field(default=1e-3, metadata={"help": "learning rate of the critic"})
+    critic_width: int = field(default=128, metadata={"help": "hidden units of the critic"})
+    allow_moved_optimum: bool = field(
+        default=False, metadata={"help": "train even where a setting moves the optimum away from ρ*"}
+    )
+
+    def __post_init__(self) -> None:
+        without_groups(self, super().__post_init__)
+
+
+CRITIC_FILE = "critic.safetensors"
+KL_FILE = "kl.json"
+
+
+class PPOTrainer(OwnLoss):
+    """PPO with a learned critic and the KL in the reward. A subclass says how rewrites are drawn and scored.
+
+    Several processes (DDP) train as one with their batches joined: means and the critic's gradients are taken
+    over all of them.
+
+    Raises:
+        AlignProError: a setting that would move the optimum away from ρ*, unless `allow_moved_optimum`.
+    """
+
+    _tag_names = ["trl", "ppo"]  # noqa: RUF012 - the base class declares a list
+    _name = "PPO"
+
+    def __init__(self, *positional: Any, args: PPOConfig, **named: Any) -> None:
+        if not args.kl_coef > 0:
+            raise AlignProError(f"kl_coef = {args.kl_coef}: λ must be positive")
+        args.loss_type, args.scale_rewards = "dr_grpo", "none"  # of GRPO's loss, which PPO does not use
+        refuse_moved_optimum(args)
+        args.beta = args.kl_coef  # makes GRPOTrainer compute the reference's log-probabilities
+        super().__init__(*positional, **(named | {"args": args}))
+        hidden = text_config(self.model).hidden_size
+        self.critic = Critic(hidden, args.critic_width).to(self.accelerator.device)
+        broadcast([p.data for p in self.critic.parameters()])  # alike in every process
+        self.kl = AdaptiveKL(args.kl_coef, args.target_kl or 0.0, args.kl_horizon)
+
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        """[B, T, H] hidden states of the reference before each completion token, which the critic reads."""
+        raise NotImplementedError
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The policy's optimizer, with the critic's parameters at a learning rate of their own."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            group = {"params": list(self.critic.parameters()), "lr": self.args.critic_learning_rate}
+            optimizer.add_param_group(group | {"weight_decay": 0.0})
+            optimizer.register_step_pre_hook(lambda *_: self.join_critic_gradients())
+            # The Trainer clears the gradients of its model only.
+            optimizer.register_step_post_hook(lambda *_: self.critic.zero_grad())
+        return optimizer
+
+    def join_critic_gradients(self) -> None:
+        """Average the critic's gradients over processes: DDP joins those of the model that it wraps."""
+        if self.accelerator.num_processes > 1:
+            for parameter in self.critic.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.copy_(self.accelerator.reduce(parameter.grad, "mean"))
+
+    def mean(self, values: Tensor, mask: Tensor) -> Tensor:
+        """The mean over the masked tokens of all processes."""
+        sums = torch.stack([(values * mask).sum(), mask.sum()])
+        total, count = self.accelerator.reduce(sums, "sum")
+        return total / count.clamp(min=1)
+
+    def appraised(self, batch: dict[str, Any], scores: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
+        """The batch with advantages, returns and what the critic reads; see `OwnLoss.appraised`.
+
+        Raises:
+            AlignProError: a reward that is not finite.
+        """
+        args, mask = self.args, batch["completion_mask"].float()
+        old, reference = batch["old_per_token_logps"], batch["ref_per_token_logps"]
+        if not torch.isfinite(scores).all():
+            bad = int((~torch.isfinite(scores)).nonzero()[0, 0])
+            raise AlignProError(f"reward of {prompts[bad]!r} is {scores[bad].item()}; rewards must be finite")
+        lam = self.kl.value
+        rewards = shaped_rewards(scores, old, reference, mask, lam, args.kl_estimator)
+        if args.whiten_rewards:
+            mean = self.mean(rewards, mask)
+            rewards = rewards / self.mean((rewards - mean).square(), mask).sqrt().clamp(min=1e-8)
+        features = self.features(batch)
+        self.critic.calibrate(self.accelerator.gather(rewards.sum(1)))
+        with torch.no_grad():
+            values = self.critic(features) * mask
+        advantages, returns = generalized_advantages(rewards, values, mask, args.gamma, args.gae_lambda)
+        # A constant baseline has no expected gradient. No rescaling: Adam is scale free already.
+        advantages = (advantages - self.mean(advantages, mask)) * mask
+        if args.whiten_advantages:
+            advantages = advantages / self.mean(advantages.square(), mask).sqrt().clamp(min=1e-8)
+
+        log_ratio = ((old - reference) * mask).sum(1)
+        self.note("ppo/reward", scores.mean())
+        self.note("ppo/kl_k1", log_ratio.mean())
+        self.note("ppo/lambda", torch.tensor(lam, device=scores.device))
+        objective = scores - lam * log_ratio
+        self.note("ppo/objective", objective.mean())
+        # Given the batch's prompts, whose samples stand together: differences between prompts do not count.
+        every, each = self.accelerator.gather(objective), self.group()
+        if each > 1:
+            self.note("ppo/objective_stderr", (every.view(-1, each).var(1).mean() / len(every)).sqrt())
+        self.note("ppo/explained_variance", explained_variance(values, returns, mask, self.mean))
+        if args.target_kl and self.model.training:
+            kl = self.accelerator.gather(log_ratio)
+            self.kl.update(float(kl.mean()), len(kl))
+        return batch | {
+            "advantages": advantages,
+            "ppo_values": values,
+            "ppo_returns": returns,
+            "ppo_features": features,
+            # Sequences of the round over all processes: every part of it counts by its own number of them.
+            "ppo_sequences": torch.tensor(float(len(every)), device=scores.device),
+        }
+
+    def loss_of(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """The clipped surrogate and the critic's loss; see `OwnLoss.loss_of`."""
+        mask, args = batch["completion_mask"].float(), self.args
+        log_probs, entropies = self.policy_scores(model, batch)
+        policy, clipped = clipped_surrogate(
+            log_probs, batch["old_per_token_logps"], batch["advantages"], mask, args.clip_range
+        )
+        values = self.critic(batch["ppo_features"])
+        # As many tokens as so many sequences of the round have on average: the parts of a step add up.
+        tokens = batch["num_items_in_batch"] * (len(mask) / batch["ppo_sequences"])
+        value = clipped_value_loss(
+            values, batch["ppo_values"], batch["ppo_returns"], mask, args.value_clip_range, tokens
+        )
+        # The critic's own scale is divided out, so that one learning rate serves rewards of any unit.
+        value = value / self.critic.scale.square()
+        self.note("ppo/policy_loss", policy.detach())
+        self.note("ppo/value_loss", value.detach())
+        self.note("ppo/clip_fraction", clipped)
+        self.note("entropy", (entropies.detach() * mask).sum() / mask.sum())
+        self.note("ppo/approx_kl", ((batch["old_per_token_logps"] - log_probs.detach()) * mask).sum(1).mean())
+        return policy + args.vf_coef * value
+
+    def save_more(self, folder: Path) -> None:
+        """The critic and the controller of λ."""
+        save_file(self.critic.state_dict(), folder / CRITIC_FILE)
+        write_json(folder / KL_FILE, {"lambda": self.kl.value})
+
+    def load_more(self, folder: Path) -> None:
+        """See `save_more`."""
+        self.critic.load_state_dict(load_file(folder / CRITIC_FILE))
+        self.kl.value = float(read_json(folder / KL_FILE)["lambda"])

@@ -1,0 +1,350 @@
+"""Reward learning, eq. (1): a sequence-classification reward model from preference pairs, by TRL's
+RewardTrainer."""
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from alignpro.errors import AlignProError
+from alignpro.files import read_json, writable_folder, write_json, write_text
+from alignpro.llm.data import packaged
+from alignpro.llm.data import split as data_split
+from alignpro.llm.data import split as packaged_split
+from alignpro.llm.models import catalogue, configure, resolve
+from alignpro.llm.models.forward import text_config
+from alignpro.llm.models.libraries import quiet
+from alignpro.llm.rewards.bounds import Bounded, Squash
+from alignpro.llm.rewards.classifier import REWARD_FILE, SequenceReward, loading, longest, public_name
+from alignpro.llm.rewards.minilm import accuracy, longer_wins
+from alignpro.llm.rewards.reward import check_scores, check_template, shown
+from alignpro.llm.training.checkpoints import completing, last_checkpoint
+from alignpro.llm.training.settings import RewardSettings
+from alignpro.runs import refuse_other_settings
+
+Array = np.ndarray
+
+SETTINGS_FILE = "settings.json"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+"""Folder within a run's own that is removed at its end: optimizer states are no part of a reward."""
+
+_SQUASH_PAIRS = 1000  # training pairs from which the squash is chosen; more would not move it
+
+
+def read_pairs(path: str | Path) -> list[packaged.PreferencePair]:
+    """Preference pairs from JSON lines with the strings "prompt", "chosen" and "rejected"; more is ignored.
+
+    Raises:
+        AlignProError: the file cannot be read, has no pair, or a line that is none, by its number.
+    """
+    path = Path(path).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise AlignProError(f"pairs {path}: cannot read it ({reason}); name a JSONL file") from error
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            texts = [row[name] for name in ("prompt", "chosen", "rejected")]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            texts = []
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise AlignProError(
+                f"{path.name}, line {number}: need a JSON object with the non-empty strings "
+                "prompt, chosen and rejected"
+            )
+        prompt, chosen, rejected = texts
+        if chosen == rejected:
+            raise AlignProError(f"{path.name}, line {number}: chosen equals rejected; remove the line")
+        pairs.append(
+            packaged.PreferencePair(prompt, chosen, rejected, path.stem, data_split.split_of(prompt))
+        )
+    if not pairs:
+        raise AlignProError(f"pairs {path}: it is empty; give JSON lines with prompt, chosen and rejected")
+    return pairs
+
+
+def train_reward(
+    pairs: Sequence[packaged.PreferencePair] | str | Path,
+    model: str | Path,
+    out: str | Path,
+    settings: RewardSettings | None = None,
+    *,
+    template: str | None = None,
+    device: str = "auto",
+    resume: bool = False,
+) -> SequenceReward:
+    """Learn r(x, y) by eq. (1), −E log σ(r(x, y_u) − r(x, y_v)), with TRL's RewardTrainer; save it.
+
+    Pairs of the split `train` are learned from; `validation` (tune on it) and `test` are only measured.
+    Training and scoring write a sample in the same way. The reward that comes back is squashed so that the
+    training scores use the range: centre at their median, scale their standard deviation.
+
+    Args:
+        pairs: or a file for `read_pairs`.
+        model: a causal language model (see `models.resolve`) or a reward model with one output.
+        out: a new or empty folder, for safetensors, tokenizer and reward.json (see `SequenceReward.load`);
+            besides them settings.json, metrics.jsonl and, until it is finished, checkpoints.
+        template: see `SequenceReward`; not `pair`.
+        device: `auto`, `cpu` or `cuda`.
+        resume: continue from the last checkpoint in `out`, if there is one. On a CPU the result is that of an
+            uninterrupted run to the bit.
+
+    Raises:
+        AlignProError: before any long work: pairs that cannot be read or split, values that do not fit, a
+            folder in use, a run begun with other settings, pairs or another base; later: a base that cannot
+            be loaded, training that diverges, or a full disk.
+    """
+    settings = settings or RewardSettings()
+    pairs = read_pairs(pairs) if isinstance(pairs, str | Path) else list(pairs)
+    split = split_pairs(pairs)
+    if template is not None:
+        check_template(template)
+        if template == "pair":
+            raise AlignProError(
+                "template pair: TRL's trainer has no segments; give a text with {prompt} and {response}"
+            )
+    where = configure.device_of(device)
+    catalogue.check_name(model)
+    out = writable_folder(out, "out")
+    texts = json.dumps([[p.prompt, p.chosen, p.rejected, p.split] for p in pairs])
+    counts = Counter((p.source, p.split) for p in pairs)
+    record = {
+        "settings": asdict(settings),
+        "base": public_name(model),
+        "template": template,
+        "pairs": {f"{source} {part}": n for (source, part), n in sorted(counts.items())},
+        "pairs_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+    }
+    if resume and (out / SETTINGS_FILE).exists():
+        refuse_other_settings(out, read_json(out / SETTINGS_FILE), record)
+    elif any(out.iterdir()):
+        raise AlignProError(f"out {out}: it is not empty; name a new folder, or resume")
+    if (out / REWARD_FILE).exists():
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+        return SequenceReward.load(out, device=device)
+    with torch.random.fork_rng():  # TRL seeds the process
+        base, tokenizer = _base(model, settings.seed)
+        reward = SequenceReward(
+            base,
+            tokenizer,
+            Squash(0.0, 1.0),
+            name=public_name(out),
+            template=template,
+            max_tokens=min(settings.max_tokens, longest(base, tokenizer)),
+        )
+        write_json(out / SETTINGS_FILE, record)
+        reward.model, train_loss = _fit(reward, split["train"], settings, where, out)
+    reward.model.eval()
+    train = split["train"]
+    some = np.random.default_rng(settings.seed).permutation(len(train))[:_SQUASH_PAIRS]
+    seen = [train[i] for i in sorted(some)]
+    raw = np.concatenate(_pair_logits(reward, seen))
+    scale = float(raw.std())
+    bounds = Squash(float(np.median(raw)), scale if scale > 0 else 1.0)
+    measured = {part: found for part, found in (split | {"train": seen}).items() if found}
+    reward.facts = {
+        **record,
+        "loss": "Bradley–Terry, eq. (1), by TRL's RewardTrainer; plus centre · (r(x,y_u) + r(x,y_v))²",
+        "prompts": {part: len({p.prompt for p in found}) for part, found in split.items()},
+        "truncated": dict(reward.counts),
+        "optimizer_loss": train_loss,
+        **{f"{part}_loss": _loss(reward, found) for part, found in measured.items()},
+        **{f"{part}_accuracy": accuracy(cast(Any, reward), found) for part, found in measured.items()},
+        "test_accuracy_of_longer_wins": longer_wins(split["test"]),
+        "bounds": str(bounds),
+        "template": reward.template,
+        "max_tokens": reward.max_tokens,
+    }
+    reward.bounded = Bounded(bounds)
+    reward.counts = dict.fromkeys(reward.counts, 0)
+    try:
+        with quiet():
+            reward.model.save_pretrained(out)
+            reward.tokenizer.save_pretrained(out)
+    except (OSError, RuntimeError, SafetensorError) as error:  # of Python, torch and safetensors
+        raise AlignProError(
+            f"cannot write {out} ({configure._one_line(error)}); free space and resume: what "
+            "was trained is kept"
+        ) from error
+    write_json(out / REWARD_FILE, reward.facts)  # last: without it the folder is not taken for a reward
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    return reward
+
+
+def split_pairs(
+    pairs: Sequence[packaged.PreferencePair],
+) -> dict[data_split.Split, list[packaged.PreferencePair]]:
+    """The pairs of each split.
+
+    Raises:
+        AlignProError: a prompt is in two, or `train` or `test` is empty.
+    """
+    home: dict[str, str] = {}
+    for pair in pairs:
+        if home.setdefault(packaged_split._normalised(pair.prompt), pair.split) != pair.split:
+            raise AlignProError(
+                f"pairs: prompt {shown(pair.prompt)} is in the split {pair.split} and in another; "
+                f"give each prompt one, such as data.split_of(prompt)"
+            )
+    split: dict[data_split.Split, list[packaged.PreferencePair]] = {
+        part: [pair for pair in pairs if pair.split == part] for part in data_split.SPLITS
+    }
+    for part in ("train", "test"):
+        if not split[part]:
+            raise AlignProError(
+                f"pairs: none of {len(pairs)} is in the split {part}; give pairs of more prompts"
+            )
+    return split
+
+
+def _base(model: str | Path, seed: int) -> tuple[Any, Any]:
+    """A sequence classifier with one output and the tokenizer; the head is new if `model` has none."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = resolve.resolve(model)
+    torch.manual_seed(seed)
+    with loading(model, folder, "language model"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        base, report = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            num_labels=1,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    body = sorted(key for key in report["missing_keys"] if key.startswith(f"{base.base_model_prefix}."))
+    if body:
+        raise AlignProError(f"model {str(model)!r} has no weights for {body[0]}; give a complete model")
+    configure._forget_quantizer(base)
+    if report["missing_keys"]:
+        text_config(base).pad_token_id = None  # a new head may choose one that ends nothing
+    return base, tokenizer
+
+
+def _fit(
+    reward: SequenceReward,
+    pairs: Sequence[packaged.PreferencePair],
+    settings: RewardSettings,
+    where: torch.device,
+    out: Path,
+) -> tuple[Any, float]:
+    """The trained model, adapter merged, and the mean loss of its steps; from the last checkpoint on."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PrinterCallback, TrainerCallback
+    from trl import RewardConfig, RewardTrainer
+
+    class Trainer(RewardTrainer):
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            with completing(self):
+                super()._save_checkpoint(model, trial)
+
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            """None: reward.json says what it would, and no path of this machine."""
+
+    class Metrics(TrainerCallback):
+        """metrics.jsonl: what the trainer logged, without clocks; and an end where the loss is lost."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if not math.isfinite((logs or {}).get("loss", 0.0)):
+                raise AlignProError(
+                    f"training diverged at step {state.global_step}: the loss is {logs['loss']}; "
+                    f"lower learning_rate (it is {settings.learning_rate:g})"
+                )
+            names = (
+                "step",
+                "epoch",
+                "loss",
+                "accuracy",
+                "margin",
+                "mean_reward",
+                "grad_norm",
+                "learning_rate",
+            )
+            kept = [{k: line[k] for k in names if k in line} for line in state.log_history if "loss" in line]
+            write_text(out / METRICS_FILE, "".join(json.dumps(k) + "\n" for k in kept))
+
+    # Written and cut as for scoring, so TRL is left nothing to tokenize or to drop.
+    with quiet():
+        columns = {
+            f"{kind}_ids": [reward.encode(p.prompt, getattr(p, kind))["input_ids"] for p in pairs]
+            for kind in ("chosen", "rejected")
+        }
+    adapter = None
+    if settings.lora_rank:
+        adapter = LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=2 * settings.lora_rank,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            task_type="SEQ_CLS",  # trains the head besides
+        )
+    cuda = where.type == "cuda"
+    folder = out / CHECKPOINTS
+    with quiet():
+        config = RewardConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=settings.batch_size,
+            num_train_epochs=settings.epochs,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            center_rewards_coefficient=settings.centre or None,
+            max_length=None,
+            seed=settings.seed,
+            use_cpu=not cuda,
+            bf16=cuda and torch.cuda.is_bf16_supported(),
+            gradient_checkpointing=False,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            dataloader_pin_memory=cuda,
+            save_steps=settings.save_every,
+            save_total_limit=2,
+            report_to="none",
+            disable_tqdm=not sys.stderr.isatty(),
+        )
+        trainer = Trainer(
+            model=reward.model,
+            args=config,
+            train_dataset=Dataset.from_dict(columns),
+            processing_class=reward.tokenizer,
+            peft_config=adapter,
+            callbacks=[Metrics()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        return (model.merge_and_unload() if adapter else model), float(np.mean(losses))
+
+
+def _pair_logits(reward: SequenceReward, pairs: Sequence[packaged.PreferencePair]) -> tuple[Array, Array]:
+    """([n], [n]): the unbounded scores of the chosen and of the rejected answers, all finite."""
+    prompts = [pair.prompt for pair in pairs]
+    chosen, rejected = ([getattr(pair, kind) for pair in pairs] for kind in ("chosen", "rejected"))
+    return (
+        check_scores(prompts, chosen, reward.logits(prompts, chosen)),
+        check_scores(prompts, rejected, reward.logits(prompts, rejected)),
+    )
+
+
+def _loss(reward: SequenceReward, pairs: Sequence[packaged.PreferencePair]) -> float:
+    """Eq. (1) over the pairs, in nats; log 2 is that of a constant reward."""
+    chosen, rejected = _pair_logits(reward, pairs)
+    return float(np.mean(np.logaddexp(0.0, rejected - chosen)))

@@ -1,0 +1,99 @@
+"""Keeping a page: where it is written, and what is said of the run that it is about."""
+
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignpro.errors import AlignProError
+from alignpro.files import writable_folder, write_text
+
+if TYPE_CHECKING:
+    pass
+
+from alignpro.report.numbers import unplaced
+from alignpro.report.page import Page
+
+TYPED: ContextVar[Sequence[str] | None] = ContextVar("TYPED", default=None)
+"""The command line's arguments, for the page of what they run; None outside of it."""
+PACKAGES = ("numpy", "scipy", "jax", "torch", "transformers", "trl", "peft")
+
+
+def check_file(path: str) -> None:
+    """Refuse a --report that cannot be written, before any long work.
+
+    Raises:
+        AlignProError: it does not end in .html, is a folder, or its folder cannot be written to.
+    """
+    if Path(path).suffix != ".html" or Path(path).is_dir():
+        raise AlignProError(f"--report {path}: name a file that ends in .html")
+    writable_folder(Path(path).parent, "--report")
+
+
+def keep(page: Page, place: str | os.PathLike[str]) -> Path | None:
+    """Write `page` to `place`, a file that ends in .html or a folder, and say so on stderr; its path.
+
+    In a folder it is report.html, or VERB-report.html where another verb's report.html is. Where the extra
+    `report` is not installed nothing is written, and one line on stderr says what to install.
+
+    Raises:
+        AlignProError: the file cannot be written.
+    """
+    if os.environ.get("RANK", "0") != "0":  # one process of several writes
+        return None
+    path = Path(place)
+    if path.suffix != ".html" or path.is_dir():
+        path = path / "report.html"
+        if path.exists() and _verb_of(path) != page.verb:
+            path = path.with_name(f"{page.verb}-report.html")
+    try:
+        from alignpro.report import render
+    except ImportError as error:
+        print(f"alignpro: {path.name} is not written: {error}", file=sys.stderr)
+        return None
+    write_text(path, render.page(page, facts()))
+    print(f"wrote {path}", file=sys.stderr)
+    return path
+
+
+def _verb_of(path: Path) -> str | None:
+    """The verb whose page it is; None of the demo's, and of any other file."""
+    found = re.search(
+        r'<meta name="generator" content="alignpro ([\w-]+)',
+        path.read_bytes()[:2000].decode(errors="replace"),
+    )
+    return found[1] if found else None
+
+
+def facts() -> dict[str, Any]:
+    """What was run, when, and with what versions of the packages that it loaded."""
+    packages = {}
+    for name in ("alignpro", *(name for name in PACKAGES if name in sys.modules)):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree
+            continue
+    typed = TYPED.get()
+    return {
+        "command": None if typed is None else " ".join(["alignpro", *map(_argument, typed)]),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            **packages,
+        },
+    }
+
+
+def _argument(word: str) -> str:
+    # A path among the arguments may hold spaces: all of the word up to its last slash is folders.
+    shown = re.sub(r"^([^\s=/]*=)?(?:file:)?(?:~[\w-]*)?/.*/(?=.)", r"\1…/", word, flags=re.S)
+    shown = unplaced(shown)
+    return shown if shown != word and not re.search(r"\s", shown) else shlex.quote(shown)

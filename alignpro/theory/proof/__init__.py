@@ -1,0 +1,1 @@
+"""Verdicts proved in ball arithmetic."""

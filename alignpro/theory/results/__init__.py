@@ -1,0 +1,72 @@
+"""Results beside the bounds: what prompting can reach, at what cost, under what errors.
+
+Each public function and record of this folder's modules is here by name.
+"""
+
+from alignpro.theory.results.cost import (
+    BestOfN,
+    Frontier,
+    KLBudget,
+    KLPrice,
+    best_of_n,
+    best_of_n_responses,
+    best_of_n_rewrites,
+    frontier,
+    kl_budget,
+    kl_price,
+    lam_for_kl,
+)
+from alignpro.theory.results.derivatives import (
+    Headroom,
+    Sensitivity,
+    VarianceSplit,
+    headroom,
+    sensitivity,
+    variance_split,
+)
+from alignpro.theory.results.reach import (
+    Ceiling,
+    Projection,
+    ResponseValue,
+    information_projection,
+    prompting_ceiling,
+    response_value,
+)
+from alignpro.theory.results.readings import (
+    Critical,
+    LimitReadings,
+    critical_beta,
+    critical_lam,
+    limit_readings,
+)
+
+__all__ = [
+    "BestOfN",
+    "Ceiling",
+    "Critical",
+    "Frontier",
+    "Headroom",
+    "KLBudget",
+    "KLPrice",
+    "LimitReadings",
+    "Projection",
+    "ResponseValue",
+    "Sensitivity",
+    "VarianceSplit",
+    "best_of_n",
+    "best_of_n_responses",
+    "best_of_n_rewrites",
+    "critical_beta",
+    "critical_lam",
+    "frontier",
+    "headroom",
+    "information_projection",
+    "kl_budget",
+    "kl_price",
+    "lam_for_kl",
+    "limit_readings",
+    "prompting_ceiling",
+    "response_value",
+    "sensitivity",
+    "variance_split",
+]

@@ -1,0 +1,320 @@
+"""n prompters in sequence, each with its own reference and its own λ, by backward induction.
+
+A chain rewrites x = x₀ to x₁, …, x_n with prompters ρ_i(x_i | x, x_{i−1}); the frozen model answers x_n, and
+the reward judges the answer to the ORIGINAL prompt x, which is why policies and values depend on x too.
+The objective is
+
+    F(ρ) = E R(x, x_n) − Σ_i λ_i E KL(ρ_i(·|x, x_{i−1}) ‖ ρ_sft,i(·|x_{i−1})).
+
+All logarithms are natural; values and divergences times λ_i are in reward units. `docs/chains.md` has the
+whole proofs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from alignpro.errors import AlignProError
+from alignpro.theory.divergences import Floats, log_quotient, scaled_kl
+from alignpro.theory.gibbs import Tilted, check_temperature, tilt
+from alignpro.theory.instance import Instance, bare, normalise, probabilities
+from alignpro.theory.results.robustness import reachable
+from alignpro.theory.solution import Solution, solution
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Prompters in sequence in front of a frozen model, on finite spaces; validated when built.
+
+    Raises:
+        AlignProError: no stage, a stage whose size does not fit the one before, or anything `Instance`
+            refuses (`frozen`, `own` and `reward` are about the last stage's prompts).
+    """
+
+    p: Any
+    """P(x) [X]."""
+    stages: Sequence[Any]
+    """ρ_sft,1(x₁|x) [X, K₁], ρ_sft,2(x₂|x₁) [K₁, K₂], …, ρ_sft,n [K_{n−1}, K_n] (probabilities)."""
+    frozen: Any
+    """π_F(y|x_n) [K_n, Y]."""
+    own: Any
+    """own[x] [X]: the row of `frozen` that is the frozen model on the original prompt x."""
+    reward: Any
+    """r*(x, y) [X, Y]."""
+
+    def __post_init__(self) -> None:
+        if not len(self.stages):
+            raise AlignProError("stages: is empty; give at least one reference prompter [X, K]")
+        stages = []
+        rows = len(np.atleast_1d(np.asarray(self.p)))
+        for i, stage in enumerate(self.stages):
+            array = np.asarray(stage)
+            if array.ndim != 2 or array.shape[0] != rows or not array.shape[1]:
+                before = "prompts in p" if i == 0 else f"columns of stages[{i - 1}]"
+                raise AlignProError(
+                    f"stages[{i}]: has shape {array.shape}; give [{rows}, K], "
+                    f"one row for each of the {rows} {before}"
+                )
+            stages.append(probabilities(f"stages[{i}]", array, array.shape))
+            rows = array.shape[1]
+        instance = Instance(self.p, _compose(stages), self.frozen, self.own, self.reward)
+        object.__setattr__(self, "stages", tuple(stages))
+        for key in ("p", "frozen", "own", "reward"):
+            object.__setattr__(self, key, getattr(instance, key))
+
+    @property
+    def composed(self) -> Instance:
+        """The one-stage problem whose reference is the chain's: ρ̄_sft(x_n|x) = Σ_{x₁…} Π ρ_sft,i."""
+        return Instance(self.p, _compose(self.stages), self.frozen, self.own, self.reward)
+
+
+def _compose(stages: Sequence[Any]) -> np.ndarray:
+    """ρ̄_sft [X, K_n]."""
+    total = np.asarray(stages[0])
+    for stage in stages[1:]:
+        total = total @ stage
+    return normalise(total)
+
+
+class ChainSolution(NamedTuple):
+    """A chain's optimum, and the chain ρ asked about (the optimal one unless others were given).
+
+    Per prompt [X] and in reward units unless said otherwise; `stage_…` have one row per stage [n, X] and hold
+    λ_i E KL at stage i, over the prompts that the named chain visits.
+    """
+
+    values: tuple[Float[Array, "X _"], ...]
+    """V_0 = F* [X, 1], V_1 [X, K₁], …, V_n = R [X, K_n]: the best that can still be had from x_i."""
+    policies: tuple[Float[Array, "X _ _"], ...]
+    """ρ*_i [X, K_{i−1}, K_i] (probabilities), K_0 = 1."""
+    visits: tuple[Float[Array, "X _"], ...]
+    """P(x_i|x) under ρ [X, K_i], i = 1 … n (probabilities)."""
+    induced: Float[Array, "X Y"]
+    """π_ρ(y|x) (probabilities)."""
+    value: Float[Array, " X"]
+    """F* = V_0(x)."""
+    objective: Float[Array, " X"]
+    """F(ρ), from its definition."""
+    shortfall: Float[Array, " X"]
+    """F* − F(ρ), from the definitions; equal to the sum of `stage_shortfall`."""
+    achieved: Float[Array, " X"]
+    """E_ρ R(x, x_n)."""
+    stage_cost: Float[Array, "n X"]
+    """λ_i E_ρ KL(ρ_i‖ρ_sft,i)."""
+    stage_shortfall: Float[Array, "n X"]
+    """λ_i E_ρ KL(ρ_i‖ρ*_i); 0 for the optimal chain."""
+    star_cost: Float[Array, "n X"]
+    """λ_i E_ρ* KL(ρ*_i‖ρ_sft,i)."""
+    star_jeffreys: Float[Array, "n X"]
+    """`star_cost` + λ_i E_ρ_sft KL(ρ_sft,i‖ρ*_i); they sum to E_ρ* R − E_ρ̄_sft R exactly."""
+    gap: Float[Array, " X"]
+    """E_π* r* − E_ρ R."""
+    exact_gap: Float[Array, " X"]
+    """β Jeff(π*,π_F) + [R(x,x) − E_ρ̄_sft R] − Σ `star_jeffreys`: the gap of the OPTIMAL chain."""
+    span_bound: Float[Array, " X"]
+    """span·TV1 + span·TV2 − Σ `star_cost` ≥ the optimal chain's gap: Theorem 1 (span form) for chains."""
+    tight_bound: Float[Array, " X"]
+    """The same with Σ `star_jeffreys`; never larger."""
+    trained_bound: Float[Array, " X"]
+    """span·TV1 + span·TV2 + Σ `stage_shortfall` − Σ `stage_cost` ≥ `gap`, for ANY chain ρ."""
+    single: Solution
+    """One prompter with the composed reference ρ̄_sft and the last λ: TV terms, π*, span, ρ̄_sft's reward."""
+
+
+def solve_chain(
+    chain: Chain,
+    beta: float,
+    lams: float | Sequence[float] | np.ndarray,
+    policies: Sequence[Any] | None = None,
+) -> ChainSolution:
+    """The optimal chain by backward induction, or any chain judged against it.
+
+    V_n = R, V_{i−1}(x, x_{i−1}) = λ_i log Σ ρ_sft,i(x_i|x_{i−1}) exp(V_i(x, x_i)/λ_i), and ρ*_i tilts ρ_sft,i
+    by V_i/λ_i.
+
+    Proof: given what follows stage i is worth V_i, stage i maximises E V_i − λ_i KL, which is Lemma 1 at each
+    (x, x_{i−1}); its value for any ρ_i is V_{i−1} − λ_i KL(ρ_i‖ρ*_i). Summed over the visits of ρ,
+    F* − F(ρ) = Σ_i λ_i E_ρ KL(ρ_i‖ρ*_i) ≥ 0. At ρ_sft this is Σ_i λ_i E_ρ_sft KL(ρ_sft,i‖ρ*_i), hence the
+    Jeffreys form; F* ≥ E_ρ̄_sft R gives Theorem 1 with the composed reference and Σ_i λ_i E KL_i in its third
+    term's place.
+
+    Args:
+        chain: the problem.
+        beta: β > 0.
+        lams: λ_i > 0, one per stage, or one for all.
+        policies: any ρ: [X, K₁] (or [X, 1, K₁]) first, then [X, K_{i−1}, K_i] or, blind to x, [K_{i−1}, K_i].
+
+    Raises:
+        AlignProError: a temperature that is not positive and finite, a number of λs or policies that is not
+            the number of stages, or a policy that is no matrix of probabilities of its stage's shape.
+    """
+    beta = check_temperature("beta", beta)
+    count = len(chain.stages)
+    given: list[Any] = [lams] * count if np.ndim(lams) == 0 else [*np.asarray(lams, dtype=object)]
+    if len(given) != count:
+        raise AlignProError(f"lams: {len(given)} given for {count} stages; give one for each, or one number")
+    temperatures = jnp.asarray([check_temperature(f"lams[{i}]", lam) for i, lam in enumerate(given)])
+    checked = None if policies is None else _policies(chain, policies)
+    arrays = bare(chain.composed)
+    stages = tuple(jnp.asarray(stage) for stage in chain.stages)
+    return _solve(arrays, solution(arrays, beta, temperatures[-1]), stages, temperatures, checked)
+
+
+def _policies(chain: Chain, policies: Sequence[Any]) -> tuple[np.ndarray, ...]:
+    count, prompts = len(chain.stages), len(chain.p)
+    if len(policies) != count:
+        raise AlignProError(f"policies: {len(policies)} given for {count} stages; give one for each")
+    checked = []
+    for i, (policy, stage) in enumerate(zip(policies, chain.stages, strict=True)):
+        array = np.asarray(policy)
+        if array.ndim == 2:
+            array = array[:, None] if i == 0 else np.broadcast_to(array[None], (prompts, *array.shape))
+        shape = (prompts, 1 if i == 0 else stage.shape[0], stage.shape[1])
+        checked.append(probabilities(f"policies[{i}]", array, shape))
+    return tuple(checked)
+
+
+@jax.jit
+def _solve(
+    instance: Instance,
+    single: Solution,
+    stages: tuple[Array, ...],
+    lams: Array,
+    policies: tuple[Array, ...] | None,
+) -> ChainSolution:
+    prompts = single.p.shape[0]
+    # References and energies have axes [X, K_{i−1}, K_i]. What a prompt's rewards share would cost digits.
+    bases = [stages[0][:, None], *(jnp.broadcast_to(s[None], (prompts, *s.shape)) for s in stages[1:])]
+    raw = jnp.asarray(instance.reward, float)
+    top = jnp.max(jnp.where(reachable(instance), raw, -jnp.inf), -1, keepdims=True)
+    reward = (raw - top) @ jnp.asarray(instance.frozen, float).T
+    own_reward = jnp.take_along_axis(reward, instance.own[:, None], -1)[:, 0]
+
+    values: list[Array] = [reward]
+    stars: list[Tilted] = []
+    for base, lam in zip(bases[::-1], lams[::-1], strict=True):
+        energy = jnp.broadcast_to(values[0][:, None], base.shape)
+        stars.insert(0, tilt(base, energy, lam))
+        values.insert(0, stars[0].free_energy)
+
+    def walk(rhos: Sequence[Array]) -> list[Array]:
+        visits = [jnp.ones((prompts, 1))]
+        for rho in rhos:
+            visits.append(jnp.einsum("xa,xab->xb", visits[-1], rho))
+        return visits
+
+    def over(visits: Sequence[Array], each: Sequence[Array]) -> Array:
+        # A prompt that is never visited costs nothing, whatever its KL.
+        weighted = [
+            jnp.where(v > 0, v * jnp.where(v > 0, c, 0.0), 0.0) for v, c in zip(visits, each, strict=False)
+        ]
+        return jnp.stack([jnp.sum(w, -1) for w in weighted])
+
+    optimal = [star.probs for star in stars]
+    star_visits, reference_visits = walk(optimal), walk(bases)
+    star_cost = over(star_visits, [star.cost for star in stars])
+    jeffreys = star_cost + over(reference_visits, [star.gain for star in stars])
+    if policies is None:
+        visits, stage_cost, stage_shortfall = star_visits, star_cost, jnp.zeros_like(star_cost)
+        excess = -star_cost
+    else:
+        visits = walk(policies)
+        costs, shortfalls, excesses = [], [], []
+        for rho, base, star, lam, after in zip(policies, bases, stars, lams, values[1:], strict=True):
+            inside = (rho > 0) & (base > 0)
+            ratio = jnp.where(inside, log_quotient(rho, base), 0.0)
+            star_log = jnp.where(inside, after[:, None] - star.free_energy[..., None], 0.0)
+            floored = jnp.where(base > 0, jnp.maximum(star.probs, jnp.finfo(float).tiny), 0.0)
+            t = jnp.broadcast_to(lam, rho.shape)
+            # λ KL(ρ‖ρ*) − λ KL(ρ‖ρ_sft) without cancellation; both are infinite outside the support.
+            outside = jnp.any((rho > 0) & (base <= 0), -1)
+            excesses.append(jnp.where(outside, jnp.inf, -jnp.sum(rho * star_log, -1)))
+            costs.append(scaled_kl(t, rho, base, ratio, t * ratio))
+            to_star = jnp.where(inside, ratio - star.log_ratio, 0.0)
+            shortfalls.append(scaled_kl(t, rho, floored, to_star, t * ratio - star_log))
+        stage_cost, stage_shortfall, excess = (over(visits, each) for each in (costs, shortfalls, excesses))
+    achieved = jnp.sum(visits[-1] * reward, -1)
+    objective = achieved - jnp.sum(stage_cost, 0)
+    value = values[0][:, 0]
+    widths = single.span * (single.tv_model + single.tv_shift)
+    best = jnp.sum(star_visits[-1] * reward, -1)
+    return ChainSolution(
+        values=tuple(v + top for v in values),
+        policies=tuple(optimal),
+        visits=tuple(visits[1:]),
+        induced=visits[-1] @ instance.frozen,
+        value=value + top[:, 0],
+        objective=objective + top[:, 0],
+        shortfall=(best - jnp.sum(star_cost, 0)) - objective,
+        achieved=achieved + top[:, 0],
+        stage_cost=stage_cost,
+        stage_shortfall=stage_shortfall,
+        star_cost=star_cost,
+        star_jeffreys=jeffreys,
+        gap=single.delta1 + own_reward - achieved,
+        exact_gap=single.model_jeffreys + single.shift - jnp.sum(jeffreys, 0),
+        span_bound=widths - jnp.sum(star_cost, 0),
+        tight_bound=widths - jnp.sum(jeffreys, 0),
+        trained_bound=widths + jnp.sum(excess, 0),
+        single=single,
+    )
+
+
+class Bracket(NamedTuple):
+    """A chain's value between two one-stage values, per prompt [X], in reward units."""
+
+    low: Float[Array, " X"]
+    """λ_max log Σ ρ̄_sft e^{R/λ_max}."""
+    value: Float[Array, " X"]
+    """F* of the chain."""
+    high: Float[Array, " X"]
+    """λ_min log Σ ρ̄_sft e^{R/λ_min}."""
+
+
+def one_stage_bracket(chain: Chain, lams: float | Sequence[float] | np.ndarray) -> Bracket:
+    """V¹(λ_max) ≤ F* ≤ V¹(λ_min), V¹(λ) the value of ONE prompter with the composed reference ρ̄_sft.
+
+    With equal λ all three are equal: more stages neither gain nor lose, and the last prompt's law is the one
+    prompter's ρ*.
+
+    Proof: Σ λ_i E KL_i lies between λ_min and λ_max times KL(path law of ρ‖path law of ρ_sft), by the chain
+    rule. The path KL is at least the KL of the last prompt's law (data processing), so no chain's F exceeds
+    E R − λ_min KL(ρ_n‖ρ̄_sft) ≤ V¹(λ_min). Conversely tilting whole paths by R/λ_max has path KL equal to the
+    last prompt's, and reaches V¹(λ_max). The bracket closes as the λs meet.
+
+    Raises:
+        AlignProError: as `solve_chain`.
+    """
+    found = solve_chain(chain, 1.0, lams)
+    given = np.atleast_1d(np.asarray(lams, float))
+    low, high = (
+        tilt(chain.composed.prior, found.single.rewrite_reward, np.full(len(chain.p), t)).free_energy
+        for t in (given.max(), given.min())
+    )
+    return Bracket(low, found.value, high)
+
+
+def joint_tilt(chain: Chain, lam: float) -> Float[Floats, "..."]:
+    """The optimal law of whole paths for one λ, enumerated [X, K₁, …, K_n]: ∝ Π ρ_sft,i · exp(R(x, x_n)/λ).
+
+    With equal λ, Σ_i λ E KL_i is λ times the KL of path laws (chain rule), so F is Lemma 1 on paths and this
+    is its optimum: the product of the stages of `solve_chain`. Size X·K₁⋯K_n; for small chains.
+
+    Raises:
+        AlignProError: λ is not positive and finite.
+    """
+    lam = check_temperature("lam", lam)
+    paths = np.asarray(chain.stages[0])
+    for stage in chain.stages[1:]:
+        paths = paths[..., None] * stage.reshape((1,) * (paths.ndim - 1) + stage.shape)
+    reward = chain.reward @ chain.frozen.T
+    flat = paths.reshape(len(paths), -1)
+    energy = np.broadcast_to(reward.reshape(len(paths), *(1,) * (paths.ndim - 2), -1), paths.shape).reshape(
+        flat.shape
+    )
+    return tilt(normalise(flat), energy, np.full(len(paths), lam)).probs.reshape(paths.shape)

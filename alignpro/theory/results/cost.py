@@ -1,0 +1,329 @@
+"""What a gain costs in KL: budgets, frontiers, best of n, the price of prompting."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from alignpro.errors import AlignProError
+from alignpro.theory.bounds import paper_r_max
+from alignpro.theory.divergences import TINY, Floats, kl, log1p, log_quotient, scaled_kl
+from alignpro.theory.gibbs import check_temperature, tilt
+from alignpro.theory.instance import Instance, bare
+from alignpro.theory.results.rewards_of import (
+    _LEAST,
+    _MOST,
+    Temperature,
+    _extremes,
+    _mean,
+    _prompter,
+    _rewards,
+    _temperature,
+    _variance,
+)
+from alignpro.theory.results.solvers import _root
+from alignpro.theory.solution import Solution
+
+# ------------------------------------------------------------------------------------- what it costs
+
+
+class KLBudget(NamedTuple):
+    """Theorem 1 read as a budget: its right side is ≥ 0 while E_x KL(ρ*‖ρ_sft) ≤ (ε1+ε2)/λ. Nats."""
+
+    model: Float[Array, " X"]
+    """ε1(x) = r_max TV(π*, π_F), reward units."""
+    shift: Float[Array, " X"]
+    """ε2(x) = r_max E_ρsft TV(π_F(·|x), π_F(·|x′)), reward units."""
+    budget: Float[Array, " X"]
+    """(ε1+ε2)/λ per prompt, nats."""
+    spent: Float[Array, " X"]
+    """KL(ρ*‖ρ_sft) per prompt, nats."""
+    mean_budget: Float[Array, ""]
+    mean_spent: Float[Array, ""]
+    within: Bool[Array, ""]
+    """mean_spent ≤ mean_budget. Where False, ρ* provably outperforms π*: J(π*) − J(π_ρ*) < 0."""
+
+
+def kl_budget(s: Solution) -> KLBudget:
+    """(ε1+ε2)/λ in nats, ε1 and ε2 the first two terms of Theorem 1, r_max = `bounds.paper_r_max`.
+
+    Statement: J(π*) − J(π_ρ*) ≤ λ(budget − spent). So an overspent budget is a certificate that prompting
+    beats RLHF; within it Theorem 1 decides nothing. Proof: divide Theorem 1 by λ. ∎ About ρ*, also where
+    `s` was computed for another prompter.
+    """
+    width = paper_r_max(s)
+    model, shift = width * s.tv_model, width * s.tv_shift
+    budget, spent = (model + shift) / s.lam, s.prompter_kl / s.lam
+    mean_budget, mean_spent = s.average(budget), s.average(spent)
+    return KLBudget(model, shift, budget, spent, mean_budget, mean_spent, mean_spent <= mean_budget)
+
+
+@jax.jit
+def _lam_at_kl(base: Array, energy: Array, wanted: Array, p: Array | None = None) -> Array:
+    """The temperature [N] at which each row's tilt spends `wanted` [N]; [1], in the mean, with p [N].
+
+    Rows of constant energy spend nothing at any temperature: they give the least one.
+    """
+    span = _extremes(base, energy, jnp.zeros_like(energy[..., 0])).span
+    if p is not None:
+        span = jnp.max(jnp.where(p > 0, span, 0.0), -1, keepdims=True)
+
+    def excess(t):
+        tilted = tilt(base, energy, jnp.broadcast_to(t, base.shape[:-1]))
+        spent = tilted.cost / t
+        steep = _variance(tilted.probs, energy) / t / t
+        if p is not None:
+            spent, steep = (_mean(p, v)[None] for v in (spent, steep))
+        return jnp.log(wanted) - jnp.log(spent), steep / spent
+
+    # KL(λ) = ∫ s Var_s ds over s from 0 to 1/λ, and Var ≤ span²/4: so KL ≤ span²/(8λ²).
+    high = jnp.clip(span / jnp.sqrt(8.0 * wanted) * (1 + 1e-9), _LEAST, _MOST)
+    return _root(excess, jnp.full_like(high, _LEAST), high)
+
+
+def lam_for_kl(
+    instance: Instance, kl: Float[Floats, ""] | float, *, per_prompt: bool = False
+) -> Float[Array, ""] | Float[Array, " X"]:
+    """The λ whose ρ* spends exactly E_x KL(ρ*‖ρ_sft) = kl; one λ(x) per prompt with `per_prompt`.
+
+    Statement: E_x KL(ρ*_λ‖ρ_sft) falls strictly in λ, from −E_x log ρ_sft(argmax R) (λ → 0) to 0 (λ → ∞),
+    so the λ is unique. Proof: d KL/dλ = −Var_ρ*(R)/λ³ < 0 (`sensitivity`); the limits are those of ρ*
+    (`limit_readings`). ∎ One λ for all prompts is the best way to spend a mean KL (`frontier`). On the host;
+    KL is met to 1e-12 relative.
+
+    Raises:
+        AlignProError: kl is not a positive number, R is constant so that nothing can be spent, kl is not
+            below the supremum (which is stated), or the λ lies outside 1e-18 to 1e18.
+    """
+    wanted = float(kl)
+    if not 0 < wanted < np.inf:
+        raise AlignProError(f"kl {kl}: must be a positive finite number of nats; kl 0 is the limit λ → ∞")
+    p = np.asarray(instance.p)
+    prior, rewrite, limit = (np.asarray(v) for v in _support(bare(instance)))
+    most = limit[p > 0] if per_prompt else np.asarray(p @ limit)
+    if not wanted < most.min():
+        where = f" (prompt {int(np.flatnonzero(p > 0)[most.argmin()])})" if per_prompt else ""
+        raise AlignProError(
+            f"kl {wanted:.12g}: cannot be spent; the supremum, as λ → 0, is {most.min():.12g} nats{where}; "
+            "give less"
+        )
+    if per_prompt:
+        rows = np.where((p > 0)[:, None], rewrite, 0.0)
+        found = _lam_at_kl(prior, rows, np.full(p.shape, wanted))
+        off = np.where(p > 0, np.abs(np.asarray(_spent(prior, rewrite, found)) / wanted - 1), 0.0).max()
+    else:
+        found = _lam_at_kl(prior, rewrite, np.asarray([wanted]), p)[0]
+        off = abs(float(p @ np.asarray(_spent(prior, rewrite, jnp.full(p.shape, found)))) / wanted - 1)
+    if not off <= 1e-9:
+        raise AlignProError(
+            f"kl {wanted:.12g}: needs a lam outside 1e-18 to 1e18, or closer to the supremum than rounding "
+            "allows; rescale the rewards or give another kl"
+        )
+    return jnp.where(jnp.asarray(p) > 0, found, jnp.inf) if per_prompt else found
+
+
+@jax.jit
+def _support(instance: Instance) -> tuple[Array, Array, Array]:
+    """ρ_sft, R (from the best response) and the supremum of KL(ρ*‖ρ_sft), nats per prompt."""
+    r = _rewards(instance)
+    return r.prior, r.rewrite, -jnp.log(_extremes(r.prior, r.rewrite, r.tie).mass)
+
+
+_spent = jax.jit(lambda base, energy, t: tilt(base, energy, t).cost / t)
+
+
+class Frontier(NamedTuple):
+    """The reward–KL frontier traced by ρ*, one row per λ."""
+
+    lam: Float[Array, " L"]
+    """Also the slope d reward/d KL there, reward units per nat."""
+    kl: Float[Array, "L X"]
+    """KL(ρ*‖ρ_sft), nats."""
+    reward: Float[Array, "L X"]
+    """E_ρ* R, reward units."""
+    lift: Float[Array, "L X"]
+    """E_ρ* R − E_ρsft R ≥ 0, without cancellation."""
+    mean_kl: Float[Array, " L"]
+    mean_reward: Float[Array, " L"]
+    mean_lift: Float[Array, " L"]
+
+
+def frontier(instance: Instance, lams: Float[Floats, " L"], *, responses: bool = False) -> Frontier:
+    """(KL, E R) along ρ*_λ: no prompter with that KL or less has more reward, per prompt or in the mean.
+
+    Statement: E_x KL(ρ‖ρ_sft) ≤ E_x KL(ρ*_λ‖ρ_sft) ⇒ E_x E_ρ R ≤ E_x E_ρ*_λ R; the curve is increasing and
+    concave, with slope λ. Proof: E R(ρ) − λ KL(ρ) ≤ E R(ρ*) − λ KL(ρ*), so E R(ρ) ≤ E R(ρ*) − λ(KL(ρ*) −
+    KL(ρ)). Slope: (−Var/λ²)/(−Var/λ³) = λ, which falls as KL rises. ∎
+
+    With `responses`, the frontier of all policies started from π_ρsft (base Σ ρ_sft π_F, energy r*): it lies
+    on or above the first, since KL(π_ρ‖π_ρsft) ≤ KL(ρ‖ρ_sft) (data processing) and E_π_ρ r = E_ρ R.
+
+    Raises:
+        AlignProError: a λ is not positive and finite.
+    """
+    if not isinstance(lams, jax.core.Tracer):
+        lams = np.asarray([check_temperature("lams", v) for v in np.asarray(lams).tolist()])
+    lams, r = jnp.asarray(lams, float), _rewards(instance)
+    base, energy = (r.prior @ r.frozen, r.response) if responses else (r.prior, r.rewrite)
+    reference = jnp.sum(base * energy, -1) + r.top
+    tilted = jax.vmap(lambda t: tilt(base, energy, t))(lams)
+    spent = tilted.cost / lams[:, None]
+    reward = reference[None, :] + tilted.lift
+    p = jnp.asarray(instance.p, float)
+    means = (_mean(p, v) for v in (spent, reward, tilted.lift))
+    return Frontier(lams, spent, reward, tilted.lift, *means)
+
+
+class BestOfN(NamedTuple):
+    """The best of n independent draws from a base, by energy."""
+
+    probs: Float[Array, "... K"]
+    """Exact pmf."""
+    lift: Float[Array, "..."]
+    """Mean energy less the base's, ≥ 0, energy units."""
+    kl: Float[Array, "..."]
+    """Exact KL to the base, nats."""
+    kl_bound: Float[Array, "..."]
+    """log n − (n−1)/n ≥ kl, nats."""
+    lam: Float[Array, "..."]
+    """The temperature at which the Gibbs tilt spends the same KL; ∞ where that is 0."""
+    frontier_lift: Float[Array, "..."]
+    """The lift of that tilt: the most any distribution with this KL attains."""
+
+
+def best_of_n(
+    base: Float[Floats, "... K"],
+    energy: Float[Floats, "... K"],
+    n: Int[Floats, ""] | int,
+    *,
+    tie: Float[Floats, "..."] | float = 0.0,
+) -> BestOfN:
+    """Best of n with ties: draw n times from `base`, keep a draw of the largest energy (any of those tied).
+
+    Statement: with F, F₋ the base's mass at or below, and strictly below, an energy,
+    p(k) = base(k)·(Fⁿ − F₋ⁿ)/(F − F₋), so tied values share in proportion to the base; and
+    KL(p‖base) ≤ log n − (n−1)/n (arXiv 2401.01879). Proof: p/base is the mean of h(u) = n uⁿ⁻¹ over
+    [F₋, F]; t log t is convex, so KL ≤ ∫ h log h = log n − (n−1)/n, with equality only in the limit of no
+    atoms. ∎ The bound is loose where the best value has much mass: KL < −log base(argmax) too.
+
+    Args:
+        base: probability vectors on the last axis.
+        energy: values to be maximised; those off the support are ignored.
+        n: at least 1; 1e6 and more are safe (no difference of powers is ever formed).
+        tie: energies this close to the next, in energy units, count as equal.
+
+    Raises:
+        AlignProError: n is less than 1 or not an integer.
+    """
+    if not isinstance(n, jax.Array) and (isinstance(n, bool) or int(n) != n or n < 1):
+        raise AlignProError(f"n {n}: must be an integer of at least 1; give the number of draws")
+    base, energy = jnp.broadcast_arrays(jnp.asarray(base, float), jnp.asarray(energy, float))
+    return _best_of_n(base, energy, jnp.asarray(n, float), jnp.asarray(tie, float))
+
+
+@jax.jit
+def _best_of_n(base: Array, energy: Array, draws: Array, tie: Array) -> BestOfN:
+    lead, size = base.shape[:-1], base.shape[-1]
+    rows, values = base.reshape(-1, size), energy.reshape(-1, size)
+    ties = jnp.broadcast_to(tie, lead).reshape(-1)
+    ratio = jax.vmap(lambda b, e, t: _best_ratio(b, e, t, draws))(rows, values, ties)
+    probs = rows * jnp.exp(ratio)
+    ones = jnp.ones_like(rows)
+    divergence = scaled_kl(ones, probs, rows, ratio, ratio)
+    top = _extremes(rows, values, ties).maximum
+    d = jnp.where(rows > 0, values - top[:, None], 0.0)
+    lift = jnp.maximum(jnp.sum(rows * jnp.expm1(ratio) * d, -1), 0.0)
+    spends = (divergence > 0) & (jnp.min(d, -1) < 0)
+    lam = _lam_at_kl(rows, d, jnp.where(spends, divergence, 1.0))
+    best = jnp.where(spends, tilt(rows, d, lam).lift, 0.0)
+    shape = lead if lead else ()
+    return BestOfN(
+        probs=probs.reshape(base.shape),
+        lift=lift.reshape(shape),
+        kl=divergence.reshape(shape),
+        kl_bound=jnp.broadcast_to(jnp.log(draws) - (draws - 1) / draws, shape),
+        lam=jnp.where(spends, lam, jnp.inf).reshape(shape),
+        frontier_lift=best.reshape(shape),
+    )
+
+
+def _best_ratio(base: Array, energy: Array, tie: Array, n: Array) -> Array:
+    """log p/base of the best of n; 0 where the base is 0."""
+    size = base.shape[0]
+    energy = jnp.where(base > 0, energy, -jnp.inf)
+    order = jnp.argsort(energy)
+    sorted_energy, sorted_base = energy[order], base[order]
+    first = jnp.where(sorted_base[1:] > 0, sorted_energy[1:] - sorted_energy[:-1], 0.0) > tie
+    group = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), first]).astype(int))
+    mass = jax.ops.segment_sum(sorted_base, group, size)
+    below = jnp.cumsum(mass)
+    above = jnp.concatenate([jnp.cumsum(mass[::-1])[::-1][1:], jnp.zeros(1)])
+    # log F from whichever tail is the smaller: relatively accurate near F = 1, where the nth power bites.
+    log_f = jnp.where(above < 0.5, log1p(-above), jnp.log(jnp.where(below > 0, below, 1.0)))
+    f = jnp.where(above < 0.5, 1.0 - above, below)
+    share = jnp.clip(jnp.where(mass > 0, mass / jnp.where(f > 0, f, 1.0), 0.0), 0.0, 1.0)
+    share = jnp.where(jnp.cumsum(mass) <= mass, 1.0, share)  # the lowest group: F₋ = 0
+    # Fⁿ − F₋ⁿ = Fⁿ (1 − (1 − share)ⁿ)
+    some = jnp.where(mass > 0, mass, 1.0)
+    drawn = -jnp.expm1(n * log1p(-jnp.where(mass > 0, share, 0.0)))
+    log_ratio = n * log_f + jnp.log(jnp.where(mass > 0, drawn / some, 1.0))
+    log_ratio = jnp.where((mass > 0) & (n > 1), log_ratio, 0.0)
+    return jnp.where(base > 0, jnp.zeros(size).at[order].set(log_ratio[group]), 0.0)
+
+
+def best_of_n_rewrites(instance: Instance, n: Int[Floats, ""] | int) -> BestOfN:
+    """`best_of_n` of the prompter: n rewrites from ρ_sft, the one with the largest R(x,·) is used. [X]."""
+    r = _rewards(instance)
+    return best_of_n(r.prior, r.rewrite, n, tie=r.tie)
+
+
+def best_of_n_responses(instance: Instance, n: Int[Floats, ""] | int) -> BestOfN:
+    """`best_of_n` of the frozen model: n responses from π_F(·|x), the one of largest r* is kept. [X].
+
+    Its `frontier_lift` is RLHF's: E_π* r* − R(x,x) at the β that spends the same KL.
+    """
+    r = _rewards(instance)
+    return best_of_n(r.own, r.response, n)
+
+
+class KLPrice(NamedTuple):
+    """The reward–KL ledger of one prompter against π*; nats but for `gap`."""
+
+    gap: Float[Array, " X"]
+    """E_π* r* − E_π_ρ r*, reward units; negative where the prompter outperforms π*."""
+    star: Float[Array, " X"]
+    """KL(π*‖π_F(·|x))."""
+    policy: Float[Array, " X"]
+    """KL(π_ρ‖π_F(·|x)); ∞ where π_ρ leaves the support."""
+    between: Float[Array, " X"]
+    """KL(π_ρ‖π*); ∞ there too."""
+
+
+def kl_price(instance: Instance, beta: Temperature, prompter: Float[Floats, "X K"]) -> KLPrice:
+    """gap(ρ) = β[KL(π*‖π_F) + KL(π_ρ‖π*) − KL(π_ρ‖π_F)], per prompt, exactly, where the KLs are finite.
+
+    So who outperforms π* in reward must pay: gap(ρ) < 0 ⇒ KL(π_ρ‖π_F) > KL(π*‖π_F) + KL(π_ρ‖π*).
+    Proof: G(π*) − G(π_ρ) = β KL(π_ρ‖π*) (`information_projection`), with G written out. ∎
+
+    Args:
+        prompter: any ρ(x′|x), rows of probabilities.
+
+    Raises:
+        AlignProError: β is not positive and finite, or the prompter no matrix of probabilities.
+    """
+    beta, r = _temperature("beta", beta), _rewards(instance)
+    rho = _prompter(instance, prompter)
+    model = tilt(r.own, r.response, beta)
+    policy = rho @ r.frozen
+    to_own = log_quotient(policy, r.own)
+    # log π_ρ/π* through log π*/π_F, which is known where π* underflows.
+    ratio = jnp.where(model.probs > TINY, log_quotient(policy, model.probs), to_own - model.log_ratio)
+    star = jnp.where(r.own > 0, jnp.maximum(model.probs, TINY), 0.0)
+    return KLPrice(
+        gap=jnp.sum(model.probs * r.response, -1) - jnp.sum(rho * r.rewrite, -1),
+        star=model.cost / beta,
+        policy=kl(policy, r.own),
+        between=scaled_kl(jnp.ones_like(policy), policy, star, ratio, ratio),
+    )

@@ -1,0 +1,191 @@
+"""What prompting can reach at best on finite spaces, and what it costs.
+
+Ceilings (`prompting_ceiling`, `information_projection`), prices (`kl_budget`, `lam_for_kl`, `frontier`,
+`best_of_n`, `kl_price`), derivatives (`sensitivity`, `headroom`), and the paper's readings of its own
+limits (`limit_readings`, `critical_lam`). Whole proofs: docs/limits.md.
+
+All logarithms are natural; TV is half the L1 distance; "reward units" are those of the rewards. Everything
+is per prompt [X] unless said otherwise, pure, and safe under jit and vmap, but for `lam_for_kl`, which
+checks its input on the host. Rewards enter differences measured from a reachable response, so that a large
+common offset costs no accuracy.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from alignpro.errors import AlignProError
+from alignpro.theory.divergences import TINY, log_quotient, scaled_kl
+from alignpro.theory.gibbs import tilt
+from alignpro.theory.instance import Instance
+from alignpro.theory.results.rewards_of import Temperature, _extremes, _Rewards, _rewards, _temperature
+from alignpro.theory.results.solvers import _interior
+
+_CELLS = 2**23  # of a projection's matrices held at once
+
+
+# ------------------------------------------------------------------------------- what can be reached
+
+
+class Projection(NamedTuple):
+    """The information projection of π*(·|x) on conv{π_F(·|x′)}, with its certificate."""
+
+    weights: Float[Array, "X K"]
+    """ρ(x′|x): the prompter that reaches it (probabilities). 0 exactly on rows that are not `usable`."""
+    policy: Float[Array, "X Y"]
+    """π_ρ(y|x) (probabilities)."""
+    kl: Float[Array, " X"]
+    """KL(π_ρ‖π*) in nats: `kl − gap` ≤ the minimum ≤ `kl`."""
+    loss: Float[Array, " X"]
+    """β·kl = G(π*) − G(π_ρ), reward units."""
+    gap: Float[Array, " X"]
+    """Duality gap max_k ⟨∇, w − e_k⟩ plus a bound on its rounding, in nats: bounds `kl` − minimum."""
+    converged: Bool[Array, " X"]
+    """gap ≤ tol·max(1, span(x)/β). Where False, only `kl − gap` ≤ minimum ≤ `kl` is known."""
+    iterations: Int[Array, " X"]
+    """Newton steps taken."""
+    usable: Bool[Array, "X K"]
+    """Rows whose support lies in that of π_F(·|x); the others have infinite KL. The own row always is."""
+
+
+def information_projection(
+    instance: Instance, beta: Temperature, *, tol: float = 1e-10, max_iterations: int = 200
+) -> Projection:
+    """The best prompter for the REGULARISED objective: min over ρ of KL(π_ρ(·|x) ‖ π*(·|x)), certified.
+
+    Statement: with G(π) = E_π r − β KL(π‖π_F(·|x)), G(π*) − G(π_ρ) = β KL(π_ρ‖π*). So the projection
+    maximises G over all prompters, and β·min KL is what no prompter can recover of RLHF's own objective.
+    Proof: log π* = log π_F + r/β − log Z*, multiply by β and take E_π_ρ; compare with G(π*) = β log Z*. ∎
+    Certificate: f(w) = KL(Σ_k w_k π_F(·|k)‖π*) is convex, so f(v) ≥ f(w) + ⟨∇f(w), v − w⟩ ≥ f(w) − gap for
+    every v, gap = max_k ⟨∇f(w), w − e_k⟩ (Frank–Wolfe). It vouches for `weights` whatever found them.
+
+    Method: primal–dual interior point. f is compatible with the barrier −Σ log w_k
+    (|f‴| ≤ f″·max|h_k/w_k|), so Newton steps are few (20–40) at any conditioning, where exponentiated
+    gradient and Frank–Wolfe take 10³ to 10⁶ steps to 1e-10. Scaled by √w, the Hessian is B Bᵀ with
+    B = √w_k π_F(y|k)/√m_y, of norm exactly 1. O(K²Y + K³) per step and prompt.
+
+    Informative: β·kl > 0 is a lower bound on the regularised gap of EVERY prompter; it is 0 iff π* is a
+    mixture of the frozen model's rows, when prompting matches RLHF exactly.
+
+    Args:
+        instance: the problem.
+        beta: β > 0, reward units.
+        tol: on the gap, in nats times max(1, span(x)/β): β·gap ≤ tol·max(β, span), reward units.
+        max_iterations: Newton steps per prompt.
+
+    Raises:
+        AlignProError: β is not positive and finite, or tol not positive. Missed convergence is no error:
+            it is `converged`, per prompt.
+    """
+    beta = _temperature("beta", beta)
+    if not tol > 0:
+        raise AlignProError(f"tol {tol}: must be positive; give one such as 1e-10")
+    return _project(_rewards(instance), beta, tol, max_iterations)
+
+
+@jax.jit
+def _project(rewards: _Rewards, beta: Array, tol: Array | float, limit: Array | int) -> Projection:
+    frozen, own = rewards.frozen, rewards.own
+    rewrites, responses = frozen.shape
+    model = tilt(own, rewards.response, beta)
+    # A row is usable iff it puts nothing where the own row has nothing.
+    usable = ((frozen > 0).astype(float) @ (own <= 0).astype(float).T).T <= 0
+    span = _extremes(own, rewards.response, jnp.zeros_like(rewards.top)).span
+    allowance = tol * jnp.maximum(1.0, span / beta)
+
+    def one(row):
+        row_usable, log_q, row_tol = row
+        return _interior(frozen, row_usable, log_q, row_tol, limit)
+
+    batch = max(1, _CELLS // (rewrites * (rewrites + responses)))
+    weights, gap, iterations = lax.map(
+        one, (usable, model.log_probs, allowance), batch_size=min(batch, usable.shape[0])
+    )
+    policy = weights @ frozen
+    star = jnp.where(own > 0, jnp.maximum(model.probs, TINY), 0.0)
+    far = jnp.log(jnp.maximum(policy, TINY)) - jnp.where(own > 0, model.log_probs, 0.0)
+    ratio = jnp.where(model.probs > TINY, log_quotient(policy, star), jnp.where(policy > 0, far, 0.0))
+    ones = jnp.ones_like(policy)
+    divergence = scaled_kl(ones, policy, star, ratio, ratio)
+    return Projection(
+        weights=weights,
+        policy=policy,
+        kl=divergence,
+        loss=beta * divergence,
+        gap=gap,
+        converged=gap <= allowance,
+        iterations=iterations,
+        usable=usable,
+    )
+
+
+class Ceiling(NamedTuple):
+    """Lower bounds on the gap of every prompter, attained; reward units."""
+
+    anywhere: Float[Array, " X"]
+    """E_π* r* − max over all K rewrites of R(x,x′): for any prompter whatever."""
+    supported: Float[Array, " X"]
+    """The same over the support of ρ_sft: for prompters that keep its support. ≥ `anywhere`."""
+    best: Int[Array, " X"]
+    """The rewrite that attains `anywhere`."""
+    best_supported: Int[Array, " X"]
+    """The rewrite that attains `supported`."""
+
+
+def prompting_ceiling(instance: Instance, beta: Temperature) -> Ceiling:
+    """gap(ρ)(x) ≥ E_π* r* − max_x′ R(x,x′) for every ρ, with equality iff ρ(·|x) sits on the maximisers.
+
+    Proof: gap(ρ)(x) = [E_π* r* − max R] + E_ρ[max R − R], and the second part is ≥ 0. ∎ Taken over the
+    support of ρ_sft it is also the limit of the gap of ρ* as λ → 0. Randomising never helps plain reward.
+
+    Informative: a positive ceiling is what no prompter can recover; a negative one says that some prompter
+    outperforms π* (Q2), and by how much at most.
+
+    Raises:
+        AlignProError: β is not positive and finite.
+    """
+    r = _rewards(instance)
+    model = tilt(r.own, r.response, _temperature("beta", beta))
+    optimum = jnp.sum(model.probs * r.response, -1)
+    inside = jnp.where(r.prior > 0, r.rewrite, -jnp.inf)
+    return Ceiling(
+        anywhere=optimum - jnp.max(r.rewrite, -1),
+        supported=optimum - jnp.max(inside, -1),
+        best=jnp.argmax(r.rewrite, -1),
+        best_supported=jnp.argmax(inside, -1),
+    )
+
+
+class ResponseValue(NamedTuple):
+    """What a tilt of the responses adds to one of the rewrites, at the same temperature; reward units."""
+
+    prompting: Float[Array, " X"]
+    """λ log E_ρsft e^{R/λ} = F(ρ*)."""
+    joint: Float[Array, " X"]
+    """λ log E_{ρ_sft, π_F} e^{r/λ}: the optimum over distributions of (x′, y) jointly."""
+    added: Float[Array, " X"]
+    """joint − prompting ≥ 0; → E_ρsft Var(r|x′)/(2λ) as λ → ∞."""
+
+
+def response_value(instance: Instance, lam: Temperature) -> ResponseValue:
+    """λ log E e^{r/λ} ≥ λ log E_ρsft e^{R/λ}: what choosing prompts leaves to choosing responses.
+
+    The left side is the value of RLHF started from π_ρsft at temperature λ. Statement: the difference is
+    λ log E_ρ* e^{h/λ}, with h(x′) = λ log E_{π_F(·|x′)} e^{(r − R)/λ} ≥ 0; it is 0 iff r* is constant on
+    every rewrite's responses. Proof: factor e^{R/λ} out of E_{π_F(·|x′)} e^{r/λ}; ρ* ∝ ρ_sft e^{R/λ}; h ≥ 0
+    is Jensen's inequality. ∎ Informative where `variance_split` has much within rewrites.
+
+    Raises:
+        AlignProError: λ is not positive and finite.
+    """
+    lam, r = _temperature("lam", lam), _rewards(instance)
+    star = tilt(r.prior, r.rewrite, lam)
+    h = lax.map(lambda d: tilt(r.frozen, jnp.broadcast_to(d, r.frozen.shape), lam).gain, r.response)
+    joint = tilt(r.prior, r.rewrite + h, lam).free_energy
+    near = tilt(star.probs, h, lam).free_energy  # keeps its relative accuracy, but ρ* may underflow
+    span = _extremes(r.prior, r.rewrite + h, r.tie).span
+    added = jnp.where(span < lam, near, joint - star.free_energy)
+    return ResponseValue(star.free_energy + r.top, joint + r.top, jnp.maximum(added, 0.0))

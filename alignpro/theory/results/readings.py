@@ -1,0 +1,181 @@
+"""How to read the theory's limits: what each extreme of β and λ gives, and critical values."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from alignpro.theory.divergences import log1p
+from alignpro.theory.gibbs import tilt
+from alignpro.theory.instance import Instance
+from alignpro.theory.pairwise import pairwise_tv
+from alignpro.theory.results.rewards_of import (
+    _LEAST,
+    _MOST,
+    Temperature,
+    _extremes,
+    _mean,
+    _rewards,
+    _temperature,
+    _variance,
+)
+from alignpro.theory.results.solvers import _root
+
+# -------------------------------------------------------------------------------------- the limits
+
+
+class LimitReadings(NamedTuple):
+    """The paper's readings of Theorem 1's limits, as numbers per prompt."""
+
+    tv_model: Float[Array, " X"]
+    """d_TV(π*, π_F): the first term over r_max."""
+    tv_model_bound: Float[Array, " X"]
+    """tanh(span_r/(4β)) ≥ tv_model."""
+    reward_constant: Bool[Array, " X"]
+    """r*(x,·) is constant on the support of π_F(·|x): iff the first term is 0."""
+    tv_shift: Float[Array, " X"]
+    """E_ρsft d_TV(π_F(·|x), π_F(·|x′)): the second term over r_max."""
+    reference_is_own: Bool[Array, " X"]
+    """Every rewrite in the support of ρ_sft has the own row's responses: iff the second term is 0."""
+    tv_prompter: Float[Array, " X"]
+    """d_TV(ρ*, ρ_sft) → 0 as λ → ∞."""
+    tv_prompter_bound: Float[Array, " X"]
+    """tanh(span_R/(4λ)) ≥ tv_prompter."""
+    best_mass: Float[Array, " X"]
+    """m = ρ_sft(argmax R)."""
+    separation: Float[Array, " X"]
+    """Δ: the best R less the next (∞ if there is none), reward units."""
+    off_best: Float[Array, " X"]
+    """ρ*(off argmax R) = d_TV(ρ*, ρ_0) → 0 as λ → 0."""
+    off_best_bound: Float[Array, " X"]
+    """q/(1 + q) ≥ off_best with q = (1−m)/m·e^{−Δ/λ}; itself at most q."""
+    greedy: Float[Array, "X K"]
+    """ρ_0 = ρ_sft given argmax R: the limit λ → 0."""
+    greedy_kl: Float[Array, " X"]
+    """KL(ρ_0‖ρ_sft) = −log m, the supremum of KL(ρ*‖ρ_sft), nats."""
+    shortfall: Float[Array, " X"]
+    """max R − E_ρ* R, reward units."""
+    shortfall_bound: Float[Array, " X"]
+    """λ(−log m − KL(ρ*‖ρ_sft)) ≥ shortfall."""
+
+
+def limit_readings(instance: Instance, beta: Temperature, lam: Temperature) -> LimitReadings:
+    """What becomes of each term as λ, β → 0 or ∞, with rates; all maxima over the support of ρ_sft.
+
+    Statements and proofs: (1) TV(π*,π_F) = 0 iff r* is constant on the support, as π*/π_F = e^{r/β}/Z*.
+    (2) A tilt of span a (in units of the temperature) moves at most tanh(a/4) in TV: it multiplies the odds
+    of any event by at most eᵃ, and b eᵃ/(1 − b + b eᵃ) − b is largest, tanh(a/4), at b = 1/(1 + e^{a/2}).
+    (3) ρ*(off)/ρ*(best) ≤ (1−m)/m·e^{−Δ/λ}, term by term; on argmax R, ρ* ∝ ρ_sft.
+    (4) F(ρ*) ≥ F(ρ_0) = max R + λ log m. ∎
+
+    Values of R equal to rounding count as tied. Informative: the bounds in λ for λ above span_R (2) or below
+    Δ (3); (4) in between.
+
+    Raises:
+        AlignProError: β or λ is not positive and finite.
+    """
+    beta, lam, r = _temperature("beta", beta), _temperature("lam", lam), _rewards(instance)
+    star, model = tilt(r.prior, r.rewrite, lam), tilt(r.own, r.response, beta)
+    edge, response = _extremes(r.prior, r.rewrite, r.tie), _extremes(r.own, r.response, jnp.zeros_like(r.top))
+    rest = jnp.sum(jnp.where(edge.best, 0.0, r.prior), -1)
+    odds = rest / edge.mass * jnp.exp(-edge.separation / lam)
+    distance = pairwise_tv(r.own, r.frozen)
+    greedy_kl = jnp.where(edge.mass < 0.5, -jnp.log(edge.mass), -log1p(-jnp.minimum(rest, 0.5)))
+    return LimitReadings(
+        tv_model=model.tv,
+        tv_model_bound=jnp.tanh(response.span / (4 * beta)),
+        reward_constant=response.span == 0,
+        tv_shift=jnp.sum(r.prior * distance, -1),
+        reference_is_own=jnp.all((r.prior <= 0) | (distance == 0), -1),
+        tv_prompter=star.tv,
+        tv_prompter_bound=jnp.tanh(edge.span / (4 * lam)),
+        best_mass=edge.mass,
+        separation=edge.separation,
+        off_best=jnp.sum(jnp.where(edge.best, 0.0, star.probs), -1),
+        off_best_bound=jnp.where(rest > 0, odds / (1.0 + odds), 0.0),
+        greedy=jnp.where(edge.best, r.prior, 0.0) / edge.mass[:, None],
+        greedy_kl=greedy_kl,
+        shortfall=jnp.sum(jnp.where(r.prior > 0, star.probs * (edge.maximum[:, None] - r.rewrite), 0.0), -1),
+        shortfall_bound=lam * greedy_kl - star.cost,
+    )
+
+
+class Critical(NamedTuple):
+    """Where the sign of the gap changes along one temperature."""
+
+    value: Float[Array, "..."]
+    """The critical temperature; 0 or ∞ where the sign is the same for all."""
+    lower: Float[Array, "..."]
+    """Closed-form enclosure from below, …"""
+    upper: Float[Array, "..."]
+    """… and from above."""
+
+
+@jax.jit
+def _critical(
+    base: Array, energy: Array, target: Array, tie: Array, noise: Array, p: Array | None
+) -> Critical:
+    """The temperature at which E_tilt[energy] falls to `target`. A difference within `noise` has no sign."""
+    edge = _extremes(base, energy, tie)
+    combine: Callable[[Array], Array] = (lambda v: v) if p is None else (lambda v: _mean(p, v)[None])
+    target = combine(target)
+    head = combine(edge.maximum) - target
+    tail = target - combine(jnp.sum(base * energy, -1))
+    price, width = combine(-jnp.log(edge.mass)), combine(edge.span**2)
+    least = combine(noise)
+    inside = (head > least) & (tail > least)
+
+    def excess(t):
+        tilted = tilt(base, energy, jnp.broadcast_to(t, base.shape[:-1]))
+        mean = combine(jnp.sum(tilted.probs * energy, -1))
+        return target - mean, combine(_variance(tilted.probs, energy) / t)
+
+    lower = jnp.where(inside, head / jnp.where(price > 0, price, 1.0), 0.0)
+    upper = jnp.where(inside, width / (4 * jnp.where(inside, tail, 1.0)), jnp.inf)
+    start = jnp.where(inside, jnp.clip(lower * (1 - 1e-9), _LEAST, _MOST), 1.0)
+    end = jnp.where(inside, jnp.clip(upper * (1 + 1e-9), _LEAST, _MOST), 1.0)
+    root = jnp.where(
+        inside, _root(excess, start, jnp.maximum(start, end)), jnp.where(head > least, jnp.inf, 0.0)
+    )
+    lower, upper = jnp.where(inside, lower, root), jnp.where(inside, upper, root)
+    return Critical(root, lower, upper) if p is None else Critical(root[0], lower[0], upper[0])
+
+
+def critical_lam(instance: Instance, beta: Temperature, *, per_prompt: bool = False) -> Critical:
+    """λ_c: ρ* outperforms π* (gap < 0) exactly for λ < λ_c. Answers Q2.
+
+    Statement: some λ makes the gap negative iff max_{support} R > E_π* r* (in the mean over P, or per prompt
+    with `per_prompt`). Then (max R − E_π* r*)/E log(1/m) ≤ λ_c ≤ E span_R²/(4(E_π* r* − E_ρsft R)), with
+    m = ρ_sft(argmax R) and the upper one ∞, as is λ_c, where ρ_sft itself outperforms π*. 0: never.
+    Differences of R within its rounding count as none.
+    Proof: the gap rises in λ (`sensitivity`), from `prompting_ceiling` to E_π* r* − E_ρsft R. Lower:
+    max R − E_ρ* R ≤ λ log(1/m) (`limit_readings`); upper: E_ρ* R − E_ρsft R ≤ span_R²/(4λ) (`headroom`). ∎
+
+    Raises:
+        AlignProError: β is not positive and finite.
+    """
+    r = _rewards(instance)
+    model = tilt(r.own, r.response, _temperature("beta", beta))
+    target = jnp.sum(model.probs * r.response, -1)
+    return _critical(
+        r.prior, r.rewrite, target, r.tie, r.tie, None if per_prompt else jnp.asarray(instance.p, float)
+    )
+
+
+def critical_beta(instance: Instance, lam: Temperature, *, per_prompt: bool = False) -> Critical:
+    """β_c: ρ* outperforms π* (gap < 0) exactly for β > β_c. The mirror image of `critical_lam`.
+
+    Statement: some β does so iff E_ρ* R > R(x,x). 0: every β, as E_ρ* R exceeds what π_F can reach at all.
+    Proof: the gap falls in β, from max r* (on the support of π_F(·|x)) − E_ρ* R to R(x,x) − E_ρ* R. The
+    enclosure is that of `critical_lam` with π_F, r*, β in the place of ρ_sft, R, λ. ∎
+
+    Raises:
+        AlignProError: λ is not positive and finite.
+    """
+    r = _rewards(instance)
+    star = tilt(r.prior, r.rewrite, _temperature("lam", lam))
+    target = jnp.sum(star.probs * r.rewrite, -1)
+    p = None if per_prompt else jnp.asarray(instance.p, float)
+    return _critical(r.own, r.response, target, jnp.zeros_like(r.top), r.tie, p)

@@ -1,0 +1,5 @@
+"""Large instances and large batches."""
+
+from alignpro.theory.scale.routes import prompt_shift, route, solve_batch, solve_large
+
+__all__ = ["prompt_shift", "route", "solve_batch", "solve_large"]

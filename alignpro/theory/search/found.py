@@ -1,0 +1,197 @@
+"""What is hunted, and instances found: evaluated again with the rounding bound of their statement."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from alignpro.errors import AlignProError
+from alignpro.theory.bounds import ANY_PROMPTER, IDENTITIES, STATEMENTS, Statement, Verdict, judge
+from alignpro.theory.families import Shape
+from alignpro.theory.instance import KEYS, Instance, unchecked
+from alignpro.theory.solution import Solution, solution
+
+FLOOR = 1e-3
+"""A ratio lhs/rhs counts where rhs is at least this share of the reward span: 0/0 is not tight."""
+TEMPERATURES = (1e-3, 1e3)
+"""Between which β and λ are sought."""
+
+
+class Target(NamedTuple):
+    """What is hunted: a row of `bounds.STATEMENTS`, or a conjecture of your own."""
+
+    name: str
+    statement: Callable[[Solution], Statement]
+    any_prompter: bool = False
+    """About any ρ, so to be evaluated on others than ρ*."""
+    equality: bool = False
+    """An identity: lhs = rhs."""
+
+
+ALIASES = {"q2": "never_outperforms", "outperform": "never_outperforms"}
+"""The paper's question Q2 is settled by what refutes its denial."""
+
+
+def target(name: str) -> Target:
+    """The statement called `name`, or its alias.
+
+    Raises:
+        AlignProError: it is unknown.
+    """
+    key = ALIASES.get(name, name)
+    if key not in STATEMENTS:
+        raise AlignProError(f"BOUND {name}: is unknown; give one of {', '.join([*STATEMENTS, *ALIASES])}")
+    return Target(key, STATEMENTS[key], key in ANY_PROMPTER, key in IDENTITIES)
+
+
+@dataclass(frozen=True)
+class Found:
+    """An instance on which a statement is tight or false, in reward units."""
+
+    target: Target
+    instance: Instance
+    beta: float
+    lam: float
+    prompter: np.ndarray | None
+    """[X, K]; None for ρ*."""
+    lhs: float
+    rhs: float
+    error: float
+    """Bound on the rounding of rhs − lhs."""
+    span: float
+    """E_x span(x) in reward units, the scale of both sides; 1 for statements about probabilities."""
+    verdict: Verdict
+    """holds | violated | inconclusive | inapplicable, in float64 with its rounding bound."""
+    rho_star: np.ndarray
+    """ρ*(x′|x) [X, K]."""
+    pi_star: np.ndarray
+    """π*(y|x) [X, Y]."""
+    rewrite_reward: np.ndarray
+    """R(x,x′) [X, K]."""
+
+    @property
+    def ratio(self) -> float:
+        """lhs/rhs; infinite where rhs ≤ 0 < lhs, NaN where neither is positive."""
+        if self.rhs > 0:
+            return self.lhs / self.rhs
+        return math.inf if self.lhs > 0 else math.nan
+
+    @property
+    def slack(self) -> float:
+        """rhs − lhs; for an identity −|rhs − lhs|."""
+        return -abs(self.rhs - self.lhs) if self.target.equality else self.rhs - self.lhs
+
+    @property
+    def violated(self) -> bool:
+        """Beyond rounding, with both sides finite."""
+        return self.verdict == "violated" and math.isfinite(self.slack)
+
+    @property
+    def tightness(self) -> float:
+        """lhs/rhs where rhs is at least `FLOOR` of the span, else −∞. For an identity, |rhs − lhs|/span."""
+        if self.verdict == "inapplicable" or not (self.span > 0 and math.isfinite(self.slack)):
+            return -math.inf
+        if self.target.equality:
+            return -self.slack / self.span
+        return self.ratio if self.rhs >= FLOOR * self.span else -math.inf
+
+    @property
+    def excess(self) -> float:
+        """−slack/span: by how much it is broken, as a share of the reward span (of 1 where that is 0)."""
+        return -self.slack / (self.span if self.span > 0 else 1.0)
+
+
+# Compiling is nearly all the time a hunt takes: 1.4 s with these where it would be 4.8 s, for slower steps
+# that take a third of a second in all.
+_QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+
+@functools.cache
+def _options() -> dict[str, Any] | None:
+    """`_QUICK` where this JAX knows those options."""
+    try:
+        jax.jit(lambda x: x + 1.0, compiler_options=_QUICK)(0.0)
+    except Exception:
+        return None
+    return _QUICK
+
+
+@functools.lru_cache(maxsize=64)
+def _evaluator(statement: Callable[[Solution], Statement], any_prompter: bool) -> Callable[..., Any]:
+    def one(instance: Instance, beta, lam, prompter):
+        s = solution(instance, beta, lam, prompter if any_prompter else None)
+        return statement(s), (s.rho_star, s.pi_star, s.rewrite_reward)
+
+    return jax.jit(one, compiler_options=_options())
+
+
+def evaluate(
+    wanted: Target,
+    instance: Instance,
+    beta: float,
+    lam: float,
+    prompter: np.ndarray | None = None,
+    shape: Shape | None = None,
+) -> Found:
+    """The statement on one instance, padded to `shape` so that one compilation serves all smaller ones.
+
+    A statement about any prompter uses `prompter`, and ρ_sft where that is None.
+    """
+    x, k, y = instance.shape
+    to = instance.shape if shape is None else shape
+    more = [(0, n - m) for n, m in zip(to, (x, k, y), strict=True)]
+    p, prior, frozen, own, reward = (np.asarray(getattr(instance, key)) for key in KEYS)
+    rho = prior if prompter is None else prompter
+
+    def rows_of(policy: np.ndarray) -> np.ndarray:
+        return np.pad(np.pad(policy, (more[0], (0, 0)), mode="edge"), ((0, 0), more[1]))
+
+    # Copies of probability 0: no maximum, minimum or support changes.
+    arrays = unchecked(
+        np.pad(p, more[0]),
+        rows_of(prior),
+        np.pad(np.pad(frozen, (more[1], (0, 0)), mode="edge"), ((0, 0), more[2])),
+        np.pad(own, more[0], mode="edge"),
+        np.pad(reward, (more[0], more[2]), mode="edge"),
+    )
+    found, (rho_star, pi_star, rewrite_reward) = jax.device_get(
+        _evaluator(wanted.statement, wanted.any_prompter)(arrays, beta, lam, rows_of(np.asarray(rho)))
+    )
+    lhs, rhs, error, span = (float(v) for v in found[:4])
+    applies = all(bool(v) for v in found.assumptions.values())
+    return Found(
+        target=wanted,
+        instance=instance,
+        beta=float(beta),
+        lam=float(lam),
+        prompter=np.asarray(rho) if wanted.any_prompter else None,
+        lhs=lhs,
+        rhs=rhs,
+        error=error,
+        span=span,
+        verdict=judge(rhs - lhs, error, applies, wanted.equality),
+        rho_star=rho_star[:x, :k],
+        pi_star=pi_star[:x, :y],
+        rewrite_reward=rewrite_reward[:x, :k],
+    )
+
+
+def certificate(found: Found) -> Any:
+    """A find proved in ball arithmetic (`certify.Certificate`); None where python-flint is not installed."""
+    try:
+        from alignpro.theory.proof.certify import certify
+    except AlignProError:
+        return None
+    wanted = found.target
+    return certify(
+        found.instance,
+        found.beta,
+        found.lam,
+        wanted.name if wanted.name in STATEMENTS else wanted.statement,
+        found.prompter,
+        equality=wanted.equality,
+    )
