@@ -29,10 +29,11 @@ import pytest
 from jaxtyping import install_import_hook
 
 # `Instance` is left out: it takes anything array-like, and its own validation is what is tested.
+_ROOT = Path(__file__).parents[1]
 _CHECKED = [
-    f"alignpro.theory.{path.stem}"
-    for path in (Path(__file__).parents[1] / "alignpro" / "theory").glob("*.py")
-    if path.stem not in ("__init__", "instance")
+    ".".join(path.relative_to(_ROOT).with_suffix("").parts)
+    for path in (_ROOT / "alignpro" / "theory").rglob("*.py")
+    if path.stem not in ("__init__", "instance", "testing")
 ]
 if "alignpro.theory" not in sys.modules:
     install_import_hook(_CHECKED, "beartype.beartype")

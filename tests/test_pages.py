@@ -20,9 +20,9 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-from paper_grid import main
 from paper_grid import page as grid_page
 
+from alignpro.commands import main
 from alignpro.errors import AlignProError
 from alignpro.estimation.simulate import Size, simulated_rows
 from alignpro.report import figures as report_figures

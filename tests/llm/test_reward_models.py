@@ -31,12 +31,12 @@ from transformers import (
 from alignpro.commands import main as cli
 from alignpro.errors import AlignProError
 from alignpro.llm.models import configure, resolve
-from alignpro.llm.rewards import names, opening, reward_b
+from alignpro.llm.rewards import names, opening
 from alignpro.llm.rewards.bounds import Bounded, Clip, Declared, Squash, parse_bounds
 from alignpro.llm.rewards.classifier import SequenceReward, check_scores
 from alignpro.llm.rewards.endpoint import CachedReward, EndpointReward
 from alignpro.llm.rewards.function import CallableReward
-from alignpro.llm.rewards.reward import fill
+from alignpro.llm.rewards.reward import PLAIN, check_template, fill
 from alignpro.llm.targets import http as transport
 from alignpro.llm.targets import ledger
 from alignpro.llm.targets.target import Stopped
@@ -132,7 +132,7 @@ def test_templates_are_filled_literally():
     assert chained != expected  # the mutant of two passes
     for bad in ("", "{prompt}", "{response} {response} {prompt}", "{x}"):
         with pytest.raises(AlignProError, match="template"):
-            reward_b.check_template(bad)
+            check_template(bad)
 
 
 # --- sequence classifiers ---
@@ -329,8 +329,8 @@ def test_other_templates(folder, tmp_path, capsys):
     capsys.readouterr()
     plain = SequenceReward.load(tmp_path / "plain", "squash:0,2", device="cpu")
     assert "no chat template" in capsys.readouterr().err
-    assert plain.template == reward_b.PLAIN
-    assert plain.encode("hi", "yo")["input_ids"] == tokenizer(fill(reward_b.PLAIN, "hi", "yo"))["input_ids"]
+    assert plain.template == PLAIN
+    assert plain.encode("hi", "yo")["input_ids"] == tokenizer(fill(PLAIN, "hi", "yo"))["input_ids"]
     with pytest.raises(AlignProError, match="has no chat template"):
         SequenceReward.load(tmp_path / "plain", "squash:0,2", device="cpu", template="chat")
 

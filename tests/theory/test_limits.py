@@ -11,6 +11,7 @@ from scipy.optimize import minimize
 from theory_oracle import EPS, exact, fields, finite, kills
 
 from alignpro.errors import AlignProError
+from alignpro.theory import results
 from alignpro.theory.bounds import theorem1
 from alignpro.theory.families import FAMILIES, draw, random_prompters, take
 from alignpro.theory.gibbs import tilt
@@ -21,7 +22,7 @@ from alignpro.theory.solution import solution
 compiled, compiled_tilt = jax.jit(solution), jax.jit(tilt)
 J = SimpleNamespace(
     **{
-        name: jax.jit(getattr(reach, name))
+        name: jax.jit(getattr(results, name))
         for name in (
             "information_projection", "prompting_ceiling", "response_value", "kl_budget", "best_of_n",
             "kl_price", "sensitivity", "headroom", "variance_split", "limit_readings", "best_of_n_rewrites",

@@ -2,8 +2,9 @@
 
 For each user prompt x, rewrites are sampled from the prompter and responses from the frozen model under
 every rewrite. Both models are then restricted to the prefix trees of what was sampled
-(`alignpro.llm.policies.tree`), which makes them true policies on finite sets: ρ_sft(x′|x), π_F(y|x′), R(x, x′), ρ* and all of the theory are
-exact for them. Restriction is the only approximation; the report says so.
+(`alignpro.llm.policies.tree`), which makes them true policies on finite sets: ρ_sft(x′|x), π_F(y|x′),
+R(x, x′), ρ* and all of the theory are exact for them. Restriction is the only approximation; the report
+says so.
 
 Each prompt has its own rewrites and responses. In the instance they are the diagonal blocks of `prior` and
 `frozen`; the rewards are real on every pair (x, y), reachable or not.

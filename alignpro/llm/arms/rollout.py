@@ -284,7 +284,7 @@ def block_rows(
     Raises:
         AlignProError: from the prompter, π_F or the reward; `Stopped` where a budget is spent.
     """
-    from alignpro.llm.rewards.classifier import check_scores
+    from alignpro.llm.rewards.reward import check_scores
 
     settings, n = work.settings, work.settings.answers
     rlhf = arm.name == "rlhf"
