@@ -33,10 +33,10 @@ from alignpro.errors import AlignProError
 from alignpro.llm.models import configure, resolve
 from alignpro.llm.rewards import names, opening
 from alignpro.llm.rewards.bounds import Bounded, Clip, Declared, Squash, parse_bounds
-from alignpro.llm.rewards.classifier import SequenceReward, check_scores
+from alignpro.llm.rewards.classifier import SequenceReward
 from alignpro.llm.rewards.endpoint import CachedReward, EndpointReward
 from alignpro.llm.rewards.function import CallableReward
-from alignpro.llm.rewards.reward import PLAIN, check_template, fill
+from alignpro.llm.rewards.reward import PLAIN, check_scores, check_template, fill
 from alignpro.llm.targets import http as transport
 from alignpro.llm.targets import ledger
 from alignpro.llm.targets.target import Stopped
