@@ -343,7 +343,7 @@ def test_a_taken_port_is_named(capsys):
 
 def test_ctrl_c_is_the_normal_end_and_torch_stays_away():
     code = (
-        "import sys; from alignpro.commands import main as cli; "
+        "import sys; from alignpro.commands import main as cli;"
         "status = cli.main(['explore', '--no-browser']); "
         "print(status, sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )

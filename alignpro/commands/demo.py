@@ -469,3 +469,63 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "packages": {name: version(name) for name in packages},
     }
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Theory meets PPO on a real language model: the main job.
+
+    Restricts SmolLM2-135M-Instruct, as prompter and as frozen model, to finite sets of rewrites and responses
+    on which everything is exact; trains the prompter; checks Theorem 1 before and after; writes report.html.
+    """
+
+    out: str
+    """Folder for the report and all that it rests on. Created if need be; must not hold another run."""
+    resume: bool = False
+    """Continue an interrupted run in that folder (or start one)."""
+    quick: bool = False
+    """Smaller sets and a shorter training: minutes become one or two."""
+    model: str | None = None
+    """Prompter and frozen model: a packaged name, a local folder or a hub id.
+
+    Default: smollm2-135m-instruct."""
+    reward: str | None = None
+    """Reward model: a packaged name or the folder of a saved one. Default: minilm-bt."""
+    prompts_file: str | None = None
+    """Your own prompts, one per line. Default: real instructions from a package."""
+    prompts: int | None = None
+    """How many prompts. Default: 8 (quick: 3)."""
+    rewrites: int | None = None
+    """Distinct rewrites per prompt, the original among them. Default: 16 (quick: 8)."""
+    responses: int | None = None
+    """Distinct responses per prompt. Default: 32 (quick: 12)."""
+    beta: float | None = None
+    """RLHF tuning parameter, positive, in reward units. Default: 0.1."""
+    lam: float | None = None
+    """Prompt tuning parameter (lambda), positive, in reward units. Default: 0.05."""
+    algorithm: str | None = None
+    """ppo or rloo. Default: ppo."""
+    iterations: int | None = None
+    """Rounds of sampling, each followed by 4 optimizer steps. Default: 16 (quick: 4)."""
+    chat_template_kwargs: str | None = None
+    """Further arguments of the model's chat template, as a JSON object."""
+    sampled_rewards: bool = False
+    """Reward a rewrite with one sampled response, not with its expected reward."""
+    seed: int = 0
+    """Determines prompts, samples and training."""
+
+    def run(self) -> int:
+        preset = QUICK if self.quick else DemoSettings()
+
+        def given(*names: str) -> dict[str, Any]:
+            return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+        settings = replace(
+            preset,
+            **given("model", "reward", "prompts_file", "prompts", "beta", "seed", "chat_template_kwargs"),
+            exact_rewards=not self.sampled_rewards,
+            enumeration=replace(preset.enumeration, **given("rewrites", "responses")),
+            training=replace(preset.training, **given("lam", "algorithm", "iterations")),
+        )
+        run(self.out, settings, resume=self.resume)
+        return 0

@@ -7,11 +7,13 @@ import os
 import platform
 import re
 import shutil
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
 import alignpro
+from alignpro.commands.shared import tell
 
 # What each extra is for, in the order in which they are shown; their packages are the wheel's own metadata.
 EXTRAS = {
@@ -167,3 +169,20 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(
         [*lines, "", *(["to do:", *(f"  {line}" for line in todo)] if todo else ["Nothing is missing."])]
     )
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Tell what is installed, what this machine has, what is cached, and how to get what is missing.
+
+    Fetches nothing and asks no network. Exit status 1 when alignpro itself lacks a package.
+    """
+
+    json: bool = False
+    """One JSON object, instead of a table."""
+
+    def run(self) -> int:
+
+        found = examine()
+        tell("doctor", found, table(found), self.json, None)
+        return int(found["extras"][0]["remedy"] is not None)

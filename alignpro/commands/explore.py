@@ -1,6 +1,6 @@
 """`alignpro explore`: a page on 127.0.0.1 where one moves β and λ and the theory follows.
 
-The mathematics stays in `alignpro.theory`; the page (`templates/explore.html`) draws what this module answers
+The mathematics stays in `alignpro.theory`; the page (`templates/html`) draws what this module answers
 as JSON. Names of prompts, rewrites and responses, and rollouts, were written by strangers and by language
 models: they travel as JSON strings and reach the page as text nodes only. Needs no torch.
 """
@@ -17,6 +17,7 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
@@ -360,7 +361,7 @@ def _plain(value: Any) -> Any:
 @functools.cache
 def page() -> tuple[bytes, str]:
     """The page, and its Content-Security-Policy: its own script and style, by hash, and no others."""
-    text = files("alignpro.report").joinpath("templates/explore.html").read_text(encoding="utf-8")
+    text = files("alignpro.report").joinpath("templates/html").read_text(encoding="utf-8")
     sources = []
     for tag in ("script", "style"):
         (inline,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
@@ -478,3 +479,31 @@ def main(app: App, port: int | None, browser: bool) -> int:
         except KeyboardInterrupt:
             print()
     return 0
+
+
+@dataclass(frozen=True)
+class Explore:
+    """A local page on which beta and lambda move and the theory follows: optima, gap, bounds, frontier.
+
+    Of a random instance, or of a saved one; and a reader of rollouts. Serves on 127.0.0.1 only, until Ctrl-C.
+    """
+
+    file: str | None = None
+    """An instance: an .npz file with the arrays p, prior, frozen, own, reward, such as the demo writes."""
+    family: str | None = None
+    """A family of random instances; the page can change it. Default: lm_like."""
+    shape: tuple[int, int, int] = (4, 8, 16)
+    """Prompts, rewrites and responses of the random instance; the page can change them."""
+    seed: int = 0
+    """Determines it."""
+    rollouts: str | None = None
+    """Rollouts to read, as alignpro rollout writes them."""
+    port: int | None = None
+    """Where to listen, 1024 to 65535. Default: a free port."""
+    no_browser: bool = False
+    """Only print the address."""
+
+    def run(self) -> int:
+
+        app = App(self.file, self.family, self.shape, self.seed, self.rollouts)
+        return main(app, self.port, not self.no_browser)

@@ -1,22 +1,30 @@
-"""Hunt statements of the theory for near-equality and counterexamples: what `alignpro hunt` runs."""
+"""Hunted statements of the theory for near-equality and counterexamples: what `alignpro hunt` runs."""
 
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+import alignpro
+from alignpro.errors import AlignProError
+from alignpro.report import keep
+
+if TYPE_CHECKING:
+    pass
+
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-import alignpro
-from alignpro.commands import pages
-from alignpro.errors import AlignProError
 from alignpro.files import writable_folder, write_json
-from alignpro.report import keep
+from alignpro.report.numbers import number
+from alignpro.report.page import Dot, Dots, Json, Page, Table, _some
 from alignpro.theory.bounds import STATEMENTS, WRONG_BOUNDS
 from alignpro.theory.families import Shape
 from alignpro.theory.search.ascend import Ascent, ascend
@@ -28,7 +36,7 @@ LARGEST = 64
 
 
 @dataclass(frozen=True)
-class Hunt:
+class Hunted:
     """What was found for one statement."""
 
     target: Target
@@ -131,7 +139,7 @@ def validate(bounds: Sequence[str], budget: Budget) -> list[Target]:
     return wanted
 
 
-def hunt(wanted: Target, budget: Budget = Budget(), quiet: bool = False) -> Hunt:
+def hunt(wanted: Target, budget: Budget = Budget(), quiet: bool = False) -> Hunted:
     """One statement by both routes; what is found is certified where python-flint is installed.
 
     Ctrl-C ends the search and keeps what it has found.
@@ -164,7 +172,7 @@ def hunt(wanted: Target, budget: Budget = Budget(), quiet: bool = False) -> Hunt
                 seconds=seconds,
                 progress=lambda _: bar.update(),
             )
-    result = Hunt(wanted, ascent, small, {})
+    result = Hunted(wanted, ascent, small, {})
     for role, found in result.finds.items():
         result.verdicts[role] = certificate(found)
     return result
@@ -227,7 +235,7 @@ _ROLES = {
 }
 
 
-def text(result: Hunt) -> str:
+def text(result: Hunted) -> str:
     """A hunt for reading: the finding, then the instances that show it."""
     name, ascent, small = result.target.name, result.ascent, result.smallest
     kind = "known to be false" if name in WRONG_BOUNDS else "identity" if result.target.equality else "claim"
@@ -260,8 +268,8 @@ def text(result: Hunt) -> str:
     return "\n".join(lines)
 
 
-def save(results: Sequence[Hunt], folder: Path, budget: Budget) -> None:
-    """Write hunt.json and the instance of every find, atomically."""
+def save(results: Sequence[Hunted], folder: Path, budget: Budget) -> None:
+    """Write json and the instance of every find, atomically."""
     for result in results:
         for role, found in result.finds.items():
             found.instance.save(folder / f"{result.target.name}-{role}.npz")
@@ -282,8 +290,8 @@ def save(results: Sequence[Hunt], folder: Path, budget: Budget) -> None:
             for result in results
         },
     }
-    write_json(folder / "hunt.json", content)
-    keep.keep(pages.report_of_hunt(content), folder)
+    write_json(folder / "json", content)
+    keep.keep(report_of_hunt(content), folder)
 
 
 def main(bounds: Sequence[str], budget: Budget, out: str | None) -> int:
@@ -295,7 +303,7 @@ def main(bounds: Sequence[str], budget: Budget, out: str | None) -> int:
     """
     wanted = validate(bounds, budget)
     folder = None if out is None else writable_folder(out)
-    results: list[Hunt] = []
+    results: list[Hunted] = []
     try:
         for one in wanted:
             results.append(hunt(one, budget))
@@ -305,5 +313,96 @@ def main(bounds: Sequence[str], budget: Budget, out: str | None) -> int:
     finally:
         if folder is not None and results:
             save(results, folder, budget)
-            print(f"\nwrote {folder / 'hunt.json'}")
+            print(f"\nwrote {folder / 'json'}")
     return 1 if any(result.refuted for result in results) else 0
+
+
+_PAGE_ROLES = {
+    "smallest": "smallest counterexample",
+    "worst": "worst counterexample",
+    "tightest": "tightest instance",
+}
+
+
+def report_of_hunt(result: Json) -> Page:
+    """Of json."""
+    from alignpro.theory.search.found import target
+
+    every = result["statements"]
+    refuted = [name for name, of in every.items() if of["refuted"]]
+    page = Page(
+        "hunt",
+        "Worst cases and counterexamples",
+        f"Refuted: {', '.join(refuted)}." if refuted else "No counterexample was found.",
+        _some(result, "seed shape restarts steps tries seconds"),
+    )
+    page.key("Statements", number(len(every)), ", ".join(every))
+    page.key("Refuted", number(len(refuted)))
+    page.key("Ascents", number(result["restarts"]), f"of {result['steps']} steps, for each statement")
+
+    rows, dots, finds = [], [], []
+    for name, of in every.items():
+        ratio = of["tightest"]["ratio"] if "tightest" in of else None
+        if target(name).equality:  # what is measured is |left − right| over the span of the rewards
+            ratio = abs(of["tightest"]["slack_over_span"]) if "tightest" in of else None
+        else:
+            dots += [
+                Dot(name, of["start_ratio"], group="best start"),
+                Dot(name, ratio, group="tightest found"),
+            ]
+        said = ("REFUTED" if of["refuted"] else "no counterexample") + ", interrupted" * of["interrupted"]
+        rows.append((name, said, *map(number, (of["start_ratio"], ratio, of["steps"], of["tried"]))))
+        for role, words in _PAGE_ROLES.items():
+            if (find := of.get(role)) is None:
+                continue
+            proof = find["certificate"]
+            shape = " × ".join(map(str, find["shape"]))
+            numbers = [number(find[key], ".6g") for key in ("beta", "lam", "lhs", "rhs", "ratio")]
+            numbers.append(number(find["slack_over_span"], ".3g"))
+            by = "float64" if proof is None else f"{proof['bits']} bits"
+            finds.append((find["instance"], words, find["verdict"], by, shape, *numbers))
+    page.add(
+        "Statements",
+        "The left side over the right (identities: their distance over the span of the rewards): of the best "
+        "random start, and after gradient ascent.",
+        Table("statement | finding | best start | tightest | steps | instances tried", rows, "wwnnnn"),
+        Dots("How far ascent got", "left side over right side", dots, [(1.0, "equality")]) if dots else None,
+    )
+    head = "file | what | verdict | by | shape | β | λ | left side | right side | ratio | slack / span"
+    page.add(
+        "Instances found",
+        "Each is saved in the file named; shapes are prompts × rewrites × responses.",
+        Table(head, finds, "wwww" + "n" * 7),
+    )
+    return page
+
+
+@dataclass(frozen=True)
+class Hunt:
+    """Look for the worst case of a statement: by gradient ascent, and for the smallest counterexample.
+
+    Exit status 1 when one is refuted. Statements: those of verify, and q2, whether the optimal prompter can
+    outperform the RLHF optimum. Ctrl-C keeps what was found so far.
+    """
+
+    bounds: tyro.conf.Positional[tuple[str, ...]]
+    """What to hunt, e.g. theorem1, tight, signed_max_abs, q2."""
+    shape: tuple[int, int, int] = (2, 3, 3)
+    """Prompts, rewrites and responses of the instances; counterexamples may be smaller."""
+    restarts: int = 256
+    """How many ascents, side by side."""
+    steps: int = 500
+    """Steps of each ascent."""
+    tries: int = 2000
+    """Random instances in search of a small counterexample."""
+    seed: int = 0
+    """Determines the search."""
+    seconds: float | None = None
+    """Time for each statement, compilation aside. Default: no limit."""
+    out: str | None = None
+    """Folder for json, report.html and the instances found (.npz)."""
+
+    def run(self) -> int:
+
+        budget = Budget(self.shape, self.restarts, self.steps, self.tries, self.seed, self.seconds)
+        return main(self.bounds, budget, self.out)

@@ -1,18 +1,35 @@
 """`alignpro judge`."""
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import tyro
+
+from alignpro.commands.shared import tell
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, writable_folder, write_json, write_text
-from alignpro.llm.models.chat import parse_options
-from alignpro.llm.targets.target import Target
+from alignpro.files import read_json
+from alignpro.llm.arms.judge import JudgeSettings
+from alignpro.report import keep
 
 if TYPE_CHECKING:
     pass
 
-from alignpro.llm.arms.judge import FILE, SETTINGS_FILE, ForcedChoice, JudgeSettings, judge, pairs
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from alignpro.files import writable_folder, write_json, write_text
+from alignpro.llm.models.chat import parse_options
+from alignpro.llm.targets.target import Target
+from alignpro.report.numbers import _limits, interval, number
+from alignpro.report.page import Dots, Json, Page, Table, _dot
+
+if TYPE_CHECKING:
+    pass
+
+from alignpro.llm.arms.judge import FILE, SETTINGS_FILE, ForcedChoice, judge, pairs
 
 
 def open_judge(settings: JudgeSettings) -> Callable[[], Target]:
@@ -125,3 +142,94 @@ def failed_replies(rows: Sequence[dict[str, Any]], most: int = 3) -> list[str]:
         if kind is not None
     ]
     return [f"{kind}, prompt {name}: {_end(text)!a}" for name, kind, text in found[:most]]
+
+
+def report_of_judge(result: Json, record: Json) -> Page:
+    """Of winrate.json, and of settings.json beside it."""
+    ours, theirs = result["arms"]
+    rate, agreement = result["win_rate"], result["agreement"]
+    page = Page(
+        "judge",
+        f"{ours} against {theirs}, judged",
+        "No pair got a verdict."
+        if rate is None
+        else f"{ours} wins {interval(rate)} of the pairs, ties a half.",
+        {**record, "judge": result["judge"]},
+    )
+    page.key("Win rate", number(rate and rate["value"]), _limits(rate))
+    tied = f"tied {result['ties']}, failed {result['failed']}"
+    page.key("Won : lost", f"{result['wins']} : {result['losses']}", tied)
+    page.key("Orders agree", number(agreement and agreement["value"]), _limits(agreement))
+    page.key("Pairs", number(result["pairs"]), f"of {result['prompts']} prompts")
+
+    rates = {
+        "win rate, ties a half": rate,
+        "at equal lengths": result["length_controlled"],
+        "orders agree": agreement,
+        "first shown preferred": result["first_shown"],
+    }
+    known = {name: e for name, e in rates.items() if e is not None}
+    level = next((f"{e['level']:.0%} intervals" for e in known.values()), "no intervals")
+    rows: list[Sequence[str]] = [
+        (name, interval(e), number(e and e["n"]), e["method"] if e else "–") for name, e in rates.items()
+    ]
+    page.add(
+        "Rates",
+        f"{ours} against {theirs}, each pair judged in both orders, with {level} over prompts. A judge that "
+        "is blind to position prefers the answer shown first in half of them.",
+        Table("rate | value [interval] | pairs | how", rows, "wnnw"),
+        Dots("Rates", f"share of pairs, {level}", [_dot(*item) for item in known.items()], [(0.5, "even")]),
+    )
+    low, high = map(number, result["bounds"])
+    lengths = " and ".join(number(length, ".1f") for length in result["mean_lengths"])
+    counts = ("pairs", "prompts", "wins", "ties", "losses", "failed", "identical")
+    rows = [(name, number(result[name])) for name in counts]
+    rows += [(f"orders that failed: {kind}", number(count)) for kind, count in result["failures"].items()]
+    page.add(
+        "Counts",
+        f"The win rate would be {low} or {high} were every missing verdict one against, or one for, {ours}. "
+        f"The answers have {lengths} characters on average; Cohen's κ of both orders is "
+        f"{number(result['kappa'])}.",
+        Table("of pairs | number", rows, "wn"),
+    )
+    return page
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Win rates by a judge model: pairs of answers compared in both orders, by the paper's seven criteria.
+
+    Prints calls, tokens and cost before anything is asked. Interrupt at any time; the same command continues,
+    and further prompts can be added.
+    """
+
+    file: tyro.conf.Positional[str]
+    """Rollouts, as alignpro rollout writes them."""
+    arms: tuple[str, str]
+    """The arm of interest (A in the paper's Table 1), then what it is compared with (B)."""
+    out: str
+    """Folder for judgements.jsonl, winrate.json, report.html and the replies paid for."""
+    settings: tyro.conf.OmitArgPrefixes[JudgeSettings]
+    config: str | None = None
+    """YAML file with any of these options; those on the command line win."""
+    level: float = 0.95
+    """Of the intervals."""
+    json: bool = False
+    """One JSON object, instead of a table."""
+
+    def run(self) -> int:
+        from alignpro.estimation import winrate
+        from alignpro.estimation.intervals import check_level
+        from alignpro.llm.arms import judge as judge_judge
+
+        check_level(self.level)
+        rows = run_judge(self.file, self.arms, self.settings, self.out)
+        found = winrate.win_rates(winrate.collect(rows), self.level)
+        text = "\n".join([winrate.table(found), *(f"  {line}" for line in failed_replies(rows))])
+        values = found.json()
+        tell("winrate", values, text, self.json, self.out)
+        keep.keep(
+            report_of_judge(values, read_json(os.path.join(self.out, judge_judge.SETTINGS_FILE))),
+            self.out,
+        )
+        return 0

@@ -1,9 +1,11 @@
 """`alignpro merge`."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from alignpro.commands.shared import _home
+import tyro
+
+from alignpro.commands.shared_llm import _home
 from alignpro.errors import AlignProError
 from alignpro.files import writable_folder
 from alignpro.llm.models import adapters, catalogue, configure, load, packages
@@ -36,3 +38,22 @@ def run_merge(adapter: str, out: str, dtype: str) -> None:
             model.save_pretrained(str(folder), safe_serialization=True)
             tokenizer.save_pretrained(str(folder))
     print(f"wrote {folder}: a whole model; give it as --prompter or --target")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Write the whole model that a trained prompter (or any adapter that PEFT saved) and its base make.
+
+    The result is a folder of safetensors that every program which reads transformers' models takes.
+    """
+
+    adapter: tyro.conf.Positional[str]
+    """The folder of a trained prompter or policy, of the run that made it, or of an adapter."""
+    out: str
+    """A new folder for the model."""
+    dtype: str = "float32"
+    """Type of its weights: float32, bfloat16 or float16."""
+
+    def run(self) -> int:
+        run_merge(self.adapter, self.out, self.dtype)
+        return 0

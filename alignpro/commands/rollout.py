@@ -1,14 +1,30 @@
 """`alignpro rollout`."""
 
-import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from alignpro.commands import pages
-from alignpro.commands.shared import (
+import tyro
+
+from alignpro.errors import AlignProError
+from alignpro.files import read_json
+from alignpro.llm.training.settings import (
+    EnvironmentSettings,
+    PromptSettings,
+    RolloutSettings,
+)
+from alignpro.report import keep
+
+if TYPE_CHECKING:
+    from alignpro.rollouts import Rollouts
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from alignpro.commands.shared_llm import (
     DEFAULT_PROMPTER,
     _check_target_room,
     _home,
@@ -20,8 +36,7 @@ from alignpro.commands.shared import (
     open_target,
     user_prompts,
 )
-from alignpro.errors import AlignProError
-from alignpro.files import read_json, writable_folder
+from alignpro.files import writable_folder
 from alignpro.llm.models import packages
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.policies.prompter import (
@@ -32,12 +47,8 @@ from alignpro.llm.policies.prompter import (
 )
 from alignpro.llm.rewards import opening
 from alignpro.llm.targets.target import Target
-from alignpro.llm.training.settings import (
-    EnvironmentSettings,
-    PromptSettings,
-    RolloutSettings,
-)
-from alignpro.report import keep
+from alignpro.report.numbers import _limits, interval, number
+from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, _dot
 
 
 def run_rollout(
@@ -168,9 +179,7 @@ def run_rollout(
         print(f"{name}: mean reward {rewards_.mean():.4f} of {len(rewards_)} rollouts")
     print(f"wrote {path}")
     with path.open(encoding="utf-8") as lines:
-        keep.keep(
-            pages.report_of_rollout(found, map(json.loads, lines), record | {"seed": settings.seed}), folder
-        )
+        keep.keep(report_of_rollout(found, map(json.loads, lines), record | {"seed": settings.seed}), folder)
 
 
 def _prompter_folder(name: str) -> Path:
@@ -241,3 +250,113 @@ def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> T
     if not saved:
         return check_template(name)
     return Template(**saved[0] | {"examples": tuple(map(tuple, saved[0]["examples"]))})
+
+
+def report_of_rollout(found: "Rollouts", rows: Iterable[Json], record: Json) -> Page:
+    """Of rollouts.jsonl, as columns and as rows, and of settings.json beside it."""
+    from alignpro.estimation.terms import Arm, Term, estimates
+
+    means: dict[str, Json] = {}
+    for name in found.arms:
+        try:
+            arm = Arm(found, name)
+            term = Term(arm.mean(arm.reward), found.low, found.high, frozenset({name}), "none", "")
+            means[name] = asdict(estimates({name: term}, found, 0.95)[name])
+        except AlignProError:  # too few prompts, or one that the arm lacks: no interval
+            means[name] = {"value": float(found.reward[found.rows(name)].mean()), "lo": None, "hi": None}
+    prompts = len(found.prompt_ids)
+    page = Page(
+        "rollout",
+        "Rollouts of prompters and policies",
+        f"{len(found):,} rollouts of {prompts} prompts by {len(found.arms)} arms. What they say of "
+        "Theorem 1, and of differences between the arms, tell alignpro estimate, headroom and compare.",
+        record,
+    )
+    for name, e in list(means.items())[:4]:
+        page.key(f"Mean reward, {name}", number(e["value"]), _limits(e))
+    page.add(
+        "Mean reward by arm",
+        f"On a scale from {number(found.low)} to {number(found.high)}, with 95% intervals over prompts where "
+        "there are enough of them.",
+        Table(
+            "arm | mean reward | rollouts | seeds",
+            [
+                (name, interval(e), number(int(mine.sum())), number(len(set(found.seed[mine].tolist()))))
+                for name, e in means.items()
+                for mine in (found.rows(name),)
+            ],
+            "wnnn",
+        ),
+        Dots(
+            "Mean reward of each arm", "reward units, 95% intervals", [_dot(*item) for item in means.items()]
+        ),
+    )
+    texts: dict[str, dict[str, Json]] = {}
+    for row in rows:
+        first = row["draw"] == 0 and row["answer"] == 0
+        if first and (row["prompt_id"] in texts or len(texts) < MOST_PROMPTS):
+            texts.setdefault(row["prompt_id"], {}).setdefault(row["arm"], row)
+    page.add(
+        "Texts",
+        f"The first draw of {len(texts)} of {prompts} prompts, as the models wrote it, with invisible "
+        "characters spelled out.",
+        Table(
+            "prompt | arm | rewrite | answer | reward",
+            [
+                (
+                    row["x"],
+                    arm,
+                    row["rewrite"] if row["rewrite"] and arm != "none" else "–",
+                    row["response"],
+                    number(row["reward"]),
+                )
+                for of in texts.values()
+                for arm, row in of.items()
+            ],
+            "twttn",
+        ),
+    )
+    return page
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Roll out prompters and policies on real models: texts, rewards and log-probabilities of every party.
+
+    Writes rollouts.jsonl, from which estimate, headroom and compare work without a GPU. Interrupt at any
+    time; the same command continues, and further arms can be added to a finished folder.
+    """
+
+    out: str
+    """Folder for rollouts.jsonl, report.html and the answers paid for."""
+    config: str | None = None
+    """YAML file with any of these options; those on the command line win."""
+    settings: tyro.conf.OmitArgPrefixes[RolloutSettings] = field(default_factory=RolloutSettings)
+    environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(
+        # Log-probabilities are what it is for: bfloat16 leaves tenths of a nat of noise in each.
+        default_factory=lambda: EnvironmentSettings(dtype="float32")
+    )
+    prompter: str | None = None
+    """rho_sft: a packaged name, a local folder or a hub id. Default: what the trained ones were trained from,
+    or smollm2-135m-instruct."""
+    template: str | None = None
+    """How a model is asked to rewrite: rewrite, or append (only what follows the prompt). A trained prompter
+    has its own. Default: rewrite."""
+    source: tyro.conf.OmitArgPrefixes[PromptSettings] = field(default_factory=PromptSettings)
+    split: str = "test"
+    """Of the data set: train, validation or test."""
+    prompts: int | None = None
+    """How many of them, from the first. Default: all."""
+
+    def run(self) -> int:
+        run_rollout(
+            self.out,
+            self.settings,
+            self.environment,
+            prompter=self.prompter,
+            template=self.template,
+            source=self.source,
+            split=self.split,
+            prompts=self.prompts,
+        )
+        return 0

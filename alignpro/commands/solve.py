@@ -1,16 +1,30 @@
 """Exact quantities and bounds of saved instances: what `alignpro solve` prints."""
 
-import functools
+import json
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from alignpro.errors import AlignProError
+from alignpro.report import keep
+
+if TYPE_CHECKING:
+    pass
+
+import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from alignpro.errors import AlignProError
+from alignpro.commands.estimate import _verdict
+from alignpro.report.numbers import number
+from alignpro.report.page import Dot, Dots, Json, Page, Table, _some
 from alignpro.theory.bounds import BOUNDS, LOWER_BOUNDS, Statement, paper_r_max, report, theorem1
 from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import Instance, load, unchecked
@@ -242,3 +256,100 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             lines.append("  vacuous: at or beyond plus or minus the reward span, so true of any policies")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+MOST_FILES = 12
+"""Of solve's, that get a section of their own."""
+
+
+def report_of_solve(results: Sequence[Json]) -> Page:
+    """Of solve's objects, one for each file."""
+    checks = [bound for one in results for bound in one["bounds"].values()]
+    bad = sum(bound["verdict"] == "violated" for bound in checks)
+    first = results[0]
+    page = Page(
+        "solve",
+        "Exact optima, gap and bounds",
+        f"{bad or 'None'} of {len(checks)} bounds {'are' if bad > 1 else 'is'} violated.",
+        {**_some(first, "beta lam"), "bounds": list(first["bounds"]), "seed": "none: nothing is random"},
+    )
+    largest = max((one["gap"] for one in results if one["gap"] is not None), default=None)
+    page.key("Instances", number(len(results)))
+    page.key("Largest gap", number(largest), "reward units")
+    page.key("Bounds that hold", number(sum(b["verdict"] == "holds" for b in checks)), f"of {len(checks)}")
+    page.key("Vacuous", number(sum(b["vacuous"] for b in checks)), "true of any policies")
+
+    optima = ("j_star", "j_rho", "gap", "delta1", "delta2", "r_max")
+    rows = [(one["file"], *(number(one[key]) for key in optima)) for one in results]
+    page.add(
+        "Optima",
+        "The exact RLHF and prompting optima, and the gap between them, in reward units.",
+        Table("instance | J(π*) | J(ρ*) | gap | Δ1 | Δ2 | r_max", rows, "w" + "n" * 6),
+    )
+    for one in results[:MOST_FILES]:
+        rows, dots = [], []
+        for name, b in one["bounds"].items():
+            upper = b["relation"] == "<="
+            terms = ", ".join(f"{key} {number(value)}" for key, value in b["terms"].items())
+            rests = "; ".join(key if so else f"NOT SO: {key}" for key, so in b["assumptions"].items())
+            cells = ("≤" if upper else "≥", number(b["rhs"]), number(b["slack"]), _verdict(b))
+            rows.append((name, *cells, terms or "–", rests or "nothing"))
+            dots.append(Dot(name, b["rhs"], group="upper bound" if upper else "lower bound"))
+        gap = one["gap"]
+        page.add(
+            one["file"],
+            f"The bounds on its gap; r_max is {one['r_max_convention']}.",
+            Table("bound | gap is | right side | slack | verdict | terms | rests on", rows, "wwnnwww"),
+            Dots(
+                "Each bound beside the gap",
+                "reward units",
+                dots,
+                [] if gap is None else [(gap, f"gap {number(gap)}")],
+            ),
+        )
+    if len(results) > MOST_FILES:
+        page.add(f"{len(results) - MOST_FILES} more files", "Their bounds are in what the verb prints.")
+    return page
+
+
+@dataclass(frozen=True)
+class Solve:
+    """Print the exact optima, the gap and its bounds for saved instances.
+
+    Every file is validated before anything is computed.
+    """
+
+    files: tyro.conf.Positional[tuple[str, ...]]
+    """Instances: .npz files with the arrays p, prior, frozen, own, reward."""
+    beta: float
+    """RLHF tuning parameter, positive, in reward units."""
+    lam: float
+    """Prompt tuning parameter (lambda), positive, in reward units."""
+    bounds: tuple[str, ...] = ("theorem1",)
+    """Upper and lower bounds on the gap by name (theorem1, span, tight, barycentre, trained, ceiling, ...; an
+    unknown name lists them), or all."""
+    r_max: float | None = None
+    """Theorem 1's r_max, when it is known a priori. Default: the largest reward, measured from the least one
+    if that is negative."""
+    json: bool = False
+    """One JSON object per file and line, instead of a table."""
+    report: str | None = None
+    """File for a page of the results, .html."""
+
+    def run(self) -> int:
+        from tqdm import tqdm
+
+        if self.report is not None:
+            keep.check_file(self.report)
+        with tqdm(total=len(self.files), unit="file", disable=len(self.files) < 100, leave=False) as bar:
+            results = solve_files(
+                self.files, self.beta, self.lam, self.bounds, self.r_max, progress=bar.update
+            )
+        if self.json:
+            for result in results:
+                print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+        else:
+            print(table(results))
+        if self.report is not None:
+            keep.keep(report_of_solve(results), self.report)
+        return 0

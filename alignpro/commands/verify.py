@@ -2,23 +2,32 @@
 
 import math
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+import alignpro
+from alignpro.errors import AlignProError
+
+if TYPE_CHECKING:
+    pass
+
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-import alignpro
-from alignpro.commands import pages
-from alignpro.errors import AlignProError
 from alignpro.files import writable_folder, write_json
 from alignpro.report import keep as pages_keep
+from alignpro.report.numbers import number
+from alignpro.report.page import Dot, Dots, Json, Page, Table, _some
 from alignpro.theory.bounds import (
     ANY_PROMPTER,
     BOUNDS,
@@ -432,10 +441,10 @@ def _record(
 
 
 def save(result: Verification, folder: Path) -> None:
-    """Write verify.json, and the instance that refutes each refuted statement, atomically."""
+    """Write json, and the instance that refutes each refuted statement, atomically."""
     for name, worst in result.refuted.items():
         worst.instance.save(folder / f"refuted-{name}.npz")
-    write_json(folder / "verify.json", _finite(result.json()))
+    write_json(folder / "json", _finite(result.json()))
 
 
 def _finite(value: Any) -> Any:
@@ -527,10 +536,7 @@ def _by_statement(result: Verification) -> list[str]:
                 share = sum(t.vacuous for t in mine) / max(counts[0], 1)
                 cells[3] = _number(share, ".0%")
         rows.append([name, _kind(name), *map(str, counts), *cells])
-    return [
-        _aligned(rows)
-        + "\n(lhs/rhs: median over the families; by family with --bound NAME, or in verify.json)"
-    ]
+    return [_aligned(rows) + "\n(lhs/rhs: median over the families; by family with --bound NAME, or in json)"]
 
 
 def _certified(result: Verification) -> str:
@@ -598,6 +604,140 @@ def main(
     print(table(result))
     if folder is not None:
         save(result, folder)
-        print(f"wrote {folder / 'verify.json'}")
-        pages_keep.keep(pages.report_of_verify(_finite(result.json())), folder)
+        print(f"wrote {folder / 'json'}")
+        pages_keep.keep(report_of_verify(_finite(result.json())), folder)
     return 1 if result.findings else 0
+
+
+def report_of_verify(result: Json) -> Page:
+    """Of json."""
+    from alignpro.theory.bounds import WRONG_BOUNDS
+
+    names, bad = result["statements"], list(result["refuted"])
+    lead = f"No violation of {len(names)} statements in {result['instances']:,} random instances."
+    if result["violations"]:
+        lead = "Floating point claims violations, none of them proved."
+    settings = "seed instances families shapes beta_and_lam_log_uniform_over quantile_levels"
+    page = Page(
+        "verify",
+        "The theory on random instances",
+        f"Refuted: {', '.join(bad)}." if bad else lead,
+        _some(result, settings),
+    )
+    page.key("Random instances", number(result["instances"]), f"families: {len(result['families'])}")
+    page.key("Statements", number(len(names)), f"{len(bad)} refuted")
+    page.key("Violations", number(result["violations"]), "in float64, beyond rounding")
+    seconds, compiling = (number(result[key], ".1f") for key in ("seconds", "compile_seconds"))
+    page.key("Time", f"{seconds} s", f"{compiling} s to compile")
+
+    rows, dots = [], []
+    places = [result["quantile_levels"].index(q) for q in (0.05, 0.5, 0.95)]
+    for name in names:
+        mine = [row for row in result["results"] if row["statement"] == name]
+        checked, violated, unclear, apart = (
+            sum(row[key] for row in mine) for key in ("checked", "violations", "inconclusive", "inapplicable")
+        )
+        said = "REFUTED" if name in bad else "violated" if violated else "no violation"
+        cells = ["–"] * 5
+        if "slack_over_span_quantiles" in mine[0]:
+            least = [row["slack_over_span_quantiles"][0] for row in mine]
+            ratios = [row["lhs_over_rhs_quantiles"] for row in mine]
+            # Families have equal shares, so quantiles of the mixture are near the median of theirs.
+            of = [[r[i] for r in ratios if r[i] is not None] for i in places]
+            low, half, high = (median(values) if values else None for values in of)
+            dots.append(Dot(name, half, low, high))
+            cells[0] = number(min((v for v in least if v is not None), default=None), ".2g")
+            cells[1:3] = [number(half, ".2g"), number(high, ".2g")]
+        else:
+            cells[4] = number(max(row["largest_relative_error"] for row in mine), ".2g")
+        if "vacuous_share" in mine[0]:
+            cells[3] = f"{fmean(row['vacuous_share'] for row in mine):.0%}"
+        rows.append((name, said, *map(number, (checked - apart, violated, unclear)), *cells))
+    head = "statement | verdict | checked | violated | unclear | least slack / span"
+    head += " | left / right, median | 95% | vacuous | identity error"
+    known = [name for name in names if name in WRONG_BOUNDS]
+    false = f" Known to be false, and so a test of the tester: {', '.join(known)}." if known else ""
+    axis = "left side over right side: median, and 5% to 95% of the instances"
+    page.add(
+        "Statements",
+        "Over all families: the slack over the span of the rewards, and the left side over the right side "
+        f"(medians over the families).{false}",
+        Table(head, rows, "ww" + "n" * 8),
+        Dots("How tight each statement is", axis, dots, [(1.0, "equality")], -1.0) if dots else None,
+    )
+
+    if proof := result["certified"]:
+        rows = []
+        for name in names:
+            mine = [row for row in proof["results"] if row["statement"] == name]
+            counts = [
+                sum(row["verdicts"].get(v, 0) for row in mine) for v in ("holds", "violated", "inconclusive")
+            ]
+            keys = ("ties", "float64_violations_settled", "float64_violations_unexamined")
+            counts += [sum(row[key] for row in mine) for key in keys]
+            rows.append((name, *map(number, counts)))
+        page.add(
+            "Certified",
+            f"In ball arithmetic, the {proof['most_doubtful_per_statement_and_family']} most doubtful "
+            "instances of each statement and family; settled are float64 violations that are none.",
+            Table(
+                "statement | proved | refuted | inconclusive | ties | settled | unexamined",
+                rows,
+                "w" + "n" * 6,
+            ),
+        )
+    if bad:
+        rows = []
+        for name, worst in result["refuted"].items():
+            numbers = (number(worst[key]) for key in ("beta", "lam", "relative_violation"))
+            rows.append((name, worst["family"], *numbers, worst["instance"]))
+        page.add(
+            "Counterexamples",
+            "One instance for each refuted statement: of the smallest shape, the worst.",
+            Table("statement | family | β | λ | off by, of the span | file", rows, "wwnnnw"),
+        )
+    rows = []
+    for name in result["families"]:
+        mine = [row for row in result["results"] if row["family"] == name]
+        counts = [
+            sum(row[key] for row in mine) for key in ("checked", "violations", "inconclusive", "inapplicable")
+        ]
+        rows.append((name, *map(number, counts), number(result["family_seconds"][name], ".1f")))
+    page.add(
+        "Families",
+        "Each over all statements; json has them by family and statement.",
+        Table("family | checked | violated | unclear | not applicable | seconds", rows, "w" + "n" * 5),
+    )
+    return page
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check Theorem 1, its sharper forms, lower bounds, identities and lemmas on random instances.
+
+    Exit status 1 when a statement is violated (with --certify: when that is proved). Known-wrong ones
+    (signed_max_abs, quarter_l1, beta_eighth, never_outperforms, pinsker_l1, l1_at_most_one,
+    suboptimality_reversed, trained_reversed) test the tester: they must be refuted.
+    """
+
+    bound: tuple[str, ...] = ()
+    """What to check, by name: theorem1, trained, ceiling, exact_gap, ... or a known-wrong statement; an
+    unknown name lists them all. Default: every true statement. Up to three are shown family by family."""
+    instances: int = 1_000_000
+    """How many random instances, shared among the families."""
+    seed: int = 0
+    """Determines every draw."""
+    family: tuple[str, ...] = ()
+    """Families of instances to draw from. Default: all."""
+    certify: tuple[int, ...] = (0,)
+    """Prove, in ball arithmetic, the verdicts on this many most doubtful instances of each statement and
+    family, and on what floating point calls violated. --certify alone: 8."""
+    out: str | None = None
+    """Folder for json, report.html and the instances that refute a statement."""
+
+    def run(self) -> int:
+
+        if len(self.certify) > 1:
+            raise AlignProError(f"--certify {' '.join(map(str, self.certify))}: give one number, or none")
+        certify = self.certify[0] if self.certify else 8
+        return main(self.bound, self.instances, self.seed, self.family, self.out, certify)

@@ -4,9 +4,15 @@
 `alignpro.report.render` renders. Importing this needs the standard library alone, and draws nothing.
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     pass
@@ -101,3 +107,16 @@ class Page:
         self, heading: str, sentence: str, table: Table | None = None, figure: Dots | Curves | None = None
     ) -> None:
         self.sections.append(Section(heading, sentence, table, figure))
+
+
+MOST_PROMPTS = 8
+"""Whose texts a page shows."""
+
+
+def _some(of: Json, keys: str) -> dict[str, Any]:
+    """Those of `of` whose keys are named, with spaces between them."""
+    return {key: of[key] for key in keys.split()}
+
+
+def _dot(label: str, e: Json | None, group: str = "") -> Dot:
+    return Dot(label, None, group=group) if e is None else Dot(label, e["value"], e["lo"], e["hi"], group)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     pass
 
-from alignpro.commands.pages import _dot, _some, _verdict
+from alignpro.commands.estimate import _verdict
 from alignpro.report.numbers import interval, number
-from alignpro.report.page import Dots, Json, Page, Table
+from alignpro.report.page import Dots, Json, Page, Table, _dot, _some
 
 _ARMS = {"none": "no fine-tuning", "sft": "untrained prompter", "trained": "Align-Pro", "rlhf": "RLHF"}
 _BASELINES = {"sft": "ρ_sft", "star": "ρ*, training-free", "best_of_n": "best of n", "rloo": "RLOO"}
