@@ -66,8 +66,24 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
-    """One value for each line."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """One JSON value for each line of `path`. Only a newline ends a line: U+2028 and its kind are text.
+
+    Raises:
+        AlignProError: the file cannot be read, or a line holds no JSON; names the line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AlignProError(f"{path}: missing or damaged; remove it or choose another folder") from error
+    values = []
+    for i, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            raise AlignProError(
+                f"{path}: line {i} is no JSON; remove that line or choose another file"
+            ) from error
+    return values
 
 
 def writable_folder(path: str | os.PathLike[str], field: str = "--out") -> Path:

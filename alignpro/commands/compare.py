@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     pass
 
 from alignpro.commands.estimate import _SEEDED
-from alignpro.report.numbers import _limits, interval, number
-from alignpro.report.page import Dots, Json, Page, Table, _dot
+from alignpro.report.numbers import interval, limits, number
+from alignpro.report.page import Dots, Json, Page, Table, dot
 
 
 def report_of_compare(result: Json) -> Page:
@@ -28,7 +28,7 @@ def report_of_compare(result: Json) -> Page:
     settings = {"level": result["level"], "arms": list(result["mean"]), "prompts": result["n_prompts"]}
     page = Page("compare", f"Arms compared with {base}", "; ".join(said) + ".", settings | _SEEDED)
     for name, e in list(result["mean"].items())[:4]:
-        page.key(f"Mean reward, {name}", number(e["value"]), _limits(e))
+        page.key(f"Mean reward, {name}", number(e["value"]), limits(e))
 
     rows = []
     for name, e in result["mean"].items():
@@ -43,7 +43,7 @@ def report_of_compare(result: Json) -> Page:
         Dots(
             "Mean reward of each arm",
             f"reward units, {level}",
-            [_dot(*item) for item in result["mean"].items()],
+            [dot(*item) for item in result["mean"].items()],
         ),
     )
     page.add(
@@ -52,7 +52,7 @@ def report_of_compare(result: Json) -> Page:
         figure=Dots(
             f"Mean reward minus that of {base}",
             f"reward units, {level}",
-            [_dot(name, a["mean"]) for name, a in against.items()],
+            [dot(name, a["mean"]) for name, a in against.items()],
             [(0.0, "no difference")],
         ),
     )
@@ -62,7 +62,7 @@ def report_of_compare(result: Json) -> Page:
         figure=Dots(
             f"Win rate against {base}",
             f"share of pairs, ties a half, {level}",
-            [_dot(name, a["win_rate"]) for name, a in against.items()],
+            [dot(name, a["win_rate"]) for name, a in against.items()],
             [(0.5, "even")],
         ),
     )

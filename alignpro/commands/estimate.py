@@ -12,8 +12,8 @@ from alignpro.report import keep
 if TYPE_CHECKING:
     pass
 
-from alignpro.report.numbers import _limits, interval, number
-from alignpro.report.page import Dots, Json, Page, Table, _dot, _some
+from alignpro.report.numbers import interval, limits, number
+from alignpro.report.page import Dots, Json, Page, Table, dot, some
 
 
 def _verdict(bound: Json) -> str:
@@ -57,11 +57,11 @@ def report_of_estimate(result: Json) -> Page:
         f"Theorem 1 about {first['prompter']}: {_verdict(first)}"
         + f"; {first['why']}" * bool(first["why"])
         + ".",
-        _some(result, keys) | _SEEDED,
+        some(result, keys) | _SEEDED,
     )
     page.key("Theorem 1", first["verdict"], "vacuous" if first["vacuous"] else "")
     for name, e in ((f"Gap of {first['prompter']}", first["gap"]), ("Right side", first["rhs"])):
-        page.key(name, number(e and e["value"]), _limits(e))
+        page.key(name, number(e and e["value"]), limits(e))
     page.key("Rollouts", number(result["n"]), f"of {result['n_prompts']} prompts")
 
     rows, dots, terms = [], [], []
@@ -70,7 +70,7 @@ def report_of_estimate(result: Json) -> Page:
         cells = (interval(b[key]) for key in ("gap", "rhs", "slack"))
         rows.append((name, about, *cells, _verdict(b), b["why"] or "–"))
         for key, words in (("gap", "gap"), ("rhs", "right side")):
-            dots.append(_dot(f"{name}, {about}", b[key], words))
+            dots.append(dot(f"{name}, {about}", b[key], words))
         terms += [(name, about, term, interval(e)) for term, e in b["terms"].items()]
     page.add(
         "Bounds on the gap",
@@ -89,13 +89,13 @@ def report_of_estimate(result: Json) -> Page:
         "Quantities",
         "What these rollouts give of the theory; J is an expected reward, TV a total variation.",
         _shown_estimates(found, "quantity"),
-        Dots("Expected rewards", axis, [_dot(name, e) for name, e in found.items() if name.startswith("J(")]),
+        Dots("Expected rewards", axis, [dot(name, e) for name, e in found.items() if name.startswith("J(")]),
     )
     page.add(
         "Gaps to the optimum",
         "J(π*) minus the J of each arm; “rlhf − …” has the tuned policy's J in J(π*)'s place.",
         _shown_estimates(gaps, "gap of"),
-        Dots("Gap of each arm", axis, [_dot(name, e) for name, e in gaps.items()], [(0.0, "no gap")]),
+        Dots("Gap of each arm", axis, [dot(name, e) for name, e in gaps.items()], [(0.0, "no gap")]),
     )
     if result["splits"]:
         rows = []

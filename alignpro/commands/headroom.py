@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     pass
 
 from alignpro.commands.estimate import _SEEDED, _add_notes, _shown_estimates
-from alignpro.report.numbers import _limits, interval, number
-from alignpro.report.page import Dots, Json, Page, Table, _dot
+from alignpro.report.numbers import interval, limits, number
+from alignpro.report.page import Dots, Json, Page, Table, dot
 
 
 def report_of_headroom(result: Json) -> Page:
@@ -24,14 +24,14 @@ def report_of_headroom(result: Json) -> Page:
     page = Page("headroom", "What prompting could gain", result["answer"], settings)
     page.key("Train at all?", re.split(r"\W", result["answer"])[0].lower())
     for name, e in result["means"].items():
-        page.key(f"J({name})", number(e["value"]), _limits(e))
+        page.key(f"J({name})", number(e["value"]), limits(e))
     page.key("Rollouts", number(result["n"]), f"of {result['n_prompts']} prompts")
 
     groups = {"over_reference": "over ρ_sft", "net": "net of λ KL", "over_none": "over no prompter"}
     rows, dots = [], []
     for at in result["at"]:
         rows.append((f"λ = {number(at['lam'])}", *(interval(at[key]) for key in groups)))
-        dots += [_dot(rows[-1][0], at[key], words) for key, words in groups.items() if at[key]]
+        dots += [dot(rows[-1][0], at[key], words) for key, words in groups.items() if at[key]]
     page.add(
         "The optimal prompter's gain",
         f"What ρ* would earn at each λ, in reward units, with {result['level']:.0%} intervals over prompts.",
@@ -49,7 +49,7 @@ def report_of_headroom(result: Json) -> Page:
         Dots(
             "Gain of the best of n over ρ_sft",
             axis,
-            [_dot(*item) for item in best.items()],
+            [dot(*item) for item in best.items()],
             [(0.0, "no gain")],
         ),
     )

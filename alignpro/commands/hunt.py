@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from alignpro.files import writable_folder, write_json
 from alignpro.report.numbers import number
-from alignpro.report.page import Dot, Dots, Json, Page, Table, _some
+from alignpro.report.page import Dot, Dots, Json, Page, Table, some
 from alignpro.theory.bounds import STATEMENTS, WRONG_BOUNDS
 from alignpro.theory.families import Shape
 from alignpro.theory.search.ascend import Ascent, ascend
@@ -334,7 +334,7 @@ def report_of_hunt(result: Json) -> Page:
         "hunt",
         "Worst cases and counterexamples",
         f"Refuted: {', '.join(refuted)}." if refuted else "No counterexample was found.",
-        _some(result, "seed shape restarts steps tries seconds"),
+        some(result, "seed shape restarts steps tries seconds"),
     )
     page.key("Statements", number(len(every)), ", ".join(every))
     page.key("Refuted", number(len(refuted)))

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 from alignpro.files import writable_folder, write_json, write_text
 from alignpro.llm.models.chat import parse_options
 from alignpro.llm.targets.target import Target
-from alignpro.report.numbers import _limits, interval, number
-from alignpro.report.page import Dots, Json, Page, Table, _dot
+from alignpro.report.numbers import interval, limits, number
+from alignpro.report.page import Dots, Json, Page, Table, dot
 
 if TYPE_CHECKING:
     pass
@@ -156,10 +156,10 @@ def report_of_judge(result: Json, record: Json) -> Page:
         else f"{ours} wins {interval(rate)} of the pairs, ties a half.",
         {**record, "judge": result["judge"]},
     )
-    page.key("Win rate", number(rate and rate["value"]), _limits(rate))
+    page.key("Win rate", number(rate and rate["value"]), limits(rate))
     tied = f"tied {result['ties']}, failed {result['failed']}"
     page.key("Won : lost", f"{result['wins']} : {result['losses']}", tied)
-    page.key("Orders agree", number(agreement and agreement["value"]), _limits(agreement))
+    page.key("Orders agree", number(agreement and agreement["value"]), limits(agreement))
     page.key("Pairs", number(result["pairs"]), f"of {result['prompts']} prompts")
 
     rates = {
@@ -178,7 +178,7 @@ def report_of_judge(result: Json, record: Json) -> Page:
         f"{ours} against {theirs}, each pair judged in both orders, with {level} over prompts. A judge that "
         "is blind to position prefers the answer shown first in half of them.",
         Table("rate | value [interval] | pairs | how", rows, "wnnw"),
-        Dots("Rates", f"share of pairs, {level}", [_dot(*item) for item in known.items()], [(0.5, "even")]),
+        Dots("Rates", f"share of pairs, {level}", [dot(*item) for item in known.items()], [(0.5, "even")]),
     )
     low, high = map(number, result["bounds"])
     lengths = " and ".join(number(length, ".1f") for length in result["mean_lengths"])

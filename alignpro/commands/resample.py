@@ -42,7 +42,7 @@ from alignpro.llm.policies.prompter import (
 )
 from alignpro.llm.rewards import opening
 from alignpro.report.numbers import interval, number
-from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, _dot
+from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dot
 from alignpro.runs import refuse_other_settings
 
 
@@ -161,14 +161,14 @@ def report_of_resample(proposals: Sequence["Proposals"], lams: Sequence[float], 
         kl, ess = fmean(s.kl for s in found), fmean(s.ess for s in found)
         remark = f"too few on {few} of {len(found)} prompts" if few else "–"
         rows.append((f"λ = {number(lam)}", interval(e), number(kl, ".3f"), number(ess, ".1f"), remark))
-        dots.append(_dot(rows[-1][0], e, "reweighted to ρ*"))
+        dots.append(dot(rows[-1][0], e, "reweighted to ρ*"))
     for size in sorted({2**i for i in range(1, n.bit_length())} | {n}):
         e, bound = (
             gain([best_of_n(p, size).values[-1] for p in proposals]),
             math.log(size) - (size - 1) / size,
         )
         rows.append((f"best of {size}", interval(e), f"≤ {bound:.3f}", "–", "–"))
-        dots.append(_dot(rows[-1][0], e, "best of n"))
+        dots.append(dot(rows[-1][0], e, "best of n"))
     page = Page(
         "resample",
         "The training-free prompter",

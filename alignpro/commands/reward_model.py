@@ -23,8 +23,8 @@ from alignpro.files import read_json_lines
 from alignpro.llm.models import packages
 from alignpro.llm.training.reward import METRICS_FILE, read_pairs, split_pairs, train_reward
 from alignpro.report import numbers
-from alignpro.report.numbers import _limits, interval, number
-from alignpro.report.page import Dots, Json, Page, Table, _dot, _some
+from alignpro.report.numbers import interval, limits, number
+from alignpro.report.page import Dots, Json, Page, Table, dot, some
 
 
 def run_reward_model(
@@ -71,10 +71,10 @@ def report_of_reward_model(metrics: Sequence[Json], found: Json) -> Page:
         "A reward learned from preferences",
         f"On pairs never seen it prefers the chosen answer in a share of {interval(test, '.3f')}; preferring "
         f"the longer one, in {interval(longer, '.3f')}.",
-        _some(found, "settings base template max_tokens pairs prompts truncated bounds loss"),
+        some(found, "settings base template max_tokens pairs prompts truncated bounds loss"),
     )
-    page.key("Accuracy, test", number(test["value"], ".3f"), f"{_limits(test)}; {test['prompts']} prompts")
-    page.key("By length alone", number(longer["value"], ".3f"), _limits(longer))
+    page.key("Accuracy, test", number(test["value"], ".3f"), f"{limits(test)}; {test['prompts']} prompts")
+    page.key("By length alone", number(longer["value"], ".3f"), limits(longer))
     page.key("Loss, test", number(found["test_loss"], ".3f"), f"nats; of a coin {math.log(2):.3f}")
     learned = sum(n for name, n in found["pairs"].items() if name.endswith(" train"))
     page.key("Pairs learned from", number(learned), f"{metrics[-1]['step']} optimizer steps")
@@ -83,8 +83,8 @@ def report_of_reward_model(metrics: Sequence[Json], found: Json) -> Page:
         for part, e in ((part, found[f"{part}_accuracy"]) for part in parts)
     ]
     rows.append(("test, by length", interval(longer, ".3f"), number(longer["prompts"]), "–"))
-    dots = [_dot(part, found[f"{part}_accuracy"], "the reward") for part in parts]
-    dots.append(_dot("test", longer, "the longer answer"))
+    dots = [dot(part, found[f"{part}_accuracy"], "the reward") for part in parts]
+    dots.append(dot("test", longer, "the longer answer"))
     page.add(
         "How good it is",
         "The share of pairs in which the chosen answer has the larger reward, averaged within prompts first; "

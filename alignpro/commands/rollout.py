@@ -47,8 +47,8 @@ from alignpro.llm.policies.prompter import (
 )
 from alignpro.llm.rewards import opening
 from alignpro.llm.targets.target import Target
-from alignpro.report.numbers import _limits, interval, number
-from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, _dot
+from alignpro.report.numbers import interval, limits, number
+from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dot
 
 
 def run_rollout(
@@ -273,7 +273,7 @@ def report_of_rollout(found: "Rollouts", rows: Iterable[Json], record: Json) -> 
         record,
     )
     for name, e in list(means.items())[:4]:
-        page.key(f"Mean reward, {name}", number(e["value"]), _limits(e))
+        page.key(f"Mean reward, {name}", number(e["value"]), limits(e))
     page.add(
         "Mean reward by arm",
         f"On a scale from {number(found.low)} to {number(found.high)}, with 95% intervals over prompts where "
@@ -288,7 +288,7 @@ def report_of_rollout(found: "Rollouts", rows: Iterable[Json], record: Json) -> 
             "wnnn",
         ),
         Dots(
-            "Mean reward of each arm", "reward units, 95% intervals", [_dot(*item) for item in means.items()]
+            "Mean reward of each arm", "reward units, 95% intervals", [dot(*item) for item in means.items()]
         ),
     )
     texts: dict[str, dict[str, Json]] = {}

@@ -24,7 +24,7 @@ import numpy as np
 
 from alignpro.commands.estimate import _verdict
 from alignpro.report.numbers import number
-from alignpro.report.page import Dot, Dots, Json, Page, Table, _some
+from alignpro.report.page import Dot, Dots, Json, Page, Table, some
 from alignpro.theory.bounds import BOUNDS, LOWER_BOUNDS, Statement, paper_r_max, report, theorem1
 from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import Instance, load, unchecked
@@ -271,7 +271,7 @@ def report_of_solve(results: Sequence[Json]) -> Page:
         "solve",
         "Exact optima, gap and bounds",
         f"{bad or 'None'} of {len(checks)} bounds {'are' if bad > 1 else 'is'} violated.",
-        {**_some(first, "beta lam"), "bounds": list(first["bounds"]), "seed": "none: nothing is random"},
+        {**some(first, "beta lam"), "bounds": list(first["bounds"]), "seed": "none: nothing is random"},
     )
     largest = max((one["gap"] for one in results if one["gap"] is not None), default=None)
     page.key("Instances", number(len(results)))

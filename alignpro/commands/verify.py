@@ -27,7 +27,7 @@ from tqdm import tqdm
 from alignpro.files import writable_folder, write_json
 from alignpro.report import keep as pages_keep
 from alignpro.report.numbers import number
-from alignpro.report.page import Dot, Dots, Json, Page, Table, _some
+from alignpro.report.page import Dot, Dots, Json, Page, Table, some
 from alignpro.theory.bounds import (
     ANY_PROMPTER,
     BOUNDS,
@@ -622,7 +622,7 @@ def report_of_verify(result: Json) -> Page:
         "verify",
         "The theory on random instances",
         f"Refuted: {', '.join(bad)}." if bad else lead,
-        _some(result, settings),
+        some(result, settings),
     )
     page.key("Random instances", number(result["instances"]), f"families: {len(result['families'])}")
     page.key("Statements", number(len(names)), f"{len(bad)} refuted")

@@ -1,24 +1,17 @@
-"""One page for every verb that produces numbers: what its JSON result says, as sections of tables and charts.
+"""What a verb's page says: sections of tables and charts, as plain data.
 
-`report_of_VERB` turns a result into a `Page`, plain data; `keep` writes it as self-contained HTML, which
-`alignpro.report.render` renders. Importing this needs the standard library alone, and draws nothing.
+`alignpro.report.keep` writes a `Page` as self-contained HTML, which `alignpro.report.render` makes. Importing
+this needs the standard library alone, and draws nothing.
 """
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    pass
+from alignpro.report.numbers import Json, ends
 
-
-Json = Mapping[str, Any]
+MOST_PROMPTS = 8
+"""Of how many prompts a page shows the texts."""
 
 
 class Dot(NamedTuple):
@@ -109,14 +102,11 @@ class Page:
         self.sections.append(Section(heading, sentence, table, figure))
 
 
-MOST_PROMPTS = 8
-"""Whose texts a page shows."""
-
-
-def _some(of: Json, keys: str) -> dict[str, Any]:
+def some(of: Json, keys: str) -> dict[str, Any]:
     """Those of `of` whose keys are named, with spaces between them."""
     return {key: of[key] for key in keys.split()}
 
 
-def _dot(label: str, e: Json | None, group: str = "") -> Dot:
-    return Dot(label, None, group=group) if e is None else Dot(label, e["value"], e["lo"], e["hi"], group)
+def dot(label: str, e: Any, group: str = "") -> Dot:
+    """The `Dot` of an `Estimate`, of one read from JSON, or of None."""
+    return Dot(label, *ends(e), group)

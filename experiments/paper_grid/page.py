@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 from alignpro.commands.estimate import _verdict
 from alignpro.report.numbers import interval, number
-from alignpro.report.page import Dots, Json, Page, Table, _dot, _some
+from alignpro.report.page import Dots, Json, Page, Table, dot, some
 
 _ARMS = {"none": "no fine-tuning", "sft": "untrained prompter", "trained": "Align-Pro", "rlhf": "RLHF"}
 _BASELINES = {"sft": "ρ_sft", "star": "ρ*, training-free", "best_of_n": "best of n", "rloo": "RLOO"}
@@ -22,7 +22,7 @@ def report_of_grid(results: Json) -> Page:
         "grid",
         f"The paper's experiments, preset {results['preset']['name']}",
         f"Of {len(said)} claims of the paper, {', '.join(f'{said.count(v)} {v}' for v in verdicts)}.",
-        _some(results, "environment preset"),
+        some(results, "environment preset"),
     )
     for verdict in verdicts:
         page.key(verdict.capitalize(), number(said.count(verdict)), f"of {len(said)} claims")
@@ -65,7 +65,7 @@ def _add_combinations(page: Page, results: Json, level: str) -> None:
     for key, heading in (("mean", "Figure 2: mean reward"), ("variance", "Figure 3: variance of the reward")):
         arms = [arm for arm in _ARMS if any(arm in e[key] for e in every.values())]
         rows = [(name, *(interval(e[key].get(arm), ".3f") for arm in arms)) for name, e in every.items()]
-        dots = [_dot(name, e[key].get(arm), _ARMS[arm]) for name, e in every.items() for arm in arms]
+        dots = [dot(name, e[key].get(arm), _ARMS[arm]) for name, e in every.items() for arm in arms]
         axis = heading.split(": ")[1]
         page.add(
             heading,
@@ -86,7 +86,7 @@ def _add_combinations(page: Page, results: Json, level: str) -> None:
                 e["wins_by_reward"],
             )
             rows.append((name, counts, *map(interval, rates), f"{w['failed']} of {w['pairs']}"))
-            dots.append(_dot(name, w["win_rate"]))
+            dots.append(dot(name, w["win_rate"]))
         head = "combination | won : lost : tied | win rate | at equal lengths | orders agree"
         head += " | first shown wins | by reward | failed"
         page.add(

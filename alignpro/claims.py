@@ -1,0 +1,46 @@
+"""Claims: the statements about the gap that can be checked, and what a check may find.
+
+The exact theory evaluates a claim on an instance, estimation evaluates one on rollouts; both keep theirs in a
+plain dict of `Claim`s by name, and nothing else says which is an upper bound or is about any prompter.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Verdict = Literal["holds", "violated", "inconclusive", "inapplicable"]
+"""What a check found. `inconclusive`: the slack is within its own uncertainty. `inapplicable`: an assumption
+fails, or a quantity that the claim needs is missing."""
+
+Kind = Literal["upper bound", "lower bound", "identity", "lemma", "known wrong"]
+"""`lemma`: a true inequality that does not bound the gap. `known wrong`: a tempting misreading, kept to test
+the tester."""
+
+Relation = Literal["<=", ">=", "="]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: how to evaluate it, and how to read what comes out."""
+
+    function: Callable[..., Any]
+    """Evaluates it: a `Statement` of the exact theory from a `Solution`, or of estimation from `Terms`."""
+    kind: Kind
+    relation: Relation = "<="
+    """How the gap (or a lemma's left side) stands to the bound: `<=`, `>=` or `=`."""
+    any_prompter: bool = False
+    """Whether it is about every prompter ρ, rather than about the optimal ρ* alone."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """The claim's statement."""
+        return self.function(*arguments, **named)
+
+    @property
+    def true(self) -> bool:
+        """Whether it is a theorem, rather than a known-wrong reading."""
+        return self.kind != "known wrong"
+
+
+def of_kind(claims: Mapping[str, Claim], *kinds: Kind) -> dict[str, Claim]:
+    """The claims of these kinds, in their order."""
+    return {name: claim for name, claim in claims.items() if claim.kind in kinds}
