@@ -9,12 +9,9 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from alignpro.commands.options import EnvironmentSettings, PromptSettings
 from alignpro.errors import AlignProError
 from alignpro.files import read_json
-from alignpro.llm.training.settings import (
-    EnvironmentSettings,
-    PromptSettings,
-)
 from alignpro.report import keep
 
 if TYPE_CHECKING:

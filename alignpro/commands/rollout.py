@@ -7,13 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from alignpro.commands.options import EnvironmentSettings, PromptSettings
 from alignpro.errors import AlignProError
 from alignpro.files import read_json
-from alignpro.llm.training.settings import (
-    EnvironmentSettings,
-    PromptSettings,
-    RolloutSettings,
-)
+from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.report import keep
 
 if TYPE_CHECKING:

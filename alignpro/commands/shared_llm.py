@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from alignpro.commands.options import EnvironmentSettings, PromptSettings
 from alignpro.errors import AlignProError
 from alignpro.llm.data import own as datasets_own
 from alignpro.llm.data import public
@@ -13,7 +14,6 @@ from alignpro.llm.policies.prompter import PROMPTER_FILE, check_room, check_temp
 from alignpro.llm.rewards import opening
 from alignpro.llm.targets.ledger import Cached, Prices
 from alignpro.llm.targets.target import Target
-from alignpro.llm.training.settings import EnvironmentSettings, PromptSettings
 
 # Of a rewrite in its chat template, for the estimate of costs.
 _PROMPT_TOKENS = 64

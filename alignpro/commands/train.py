@@ -6,14 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from alignpro.commands.options import EnvironmentSettings, PromptSettings
 from alignpro.errors import AlignProError
 from alignpro.files import read_json
-from alignpro.llm.training.settings import (
-    PRESETS,
-    EnvironmentSettings,
-    PromptSettings,
-    TrainSettings,
-)
+from alignpro.llm.training.settings import PRESETS, TrainSettings
 from alignpro.report import keep
 
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from alignpro.errors import AlignProError
 from alignpro.files import atomic_write, read_json, writable_folder, write_json
 from alignpro.llm.arms.resample import Array, appraise, best_of_n, choose, star
+from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.targets.target import Answer, Target
-from alignpro.llm.training.settings import RolloutSettings
 from alignpro.rollouts import Rollout
 from alignpro.runs import refuse_other_settings
 
