@@ -573,6 +573,31 @@ def test_headroom(family):
     kills(check, lambda i, t: J.headroom(i, t)._replace(first_order=J.headroom(i, t).first_order / 2))
 
 
+def test_each_limit_of_the_headroom_is_attained():
+    """Two rewrites with rewards 0 and 1, the better of mass b, at λ = 1/a: each part of `upper` in its turn."""
+    cases = [(1 / (1 + np.exp(2.0)), 4.0), (0.1, 1e-6), (0.1, 1e3)]  # tanh; first order; max R − E R
+
+    def check(head):
+        for mass, a in cases:
+            found = head(Instance([1.0], [[1 - mass, mass]], np.eye(2), [0], [[0.0, 1.0]]), 1 / a)
+            np.testing.assert_allclose(found.upper, found.lift, rtol=1e-5)
+            np.testing.assert_allclose(found.lower, found.lift, rtol=1e-5 if a < 1 else np.inf)
+
+    def without(part):
+        def mutant(instance, lam):
+            mass, a = float(instance.prior[0, 1]), 1 / lam
+            parts = [np.tanh(a / 4), mass * (1 - mass) * np.expm1(min(a, 600.0)), 1 - mass]
+            return J.headroom(instance, lam)._replace(upper=[min(parts[:part] + parts[part + 1 :])])
+
+        return mutant
+
+    check(J.headroom)
+    check(without(3))  # none left out: the formula itself
+    for part in range(3):
+        kills(check, without(part))
+    kills(check, lambda i, t: J.headroom(i, t)._replace(lower=J.headroom(i, t).lower / 2))
+
+
 def test_variance_split():
     def check(split):
         for family in SPREAD:
@@ -695,6 +720,35 @@ def test_critical_temperatures(per_prompt):
 
     kills(lambda f: check(f, J.critical_beta), partial(off, J.critical_lam))
     kills(lambda f: check(J.critical_lam, f), partial(off, J.critical_beta))
+
+
+def test_the_enclosure_of_a_critical_temperature_is_sharp():
+    """`upper` is reached by a fair coin that must gain little, `lower` by a rare best that must nearly win."""
+
+    def of_lam(mass, target):
+        """ρ_sft gives reward 1 with probability `mass`; π*, at β far above its reward, has `target`."""
+        frozen = [[1.0, 0.0], [0.0, 1.0], [1 - target, target]]
+        return Instance([1.0], [[1 - mass, mass, 0.0]], frozen, [2], [[0.0, 1.0]])
+
+    def of_beta(mass, target):
+        """π_F(·|x) gives reward 1 with probability `mass`, and the one rewrite has `target`."""
+        return Instance([1.0], [[0.0, 1.0]], [[1 - mass, mass], [1 - target, target]], [0], [[0.0, 1.0]])
+
+    def check(lam_of, beta_of):
+        for function, made in ((lam_of, of_lam), (beta_of, of_beta)):
+            slow, rare = function(made(0.5, 0.501), 1e12), function(made(1e-200, 0.01), 1e12)
+            np.testing.assert_allclose(slow.upper, slow.value, rtol=1e-4)
+            np.testing.assert_allclose(rare.lower, rare.value, rtol=0.03)
+
+    check(J.critical_lam, J.critical_beta)
+    for key, factor in (("upper", 2), ("lower", 0.5)):
+
+        def off(function, *arguments, key=key, factor=factor):
+            found = function(*arguments)
+            return found._replace(**{key: factor * getattr(found, key)})
+
+        kills(lambda f: check(f, J.critical_beta), partial(off, J.critical_lam))
+        kills(lambda f: check(J.critical_lam, f), partial(off, J.critical_beta))
 
 
 def test_a_difference_within_rounding_has_no_critical_temperature():
