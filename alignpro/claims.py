@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Verdict = Literal["holds", "violated", "inconclusive", "inapplicable"]
-"""What a check found. `inconclusive`: the slack is within its own uncertainty. `inapplicable`: an assumption
+"""Outcome of a check. `inconclusive`: the slack is within its own uncertainty. `inapplicable`: an assumption
 fails, or a quantity that the claim needs is missing."""
 
 Kind = Literal["upper bound", "lower bound", "identity", "lemma", "known wrong"]

@@ -173,7 +173,7 @@ def frontier(instance: Instance, lams: Float[Floats, " L"], *, responses: bool =
     tilted = jax.vmap(lambda t: tilt(base, energy, t))(lams)
     spent = tilted.cost / lams[:, None]
     reward = reference[None, :] + tilted.lift
-    p = jnp.asarray(instance.p, float)
+    p = jnp.broadcast_to(jnp.asarray(instance.p, float), spent.shape)
     means = (average(p, v) for v in (spent, reward, tilted.lift))
     return Frontier(lams, spent, reward, tilted.lift, *means)
 

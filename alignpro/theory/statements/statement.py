@@ -32,7 +32,7 @@ class Statement(NamedTuple):
     """Named, signed parts of a bound on the gap, whose sum is the bound: `rhs`, or `lhs` of a lower bound.
     Empty for identities and for lemmas of other quantities."""
     assumptions: dict[str, Array]
-    """What must be true for the statement to apply (bool), by a phrase for the reader."""
+    """Whether each thing the statement needs is true (bool), by a phrase for the reader."""
 
 
 def paper_r_max(s: Solution) -> Any:
