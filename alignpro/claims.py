@@ -27,6 +27,7 @@ class Claim:
     function: Callable[..., Any]
     """Evaluates it: a `Statement` of the exact theory from a `Solution`, or of estimation from `Terms`."""
     kind: Kind
+    """The sort of statement: a bound on the gap, an equality, a lemma, or a known-wrong reading."""
     relation: Relation = "<="
     """How the gap (or a lemma's left side) stands to the bound: `<=`, `>=` or `=`."""
     any_prompter: bool = False

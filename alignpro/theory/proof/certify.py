@@ -42,6 +42,7 @@ class Certificate:
     """The proof, or its failure, of one statement on one rational instance; reward units."""
 
     name: str
+    """Key of the claim, or the name of the function that was certified."""
     verdict: Verdict
     """holds: slack ≥ 0 is proved (of an identity, slack = 0). violated: slack < 0 is proved (slack ≠ 0).
     inapplicable: an assumption fails. inconclusive: none of these, up to `precision` bits."""

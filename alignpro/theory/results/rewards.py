@@ -1,4 +1,4 @@
-"""Mean rewards, variances and extremes of instances, for the results of this folder."""
+"""Rewards of an instance measured from the best reachable one, with variances and extremes of energies."""
 
 from typing import NamedTuple
 
@@ -23,23 +23,26 @@ def reachable(instance: Instance) -> Bool[Array, "X Y"]:
 
 
 class Rewards(NamedTuple):
-    """Rewards of one instance, measured from `top`."""
+    """Rewards of one instance, measured from `top`; reward units."""
 
     top: Float[Array, " X"]
-    """The best response reachable from x by its own row or by the support of ρ_sft, reward units."""
+    """The best reward of a response reachable from x by its own row or by the support of ρ_sft."""
     response: Float[Array, "X Y"]
     """r*(x,y) − top; 0 where no row reaches y, > 0 only where only rows off the support do."""
     rewrite: Float[Array, "X K"]
     """R(x,x′) − top."""
     tie: Float[Array, " X"]
-    """Two R's this close are equal to rounding."""
+    """Differences of R up to this are rounding."""
     prior: Float[Array, "X K"]
+    """ρ_sft (probabilities)."""
     frozen: Float[Array, "K Y"]
+    """π_F (probabilities)."""
     own: Float[Array, "X Y"]
-    """π_F(·|x)."""
+    """π_F(·|x) (probabilities)."""
 
 
 def rewards_of(instance: Instance) -> Rewards:
+    """Measure the rewards of an instance from its best reachable response, prompt by prompt."""
     return _compiled_rewards(bare(instance))
 
 
@@ -64,11 +67,12 @@ def _compiled_rewards(instance: Instance) -> Rewards:
 
 
 def as_temperature(name: str, value: Temperature) -> Array:
-    """β or λ as an array; checked where it is a plain number (a traced one cannot be)."""
+    """Convert β or λ to an array; check it where it is a plain number (a traced one cannot be)."""
     return jnp.asarray(value if isinstance(value, jax.Array) else check_temperature(name, value), float)
 
 
 def as_prompter(instance: Instance, prompter: Float[Floats, "X K"]) -> Array:
+    """Convert ρ [X, K] to an array; check it where it is concrete (a traced one cannot be)."""
     if not isinstance(prompter, jax.core.Tracer):
         prompter = probabilities("prompter", prompter, np.shape(instance.prior))
     return jnp.asarray(prompter, float)
@@ -87,17 +91,20 @@ class Extremes(NamedTuple):
     """An energy on the support of a base, on the last axis."""
 
     best: Float[Array, "... n"]
-    """Whether it is maximal there, to within `tie` (bool)."""
+    """Whether the energy is maximal on the support, to within `tie` (bool)."""
     mass: Float[Array, "..."]
-    """base(maximisers)."""
+    """Mass of the maximisers under the base (probability)."""
     separation: Float[Array, "..."]
     """Least energy of a maximiser less the best of the others; ∞ where there are no others."""
     maximum: Float[Array, "..."]
+    """Largest energy."""
     span: Float[Array, "..."]
+    """Largest less least energy."""
 
 
 @jax.jit
 def extremes(base: Array, energy: Array, tie: Array) -> Extremes:
+    """Find the extremes of `energy` where `base` > 0; energies within `tie` of the largest are maximal."""
     inside = base > 0
     maximum = jnp.max(jnp.where(inside, energy, -jnp.inf), -1)
     best = inside & (energy >= (maximum - tie)[..., None])

@@ -22,7 +22,9 @@ class Statement(NamedTuple):
     """
 
     lhs: Float[Array, ""]
+    """Left side: the gap, or a lower bound on it."""
     rhs: Float[Array, ""]
+    """Right side: an upper bound on the gap, or the gap."""
     error: Float[Array, ""]
     """Bound on the rounding of `rhs − lhs`."""
     ceiling: Float[Array, ""]
