@@ -69,7 +69,7 @@ class Split:
 
 @dataclass(frozen=True)
 class EstimateReport:
-    """What rollouts say about the theory, at β and λ."""
+    """Everything that rollouts say about the theory, at β and λ."""
 
     beta: float
     """β, in reward units."""
@@ -98,11 +98,11 @@ class EstimateReport:
     bounds: tuple[BoundEstimate, ...]
     """Every claim about every prompter that it can be made of."""
     splits: Mapping[str, Split]
-    """Where the gap comes from, by arm."""
+    """The parts that each gap is the sum of, by arm."""
     missing: Mapping[str, str]
     """Quantities that these rollouts cannot give, and why."""
     warnings: tuple[str, ...]
-    """What to keep in mind with these numbers."""
+    """Cautions to read these numbers with."""
 
     @property
     def width(self) -> float:

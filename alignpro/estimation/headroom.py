@@ -59,7 +59,7 @@ class Headroom:
     answer: str
     """Whether one should train at all, in a sentence that begins with Yes, No or Undecided."""
     warnings: tuple[str, ...]
-    """What to keep in mind with these numbers."""
+    """Cautions to read these numbers with."""
 
     @property
     def decision(self) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 CANDIDATES = ("VERDICT: A", "VERDICT: B")
 """The replies that are compared."""
 CONTENT_FREE = ("N/A", "[MASK]", "")
-"""What stands for question and both answers where there is nothing to judge (arXiv 2102.09690)."""
+"""Texts that stand for question and both answers where there is nothing to judge (arXiv 2102.09690)."""
 
 
 class ForcedChoice:

@@ -1,4 +1,4 @@
-"""What a judge is asked about two answers, and how its reply is read.
+"""The question that a judge is asked about two answers, and how its reply is read.
 
 Question and answers are data. They stand between lines with a code that is in none of them, every line of
 theirs behind a bar; what could end a chat turn, or pass for a verdict, is broken up visibly first (`quoted`).
@@ -108,7 +108,7 @@ _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.S)
 
 @dataclass(frozen=True)
 class Reading:
-    """What one reply of a judge says."""
+    """The content of one reply of a judge."""
 
     choice: Choice | None
     """The better answer; None where the reply gives no verdict."""

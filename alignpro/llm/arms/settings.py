@@ -11,7 +11,7 @@ from alignpro.llm.training.settings import _check_whole
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """What is rolled out: which arms, and how often."""
+    """The arms that are rolled out, and how often."""
 
     arms: tuple[str, ...] = ("none", "sft")
     """Any of none (the prompt itself), sft (drawn from rho_sft), star (rho* by resampling) and best_of_n."""
@@ -24,7 +24,7 @@ class RolloutSettings:
     answers: int = 2
     """Answers to each of them."""
     rewrite_tokens: int | None = None
-    """Tokens of a rewrite, at most. Default: as the trained prompters were trained, or rho_sft's own."""
+    """Tokens of a rewrite, at most. Left out: as the trained prompters were trained, or rho_sft's own."""
     lam: float = 0.05
     """star: lambda, positive, in units of the reward."""
     proposals: int = 16
@@ -32,7 +32,7 @@ class RolloutSettings:
     proposal_answers: int = 1
     """star, best_of_n: answers that judge each distinct proposal; those to what is resampled are fresh."""
     best_of: int | None = None
-    """best_of_n: n, at most the proposals. Default: all of them."""
+    """best_of_n: n, at most the proposals. Left out: all of them."""
     seed: int = 0
     """Determines rewrites and answers. Trained arms count their seeds from here."""
 
