@@ -9,7 +9,7 @@ import tyro
 
 from alignpro.commands.shared import tell
 from alignpro.files import read_json
-from alignpro.llm.arms.settings import JudgeSettings
+from alignpro.llm.arms.judge_settings import JudgeSettings
 from alignpro.report import keep
 from alignpro.report.numbers import columns, interval, limits, number, plain
 from alignpro.report.page import Dots, Page, Table, dot
