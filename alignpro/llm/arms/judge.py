@@ -16,8 +16,8 @@ from alignpro import rollouts
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.llm.arms.forced import ForcedChoice
-from alignpro.llm.arms.question import Reading, control_tokens, question, read_verdict
 from alignpro.llm.arms.judge_settings import JudgeSettings
+from alignpro.llm.arms.question import Reading, control_tokens, question, read_verdict
 from alignpro.llm.models.chat import parse_options
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.targets.target import Target
