@@ -4,6 +4,9 @@ import contextlib
 import math
 import numbers
 
+LEAST, MOST = 1e-18, 1e18
+"""The least and the largest β or λ, in reward units."""
+
 
 class AlignProError(ValueError):
     """A mistake the user can mend: names the field, the value and the remedy in one line.
@@ -27,7 +30,7 @@ def check_temperature(name: str, value: object) -> float:
             f"{name} {value}: must be a positive finite number; give one such as {name} 0.5 "
             "(use a small positive value for the greedy limit)"
         )
-    if not 1e-18 <= number <= 1e18:
+    if not LEAST <= number <= MOST:
         raise AlignProError(
             f"{name} {value}: is outside 1e-18 to 1e18; divide rewards, beta and lam by a common factor"
         )
