@@ -158,29 +158,16 @@ def estimate(
     numbers = estimates(found, rollouts, level, interval=interval)
     parts = {
         (key, name): term
-        for key, statement in statements.items()
-        for name, term in [
-            ("gap", statement.gap),
-            ("rhs", statement.rhs),
-            *statement.terms.items(),
-        ]
+        for key, s in statements.items()
+        for name, term in {"gap": s.gap, "rhs": s.rhs, **s.terms}.items()
     }
-    by_part = estimates({str(key): term for key, term in parts.items()}, rollouts, level)
-    slacks = estimates(
-        {str(key): statement.slack for key, statement in statements.items()},
-        rollouts,
-        level,
-        simultaneous=True,
-    )
+    by_part = estimates(parts, rollouts, level)
+    slacks = estimates({key: s.slack for key, s in statements.items()}, rollouts, level, simultaneous=True)
     bounds = []
-    for key in [*statements, *lacking]:
-        if key in lacking:
-            bounds.append(_inapplicable(*key, lacking[key]))
-            continue
-        statement = statements[key]
-        numbers_of = {name: by_part[str((k, name))] for k, name in parts if k == key}
-        gap, rhs = numbers_of.pop("gap"), numbers_of.pop("rhs")
-        bounds.append(_bound(*key, gap, rhs, slacks[str(key)], numbers_of, statement, terms))
+    for key, statement in statements.items():
+        mine = {name: e for (of, name), e in by_part.items() if of == key}
+        bounds.append(_bound(*key, mine.pop("gap"), mine.pop("rhs"), slacks[key], mine, statement, terms))
+    bounds += [_inapplicable(*key, why) for key, why in lacking.items()]
     gaps, splits = _gaps(terms, rollouts, level)
     return EstimateReport(
         beta=beta,

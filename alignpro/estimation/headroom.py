@@ -115,8 +115,8 @@ def headroom(rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95
         decisive["over", lam] = rows["over", lam]
     if none:
         rows["ceiling"] = terms.best() - terms.j("none")
-    found = _keyed(rows, rollouts, level, False)
-    joint = _keyed(decisive, rollouts, level, True)
+    found = estimates(rows, rollouts, level)
+    joint = estimates(decisive, rollouts, level, simultaneous=True)
     return Headroom(
         level=level,
         n=len(rollouts),
@@ -140,11 +140,6 @@ def _best(rewards: np.ndarray, n: int) -> np.ndarray:
 
 def _of_sft(values: np.ndarray, low: float, high: float, bias: Bias, method: str) -> Term:
     return Term(values, low, high, frozenset({"sft"}), bias, method)
-
-
-def _keyed(terms: dict[Any, Term], rollouts: Rollouts, level: float, joint: bool) -> dict[Any, Estimate]:
-    named = estimates({str(k): term for k, term in terms.items()}, rollouts, level, simultaneous=joint)
-    return {k: named[str(k)] for k in terms}
 
 
 def _answer(lams: Sequence[float], joint: dict[Any, Estimate], none: bool, width: float) -> str:

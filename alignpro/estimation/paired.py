@@ -4,9 +4,9 @@ A `Term` holds one number per prompt whose mean over prompts estimates a quantit
 terms stay paired, prompt by prompt, so that the interval of a gap or of a slack is that of one mean.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from alignpro.rollouts import Rollouts
 
 Interval = Literal["bootstrap", "betting"]
 """Which intervals means get: percentile-t over prompts, or guaranteed limits where they are to be had."""
+Key = TypeVar("Key", bound=Hashable)
 _FLIP: dict[Bias, Bias] = {"none": "none", "up": "down", "down": "up", "unknown": "unknown"}
 
 
@@ -100,17 +101,17 @@ class Term:
 
 
 def estimates(
-    terms: Mapping[str, Term],
+    terms: Mapping[Key, Term],
     rollouts: Rollouts,
     level: float,
     *,
     interval: Interval = "bootstrap",
     simultaneous: bool = False,
-) -> dict[str, Estimate]:
+) -> dict[Key, Estimate]:
     """Estimate every term with its interval, all prompts resampled together.
 
     Args:
-        terms: by name.
+        terms: by name, or any other key.
         rollouts: the rollouts that the terms come from, whose rows are counted.
         level: of each interval, or of all at once when `simultaneous`.
         interval: betting has guaranteed coverage, for the terms that are unbiased and bounded.
@@ -119,7 +120,7 @@ def estimates(
     if not terms:
         return {}
     rows: list[np.ndarray] = []
-    at: dict[str, int] = {}
+    at: dict[Key, int] = {}
     for name, term in terms.items():
         sides = [term.values]
         if term.lower is not None and term.upper is not None:

@@ -566,7 +566,7 @@ def test_mistakes_get_one_line_and_status_2(case, file, capsys):
 def test_verbs_wait_for_no_numbers_and_estimation_for_neither_jax_nor_torch():
     code = (
         "import sys, importlib\n"
-        "for verb in ('estimate', 'headroom', 'compare'): importlib.import_module(f'alignpro.commands.{verb}')\n"
+        "for v in ('estimate', 'headroom', 'compare'): importlib.import_module(f'alignpro.commands.{v}')\n"
         "loaded = lambda: [m for m in ('numpy', 'jax', 'torch', 'scipy') if m in sys.modules]\n"
         "print(loaded())\n"
         "import alignpro.estimation\n"
