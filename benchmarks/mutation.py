@@ -36,9 +36,12 @@ TARGETS = {
     "estimation": (
         (
             "estimation/samples.py",
+            "estimation/paired.py",
+            "estimation/arm.py",
             "estimation/terms.py",
             "estimation/intervals.py",
             "estimation/statements.py",
+            "estimation/estimate.py",
             "estimation/headroom.py",
             "estimation/compare.py",
             "estimation/winrate.py",

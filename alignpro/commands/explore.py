@@ -28,11 +28,10 @@ import jax
 import numpy as np
 
 from alignpro import rollouts
-from alignpro.errors import AlignProError
+from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory import BOUNDS, FAMILIES, LOWER_BOUNDS, STATEMENTS, Instance, load, solution
 from alignpro.theory.bounds import paper_r_max, report
 from alignpro.theory.families import draw
-from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import bare
 from alignpro.theory.results import cost, reach
 

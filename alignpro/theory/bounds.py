@@ -11,9 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from alignpro.claims import Claim, Relation, Verdict, of_kind
-from alignpro.errors import AlignProError
+from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.divergences import Floats
-from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import Instance, probabilities
 from alignpro.theory.solution import solution
 from alignpro.theory.statements import lemmas, lower, upper, wrong

@@ -5,7 +5,6 @@
 with optimal value temperature·log Z.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -16,16 +15,12 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from alignpro.errors import AlignProError
 from alignpro.theory.divergences import Floats, expm1_psi, log1p_or, same_floats, scaled_kl
 
 # Above this the mass sits far from the base's mean, and centring at the maximum is the accurate choice.
 _FAR = 8.0
 # ψ is summed directly up to here; beyond, exp could overflow.
 _HUGE, _HUGE_SINGLE = 500.0, 60.0
-
-LEAST, MOST = 1e-18, 1e18
-"""The least and the largest temperature, in reward units."""
 
 T = TypeVar("T")
 
@@ -165,24 +160,3 @@ def grid(function: Callable[[Array, Array], T], betas: Float[Floats, "B"], lams:
     """
     betas, lams = jnp.asarray(betas, float), jnp.asarray(lams, float)
     return jax.vmap(lambda beta: jax.vmap(lambda lam: function(beta, lam))(lams))(betas)
-
-
-def check_temperature(name: str, value: object) -> float:
-    """Check a temperature β or λ, and give it as a float.
-
-    Raises:
-        AlignProError: not a number, not finite, or not positive; `name` (a flag, say) heads the message.
-    """
-    number = math.nan
-    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
-        number = float(value)
-    if not 0 < number < math.inf:
-        raise AlignProError(
-            f"{name} {value}: must be a positive finite number; give one such as {name} 0.5 "
-            "(use a small positive value for the greedy limit)"
-        )
-    if not LEAST <= number <= MOST:
-        raise AlignProError(
-            f"{name} {value}: is outside 1e-18 to 1e18; divide rewards, beta and lam by a common factor"
-        )
-    return number

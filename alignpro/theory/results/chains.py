@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from alignpro.errors import AlignProError
+from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.divergences import Floats, log_quotient, scaled_kl
-from alignpro.theory.gibbs import Tilted, check_temperature, tilt
+from alignpro.theory.gibbs import Tilted, tilt
 from alignpro.theory.instance import Instance, bare, normalise, probabilities
 from alignpro.theory.results.rewards import reachable
 from alignpro.theory.solution import Solution, solution

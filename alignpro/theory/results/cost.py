@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from alignpro.errors import AlignProError
+from alignpro.errors import LEAST, MOST, AlignProError, check_temperature
 from alignpro.theory.bounds import paper_r_max
 from alignpro.theory.divergences import TINY, Floats, kl, log1p, log_quotient, scaled_kl
 from alignpro.theory.elementwise import average
-from alignpro.theory.gibbs import LEAST, MOST, check_temperature, tilt
+from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance, bare
 from alignpro.theory.results.rewards import (
     Temperature,

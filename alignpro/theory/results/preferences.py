@@ -13,8 +13,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import expit, log_expit
 from scipy.stats import chi2
 
-from alignpro.errors import AlignProError
-from alignpro.theory.gibbs import check_temperature, tilt
+from alignpro.errors import AlignProError, check_temperature
+from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance
 from alignpro.theory.results.perturbation import worst_loss
 from alignpro.theory.results.rewards import reachable

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from alignpro.errors import LEAST, MOST
 from alignpro.theory.divergences import log1p
 from alignpro.theory.elementwise import average
-from alignpro.theory.gibbs import LEAST, MOST, tilt
+from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance
 from alignpro.theory.pairwise import pairwise_tv
 from alignpro.theory.results.rewards import (

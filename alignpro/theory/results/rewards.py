@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from alignpro.errors import check_temperature
 from alignpro.theory.divergences import Floats
-from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import Instance, bare, probabilities
 from alignpro.theory.solution import EPS
 

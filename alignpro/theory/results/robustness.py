@@ -13,10 +13,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from alignpro.errors import AlignProError
+from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.bounds import paper_r_max
 from alignpro.theory.divergences import Floats, log_quotient, scaled_kl, tv
-from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import KEYS, Instance, bare, probabilities, unchecked
 from alignpro.theory.results.perturbation import (
     Ensemble,
