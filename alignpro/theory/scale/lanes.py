@@ -54,7 +54,7 @@ def in_lanes(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]
         ValueError: (by the result) an argument's shape is not that of a batch of the examples.
     """
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*examples)
-    flat = jax.make_jaxpr(lambda *leaves: _inlined(traced.jaxpr, traced.consts, leaves))(
+    flat = jax.make_jaxpr(lambda *leaves: _inlined(traced.jaxpr, traced.consts, leaves, {}))(
         *jax.tree.leaves(examples)
     )
     arguments, results = ([v.aval for v in vs] for vs in (flat.jaxpr.invars, flat.jaxpr.outvars))
@@ -100,21 +100,30 @@ def _contiguous(array: Any, one: Any) -> np.ndarray:
     return np.require(array, requirements=["C", "A"])
 
 
-def _inlined(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """Evaluate with every call opened up."""
+def _inlined(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], seen: dict[Any, Any]) -> list[Any]:
+    """Evaluate with every call opened up and nothing worked out twice; `seen` holds what was."""
     known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
 
     def read(v: Any) -> Any:
         return v.val if isinstance(v, core.Literal) else known[v]
 
+    def key(value: Any) -> Any:
+        if isinstance(value, jax.core.Tracer):
+            return id(value)
+        array = np.asarray(value)
+        return array.dtype, array.shape, array.tobytes()
+
     for eqn in jaxpr.eqns:
         inputs = [read(v) for v in eqn.invars]
         if eqn.primitive.name in _CALLS:
             inner = next(eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params)
-            outputs = _inlined(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs)
+            outputs = _inlined(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs, seen)
         else:
-            outputs = eqn.primitive.bind(*inputs, **eqn.params)
-            outputs = outputs if eqn.primitive.multiple_results else [outputs]
+            same = (eqn.primitive, str(eqn.params), *map(key, inputs))
+            if same not in seen:
+                outputs = eqn.primitive.bind(*inputs, **eqn.params)
+                seen[same] = outputs if eqn.primitive.multiple_results else [outputs], inputs
+            outputs, _ = seen[same]
         known.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
