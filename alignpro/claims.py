@@ -17,11 +17,12 @@ Kind = Literal["upper bound", "lower bound", "identity", "lemma", "known wrong"]
 the tester."""
 
 Relation = Literal["<=", ">=", "="]
+"""How the left side (the gap, for bounds) stands to the bound."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: how to evaluate it, and how to read what comes out."""
+    """One claim: how to evaluate it, and how to read what comes out. It is called as its function is."""
 
     function: Callable[..., Any]
     """Evaluates it: a `Statement` of the exact theory from a `Solution`, or of estimation from `Terms`."""
@@ -32,13 +33,13 @@ class Claim:
     """Whether it is about every prompter ρ, rather than about the optimal ρ* alone."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """The claim's statement."""
+        """Evaluate the claim's statement."""
         return self.function(*arguments, **named)
 
     @property
-    def true(self) -> bool:
-        """Whether it is a theorem, rather than a known-wrong reading."""
-        return self.kind != "known wrong"
+    def __name__(self) -> str:
+        """The function's own name, for what shows the names of functions."""
+        return str(self.function.__name__)
 
 
 def of_kind(claims: Mapping[str, Claim], *kinds: Kind) -> dict[str, Claim]:

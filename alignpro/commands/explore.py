@@ -122,7 +122,6 @@ class Explored:
     @staticmethod
     def _bound(name: str, s: Any) -> dict[str, Any]:
         said = report(name, STATEMENTS[name](s))
-        taken = {"prompter_kl", "induced_kl"} | ({"prompt_shift"} if name in LOWER_BOUNDS else set())
         return {
             "name": name,
             "relation": said.relation,
@@ -130,8 +129,7 @@ class Explored:
             "slack": said.slack,
             "verdict": said.verdict,
             "vacuous": said.vacuous,
-            # As they enter the right side: it is their sum.
-            "terms": {key: -value if key in taken else value for key, value in said.terms.items()},
+            "terms": said.terms,
         }
 
     def _label(self, axis: str, letter: str, index: int) -> str:

@@ -24,9 +24,9 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
+from alignpro.claims import Claim, Verdict
 from alignpro.errors import AlignProError
-from alignpro.theory import bounds
-from alignpro.theory.bounds import Statement, Verdict
+from alignpro.theory.bounds import STATEMENTS, Statement
 from alignpro.theory.divergences import Floats
 from alignpro.theory.instance import Instance
 from alignpro.theory.solution import Solution
@@ -112,7 +112,8 @@ def certify(
         prompter: any ρ(x′|x) [X, K]; ρ* when None.
         precision: bits of the first attempt.
         max_precision: bits never exceeded.
-        equality: whether lhs = rhs is claimed rather than lhs ≤ rhs; None: it is for a key of `IDENTITIES`.
+        equality: whether lhs = rhs is claimed rather than lhs ≤ rhs; None: as the claim's relation says, and
+            not for a function of your own.
 
     Raises:
         AlignProError: an unknown statement, a bad β, λ or prompter, a batch of instances, or a precision
@@ -120,7 +121,7 @@ def certify(
     """
     name, function = _named(statement)
     if equality is None:
-        equality = name in bounds.IDENTITIES
+        equality = isinstance(function, Claim) and function.relation == "="
     if not 2 <= precision <= max_precision:
         raise AlignProError(
             f"precision {precision}: must lie between 2 and max_precision {max_precision} bits"
@@ -145,9 +146,9 @@ def certify(
 def _named(statement: str | Callable[[Solution], Statement]) -> tuple[str, Callable[[Solution], Statement]]:
     if callable(statement):
         return getattr(statement, "__name__", type(statement).__name__), statement
-    if statement not in bounds.STATEMENTS:
-        raise AlignProError(f"statement {statement!r} is unknown; give one of {', '.join(bounds.STATEMENTS)}")
-    return statement, bounds.STATEMENTS[statement]
+    if statement not in STATEMENTS:
+        raise AlignProError(f"statement {statement!r} is unknown; give one of {', '.join(STATEMENTS)}")
+    return statement, STATEMENTS[statement]
 
 
 def _attempt(name, function, equality, instance, beta, lam, prompter, precision) -> Certificate:
