@@ -24,8 +24,8 @@ from llvmlite import ir
 from alignpro.theory.scale.native import INDEX, POINTER, Code, function, index, loop
 from alignpro.theory.scale.vectors import BIT, BYTE, Vectors, element
 
-# Operations that are worth compiling: some 0.15 ms each.
-LONGEST = 2**14
+LONGEST, LONGEST_QUICK = 2**14, 2**16
+"""Operations that are worth compiling, at some 0.3 ms each, or 0.1 ms quickly."""
 # Instances that a thread takes at a time.
 _CHUNK = 2**12
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
@@ -39,18 +39,20 @@ _CHAINS = {
 }
 
 
-def in_lanes(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
+def in_lanes(function: Callable[..., Any], *examples: Any, quick: bool = False) -> Callable[..., Any]:
     """`function` of one instance as a function of a batch, the first axis of NumPy arguments and results.
 
     Args:
         function: of arrays or pytrees of arrays; traceable, without loops, sorts or random numbers.
         examples: arguments of one instance, or their `jax.ShapeDtypeStruct`s.
+        quick: compile in a third of the time, to code that takes about twice as long.
 
     The result takes a core for every `_CHUNK` instances. An argument without axes of its own may be
     broadcast over the batch. Numbers given that are below the smallest normal one count as 0, as in XLA.
 
     Raises:
-        NotImplementedError: the function has an operation that has no rule here, or more than `LONGEST`.
+        NotImplementedError: the function has an operation that has no rule here, or more than `LONGEST`
+            (`LONGEST_QUICK` if quick).
         ValueError: (by the result) an argument's shape is not that of a batch of the examples.
     """
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*examples)
@@ -60,7 +62,7 @@ def in_lanes(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]
     arguments, results = ([v.aval for v in vs] for vs in (flat.jaxpr.invars, flat.jaxpr.outvars))
     # A register of 64 bytes, or what the machine makes of it.
     width = 64 // min((a.dtype.itemsize for a in arguments if a.dtype.kind == "f"), default=8)
-    code = Code(_written(flat, width))
+    code = Code(_written(flat, width, LONGEST_QUICK if quick else LONGEST), quick)
     structure = jax.tree.structure(shapes)
 
     def bound(given: Sequence[np.ndarray], out: Sequence[np.ndarray]) -> Callable[[int, int], None]:
@@ -139,7 +141,7 @@ def _live(jaxpr: Any) -> list[Any]:
     return live[::-1]
 
 
-def _written(flat: Any, width: int) -> ir.Function:
+def _written(flat: Any, width: int, longest: int) -> ir.Function:
     """kernel(from, to, arguments, their strides, results, length of a result's row), a loop over vectors.
 
     Arguments are [N, …] with so many numbers from instance to instance, results […, N].
@@ -148,8 +150,8 @@ def _written(flat: Any, width: int) -> ir.Function:
     for eqn in live:
         if len(eqn.outvars) != 1:
             raise NotImplementedError(f"{eqn.primitive} has no rule for batches in lanes")
-    if (count := sum(map(_count, live))) > LONGEST:
-        raise NotImplementedError(f"{count} operations would take too long to compile; {LONGEST} are fine")
+    if (count := sum(map(_count, live))) > longest:
+        raise NotImplementedError(f"{count} operations would take too long to compile; {longest} are fine")
     written = function(INDEX, INDEX, POINTER, POINTER, POINTER, INDEX)
     start, stop, arguments, strides, results, length = written.args
     b = ir.IRBuilder(written.append_basic_block("entry"))

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int
 from alignpro.theory.divergences import Floats
 from alignpro.theory.families import FAMILIES, Shape, random_prompters
 from alignpro.theory.instance import KEYS, Instance, normalise, unchecked
-from alignpro.theory.search.found import FLOOR, TEMPERATURES, Found, Target, _options, evaluate
+from alignpro.theory.scale.routes import quick_options
+from alignpro.theory.search.found import FLOOR, TEMPERATURES, Found, Target, evaluate
 from alignpro.theory.search.shrink import simplify
 from alignpro.theory.solution import solution
 
@@ -144,7 +145,7 @@ def _climber(wanted: Target) -> Callable[..., _State]:
     def climb(state: _State, fixed: Fixed, steps: Array, count: Array) -> _State:
         return lax.fori_loop(0, count, lambda _, s: step(fixed, steps, s), state)
 
-    return jax.jit(climb, compiler_options=_options())
+    return jax.jit(climb, compiler_options=quick_options())
 
 
 def _starts(rng: np.random.Generator, restarts: int, shape: Shape, families) -> tuple[Point, Fixed]:

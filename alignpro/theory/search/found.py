@@ -13,6 +13,7 @@ from alignpro.errors import AlignProError
 from alignpro.theory.bounds import STATEMENTS, Statement, Verdict, judge
 from alignpro.theory.families import Shape
 from alignpro.theory.instance import KEYS, Instance, unchecked
+from alignpro.theory.scale.routes import quick_options
 from alignpro.theory.solution import Solution, solution
 
 FLOOR = 1e-3
@@ -106,28 +107,14 @@ class Found:
         return -self.slack / (self.span if self.span > 0 else 1.0)
 
 
-# Compiling is nearly all the time a hunt takes: 1.4 s with these where it would be 4.8 s, for slower steps
-# that take a third of a second in all.
-_QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-
-
-@functools.cache
-def _options() -> dict[str, Any] | None:
-    """`_QUICK` where this JAX knows those options."""
-    try:
-        jax.jit(lambda x: x + 1.0, compiler_options=_QUICK)(0.0)
-    except Exception:
-        return None
-    return _QUICK
-
-
 @functools.lru_cache(maxsize=64)
 def _evaluator(statement: Callable[[Solution], Statement], any_prompter: bool) -> Callable[..., Any]:
     def one(instance: Instance, beta, lam, prompter):
         s = solution(instance, beta, lam, prompter if any_prompter else None)
         return statement(s), (s.rho_star, s.pi_star, s.rewrite_reward)
 
-    return jax.jit(one, compiler_options=_options())
+    # Compiling is nearly all the time a hunt takes.
+    return jax.jit(one, compiler_options=quick_options())
 
 
 def evaluate(
