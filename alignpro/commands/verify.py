@@ -41,7 +41,7 @@ def _by_family(result: "Verification") -> list[str]:
                 cells += [number(v, ".2g") for v in (*slack[:3], *ratio[2:])]
                 cells.append(_percent(row.get("vacuous_share")))
             rows.append((*cells, f"{result.family_seconds[tally.family]:.1f}"))
-        blocks.append(f"{claim.name} ({claim.kind})\n{columns(rows, 'w' + 'n' * 12, '')}")
+        blocks.append(f"{claim.name} ({claim.kind})\n{columns(rows, 'w' + 'n' * (len(rows[0]) - 1), '')}")
     return blocks
 
 

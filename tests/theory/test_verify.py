@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
+from alignpro.claims import Claim, of_kind
 from alignpro.commands import main
 from alignpro.commands import verify as command
-from alignpro.claims import Claim, of_kind
 from alignpro.errors import AlignProError
 from alignpro.theory.bounds import STATEMENTS, WRONG_BOUNDS, tight
 from alignpro.theory.families import FAMILIES
@@ -25,10 +25,10 @@ def test_nothing_true_is_violated_and_the_draw_repeats():
     assert rows == [t.row() for t in second.tallies]  # whatever other families were asked for
     true = of_kind(STATEMENTS, "upper bound", "lower bound", "identity", "lemma")
     assert {t.statement for t in first.tallies} == set(true)
-    for tally in first.tallies:
-        assert tally.inapplicable == 0 or tally.statement in ("drift", "regularised")
-        if tally.claim.kind == "identity":
-            assert tally.largest_error < 1e-12
+    for one in first.tallies:
+        assert one.inapplicable == 0 or one.statement in ("drift", "regularised")
+        if one.claim.kind == "identity":
+            assert one.largest_error < 1e-12
     kinds = command.text(first).splitlines()[1 : 1 + len(first.statements)]
     assert [line.split()[0] for line in kinds] == list(first.statements)
 
