@@ -103,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, "application/json", json.dumps({"error": sentence}).encode())
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """For what the standard library refuses itself, such as POST."""
+        """Refuse a request that the standard library cannot serve, such as POST."""
         self.close_connection = True
         self._error(code, f"request: {message or code}; ask with GET")
 
@@ -168,7 +168,7 @@ class Explore:
     port: int | None = None
     """Port to listen on, 1024 to 65535. Left out: a free one."""
     no_browser: bool = False
-    """Only print the address, and open no browser."""
+    """Print the address only, and open no browser."""
 
     def run(self) -> int:
         app = App(self.file, self.family, self.shape, self.seed, self.rollouts)

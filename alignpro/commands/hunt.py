@@ -43,7 +43,7 @@ def tables(found: "Found") -> str:
         if found.prompter is not None:
             shown["rho"] = found.prompter[i]
         shown["R"] = found.rewrite_reward[i]
-        rows = [[f"prompt {i}, P = {short(instance.p[i])}", *shown, *(f"y{j}" for j in range(y))]]
+        rows = [[f"prompt {i}, P = {short(float(instance.p[i]))}", *shown, *(f"y{j}" for j in range(y))]]
         for row in range(k):
             name = f"  pi_F, rewrite {row}" + (" = the prompt" if row == instance.own[i] else "")
             rows.append([name, *(short(c[row]) for c in shown.values()), *map(short, instance.frozen[row])])

@@ -48,7 +48,9 @@ def _by_family(result: "Verification") -> list[str]:
 def _by_statement(result: "Verification") -> str:
     """One line per claim, over all families."""
     counted = ("statement", "kind", "checked", "violated", "unclear")
-    rows = [(*counted, "least slack/span", "lhs/rhs 50%", "95%", "vacuous", "identity error")]
+    rows: list[Sequence[str]] = [
+        (*counted, "least slack/span", "lhs/rhs 50%", "95%", "vacuous", "identity error")
+    ]
     for claim in result.by_statement:
         counts = map(str, (claim.checked, claim.violations, claim.inconclusive))
         values = [number(v, ".2g") for v in (claim.least_slack, *claim.tightness[1:])]
@@ -135,8 +137,8 @@ def page(result: "Verification") -> Page:
         rows = []
         for claim in claims:
             p = claim.proofs
-            counts = (p.holds, p.violated, p.inconclusive, p.ties, p.settled, p.unexamined)
-            rows.append((claim.name, *map(number, counts)))
+            proved = (p.holds, p.violated, p.inconclusive, p.ties, p.settled, p.unexamined)
+            rows.append((claim.name, *map(number, proved)))
         head = "statement | proved | refuted | inconclusive | ties | settled | unexamined"
         page.add(
             "Certified",

@@ -212,7 +212,7 @@ def _padded_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _pad(instance: Instance, shape: tuple[int, int, int]) -> Instance:
-    """The same problem with prompts, rewrites and responses of probability 0 added."""
+    """Pad a problem with prompts, rewrites and responses of probability 0, which changes no quantity."""
     x, k, y = instance.shape
     to_x, to_k, to_y = shape
     p = np.zeros(to_x)

@@ -253,7 +253,7 @@ def solve_batch(
     devices: Sequence[jax.Device] | None = None,
     quick: bool = False,
 ) -> Any:
-    """One statement on each instance of a batch.
+    """Evaluate one statement on each instance of a batch.
 
     Args:
         batch: an Instance whose arrays have one leading axis N (as `FAMILIES` draws them).

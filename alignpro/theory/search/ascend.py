@@ -27,15 +27,15 @@ from alignpro.theory.search.shrink import simplify
 from alignpro.theory.solution import solution
 
 CHUNK = 50
-"""Steps between two looks at the clock."""
+"""How many steps are taken between two looks at the clock."""
 RESEEDS = (0.25, 0.5, 0.75)
-"""After these shares of the steps the worse half of the restarts begins again beside the best."""
+"""Shares of the steps after which the worse half of the restarts begins again beside the best."""
 FINALISTS = 8
-"""Of each aim, how many restarts end as validated instances."""
+"""How many restarts of each aim end as validated instances."""
 
 
 class Point(NamedTuple):
-    """What ascent moves: logits of the policies, rewards, log β, log λ; leading axis [restarts]."""
+    """Coordinates that ascent moves: logits of the policies, rewards, log β, log λ; first axis [restarts]."""
 
     p: Float[Floats, "... X"]
     prior: Float[Floats, "... X K"]
@@ -48,7 +48,7 @@ class Point(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What each restart keeps: which probabilities are exactly 0 (−∞, else 0), rows, reward range, aim."""
+    """Parts that a restart keeps: which probabilities are exactly 0 (−∞, else 0), rows, reward range, aim."""
 
     p: Float[Floats, "... X"]
     prior: Float[Floats, "... X K"]
@@ -56,7 +56,7 @@ class Fixed(NamedTuple):
     own: Int[Floats, "... X"]
     low: Float[Floats, "..."]
     aim: Int[Floats, "..."]
-    """0: the ratio lhs/rhs; 1: −slack."""
+    """0 to climb the ratio lhs/rhs, 1 to climb −slack."""
 
 
 class _State(NamedTuple):
@@ -197,16 +197,16 @@ def _reseed(rng: np.random.Generator, state: _State, fixed: Fixed) -> tuple[_Sta
 
 @dataclass(frozen=True)
 class Ascent:
-    """What gradient ascent found."""
+    """The outcome of gradient ascent."""
 
     tightest: Found | None
-    """Of the largest ratio lhs/rhs where that counts (see `FLOOR`)."""
+    """The instance of the largest ratio lhs/rhs where that counts (see `FLOOR`); None where none does."""
     worst: Found | None
-    """Broken furthest, relative to the span; None where nothing is."""
+    """The instance on which it is broken furthest, relative to the span; None where nothing breaks it."""
     start: float
     """The largest ratio among the starts."""
     steps: int
-    """How many were taken."""
+    """How many steps were taken."""
     interrupted: bool = False
 
 

@@ -31,7 +31,7 @@ _frontier = jax.jit(cost.frontier)
 
 
 class Explored:
-    """One instance: what does not depend on β and λ, and the numbers at any β and λ."""
+    """An instance to explore: what does not depend on β and λ, and the numbers at any β and λ."""
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance

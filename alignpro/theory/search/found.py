@@ -1,4 +1,4 @@
-"""What is hunted, and instances found: evaluated again with the rounding bound of their statement."""
+"""Targets of a hunt, and instances found: evaluated again with the rounding bound of their statement."""
 
 import functools
 import math
@@ -19,18 +19,18 @@ from alignpro.theory.solution import Solution, solution
 FLOOR = 1e-3
 """A ratio lhs/rhs counts where rhs is at least this share of the reward span: 0/0 is not tight."""
 TEMPERATURES = (1e-3, 1e3)
-"""Between which β and λ are sought."""
+"""The least and the largest β and λ that are tried."""
 
 
 class Target(NamedTuple):
-    """What is hunted: a row of `bounds.STATEMENTS`, or a conjecture of your own."""
+    """A claim to hunt: a row of `bounds.STATEMENTS`, or a conjecture of your own."""
 
     name: str
     statement: Callable[[Solution], Statement]
     any_prompter: bool = False
-    """About any ρ, so to be evaluated on others than ρ*."""
+    """Whether it is about any ρ, so to be evaluated on others than ρ*."""
     equality: bool = False
-    """An identity: lhs = rhs."""
+    """Whether it claims lhs = rhs, rather than lhs ≤ rhs."""
 
 
 ALIASES = {"q2": "never_outperforms", "outperform": "never_outperforms"}
@@ -59,7 +59,7 @@ class Found:
     beta: float
     lam: float
     prompter: np.ndarray | None
-    """[X, K]; None for ρ*."""
+    """ρ(x′|x) [X, K] that was asked about; None for ρ*."""
     lhs: float
     rhs: float
     error: float
@@ -89,7 +89,7 @@ class Found:
 
     @property
     def violated(self) -> bool:
-        """Beyond rounding, with both sides finite."""
+        """Whether it is broken beyond rounding, with both sides finite."""
         return self.verdict == "violated" and math.isfinite(self.slack)
 
     @property

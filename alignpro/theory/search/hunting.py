@@ -34,7 +34,7 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Budget:
-    """Where and how long to look."""
+    """Limits of a hunt: on which instances and for how long it looks."""
 
     shape: Shape = (2, 3, 3)
     """(X, K, Y) of ascent's instances, and the largest of the small ones."""
@@ -90,7 +90,7 @@ class Hunted:
 
     @property
     def tried(self) -> int:
-        """Instances evaluated in the search for the smallest."""
+        """How many instances the search for the smallest evaluated."""
         return self.smallest.tried if self.smallest else 0
 
     @property

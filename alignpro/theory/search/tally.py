@@ -54,7 +54,7 @@ class Worst:
     lam: float
     prompter: np.ndarray | None
     relative: float
-    """By how much it is off, as a share of the reward span."""
+    """The violation, as a share of the reward span."""
     family: str
 
     def better_than(self, other: "Worst | None") -> bool:
@@ -85,7 +85,7 @@ class Tally:
     doubtful: "Doubtful | None" = None
     """Cases to certify; None without certification."""
     certificates: "list[Certificate]" = field(default_factory=list)
-    """One for each of `doubtful.kept`, in that order."""
+    """The certificate of each of `doubtful.kept`, in that order."""
 
     @property
     def claim(self) -> Claim:
@@ -93,7 +93,7 @@ class Tally:
 
     @property
     def judged(self) -> int:
-        """Instances to which the claim applies."""
+        """How many instances the claim applies to."""
         return self.checked - self.inapplicable
 
     @property

@@ -54,14 +54,14 @@ class Proofs:
 
 @dataclass(frozen=True)
 class Summary:
-    """One claim over all families."""
+    """The outcome of one claim over all families."""
 
     name: str
     kind: Kind
     verdict: str
     """REFUTED, violated (in float64, not proved) or no violation."""
     checked: int
-    """Instances to which it applies."""
+    """How many instances it applies to."""
     violations: int
     inconclusive: int
     least_slack: float | None
@@ -117,7 +117,7 @@ def _summary(mine: Sequence[Tally], refuted: bool) -> Summary:
 
 @dataclass(frozen=True)
 class FamilySummary:
-    """One family over all claims."""
+    """The outcome of one family over all claims."""
 
     name: str
     checked: int
@@ -136,7 +136,7 @@ class Verification:
     statements: tuple[str, ...]
     families: tuple[str, ...]
     tallies: list[Tally] = field(default_factory=list)
-    """One for each family and claim."""
+    """The counts, one `Tally` for each family and claim."""
     family_seconds: dict[str, float] = field(default_factory=dict)
     compile_seconds: float = 0.0
     seconds: float = 0.0
@@ -176,15 +176,20 @@ class Verification:
 
     @property
     def by_family(self) -> list[FamilySummary]:
-        counts = ("checked", "violations", "inconclusive", "inapplicable")
-        return [
-            FamilySummary(
-                name,
-                *(sum(getattr(t, key) for t in self.tallies if t.family == name) for key in counts),
-                self.family_seconds[name],
+        found = []
+        for name in self.families:
+            mine = [tally for tally in self.tallies if tally.family == name]
+            found.append(
+                FamilySummary(
+                    name,
+                    checked=sum(t.checked for t in mine),
+                    violations=sum(t.violations for t in mine),
+                    inconclusive=sum(t.inconclusive for t in mine),
+                    inapplicable=sum(t.inapplicable for t in mine),
+                    seconds=self.family_seconds[name],
+                )
             )
-            for name in self.families
-        ]
+        return found
 
     def settings(self) -> dict[str, Any]:
         """The draws that were asked for."""
