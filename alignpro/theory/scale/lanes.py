@@ -102,6 +102,14 @@ def _contiguous(array: Any, one: Any) -> np.ndarray:
     return np.require(array, requirements=["C", "A"])
 
 
+def _identity(value: Any) -> Any:
+    """A key that two values share if they are the same traced value or the same constant."""
+    if isinstance(value, jax.core.Tracer):
+        return id(value)
+    array = np.asarray(value)
+    return array.dtype, array.shape, array.tobytes()
+
+
 def _inlined(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], seen: dict[Any, Any]) -> list[Any]:
     """Evaluate with every call opened up and nothing worked out twice; `seen` holds what was."""
     known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
@@ -109,19 +117,13 @@ def _inlined(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], seen: 
     def read(v: Any) -> Any:
         return v.val if isinstance(v, core.Literal) else known[v]
 
-    def key(value: Any) -> Any:
-        if isinstance(value, jax.core.Tracer):
-            return id(value)
-        array = np.asarray(value)
-        return array.dtype, array.shape, array.tobytes()
-
     for eqn in jaxpr.eqns:
         inputs = [read(v) for v in eqn.invars]
         if eqn.primitive.name in _CALLS:
             inner = next(eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params)
             outputs = _inlined(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs, seen)
         else:
-            same = (eqn.primitive, str(eqn.params), *map(key, inputs))
+            same = (eqn.primitive, str(eqn.params), *map(_identity, inputs))
             if same not in seen:
                 outputs = eqn.primitive.bind(*inputs, **eqn.params)
                 seen[same] = outputs if eqn.primitive.multiple_results else [outputs], inputs
