@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Verdict = Literal["holds", "violated", "inconclusive", "inapplicable"]
-"""What a check found. `inconclusive`: the slack is within its own uncertainty. `inapplicable`: an assumption
+"""Outcome of a check. `inconclusive`: the slack is within its own uncertainty. `inapplicable`: an assumption
 fails, or a quantity that the claim needs is missing."""
 
 Kind = Literal["upper bound", "lower bound", "identity", "lemma", "known wrong"]
@@ -27,6 +27,7 @@ class Claim:
     function: Callable[..., Any]
     """Evaluates it: a `Statement` of the exact theory from a `Solution`, or of estimation from `Terms`."""
     kind: Kind
+    """The sort of statement: a bound on the gap, an equality, a lemma, or a known-wrong reading."""
     relation: Relation = "<="
     """How the gap (or a lemma's left side) stands to the bound: `<=`, `>=` or `=`."""
     any_prompter: bool = False

@@ -26,7 +26,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TARGETS = {
     "statements": (
-        ("theory/statements.py", "theory/bounds.py", "theory/lemmas.py"),
+        (
+            "theory/bounds.py",
+            *(f"theory/statements/{n}.py" for n in ("statement", "upper", "lower", "lemmas")),
+        ),
         ("tests/theory/test_bounds.py",),
     ),
     "results": (("theory/results/reach.py", "theory/results/readings.py"), ("tests/theory/test_limits.py",)),

@@ -40,6 +40,7 @@ class BoundReport:
     """The outcome of one claim on one instance, in reward units, with all it rests on."""
 
     name: str
+    """Key of the claim in `STATEMENTS`."""
     gap: float
     """J(π*) − J(π_ρ); for a lemma or an identity, its left side."""
     rhs: float
@@ -58,6 +59,7 @@ class BoundReport:
     error: float
     """Bound on the rounding of `slack`."""
     relation: Relation = "<="
+    """How `gap` stands to `rhs`."""
 
 
 def judge(slack: float, error: float, applicable: bool = True, equality: bool = False) -> Verdict:

@@ -24,6 +24,9 @@ _FAR = 8.0
 # ψ is summed directly up to here; beyond, exp could overflow.
 _HUGE, _HUGE_SINGLE = 500.0, 60.0
 
+LEAST, MOST = 1e-18, 1e18
+"""The least and the largest temperature, in reward units."""
+
 T = TypeVar("T")
 
 
@@ -35,7 +38,7 @@ class Tilted(NamedTuple):
     """
 
     probs: Float[Array, "... K"]
-    """p; 0 off the base's support."""
+    """p (probabilities); 0 off the base's support."""
     log_probs: Float[Array, "... K"]
     """log p in nats; −∞ off the support. Meaningful where `probs` underflows."""
     log_ratio: Float[Array, "... K"]
@@ -51,7 +54,7 @@ class Tilted(NamedTuple):
     gain: Float[Array, "..."]
     """temperature·log Z − E_base[energy] = temperature·KL(base‖p), in reward units."""
     tv: Float[Array, "..."]
-    """½ Σ|p − base|."""
+    """½ Σ|p − base| (probability)."""
 
 
 def power_of_two(n: Int[Floats, "..."], dtype: DTypeLike = np.float64) -> Float[Array, "..."]:
@@ -165,7 +168,7 @@ def grid(function: Callable[[Array, Array], T], betas: Float[Floats, "B"], lams:
 
 
 def check_temperature(name: str, value: object) -> float:
-    """`value` as a float usable as β or λ.
+    """Check a temperature β or λ, and give it as a float.
 
     Raises:
         AlignProError: not a number, not finite, or not positive; `name` (a flag, say) heads the message.
@@ -178,7 +181,7 @@ def check_temperature(name: str, value: object) -> float:
             f"{name} {value}: must be a positive finite number; give one such as {name} 0.5 "
             "(use a small positive value for the greedy limit)"
         )
-    if not 1e-18 <= number <= 1e18:
+    if not LEAST <= number <= MOST:
         raise AlignProError(
             f"{name} {value}: is outside 1e-18 to 1e18; divide rewards, beta and lam by a common factor"
         )

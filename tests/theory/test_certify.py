@@ -29,7 +29,6 @@ from alignpro.theory.elementwise import sqrt, tanh
 from alignpro.theory.families import FAMILIES, draw, random_prompters
 from alignpro.theory.instance import Instance
 from alignpro.theory.proof import balls as module_balls
-from alignpro.theory.proof import certify as module_certify
 from alignpro.theory.proof.balls import Ball, Undecided
 from alignpro.theory.proof.certify import EXAMINED, Case, Doubtful, certify, certify_many
 from alignpro.theory.proof.solution import solution_balls
@@ -426,7 +425,7 @@ def test_balls_enclose():
 
 def test_a_form_must_lie_in_its_ball():
     """Two evaluations of one number, term by term and in balls, that disagree are an error, not a proof."""
-    token = module_balls._ties.set(True)
+    token = module_balls.carry_forms.set(True)
     try:
         root = Ball(2).sqrt()
         assert (root - root).exact
@@ -434,7 +433,7 @@ def test_a_form_must_lie_in_its_ball():
         with pytest.raises(RuntimeError):
             Ball(arb(2).sqrt(), {(): Ball(1).value})
     finally:
-        module_balls._ties.reset(token)
+        module_balls.carry_forms.reset(token)
 
 
 def test_the_most_doubtful_are_kept_whatever_the_chunks():
@@ -497,7 +496,7 @@ def test_a_batch_is_refused():
 
 def test_the_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "flint", None)
-    spec = importlib.util.spec_from_file_location("without_flint", module_certify.__file__)
+    spec = importlib.util.spec_from_file_location("without_flint", module_balls.__file__)
     with pytest.raises(AlignProError, match=r"pip install 'alignpro\[certify\]'"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 

@@ -22,7 +22,9 @@ class Statement(NamedTuple):
     """
 
     lhs: Float[Array, ""]
+    """Left side: the gap, or a lower bound on it."""
     rhs: Float[Array, ""]
+    """Right side: an upper bound on the gap, or the gap."""
     error: Float[Array, ""]
     """Bound on the rounding of `rhs − lhs`."""
     ceiling: Float[Array, ""]
@@ -32,7 +34,7 @@ class Statement(NamedTuple):
     """Named, signed parts of a bound on the gap, whose sum is the bound: `rhs`, or `lhs` of a lower bound.
     Empty for identities and for lemmas of other quantities."""
     assumptions: dict[str, Array]
-    """What must be true for the statement to apply (bool), by a phrase for the reader."""
+    """Whether each thing the statement needs is true (bool), by a phrase for the reader."""
 
 
 def paper_r_max(s: Solution) -> Any:

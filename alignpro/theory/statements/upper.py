@@ -62,6 +62,10 @@ def tight(s: Solution) -> Statement:
 
 
 def model_and_barycentre(s: Solution, model: Floats, error: Floats) -> Statement:
+    """gap ≤ `model` + span·TV(π_F(·|x), π_ρsft(·|x)) − λ Jeff(ρ*,ρ_sft), `error` bounding `model`'s rounding.
+
+    Needs Δ1 ≤ `model`; the rest is `barycentre`'s proof.
+    """
     return upper(
         s,
         {"model": model, "prompt_shift": s.span * s.tv_barycentre},
