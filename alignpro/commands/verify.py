@@ -184,9 +184,8 @@ def save(result: "Verification", folder: Path) -> None:
 class Verify:
     """Check Theorem 1, its sharper forms, lower bounds, identities and lemmas on random instances.
 
-    Exit status 1 when a statement is violated (with --certify: when that is proved). Known-wrong ones
-    (signed_max_abs, quarter_l1, beta_eighth, never_outperforms, pinsker_l1, l1_at_most_one,
-    suboptimality_reversed, trained_reversed) test the tester: they must be refuted.
+    Exit status 1 when a statement is violated (with --certify: when that is proved). Known-wrong ones, such
+    as signed_max_abs and never_outperforms, test the tester: they must be refuted.
     """
 
     bound: tuple[str, ...] = ()
