@@ -17,8 +17,8 @@ from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import Instance, probabilities
 from alignpro.theory.solution import solution
 from alignpro.theory.statements import lemmas, lower, upper, wrong
-from alignpro.theory.statements.statement import Statement, paper_r_max
-from alignpro.theory.statements.upper import span, theorem1, tight, trained
+from alignpro.theory.statements.statement import Statement, paper_r_max  # noqa: F401
+from alignpro.theory.statements.upper import span, theorem1, tight, trained  # noqa: F401
 
 STATEMENTS: dict[str, Claim] = {**upper.CLAIMS, **lower.CLAIMS, **lemmas.CLAIMS, **wrong.CLAIMS}
 """All claims, by name."""
@@ -132,25 +132,3 @@ def check(
     if r_max is not None and bound == "theorem1":
         return report(bound, theorem1(s, r_max))
     return report(bound, STATEMENTS[bound](s))
-
-
-__all__ = [
-    "BOUNDS",
-    "IDENTITIES",
-    "LEMMAS",
-    "LOWER_BOUNDS",
-    "STATEMENTS",
-    "WRONG_BOUNDS",
-    "BoundReport",
-    "Claim",
-    "Statement",
-    "Verdict",
-    "check",
-    "judge",
-    "paper_r_max",
-    "report",
-    "span",
-    "theorem1",
-    "tight",
-    "trained",
-]
