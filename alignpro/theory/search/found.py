@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from alignpro.claims import Verdict
 from alignpro.errors import AlignProError
-from alignpro.theory.bounds import STATEMENTS, Statement, Verdict, judge
+from alignpro.theory.bounds import STATEMENTS, Statement, judge
 from alignpro.theory.families import Shape
 from alignpro.theory.instance import KEYS, Instance, unchecked
 from alignpro.theory.scale.routes import quick_options
