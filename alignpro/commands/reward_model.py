@@ -47,8 +47,8 @@ def run_reward_model(
         f"{len(read)} pairs of {len({p.prompt for p in read})} prompts ({sizes}); {steps} steps of "
         f"{settings.batch_size} pairs, {how}, samples of at most {settings.max_tokens} tokens"
     )
-    reward = train_reward(read, base, out, settings, template=template, device=device, resume=resume)
-    facts = reward.facts
+    found = train_reward(read, base, out, settings, template=template, device=device, resume=resume)
+    facts = found.reward.facts
     keep.keep(report_of_reward_model(read_json_lines(Path(out) / METRICS_FILE), facts), out)
 
     for part in ("validation", "test"):

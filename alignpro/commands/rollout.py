@@ -61,7 +61,7 @@ def run_rollout(
 ) -> None:
     """Everything is checked before anything is loaded."""
     from alignpro import rollouts
-    from alignpro.llm.arms import rollout
+    from alignpro.llm.arms import draws, rollout
     from alignpro.llm.rewards.endpoint import keep_scores
     from alignpro.llm.rewards.names import shown_name
 
@@ -125,7 +125,7 @@ def run_rollout(
         _check_target_room(target, xs, sampling.max_tokens)
         frozen = _kept(target, folder / "answers", cost)
 
-        def open_policy(name: str) -> tuple[Target, rollout.Scorer]:
+        def open_policy(name: str) -> tuple[Target, draws.Scorer]:
             from alignpro.llm.targets.local import LocalTarget
 
             policy = Prompter.from_pretrained(homes[name], dtype=world.dtype, chat_template_kwargs=options)
