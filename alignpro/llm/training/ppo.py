@@ -159,6 +159,15 @@ def explained_variance(
     return 1 - variance(returns - values) / variance(returns).clamp(min=1e-12)
 
 
+def standard_error(values: Tensor, group: int) -> Tensor:
+    """Standard error of the mean of `values` [n], given the prompts: differences between them do not count.
+
+    Args:
+        group: values of each prompt, at least 2, which stand together.
+    """
+    return (values.view(-1, group).var(1).mean() / len(values)).sqrt()
+
+
 class Critic(nn.Module):
     """V(state): a small network on the frozen reference model's hidden state, [..., H] -> [...].
 
@@ -185,6 +194,10 @@ class Critic(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.center + self.scale * self.body(features).squeeze(-1)
+
+    def loss(self, *arguments: Any) -> Tensor:
+        """`clipped_value_loss` in the critic's own units, so that one learning rate serves rewards of any."""
+        return clipped_value_loss(*arguments) / self.scale.square()
 
 
 # --- on TRL's rollouts ---------------------------------------------------------------------------------
@@ -316,10 +329,9 @@ class PPOTrainer(OwnLoss):
         self.note("ppo/lambda", torch.tensor(lam, device=scores.device))
         objective = scores - lam * log_ratio
         self.note("ppo/objective", objective.mean())
-        # Given the batch's prompts, whose samples stand together: differences between prompts do not count.
         every, each = self.accelerator.gather(objective), self.group()
         if each > 1:
-            self.note("ppo/objective_stderr", (every.view(-1, each).var(1).mean() / len(every)).sqrt())
+            self.note("ppo/objective_stderr", standard_error(every, each))
         self.note("ppo/explained_variance", explained_variance(values, returns, mask, self.mean))
         if args.target_kl and self.model.training:
             kl = self.accelerator.gather(log_ratio)
@@ -343,11 +355,8 @@ class PPOTrainer(OwnLoss):
         values = self.critic(batch["ppo_features"])
         # As many tokens as so many sequences of the round have on average: the parts of a step add up.
         tokens = batch["num_items_in_batch"] * (len(mask) / batch["ppo_sequences"])
-        value = clipped_value_loss(
-            values, batch["ppo_values"], batch["ppo_returns"], mask, args.value_clip_range, tokens
-        )
-        # The critic's own scale is divided out, so that one learning rate serves rewards of any unit.
-        value = value / self.critic.scale.square()
+        old_values, returns = batch["ppo_values"], batch["ppo_returns"]
+        value = self.critic.loss(values, old_values, returns, mask, args.value_clip_range, tokens)
         self.note("ppo/policy_loss", policy.detach())
         self.note("ppo/value_loss", value.detach())
         self.note("ppo/clip_fraction", clipped)
