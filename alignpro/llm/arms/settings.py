@@ -9,30 +9,30 @@ from alignpro.llm.training.settings import check_whole
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """What is rolled out: which arms, and how often."""
+    """How prompters are rolled out: which arms, and how often."""
 
     arms: tuple[str, ...] = ("none", "sft")
-    """Any of none (the prompt itself), sft (drawn from rho_sft), star (rho* by resampling) and best_of_n."""
+    """Arms without training: none (the prompt itself), sft (rho_sft), star (rho* by resampling), best_of_n."""
     trained: tuple[str, ...] = ()
-    """Folders of trained prompters: one arm, trained, with a seed for each; NAME=FOLDER makes an arm NAME."""
+    """Folders of trained prompters, a seed each: the arm trained; NAME=FOLDER makes an arm NAME."""
     rlhf: tuple[str, ...] = ()
-    """Folders that train --task rlhf wrote: the arm rlhf, where the policy answers the prompt itself."""
+    """Folders that train --task rlhf wrote, a seed each: the arm rlhf, whose policy answers the prompt."""
     draws: int = 4
     """Rewrites of each prompt in each arm and seed."""
     answers: int = 2
-    """Answers to each of them."""
+    """Answers of the frozen model to each rewrite."""
     rewrite_tokens: int | None = None
-    """Tokens of a rewrite, at most. Default: as the trained prompters were trained, or rho_sft's own."""
+    """Longest rewrite, in tokens. Left out: as the trained prompters were trained, or rho_sft's own."""
     lam: float = 0.05
-    """star: lambda, positive, in units of the reward."""
+    """star: lambda, the weight of the KL to rho_sft, in units of the reward."""
     proposals: int = 16
-    """star, best_of_n: rewrites drawn from rho_sft, from which each resamples."""
+    """star, best_of_n: rewrites of each prompt drawn from rho_sft, to choose from."""
     proposal_answers: int = 1
-    """star, best_of_n: answers that judge each distinct proposal; those to what is resampled are fresh."""
+    """star, best_of_n: answers that judge each distinct proposal; those rolled out are fresh."""
     best_of: int | None = None
-    """best_of_n: n, at most the proposals. Default: all of them."""
+    """best_of_n: number n of proposals of which the best is kept. Left out: all."""
     seed: int = 0
-    """Determines rewrites and answers. Trained arms count their seeds from here."""
+    """Determines rewrites and answers. Arms that are given by folder count their seeds from here."""
 
     def __post_init__(self) -> None:
         check_whole(self, {"draws": 1, "answers": 1, "proposals": 1, "proposal_answers": 1, "seed": 0})

@@ -129,19 +129,20 @@ class AdaptiveKL:
     """
 
     value: float
-    """λ now."""
+    """λ as it is now, in reward units."""
     target: float
-    """KL of a sequence, in nats."""
+    """KL of a sequence that λ is adapted to, in nats."""
     horizon: int
+    """Sequences over which λ adapts."""
 
     def update(self, kl: float, sequences: int) -> None:
-        """After a batch of that mean KL: λ ← λ (1 + clip(KL/target − 1, ±0.2)·sequences/horizon)."""
+        """Adapt λ after a batch of that mean KL: λ ← λ (1 + clip(KL/target − 1, ±0.2)·sequences/horizon)."""
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.value *= 1.0 + error * sequences / self.horizon
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Over the masked tokens."""
+    """The mean of `values` over the masked tokens."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -365,7 +366,7 @@ class PPOTrainer(OwnLoss):
         return policy + args.vf_coef * value
 
     def save_more(self, folder: Path) -> None:
-        """The critic and the controller of λ."""
+        """Write the critic and λ as the controller has it."""
         save_file(self.critic.state_dict(), folder / CRITIC_FILE)
         write_json(folder / KL_FILE, {"lambda": self.kl.value})
 
