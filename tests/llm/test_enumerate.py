@@ -180,7 +180,7 @@ def test_bad_input_is_named(made):
         go(("ab", "ab"))
     with pytest.raises(AlignProError, match=r"prompt 'ab', .* outside the declared \[0, 1\]"):
         go(reward=Unbounded())
-    with pytest.raises(AlignProError, match="^rewrites 1: "):
+    with pytest.raises(AlignProError, match=r"^rewrites 1: "):
         EnumerationSettings(rewrites=1)
     with pytest.raises(AlignProError, match="candidate_temperature"):
         EnumerationSettings(candidate_temperature=0.0)

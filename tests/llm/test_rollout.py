@@ -126,6 +126,21 @@ def run(request, home, tmp_path_factory):
     return request.param, out
 
 
+def test_the_summary_is_of_the_rows(run):
+    _, out = run
+    found, rows = rollout.summarise(out / rollout.FILE, texts=2), rows_of(out)
+    assert (found.rollouts, found.prompts, found.low, found.high) == (len(rows), len(PROMPTS), 0, 1)
+    for arm in found.arms:
+        mine = [r for r in rows if r["arm"] == arm.name]
+        each = [np.mean([r["reward"] for r in mine if r["x"] == x]) for x in PROMPTS]
+        assert arm.mean.value == pytest.approx(np.mean(each))
+        assert arm.mean.lo <= arm.mean.value <= arm.mean.hi
+        assert (arm.rollouts, arm.seeds) == (len(mine), len({r["seed"] for r in mine}))
+    assert {(r.x, r.arm) for r in found.texts} == {(x, arm.name) for x in PROMPTS[:2] for arm in found.arms}
+    assert all(r.draw == r.answer == 0 for r in found.texts)
+    assert {arm.name for arm in found.arms} == {r["arm"] for r in rows}
+
+
 def test_log_probs_of_answers_are_those_of_a_plain_forward_pass(run, home):
     sampling, out = run
     frozen, tokenizer = load_model(home / "base")
