@@ -12,7 +12,7 @@ end then sees the share λ^distance of the score, and all of its own KL.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -206,38 +206,29 @@ class Critic(nn.Module):
 
 @dataclass
 class PPOConfig(GRPOConfig):
-    """Settings of `PPOTrainer`; those of `trl.GRPOConfig` besides. `num_iterations` are the PPO epochs."""
+    """Settings of `PPOTrainer` beside those of `trl.GRPOConfig`, whose `num_iterations` are PPO's epochs.
 
-    beta: float = field(
-        default=0.05, metadata={"help": "λ, by TRL's name: weight of the KL to the reference prompter"}
-    )
-    kl_estimator: str = field(default="k1", metadata={"help": "of the KL in the reward: k1 or k3"})
-    target_kl: float | None = field(
-        default=None, metadata={"help": "adapt λ so that a sequence's KL nears this, in nats; None: λ fixed"}
-    )
-    kl_horizon: int = field(default=10_000, metadata={"help": "sequences over which λ adapts"})
-    gamma: float = field(default=1.0, metadata={"help": "discount; 1 keeps the optimum at ρ*"})
-    gae_lambda: float = field(
-        default=1.0, metadata={"help": "λ of generalized advantages; 1 keeps the optimum at ρ*"}
-    )
-    clip_range: float = field(default=0.2, metadata={"help": "ε of the clipped surrogate"})
-    value_clip_range: float | None = field(
-        default=None, metadata={"help": "clip of the value update; None: off"}
-    )
-    whiten_rewards: bool = field(default=False, metadata={"help": "divide a batch's rewards by their spread"})
-    whiten_advantages: bool = field(
-        default=False, metadata={"help": "divide a batch's advantages by their spread"}
-    )
-    vf_coef: float = field(default=1.0, metadata={"help": "weight of the value loss"})
-    critic_learning_rate: float = field(default=1e-3, metadata={"help": "learning rate of the critic"})
-    critic_width: int = field(default=128, metadata={"help": "hidden units of the critic"})
-    allow_moved_optimum: bool = field(
-        default=False, metadata={"help": "train even where a setting moves the optimum away from ρ*"}
-    )
+    Each means what it does in `TrainSettings`. `critic_width` is the number of the critic's hidden units.
+    """
+
+    beta: float = 0.05  # λ, by TRL's name
+    kl_estimator: str = "k1"
+    target_kl: float | None = None
+    kl_horizon: int = 10_000
+    gamma: float = 1.0
+    gae_lambda: float = 1.0
+    clip_range: float = 0.2
+    value_clip_range: float | None = None
+    whiten_rewards: bool = False
+    whiten_advantages: bool = False
+    vf_coef: float = 1.0
+    critic_learning_rate: float = 1e-3
+    critic_width: int = 128
+    allow_moved_optimum: bool = False
 
     @property
     def lam(self) -> float:
-        """λ."""
+        """λ, which TRL calls β."""
         return self.beta
 
     def __post_init__(self) -> None:
