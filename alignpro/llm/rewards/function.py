@@ -129,7 +129,7 @@ class CallableReward:
             where = sample_shown(part[0], prompts[part[0]], responses[part[0]])
             if len(part) > 1:
                 where = f"samples {part[0]} to {part[-1]}, the first being {where}"
-            said = download.scrub(configure._one_line(error))
+            said = download.scrub(configure.one_line(error))
             raise AlignProError(
                 f"function {self.name} raised {type(error).__name__} ({shown(said, 200)}) on {where}"
             ) from error

@@ -88,7 +88,7 @@ def _kind(name: str) -> tuple[str, str, Bounds | None]:
         return "endpoint", target, bounds
     folder = Path(target).expanduser()
     if target and folder.is_dir():
-        load._checked_folder(folder)
+        load.checked_folder(folder)
         if bounds is None:
             parse_bounds(_saved_facts(folder).get("bounds"))
         return "sequence", target, bounds
@@ -100,7 +100,7 @@ def _kind(name: str) -> tuple[str, str, Bounds | None]:
         else:
             parse_bounds(bounds)
         return "function", target, bounds
-    if catalogue._HUB_ID.fullmatch(target):
+    if catalogue.HUB_ID.fullmatch(target):
         parse_bounds(bounds)
         return "sequence", target, bounds
     raise AlignProError(f"reward {shown(target)}: choose from {', '.join(opening.REWARDS)}, or name {_NAMES}")
@@ -119,7 +119,7 @@ def _imported(name: str) -> Any:
     except Exception as error:
         raise AlignProError(
             f"reward {name}: importing {module} failed ({type(error).__name__}: "
-            f"{shown(download.scrub(configure._one_line(error)), 200)}); put its folder on PYTHONPATH"
+            f"{shown(download.scrub(configure.one_line(error)), 200)}); put its folder on PYTHONPATH"
         ) from error
     for attribute in attributes.split("."):
         if not hasattr(found, attribute):

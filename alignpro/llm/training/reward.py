@@ -179,7 +179,7 @@ def train_reward(
             reward.tokenizer.save_pretrained(out)
     except (OSError, RuntimeError, SafetensorError) as error:  # of Python, torch and safetensors
         raise AlignProError(
-            f"cannot write {out} ({configure._one_line(error)}); free space and resume: what "
+            f"cannot write {out} ({configure.one_line(error)}); free space and resume: what "
             "was trained is kept"
         ) from error
     write_json(out / REWARD_FILE, reward.facts)  # last: without it the folder is not taken for a reward
