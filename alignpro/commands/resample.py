@@ -61,7 +61,7 @@ def run_resample(
 ) -> None:
     """Everything is checked before anything is loaded; proposals on file are kept."""
     from alignpro.llm.arms import resample as arms_resample
-    from alignpro.llm.rewards.endpoint import keep_scores
+    from alignpro.llm.rewards.cached import keep_scores
     from alignpro.llm.rewards.names import shown_name
 
     prompter, folder = _home(prompter), writable_folder(out)

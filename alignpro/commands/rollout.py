@@ -62,7 +62,7 @@ def run_rollout(
     """Everything is checked before anything is loaded."""
     from alignpro import rollouts
     from alignpro.llm.arms import rollout
-    from alignpro.llm.rewards.endpoint import keep_scores
+    from alignpro.llm.rewards.cached import keep_scores
     from alignpro.llm.rewards.names import shown_name
 
     folder, sampling = writable_folder(out), world.sampling()

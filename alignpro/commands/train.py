@@ -70,7 +70,7 @@ def run_train(
     opened, cost = check_environment(replace(world, target=prompter) if rlhf else world)
     prompts = user_prompts(source, prompter, n=train_prompts)
 
-    from alignpro.llm.rewards.endpoint import CachedReward, keep_scores
+    from alignpro.llm.rewards.cached import CachedReward, keep_scores
     from alignpro.llm.rewards.names import shown_name
     from alignpro.llm.training.open_ended import Environment, train
 

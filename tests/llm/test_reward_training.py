@@ -18,7 +18,7 @@ from alignpro.errors import AlignProError
 from alignpro.llm.data import split
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.models import configure, load
-from alignpro.llm.rewards import minilm, opening
+from alignpro.llm.rewards import accuracy, minilm, opening
 from alignpro.llm.rewards.classifier import SequenceReward
 from alignpro.llm.training import reward as reward_training
 from alignpro.llm.training.reward import RewardSettings, read_pairs, train_reward
@@ -74,7 +74,7 @@ def test_training_learns_the_preference_and_the_swapped_mutant_its_opposite(base
     assert facts["test_accuracy"]["prompts"] == facts["prompts"]["test"] > 100
     swapped = train_reward(letter_pairs(900, swap=True), base, tmp_path / "swapped", QUICK, device="cpu")
     true = letter_pairs(900)
-    mutant = minilm.accuracy(swapped, [p for p in true if p.split == "test"])
+    mutant = accuracy.accuracy(swapped, [p for p in true if p.split == "test"])
     assert mutant["hi"] < 0.5
 
 

