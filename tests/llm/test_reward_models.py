@@ -31,7 +31,7 @@ from transformers import (
 from alignpro.commands import main as cli
 from alignpro.errors import AlignProError
 from alignpro.llm.models import configure, resolve
-from alignpro.llm.rewards import names, opening
+from alignpro.llm.rewards import opening
 from alignpro.llm.rewards.bounds import Bounded, Clip, Declared, Squash, parse_bounds
 from alignpro.llm.rewards.cached import CachedReward
 from alignpro.llm.rewards.classifier import SequenceReward
@@ -591,7 +591,7 @@ class Server:
 def server(monkeypatch):
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv(names.KEY_ENV, raising=False)
+    monkeypatch.delenv(opening.KEY_ENV, raising=False)
     monkeypatch.setenv("MY_REWARD_KEY", KEY)
     server = Server()
     yield server
@@ -973,13 +973,13 @@ def test_rewards_by_name(folder, server, tmp_path, monkeypatch):
     assert opening.load_reward("my_rewards:made").score(["a"], ["b"]) == pytest.approx([0.5])
     assert opening.load_reward("my_rewards:one@0,1", each=True).score(["a"], ["b"]) == pytest.approx([0.5])
     assert opening.load_reward(f"{server.url}@clip:0,2").score(["a"], ["a"]) == pytest.approx([1 / 26])
-    monkeypatch.setenv(names.KEY_ENV, KEY)
+    monkeypatch.setenv(opening.KEY_ENV, KEY)
     opening.load_reward(f"{server.url}@0,1").score(["a"], ["a"])
     assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
     loaded = opening.load_reward(f"{folder}@squash:0,2", device="cpu")
     assert isinstance(loaded, SequenceReward)
     assert loaded.bounded.bounds == Squash(0.0, 2.0)
-    opening.check_name("weqweasdas/RM-Gemma-2B@squash:0,2")
+    opening.read_spec("weqweasdas/RM-Gemma-2B@squash:0,2")
     asked = len(server.asked)
     for name, match in {
         "nope": "minilm-bt",
@@ -997,7 +997,7 @@ def test_rewards_by_name(folder, server, tmp_path, monkeypatch):
         str(folder): "Theorem 1 needs",
         "../nowhere/else@0,1": "choose from",
     }.items():
-        for use in (opening.check_name, opening.load_reward):
+        for use in (opening.read_spec, opening.load_reward):
             with pytest.raises(AlignProError, match=match) as error:
                 use(name)
             assert "\n" not in str(error.value)

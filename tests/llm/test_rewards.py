@@ -1,20 +1,24 @@
 """The Bradley–Terry head against plain formulas, and the trained reward on real text."""
 
+import ast
 import dataclasses
+import inspect
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
+from mutants import kills, mutated
 
 from alignpro.errors import AlignProError
+from alignpro.estimation.winrate import wilson
 from alignpro.llm.data import packaged
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.models import packages
 from alignpro.llm.rewards import accuracy, features, minilm, opening
 from alignpro.llm.rewards.bradley_terry import BradleyTerryReward, bradley_terry_loss, fit_bradley_terry
 from alignpro.llm.rewards.features import TEXT_FEATURES, Embedder
-from alignpro.llm.rewards.minilm import wilson_interval
 
 NEEDED = ("minilm", "llamafactory", "eval-framework")
 needs_reward = pytest.mark.skipif(
@@ -111,23 +115,9 @@ def test_separable_pairs_need_decay():
         fit_bradley_terry(np.ones((0, 1)), np.ones(0), 1.0)
 
 
-def test_wilson_intervals():
-    # The interval's ends solve (p̂ − p)² = z² p (1 − p) / n, Wilson's defining equation.
-    z = 1.959963984540054
-    for k, n in ((1, 10), (37, 90), (90, 90), (0, 5), (12.5, 20)):
-        for p in wilson_interval(k, n):
-            assert (k / n - p) ** 2 == pytest.approx(z * z * p * (1 - p) / n, abs=1e-12)
-    assert wilson_interval(0, 10)[0] == 0.0
-    assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
-    assert wilson_interval(15, 20, level=0.99)[0] < wilson_interval(15, 20)[0]
-    for bad in ((-1, 3), (4, 3), (0, 0)):
-        with pytest.raises(AlignProError):
-            wilson_interval(*bad)
-
-
 def test_text_features_notice_what_they_name():
     def feature(name: str, response: str, prompt: str = "Name a red fruit") -> float:
-        return features._text_features(prompt, response)[TEXT_FEATURES.index(name) - 2]
+        return features.text_features(prompt, response)[TEXT_FEATURES.index(name) - 2]
 
     assert feature("prompt words", "a red fruit") == 1.0
     assert feature("prompt words", "an apple") == 0.0
@@ -140,8 +130,8 @@ def test_text_features_notice_what_they_name():
     assert feature("capitals", "APP") == 1.0
     assert feature("non-ASCII", "苹果") == 1.0
     for text in ("", " ", "\n", "🙂", "?!", "a" * 10_000):
-        assert np.isfinite(features._text_features("", text)).all()
-    assert len(features._text_features("x", "y")) == len(TEXT_FEATURES) - 2
+        assert np.isfinite(features.text_features("", text)).all()
+    assert len(features.text_features("x", "y")) == len(TEXT_FEATURES) - 2
 
 
 def test_cutting_keeps_white_space_inside():
@@ -159,11 +149,89 @@ def test_prompts_weigh_the_same_and_groups_have_their_shares():
     assert weight == pytest.approx([0.25, 0.25, 0.5, 1.0, 0.1])
 
 
-def test_accuracy_is_averaged_within_prompts():
-    fact = accuracy._clustered(["a", "a", "a", "a", "b"], np.array([1, 1, 1, 1, 0.0]))
-    assert fact["value"] == 0.5
-    assert (fact["prompts"], fact["pairs"]) == (2, 5)
-    assert (fact["lo"], fact["hi"]) == wilson_interval(1, 2)
+class Given:
+    """A reward that says of each response the number that is written in it."""
+
+    def logits(self, prompts, responses):
+        return np.array([float(y) for y in responses])
+
+
+def check_accuracy(measure):
+    """Three prompts: one of two pairs won, one tie, one lost; each prompt counts once."""
+    pairs = [("a", "1", "0"), ("a", "0", "1"), ("b", "1", "1"), ("c", "0", "2")]
+    fact = measure(Given(), [PreferencePair(*pair, "hand", "test") for pair in pairs])
+    assert fact["value"] == pytest.approx((0.5 + 0.5 + 0.0) / 3)
+    assert (fact["prompts"], fact["pairs"]) == (3, 4)
+    assert (fact["lo"], fact["hi"]) == wilson(fact["value"], 3)
+
+
+def test_accuracy_counts_ties_half_and_prompts_once():
+    check_accuracy(accuracy.accuracy)
+    for right, wrong in {
+        "0.5 * (margin == 0)": "1.0 * (margin == 0)",  # a tie that counts whole
+        "(margin > 0) + 0.5": "(margin >= 0) + 0.5",  # and one that counts one and a half
+        "+ 0.5 * (margin == 0)": "",  # and not at all
+        "setdefault(prompt,": "setdefault((prompt, hit),",  # results for prompts
+        "chosen - rejected": "rejected - chosen",
+        "wilson(value, n)": "wilson(value, len(prompts))",
+    }.items():
+        kills(check_accuracy, mutated(accuracy, right, wrong).accuracy)
+
+
+def check_ridge(ridge):
+    """Only slopes are shrunk, and by half where a direction has `penalty` times that mean square."""
+    rng = np.random.default_rng(0)
+    n, penalty = 400, 0.03
+    e = rng.choice([-1.0, 1.0], size=(n // 2, 1)) * math.sqrt(penalty / Embedder.DIMENSION)
+    inputs = np.c_[np.r_[e, -e], np.ones(n)]  # of mean 0
+    slope, constant = 7.0, 3.0
+    found = ridge(inputs, inputs @ [slope, constant], np.full(n, 2.0), penalty)
+    assert found == pytest.approx([slope / 2, constant], rel=1e-9)
+    # A row that weighs twice is two rows.
+    y, twice = rng.normal(size=n), np.r_[np.ones(n - 1), 2.0]
+    again = ridge(np.r_[inputs, inputs[-1:]], np.r_[y, y[-1]], np.ones(n + 1), penalty)
+    assert ridge(inputs, y, twice, penalty) == pytest.approx(again, rel=1e-9)
+
+
+def test_the_ridge_shrinks_slopes_and_not_the_constant():
+    check_ridge(minilm._ridge)
+    for right, wrong in {
+        "    ridge[-1] = 0.0\n": "",  # the ridge on the constant too
+        "ridge[-1] = 0.0": "ridge[0] = 0.0",
+        "penalty / Embedder.DIMENSION": "penalty",
+        "    weights = weights / weights.sum()\n": "",
+        "inputs.T @ (weights * targets)": "inputs.T @ targets / len(targets)",
+    }.items():
+        kills(check_ridge, mutated(minilm, right, wrong)._ridge)
+
+
+def test_the_key_of_the_head_follows_its_code_and_data(monkeypatch):
+    config = minilm.TrainingConfig()
+    key = minilm.cache_key(config)
+    assert minilm.cache_key(dataclasses.replace(config, seed=1)) != key
+    source = inspect.getsource
+    for name in minilm.MADE_BY:
+        for change, same in (("x = 1\n", False), ("# a comment\n", True)):
+            with monkeypatch.context() as patch:
+                changed = {name: change}
+                patch.setattr(
+                    minilm.inspect, "getsource", lambda m, c=changed: source(m) + c.get(m.__name__, "")
+                )
+                assert (minilm.cache_key(config) == key) == same, name
+    monkeypatch.setitem(
+        minilm.registry.PACKAGES,
+        "minilm",
+        dataclasses.replace(minilm.registry.PACKAGES["minilm"], sha256="0" * 64),
+    )
+    assert minilm.cache_key(config) != key
+
+
+def test_code_is_what_it_does():
+    code = 'def f(x):\n    """Doc."""\n    return 2 * x  # twice\n'
+    assert minilm.code_digest(code) == minilm.code_digest("def f(x):\n\n    return (2 * x)\n")
+    others = ("3 * x", "2 + x", "2 * x, 'Doc.'")
+    assert len({minilm.code_digest(code.replace("2 * x", other)) for other in ("2 * x", *others)}) == 4
+    assert ast.parse(code).body  # it is the code that is compared, not a failure to read it
 
 
 def test_unknown_rewards(tmp_path):
@@ -283,14 +351,34 @@ class TestTrainedReward:
         assert len(embedder._cache) == 3
         np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1, atol=1e-6)
 
-    def test_training_is_deterministic(self, reward):
+    def test_training_is_deterministic_and_its_code_is_in_the_key(self, reward):
         """A small configuration, twice; and another seed builds other pairs."""
         config = minilm.TrainingConfig(
-            sources=("dpo-demo",), weight_decays=(1.0,), short_words=8, constructed_prompts=30
+            sources=("dpo-demo",), weight_decays=(1.0, 0.1), short_words=8, constructed_prompts=30
         )
         small = Embedder(max_tokens=16)
-        one, two = (minilm.train_bradley_terry(config, small) for _ in range(2))
+        ran = set()
+        sys.setprofile(lambda frame, *_: ran.add(frame.f_globals.get("__name__", "")))
+        try:
+            one = minilm.train_bradley_terry(config, small)
+        finally:
+            sys.setprofile(None)
+        two = minilm.train_bradley_terry(config, small)
         np.testing.assert_array_equal(one.weights, two.weights)
         assert one.describe() == two.describe()
         other = dataclasses.replace(config, seed=1)
         assert minilm.constructed_pairs(config) != minilm.constructed_pairs(other)
+        # They fetch, check and describe, and have no part in the head.
+        others = {"alignpro.llm.models.packages", "alignpro.llm.models.libraries"}
+        others |= {"alignpro.llm.rewards.reward", "alignpro.estimation.winrate"}
+
+        def check_key(made_by):
+            assert {name for name in ran if name.startswith("alignpro")} <= {*made_by} | others
+
+        check_key(minilm.MADE_BY)
+        for name in minilm.MADE_BY:
+            kills(check_key, set(minilm.MADE_BY) - {name})
+        # The weight decay is that of the least validation loss, and the squash fits the training answers.
+        losses = one.facts["validation_loss"]
+        assert losses[str(one.facts["weight_decay"])] == min(losses.values())
+        assert len(set(losses.values())) == 2

@@ -1,4 +1,4 @@
-"""TODO."""
+"""A reward that is linear in its features and squashed: how eq. (1) fits one, and how it scores."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from alignpro.llm.rewards.reward import Array, check_scores, check_texts
 def bradley_terry_loss(
     weights: Array, differences: Array, pair_weights: Array, weight_decay: float
 ) -> tuple[float, Array]:
-    """Eq. (1), `−E log σ(r(x,y_u) − r(x,y_v))`, of r = weights·features, plus ½ weight_decay ‖weights‖².
+    """Evaluate eq. (1), `−E log σ(r(x,y_u) − r(x,y_v))`, at r = weights·features, plus ½ weight_decay ‖w‖².
 
     Args:
         weights: [D].
@@ -38,7 +38,7 @@ def bradley_terry_loss(
 
 
 def fit_bradley_terry(differences: Array, pair_weights: Array, weight_decay: float) -> Array:
-    """The minimiser [D] of `bradley_terry_loss`, which is unique for weight_decay > 0.
+    """Find the minimiser [D] of `bradley_terry_loss`, which is unique for weight_decay > 0.
 
     Raises:
         AlignProError: weight_decay is not positive (separable pairs then have no minimiser), no pairs, or the
@@ -64,7 +64,7 @@ def fit_bradley_terry(differences: Array, pair_weights: Array, weight_decay: flo
 
 @dataclass
 class BradleyTerryReward:
-    """r(x, y) = σ((w·φ(x, y) − b·e(x) − centre) / scale) ∈ [0, 1].
+    """The reward r(x, y) = σ((w·φ(x, y) − b·e(x) − centre) / scale) ∈ [0, 1].
 
     Eq. (1) determines a reward up to a function of x. The choice made here, `b·e(x)`, predicts the mean
     reward of the training answers to x, so that different answers to ONE prompt use the range. The logistic
@@ -91,11 +91,11 @@ class BradleyTerryReward:
     high: float = field(default=1.0, init=False)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """[n] float64 in [0, 1].
+        """Score each response to its prompt: [n] float64 in [0, 1].
 
         Raises:
-            AlignProError: as many prompts as responses are needed; a text that is not a string; a score that
-                is not finite, with the sample.
+            AlignProError: prompts and responses differ in number; a text is not a string; a score is not
+                finite, with the sample.
         """
         check_texts(prompts, responses)
         if not prompts:
@@ -105,10 +105,10 @@ class BradleyTerryReward:
         return _sigmoid(raw)
 
     def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """[n] float64: the score before the logistic."""
+        """Score before the logistic: [n] float64."""
         phi = (features(prompts, responses, self.embedder) - self.mean) * self.scale_by
         ex = self.embedder.embed(prompts).astype(np.float64)
-        return (phi @ self.weights - _affine(ex) @ self.baseline - self.centre) / self.scale
+        return (phi @ self.weights - affine(ex) @ self.baseline - self.centre) / self.scale
 
     def describe(self) -> dict[str, Any]:
         """Data, counts, test accuracy with 95% intervals, length correlation and limits, as JSON values."""
@@ -132,7 +132,7 @@ class BradleyTerryReward:
 
     @classmethod
     def load(cls, folder: str | Path, embedder: Embedder | None = None) -> "BradleyTerryReward":
-        """The reward that `save` wrote.
+        """Read the reward that `save` wrote.
 
         Raises:
             AlignProError: files are missing, unreadable or of other shapes.
@@ -155,7 +155,8 @@ class BradleyTerryReward:
         return cls(**tensors, centre=centre, scale=scale, facts=facts, embedder=embedder or Embedder())
 
 
-def _affine(ex: Array) -> Array:
+def affine(ex: Array) -> Array:
+    """[n, D + 1]: embeddings [n, D] with a constant 1 behind."""
     return np.column_stack([ex, np.ones(len(ex))])
 
 

