@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from alignpro.errors import AlignProError
 from alignpro.llm.rewards.reward import Array, check_scores, shown
@@ -81,7 +82,7 @@ class Squash:
 
     def apply(self, raw: Array) -> Array:
         """Squash `raw` [n] into [0, 1]."""
-        return 0.5 * (1.0 + np.tanh(0.5 * (raw - self.centre) / self.scale))
+        return expit((raw - self.centre) / self.scale)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "squash", "centre": self.centre, "scale": self.scale, "low": 0.0, "high": 1.0}

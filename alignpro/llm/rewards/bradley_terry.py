@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from scipy import optimize
+from scipy.special import expit
 
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
@@ -32,8 +33,8 @@ def bradley_terry_loss(
     """
     margins = differences @ weights
     loss = pair_weights @ np.logaddexp(0.0, -margins) + 0.5 * weight_decay * weights @ weights
-    # d/dm −log σ(m) = −σ(−m); expit of −m never overflows.
-    slope = -pair_weights * _sigmoid(-margins)
+    # d/dm −log σ(m) = −σ(−m), and expit of −m never overflows.
+    slope = -pair_weights * expit(-margins)
     return float(loss), differences.T @ slope + weight_decay * weights
 
 
@@ -102,7 +103,7 @@ class BradleyTerryReward:
             return np.zeros(0)
         remedy = "the head or encoder is damaged: delete its cache folder"
         raw = check_scores(prompts, responses, self.logits(prompts, responses), remedy=remedy)
-        return _sigmoid(raw)
+        return expit(raw)
 
     def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
         """Score before the logistic: [n] float64."""
@@ -158,7 +159,3 @@ class BradleyTerryReward:
 def affine(ex: Array) -> Array:
     """[n, D + 1]: embeddings [n, D] with a constant 1 behind."""
     return np.column_stack([ex, np.ones(len(ex))])
-
-
-def _sigmoid(values: Array) -> Array:
-    return 0.5 * (1.0 + np.tanh(0.5 * values))
