@@ -17,12 +17,13 @@ from alignpro.commands import main
 from alignpro.errors import AlignProError
 from alignpro.estimation.winrate import wilson
 from alignpro.llm.data import split
+from alignpro.llm.data.own import read_pairs
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.models import configure, load
 from alignpro.llm.rewards import accuracy, opening
 from alignpro.llm.rewards.classifier import SequenceReward
 from alignpro.llm.training import reward as reward_training
-from alignpro.llm.training.reward import RewardSettings, read_pairs, train_reward
+from alignpro.llm.training.reward import RewardSettings, train_reward
 
 
 def save(folder, model, tokenizer):
