@@ -118,22 +118,15 @@ def train_bradley_terry(
     decay = min(losses, key=lambda d: losses[d])
     weights = fit_bradley_terry(differences[train], weight[train], decay)
 
-    # The free function of x: a ridge regression of the mean training reward of a prompt on its embedding.
     raw_chosen, raw_rejected = ((f - mean) * scale_by @ weights for f in (chosen, rejected))
-    # Echoes, loops and silence are no sample of answers to x, so they have no part in it.
+    # Echoes, loops and silence are no sample of answers to x, so they have no part in the squash.
     kind = np.array([p.source for p in pairs])
     fit = train & ((np.arange(len(pairs)) < n_judged) | (kind == "other answer"))
-    middle = (raw_chosen + raw_rejected)[fit] / 2
     ex = embedder.embed([p.prompt for p, used in zip(pairs, fit, strict=True) if used]).astype(np.float64)
-    baseline = _ridge(affine(ex), middle, weight[fit])
-    residual = np.r_[raw_chosen[fit] - affine(ex) @ baseline, raw_rejected[fit] - affine(ex) @ baseline]
-    within = np.sqrt(
-        np.average(((raw_chosen - raw_rejected)[fit] / 2) ** 2, weights=weight[fit])
-    )  # of two answers about their mean
-    centre, scale = float(np.median(residual)), float(config.slope * within)
+    squash = _squash(raw_chosen[fit], raw_rejected[fit], affine(ex), weight[fit], config.slope)
 
-    reward = BradleyTerryReward(weights, mean, scale_by, baseline, centre, scale, {}, embedder)
-    reward.facts = _facts(reward, config, judged, built, split[:n_judged], decay, losses)
+    reward = BradleyTerryReward(weights, mean, scale_by, *squash, {}, embedder)
+    reward.facts = _facts(reward, config, judged, built, decay, losses)
     return reward
 
 
@@ -208,15 +201,14 @@ def _facts(
     config: TrainingConfig,
     judged: list[PreferencePair],
     built: list[PreferencePair],
-    split: Array,
     decay: float,
     losses: dict[float, float],
 ) -> dict[str, Any]:
-    """What is known of the head: counts, accuracy on the test split, and what it must not be used for."""
+    """Say what is known of the head: counts, accuracy on the test split, and what not to use it for."""
     half = len(judged) // 2
-    full_test = [p for p, s in zip(judged[:half], split[:half], strict=True) if s == "test"]
-    short_test = [p for p, s in zip(judged[half:], split[half:], strict=True) if s == "test"]
-    built_test = [p for p in built if p.split == "test"]
+    full_test, short_test, built_test = (
+        [p for p in pairs if p.split == "test"] for pairs in (judged[:half], judged[half:], built)
+    )
     answers = list(dict.fromkeys((p.prompt, y) for p in full_test for y in (p.chosen, p.rejected)))
     scores = reward.score([x for x, _ in answers], [y for _, y in answers])
     lengths = [len(y.split()) for _, y in answers]
@@ -254,7 +246,7 @@ def _facts(
 
 
 def _pair_weights(pairs: Sequence[PreferencePair], n_judged: int, constructed: Mapping[str, float]) -> Array:
-    """[N]: in each split the judged prompts weigh the same and 1 in all, each constructed kind its share."""
+    """Weigh [N] pairs: in each split the judged prompts weigh the same and 1 in all, each kind its share."""
     group = ["judged" if i < n_judged else p.source for i, p in enumerate(pairs)]
     count = Counter(zip(group, (p.prompt for p in pairs), strict=True))
     weight = np.array([1 / count[g, p.prompt] for g, p in zip(group, pairs, strict=True)])
@@ -273,14 +265,32 @@ def _shortened(pair: PreferencePair, words: int) -> PreferencePair:
 
 
 def _cut(text: str, words: int) -> str:
-    """The first `words` words, with the white space between them (lists stay lists)."""
+    """Take the first `words` words, with the white space between them (lists stay lists)."""
     match = re.match(rf"\s*(?:\S+\s+){{0,{words - 1}}}\S+", text)
     return match[0].strip() if match else ""
 
 
+def _squash(
+    chosen: Array, rejected: Array, inputs: Array, weights: Array, slope: float
+) -> tuple[Array, float, float]:
+    """Choose baseline, centre and scale, by which the scores [N] of both answers use the range.
+
+    The baseline is the free function of x: a ridge regression of the pairs' mean scores on the prompts'
+    `inputs` [N, D + 1]. Centre is the median score about it, scale `slope` times the deviation of two answers
+    about their mean.
+    """
+    baseline = _ridge(inputs, (chosen + rejected) / 2, weights)
+    expected = inputs @ baseline
+    within = np.sqrt(np.average(((chosen - rejected) / 2) ** 2, weights=weights))
+    return baseline, float(np.median(np.r_[chosen - expected, rejected - expected])), float(slope * within)
+
+
 def _ridge(inputs: Array, targets: Array, weights: Array, penalty: float = 0.03) -> Array:
-    # An embedding's coordinates have mean square 1/384; a direction with `penalty` times that is halved.
-    # The constant (last column) is not penalised.
+    """Regress on inputs [N, D + 1], embeddings and a constant, which is not penalised.
+
+    An embedding's coordinates have mean square 1/384; the slope of a direction with `penalty` times that is
+    halved.
+    """
     weights = weights / weights.sum()
     gram = inputs.T @ (inputs * weights[:, None])
     ridge = np.full(len(gram), penalty / Embedder.DIMENSION)
