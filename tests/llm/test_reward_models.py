@@ -1003,3 +1003,25 @@ def test_rewards_by_name(folder, server, tmp_path, monkeypatch):
             assert "\n" not in str(error.value)
             assert "pw" not in str(error.value)
     assert len(server.asked) == asked
+
+
+def test_a_name_says_what_is_meant(folder, tmp_path, monkeypatch):
+    """Kind, place, bounds and what may be written down, from one reading."""
+    (tmp_path / "said.py").write_text("def f(x, y):\n    return [0.5 for _ in y]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a@b").mkdir()
+    (tmp_path / "a@0,1").mkdir()
+    odd, secret = str(tmp_path / "a@b"), "https://host:8443/v1/score"
+    for name, kind, target, bounds in (
+        ("minilm-bt", "packaged", "minilm-bt", None),
+        (odd, "head", odd, None),
+        (str(tmp_path / "a@0,1"), "head", str(tmp_path / "a@0,1"), None),
+        (f"{folder}@clip:-1,2", "classifier", str(folder), Clip(-1.0, 2.0)),
+        ("owner/name@squash:0,2", "classifier", "owner/name", Squash(0.0, 2.0)),
+        ("said:f@0,1", "function", "said:f", Declared(0.0, 1.0)),
+        (f"{secret}?key=k@x@0,1", "endpoint", f"{secret}?key=k@x", Declared(0.0, 1.0)),
+    ):
+        spec = opening.read_spec(name)
+        assert (spec.kind, spec.target, spec.bounds) == (kind, target, bounds)
+        assert spec.shown == (f"{secret}@0.0,1.0" if kind == "endpoint" else name)
+        assert "key=k" not in repr(spec)

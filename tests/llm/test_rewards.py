@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import math
+import statistics
 import sys
 
 import numpy as np
@@ -15,6 +16,7 @@ from alignpro.errors import AlignProError
 from alignpro.estimation.winrate import wilson
 from alignpro.llm.data import packaged
 from alignpro.llm.data.packaged import PreferencePair
+from alignpro.llm.data.split import split_of
 from alignpro.llm.models import packages
 from alignpro.llm.rewards import accuracy, features, minilm, opening
 from alignpro.llm.rewards.bradley_terry import BradleyTerryReward, bradley_terry_loss, fit_bradley_terry
@@ -205,6 +207,65 @@ def test_the_ridge_shrinks_slopes_and_not_the_constant():
         kills(check_ridge, mutated(minilm, right, wrong)._ridge)
 
 
+def check_squash(squash):
+    """Against plain formulas: baseline of the pairs' means, centre a median, scale a weighted deviation."""
+    rng = np.random.default_rng(0)
+    n, slope = 31, 1.5
+    inputs, weights = np.c_[rng.normal(size=(n, 3)), np.ones(n)], rng.uniform(1, 9, size=n)
+    half, line = rng.exponential(size=n), inputs @ [1.0, -2.0, 0.5, 4.0]
+    baseline, _, scale = squash(line + half, line - half, inputs, weights, slope)
+    assert inputs @ baseline == pytest.approx(line, abs=2e-3)  # the ridge is that small
+    spread = sum(w * h * h for w, h in zip(weights, half, strict=True)) / sum(weights)
+    assert scale == pytest.approx(slope * math.sqrt(spread), rel=1e-12)
+    skewed = line + rng.exponential(size=n) ** 2
+    baseline, centre, _ = squash(skewed + half, skewed - half, inputs, weights, slope)
+    residual = [*(skewed + half - inputs @ baseline), *(skewed - half - inputs @ baseline)]
+    assert centre == pytest.approx(statistics.median(residual), abs=1e-12)
+
+
+def test_the_squash_is_chosen_from_the_training_answers():
+    check_squash(minilm._squash)
+    for right, wrong in {
+        "np.median(": "np.mean(",
+        "(chosen - rejected) / 2": "(chosen - rejected)",
+        ") ** 2, weights=weights)": ") ** 2)",
+        "slope * within": "within",
+        "(chosen + rejected) / 2, weights": "chosen, weights",
+        "rejected - expected": "expected - rejected",
+    }.items():
+        kills(check_squash, mutated(minilm, right, wrong)._squash)
+
+
+class Turned:
+    """Embeds a text that is an angle in degrees as the unit vector of that angle."""
+
+    def embed(self, texts):
+        angles = np.radians([float(text) for text in texts])
+        return np.c_[np.cos(angles), np.sin(angles)].astype(np.float32)
+
+
+def check_features(module):
+    """The answer's embedding, how near it is to the prompt's, and by how much too near."""
+    found = module.features(["0", "0", "90"], ["60", "30", "90"], Turned())
+    angles = np.radians([60, 30, 90])
+    cosine = np.array([0.5, math.sqrt(0.75), 1.0])
+    expected = np.c_[np.cos(angles), np.sin(angles), cosine, [0.0, math.sqrt(0.75) - 0.8, 0.2]]
+    assert found[:, :4] == pytest.approx(expected, abs=1e-6)
+    assert found[:, 4:].tolist() == [module.text_features("0", y) for y in ("60", "30")] + [
+        module.text_features("90", "90")
+    ]
+
+
+def test_features_know_an_answer_from_an_echo():
+    check_features(features)
+    for right, wrong in {
+        "np.maximum(0.0, cosine - 0.8)": "np.maximum(0.0, cosine - 0.9)",
+        "column_stack([ey,": "column_stack([ex,",
+        "[text_features(x, y)": "[text_features(y, x)",
+    }.items():
+        kills(check_features, mutated(features, right, wrong))
+
+
 def test_the_key_of_the_head_follows_its_code_and_data(monkeypatch):
     config = minilm.TrainingConfig()
     key = minilm.cache_key(config)
@@ -240,6 +301,32 @@ def test_unknown_rewards(tmp_path):
     with pytest.raises(AlignProError, match="cannot load a reward") as error:
         opening.load_reward(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.weights
+@pytest.mark.skipif(not packages.cached("llamafactory"), reason=needs_reward.kwargs["reason"])
+def test_constructed_pairs_are_true_by_construction():
+    answers = dict(packaged.reference_answers())
+    config = minilm.TrainingConfig(constructed_prompts=40)
+    built = minilm.constructed_pairs(config)
+    kinds = {kind for kind, _ in config.constructed}
+    assert {p.source for p in built} == kinds
+    chosen = {p.prompt: p.chosen for p in built}
+    assert len(chosen) == 40
+    for p in built:
+        assert p.chosen == minilm._cut(answers[p.prompt], config.short_words) != p.rejected
+        assert p.split == split_of(p.prompt)
+        if p.source == "echo":
+            assert p.rejected == p.prompt
+        elif p.source == "silence":
+            assert p.rejected == ""
+        elif p.source == "other answer":
+            assert p.rejected in {y for x, y in chosen.items() if x != p.prompt}
+        else:
+            opening = p.chosen.split()[:6]
+            assert p.rejected.split() == opening * (len(p.rejected.split()) // len(opening))
+            assert len(p.rejected.split()) >= 2 * len(opening)
+    assert sum(p.source == "other answer" for p in built) >= 38
 
 
 @pytest.fixture(scope="module")
