@@ -37,7 +37,7 @@ from alignpro.llm.rewards.cached import CachedReward
 from alignpro.llm.rewards.classifier import SequenceReward
 from alignpro.llm.rewards.endpoint import EndpointReward
 from alignpro.llm.rewards.function import CallableReward
-from alignpro.llm.rewards.reward import PLAIN, check_scores, check_template, fill
+from alignpro.llm.rewards.reward import PLAIN, check_scores, check_template, fill, shown
 from alignpro.llm.targets import http as transport
 from alignpro.llm.targets import ledger
 from alignpro.llm.targets.target import Stopped
@@ -72,10 +72,10 @@ def test_clipping_is_counted():
     bounded = Bounded(Clip(0.0, 1.0))
     scores = bounded(["x"] * 5, ["y"] * 5, [-2.0, 0.0, 0.5, 1.0, 7.0])
     np.testing.assert_array_equal(scores, [0, 0, 0.5, 1, 1])
-    bounded(["x"], ["y"], [3.0])
+    bounded(["x"] * 3, ["y"] * 3, [3.0, 4.0, 5.0])
     facts = bounded.describe()
-    # The ends themselves are not clipped: `<=` for `<` would count 5.
-    assert (facts["clipped"], facts["scored"], facts["clipped_share"]) == (3, 6, 0.5)
+    # The ends themselves are not clipped: `<=` for `<` would count 7.
+    assert (facts["clipped"], facts["scored"], facts["clipped_share"]) == (5, 8, 0.625)
     assert (facts["raw_least"], facts["raw_greatest"]) == (-2.0, 7.0)
 
 
@@ -131,9 +131,16 @@ def test_templates_are_filled_literally():
     assert fill("Q {prompt} A {response}", prompt, response) == expected
     chained = "Q {prompt} A {response}".replace("{prompt}", prompt).replace("{response}", response)
     assert chained != expected  # the mutant of two passes
-    for bad in ("", "{prompt}", "{response} {response} {prompt}", "{x}"):
+    for good in ("chat", "pair", PLAIN, "{response}{prompt}"):
+        check_template(good)
+    for bad in ("", "{prompt}", "{response}", "{response} {response} {prompt}", "{prompt}{prompt}{response}"):
         with pytest.raises(AlignProError, match="template"):
             check_template(bad)
+
+
+def test_texts_are_shown_whole_up_to_80_characters():
+    assert shown("a" * 80) == repr("a" * 80)
+    assert shown("a" * 81) == repr("a" * 77 + "...")
 
 
 # --- sequence classifiers ---

@@ -127,6 +127,9 @@ def test_text_features_notice_what_they_name():
     assert feature("distinct words", "apple apple apple apple") < feature("distinct words", "apple apple") < 0
     assert (feature("ends", "An apple."), feature("ends", "An apple and")) == (1.0, 0.0)
     assert feature("list lines", "- apple\n2. cherry\nplain") == pytest.approx(2 / 3)
+    assert feature("ends", " ") == feature("list lines", "\n") == 0.0
+    assert feature("prompt words", "red") == feature("capitals", "A") == 1.0
+    assert feature("word length", "ab, abcd") == 3.0
     assert feature("question", "Which?") == 1.0
     assert feature("first person", "Sorry, I can't") == 1.0
     assert feature("capitals", "APP") == 1.0
@@ -178,6 +181,12 @@ def test_accuracy_counts_ties_half_and_prompts_once():
         "wilson(value, n)": "wilson(value, len(prompts))",
     }.items():
         kills(check_accuracy, mutated(accuracy, right, wrong).accuracy)
+
+
+def test_the_longer_answer_has_more_words():
+    pairs = [("a", "one two", "characters"), ("b", "one", "two"), ("b", "1 2 3", "one two"), ("c", "", "1")]
+    fact = accuracy.longer_wins([PreferencePair(*pair, "hand", "test") for pair in pairs])
+    assert fact["value"] == pytest.approx((1 + 0.75 + 0) / 3)
 
 
 def check_ridge(ridge):
@@ -334,6 +343,16 @@ def reward():
     return opening.load_reward("minilm-bt")
 
 
+SMALL = minilm.TrainingConfig(
+    sources=("dpo-demo",), weight_decays=(1.0, 0.1), short_words=8, constructed_prompts=30
+)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return Embedder(max_tokens=16)
+
+
 PROMPT = "What are the benefits of regular exercise?"
 GOOD = "Regular exercise strengthens the heart, improves mood and sleep, and helps keep a healthy weight."
 BAD = {
@@ -434,30 +453,32 @@ class TestTrainedReward:
         np.testing.assert_array_equal(first[0], first[2])
         np.testing.assert_array_equal(embedder.embed(["a"]), first[:1])
         assert rows == [3]
+        # The mean over a text's own tokens, whatever is embedded with it.
+        long = "a text of more tokens than the others have"
+        hidden = embedder._model(**embedder._tokenizer(long, return_tensors="pt")).last_hidden_state[0]
+        plain = (hidden.mean(0) / hidden.mean(0).norm()).detach().numpy()
+        np.testing.assert_allclose(embedder.embed(["e", long])[1], plain, atol=1e-6)
+        np.testing.assert_allclose(embedder.embed(["a"]), first[:1], atol=1e-6)
         embedder.embed(["d"])  # evicts the least recently used
         assert len(embedder._cache) == 3
         np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1, atol=1e-6)
 
-    def test_training_is_deterministic_and_its_code_is_in_the_key(self, reward):
+    def test_training_is_deterministic_and_its_code_is_in_the_key(self, small):
         """A small configuration, twice; and another seed builds other pairs."""
-        config = minilm.TrainingConfig(
-            sources=("dpo-demo",), weight_decays=(1.0, 0.1), short_words=8, constructed_prompts=30
-        )
-        small = Embedder(max_tokens=16)
+        one = minilm.train_bradley_terry(SMALL, small)
         ran = set()
         sys.setprofile(lambda frame, *_: ran.add(frame.f_globals.get("__name__", "")))
         try:
-            one = minilm.train_bradley_terry(config, small)
+            two = minilm.train_bradley_terry(SMALL, small)
         finally:
             sys.setprofile(None)
-        two = minilm.train_bradley_terry(config, small)
         np.testing.assert_array_equal(one.weights, two.weights)
         assert one.describe() == two.describe()
-        other = dataclasses.replace(config, seed=1)
-        assert minilm.constructed_pairs(config) != minilm.constructed_pairs(other)
+        other = dataclasses.replace(SMALL, seed=1)
+        assert minilm.constructed_pairs(SMALL) != minilm.constructed_pairs(other)
         # They fetch, check and describe, and have no part in the head.
-        others = {"alignpro.llm.models.packages", "alignpro.llm.models.libraries"}
-        others |= {"alignpro.llm.rewards.reward", "alignpro.estimation.winrate"}
+        others = {f"alignpro.llm.models.{name}" for name in ("packages", "registry", "libraries")}
+        others |= {"alignpro.files", "alignpro.llm.rewards.reward", "alignpro.estimation.winrate"}
 
         def check_key(made_by):
             assert {name for name in ran if name.startswith("alignpro")} <= {*made_by} | others
@@ -469,3 +490,29 @@ class TestTrainedReward:
         losses = one.facts["validation_loss"]
         assert losses[str(one.facts["weight_decay"])] == min(losses.values())
         assert len(set(losses.values())) == 2
+
+    def test_nothing_is_learned_from_the_test_split(self, small, monkeypatch):
+        """Pairs of the test split with the preference turned round change what is measured, not the head."""
+        config, read = dataclasses.replace(SMALL, weight_decays=(1.0,)), packaged.preference_pairs
+
+        def trained(*turned):
+            def pairs(sources=None):
+                return [
+                    dataclasses.replace(p, chosen=p.rejected, rejected=p.chosen) if p.split in turned else p
+                    for p in read(sources)
+                ]
+
+            monkeypatch.setattr(packaged, "preference_pairs", pairs)
+            return minilm.train_bradley_terry(config, small)
+
+        def check_split(one, other):
+            for name in ("weights", "mean", "scale_by", "baseline", "centre", "scale"):
+                assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+        one = trained()
+        turned = trained("test", "validation")
+        check_split(one, turned)
+        kills(lambda other: check_split(one, other), trained("train"))
+        right, wrong = (r.facts["test_accuracy"]["value"] for r in (one, turned))
+        assert right == pytest.approx(1 - wrong)
+        assert turned.facts["validation_loss"] != one.facts["validation_loss"]
