@@ -1,4 +1,4 @@
-"""Which prompts are one, and in which split each is, by their text alone."""
+"""Tells which prompts are one, and which split each is in, by their text alone."""
 
 import hashlib
 import re

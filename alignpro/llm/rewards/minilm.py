@@ -48,7 +48,7 @@ _EXPRESS = 3.0
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What can be chosen about the head; part of its cache key.
+    """Choices about the head; part of its cache key.
 
     Args:
         sources: rows of `alignpro.llm.data.packaged.PREFERENCES`.

@@ -1,4 +1,4 @@
-"""What a reward is, and the checks of texts and scores that all of them share."""
+"""The protocol of rewards, and the checks of texts and scores that all of them share."""
 
 import math
 import numbers
