@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json
-from alignpro.llm.models import catalogue, configure, packages, resolve
+from alignpro.llm.models import catalogue, configure, libraries, packages, resolve
 from alignpro.llm.models import load as models_load_load
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import room, text_config
@@ -288,7 +288,7 @@ class SequenceReward:
         else:
             listed = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             ends = [i for i in (self.tokenizer.eos_token_id, *listed) if i is not None]
-            self.tokenizer.pad_token = configure._pad_token(self.tokenizer, ends or [-1], self.name)
+            self.tokenizer.pad_token = configure.pad_token(self.tokenizer, ends or [-1], self.name)
             config.pad_token_id = self.tokenizer.pad_token_id
         self.tokenizer.padding_side = "right"
 
@@ -335,6 +335,6 @@ def loading(model: str | Path, folder: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise AlignProError(
-            f"reward model {str(model)!r}: cannot load {folder} ({configure._one_line(error)}); check that "
+            f"reward model {str(model)!r}: cannot load {folder} ({libraries.one_line(error)}); check that "
             f"it is a complete {what} saved as safetensors"
         ) from error

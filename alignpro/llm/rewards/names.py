@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models import catalogue, configure, download
-from alignpro.llm.models import catalogue as load
+from alignpro.llm.models import catalogue, download, libraries
 from alignpro.llm.rewards import opening, reward
 from alignpro.llm.rewards.bounds import _SYNTAX, Bounds, parse_bounds
 from alignpro.llm.rewards.classifier import SequenceReward, _saved_facts
@@ -88,7 +87,7 @@ def _kind(name: str) -> tuple[str, str, Bounds | None]:
         return "endpoint", target, bounds
     folder = Path(target).expanduser()
     if target and folder.is_dir():
-        load._checked_folder(folder)
+        catalogue.checked_folder(folder)
         if bounds is None:
             parse_bounds(_saved_facts(folder).get("bounds"))
         return "sequence", target, bounds
@@ -100,7 +99,7 @@ def _kind(name: str) -> tuple[str, str, Bounds | None]:
         else:
             parse_bounds(bounds)
         return "function", target, bounds
-    if catalogue._HUB_ID.fullmatch(target):
+    if catalogue.HUB_ID.fullmatch(target):
         parse_bounds(bounds)
         return "sequence", target, bounds
     raise AlignProError(f"reward {shown(target)}: choose from {', '.join(opening.REWARDS)}, or name {_NAMES}")
@@ -119,7 +118,7 @@ def _imported(name: str) -> Any:
     except Exception as error:
         raise AlignProError(
             f"reward {name}: importing {module} failed ({type(error).__name__}: "
-            f"{shown(download.scrub(configure._one_line(error)), 200)}); put its folder on PYTHONPATH"
+            f"{shown(download.scrub(libraries.one_line(error)), 200)}); put its folder on PYTHONPATH"
         ) from error
     for attribute in attributes.split("."):
         if not hasattr(found, attribute):

@@ -59,7 +59,7 @@ class Endpoint:
     base_url: str
     """The address, up to and with `/v1`; no key in it."""
     settings: EndpointSettings
-    """How it is asked. The model is needed; the dialect is a row of `DIALECTS`."""
+    """Settings of its requests. The model is needed; the dialect is a row of `DIALECTS`."""
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     """Further JSON fields of each request, such as {"top_k": 20}; no secrets."""
     weights: str = ""

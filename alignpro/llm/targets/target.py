@@ -21,12 +21,13 @@ class Answer:
 
     text: str
     finish: Literal["stop", "length"]
-    """`stop` at the end token, `length` when cut off at `max_tokens`."""
+    """Why the text ends: `stop` at the end token, `length` when cut off at `max_tokens`."""
     prompt_tokens: int
     tokens: int
     """Tokens generated, the end token included where the backend counts it."""
     ids: tuple[int, ...] | None = None
-    """Those tokens, end token included; None from an endpoint. Cutting `text` afresh may give others."""
+    """Ids of the tokens generated, end token included; None from an endpoint. Cutting `text` afresh may give
+    others."""
     thought: bool = False
     """Whether a leading thought was taken off `text`; `ids` hold it."""
 
@@ -67,7 +68,7 @@ class Target(Protocol):
 
     @property
     def retried(self) -> int:
-        """How many of the calls repeated a failed one."""
+        """Calls that repeated a failed one."""
         ...
 
     @property

@@ -21,7 +21,7 @@ from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.llm.data import packaged
 from alignpro.llm.data import split as data_split
 from alignpro.llm.data import split as packaged_split
-from alignpro.llm.models import catalogue, configure, resolve
+from alignpro.llm.models import catalogue, configure, libraries, resolve
 from alignpro.llm.models.forward import text_config
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.rewards.bounds import Bounded, Squash
@@ -179,7 +179,7 @@ def train_reward(
             reward.tokenizer.save_pretrained(out)
     except (OSError, RuntimeError, SafetensorError) as error:  # of Python, torch and safetensors
         raise AlignProError(
-            f"cannot write {out} ({configure._one_line(error)}); free space and resume: what "
+            f"cannot write {out} ({libraries.one_line(error)}); free space and resume: what "
             "was trained is kept"
         ) from error
     write_json(out / REWARD_FILE, reward.facts)  # last: without it the folder is not taken for a reward
@@ -232,7 +232,7 @@ def _base(model: str | Path, seed: int) -> tuple[Any, Any]:
     body = sorted(key for key in report["missing_keys"] if key.startswith(f"{base.base_model_prefix}."))
     if body:
         raise AlignProError(f"model {str(model)!r} has no weights for {body[0]}; give a complete model")
-    configure._forget_quantizer(base)
+    configure.forget_quantizer(base)
     if report["missing_keys"]:
         text_config(base).pad_token_id = None  # a new head may choose one that ends nothing
     return base, tokenizer
