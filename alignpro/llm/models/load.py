@@ -39,8 +39,8 @@ def load_model(
     `config._name_or_path` is the resolved folder, from which trainers reload the reference.
 
     Args:
-        model: a name, folder, file or hub id (`resolve`), or the folder of an adapter that PEFT saved, which is merged into its base in
-            memory.
+        model: a name, folder, file or hub id (`resolve`), or the folder of an adapter that PEFT saved, which
+            is merged into its base in memory.
         dtype: a row of `DTYPES`.
         device: `auto` (CUDA if there is one: that of this process's LOCAL_RANK), or a torch device such as
             `cpu` or `cuda:1`.

@@ -215,10 +215,6 @@ class EndpointReward:
         done = np.isfinite(scores).sum()
         raise Stopped(f"{failure.text} ({done} of {len(prompts)} scored)", failure.reason, {})
 
-    def stop(self) -> None:
-        """End a `score` that runs in another thread, soon; it raises Stopped."""
-        self._http.stop()
-
     def describe(self) -> dict[str, Any]:
         """Where and how the server is asked, and the bounds with what they did; not the key."""
         facts = {"kind": "endpoint", "url": self.shown, "style": self.style, "model": self.model}
@@ -328,9 +324,6 @@ class _AsTarget:
     @property
     def retried(self) -> int:
         return self.reward.retried
-
-    def stop(self) -> None:
-        self.reward.stop()
 
     def respond(
         self,

@@ -170,10 +170,6 @@ class Endpoint:
             answers,
         )
 
-    def stop(self) -> None:
-        """See `Target.stop`; requests in flight are let finish, and their answers kept."""
-        self._http.stop()
-
     def _body(self, prompt: str, index: int, sampling: Sampling, seed: int) -> bytes:
         return json.dumps(
             {

@@ -129,7 +129,6 @@ class Transport:
         self._reserved = 0
         self._hold_until = 0.0
         self._lock = threading.Lock()
-        self._running: _Run | None = None
         self._requests = Pace(self.settings.requests_per_minute)
         self._token_pace = Pace(self.settings.tokens_per_minute)
 
@@ -150,19 +149,11 @@ class Transport:
         if not jobs:
             return None
         with self._lock:
-            run = self._running = _Run(self, make, secret, meter or self)
-            try:
-                failure = finish(run.all(deque(jobs)), run.stop)
-            finally:
-                self._running = None
+            run = _Run(self, make, secret, meter or self)
+            failure = finish(run.all(deque(jobs)), run.stop)
         if failure is not None and not isinstance(failure, GiveUp):
             raise failure  # the disk is full, for one
         return failure
-
-    def stop(self) -> None:
-        """End a `post` that runs in another thread; requests in flight are let finish, their values kept."""
-        if (run := self._running) is not None:
-            run.stop()
 
     def book(self, settings: EndpointSettings, cost: int, again: bool) -> str | None:
         """See `Meter.book`; `_Run` counts the call itself."""

@@ -177,10 +177,6 @@ class Cached:
         """See `Target.retried`."""
         return self.target.retried
 
-    def stop(self) -> None:
-        """See `Target.stop`."""
-        self.target.stop()
-
     def respond(
         self,
         prompts: Sequence[str],
@@ -288,20 +284,6 @@ class Cached:
     def _unbooked(self, spent: Ledger) -> dict[str, Any]:
         """Counts to be added on file: the calls of a remote target were counted as each was sent."""
         return asdict(spent) | ({"calls": 0, "retries": 0} if self.remote else {})
-
-    def estimate(
-        self,
-        prompts: Sequence[str],
-        sampling: Sampling,
-        *,
-        first: Sequence[int] | int = 0,
-        samples: int = 1,
-        seed: int = 0,
-    ) -> Estimate:
-        """Forecast of what the same `respond` would ask for; asks nothing itself."""
-        asked = jobs(prompts, first, samples, seed)
-        _, answers, missing = self._look_up(prompts, sampling, asked, seed)
-        return self._estimate(prompts, sampling, missing, len(answers))
 
     def total(self) -> Ledger:
         """Cost of this target's answers on file, over all processes and runs."""

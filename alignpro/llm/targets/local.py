@@ -68,7 +68,6 @@ class LocalTarget:
         self.name = name or str(model)
         self.calls = 0
         self.retried = 0
-        self._stopping = False
         self._ends = end_tokens(self.model)
 
     @cached_property
@@ -99,7 +98,6 @@ class LocalTarget:
         ids = [target_ids(self.tokenizer, prompt) for prompt in prompts]
         self._check_room(ids, [sampling.max_tokens] * len(ids))
         answers: Answers = {}
-        self._stopping = False
 
         def run(batch: Sequence[tuple[int, int]]) -> list[list[int]]:
             keys = [stream_key(seed, sampling, prompts[p], i) for p, i in batch]
@@ -123,20 +121,10 @@ class LocalTarget:
                     answers[position, index] = answer
                     if on_answer:
                         on_answer(position, index, answer)
-                if self._stopping:
-                    break
         except torch.OutOfMemoryError:
             message = "one sequence alone exceeds the GPU's memory; use a smaller model, dtype or max_tokens"
-            reason = "failed"
-        else:
-            if len(answers) == len(asked):
-                return arrange(asked, answers, len(prompts))
-            message, reason = "stopped", "stopped"
-        raise Stopped(f"model {self.name!r}: {message}", reason, answers)
-
-    def stop(self) -> None:
-        """See `Target.stop`; the batch at work is finished first."""
-        self._stopping = True
+            raise Stopped(f"model {self.name!r}: {message}", "failed", answers) from None
+        return arrange(asked, answers, len(prompts))
 
     def log_probs(
         self,

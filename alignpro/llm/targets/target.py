@@ -46,7 +46,7 @@ class Stopped(AlignProError):
     """`respond` ended before everything was answered: a spent budget or a failing target.
 
     Attributes:
-        reason: `max_calls`, `max_tokens` (budgets), `failed` or `stopped` (by `Target.stop`).
+        reason: `max_calls`, `max_tokens` (budgets), `failed` or `stopped` (by an interrupt).
         answers: what was answered before, {(position in prompts, sample index): Answer}.
     """
 
@@ -80,10 +80,6 @@ class Target(Protocol):
     @property
     def revision(self) -> str:
         """Changes whenever the answers' distribution may: part of the cache key."""
-        ...
-
-    def stop(self) -> None:
-        """Ends a `respond` that runs in another thread, soon; it raises Stopped."""
         ...
 
     def respond(
