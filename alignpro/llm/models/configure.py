@@ -169,7 +169,7 @@ def configure_model(
             "at once, others' are taken off their answers. They may be turned off by "
             "--chat-template-kwargs '{\"enable_thinking\": false}'"
         )
-    pad = pad_token(tokenizer, ends, name)
+    pad = choose_pad_token(tokenizer, ends, name)
     if tokenizer.pad_token != pad:
         tokenizer.pad_token = pad
     tokenizer.padding_side = "left"  # generation continues from the right-hand end
@@ -201,7 +201,7 @@ def configure_model(
     model.eval()
 
 
-def pad_token(tokenizer: Any, ends: list[int], name: str) -> str:
+def choose_pad_token(tokenizer: Any, ends: list[int], name: str) -> str:
     """A token to pad with that no text contains: the tokenizer's own, or a spare one where that is its end.
 
     Args:

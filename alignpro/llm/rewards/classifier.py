@@ -288,7 +288,7 @@ class SequenceReward:
         else:
             listed = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             ends = [i for i in (self.tokenizer.eos_token_id, *listed) if i is not None]
-            self.tokenizer.pad_token = configure.pad_token(self.tokenizer, ends or [-1], self.name)
+            self.tokenizer.pad_token = configure.choose_pad_token(self.tokenizer, ends or [-1], self.name)
             config.pad_token_id = self.tokenizer.pad_token_id
         self.tokenizer.padding_side = "right"
 
