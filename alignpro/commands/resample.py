@@ -61,8 +61,7 @@ def run_resample(
 ) -> None:
     """Everything is checked before anything is loaded; proposals on file are kept."""
     from alignpro.llm.arms import resample as arms_resample
-    from alignpro.llm.rewards.endpoint import keep_scores
-    from alignpro.llm.rewards.names import shown_name
+    from alignpro.llm.rewards.cached import keep_scores
 
     prompter, folder = _home(prompter), writable_folder(out)
     for name, value, least in (
@@ -89,7 +88,7 @@ def run_resample(
         "target": world.target,
         "target_model": world.target_model,
         "dtype": world.dtype,
-        "reward": shown_name(world.reward),
+        "reward": opening.read_spec(world.reward).shown,
         "sampling": asdict(world.sampling()),
         "chat_template_kwargs": world.chat_options() or {},
     }

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from alignpro.commands.train import _fitting
 from alignpro.files import read_json_lines
+from alignpro.llm.data.own import read_pairs
 from alignpro.llm.models import packages
-from alignpro.llm.training.reward import METRICS_FILE, read_pairs, split_pairs, train_reward
+from alignpro.llm.training.reward import METRICS_FILE, split_pairs, train_reward
 from alignpro.report import numbers
 from alignpro.report.numbers import interval, limits, number
 from alignpro.report.page import Dots, Json, Page, Table, dot, some

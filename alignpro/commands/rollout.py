@@ -62,8 +62,7 @@ def run_rollout(
     """Everything is checked before anything is loaded."""
     from alignpro import rollouts
     from alignpro.llm.arms import rollout
-    from alignpro.llm.rewards.endpoint import keep_scores
-    from alignpro.llm.rewards.names import shown_name
+    from alignpro.llm.rewards.cached import keep_scores
 
     folder, sampling = writable_folder(out), world.sampling()
     arms = rollout.arms_of(settings)
@@ -98,7 +97,7 @@ def run_rollout(
         "target": world.target,
         "target_model": world.target_model,
         "dtype": world.dtype,
-        "reward": shown_name(world.reward),
+        "reward": opening.read_spec(world.reward).shown,
         "sampling": asdict(sampling),
         "chat_template_kwargs": world.chat_options() or {},
         "arms": {
@@ -163,7 +162,7 @@ def run_rollout(
             return {
                 "frozen": f"{target.name} {target.revision}",
                 "prompter": named,
-                "reward_model": shown_name(world.reward),
+                "reward_model": opening.read_spec(world.reward).shown,
                 "sampling": decoding,
             }
 

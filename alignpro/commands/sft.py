@@ -50,7 +50,8 @@ def run_sft(
     if any(folder.iterdir()) and not resume:
         raise AlignProError(f"--out {folder}: it is not empty; name a new folder, or continue with --resume")
 
-    from alignpro.llm.training.sft import METRICS_FILE, PROMPTER_FOLDER, read_rewrites, sft
+    from alignpro.llm.data.own import read_rewrites
+    from alignpro.llm.training.sft import METRICS_FILE, PROMPTER_FOLDER, sft
 
     read = read_rewrites(pairs, prompt=prompt_field, rewrite=rewrite_field)
     sizes = Counter(split.split_of(pair.prompt) for pair in read)

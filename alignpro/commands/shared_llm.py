@@ -92,7 +92,7 @@ def check_environment(world: EnvironmentSettings) -> tuple[Target | None, Prices
         _refuse_endpoint_settings(world)
         catalogue.check_name(world.target)
         configure.check_dtype(world.dtype)
-    opening.check_name(world.reward)
+    opening.read_spec(world.reward)
     return opened, Prices(*world.prices) if world.prices is not None else None
 
 
