@@ -5,7 +5,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from alignpro.llm.rewards.endpoint import EndpointReward, check_url
 from alignpro.llm.rewards.function import CallableReward
 from alignpro.llm.rewards.minilm import minilm_bt
 from alignpro.llm.rewards.reward import Reward, shown
+from alignpro.llm.targets.settings import EndpointSettings
 
 REWARDS: dict[str, Callable[..., Reward]] = {"minilm-bt": minilm_bt}
 """The packaged rewards by name: functions that can be called without arguments."""
@@ -72,8 +73,10 @@ class Spec:
         bounds = parse_bounds(self.bounds)
         if self.kind == "function":
             return CallableReward(_imported(self.target), bounds, **({"name": self.target} | options))
-        key = {"key_env": KEY_ENV} if os.environ.get(KEY_ENV) else {}
-        return EndpointReward(self.target, bounds, **(key | options))
+        settings = options.pop("settings", EndpointSettings())
+        if settings.key_env is None and os.environ.get(KEY_ENV):
+            settings = replace(settings, key_env=KEY_ENV)
+        return EndpointReward(self.target, bounds, settings, **options)
 
 
 def load_reward(name: str = "minilm-bt", **options: Any) -> Reward:
