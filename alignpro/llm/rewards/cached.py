@@ -37,7 +37,7 @@ class CachedReward:
 
     @property
     def ledger(self) -> Ledger:
-        """What this object has asked for; its `answers` are scores."""
+        """Sums of what this object has asked for; its `answers` are scores."""
         return self._cached.ledger
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:

@@ -21,7 +21,7 @@ from alignpro.llm.targets.target import Answer
 
 FILE = "answers.sqlite"
 OLD_FILE = "answers.jsonl"
-"""The same as JSON lines, as kept before; read once, where it is found, and left alone."""
+"""Answers as JSON lines, the way they were kept before; read once, where they are found, and left alone."""
 BUSY_S = 60.0
 """Seconds that a transaction waits for others."""
 _SYNC_S = 1.0
@@ -40,10 +40,11 @@ CREATE TABLE IF NOT EXISTS under_way (owner TEXT, process TEXT, tokens INTEGER N
 CREATE TABLE IF NOT EXISTS imported (file TEXT PRIMARY KEY);
 """
 _ADD = f"""
-INSERT INTO spent VALUES (?, {", ".join(f":{name}" for name in _COUNTS)})
+INSERT INTO spent VALUES (:owner, {", ".join(f":{name}" for name in _COUNTS)})
 ON CONFLICT (owner) DO UPDATE SET {", ".join(f"{name} = {name} + :{name}" for name in _COUNTS[:-1])},
 cost = coalesce(cost + :cost, cost, :cost)
-""".replace("?", ":owner")
+"""
+_KEEP = "INSERT OR IGNORE INTO answers (key, line) VALUES (?, ?)"
 
 
 class Store:
@@ -107,7 +108,6 @@ class Store:
         Raises:
             AlignProError: the disk is full, or the file cannot be written; it is as before.
         """
-        kept = None
         due = lasting or time.monotonic() - self._synced > _SYNC_S
         with self._transaction(due):
             self._spend(owner, spent)
@@ -115,9 +115,11 @@ class Store:
                 key = bytes.fromhex(line["key"])
                 # ASCII: a lone surrogate from a server could not be written otherwise.
                 text = json.dumps(line, separators=(",", ":"))
-                self._db.execute("INSERT OR IGNORE INTO answers (key, line) VALUES (?, ?)", (key, text))
-                kept = self._db.execute("SELECT line FROM answers WHERE key = ?", (key,)).fetchone()[0]
-        return None if kept is None else self._answer(kept)
+                added = self._db.execute(_KEEP, (key, text)).rowcount
+                if not added:
+                    query = "SELECT line FROM answers WHERE key = ?"
+                    return self._answer(self._db.execute(query, (key,)).fetchone()[0])
+        return None if line is None else Answer(**line["answer"])
 
     def spent(self) -> dict[str, dict[str, Any]]:
         """Sums of what was spent, by owner: fields of `ledger.Ledger`."""
@@ -191,16 +193,17 @@ class Store:
         self._spend(owner, spent)
         if answer is not None:
             text = json.dumps(row, separators=(",", ":"))
-            self._db.execute("INSERT OR IGNORE INTO answers (key, line) VALUES (?, ?)", (key, text))
+            self._db.execute(_KEEP, (key, text))
 
     def _write_ahead(self) -> bool:
         """A write-ahead log where the file system can have one; else the journal that SQLite begins with."""
-        with suppress(sqlite3.OperationalError):
-            if self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0] == "wal":
-                self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()  # needs shared memory
-                return True
-        with suppress(sqlite3.OperationalError):  # another process is at work, in whichever mode
-            self._db.execute("PRAGMA journal_mode = DELETE")
+        try:
+            (mode,) = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
+            self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()  # needs shared memory
+            return mode == "wal"
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+                self._db.execute("PRAGMA journal_mode = DELETE")
         return False
 
     @contextmanager
