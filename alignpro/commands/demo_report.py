@@ -227,7 +227,7 @@ def _verdict(bound: Mapping[str, Any]) -> str:
 def _bound_row(axes: Axes, i: int, row: Mapping[str, Any], right: float) -> None:
     terms, rhs, gap = row["terms"], row["rhs"], row["gap"]
     top, middle, height = i - 0.12, i + 0.24, 0.4
-    taken = terms.get("prompter_kl", 0.0)
+    taken = -terms.get("prompter_kl", 0.0)
     added = {name: value for name, value in terms.items() if name != "prompter_kl"}
     end = sum(added.values())
     if abs(end - taken - rhs) > 1e-6 * max(1.0, abs(rhs)) or not set(added) <= set(_TERMS):

@@ -29,7 +29,7 @@ BOUND = {"assumptions": {"prompter is optimal": True}, "verdict": "holds", "vacu
 
 
 def bound(gap, model, shift, kl, shortfall=None, **changes):
-    terms = {"model": model, "prompt_shift": shift, "prompter_kl": kl}
+    terms = {"model": model, "prompt_shift": shift, "prompter_kl": -kl}
     if shortfall is not None:
         terms["shortfall"] = shortfall
     rhs = model + shift + (shortfall or 0) - kl
@@ -351,7 +351,7 @@ def test_bars_are_as_long_as_the_terms(content, drawn):
         hatched = [w for bar, _, w in here if bar.get_hatch()]
         solid = {bar.get_facecolor(): (x, w) for bar, x, w in here if not bar.get_hatch()}
         terms = expected["terms"]
-        assert hatched == pytest.approx([-terms["prompter_kl"]] if terms["prompter_kl"] else [])
+        assert hatched == pytest.approx([terms["prompter_kl"]] if terms["prompter_kl"] else [])
         added = [terms[k] for k in ("model", "prompt_shift", "shortfall") if k in terms]
         assert sorted(w for _, w in solid.values()) == pytest.approx(sorted([*added, expected["gap"]]))
         assert marks[i] == pytest.approx(expected["rhs"])
