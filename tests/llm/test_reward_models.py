@@ -1,6 +1,7 @@
 """Rewards of the user's own against plain formulas, real tiny models and a server on the loopback."""
 
 import asyncio
+import contextlib
 import http.server
 import itertools
 import json
@@ -10,6 +11,7 @@ import os
 import random
 import re
 import shlex
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -40,6 +42,7 @@ from alignpro.llm.rewards.function import CallableReward
 from alignpro.llm.rewards.reward import PLAIN, check_scores, check_template, fill, shown
 from alignpro.llm.targets import http as transport
 from alignpro.llm.targets import ledger
+from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Stopped
 
 # --- bounds ---
@@ -605,8 +608,13 @@ def server(monkeypatch):
     server.close()
 
 
+def rewarding(url, bounds="0,1", **options):
+    own = {name: options.pop(name) for name in ("template", "batch_size") if name in options}
+    return EndpointReward(url, bounds, EndpointSettings(**options), **own)
+
+
 def endpoint(server, **options):
-    return EndpointReward(server.url, **({"bounds": "0,1", "backoff": 0.0, "retries": 2} | options))
+    return rewarding(server.url, **({"backoff_s": 0.0, "retries": 2} | options))
 
 
 def test_an_endpoint_scores_in_batches_with_its_key(server):
@@ -635,7 +643,7 @@ def test_other_styles_follow_the_index(server, style):
         return 200, {}, {"data": rows[::-1]}
 
     server.answer = answer
-    reward = endpoint(server, style=style, template="{prompt}{response}")
+    reward = endpoint(server, dialect=style, template="{prompt}{response}")
     np.testing.assert_allclose(reward.score(["a", "bbb", "cc"], ["", "b", "ccc"]), [0.01, 0.04, 0.05])
 
 
@@ -669,12 +677,15 @@ def test_pauses_double_and_heed_the_server(server, monkeypatch):
     monkeypatch.setattr(transport._Run, "_sleep", sleep)
     jitter = []
     monkeypatch.setattr(transport.random, "uniform", lambda *ends: jitter.append(ends) or 1.0)
-    answers = iter([{}, {"Retry-After": "7"}, {"Retry-After": "1e9"}, {"Retry-After": "nan"}, {}])
+    answers = iter([{}, {"Retry-After": "7"}, {"Retry-After": "60"}, {"Retry-After": "nan"}, {}])
     server.answer = lambda path, body: (503, next(answers), {})
     with pytest.raises(AlignProError, match="status 503"):
-        endpoint(server, backoff=0.5, retries=4).score(["a"], ["b"])
+        endpoint(server, backoff_s=0.5, retries=4).score(["a"], ["b"])
     assert pauses == [0.5, 7.0, 60.0, 4.0]
     assert set(jitter) == {(0.5, 1.5)}
+    server.answer = lambda path, body: (503, {"Retry-After": "61"}, {})
+    with pytest.raises(AlignProError, match="asks to wait 61 s: run again then"):
+        endpoint(server).score(["a"], ["b"])
 
 
 def test_no_secret_in_any_error(server):
@@ -693,10 +704,10 @@ def test_no_secret_in_any_error(server):
         return str(error.value)
 
     url = f"{server.url}?token=query-secret"
-    keyed = {"bounds": "0,1", "key_env": "MY_REWARD_KEY", "backoff": 0.0, "retries": 1}
+    keyed = {"bounds": "0,1", "key_env": "MY_REWARD_KEY", "backoff_s": 0.0, "retries": 1}
 
     def keyed_reward(**options):
-        return EndpointReward(url, **(keyed | options))
+        return rewarding(url, **(keyed | options))
 
     sample = (["p"], ["r"])
     server.answer = lambda path, body: (401, {}, {"error": f"bad key {KEY} at {path}"})
@@ -711,11 +722,11 @@ def test_no_secret_in_any_error(server):
     server.asked.clear()
     failing(keyed_reward, *sample)
     assert len(server.asked) == 1
-    failing(lambda: EndpointReward("http://127.0.0.1:9/x?token=query-secret", **keyed), *sample)
-    failing(lambda: EndpointReward(url, "0,1", key_env=KEY))
-    assert "not set" in failing(lambda: EndpointReward(url, "0,1", key_env="hf_pasted0123456789"))
-    failing(lambda: EndpointReward("http://me:url-secret@127.0.0.1/", "0,1"))
-    failing(lambda: EndpointReward("url-secret", "0,1"))
+    failing(lambda: rewarding("http://127.0.0.1:9/x?token=query-secret", **keyed), *sample)
+    failing(lambda: rewarding(url, "0,1", key_env=KEY))
+    assert "not set" in failing(lambda: rewarding(url, "0,1", key_env="hf_pasted0123456789"))
+    failing(lambda: rewarding("http://me:url-secret@127.0.0.1/", "0,1"))
+    failing(lambda: rewarding("url-secret", "0,1"))
     texts.append(repr(keyed_reward()) + json.dumps(keyed_reward().describe()))
     everything = " ".join(texts)
     for secret in (KEY, "query-secret", "url-secret", "hf_pasted"):
@@ -732,9 +743,9 @@ def test_bad_keys_and_settings_are_named_before_any_request(server, monkeypatch)
         endpoint(server, key_env="MY_REWARD_KEY")
     assert "words" not in str(error.value)
     for bad in (
-        {"style": "x"},
-        {"timeout": 0.0},
-        {"timeout": math.nan},
+        {"dialect": "x"},
+        {"timeout_s": 0.0},
+        {"timeout_s": math.nan},
         {"retries": -1},
         {"concurrency": 0},
         {"template": "chat"},
@@ -755,8 +766,8 @@ def test_bad_keys_and_settings_are_named_before_any_request(server, monkeypatch)
         (b'{"rewards": [0.5, null, 0.5]}', r"sample 4 .* of type NoneType"),
         (b'{"rewards": [0.5, "0.5", 0.5]}', r"sample 4 .* of type str"),
         (b'{"rewards": [0.5]}', "1 scores for"),
-        (b'{"rewards": 0.5}', "not of style rewards"),
-        (b'["rewards"]', "not of style rewards"),
+        (b'{"rewards": 0.5}', "not of dialect rewards"),
+        (b'["rewards"]', "not of dialect rewards"),
         (b'{"rewards": [0.5, 2.0, 0.5]}', r"outside the declared"),
     ],
 )
@@ -785,7 +796,7 @@ def test_the_budget_of_requests_is_kept_and_named(server):
 
 
 def test_a_query_is_in_no_log(server, caplog, monkeypatch):
-    reward = EndpointReward(f"{server.url}?token=query-secret", "0,1")
+    reward = rewarding(f"{server.url}?token=query-secret", "0,1")
     with caplog.at_level(logging.DEBUG):
         reward.score(["a"], ["b"])
         assert server.url in caplog.text
@@ -835,17 +846,17 @@ def test_what_else_determines_a_score_is_in_its_key(server, tmp_path):
 
     server.answer = answer
     rewards_ = [
-        EndpointReward(url, "0,1", **options)
+        rewarding(url, "0,1", **options)
         for url in (server.url, f"{server.url}?v=2")
-        for options in ({}, {"model": "m"}, {"model": "m", "style": "score"})
+        for options in ({}, {"model": "m"}, {"model": "m", "dialect": "score"})
     ]
     for reward in rewards_:
         CachedReward(reward, tmp_path).score(["x"], ["y"])
     assert len(server.asked) == 6 == len({reward.revision for reward in rewards_})
     # Not what only says how it is asked for; and an address's query is not in the file.
-    again = EndpointReward(server.url, "clip:0,1", timeout=9.0, retries=0, batch_size=1, max_calls=1)
+    again = rewarding(server.url, "clip:0,1", timeout_s=9.0, retries=0, batch_size=1, max_calls=1)
     assert again.revision == rewards_[0].revision
-    assert b"v=2" not in (tmp_path / ledger.FILE).read_bytes()
+    assert b"v=2" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("mutant", [False, True])
@@ -854,8 +865,8 @@ def test_scores_that_came_before_a_failure_are_kept(server, tmp_path, monkeypatc
     if mutant:
         raw = EndpointReward.raw
 
-        def late(self, prompts, responses, on_score):
-            scores = raw(self, prompts, responses)
+        def late(self, prompts, responses, on_score, meter):
+            scores = raw(self, prompts, responses, meter=meter)
             for i, score in enumerate(scores):
                 on_score(i, float(score))
             return scores
@@ -877,8 +888,10 @@ KILLED = """
 import sys
 from alignpro.llm.rewards.cached import CachedReward
 from alignpro.llm.rewards.endpoint import EndpointReward
+from alignpro.llm.targets.settings import EndpointSettings
 texts = sys.argv[3:]
-CachedReward(EndpointReward(sys.argv[1], "0,1", batch_size=1, concurrency=1), sys.argv[2]).score(texts, texts)
+reward = EndpointReward(sys.argv[1], "0,1", EndpointSettings(concurrency=1), batch_size=1)
+CachedReward(reward, sys.argv[2]).score(texts, texts)
 """
 
 
@@ -915,8 +928,8 @@ def test_only_rewards_are_kept(server, tmp_path):
             assert reward.score(["a"], ["a"]) == 1.0
     server.answer = good
     np.testing.assert_allclose(CachedReward(endpoint(server), tmp_path / "0,1").score(["a"], ["a"]), 1 / 26)
-    path = tmp_path / "0,1" / ledger.FILE
-    path.write_text(path.read_text().replace(repr(1 / 26), "cheese"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "0,1" / ledger.FILE)) as file, file:
+        file.execute("UPDATE answers SET line = replace(line, ?, 'cheese')", (repr(1 / 26),))
     with pytest.raises(AlignProError, match=r"sample 0 \(prompt 'a', response 'a'\) is nan"):
         CachedReward(endpoint(server), tmp_path / "0,1").score(["a"], ["a"])
 

@@ -9,8 +9,9 @@ from typing import Any
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.rewards.endpoint import EndpointReward
 from alignpro.llm.rewards.reward import Array, Reward, check_texts
+from alignpro.llm.targets.http import Meter
 from alignpro.llm.targets.ledger import Cached, Ledger
-from alignpro.llm.targets.target import Answer, OnAnswer
+from alignpro.llm.targets.target import Answer, Known, OnAnswer
 
 _ONCE = Sampling(temperature=0.0, max_tokens=1)
 
@@ -26,7 +27,7 @@ class CachedReward:
         folder: holds the file, in which an answer is a score in decimal; created if need be.
 
     Raises:
-        AlignProError: the folder cannot be written to, or its file not read.
+        AlignProError: the folder cannot be written to, or its file is damaged.
     """
 
     def __init__(self, reward: EndpointReward, folder: str | Path) -> None:
@@ -87,9 +88,6 @@ class _AsTarget:
     def retried(self) -> int:
         return self.reward.retried
 
-    def stop(self) -> None:
-        self.reward.stop()
-
     def respond(
         self,
         prompts: Sequence[str],
@@ -99,6 +97,8 @@ class _AsTarget:
         samples: int = 1,
         seed: int = 0,
         on_answer: OnAnswer | None = None,
+        known: Known = lambda *_: None,
+        meter: Meter | None = None,
     ) -> list[list[Answer]]:
         found: list[list[Answer]] = [[] for _ in prompts]
 
@@ -108,7 +108,7 @@ class _AsTarget:
                 on_answer(i, 0, found[i][0])
 
         pairs = [json.loads(prompt) for prompt in prompts]
-        self.reward.raw([x for x, _ in pairs], [y for _, y in pairs], keep)
+        self.reward.raw([x for x, _ in pairs], [y for _, y in pairs], keep, meter)
         return found
 
 

@@ -1,7 +1,6 @@
 """A reward served over HTTP."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,8 @@ from alignpro.llm.rewards.reward import (
     fill,
 )
 from alignpro.llm.targets import http
+from alignpro.llm.targets.keys import Secret, check_address, read_key
+from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Stopped
 
 
@@ -56,9 +57,8 @@ for a model with one output; that server applies a sigmoid unless told otherwise
 
 _WORDS = {
     "address": "url",
-    "timeout": "timeout",
     "found": "url and model",
-    "request": "style, model or template",
+    "request": "dialect, model or template",
 }
 
 
@@ -72,18 +72,9 @@ class EndpointReward:
     Args:
         url: http or https, without user name; a query is sent and never shown.
         bounds: see `parse_bounds`.
-        style: a row of `STYLES`.
-        model: sent as "model", where the server needs one.
-        key_env: NAME of the environment variable with the key, sent as `Authorization: Bearer`.
+        settings: how it is asked; the dialect is a row of `STYLES`.
         template: for `classify`, a text with {prompt} and {response}.
-        timeout: seconds for a whole request.
-        retries: further tries after a failed connection, a timeout, or a status that may pass (429, 503, …).
-        backoff: seconds before the first of them, give or take half, doubled each time; a server's
-            Retry-After counts, up to a minute.
-        concurrency: requests under way at once.
         batch_size: samples per request.
-        requests_per_minute: most requests begun in a minute; None for no limit.
-        max_calls: budget of requests, retries included, over this object's life; None for no limit.
 
     Raises:
         AlignProError: values that do not fit, the variable is not set, or httpx2 is not installed.
@@ -91,17 +82,9 @@ class EndpointReward:
 
     url: str = field(repr=False)
     bounds: Bounds | str
-    style: str = "rewards"
-    model: str | None = None
-    key_env: str | None = None
+    settings: EndpointSettings = field(default_factory=EndpointSettings)
     template: str = PLAIN
-    timeout: float = 60.0
-    retries: int = 4
-    backoff: float = 0.5
-    concurrency: int = 4
     batch_size: int = 32
-    requests_per_minute: float | None = None
-    max_calls: int | None = None
     shown: str = field(init=False)
     bounded: Bounded = field(init=False, repr=False)
     low: float = field(init=False)
@@ -112,38 +95,23 @@ class EndpointReward:
         self.bounds = parse_bounds(self.bounds)
         self.bounded = Bounded(self.bounds)
         self.low, self.high = self.bounds.low, self.bounds.high
+        self.style, self.model = self.settings.dialect or "rewards", self.settings.model
         if self.style not in STYLES:
-            raise AlignProError(f"style {self.style!r}: choose from {', '.join(STYLES)}")
+            raise AlignProError(f"dialect {self.style!r}: choose from {', '.join(STYLES)}")
         check_template(self.template)
         if self.template in ("chat", "pair"):
             raise AlignProError(
                 f"template {self.template}: an endpoint needs a text with {{prompt}} and {{response}}"
             )
-        at_least(1, concurrency=self.concurrency, batch_size=self.batch_size)
-        at_least(0, retries=self.retries)
-        if self.max_calls is not None:
-            at_least(1, max_calls=self.max_calls)
-        for name in ("timeout", "backoff", "requests_per_minute"):
-            value = getattr(self, name)
-            optional = name == "requests_per_minute" and value is None
-            if not optional and not (math.isfinite(value) and value >= 0 and (value or name == "backoff")):
-                raise AlignProError(f"{name} {value}: give a positive number")
-        http.check_key_env(self.key_env)
-        http.read_key(self.key_env)
+        at_least(1, batch_size=self.batch_size)
+        read_key(self.settings.key_env)
         http.client_library()
         self._http = http.Transport(
             url=self.url,
             shown=self.shown,
             name=f"endpoint {self.shown}",
             words=_WORDS,
-            key_env=self.key_env,
-            concurrency=self.concurrency,
-            timeout_s=self.timeout,
-            retries=self.retries,
-            backoff_s=self.backoff,
-            patient=True,
-            requests_per_minute=self.requests_per_minute,
-            max_calls=self.max_calls,
+            settings=self.settings,
         )
 
     @property
@@ -177,18 +145,20 @@ class EndpointReward:
         prompts: Sequence[str],
         responses: Sequence[str],
         on_score: Callable[[int, float], None] = lambda i, score: None,
+        meter: http.Meter | None = None,
     ) -> Array:
         """Ask for all raw scores, not yet clipped or squashed: [n] float64.
 
         Args:
             on_score: called with (sample, raw score) as each arrives.
+            meter: counts the requests instead of this object.
 
         Raises:
             AlignProError: see `score`.
         """
         check_texts(prompts, responses)
         scores = np.full(len(prompts), np.nan)
-        secret = http.read_key(self.key_env, self.url)
+        secret = read_key(self.settings.key_env, self.url)
 
         def call(part: range) -> http.Call[Array]:
             some = [prompts[i] for i in part], [responses[i] for i in part]
@@ -203,15 +173,11 @@ class EndpointReward:
             body = json.dumps(content).encode()
             return http.Call(body, lambda body: self._read(body, *some, part[0], secret), keep)
 
-        failure = self._http.post(batches(len(prompts), self.batch_size), call, secret)
+        failure = self._http.post(batches(len(prompts), self.batch_size), call, secret, meter)
         if failure is None:
             return scores
         done = np.isfinite(scores).sum()
         raise Stopped(f"{failure.text} ({done} of {len(prompts)} scored)", failure.reason, {})
-
-    def stop(self) -> None:
-        """End a `score` that runs in another thread, soon; it raises Stopped."""
-        self._http.stop()
 
     def describe(self) -> dict[str, Any]:
         """Say where and how the server is asked, and the bounds with what they did; not the key."""
@@ -219,7 +185,7 @@ class EndpointReward:
         return {"name": self.model or self.shown, **facts, "bounds": self.bounded.describe()}
 
     def _read(
-        self, body: bytes, prompts: Sequence[str], responses: Sequence[str], start: int, secret: http.Secret
+        self, body: bytes, prompts: Sequence[str], responses: Sequence[str], start: int, secret: Secret
     ) -> tuple[Array, int] | http.Problem:
         try:
             content = json.loads(body)
@@ -232,7 +198,7 @@ class EndpointReward:
                 raise TypeError
         except Exception:
             return http.Problem(
-                f"answered {secret.said(json.dumps(content))}, which is not of style {self.style}; choose "
+                f"answered {secret.said(json.dumps(content))}, which is not of dialect {self.style}; choose "
                 f"from {', '.join(STYLES)}, or mend the server",
                 False,
             )
@@ -245,4 +211,4 @@ def check_url(url: str) -> str:
     Raises:
         AlignProError: it is not http or https, has no host, or has a user name or password in it.
     """
-    return http.check_address("url", url, "https://HOST/PATH", query=True)
+    return check_address("url", url, "https://HOST/PATH", query=True)
