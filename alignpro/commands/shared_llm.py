@@ -45,10 +45,11 @@ def open_target(world: EnvironmentSettings) -> Target:
             chat_template_kwargs=world.chat_options(),
         )
     from alignpro.llm.targets.endpoint import Endpoint
+    from alignpro.llm.targets.settings import EndpointSettings
 
     if "model" not in given:
         raise AlignProError(f"target_model: name the model that {world.target} serves")
-    return Endpoint(base_url=world.target, **given)
+    return Endpoint(world.target, EndpointSettings(**given))
 
 
 def _how_read(target: Target) -> dict[str, Any]:

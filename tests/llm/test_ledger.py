@@ -19,6 +19,7 @@ from alignpro.llm.targets import ledger
 from alignpro.llm.targets.endpoint import Endpoint
 from alignpro.llm.targets.ledger import FILE, Cached, Prices, cache_key, spent
 from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Answer, Stopped, arrange, jobs
 
 SAMPLING = Sampling(max_tokens=9)
@@ -49,6 +50,10 @@ class Fake:
             if on_answer:
                 on_answer(p, i, answers[p, i])
         return arrange(asked, answers, len(prompts))
+
+
+def endpoint(url, **options):
+    return Endpoint(url, EndpointSettings("m", **options))
 
 
 def cached(target, folder, **options):
@@ -154,7 +159,7 @@ def test_every_request_is_in_the_ledger_also_those_without_an_answer(tmp_path, m
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     rng = random.Random(0)
     with Server(lambda n, body: (500, {}, b"") if rng.random() < 0.3 or n >= 40 else None) as server:
-        target = cached(Endpoint("m", server.url, backoff_s=1e-3, max_wait_s=0.01, retries=12), tmp_path)
+        target = cached(endpoint(server.url, backoff_s=1e-3, max_wait_s=0.01, retries=12), tmp_path)
         with pytest.raises(Stopped):
             target.respond(PROMPTS, SAMPLING, samples=20)
         total = target.total()
@@ -225,11 +230,11 @@ def test_a_budget_stops_and_a_larger_one_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with Server() as server:
         with pytest.raises(Stopped) as error:
-            cached(Endpoint("m", server.url, max_calls=7), tmp_path).respond(PROMPTS, SAMPLING, samples=2)
+            cached(endpoint(server.url, max_calls=7), tmp_path).respond(PROMPTS, SAMPLING, samples=2)
         assert (error.value.reason, len(error.value.answers)) == ("max_calls", 7)
-        got = cached(Endpoint("m", server.url, max_calls=5), tmp_path).respond(PROMPTS, SAMPLING, samples=2)
+        got = cached(endpoint(server.url, max_calls=5), tmp_path).respond(PROMPTS, SAMPLING, samples=2)
         assert len(server.requests) == 12
-        assert got == Endpoint("m", server.url).respond(PROMPTS, SAMPLING, samples=2)
+        assert got == endpoint(server.url).respond(PROMPTS, SAMPLING, samples=2)
 
 
 def test_a_file_torn_anywhere_in_its_last_line_is_whole_again(tmp_path):
@@ -279,6 +284,7 @@ COMMON = """
 import json, os, random, resource, signal, sys, time
 from alignpro.llm.targets import ledger
 from alignpro.llm.targets.endpoint import Endpoint
+from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Answer, Stopped, arrange, jobs
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.targets.ledger import Cached
@@ -321,7 +327,8 @@ KILLS = (
     COMMON
     + """
 url, kills, samples, LATE = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "late"
-make = (lambda: Endpoint("m", url, concurrency=4, backoff_s=1e-3, retries=20)) if url else Slow
+asking = EndpointSettings("m", concurrency=4, backoff_s=1e-3, retries=20)
+make = (lambda: Endpoint(url, asking)) if url else Slow
 rng, killed = random.Random(0), 0
 for _ in range(kills):
     pid = forked(lambda: Cached(make(), ".", note=None).respond(PROMPTS, SAMPLING, samples=samples))
@@ -384,7 +391,7 @@ def test_kill_9_over_a_failing_endpoint(tmp_path):
 
     with Server(fault) as server:
         got = script(KILLS, tmp_path, server.url, 20, 10, "")
-        clean = Endpoint("m", server.url, backoff_s=1e-3).respond
+        clean = endpoint(server.url, backoff_s=1e-3).respond
         server.fault = lambda n, body: None
         want = clean([f"prompt {i}" for i in range(40)], SAMPLING, samples=10)
     assert got["killed"] >= 10
@@ -476,7 +483,7 @@ def test_a_full_disk_below_an_endpoint(tmp_path, monkeypatch):
         return write(handle, data)
 
     with Server() as server:
-        target = cached(Endpoint("m", server.url, concurrency=2), tmp_path)
+        target = cached(endpoint(server.url, concurrency=2), tmp_path)
         want = target.respond(PROMPTS[:2], SAMPLING)
         full = True
         monkeypatch.setattr(ledger.os, "write", no_space)

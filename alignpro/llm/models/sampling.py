@@ -1,18 +1,18 @@
-"""How answers are sampled, and the keys that make each draw one of its own. Needs no torch."""
+"""How answers are sampled, and the keys that make each draw one of its own. Needs neither torch nor NumPy."""
 
 import hashlib
 import json
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from alignpro.errors import AlignProError
 
 
 def is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+    """Whether `value` is a whole number, NumPy's included, and no truth value."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

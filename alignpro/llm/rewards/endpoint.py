@@ -24,8 +24,10 @@ from alignpro.llm.rewards.reward import (
     fill,
 )
 from alignpro.llm.targets import http
+from alignpro.llm.targets.keys import Secret, check_address, read_key
 from alignpro.llm.targets.ledger import Cached, Ledger
-from alignpro.llm.targets.target import Answer, OnAnswer, Stopped
+from alignpro.llm.targets.settings import EndpointSettings
+from alignpro.llm.targets.target import Answer, Known, OnAnswer, Stopped
 
 
 def _ask_rewards(prompts: list[str], responses: list[str], template: str) -> dict[str, Any]:
@@ -60,7 +62,6 @@ model with one output; that server applies a sigmoid unless told otherwise."""
 
 _WORDS = {
     "address": "url",
-    "timeout": "timeout",
     "found": "url and model",
     "request": "style, model or template",
 }
@@ -132,22 +133,23 @@ class EndpointReward:
             optional = name == "requests_per_minute" and value is None
             if not optional and not (math.isfinite(value) and value >= 0 and (value or name == "backoff")):
                 raise AlignProError(f"{name} {value}: give a positive number")
-        http.check_key_env(self.key_env)
-        http.read_key(self.key_env)
+        settings = EndpointSettings(
+            key_env=self.key_env,
+            max_calls=self.max_calls,
+            concurrency=self.concurrency,
+            timeout_s=self.timeout,
+            retries=self.retries,
+            backoff_s=self.backoff,
+            requests_per_minute=self.requests_per_minute,
+        )
+        read_key(self.key_env)
         http.client_library()
         self._http = http.Transport(
             url=self.url,
             shown=self.shown,
             name=f"endpoint {self.shown}",
             words=_WORDS,
-            key_env=self.key_env,
-            concurrency=self.concurrency,
-            timeout_s=self.timeout,
-            retries=self.retries,
-            backoff_s=self.backoff,
-            patient=True,
-            requests_per_minute=self.requests_per_minute,
-            max_calls=self.max_calls,
+            settings=settings,
         )
 
     @property
@@ -179,18 +181,20 @@ class EndpointReward:
         prompts: Sequence[str],
         responses: Sequence[str],
         on_score: Callable[[int, float], None] = lambda i, score: None,
+        meter: http.Meter | None = None,
     ) -> Array:
         """[n] float64: what the server says, not yet clipped or squashed.
 
         Args:
             on_score: called with (sample, raw score) as each arrives.
+            meter: counts the requests instead of this object.
 
         Raises:
             AlignProError: see `score`.
         """
         check_texts(prompts, responses)
         scores = np.full(len(prompts), np.nan)
-        secret = http.read_key(self.key_env, self.url)
+        secret = read_key(self.key_env, self.url)
 
         def call(part: range) -> http.Call[Array]:
             some = [prompts[i] for i in part], [responses[i] for i in part]
@@ -205,7 +209,7 @@ class EndpointReward:
             body = json.dumps(content).encode()
             return http.Call(body, lambda body: self._read(body, *some, part[0], secret), keep)
 
-        failure = self._http.post(_parts(len(prompts), self.batch_size), call, secret)
+        failure = self._http.post(_parts(len(prompts), self.batch_size), call, secret, meter)
         if failure is None:
             return scores
         done = np.isfinite(scores).sum()
@@ -221,7 +225,7 @@ class EndpointReward:
         return {"name": self.model or self.shown, **facts, "bounds": self.bounded.describe()}
 
     def _read(
-        self, body: bytes, prompts: Sequence[str], responses: Sequence[str], start: int, secret: http.Secret
+        self, body: bytes, prompts: Sequence[str], responses: Sequence[str], start: int, secret: Secret
     ) -> tuple[Array, int] | http.Problem:
         try:
             content = json.loads(body)
@@ -247,7 +251,7 @@ def check_url(url: str) -> str:
     Raises:
         AlignProError: it is not http or https, has no host, or has a user name or password in it.
     """
-    return http.check_address("url", url, "https://HOST/PATH", query=True)
+    return check_address("url", url, "https://HOST/PATH", query=True)
 
 
 _ONCE = Sampling(temperature=0.0, max_tokens=1)
@@ -337,6 +341,8 @@ class _AsTarget:
         samples: int = 1,
         seed: int = 0,
         on_answer: OnAnswer | None = None,
+        known: Known = lambda *_: None,
+        meter: http.Meter | None = None,
     ) -> list[list[Answer]]:
         found: list[list[Answer]] = [[] for _ in prompts]
 
@@ -346,7 +352,7 @@ class _AsTarget:
                 on_answer(i, 0, found[i][0])
 
         pairs = [json.loads(prompt) for prompt in prompts]
-        self.reward.raw([x for x, _ in pairs], [y for _, y in pairs], keep)
+        self.reward.raw([x for x, _ in pairs], [y for _, y in pairs], keep, meter)
         return found
 
 
