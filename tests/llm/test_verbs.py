@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from alignpro.commands import main, shared
+from alignpro.commands import main, resample as resample_verb
 from alignpro.llm.arms.resample import load_proposals
 from alignpro.llm.data.split import split_of
 from alignpro.llm.models.configure import tiny_model
@@ -139,7 +139,7 @@ def test_resample_prints_what_the_formulas_say(command, tmp_path, capsys):
 
 
 def test_resample_goes_on_where_it_stopped(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shared, "_BLOCK", 2)
+    monkeypatch.setattr(resample_verb, "BLOCK", 2)
     assert main.main([*command, "--draws", "2"]) == 0
     files = {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.json*")}
     elsewhere = [a.replace(str(tmp_path / "out"), str(tmp_path / "cut")) for a in command]
