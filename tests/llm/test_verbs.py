@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from alignpro.commands import main, resample as resample_verb
+from alignpro.commands import main
+from alignpro.commands import resample as resample_verb
 from alignpro.llm.arms.resample import load_proposals
 from alignpro.llm.data.split import split_of
 from alignpro.llm.models.configure import tiny_model
