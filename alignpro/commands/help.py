@@ -13,6 +13,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 REGISTRY = ConstructorRegistry()
+_UNPREFIXED: Any = tyro.conf.OmitArgPrefixes
 
 
 class Prefixed(NamedTuple):
@@ -63,7 +64,7 @@ def _options(info: StructTypeInfo) -> StructConstructorSpec | None:
         for mark in kind.__metadata__:
             if isinstance(mark, Prefixed):
                 record = _named(kind.__origin__, mark.prefix)
-                kind, default = tyro.conf.OmitArgPrefixes[record], record(**vars(default))
+                kind, default = _UNPREFIXED[record], record(**vars(default))
         text = functools.partial(_flowing, field.helptext)
         fields.append(dataclasses.replace(field, type=kind, default=default, helptext=text))
     made = cast(type, info.type).__base__ if prefix else found.instantiate
