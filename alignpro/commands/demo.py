@@ -33,7 +33,8 @@ from alignpro.llm.models.load import load_model
 from alignpro.llm.rewards import opening
 from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.rewards.reward import Reward
-from alignpro.llm.training.tree import Trained, TrainSettings, train
+from alignpro.llm.training.settings import TreeSettings
+from alignpro.llm.training.tree import TrainedTree, train
 from alignpro.runs import refuse_other_settings
 from alignpro.theory import BoundReport, Instance, Solution, check, solution
 from alignpro.theory.bounds import paper_r_max
@@ -62,7 +63,7 @@ class DemoSettings:
     exact_rewards: bool = True
     """Reward a rewrite with R(x, x′); otherwise with r(x, y) of one sampled response."""
     enumeration: EnumerationSettings = field(default_factory=EnumerationSettings)
-    training: TrainSettings = field(default_factory=TrainSettings)
+    training: TreeSettings = field(default_factory=TreeSettings)
     seed: int = 0
     """Of the prompts, the samples and the training."""
 
@@ -79,7 +80,7 @@ class DemoSettings:
 QUICK = DemoSettings(
     prompts=3,
     enumeration=EnumerationSettings(rewrites=8, responses=12, response_tokens=24),
-    training=TrainSettings(iterations=4),
+    training=TreeSettings(iterations=4),
 )
 """A small run: the same code on smaller sets."""
 
@@ -184,7 +185,7 @@ def _run(out: Path, settings: DemoSettings, resume: bool, command: str | None) -
         "environment": environment(),
         "settings": asdict(settings),
         "reward_model": reward.describe(),
-        "curve": trained.curve,
+        "curve": trained.metrics,
         "seconds": dict(timings),
     }
     write_json(out / "report.json", content)
@@ -228,14 +229,14 @@ def enumerated(
 def fit(
     enumeration: Enumeration,
     judge: Judge,
-    training: TrainSettings,
+    training: TreeSettings,
     model: Any,
     tokenizer: Any,
     folder: Path,
     *,
     exact_rewards: bool,
     resume: bool,
-) -> Trained:
+) -> TrainedTree:
     """Train on the enumeration into `folder`, with a progress bar that shows how near ρ* is."""
     with tqdm(
         total=training.iterations * training.epochs,

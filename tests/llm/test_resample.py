@@ -23,7 +23,7 @@ from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.policies.prompter import Prompter, Template
 from alignpro.llm.targets.local import LocalTarget
-from alignpro.llm.training.open_ended import Environment
+from alignpro.llm.training.environment import Environment
 from alignpro.theory import gibbs
 from alignpro.theory.results import cost
 

@@ -21,7 +21,8 @@ from alignpro.llm.models import configure, load
 from alignpro.llm.rewards import minilm, opening
 from alignpro.llm.rewards.classifier import SequenceReward
 from alignpro.llm.training import reward as reward_training
-from alignpro.llm.training.reward import RewardSettings, read_pairs, train_reward
+from alignpro.llm.training.reward import read_pairs, train_reward
+from alignpro.llm.training.settings import RewardSettings
 
 
 def save(folder, model, tokenizer):
@@ -63,7 +64,7 @@ QUICK = RewardSettings(learning_rate=3e-3, epochs=2, batch_size=32, max_tokens=6
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "reward"
-    return out, train_reward(letter_pairs(900), base, out, QUICK, device="cpu")
+    return out, train_reward(letter_pairs(900), base, out, QUICK, device="cpu").reward
 
 
 def test_training_learns_the_preference_and_the_swapped_mutant_its_opposite(base, trained, tmp_path):
@@ -72,7 +73,9 @@ def test_training_learns_the_preference_and_the_swapped_mutant_its_opposite(base
     assert facts["test_accuracy"]["lo"] > 0.5
     assert facts["test_loss"] < math.log(2)
     assert facts["test_accuracy"]["prompts"] == facts["prompts"]["test"] > 100
-    swapped = train_reward(letter_pairs(900, swap=True), base, tmp_path / "swapped", QUICK, device="cpu")
+    swapped = train_reward(
+        letter_pairs(900, swap=True), base, tmp_path / "swapped", QUICK, device="cpu"
+    ).reward
     true = letter_pairs(900)
     mutant = minilm.accuracy(swapped, [p for p in true if p.split == "test"])
     assert mutant["hi"] < 0.5
@@ -141,7 +144,7 @@ def test_an_adapter_is_merged_and_training_is_deterministic(base, tmp_path):
     torch.manual_seed(123)
     before = torch.random.get_rng_state()
     pairs = letter_pairs(200)
-    one, two = (train_reward(pairs, base, tmp_path / str(i), settings, device="cpu") for i in range(2))
+    one, two = (train_reward(pairs, base, tmp_path / str(i), settings, device="cpu").reward for i in range(2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert one.facts == two.facts
     assert isinstance(one.model, LlamaForSequenceClassification)  # and no adapter around it
@@ -153,7 +156,7 @@ def test_an_adapter_is_merged_and_training_is_deterministic(base, tmp_path):
     assert not any("embed" in n for n in moved)
     other = train_reward(
         pairs, base, tmp_path / "other", RewardSettings(**{**one.facts["settings"], "seed": 1}), device="cpu"
-    )
+    ).reward
     assert other.facts["test_loss"] != one.facts["test_loss"]
     heads = [reward_training._base(base, seed)[0].score.weight for seed in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1])
@@ -171,7 +174,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(lora_rank, base, tmp_path,
     assert n_steps > 6
 
     def fit(out, **options):
-        return train_reward(pairs, base, tmp_path / out, settings, device="cpu", **options)
+        return train_reward(pairs, base, tmp_path / out, settings, device="cpu", **options).reward
 
     whole = fit("whole")
     step = RewardTrainer.training_step

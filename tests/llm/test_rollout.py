@@ -24,14 +24,15 @@ from alignpro import rollouts
 from alignpro.commands import main
 from alignpro.errors import AlignProError
 from alignpro.llm.arms import rollout
+from alignpro.llm.arms.draws import stream
+from alignpro.llm.models.adapters import adapter_config
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.load import load_model
 from alignpro.llm.models.policy import sample_and_score, sample_key
-from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.policies.prompter import Prompter, target_ids
 from alignpro.llm.targets.local import LocalTarget
 from alignpro.llm.targets.target import Answer
-from alignpro.llm.training.tree import adapter_config
 
 PROMPTS = ["abc", "def", "gab", "hhc", "e"]
 PLAIN = Sampling(max_tokens=5)
@@ -45,7 +46,7 @@ def shares(prompts, responses):
 
 def noise(prompts, responses):
     """As good as independent of what chose a rewrite: uniform in [0, 1], a function of the answer."""
-    return [int.from_bytes(rollout.digest(x, y)[:4]) / 2**32 for x, y in zip(prompts, responses, strict=True)]
+    return [int.from_bytes(digest(x, y)[:4]) / 2**32 for x, y in zip(prompts, responses, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_log_probs_of_answers_are_those_of_a_plain_forward_pass(run, home):
     for row in rows_of(out):
         who, asked = (tuned, row["x"]) if row["arm"] == "rlhf" else (base, row["rewrite"].strip() or " ")
         place = row["draw"] * 2 + row["answer"]
-        said = ids[who, asked, rollout._stream("answers", row["seed"]), place]
+        said = ids[who, asked, stream("answers", row["seed"]), place]
         of_x = log_prob(frozen, target_ids(tokenizer, row["x"]), said, sampling)
         assert row["logp_frozen_x"] == pytest.approx(of_x, abs=2e-5)
         impossible += of_x == -np.inf
@@ -174,7 +175,7 @@ def test_log_probs_of_rewrites_are_those_of_a_plain_forward_pass(run, home):
         for x, prompt, row in zip(PROMPTS, given, drawn, strict=True):
             for i, (said, _) in enumerate(row):
                 found = rows[arm, 0, x, i]
-                assert found["rewrite"] == party.template.text(party.tokenizer, tuple(said))
+                assert found["rewrite"] == party.template.rewrite(party.tokenizer, x, tuple(said))
                 of_prompter = log_prob(party.model, prompt, said, PLAIN)  # whatever π_F's sampler
                 of_reference = log_prob(reference.model, prompt, said, PLAIN)
                 assert found["logp_prompter"] == pytest.approx(of_prompter, abs=2e-5)
@@ -206,20 +207,20 @@ def test_star_and_best_of_n_choose_by_the_proposals_rewards(home, tmp_path, monk
     """Weights recomputed from the answers on file. Fresh answers to what was chosen are worth 1/2 on average;
     the mean of at least 40 independent uniform rewards misses it by 0.25 with a chance below 0.02%."""
     rows = resampled(home, tmp_path / "fresh")
-    stream, ids = rollout._stream("proposals", 0), answers_of(tmp_path / "fresh")
+    of_proposals, ids = stream("proposals", 0), answers_of(tmp_path / "fresh")
     _, tokenizer = load_model(home / "base")
 
     def text(said):
         return tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    judged = {asked: text(said) for (_, asked, seed, _), said in ids.items() if seed == stream}
+    judged = {asked: text(said) for (_, asked, seed, _), said in ids.items() if seed == of_proposals}
     reference = Prompter.from_pretrained(home / "base")
     reference.max_tokens = 4
     keys = [[sample_key("proposals", 0, x, i) for i in range(8)] for x in PROMPTS]
     given = [reference.template.prompt_ids(tokenizer, x) for x in PROMPTS]
     drawn = sample_and_score(reference.model, 0, given, keys, Sampling(max_tokens=4))
     for x, prompt, row in zip(PROMPTS, given, drawn, strict=True):
-        texts = [reference.template.text(tokenizer, tuple(said)) for said, _ in row]
+        texts = [reference.template.rewrite(tokenizer, x, tuple(said)) for said, _ in row]
         worth = [noise([x], [judged[t or " "]])[0] for t in texts]
         best = {t for t, w in zip(texts, worth, strict=True) if w == max(worth)}
         for arm in ("star", "best_of_n"):  # λ is small: the best alone

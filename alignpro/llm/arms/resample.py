@@ -15,17 +15,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from alignpro.errors import AlignProError
+from alignpro.estimation.intervals import LEAST_PROMPTS, bootstrap_t
 from alignpro.files import write_text
 from alignpro.llm.models.sampling import digest, is_int
 
 if TYPE_CHECKING:
     from alignpro.llm.policies.prompter import Prompter
-    from alignpro.llm.training.open_ended import Environment
+    from alignpro.llm.training.environment import Environment
 
 Array = np.ndarray
 
@@ -235,30 +237,100 @@ def star(proposals: Proposals, lam: float, *, share: float = 0.1) -> Star:
     )
 
 
-def table(proposals: Sequence[Proposals], lams: Sequence[float]) -> str:
-    """What resampling and best-of-n gain over ρ_sft by R̂, means over prompts, as lines of text.
+@dataclass(frozen=True)
+class Mean:
+    """A mean over prompts, and the 95% interval around it; None for its ends where prompts are too few."""
+
+    value: float
+    lo: float | None = None
+    hi: float | None = None
+
+
+@dataclass(frozen=True)
+class Tilted:
+    """What reweighting the proposals to ρ* would do at one λ, by R̂, as means over prompts."""
+
+    lam: float
+    """λ, in reward units."""
+    gain: Mean
+    """Mean reward beyond that of ρ_sft, in reward units."""
+    kl: float
+    """KL(ρ*‖ρ_sft) in nats."""
+    ess: float
+    """Effective sample size, out of the rewrites of one prompt."""
+    few: int
+    """Prompts whose effective sample size is too small; see `Star.warning`."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What keeping the best of n proposals would do, by R̂, as means over prompts."""
+
+    n: int
+    gain: Mean
+    """Mean reward beyond that of ρ_sft, in reward units."""
+    kl_bound: float
+    """Upper bound of the KL to ρ_sft, in nats; see `Best.kl_bound`."""
+
+
+@dataclass(frozen=True)
+class BestRewrite:
+    """The rewrite of one prompt that has the largest R̂."""
+
+    prompt: str
+    rewrite: str
+    reward: float
+    """R̂ of the rewrite, in reward units."""
+    mean: float
+    """Mean R̂ of all rewrites of the prompt."""
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """What the training-free prompter would gain over ρ_sft. R̂ chose, so that gains are optimistic."""
+
+    n: int
+    """Rewrites of each prompt."""
+    prior: float
+    """Mean R̂ of ρ_sft, in reward units."""
+    tilted: tuple[Tilted, ...]
+    """Reweighting to ρ*, by λ."""
+    best: tuple[Kept, ...]
+    """Best of n: the powers of two, and all."""
+    rewrites: tuple[BestRewrite, ...]
+    """The best rewrite of each prompt."""
+
+
+def resampled(proposals: Sequence[Proposals], lams: Sequence[float]) -> Resampled:
+    """Weigh resampling at each λ, and best-of-n, against ρ_sft.
 
     Raises:
-        AlignProError: as `star`.
+        AlignProError: λ out of range.
     """
     n = min(len(p.rewrites) for p in proposals)
-    lines = [f"rho_sft: mean reward {np.mean([p.rewards for p in proposals]):.4f}, by R̂ as all below"]
-    lines.append(f"{'':>10}  {'gain':>8}  {'KL, nats':>8}  effective sample size of {n}")
+    prior = np.array([np.mean(p.rewards) for p in proposals])
+
+    def gain(values: Any) -> Mean:
+        each = np.array(values) - prior
+        if len(each) < LEAST_PROMPTS:
+            return Mean(float(each.mean()))
+        lo, hi = bootstrap_t(each, 0.95)
+        return Mean(float(each.mean()), float(lo), float(hi))
+
+    tilted = []
     for lam in lams:
-        found = [star(p, lam) for p in proposals]
-        rows = [(s.value - s.prior_value, s.kl, s.ess) for s in found]
-        gain, kl, ess = np.mean(rows, axis=0)
-        few = sum(bool(s.warning) for s in found)
-        warning = f"; too few on {few} of {len(found)} prompts" if few else ""
-        lines.append(f"{f'lam {lam:g}':>10}  {gain:>+8.4f}  {kl:>8.3f}  {ess:.1f}{warning}")
-    sizes = sorted({2**i for i in range(1, n.bit_length()) if 2**i <= n} | {n})
-    every = [best_of_n(p, n).values - np.mean(p.rewards) for p in proposals]
-    gains = np.mean(every, 0)
-    for size in sizes:
-        bound = math.log(size) - (size - 1) / size
-        lines.append(f"{f'best of {size}':>10}  {gains[size - 1]:>+8.4f}  {f'≤ {bound:.3f}':>8}")
-    lines.append("R̂ chose, so these gains are optimistic: alignpro rollout --arms star best_of_n asks afresh")
-    return "\n".join(lines)
+        stars = [star(p, lam) for p in proposals]
+        kl, ess = fmean(s.kl for s in stars), fmean(s.ess for s in stars)
+        few = sum(bool(s.warning) for s in stars)
+        tilted.append(Tilted(lam, gain([s.value for s in stars]), kl, ess, few))
+    values = np.array([best_of_n(p, n).values for p in proposals])
+    sizes = sorted({2**i for i in range(1, n.bit_length())} | {n})
+    best = [Kept(size, gain(values[:, size - 1]), _kl_bound(size)) for size in sizes]
+    rewrites = []
+    for p, mean in zip(proposals, prior.tolist(), strict=True):
+        top = max(range(len(p.rewrites)), key=p.rewards.__getitem__)
+        rewrites.append(BestRewrite(p.prompt, p.rewrites[top], p.rewards[top], mean))
+    return Resampled(n, float(prior.mean()), tuple(tilted), tuple(best), tuple(rewrites))
 
 
 def resample(proposals: Proposals, lam: float, draws: int = 1, *, seed: int = 0) -> list[str]:
@@ -313,7 +385,11 @@ def best_of_n(proposals: Proposals, n: int | None = None) -> Best:
     _, tie, count = np.unique(r[order], return_inverse=True, return_counts=True)
     weights = np.zeros(size)
     weights[order] = (np.bincount(tie, chance) / count)[tie]
-    return Best(weights, values[-1], np.array(values), math.log(n) - (n - 1) / n)
+    return Best(weights, values[-1], np.array(values), _kl_bound(n))
+
+
+def _kl_bound(n: int) -> float:
+    return math.log(n) - (n - 1) / n
 
 
 @dataclass(frozen=True)

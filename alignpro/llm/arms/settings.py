@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from alignpro.errors import AlignProError
-from alignpro.llm.training.settings import _check_whole
+from alignpro.llm.training.settings import check_whole
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RolloutSettings:
     """Determines rewrites and answers. Trained arms count their seeds from here."""
 
     def __post_init__(self) -> None:
-        _check_whole(self, {"draws": 1, "answers": 1, "proposals": 1, "proposal_answers": 1, "seed": 0})
+        check_whole(self, {"draws": 1, "answers": 1, "proposals": 1, "proposal_answers": 1, "seed": 0})
         if self.rewrite_tokens is not None and self.rewrite_tokens < 1:
             raise AlignProError(f"rewrite_tokens {self.rewrite_tokens}: give at least 1, or leave it out")
         if not (math.isfinite(self.lam) and self.lam > 0):

@@ -70,21 +70,15 @@ class Template:
                 return (chat.end,)
         return (*chat.text_ids(self.space + said), chat.end)
 
-    def rewrite(self, tokenizer: PreTrainedTokenizerBase, x: str, ids: tuple[int, ...]) -> str:
-        """x′ that the prompter's tokens make of x."""
-        said = self.text(tokenizer, ids)
-        return f"{x} {said}".strip() if self.append else said
-
-    @classmethod
-    def text(cls, tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
-        """The text of `said`."""
-        return cls.said(tokenizer, ids).text
-
-    @staticmethod
-    def said(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> Said:
-        """Tokens as text: special tokens, a leading thought and surrounding white space removed."""
+    def said(self, tokenizer: PreTrainedTokenizerBase, x: str, ids: tuple[int, ...]) -> Said:
+        """x′ that the prompter's tokens make of x: without special tokens, a leading thought, white space."""
         found = chat_of(tokenizer).said(ids, opened=False)  # a thought that the template opens is closed
-        return Said(found.text.strip(), found.thought)
+        text = found.text.strip()
+        return Said(f"{x} {text}".strip() if self.append else text, found.thought)
+
+    def rewrite(self, tokenizer: PreTrainedTokenizerBase, x: str, ids: tuple[int, ...]) -> str:
+        """The text of `said`."""
+        return self.said(tokenizer, x, ids).text
 
 
 TEMPLATES: dict[str, Template] = {

@@ -36,7 +36,7 @@ def shaped_rewards(
     log_probs: Tensor,
     ref_log_probs: Tensor,
     mask: Tensor,
-    kl_coef: float,
+    lam: float,
     estimator: str = "k1",
 ) -> Tensor:
     """Per-token rewards: −λ (log ρ_θ − log ρ_ref) at each token, the score added at the last one.
@@ -45,7 +45,7 @@ def shaped_rewards(
         score: [B] reward of each completion.
         log_probs, ref_log_probs: [B, T] token log-probabilities, in nats.
         mask: [B, T] 1 on the completion's tokens, which form a prefix of each row.
-        kl_coef: λ.
+        lam: λ.
         estimator: k1, the log-ratio; or k3, e^−k1 − 1 + k1, whose mean is the KL but whose gradient, in the
             reward, is not that of the KL.
 
@@ -53,7 +53,7 @@ def shaped_rewards(
         [B, T]; with k1 each row sums to score − λ·(log-ratio of the sequence).
     """
     ratio = log_probs - ref_log_probs
-    rewards = -kl_coef * (ratio if estimator == "k1" else torch.expm1(-ratio) + ratio) * mask
+    rewards = -lam * (ratio if estimator == "k1" else torch.expm1(-ratio) + ratio) * mask
     last = mask.sum(1).long().clamp(min=1) - 1
     return rewards.scatter_add(1, last[:, None], score[:, None].to(rewards.dtype))
 
@@ -194,7 +194,9 @@ class Critic(nn.Module):
 class PPOConfig(GRPOConfig):
     """Settings of `PPOTrainer`; those of `trl.GRPOConfig` besides. `num_iterations` are the PPO epochs."""
 
-    kl_coef: float = field(default=0.05, metadata={"help": "λ: weight of the KL to the reference prompter"})
+    beta: float = field(
+        default=0.05, metadata={"help": "λ, by TRL's name: weight of the KL to the reference prompter"}
+    )
     kl_estimator: str = field(default="k1", metadata={"help": "of the KL in the reward: k1 or k3"})
     target_kl: float | None = field(
         default=None, metadata={"help": "adapt λ so that a sequence's KL nears this, in nats; None: λ fixed"}
@@ -219,6 +221,11 @@ class PPOConfig(GRPOConfig):
         default=False, metadata={"help": "train even where a setting moves the optimum away from ρ*"}
     )
 
+    @property
+    def lam(self) -> float:
+        """λ."""
+        return self.beta
+
     def __post_init__(self) -> None:
         without_groups(self, super().__post_init__)
 
@@ -237,24 +244,20 @@ class PPOTrainer(OwnLoss):
         AlignProError: a setting that would move the optimum away from ρ*, unless `allow_moved_optimum`.
     """
 
+    reads_features = True
     _tag_names = ["trl", "ppo"]  # noqa: RUF012 - the base class declares a list
     _name = "PPO"
 
     def __init__(self, *positional: Any, args: PPOConfig, **named: Any) -> None:
-        if not args.kl_coef > 0:
-            raise AlignProError(f"kl_coef = {args.kl_coef}: λ must be positive")
+        if not args.lam > 0:
+            raise AlignProError(f"lam = {args.lam}: λ (beta of the configuration) must be positive")
         args.loss_type, args.scale_rewards = "dr_grpo", "none"  # of GRPO's loss, which PPO does not use
         refuse_moved_optimum(args)
-        args.beta = args.kl_coef  # makes GRPOTrainer compute the reference's log-probabilities
         super().__init__(*positional, **(named | {"args": args}))
         hidden = text_config(self.model).hidden_size
         self.critic = Critic(hidden, args.critic_width).to(self.accelerator.device)
         broadcast([p.data for p in self.critic.parameters()])  # alike in every process
-        self.kl = AdaptiveKL(args.kl_coef, args.target_kl or 0.0, args.kl_horizon)
-
-    def features(self, batch: dict[str, Tensor]) -> Tensor:
-        """[B, T, H] hidden states of the reference before each completion token, which the critic reads."""
-        raise NotImplementedError
+        self.kl = AdaptiveKL(args.lam, args.target_kl or 0.0, args.kl_horizon)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The policy's optimizer, with the critic's parameters at a learning rate of their own."""
