@@ -136,7 +136,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         from alignpro.llm.arms import resample
         from alignpro.llm.models import packages
         from alignpro.llm.policies.prompter import Prompter
-        from alignpro.llm.training.open_ended import Environment
+        from alignpro.llm.training.environment import Environment
 
         environment = self.environment
         frozen = world.target()

@@ -24,7 +24,8 @@ from alignpro.report.numbers import interval, limits, number
 from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dot
 
 if TYPE_CHECKING:
-    from alignpro.llm.arms.rollout import Arm, RolloutSummary, Scorer
+    from alignpro.llm.arms.draws import Arm, Scorer
+    from alignpro.llm.arms.rollout import RolloutSummary
     from alignpro.llm.policies.prompter import Prompter, Template
     from alignpro.llm.targets.target import Target
 
@@ -168,7 +169,7 @@ class Rollout(TemplateOption, RunOptions):
                 rollout.roll_out(planned, work, parties)
             packages.note(frozen.ledger.line())
         result = rollout.summarise(path, MOST_PROMPTS)
-        print(f"{text(result)}\nwrote {path}")
+        print(text(result))
         keep.keep(page(result, record | {"seed": settings.seed}), folder)
         return 0
 
@@ -257,10 +258,11 @@ def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "
 
 
 def text(result: "RolloutSummary") -> str:
-    """The mean reward of each arm, as lines."""
-    return "\n".join(
+    """The mean reward of each arm, and where the rollouts are."""
+    lines = [
         f"{arm.name}: mean reward {arm.mean.value:.4f} of {arm.rollouts} rollouts" for arm in result.arms
-    )
+    ]
+    return "\n".join([*lines, f"wrote {result.path}"])
 
 
 def page(result: "RolloutSummary", record: Json) -> Page:
@@ -268,8 +270,8 @@ def page(result: "RolloutSummary", record: Json) -> Page:
     made = Page(
         "rollout",
         "Rollouts of prompters and policies",
-        f"{result.rows:,} rollouts of {result.prompts} prompts by {len(result.arms)} arms. What they say of "
-        "Theorem 1, and of differences between the arms, tell alignpro estimate, headroom and compare.",
+        f"{result.rollouts:,} rollouts of {result.prompts} prompts by {len(result.arms)} arms. What they say "
+        "of Theorem 1, and of differences between the arms, tell alignpro estimate, headroom and compare.",
         record,
     )
     for arm in result.arms[:4]:

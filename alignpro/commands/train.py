@@ -66,7 +66,8 @@ class Train(PrompterOptions, ReportedRun):
         from alignpro.commands.opening import how_read, is_address
         from alignpro.llm.policies.prompter import Prompter
         from alignpro.llm.rewards.endpoint import CachedReward
-        from alignpro.llm.training.open_ended import Environment, train
+        from alignpro.llm.training.environment import Environment
+        from alignpro.llm.training.open_ended import train
 
         rounds, each = settings.iterations, settings.prompts * settings.samples
         asked = 0 if rlhf else rounds * each * settings.responses
