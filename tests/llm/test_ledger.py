@@ -1,11 +1,9 @@
 """Cache and ledger: nothing asked twice, nothing lost to kills, faults or full disks, every cost counted."""
 
-import contextlib
 import hashlib
 import json
 import os
 import random
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -14,6 +12,7 @@ from dataclasses import asdict, replace
 
 import pytest
 from faulty import Server
+from kept import lines
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.configure import tiny_model
@@ -58,12 +57,6 @@ class Fake:
 
 def endpoint(url, **options):
     return Endpoint(url, EndpointSettings("m", **options))
-
-
-def lines(folder):
-    """The answers as JSON lines, in the way that docs/howto/endpoint.md shows."""
-    with contextlib.closing(sqlite3.connect(folder / FILE)) as file:
-        return [line for (line,) in file.execute("SELECT line FROM answers ORDER BY id")]
 
 
 def cached(target, folder, **options):
@@ -425,7 +418,7 @@ for _ in range(kills):
     pid = forked(lambda: Cached(make(), ".", note=None).respond(PROMPTS, SAMPLING, samples=samples))
     flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
     while done() < goal and time.monotonic() < patience and not os.waitid(os.P_PID, pid, flags):
-        time.sleep(0.001)
+        time.sleep(0.004)
     time.sleep(rng.uniform(0, 0.002))
     os.kill(pid, signal.SIGKILL)
     killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
@@ -484,7 +477,7 @@ def test_kill_9_over_a_failing_endpoint(tmp_path):
         return "close" if kind < 0.1 else (429, {"retry-after": "0"}, b"") if kind < 0.2 else (200, {}, b"{")
 
     with Server(fault) as server:
-        got = script(KILLS, tmp_path, server.url, 20, 10, "")
+        got = script(KILLS, tmp_path, server.url, 15, 10, "")
         clean = endpoint(server.url, backoff_s=1e-3).respond
         server.fault = lambda n, body: None
         want = clean([f"prompt {i}" for i in range(40)], SAMPLING, samples=10)

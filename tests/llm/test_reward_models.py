@@ -1,6 +1,7 @@
 """Rewards of the user's own against plain formulas, real tiny models and a server on the loopback."""
 
 import asyncio
+import contextlib
 import http.server
 import itertools
 import json
@@ -10,6 +11,7 @@ import os
 import random
 import re
 import shlex
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -661,12 +663,15 @@ def test_pauses_double_and_heed_the_server(server, monkeypatch):
     monkeypatch.setattr(transport._Run, "_sleep", sleep)
     jitter = []
     monkeypatch.setattr(transport.random, "uniform", lambda *ends: jitter.append(ends) or 1.0)
-    answers = iter([{}, {"Retry-After": "7"}, {"Retry-After": "1e9"}, {"Retry-After": "nan"}, {}])
+    answers = iter([{}, {"Retry-After": "7"}, {"Retry-After": "60"}, {"Retry-After": "nan"}, {}])
     server.answer = lambda path, body: (503, next(answers), {})
     with pytest.raises(AlignProError, match="status 503"):
         endpoint(server, backoff=0.5, retries=4).score(["a"], ["b"])
     assert pauses == [0.5, 7.0, 60.0, 4.0]
     assert set(jitter) == {(0.5, 1.5)}
+    server.answer = lambda path, body: (503, {"Retry-After": "61"}, {})
+    with pytest.raises(AlignProError, match="asks to wait 61 s: run again then"):
+        endpoint(server).score(["a"], ["b"])
 
 
 def test_no_secret_in_any_error(server):
@@ -837,7 +842,7 @@ def test_what_else_determines_a_score_is_in_its_key(server, tmp_path):
     # Not what only says how it is asked for; and an address's query is not in the file.
     again = EndpointReward(server.url, "clip:0,1", timeout=9.0, retries=0, batch_size=1, max_calls=1)
     assert again.revision == rewards_[0].revision
-    assert b"v=2" not in (tmp_path / ledger.FILE).read_bytes()
+    assert b"v=2" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("mutant", [False, True])
@@ -846,8 +851,8 @@ def test_scores_that_came_before_a_failure_are_kept(server, tmp_path, monkeypatc
     if mutant:
         raw = EndpointReward.raw
 
-        def late(self, prompts, responses, on_score):
-            scores = raw(self, prompts, responses)
+        def late(self, prompts, responses, on_score, meter):
+            scores = raw(self, prompts, responses, meter=meter)
             for i, score in enumerate(scores):
                 on_score(i, float(score))
             return scores
@@ -906,8 +911,8 @@ def test_only_rewards_are_kept(server, tmp_path):
             assert reward.score(["a"], ["a"]) == 1.0
     server.answer = good
     np.testing.assert_allclose(CachedReward(endpoint(server), tmp_path / "0,1").score(["a"], ["a"]), 1 / 26)
-    path = tmp_path / "0,1" / ledger.FILE
-    path.write_text(path.read_text().replace(repr(1 / 26), "cheese"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "0,1" / ledger.FILE)) as file, file:
+        file.execute("UPDATE answers SET line = replace(line, ?, 'cheese')", (repr(1 / 26),))
     with pytest.raises(AlignProError, match=r"sample 0 \(prompt 'a', response 'a'\) is nan"):
         CachedReward(endpoint(server), tmp_path / "0,1").score(["a"], ["a"])
 

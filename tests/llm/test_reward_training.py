@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from kept import lines
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from trl import RewardTrainer
 
@@ -369,9 +370,8 @@ def test_a_reward_model_from_the_command_line_judges_training(call, base, tmp_pa
     status = main.main([*command, "--prompts-file", str(prompts), *small, option, name])
     assert status == 0, capsys.readouterr().err
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    answers = [json.loads(row) for row in (tmp_path / "run/answers/answers.jsonl").read_text().splitlines()]
     assert 0 < metrics["score"] < 1
-    assert len(answers) == 8
+    assert len(lines(tmp_path / "run" / "answers")) == 8
     assert not [p for p in (tmp_path / "it's mine").rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 

@@ -265,10 +265,10 @@ class CachedReward:
 
     Args:
         reward: whose bounds apply; its `revision` and the texts are the key.
-        folder: created if need be; holds `answers.jsonl`, of which an answer is a score in decimal.
+        folder: created if need be; holds `answers.sqlite`, of which an answer is a score in decimal.
 
     Raises:
-        AlignProError: the folder cannot be written to, or its file not read.
+        AlignProError: the folder cannot be written to, or its file is damaged.
     """
 
     def __init__(self, reward: EndpointReward, folder: str | Path) -> None:
