@@ -59,17 +59,18 @@ class World:
 
         self.settings = settings
         self._endpoint: Target | None = None
-        asked = settings.target_endpoint
+        for role, name in (("target", settings.target), ("reward", settings.reward)):
+            given = getattr(settings, f"{role}_endpoint").given()
+            if given and not is_address(name):
+                raise AlignProError(
+                    f"{role}_{given[0]}: is for an endpoint, and {name!r} is no http(s) address"
+                )
         if is_address(settings.target):
             from alignpro.llm.targets.endpoint import Endpoint
 
-            if asked.model is None:
+            if settings.target_endpoint.model is None:
                 raise AlignProError(f"target_model: name the model that {settings.target} serves")
-            self._endpoint = Endpoint(settings.target, asked)
-        elif given := asked.given():
-            raise AlignProError(
-                f"{given[0]}: is for an endpoint, and {settings.target!r} is no http(s) address"
-            )
+            self._endpoint = Endpoint(settings.target, settings.target_endpoint)
         else:
             catalogue.check_name(settings.target)
             configure.check_dtype(settings.dtype)
@@ -105,7 +106,14 @@ class World:
         from alignpro.llm.rewards import opening
         from alignpro.llm.rewards.endpoint import keep_scores
 
-        return keep_scores(opening.load_reward(self.settings.reward), folder / "scores")
+        name, asked = self.settings.reward, self.settings.reward_endpoint
+        how: dict[str, Any] = {}
+        if is_address(name):
+            fields = ("model", "key_env", "max_calls", "concurrency", "retries", "requests_per_minute")
+            how = {field: getattr(asked, field) for field in fields}
+            how |= {"style": asked.dialect, "timeout": asked.timeout_s, "backoff": asked.backoff_s}
+        given = {field: value for field, value in how.items() if value is not None}
+        return keep_scores(opening.load_reward(name, **given), folder / "scores")
 
 
 def kept(target: "Target", folder: Path, prices: Any = None) -> "Cached":

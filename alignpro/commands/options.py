@@ -156,6 +156,7 @@ class EnvironmentSettings(ChatOption):
     batch_size: int = 64
     """How many sequences a model in this process works on at once; lower it where memory runs out."""
     target_endpoint: Annotated[EndpointSettings, Prefixed("target")] = field(default_factory=EndpointSettings)
+    reward_endpoint: Annotated[EndpointSettings, Prefixed("reward")] = field(default_factory=EndpointSettings)
 
     def sampling(self) -> Sampling:
         """How the frozen model decodes."""
