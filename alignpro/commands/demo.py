@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json
-from alignpro.llm.arms.enumerate import Enumeration, EnumerationSettings, enumerate_models
+from alignpro.llm.arms.enumerate import Enumeration, enumerate_models
+from alignpro.llm.arms.settings import EnumerationSettings
 from alignpro.llm.data.packaged import instructions
 from alignpro.llm.models import catalogue
 from alignpro.llm.models.chat import parse_options

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from alignpro.errors import AlignProError
-from alignpro.llm.arms.enumerate import Enumeration, EnumerationSettings, enumerate_models, sample
+from alignpro.llm.arms.enumerate import Enumeration, enumerate_models, sample
+from alignpro.llm.arms.settings import EnumerationSettings
 from alignpro.llm.models import packages
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.load import load_model

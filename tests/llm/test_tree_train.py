@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tiny_optimum import END, FAST, fit, problem
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.configure import tiny_model
@@ -17,41 +18,6 @@ from alignpro.llm.training import tree as train_module
 from alignpro.llm.training.ppo import PPOConfig, PPOTrainer
 from alignpro.llm.training.settings import ALGORITHM_NAMES, TreeSettings
 from alignpro.llm.training.tree import TreeRollouts, train
-
-END, LAM = 1, 0.35
-PROMPTS = ("ab", "cd")
-
-
-def problem():
-    """20 rewrites of one or two tokens for each of two prompts; rewards in [0, 1.5] that depend on both."""
-    model, tokenizer = tiny_model(seed=1, vocab="abcd")
-    one = [(a, END) for a in range(3, 7)]
-    two = list(itertools.product(range(3, 7), repeat=2))
-    tree = PrefixTree((*one, *two))
-    ids = tuple(tuple(tokenizer(p).input_ids) for p in PROMPTS)
-    rewards = np.random.default_rng(0).uniform(0, 1.5, (2, len(tree.sequences)))
-    task = TreeTask(PROMPTS, ids, (tree, tree), lambda x, leaves: rewards[x, list(leaves)].tolist())
-    reference = leaf_probabilities(model, ids, [tree, tree])
-    star = [p * np.exp(r / LAM) for p, r in zip(reference, rewards, strict=True)]
-    star = [s / s.sum() for s in star]
-
-    def evaluate(policy):
-        kl = [float((p * np.log(p / s)).sum()) for p, s in zip(policy, star, strict=True)]
-        objective = [
-            float((p * (r - LAM * np.log(p / q))).sum())
-            for p, q, r in zip(policy, reference, rewards, strict=True)
-        ]
-        return {"kl_to_star": sum(kl) / 2, "objective": sum(objective) / 2}
-
-    return model, tokenizer, task, evaluate
-
-
-FAST = TreeSettings(lam=LAM, iterations=40, samples=256, learning_rate=3e-3, lora_layers=1.0)
-
-
-def fit(folder, settings=FAST, **options):
-    model, tokenizer, task, evaluate = problem()
-    return train(model, tokenizer, task, settings, folder, evaluate=evaluate, **options)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHM_NAMES)

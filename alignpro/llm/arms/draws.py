@@ -6,20 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
+import torch
 
 from alignpro.errors import AlignProError
 from alignpro.llm.arms.resample import appraise, best_of_n, choose, star
 from alignpro.llm.arms.settings import RolloutSettings
+from alignpro.llm.models.policy import log_probs, sample_and_score, sample_key
 from alignpro.llm.models.sampling import Sampling, digest
+from alignpro.llm.policies.prompter import Prompter
+from alignpro.llm.rewards.reward import Reward
 from alignpro.llm.targets.target import Target
 from alignpro.llm.training.environment import Environment
-
-if TYPE_CHECKING:
-    from alignpro.llm.policies.prompter import Prompter
-    from alignpro.llm.rewards.reward import Reward
 
 T = TypeVar("T")
 Array = np.ndarray
@@ -33,8 +33,8 @@ class Arm:
 
     Args:
         name: a row of `ARMS`, rlhf, or any other name of a trained prompter's.
-        seed: of its draws, its answers, and its rows.
-        folder: of the trained prompter or policy.
+        seed: determines its draws and answers, and is that of its rows.
+        folder: where the trained prompter or policy is.
     """
 
     name: str
@@ -83,7 +83,7 @@ def arms_of(settings: RolloutSettings) -> list[Arm]:
 
 @dataclass
 class Work:
-    """What rollouts need, opened when it is.
+    """Models, reward and settings that rollouts need; the models are opened when they are first used.
 
     Args:
         settings: draws, answers and the rest.
@@ -91,17 +91,17 @@ class Work:
         target: π_F, behind a cache.
         scorer: π_F's `log_probs`, or None where it has none.
         sampling: how π_F, and a tuned policy in its place, decode.
-        open_prompter: from "" (ρ_sft) or a trained prompter's folder.
-        open_policy: from the folder of an rlhf policy: the policy behind a cache, and its scorer.
+        open_prompter: opens a trained prompter by its folder, ρ_sft by "".
+        open_policy: opens an rlhf policy by its folder: the policy behind a cache, and its scorer.
         batch_size: rewrites drawn at once.
     """
 
     settings: RolloutSettings
-    reward: "Reward"
+    reward: Reward
     target: Target
     scorer: Scorer | None
     sampling: Sampling
-    open_prompter: "Callable[[str], Prompter]"
+    open_prompter: Callable[[str], Prompter]
     open_policy: Callable[[str], tuple[Target, Scorer]]
     batch_size: int = 64
 
@@ -110,11 +110,11 @@ class Work:
         self.policy = _keeping_last(self.open_policy)
 
     @cached_property
-    def reference(self) -> "Prompter":
+    def reference(self) -> Prompter:
         """ρ_sft."""
         return self._open("")
 
-    def _trained(self, folder: str) -> "Prompter":
+    def _trained(self, folder: str) -> Prompter:
         found = self._open(folder)
         if found.template != self.reference.template:
             raise AlignProError(
@@ -122,7 +122,7 @@ class Work:
             )
         return found
 
-    def _open(self, folder: str) -> "Prompter":
+    def _open(self, folder: str) -> Prompter:
         opened, tokens = self.open_prompter(folder), self.settings.rewrite_tokens
         return opened if tokens is None else replace(opened, max_tokens=tokens)
 
@@ -146,10 +146,8 @@ def _keeping_last(open_one: Callable[[str], T]) -> Callable[[str], T]:
 Rewrites = list[list[tuple[tuple[int, ...], float]]]
 
 
-def _sample(prompter: "Prompter", prompts: Sequence[str], keys: list[list[int]], batch_size: int) -> Rewrites:
+def _sample(prompter: Prompter, prompts: Sequence[str], keys: list[list[int]], batch_size: int) -> Rewrites:
     """[prompts][keys] token ids x′ ~ ρ(·|x) and log ρ(x′|x), kept from sampling."""
-    from alignpro.llm.models.policy import sample_and_score
-
     ids = prompter.prompt_ids(prompts)
     sampling = Sampling(max_tokens=prompter.max_tokens)
     pad = prompter.tokenizer.pad_token_id
@@ -158,22 +156,20 @@ def _sample(prompter: "Prompter", prompts: Sequence[str], keys: list[list[int]],
 
 
 def _keys(kind: str, seed: int, prompts: Sequence[str], n: int) -> list[list[int]]:
-    from alignpro.llm.models.policy import sample_key
-
     return [[sample_key(kind, seed, x, i) for i in range(n)] for x in prompts]
 
 
-def _text(prompter: "Prompter", x: str, ids: tuple[int, ...]) -> str:
+def _text(prompter: Prompter, x: str, ids: tuple[int, ...]) -> str:
     return prompter.template.rewrite(prompter.tokenizer, x, ids)
 
 
 def _none(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
-    """x itself."""
+    """Take x itself."""
     return [[Draw(x)] * work.settings.draws for x in prompts]
 
 
 def _sft(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
-    """x′ ~ ρ_sft."""
+    """Draw x′ ~ ρ_sft."""
     keys = _keys("rollout", arm.seed, prompts, work.settings.draws)
     rows = _sample(work.reference, prompts, keys, work.batch_size)
     return [
@@ -183,11 +179,7 @@ def _sft(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
 
 
 def _trained(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
-    """x′ ~ ρ_θ, scored by ρ_sft too."""
-    import torch
-
-    from alignpro.llm.models.policy import log_probs
-
+    """Draw x′ ~ ρ_θ, and score it by ρ_sft too."""
     prompter, reference = work.prompter(arm.folder), work.reference
     keys = _keys("rollout", arm.seed, prompts, work.settings.draws)
     rows = _sample(prompter, prompts, keys, work.batch_size)
@@ -203,8 +195,10 @@ def _trained(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
 
 
 def _resampled(weigh: Callable[..., Array]) -> Callable[..., list[list[Draw]]]:
-    """Draws by weights over proposals from ρ_sft, whose answers are asked for again: those that chose count
-    no more. The density of what results is known up to the error of R̂ only, so none is given."""
+    """An arm that draws by weights over proposals from ρ_sft, whose answers are asked for again.
+
+    Its density is known up to the error of R̂ only, so none is given.
+    """
 
     def arm_draws(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
         settings, reference = work.settings, work.reference

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
+from alignpro.llm.arms.settings import EnumerationSettings
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import how_of
 from alignpro.llm.models.policy import end_tokens
@@ -85,34 +86,6 @@ def sample(
                 out[i] = tuple(row[: end + 1])
             progress(len(rows))
     return out
-
-
-@dataclass(frozen=True)
-class EnumerationSettings:
-    """How large the finite sets are, and how they are drawn."""
-
-    rewrites: int = 16
-    """Distinct rewrites per prompt at most, the original prompt among them."""
-    responses: int = 32
-    """Distinct responses per prompt at most."""
-    rewrite_tokens: int = 32
-    """Longest rewrite; candidates that do not end by then are dropped."""
-    response_tokens: int = 40
-    """Longest response; longer ones are cut there, as a token limit would."""
-    candidate_temperature: float = 0.9
-    """Temperature at which CANDIDATE rewrites are drawn. The policies always have temperature 1."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("rewrites", 2), ("responses", 2), ("rewrite_tokens", 2), ("response_tokens", 1)):
-            if getattr(self, name) < least:
-                raise AlignProError(f"{name} = {getattr(self, name)}: give at least {least}")
-        if not (np.isfinite(self.candidate_temperature) and self.candidate_temperature > 0):
-            raise AlignProError(
-                f"candidate_temperature = {self.candidate_temperature}: give a positive number"
-            )
-        if self.seed < 0:
-            raise AlignProError(f"seed = {self.seed}: give 0 or more")
 
 
 def sample_rewrites(

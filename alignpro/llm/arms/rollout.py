@@ -28,20 +28,21 @@ from alignpro.llm.arms.draws import Arm, Array, Work, arms_of, draws_of, stream
 from alignpro.llm.arms.resample import Mean
 from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.llm.models.sampling import Sampling, digest
+from alignpro.llm.rewards.reward import check_scores
 from alignpro.llm.targets.target import Answer
 from alignpro.rollouts import Rollout
 from alignpro.runs import refuse_other_settings
 
 FILE = "rollouts.jsonl"
 PARTIAL = "rollouts.partial.jsonl"
-"""What there is so far, whole blocks of prompts; it becomes `FILE` when all arms are done."""
+"""The rollouts so far, in whole blocks of prompts; it becomes `FILE` when all arms are done."""
 SETTINGS_FILE = "settings.json"
 BLOCK = 32
 """Prompts that are rolled out together: what an interruption costs at most, answers apart."""
 
 
 def prompt_id(x: str) -> str:
-    """A name for x that is the same in every file."""
+    """Name of the prompt x, the same in every file."""
     return digest("prompt", x).hex()[:16]
 
 
@@ -64,8 +65,6 @@ def block_rows(
     Raises:
         AlignProError: from the prompter, π_F or the reward; `Stopped` where a budget is spent.
     """
-    from alignpro.llm.rewards.reward import check_scores
-
     n = work.settings.answers
     rlhf = arm.name == "rlhf"
     target, policy_scorer = work.policy(arm.folder) if rlhf else (work.target, None)
@@ -124,7 +123,7 @@ def block_rows(
 def _frozen_scores(
     work: Work, xs: list[str], rewrites: list[str], answers: list[Answer], rlhf: bool
 ) -> tuple[Array | None, Array | None]:
-    """log π_F(y|x) and log π_F(y|x′). Where x′ is x they are one number, computed once."""
+    """log π_F(y|x) and log π_F(y|x′), in nats; where x′ is x they are one number, computed once."""
     if work.scorer is None:
         return None, None
     if rlhf:  # drawn from the policy: π_F may exclude it
@@ -142,7 +141,7 @@ def _frozen_scores(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be rolled out into a folder, and what of it is there.
+    """The rollouts that a folder is to hold, and those that it holds already.
 
     Attributes:
         todo: arms and blocks of prompts, in order.
@@ -158,11 +157,11 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """How many are still to come."""
+        """Rollouts that are still to come."""
         return sum(len(block) for _, block in self.todo) * self.settings.draws * self.settings.answers
 
     def asks(self) -> tuple[int, int, int]:
-        """At most: rewrites drawn, answers of the frozen model, answers of tuned policies."""
+        """Upper limits of what is still to come: rewrites, answers of the frozen model, of tuned policies."""
         s = self.settings
         rewrites = frozen = policies = 0
         for arm, block in self.todo:
@@ -179,7 +178,7 @@ class Plan:
         return rewrites, frozen, policies
 
     def line(self, sampling: Sampling) -> str:
-        """What is still to come, at most, as one line."""
+        """One line that says how much is still to come, at most."""
         rewrites, frozen, policies = self.asks()
         done = f" ({len(self.kept)} rollouts kept)" if self.kept else ""
         line = f"{len(self.prompts)} prompts; {', '.join(map(str, self.arms))}{done}: {rewrites} rewrites"
@@ -312,7 +311,7 @@ class ArmSummary:
 
     name: str
     mean: Mean
-    """Mean reward, in reward units; 95% over prompts."""
+    """Mean reward, in reward units."""
     rollouts: int
     seeds: int
 

@@ -1,15 +1,14 @@
-"""Settings of `alignpro rollout`: which arms, how many draws and answers."""
+"""Settings of rollouts and of enumeration. Nothing here needs torch or NumPy."""
 
-import math
 from dataclasses import dataclass
 
 from alignpro.errors import AlignProError
-from alignpro.llm.training.settings import check_whole
+from alignpro.llm.training.settings import check_positive, check_whole
 
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """What is rolled out: which arms, and how often."""
+    """How prompters are rolled out: which arms, and how often."""
 
     arms: tuple[str, ...] = ("none", "sft")
     """Arms to compare, any of: none (the prompt as it is), sft (rewrites of the reference prompter, rho_sft),
@@ -43,7 +42,29 @@ class RolloutSettings:
         check_whole(self, {"draws": 1, "answers": 1, "proposals": 1, "proposal_answers": 1, "seed": 0})
         if self.rewrite_tokens is not None and self.rewrite_tokens < 1:
             raise AlignProError(f"rewrite_tokens {self.rewrite_tokens}: give at least 1, or leave it out")
-        if not (math.isfinite(self.lam) and self.lam > 0):
-            raise AlignProError(f"lam {self.lam}: give a positive, finite number")
+        check_positive(self, ("lam",))
         if self.best_of is not None and not 1 <= self.best_of <= self.proposals:
             raise AlignProError(f"best_of {self.best_of}: choose from 1 to the {self.proposals} proposals")
+
+
+@dataclass(frozen=True)
+class EnumerationSettings:
+    """How large the finite sets of rewrites and responses are, and how they are drawn."""
+
+    rewrites: int = 16
+    """Distinct rewrites of each prompt at most, the prompt itself among them."""
+    responses: int = 32
+    """Distinct responses to each prompt at most."""
+    rewrite_tokens: int = 32
+    """Longest rewrite in tokens; candidates that do not end by then are dropped."""
+    response_tokens: int = 40
+    """Longest response in tokens; longer ones are cut there, as a token limit would."""
+    candidate_temperature: float = 0.9
+    """Temperature at which candidates for rewrites are drawn; the policies always have temperature 1."""
+    seed: int = 0
+    """Determines which rewrites and responses are drawn."""
+
+    def __post_init__(self) -> None:
+        least = {"rewrites": 2, "responses": 2, "rewrite_tokens": 2, "response_tokens": 1, "seed": 0}
+        check_whole(self, least)
+        check_positive(self, ("candidate_temperature",))

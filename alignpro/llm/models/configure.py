@@ -192,7 +192,7 @@ def configure_model(
             if re.search(r"dropout|_pdrop$", key) and isinstance(value, float):
                 setattr(config, key, 0.0)
     if not getattr(model, "is_loaded_in_4bit", False):
-        _forget_quantizer(model)
+        forget_quantizer(model)
     model.eval()
 
 
@@ -210,7 +210,7 @@ def _pad_token(tokenizer: Any, ends: list[int], name: str) -> str:
     )
 
 
-def _forget_quantizer(model: Any) -> None:
+def forget_quantizer(model: Any) -> None:
     # A model read from GGUF holds plain floating-point weights, yet refuses to be saved while this is set.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

@@ -72,7 +72,7 @@ class PrefixTree:
 
     @cached_property
     def layout(self) -> "TreeLayout":
-        """What one forward pass needs; see `TreeLayout`."""
+        """The tree as arrays, for one forward pass."""
         token, parent, paths = self._nodes
         children: list[list[int]] = [[] for _ in token]
         for node in range(1, len(token)):
@@ -145,7 +145,7 @@ class TreeLayout:
 
     @staticmethod
     def fit(table: np.ndarray, steps: int) -> np.ndarray:
-        """[Y, T] -> [Y, steps]: cut, or filled with −1."""
+        """Cut a table [Y, T] to [Y, steps], or fill it with −1."""
         fitted = np.full((len(table), steps), -1)
         width = min(steps, table.shape[1])
         fitted[:, :width] = table[:, :width]

@@ -1,4 +1,4 @@
-"""What every run on TRL's trainers shares: whole checkpoints, resuming from them, and what it leaves."""
+"""Whole checkpoints, resuming from them, and the result: shared by every run on TRL's trainers."""
 
 import contextlib
 import shutil
@@ -22,11 +22,11 @@ COMPLETE = "complete"
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training run leaves in its folder."""
+    """Result of a training run, as its folder holds it."""
 
     folder: Path
     record: dict[str, Any]
-    """What determined the run, as in settings.json."""
+    """Settings and whatever else determined the run, as in settings.json."""
     metrics: list[dict[str, Any]]
     """The lines of its metrics file, in order of their `step`."""
 
@@ -114,7 +114,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 REPORTERS = ("tensorboard", "wandb", "trackio")
-"""Where a trainer can report to; each is the package that it takes."""
+"""Services that a trainer can report to; each is the package that it takes."""
 
 
 def check_reporters(report_to: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What training by rollouts trains in: a frozen model that answers, and a reward that judges."""
+"""The world that a prompter is trained in: a frozen model that answers, and a reward that judges."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ from alignpro.llm.targets.target import Target
 
 @dataclass
 class Environment:
-    """What an action is worth: the frozen model answers, the reward judges.
+    """Judges rewrites (or, without a frozen model, answers) by the reward of the answers that they get.
 
     Args:
         reward: r(x, y).
         target: π_F; None where the action is the answer itself (rlhf).
         sampling: how π_F decodes.
         responses: answers per rewrite.
-        seed: of π_F's samples.
+        seed: determines the samples of π_F.
     """
 
     reward: Reward

@@ -127,7 +127,7 @@ class OpenRollouts(Rollouts):
     ) -> tuple[Tensor, Tensor]:
         """See `Rollouts.score`."""
         if party == "behaviour":
-            kept = self.kept_log_probs(steps)
+            kept = self._kept_log_probs(steps)
             return kept, torch.zeros_like(kept)
         hidden = party == "reference" and self.reads_features
         scores = log_probs(model, prompts, said, steps=steps, hidden=hidden)
@@ -135,7 +135,7 @@ class OpenRollouts(Rollouts):
             self._hidden = scores.hidden
         return scores.log_probs, scores.entropies
 
-    def kept_log_probs(self, steps: int) -> Tensor:
+    def _kept_log_probs(self, steps: int) -> Tensor:
         """[B, steps] log-probabilities of the batch last drawn by the policy that drew it; 0 past the end."""
         kept = torch.zeros(len(self._drawn), steps, device=self.accelerator.device)
         for i, values in enumerate(self._drawn):
@@ -181,7 +181,7 @@ class _Rounds(Metrics):
 
 @dataclass(frozen=True)
 class TrainedPrompter(Trained):
-    """What training a prompter (or, with rlhf, a policy) leaves."""
+    """Result of training a prompter (or, with rlhf, a policy)."""
 
     prompter: Prompter
 
@@ -213,7 +213,7 @@ def train(
 
     Raises:
         AlignProError: a setting that moves the optimum, no prompts, a checkpoint made with other settings; a
-            reward that is not finite.
+            reward that is not finite; rewrites that do not fit into what the prompter reads.
     """
     out = Path(out)
     check_reporters(report_to)

@@ -129,19 +129,20 @@ class AdaptiveKL:
     """
 
     value: float
-    """λ now."""
+    """λ as it is now, in reward units."""
     target: float
-    """KL of a sequence, in nats."""
+    """KL of a sequence that λ is adapted to, in nats."""
     horizon: int
+    """Sequences over which λ adapts."""
 
     def update(self, kl: float, sequences: int) -> None:
-        """After a batch of that mean KL: λ ← λ (1 + clip(KL/target − 1, ±0.2)·sequences/horizon)."""
+        """Adapt λ after a batch of that mean KL: λ ← λ (1 + clip(KL/target − 1, ±0.2)·sequences/horizon)."""
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.value *= 1.0 + error * sequences / self.horizon
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Over the masked tokens."""
+    """The mean of `values` over the masked tokens."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -157,6 +158,15 @@ def explained_variance(
         return mean((x - mean(x, mask)).square(), mask)
 
     return 1 - variance(returns - values) / variance(returns).clamp(min=1e-12)
+
+
+def standard_error(values: Tensor, group: int) -> Tensor:
+    """Standard error of the mean of `values` [n], given the prompts: differences between them do not count.
+
+    Args:
+        group: values of each prompt, at least 2, which stand together.
+    """
+    return (values.view(-1, group).var(1).mean() / len(values)).sqrt()
 
 
 class Critic(nn.Module):
@@ -185,6 +195,10 @@ class Critic(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.center + self.scale * self.body(features).squeeze(-1)
+
+    def loss(self, *arguments: Any) -> Tensor:
+        """`clipped_value_loss` in the critic's own units, so that one learning rate serves rewards of any."""
+        return clipped_value_loss(*arguments) / self.scale.square()
 
 
 # --- on TRL's rollouts ---------------------------------------------------------------------------------
@@ -316,10 +330,9 @@ class PPOTrainer(OwnLoss):
         self.note("ppo/lambda", torch.tensor(lam, device=scores.device))
         objective = scores - lam * log_ratio
         self.note("ppo/objective", objective.mean())
-        # Given the batch's prompts, whose samples stand together: differences between prompts do not count.
         every, each = self.accelerator.gather(objective), self.group()
         if each > 1:
-            self.note("ppo/objective_stderr", (every.view(-1, each).var(1).mean() / len(every)).sqrt())
+            self.note("ppo/objective_stderr", standard_error(every, each))
         self.note("ppo/explained_variance", explained_variance(values, returns, mask, self.mean))
         if args.target_kl and self.model.training:
             kl = self.accelerator.gather(log_ratio)
@@ -343,11 +356,8 @@ class PPOTrainer(OwnLoss):
         values = self.critic(batch["ppo_features"])
         # As many tokens as so many sequences of the round have on average: the parts of a step add up.
         tokens = batch["num_items_in_batch"] * (len(mask) / batch["ppo_sequences"])
-        value = clipped_value_loss(
-            values, batch["ppo_values"], batch["ppo_returns"], mask, args.value_clip_range, tokens
-        )
-        # The critic's own scale is divided out, so that one learning rate serves rewards of any unit.
-        value = value / self.critic.scale.square()
+        old_values, returns = batch["ppo_values"], batch["ppo_returns"]
+        value = self.critic.loss(values, old_values, returns, mask, args.value_clip_range, tokens)
         self.note("ppo/policy_loss", policy.detach())
         self.note("ppo/value_loss", value.detach())
         self.note("ppo/clip_fraction", clipped)
@@ -356,7 +366,7 @@ class PPOTrainer(OwnLoss):
         return policy + args.vf_coef * value
 
     def save_more(self, folder: Path) -> None:
-        """The critic and the controller of λ."""
+        """Write the critic and λ as the controller has it."""
         save_file(self.critic.state_dict(), folder / CRITIC_FILE)
         write_json(folder / KL_FILE, {"lambda": self.kl.value})
 

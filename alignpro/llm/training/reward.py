@@ -1,5 +1,4 @@
-"""Reward learning, eq. (1): a sequence-classification reward model from preference pairs, by TRL's
-RewardTrainer."""
+"""Reward learning, eq. (1): a reward model from preference pairs, by TRL's RewardTrainer."""
 
 import hashlib
 import json
@@ -52,7 +51,7 @@ _SQUASH_PAIRS = 1000  # training pairs from which the squash is chosen; more wou
 
 @dataclass(frozen=True)
 class TrainedReward(Trained):
-    """What reward learning leaves."""
+    """Result of reward learning."""
 
     reward: SequenceReward
     """The reward; its `facts` say how good it is, as reward.json does."""
@@ -250,7 +249,7 @@ def _base(model: str | Path, seed: int) -> tuple[Any, Any]:
     body = sorted(key for key in report["missing_keys"] if key.startswith(f"{base.base_model_prefix}."))
     if body:
         raise AlignProError(f"model {str(model)!r} has no weights for {body[0]}; give a complete model")
-    configure._forget_quantizer(base)
+    configure.forget_quantizer(base)
     if report["missing_keys"]:
         text_config(base).pad_token_id = None  # a new head may choose one that ends nothing
     return base, tokenizer
@@ -316,7 +315,7 @@ def _fit(
 
 
 def _pair_logits(reward: SequenceReward, pairs: Sequence[packaged.PreferencePair]) -> tuple[Array, Array]:
-    """([n], [n]): the unbounded scores of the chosen and of the rejected answers, all finite."""
+    """The unbounded scores of the chosen and of the rejected answers, [n] each, all finite."""
     prompts = [pair.prompt for pair in pairs]
     chosen, rejected = ([getattr(pair, kind) for pair in pairs] for kind in ("chosen", "rejected"))
     return (
@@ -326,6 +325,6 @@ def _pair_logits(reward: SequenceReward, pairs: Sequence[packaged.PreferencePair
 
 
 def _loss(reward: SequenceReward, pairs: Sequence[packaged.PreferencePair]) -> float:
-    """Eq. (1) over the pairs, in nats; log 2 is that of a constant reward."""
+    """The loss of eq. (1), averaged over the pairs, in nats; a constant reward has log 2."""
     chosen, rejected = _pair_logits(reward, pairs)
     return float(np.mean(np.logaddexp(0.0, rejected - chosen)))

@@ -111,7 +111,7 @@ class TrainSettings(PolicySettings):
     """How to train on open-ended text. The defaults are faithful: they leave the optimum at ρ* (eq. 10)."""
 
     task: str = "prompter"
-    """What is trained: prompter, or rlhf, the frozen model itself (eq. 2), with lam as β."""
+    """Policy that is trained: prompter, or rlhf, the frozen model itself (eq. 2), with lam as β."""
     prompts: int = 8
     """User prompts in each round."""
     responses: int = 1

@@ -96,7 +96,7 @@ def read_rewrites(path: str | Path, *, prompt: str = "prompt", rewrite: str = "r
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What rewrites cost that were not learned from, in nats per token, end tokens included."""
+    """Cost of rewrites that were not learned from, in nats per token, end tokens included."""
 
     pairs: int
     before: float
@@ -107,7 +107,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Tuned(Trained):
-    """What fine-tuning leaves."""
+    """Result of fine-tuning a prompter."""
 
     prompter: Prompter
     held_out: dict[str, HeldOut]
@@ -115,7 +115,7 @@ class Tuned(Trained):
 
 
 def nats_per_token(prompter: Prompter, pairs: Sequence[Encoded]) -> float:
-    """−Σ log ρ(x′|x) over pairs, divided by their rewrites' tokens, end tokens included."""
+    """Mean cost of the rewrites: −Σ log ρ(x′|x) over pairs, divided by their tokens, end tokens included."""
     with torch.no_grad():
         scores = log_probs(prompter.model, [p for p, _ in pairs], [said for _, said in pairs])
     return -float(scores.log_probs.double().sum()) / sum(len(said) for _, said in pairs)

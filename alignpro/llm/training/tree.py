@@ -175,7 +175,7 @@ class Curve(Metrics):
 
 @dataclass(frozen=True)
 class TrainedTree(Trained):
-    """What training on prefix trees leaves; its metrics are the lines of `curve.jsonl`."""
+    """Result of training on prefix trees; its metrics are the lines of `curve.jsonl`."""
 
     policy: list[np.ndarray]
     """ρ_θ over the leaves of each prompt's tree, X arrays."""
@@ -199,7 +199,7 @@ def train(
         evaluate: called with the exact ρ_θ once per iteration; what it returns goes into the curve.
         out: folder for `curve.jsonl`, `settings.json`, checkpoints and the adapter.
         resume: continue from the last checkpoint in `out`, if there is one.
-        progress: called with (step, last step, exact quantities).
+        progress: called with (step, last step, exact quantities) once per iteration.
 
     Raises:
         AlignProError: a checkpoint made with other settings.
