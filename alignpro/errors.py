@@ -1,4 +1,8 @@
-"""The one exception users see."""
+"""The one exception users see, and the check of β and λ that the theory and its estimation share."""
+
+import contextlib
+import math
+import numbers
 
 
 class AlignProError(ValueError):
@@ -6,3 +10,25 @@ class AlignProError(ValueError):
 
     The command line prints it after `alignpro: error:` and exits with status 2; no traceback.
     """
+
+
+def check_temperature(name: str, value: object) -> float:
+    """Give `value` as a float usable as β or λ; NumPy's numbers are numbers too.
+
+    Raises:
+        AlignProError: not a number, not finite, or not positive; `name` (a flag, say) heads the message.
+    """
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            number = float(value)
+    if not 0 < number < math.inf:
+        raise AlignProError(
+            f"{name} {value}: must be a positive finite number; give one such as {name} 0.5 "
+            "(use a small positive value for the greedy limit)"
+        )
+    if not 1e-18 <= number <= 1e18:
+        raise AlignProError(
+            f"{name} {value}: is outside 1e-18 to 1e18; divide rewards, beta and lam by a common factor"
+        )
+    return number

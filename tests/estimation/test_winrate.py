@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special, stats
 
+from alignpro.commands import judge as command
 from alignpro.errors import AlignProError
 from alignpro.estimation import winrate
 from alignpro.estimation.winrate import Judgements, collect, length_regression, rate, wilson, win_rates
+from alignpro.report.numbers import plain
 
 EPS = np.finfo(float).eps
 
@@ -359,12 +361,12 @@ def test_rows_become_columns(tmp_path):
     np.testing.assert_array_equal(found.prompt, [0, 1, 0])
     np.testing.assert_array_equal(found.asked, [True, True, False])
     assert (found.arms, found.judge, found.failures) == (("trained", "none"), "j", {"several": 1})
-    text = winrate.table(win_rates(found))
+    text = command.text(win_rates(found))
     assert "trained : none" in text
     assert "won 1, lost 0, tied 1 (1 identical), failed 1" in text
     assert "over 2 of 3 pairs; 0.500 to 0.667 were every failed verdict lost, or won" in text
     assert "verdicts that failed: 1 several" in text
-    json.dumps(win_rates(found).json(), allow_nan=False)
+    json.dumps(plain(win_rates(found)), allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -385,8 +387,8 @@ def test_what_is_no_judgement_is_refused(rows, message):
 
 def test_bad_files_and_levels(tmp_path):
     (tmp_path / "torn").write_text(json.dumps(row())[:-4])
-    for name in ("torn", "gone"):
-        with pytest.raises(AlignProError, match=f"{name}: cannot read it"):
+    for name, said in (("torn", "line 1 is no JSON"), ("gone", "missing or damaged")):
+        with pytest.raises(AlignProError, match=f"{name}: {said}"):
             winrate.read(tmp_path / name)
     with pytest.raises(AlignProError, match=r"level 95: must lie between"):
         win_rates(judgements([[1, 1]]), 95)
@@ -396,4 +398,4 @@ def test_all_failed_is_a_result_too():
     found = win_rates(judgements([[math.nan, 1], [math.nan, math.nan]]))
     assert (found.win_rate, found.agreement, found.kappa, found.length_controlled) == (None,) * 4
     assert found.bounds == (0.25, 1.0)
-    assert "not to be had" in winrate.table(found)
+    assert "not to be had" in command.text(found)
