@@ -390,6 +390,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(tmp_path):
     want = fit(tmp_path / "whole", SHORT).metrics
     said = subprocess.run(
         [sys.executable, "-c", _FULL, str(Path(__file__).parent), str(cut)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,4 +1,4 @@
-"""A real prompter and a real frozen model as an exact `Instance`.
+"""Enumeration: a real prompter and a real frozen model as an exact `Instance`.
 
 For each user prompt x, rewrites are sampled from the prompter and responses from the frozen model under
 every rewrite. Both models are then restricted to the prefix trees of what was sampled
@@ -28,7 +28,7 @@ from alignpro.llm.models.forward import how_of
 from alignpro.llm.models.policy import end_tokens
 from alignpro.llm.policies.prompter import Template, check_room, target_ids
 from alignpro.llm.policies.tree import PrefixTree, TreeTask, leaf_probabilities
-from alignpro.llm.rewards.reward import Reward
+from alignpro.llm.rewards.reward import Reward, check_scores
 from alignpro.theory import Instance, Names, load
 
 Tokens = tuple[int, ...]
@@ -96,7 +96,7 @@ def sample_rewrites(
     settings: EnumerationSettings,
     progress: Progress = _silent,
 ) -> list[list[Tokens]]:
-    """For each prompt, token sequences of distinct rewrites; the first is the original prompt itself.
+    """Draw token sequences of distinct rewrites for each prompt; the first is the prompt itself.
 
     Raises:
         AlignProError: no candidate of some prompt was usable.
@@ -145,7 +145,7 @@ def sample_responses(
     settings: EnumerationSettings,
     progress: Progress = _silent,
 ) -> list[list[Tokens]]:
-    """For each prompt, token sequences of distinct responses, drawn evenly under all of its rewrites."""
+    """Draw token sequences of distinct responses for each prompt, evenly under all of its rewrites."""
     found: list[dict[Tokens, None]] = [{} for _ in rewrites]
     for attempt in range(4):
         rows = []
@@ -173,9 +173,9 @@ class Enumeration:
 
     Attributes:
         prompts: X user prompts.
-        prompt_ids: for each, the token ids that the prompter continues.
-        rewrite_ids, response_ids: for each, the leaves of its two trees.
-        rewrites, responses: their texts.
+        prompt_ids: for each prompt, the token ids that the prompter continues.
+        rewrite_ids, response_ids: for each prompt, the leaves of its two trees, as tokens.
+        rewrites, responses: for each prompt, the leaves as texts.
         instance: rows of `frozen` and columns of `prior` are all rewrites, prompt by prompt; columns of
             `frozen` and `reward` all responses, prompt by prompt.
     """
@@ -206,10 +206,10 @@ class Enumeration:
         return rho
 
     def task(self, *, exact_rewards: bool = True) -> TreeTask:
-        """The prompter's environment.
+        """The prompter's environment on its trees.
 
         Args:
-            exact_rewards: reward a rewrite with R(x, x′); otherwise with r(x, y) of one sampled response.
+            exact_rewards: reward a rewrite x′ with R(x, x′); otherwise with r(x, y) of one sampled response.
         """
         reward, frozen = np.asarray(self.instance.reward), np.asarray(self.instance.frozen)
         expected = reward @ frozen.T
@@ -323,11 +323,10 @@ def enumerate_models(
     tick = stage("rewarding", count)
     scores = np.empty((count, len(all_responses)))
     for x, prompt in enumerate(prompts):
-        scores[x] = reward.score([prompt] * len(all_responses), all_responses)
-        if not ((scores[x] >= reward.low) & (scores[x] <= reward.high)).all():
-            raise AlignProError(
-                f"prompt {prompt!r}: a reward leaves the declared range [{reward.low}, {reward.high}]"
-            )
+        asked = [prompt] * len(all_responses)
+        scores[x] = check_scores(
+            asked, all_responses, reward.score(asked, all_responses), reward.low, reward.high
+        )
         tick(1)
 
     instance = assemble(prior_rows, frozen_rows, scores, prompts, rewrites, responses)
