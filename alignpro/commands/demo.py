@@ -149,7 +149,7 @@ def _run(out: Path, settings: DemoSettings, resume: bool, command: str | None) -
 
     # Names first: a slip in one should cost no download.
     catalogue.check_name(settings.model)
-    opening.check_name(settings.reward)
+    opening.read_spec(settings.reward)
     since = time.monotonic()
     prompts = user_prompts(settings)
     reward = load_reward(settings.reward)

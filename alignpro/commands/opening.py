@@ -54,7 +54,7 @@ class World:
 
     def __init__(self, settings: EnvironmentSettings) -> None:
         from alignpro.llm.models import catalogue, configure
-        from alignpro.llm.rewards import names, opening
+        from alignpro.llm.rewards.opening import read_spec
         from alignpro.llm.targets.ledger import Prices
 
         self.settings = settings
@@ -74,8 +74,8 @@ class World:
         else:
             catalogue.check_name(settings.target)
             configure.check_dtype(settings.dtype)
-        opening.check_name(settings.reward)
-        self.reward_name = names.shown_name(settings.reward)
+        self._reward = read_spec(settings.reward)
+        self.reward_name = self._reward.shown
         self.prices = Prices(*settings.prices) if settings.prices is not None else None
 
     def money(self, answers: int, tokens: int) -> str:
@@ -103,17 +103,15 @@ class World:
 
     def reward(self, folder: Path) -> "Reward":
         """The reward; scores of an endpoint are kept in `folder`."""
-        from alignpro.llm.rewards import opening
-        from alignpro.llm.rewards.endpoint import keep_scores
+        from alignpro.llm.rewards.cached import keep_scores
 
-        name, asked = self.settings.reward, self.settings.reward_endpoint
-        how: dict[str, Any] = {}
-        if is_address(name):
+        asked, how = self.settings.reward_endpoint, {}
+        if self._reward.kind == "endpoint":
             fields = ("model", "key_env", "max_calls", "concurrency", "retries", "requests_per_minute")
             how = {field: getattr(asked, field) for field in fields}
             how |= {"style": asked.dialect, "timeout": asked.timeout_s, "backoff": asked.backoff_s}
         given = {field: value for field, value in how.items() if value is not None}
-        return keep_scores(opening.load_reward(name, **given), folder / "scores")
+        return keep_scores(self._reward.open(**given), folder / "scores")
 
 
 def kept(target: "Target", folder: Path, prices: Any = None) -> "Cached":

@@ -45,8 +45,9 @@ class RewardModel(ResumedRun):
 
     def run(self) -> int:
         """Say what it will do, train, tell how good the reward is and its name."""
+        from alignpro.llm.data.own import read_pairs
         from alignpro.llm.models import packages
-        from alignpro.llm.training.reward import read_pairs, split_pairs, train_reward
+        from alignpro.llm.training.reward import split_pairs, train_reward
 
         settings, read = self.settings, read_pairs(self.pairs)
         split = split_pairs(read)

@@ -39,7 +39,7 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
     def run(self) -> int:
         """Check everything before anything is loaded, fine-tune, tell."""
         from alignpro.commands.opening import check_prompter, trained_home
-        from alignpro.llm.data import split
+        from alignpro.llm.data import own, split
         from alignpro.llm.models import packages
         from alignpro.llm.training.checkpoints import check_reporters
 
@@ -53,9 +53,9 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
             )
 
         from alignpro.llm.policies.prompter import Prompter
-        from alignpro.llm.training.sft import read_rewrites, sft
+        from alignpro.llm.training.sft import sft
 
-        read = read_rewrites(self.pairs, prompt=self.prompt_field, rewrite=self.rewrite_field)
+        read = own.read_rewrites(self.pairs, prompt=self.prompt_field, rewrite=self.rewrite_field)
         sizes = Counter(split.split_of(pair.prompt) for pair in read)
         steps = settings.epochs * -(-sizes["train"] // settings.batch_size)
         packages.note(

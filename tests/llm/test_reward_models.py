@@ -33,10 +33,11 @@ from transformers import (
 from alignpro.commands import main as cli
 from alignpro.errors import AlignProError
 from alignpro.llm.models import configure, resolve
-from alignpro.llm.rewards import names, opening
+from alignpro.llm.rewards import opening
 from alignpro.llm.rewards.bounds import Bounded, Clip, Declared, Squash, parse_bounds
+from alignpro.llm.rewards.cached import CachedReward
 from alignpro.llm.rewards.classifier import SequenceReward
-from alignpro.llm.rewards.endpoint import CachedReward, EndpointReward
+from alignpro.llm.rewards.endpoint import EndpointReward
 from alignpro.llm.rewards.function import CallableReward
 from alignpro.llm.rewards.reward import PLAIN, check_scores, check_template, fill
 from alignpro.llm.targets import http as transport
@@ -592,7 +593,7 @@ class Server:
 def server(monkeypatch):
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv(names.KEY_ENV, raising=False)
+    monkeypatch.delenv(opening.KEY_ENV, raising=False)
     monkeypatch.setenv("MY_REWARD_KEY", KEY)
     server = Server()
     yield server
@@ -872,7 +873,8 @@ def test_scores_that_came_before_a_failure_are_kept(server, tmp_path, monkeypatc
 
 KILLED = """
 import sys
-from alignpro.llm.rewards.endpoint import CachedReward, EndpointReward
+from alignpro.llm.rewards.cached import CachedReward
+from alignpro.llm.rewards.endpoint import EndpointReward
 texts = sys.argv[3:]
 CachedReward(EndpointReward(sys.argv[1], "0,1", batch_size=1, concurrency=1), sys.argv[2]).score(texts, texts)
 """
@@ -976,13 +978,13 @@ def test_rewards_by_name(folder, server, tmp_path, monkeypatch):
     assert opening.load_reward("my_rewards:made").score(["a"], ["b"]) == pytest.approx([0.5])
     assert opening.load_reward("my_rewards:one@0,1", each=True).score(["a"], ["b"]) == pytest.approx([0.5])
     assert opening.load_reward(f"{server.url}@clip:0,2").score(["a"], ["a"]) == pytest.approx([1 / 26])
-    monkeypatch.setenv(names.KEY_ENV, KEY)
+    monkeypatch.setenv(opening.KEY_ENV, KEY)
     opening.load_reward(f"{server.url}@0,1").score(["a"], ["a"])
     assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
     loaded = opening.load_reward(f"{folder}@squash:0,2", device="cpu")
     assert isinstance(loaded, SequenceReward)
     assert loaded.bounded.bounds == Squash(0.0, 2.0)
-    opening.check_name("weqweasdas/RM-Gemma-2B@squash:0,2")
+    opening.read_spec("weqweasdas/RM-Gemma-2B@squash:0,2")
     asked = len(server.asked)
     for name, match in {
         "nope": "minilm-bt",
@@ -1000,9 +1002,31 @@ def test_rewards_by_name(folder, server, tmp_path, monkeypatch):
         str(folder): "Theorem 1 needs",
         "../nowhere/else@0,1": "choose from",
     }.items():
-        for use in (opening.check_name, opening.load_reward):
+        for use in (opening.read_spec, opening.load_reward):
             with pytest.raises(AlignProError, match=match) as error:
                 use(name)
             assert "\n" not in str(error.value)
             assert "pw" not in str(error.value)
     assert len(server.asked) == asked
+
+
+def test_a_name_says_what_is_meant(folder, tmp_path, monkeypatch):
+    """Kind, place, bounds and what may be written down, from one reading."""
+    (tmp_path / "said.py").write_text("def f(x, y):\n    return [0.5 for _ in y]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a@b").mkdir()
+    (tmp_path / "a@0,1").mkdir()
+    odd, secret = str(tmp_path / "a@b"), "https://host:8443/v1/score"
+    for name, kind, target, bounds in (
+        ("minilm-bt", "packaged", "minilm-bt", None),
+        (odd, "head", odd, None),
+        (str(tmp_path / "a@0,1"), "head", str(tmp_path / "a@0,1"), None),
+        (f"{folder}@clip:-1,2", "classifier", str(folder), Clip(-1.0, 2.0)),
+        ("owner/name@squash:0,2", "classifier", "owner/name", Squash(0.0, 2.0)),
+        ("said:f@0,1", "function", "said:f", Declared(0.0, 1.0)),
+        (f"{secret}?key=k@x@0,1", "endpoint", f"{secret}?key=k@x", Declared(0.0, 1.0)),
+    ):
+        spec = opening.read_spec(name)
+        assert (spec.kind, spec.target, spec.bounds) == (kind, target, bounds)
+        assert spec.shown == (f"{secret}@0.0,1.0" if kind == "endpoint" else name)
+        assert "key=k" not in repr(spec)

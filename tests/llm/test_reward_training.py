@@ -16,13 +16,15 @@ from trl import RewardTrainer
 
 from alignpro.commands import main
 from alignpro.errors import AlignProError
+from alignpro.estimation.winrate import wilson
 from alignpro.llm.data import split
+from alignpro.llm.data.own import read_pairs
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.models import configure, load
-from alignpro.llm.rewards import minilm, opening
+from alignpro.llm.rewards import accuracy, opening
 from alignpro.llm.rewards.classifier import SequenceReward
 from alignpro.llm.training import reward as reward_training
-from alignpro.llm.training.reward import read_pairs, train_reward
+from alignpro.llm.training.reward import train_reward
 from alignpro.llm.training.settings import RewardSettings
 
 
@@ -78,7 +80,7 @@ def test_training_learns_the_preference_and_the_swapped_mutant_its_opposite(base
         letter_pairs(900, swap=True), base, tmp_path / "swapped", QUICK, device="cpu"
     ).reward
     true = letter_pairs(900)
-    mutant = minilm.accuracy(swapped, [p for p in true if p.split == "test"])
+    mutant = accuracy.accuracy(swapped, [p for p in true if p.split == "test"])
     assert mutant["hi"] < 0.5
 
 
@@ -359,7 +361,7 @@ def test_a_reward_model_from_the_command_line_judges_training(call, base, tmp_pa
     xs = [p.prompt for p in test]
     better = reward.logits(xs, [p.chosen for p in test]) > reward.logits(xs, [p.rejected for p in test])
     assert value == pytest.approx(better.mean(), abs=6e-4)
-    assert (lo, hi) == pytest.approx(minilm.wilson_interval(better.sum(), n["test"]), abs=6e-4)
+    assert (lo, hi) == pytest.approx(wilson(better.mean(), n["test"]), abs=6e-4)
     assert f"(95%, {n['test']} prompts)" in line
     # The flag that is printed is the one to use.
     option, name = shlex.split(re.search(r"train with (--reward .+) \(bounds", said.out)[1])

@@ -24,7 +24,7 @@ from peft import get_peft_model
 from alignpro import rollouts
 from alignpro.commands import main
 from alignpro.errors import AlignProError
-from alignpro.llm.arms import rollout
+from alignpro.llm.arms import draws, rollout
 from alignpro.llm.arms.draws import stream
 from alignpro.llm.models.adapters import adapter_config
 from alignpro.llm.models.configure import tiny_model
@@ -233,7 +233,8 @@ def test_star_and_best_of_n_choose_by_the_proposals_rewards(home, tmp_path, monk
     fresh = np.mean([r["reward"] for r in rows])
     assert abs(fresh - 0.5) < 0.25
     # The mutant: the answers that chose are those that count.
-    monkeypatch.setattr(rollout, "_stream", lambda kind, seed: 5)
+    monkeypatch.setattr(draws, "stream", lambda kind, seed: 5)
+    monkeypatch.setattr(rollout, "stream", lambda kind, seed: 5)
     reused = resampled(home, tmp_path / "reused")
     assert np.mean([r["reward"] for r in reused if r["draw"] == r["answer"] == 0]) > 0.8
 

@@ -10,6 +10,7 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 from alignpro.errors import AlignProError
+from alignpro.llm.data.own import Rewrite, read_rewrites
 from alignpro.llm.data.split import split_of
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.load import load_model
@@ -18,7 +19,7 @@ from alignpro.llm.training import sft as module
 from alignpro.llm.training.environment import Environment
 from alignpro.llm.training.open_ended import train
 from alignpro.llm.training.settings import SFTSettings, TrainSettings
-from alignpro.llm.training.sft import Rewrite, encode, nats_per_token, read_rewrites, sft
+from alignpro.llm.training.sft import encode, nats_per_token, sft
 
 TEMPLATE = Template(system="", examples=(), request="", opening=">", space="")
 PAIRS = [Rewrite("".join(x), "".join(x[::-1])) for x in itertools.product("abcd", repeat=4)]

@@ -164,7 +164,7 @@ def configure_model(
             "at once, others' are taken off their answers. They may be turned off by "
             "--chat-template-kwargs '{\"enable_thinking\": false}'"
         )
-    pad = _pad_token(tokenizer, ends, name)
+    pad = choose_pad_token(tokenizer, ends, name)
     if tokenizer.pad_token != pad:
         tokenizer.pad_token = pad
     tokenizer.padding_side = "left"  # generation continues from the right-hand end
@@ -196,7 +196,12 @@ def configure_model(
     model.eval()
 
 
-def _pad_token(tokenizer: Any, ends: list[int], name: str) -> str:
+def choose_pad_token(tokenizer: Any, ends: list[int], name: str) -> str:
+    """Choose a token that no answer contains, other than those that end one.
+
+    Raises:
+        AlignProError: the tokenizer has none to spare.
+    """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else ends[0]
     if tokenizer.pad_token is not None and tokenizer.pad_token_id != end:
         return tokenizer.pad_token
@@ -245,6 +250,7 @@ def device_of(device: str) -> torch.device:
     return chosen
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The error's message on one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

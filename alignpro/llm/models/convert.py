@@ -14,7 +14,7 @@ from transformers import (
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models import packages
-from alignpro.llm.models.configure import _one_line, configure_model
+from alignpro.llm.models.configure import configure_model, one_line
 from alignpro.llm.models.libraries import quiet
 
 # Part of the cache folder's name: raise it when `_convert` writes something else.
@@ -51,7 +51,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except Exception as error:
         raise AlignProError(
-            f"cannot read {gguf} ({_one_line(error)}); transformers reads GGUF files of the common "
+            f"cannot read {gguf} ({one_line(error)}); transformers reads GGUF files of the common "
             "architectures: convert it to safetensors elsewhere"
         ) from error
     _restore_pre_tokenizer(gguf, tokenizer)
@@ -85,7 +85,7 @@ def _read_onnx(path: Path) -> tuple[Any, Any]:
             raise ValueError(f"no weight {missing[0]}")
     except Exception as error:
         raise AlignProError(
-            f"cannot read {path} ({_one_line(error)}); only an 8-bit export with the module names of its "
+            f"cannot read {path} ({one_line(error)}); only an 8-bit export with the module names of its "
             "model is read: convert it to safetensors elsewhere"
         ) from error
     return model, tokenizer

@@ -27,7 +27,7 @@ from alignpro.errors import AlignProError
 from alignpro.files import read_json
 from alignpro.llm.models.adapters import adapter_base
 from alignpro.llm.models.catalogue import ADAPTER_WEIGHTS, RANDOM_FILE, drawn_at_random, is_adapter
-from alignpro.llm.models.configure import DTYPES, _one_line, check_dtype, device_of, prepare
+from alignpro.llm.models.configure import DTYPES, check_dtype, device_of, one_line, prepare
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.models.resolve import resolve
 
@@ -84,7 +84,7 @@ def _load(folder: Path, name: str, dtype: str, where: torch.device) -> tuple[Any
             loaded, report = read_weights(AutoModelForCausalLM, folder, DTYPES[dtype], where, **more)
     except Exception as error:
         raise AlignProError(
-            f"model {name!r}: cannot load {folder} ({_one_line(error)}); check that it is a complete "
+            f"model {name!r}: cannot load {folder} ({one_line(error)}); check that it is a complete "
             "causal language model saved as safetensors"
         ) from error
     wrong = sorted(report["missing_keys"]) or sorted(map(str, report.get("mismatched_keys", ())))
@@ -145,7 +145,7 @@ def attach_adapter(model: Any, folder: Path, name: str) -> Any:
             stored = set(file.keys())
     except Exception as error:
         raise AlignProError(
-            f"adapter {name!r}: cannot be put on its model ({_one_line(error)}); save it again"
+            f"adapter {name!r}: cannot be put on its model ({one_line(error)}); save it again"
         ) from error
     wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))  # True would ask the hub
     if odd := sorted(wanted ^ stored):

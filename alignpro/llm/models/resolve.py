@@ -4,8 +4,8 @@ from pathlib import Path
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models import download, packages, registry
-from alignpro.llm.models.catalogue import _HUB_FILES, MODELS, _checked_folder, check_name
-from alignpro.llm.models.configure import _one_line
+from alignpro.llm.models.catalogue import _HUB_FILES, MODELS, check_name, checked_folder
+from alignpro.llm.models.configure import one_line
 from alignpro.llm.models.convert import _convert, _converted_folder
 
 
@@ -33,8 +33,8 @@ def resolve(model: str | Path) -> Path:
         folder = _converted_folder(path.stem, packages.sha256(path))
         return folder if _ready(folder) else _convert(path, folder)
     if str(model) and path.is_dir():  # an empty name would mean the current folder
-        return _checked_folder(path)
-    return _checked_folder(_from_hub(str(model)))
+        return checked_folder(path)
+    return checked_folder(_from_hub(str(model)))
 
 
 def _ready(folder: Path) -> bool:
@@ -71,6 +71,6 @@ def _from_hub(model: str) -> Path:
         ) from error
     except Exception as error:  # httpx raises its own errors, which derive from neither of the above
         raise AlignProError(
-            f"model {model!r}: the hub failed ({download.scrub(_one_line(error))}); retry, or use one of "
+            f"model {model!r}: the hub failed ({download.scrub(one_line(error))}); retry, or use one of "
             f"{', '.join(MODELS)}"
         ) from error

@@ -21,13 +21,14 @@ from alignpro.errors import AlignProError
 from alignpro.files import read_json, read_json_lines, writable_folder, write_json
 from alignpro.llm.data import packaged
 from alignpro.llm.data import split as data_split
-from alignpro.llm.data import split as packaged_split
+from alignpro.llm.data.own import read_pairs
+from alignpro.llm.data.split import normalised
 from alignpro.llm.models import catalogue, configure, resolve
 from alignpro.llm.models.forward import text_config
 from alignpro.llm.models.libraries import quiet
+from alignpro.llm.rewards.accuracy import accuracy, longer_wins
 from alignpro.llm.rewards.bounds import Bounded, Squash
 from alignpro.llm.rewards.classifier import REWARD_FILE, SequenceReward, loading, longest, public_name
-from alignpro.llm.rewards.minilm import accuracy, longer_wins
 from alignpro.llm.rewards.reward import check_scores, check_template, shown
 from alignpro.llm.training.checkpoints import (
     METRICS_FILE,
@@ -55,43 +56,6 @@ class TrainedReward(Trained):
 
     reward: SequenceReward
     """The reward; its `facts` say how good it is, as reward.json does."""
-
-
-def read_pairs(path: str | Path) -> list[packaged.PreferencePair]:
-    """Preference pairs from JSON lines with the strings "prompt", "chosen" and "rejected"; more is ignored.
-
-    Raises:
-        AlignProError: the file cannot be read, has no pair, or a line that is none, by its number.
-    """
-    path = Path(path).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise AlignProError(f"pairs {path}: cannot read it ({reason}); name a JSONL file") from error
-    pairs = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            texts = [row[name] for name in ("prompt", "chosen", "rejected")]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            texts = []
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise AlignProError(
-                f"{path.name}, line {number}: need a JSON object with the non-empty strings "
-                "prompt, chosen and rejected"
-            )
-        prompt, chosen, rejected = texts
-        if chosen == rejected:
-            raise AlignProError(f"{path.name}, line {number}: chosen equals rejected; remove the line")
-        pairs.append(
-            packaged.PreferencePair(prompt, chosen, rejected, path.stem, data_split.split_of(prompt))
-        )
-    if not pairs:
-        raise AlignProError(f"pairs {path}: it is empty; give JSON lines with prompt, chosen and rejected")
-    return pairs
 
 
 def train_reward(
@@ -196,7 +160,7 @@ def train_reward(
             reward.tokenizer.save_pretrained(out)
     except (OSError, RuntimeError, SafetensorError) as error:  # of Python, torch and safetensors
         raise AlignProError(
-            f"cannot write {out} ({configure._one_line(error)}); free space and resume: what "
+            f"cannot write {out} ({configure.one_line(error)}); free space and resume: what "
             "was trained is kept"
         ) from error
     write_json(out / REWARD_FILE, reward.facts)  # last: without it the folder is not taken for a reward
@@ -214,7 +178,7 @@ def split_pairs(
     """
     home: dict[str, str] = {}
     for pair in pairs:
-        if home.setdefault(packaged_split._normalised(pair.prompt), pair.split) != pair.split:
+        if home.setdefault(normalised(pair.prompt), pair.split) != pair.split:
             raise AlignProError(
                 f"pairs: prompt {shown(pair.prompt)} is in the split {pair.split} and in another; "
                 f"give each prompt one, such as data.split_of(prompt)"

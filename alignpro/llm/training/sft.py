@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json
 from alignpro.llm.data import split as data
+from alignpro.llm.data.own import Rewrite
 from alignpro.llm.models.adapters import adapter_config
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import how_of, room
@@ -44,54 +45,6 @@ from alignpro.runs import refuse_other_settings
 
 Encoded = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt behind the template, and of its rewrite with the end token."""
-
-
-@dataclass(frozen=True)
-class Rewrite:
-    """A prompt x and the rewrite x′ to learn for it."""
-
-    prompt: str
-    rewrite: str
-
-
-def read_rewrites(path: str | Path, *, prompt: str = "prompt", rewrite: str = "rewrite") -> list[Rewrite]:
-    """Pairs from JSON lines, or from one JSON list, of objects with two non-empty strings; more is ignored.
-
-    Args:
-        prompt, rewrite: the fields' names; the second is "optimized_prompt" in BPO's data.
-
-    Raises:
-        AlignProError: the file cannot be read, has no pair, or one that lacks a field, by its number.
-    """
-    path = Path(path).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AlignProError(f"rewrites {path}: cannot read it ({error}); name a JSONL file") from None
-    unit, lines = "line", [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if text.lstrip().startswith("["):
-        try:
-            unit, lines = "item", [(i, json.dumps(row)) for i, row in enumerate(json.loads(text), 1)]
-        except ValueError as error:
-            raise AlignProError(f"rewrites {path}: no JSON list ({error}); mend it or use JSONL") from None
-    pairs = []
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise AlignProError(f"{path.name}, {unit} {number}: is no JSON object; mend or remove it")
-        for name in (prompt, rewrite):
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise AlignProError(
-                    f"{path.name}, {unit} {number}: field {name!r} is missing or no text; mend it, or name "
-                    f"the right field (it has {', '.join(map(repr, row)) or 'none'})"
-                )
-        pairs.append(Rewrite(row[prompt], row[rewrite].strip()))
-    if not pairs:
-        raise AlignProError(f"rewrites {path}: it is empty; give a JSON object for each pair")
-    return pairs
 
 
 @dataclass(frozen=True)
