@@ -194,12 +194,7 @@ def test_no_file_is_too_long():
 def test_docstrings_stand_alone():
     known = modules()
     assert not leaning(known)
-    for opening in (
-        "… of the KL.",
-        "Likewise; below 1 moves the optimum.",
-        "Of a rewrite.",
-        "What is hunted.",
-    ):
+    for opening in ("… of the KL.", "Likewise; below 1 moves the optimum.", "Of a rewrite.", "What is hunted."):
         mutant = f'class A:\n    x: int = 0\n    """{opening}"""\n'
         assert leaning({"errors": mutant}) == [f"errors:3: {opening}"]
     assert not leaning({"errors": '"""Often used. Ascent of a statement."""'})
@@ -210,7 +205,7 @@ def test_experiments_and_benchmarks_do_not_import_tests():
     for path in [*(ROOT / "experiments").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
         taken = {module.split(".")[0] for module, _ in _imports(path.read_text())}
         assert not taken & places, path
-        assert '/ "tests"' not in path.read_text(), path
+        assert "/ \"tests\"" not in path.read_text(), path
 
 
 def test_the_command_line_starts_light():
@@ -218,7 +213,5 @@ def test_the_command_line_starts_light():
     heavy = ("numpy", "scipy", "jax", "torch", "transformers", "matplotlib", "pandas")
     code = "import sys, alignpro.commands.main as main; list(main.VERBS.values()); "
     code += f"print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     assert done.stdout.strip() == "[]"
