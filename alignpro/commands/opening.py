@@ -105,13 +105,9 @@ class World:
         """The reward; scores of an endpoint are kept in `folder`."""
         from alignpro.llm.rewards.cached import keep_scores
 
-        asked, how = self.settings.reward_endpoint, {}
-        if self._reward.kind == "endpoint":
-            fields = ("model", "key_env", "max_calls", "concurrency", "retries", "requests_per_minute")
-            how = {field: getattr(asked, field) for field in fields}
-            how |= {"style": asked.dialect, "timeout": asked.timeout_s, "backoff": asked.backoff_s}
-        given = {field: value for field, value in how.items() if value is not None}
-        return keep_scores(self._reward.open(**given), folder / "scores")
+        asked = self.settings.reward_endpoint
+        options = {"settings": asked} if self._reward.kind == "endpoint" else {}
+        return keep_scores(self._reward.open(**options), folder / "scores")
 
 
 def kept(target: "Target", folder: Path, prices: Any = None) -> "Cached":

@@ -447,7 +447,7 @@ def test_below_a_running_loop():
         assert asyncio.run(notebook(server)) == client(server).respond(["a"], SAMPLING)
 
 
-def test_stop_from_another_thread_keeps_what_is_in_flight():
+def test_an_interrupt_keeps_what_is_in_flight(monkeypatch):
     arrived, go = threading.Event(), threading.Event()
 
     def fault(n, body):
@@ -455,7 +455,9 @@ def test_stop_from_another_thread_keeps_what_is_in_flight():
         go.wait(PATIENCE)
 
     with Server(fault) as server:
-        target, caught = client(server, concurrency=2), []
+        target, caught, stops, finish = client(server, concurrency=2), [], [], http.finish
+        # What `finish` is given to call when a notebook is interrupted.
+        monkeypatch.setattr(http, "finish", lambda work, stop: stops.append(stop) or finish(work, stop))
 
         def work():
             with pytest.raises(Stopped) as error:
@@ -465,8 +467,8 @@ def test_stop_from_another_thread_keeps_what_is_in_flight():
         thread = threading.Thread(target=work)
         thread.start()
         assert arrived.wait(PATIENCE)
-        target.stop()
-        target._http._running.loop.call_soon_threadsafe(go.set)  # after the stop has been heard
+        stops[0]()
+        stops[0].__self__.loop.call_soon_threadsafe(go.set)  # after the stop has been heard
         thread.join(PATIENCE)
         assert caught[0].reason == "stopped"
         assert len(caught[0].answers) == len(server.requests) <= 2

@@ -383,11 +383,3 @@ def test_bad_targets_and_bad_log_probs(target):
         target.log_probs(["a"], [Answer("b", "stop", 1, 2)])
     assert target.log_probs([], []).shape == (0,)
     assert target.respond([], Sampling()) == []
-
-
-def test_stop_ends_a_run_between_batches():
-    target = LocalTarget(tiny_model(seed=1), batch_size=2)
-    with pytest.raises(Stopped) as error:
-        target.respond(PROMPTS, Sampling(max_tokens=2), on_answer=lambda *_: target.stop())
-    assert error.value.reason == "stopped"
-    assert len(error.value.answers) == 2

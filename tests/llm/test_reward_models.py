@@ -42,6 +42,7 @@ from alignpro.llm.rewards.function import CallableReward
 from alignpro.llm.rewards.reward import PLAIN, check_scores, check_template, fill
 from alignpro.llm.targets import http as transport
 from alignpro.llm.targets import ledger
+from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Stopped
 
 # --- bounds ---
@@ -600,8 +601,13 @@ def server(monkeypatch):
     server.close()
 
 
+def rewarding(url, bounds="0,1", **options):
+    own = {name: options.pop(name) for name in ("template", "batch_size") if name in options}
+    return EndpointReward(url, bounds, EndpointSettings(**options), **own)
+
+
 def endpoint(server, **options):
-    return EndpointReward(server.url, **({"bounds": "0,1", "backoff": 0.0, "retries": 2} | options))
+    return rewarding(server.url, **({"backoff_s": 0.0, "retries": 2} | options))
 
 
 def test_an_endpoint_scores_in_batches_with_its_key(server):
@@ -630,7 +636,7 @@ def test_other_styles_follow_the_index(server, style):
         return 200, {}, {"data": rows[::-1]}
 
     server.answer = answer
-    reward = endpoint(server, style=style, template="{prompt}{response}")
+    reward = endpoint(server, dialect=style, template="{prompt}{response}")
     np.testing.assert_allclose(reward.score(["a", "bbb", "cc"], ["", "b", "ccc"]), [0.01, 0.04, 0.05])
 
 
@@ -667,7 +673,7 @@ def test_pauses_double_and_heed_the_server(server, monkeypatch):
     answers = iter([{}, {"Retry-After": "7"}, {"Retry-After": "60"}, {"Retry-After": "nan"}, {}])
     server.answer = lambda path, body: (503, next(answers), {})
     with pytest.raises(AlignProError, match="status 503"):
-        endpoint(server, backoff=0.5, retries=4).score(["a"], ["b"])
+        endpoint(server, backoff_s=0.5, retries=4).score(["a"], ["b"])
     assert pauses == [0.5, 7.0, 60.0, 4.0]
     assert set(jitter) == {(0.5, 1.5)}
     server.answer = lambda path, body: (503, {"Retry-After": "61"}, {})
@@ -691,10 +697,10 @@ def test_no_secret_in_any_error(server):
         return str(error.value)
 
     url = f"{server.url}?token=query-secret"
-    keyed = {"bounds": "0,1", "key_env": "MY_REWARD_KEY", "backoff": 0.0, "retries": 1}
+    keyed = {"bounds": "0,1", "key_env": "MY_REWARD_KEY", "backoff_s": 0.0, "retries": 1}
 
     def keyed_reward(**options):
-        return EndpointReward(url, **(keyed | options))
+        return rewarding(url, **(keyed | options))
 
     sample = (["p"], ["r"])
     server.answer = lambda path, body: (401, {}, {"error": f"bad key {KEY} at {path}"})
@@ -709,11 +715,11 @@ def test_no_secret_in_any_error(server):
     server.asked.clear()
     failing(keyed_reward, *sample)
     assert len(server.asked) == 1
-    failing(lambda: EndpointReward("http://127.0.0.1:9/x?token=query-secret", **keyed), *sample)
-    failing(lambda: EndpointReward(url, "0,1", key_env=KEY))
-    assert "not set" in failing(lambda: EndpointReward(url, "0,1", key_env="hf_pasted0123456789"))
-    failing(lambda: EndpointReward("http://me:url-secret@127.0.0.1/", "0,1"))
-    failing(lambda: EndpointReward("url-secret", "0,1"))
+    failing(lambda: rewarding("http://127.0.0.1:9/x?token=query-secret", **keyed), *sample)
+    failing(lambda: rewarding(url, "0,1", key_env=KEY))
+    assert "not set" in failing(lambda: rewarding(url, "0,1", key_env="hf_pasted0123456789"))
+    failing(lambda: rewarding("http://me:url-secret@127.0.0.1/", "0,1"))
+    failing(lambda: rewarding("url-secret", "0,1"))
     texts.append(repr(keyed_reward()) + json.dumps(keyed_reward().describe()))
     everything = " ".join(texts)
     for secret in (KEY, "query-secret", "url-secret", "hf_pasted"):
@@ -730,9 +736,9 @@ def test_bad_keys_and_settings_are_named_before_any_request(server, monkeypatch)
         endpoint(server, key_env="MY_REWARD_KEY")
     assert "words" not in str(error.value)
     for bad in (
-        {"style": "x"},
-        {"timeout": 0.0},
-        {"timeout": math.nan},
+        {"dialect": "x"},
+        {"timeout_s": 0.0},
+        {"timeout_s": math.nan},
         {"retries": -1},
         {"concurrency": 0},
         {"template": "chat"},
@@ -753,8 +759,8 @@ def test_bad_keys_and_settings_are_named_before_any_request(server, monkeypatch)
         (b'{"rewards": [0.5, null, 0.5]}', r"sample 4 .* of type NoneType"),
         (b'{"rewards": [0.5, "0.5", 0.5]}', r"sample 4 .* of type str"),
         (b'{"rewards": [0.5]}', "1 scores for"),
-        (b'{"rewards": 0.5}', "not of style rewards"),
-        (b'["rewards"]', "not of style rewards"),
+        (b'{"rewards": 0.5}', "not of dialect rewards"),
+        (b'["rewards"]', "not of dialect rewards"),
         (b'{"rewards": [0.5, 2.0, 0.5]}', r"outside the declared"),
     ],
 )
@@ -783,7 +789,7 @@ def test_the_budget_of_requests_is_kept_and_named(server):
 
 
 def test_a_query_is_in_no_log(server, caplog, monkeypatch):
-    reward = EndpointReward(f"{server.url}?token=query-secret", "0,1")
+    reward = rewarding(f"{server.url}?token=query-secret", "0,1")
     with caplog.at_level(logging.DEBUG):
         reward.score(["a"], ["b"])
         assert server.url in caplog.text
@@ -833,15 +839,15 @@ def test_what_else_determines_a_score_is_in_its_key(server, tmp_path):
 
     server.answer = answer
     rewards_ = [
-        EndpointReward(url, "0,1", **options)
+        rewarding(url, "0,1", **options)
         for url in (server.url, f"{server.url}?v=2")
-        for options in ({}, {"model": "m"}, {"model": "m", "style": "score"})
+        for options in ({}, {"model": "m"}, {"model": "m", "dialect": "score"})
     ]
     for reward in rewards_:
         CachedReward(reward, tmp_path).score(["x"], ["y"])
     assert len(server.asked) == 6 == len({reward.revision for reward in rewards_})
     # Not what only says how it is asked for; and an address's query is not in the file.
-    again = EndpointReward(server.url, "clip:0,1", timeout=9.0, retries=0, batch_size=1, max_calls=1)
+    again = rewarding(server.url, "clip:0,1", timeout_s=9.0, retries=0, batch_size=1, max_calls=1)
     assert again.revision == rewards_[0].revision
     assert b"v=2" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
@@ -875,8 +881,10 @@ KILLED = """
 import sys
 from alignpro.llm.rewards.cached import CachedReward
 from alignpro.llm.rewards.endpoint import EndpointReward
+from alignpro.llm.targets.settings import EndpointSettings
 texts = sys.argv[3:]
-CachedReward(EndpointReward(sys.argv[1], "0,1", batch_size=1, concurrency=1), sys.argv[2]).score(texts, texts)
+reward = EndpointReward(sys.argv[1], "0,1", EndpointSettings(concurrency=1), batch_size=1)
+CachedReward(reward, sys.argv[2]).score(texts, texts)
 """
 
 

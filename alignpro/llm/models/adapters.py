@@ -42,7 +42,7 @@ def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
     """A LoRA adapter (arXiv 2106.09685) on every linear map of the top layers; fresh, it changes nothing.
 
     Args:
-        rank: of the adapter.
+        rank: the adapter's rank.
         layers: share of the layers, from the top, that carry it.
 
     Raises:

@@ -21,7 +21,7 @@ MODELS: dict[str, PackagedModel] = {
     "minimind2-small": PackagedModel("minimind2", "model_quantized.onnx"),
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+"""The form of a hub id, owner/name."""
 
 
 def check_name(model: str | Path) -> None:
@@ -41,10 +41,10 @@ def check_name(model: str | Path) -> None:
 
 
 def checked_folder(folder: Path) -> Path:
-    """`folder`, if it holds an adapter, or a model in safetensors with its configuration.
+    """`folder`, which holds a model's configuration and safetensors, an adapter, or what a rehearsal draws.
 
     Raises:
-        AlignProError: it does not.
+        AlignProError: it does not; pickled weights are refused by name.
     """
     if is_adapter(folder) or drawn_at_random(folder):
         return folder

@@ -1,4 +1,9 @@
-"""Sets up a loaded model and its tokenizer alike for every architecture: padding, ends, dtype, device."""
+"""Sets up a loaded model and its tokenizer alike for every architecture: padding, ends, dtype, device.
+
+What would silently move the optimum of the prompter's objective, eq. (9), away from ρ* of Lemma 1 is removed:
+a shipped sampling temperature (which rescales λ), top-k or nucleus truncation, a repetition penalty, dropout,
+and a pad token equal to the end token (which hides the end of every answer).
+"""
 
 import os
 import re
@@ -65,7 +70,7 @@ def tiny_model(
     the context; they are identical for equal arguments and leave torch's global random state alone.
 
     Args:
-        seed: of the weights.
+        seed: draws the weights.
         vocab: distinct characters.
         hidden: width, a multiple of 8.
         layers: number of transformer blocks.
@@ -197,10 +202,13 @@ def configure_model(
 
 
 def choose_pad_token(tokenizer: Any, ends: list[int], name: str) -> str:
-    """Choose a token that no answer contains, other than those that end one.
+    """A token to pad with that no text contains: the tokenizer's own, or a spare one where that is its end.
+
+    Args:
+        ends: ids of the tokens that end a turn.
 
     Raises:
-        AlignProError: the tokenizer has none to spare.
+        AlignProError: there is none.
     """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else ends[0]
     if tokenizer.pad_token is not None and tokenizer.pad_token_id != end:
@@ -216,6 +224,7 @@ def choose_pad_token(tokenizer: Any, ends: list[int], name: str) -> str:
 
 
 def forget_quantizer(model: Any) -> None:
+    """Make a model that was read from GGUF one that can be saved."""
     # A model read from GGUF holds plain floating-point weights, yet refuses to be saved while this is set.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -248,9 +257,3 @@ def device_of(device: str) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise AlignProError(f"device {device!r}: this machine or this torch has no CUDA; use cpu or auto")
     return chosen
-
-
-def one_line(error: Exception) -> str:
-    """The error's message on one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -14,18 +14,19 @@ from transformers import (
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models import packages
-from alignpro.llm.models.configure import configure_model, one_line
-from alignpro.llm.models.libraries import quiet
+from alignpro.llm.models.configure import configure_model
+from alignpro.llm.models.libraries import one_line, quiet
 
-# Part of the cache folder's name: raise it when `_convert` writes something else.
+# Part of the cache folder's name: raise it when `convert` writes something else.
 _CONVERSION = 1
 
 
-def _converted_folder(name: str, sha256: str) -> Path:
+def converted_folder(name: str, sha256: str) -> Path:
+    """The folder in the cache for the conversion of a file with this checksum."""
     return packages.cache_folder() / "models" / f"{name}-{sha256[:12]}-v{_CONVERSION}"
 
 
-def _convert(source: Path, folder: Path) -> Path:
+def convert(source: Path, folder: Path) -> Path:
     """Dequantise a GGUF or ONNX once into safetensors; atomic, checked against a manifest afterwards."""
     read = _read_onnx if source.suffix == ".onnx" else _read_gguf
     with packages.staging(folder) as partial:

@@ -27,7 +27,7 @@ class CachedReward:
         folder: holds the file, in which an answer is a score in decimal; created if need be.
 
     Raises:
-        AlignProError: the folder cannot be written to, or its file not read.
+        AlignProError: the folder cannot be written to, or its file is damaged.
     """
 
     def __init__(self, reward: EndpointReward, folder: str | Path) -> None:
@@ -87,9 +87,6 @@ class _AsTarget:
     @property
     def retried(self) -> int:
         return self.reward.retried
-
-    def stop(self) -> None:
-        self.reward.stop()
 
     def respond(
         self,

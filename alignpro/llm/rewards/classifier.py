@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json
-from alignpro.llm.models import catalogue, configure, packages, resolve
+from alignpro.llm.models import catalogue, configure, libraries, packages, resolve
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import room, text_config
 from alignpro.llm.models.libraries import quiet
@@ -334,6 +334,6 @@ def loading(model: str | Path, folder: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise AlignProError(
-            f"reward model {str(model)!r}: cannot load {folder} ({configure.one_line(error)}); check that "
+            f"reward model {str(model)!r}: cannot load {folder} ({libraries.one_line(error)}); check that "
             f"it is a complete {what} saved as safetensors"
         ) from error

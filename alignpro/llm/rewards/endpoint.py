@@ -1,7 +1,6 @@
 """A reward served over HTTP."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +58,7 @@ for a model with one output; that server applies a sigmoid unless told otherwise
 _WORDS = {
     "address": "url",
     "found": "url and model",
-    "request": "style, model or template",
+    "request": "dialect, model or template",
 }
 
 
@@ -73,18 +72,9 @@ class EndpointReward:
     Args:
         url: http or https, without user name; a query is sent and never shown.
         bounds: see `parse_bounds`.
-        style: a row of `STYLES`.
-        model: sent as "model", where the server needs one.
-        key_env: NAME of the environment variable with the key, sent as `Authorization: Bearer`.
+        settings: how it is asked; the dialect is a row of `STYLES`.
         template: for `classify`, a text with {prompt} and {response}.
-        timeout: seconds for a whole request.
-        retries: further tries after a failed connection, a timeout, or a status that may pass (429, 503, …).
-        backoff: seconds before the first of them, give or take half, doubled each time; a server's
-            Retry-After counts, up to a minute.
-        concurrency: requests under way at once.
         batch_size: samples per request.
-        requests_per_minute: most requests begun in a minute; None for no limit.
-        max_calls: budget of requests, retries included, over this object's life; None for no limit.
 
     Raises:
         AlignProError: values that do not fit, the variable is not set, or httpx2 is not installed.
@@ -92,17 +82,9 @@ class EndpointReward:
 
     url: str = field(repr=False)
     bounds: Bounds | str
-    style: str = "rewards"
-    model: str | None = None
-    key_env: str | None = None
+    settings: EndpointSettings = field(default_factory=EndpointSettings)
     template: str = PLAIN
-    timeout: float = 60.0
-    retries: int = 4
-    backoff: float = 0.5
-    concurrency: int = 4
     batch_size: int = 32
-    requests_per_minute: float | None = None
-    max_calls: int | None = None
     shown: str = field(init=False)
     bounded: Bounded = field(init=False, repr=False)
     low: float = field(init=False)
@@ -113,39 +95,23 @@ class EndpointReward:
         self.bounds = parse_bounds(self.bounds)
         self.bounded = Bounded(self.bounds)
         self.low, self.high = self.bounds.low, self.bounds.high
+        self.style, self.model = self.settings.dialect or "rewards", self.settings.model
         if self.style not in STYLES:
-            raise AlignProError(f"style {self.style!r}: choose from {', '.join(STYLES)}")
+            raise AlignProError(f"dialect {self.style!r}: choose from {', '.join(STYLES)}")
         check_template(self.template)
         if self.template in ("chat", "pair"):
             raise AlignProError(
                 f"template {self.template}: an endpoint needs a text with {{prompt}} and {{response}}"
             )
-        at_least(1, concurrency=self.concurrency, batch_size=self.batch_size)
-        at_least(0, retries=self.retries)
-        if self.max_calls is not None:
-            at_least(1, max_calls=self.max_calls)
-        for name in ("timeout", "backoff", "requests_per_minute"):
-            value = getattr(self, name)
-            optional = name == "requests_per_minute" and value is None
-            if not optional and not (math.isfinite(value) and value >= 0 and (value or name == "backoff")):
-                raise AlignProError(f"{name} {value}: give a positive number")
-        settings = EndpointSettings(
-            key_env=self.key_env,
-            max_calls=self.max_calls,
-            concurrency=self.concurrency,
-            timeout_s=self.timeout,
-            retries=self.retries,
-            backoff_s=self.backoff,
-            requests_per_minute=self.requests_per_minute,
-        )
-        read_key(self.key_env)
+        at_least(1, batch_size=self.batch_size)
+        read_key(self.settings.key_env)
         http.client_library()
         self._http = http.Transport(
             url=self.url,
             shown=self.shown,
             name=f"endpoint {self.shown}",
             words=_WORDS,
-            settings=settings,
+            settings=self.settings,
         )
 
     @property
@@ -192,7 +158,7 @@ class EndpointReward:
         """
         check_texts(prompts, responses)
         scores = np.full(len(prompts), np.nan)
-        secret = read_key(self.key_env, self.url)
+        secret = read_key(self.settings.key_env, self.url)
 
         def call(part: range) -> http.Call[Array]:
             some = [prompts[i] for i in part], [responses[i] for i in part]
@@ -213,10 +179,6 @@ class EndpointReward:
         done = np.isfinite(scores).sum()
         raise Stopped(f"{failure.text} ({done} of {len(prompts)} scored)", failure.reason, {})
 
-    def stop(self) -> None:
-        """End a `score` that runs in another thread, soon; it raises Stopped."""
-        self._http.stop()
-
     def describe(self) -> dict[str, Any]:
         """Say where and how the server is asked, and the bounds with what they did; not the key."""
         facts = {"kind": "endpoint", "url": self.shown, "style": self.style, "model": self.model}
@@ -236,7 +198,7 @@ class EndpointReward:
                 raise TypeError
         except Exception:
             return http.Problem(
-                f"answered {secret.said(json.dumps(content))}, which is not of style {self.style}; choose "
+                f"answered {secret.said(json.dumps(content))}, which is not of dialect {self.style}; choose "
                 f"from {', '.join(STYLES)}, or mend the server",
                 False,
             )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models import configure, download
+from alignpro.llm.models import download, libraries
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
 from alignpro.llm.rewards.reward import (
     Array,
@@ -129,7 +129,7 @@ class CallableReward:
             where = sample_shown(part[0], prompts[part[0]], responses[part[0]])
             if len(part) > 1:
                 where = f"samples {part[0]} to {part[-1]}, the first being {where}"
-            said = download.scrub(configure.one_line(error))
+            said = download.scrub(libraries.one_line(error))
             raise AlignProError(
                 f"function {self.name} raised {type(error).__name__} ({shown(said, 200)}) on {where}"
             ) from error

@@ -5,14 +5,14 @@ import inspect
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.catalogue import HUB_ID, checked_folder
-from alignpro.llm.models.configure import one_line
 from alignpro.llm.models.download import scrub
+from alignpro.llm.models.libraries import one_line
 from alignpro.llm.rewards.bounds import SYNTAX, Bounds, parse_bounds
 from alignpro.llm.rewards.bradley_terry import BradleyTerryReward
 from alignpro.llm.rewards.classifier import SequenceReward, saved_facts
@@ -20,6 +20,7 @@ from alignpro.llm.rewards.endpoint import EndpointReward, check_url
 from alignpro.llm.rewards.function import CallableReward
 from alignpro.llm.rewards.minilm import minilm_bt
 from alignpro.llm.rewards.reward import Reward, shown
+from alignpro.llm.targets.settings import EndpointSettings
 
 REWARDS: dict[str, Callable[..., Reward]] = {"minilm-bt": minilm_bt}
 """The packaged rewards by name: functions that can be called without arguments."""
@@ -72,8 +73,10 @@ class Spec:
         bounds = parse_bounds(self.bounds)
         if self.kind == "function":
             return CallableReward(_imported(self.target), bounds, **({"name": self.target} | options))
-        key = {"key_env": KEY_ENV} if os.environ.get(KEY_ENV) else {}
-        return EndpointReward(self.target, bounds, **(key | options))
+        settings = options.pop("settings", EndpointSettings())
+        if settings.key_env is None and os.environ.get(KEY_ENV):
+            settings = replace(settings, key_env=KEY_ENV)
+        return EndpointReward(self.target, bounds, settings, **options)
 
 
 def load_reward(name: str = "minilm-bt", **options: Any) -> Reward:

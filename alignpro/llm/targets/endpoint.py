@@ -59,7 +59,7 @@ class Endpoint:
     base_url: str
     """The address, up to and with `/v1`; no key in it."""
     settings: EndpointSettings
-    """How it is asked. The model is needed; the dialect is a row of `DIALECTS`."""
+    """Settings of its requests. The model is needed; the dialect is a row of `DIALECTS`."""
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     """Further JSON fields of each request, such as {"top_k": 20}; no secrets."""
     weights: str = ""
@@ -169,10 +169,6 @@ class Endpoint:
             failure.reason,
             answers,
         )
-
-    def stop(self) -> None:
-        """See `Target.stop`; requests in flight are let finish, and their answers kept."""
-        self._http.stop()
 
     def _body(self, prompt: str, index: int, sampling: Sampling, seed: int) -> bytes:
         return json.dumps(

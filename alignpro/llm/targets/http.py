@@ -29,12 +29,12 @@ _POLL_S = 0.02  # between two looks at a budget that calls under way may give ba
 
 @dataclass(frozen=True)
 class Problem:
-    """Why one attempt gave nothing."""
+    """The reason why one attempt gave nothing."""
 
     text: str
     transient: bool
     wait_s: float | None = None
-    """What the server asks to wait."""
+    """Seconds that the server asks to wait."""
     unreachable: bool = False
 
 
@@ -45,7 +45,7 @@ class Call(Generic[T]):
     body: bytes
     """JSON."""
     read: Callable[[bytes], tuple[T, int] | Problem]
-    """Of a response with status 200: its value and the tokens it took, or what is wrong with it. Whatever it
+    """Reads a response of status 200: its value and the tokens it took, or what is wrong with it. Whatever it
     raises ends the run."""
     keep: Callable[[T], None]
     """Called with the value, as soon as it is there."""
@@ -56,7 +56,7 @@ class Call(Generic[T]):
 
 
 class GiveUp(Exception):
-    """Why calls were not made: `reason` is max_calls, max_tokens (budgets), failed or stopped."""
+    """Ends a `post` early: `reason` is max_calls, max_tokens (budgets), failed or stopped."""
 
     def __init__(self, text: str, reason: str = "failed") -> None:
         super().__init__(text)
@@ -98,6 +98,7 @@ class Pace:
         return start
 
     def give_back(self, amount: float) -> None:
+        """Make room for others again: `amount` was booked and is not used."""
         if self.per_minute is not None:
             self.free_at -= 60.0 * amount / self.per_minute
 
@@ -114,7 +115,7 @@ class Transport:
     shown: str
     """The address in errors."""
     name: str
-    """What is asked, in errors."""
+    """Name of what is asked, in errors."""
     words: Mapping[str, str] = field(repr=False)
     """The owner's names, for errors: of its `address`; what to check where nothing is `found`; and what
     determines the `request`."""
@@ -128,7 +129,6 @@ class Transport:
         self._reserved = 0
         self._hold_until = 0.0
         self._lock = threading.Lock()
-        self._running: _Run | None = None
         self._requests = Pace(self.settings.requests_per_minute)
         self._token_pace = Pace(self.settings.tokens_per_minute)
 
@@ -143,25 +143,17 @@ class Transport:
 
         Raises:
             AlignProError: the HTTP client is not installed.
-            Exception: what `read` or `keep` raised.
+            Exception: one that `read` or `keep` raised.
         """
         client_library()
         if not jobs:
             return None
         with self._lock:
-            run = self._running = _Run(self, make, secret, meter or self)
-            try:
-                failure = finish(run.all(deque(jobs)), run.stop)
-            finally:
-                self._running = None
+            run = _Run(self, make, secret, meter or self)
+            failure = finish(run.all(deque(jobs)), run.stop)
         if failure is not None and not isinstance(failure, GiveUp):
             raise failure  # the disk is full, for one
         return failure
-
-    def stop(self) -> None:
-        """End a `post` that runs in another thread; requests in flight are let finish, their values kept."""
-        if (run := self._running) is not None:
-            run.stop()
 
     def book(self, settings: EndpointSettings, cost: int, again: bool) -> str | None:
         """See `Meter.book`; `_Run` counts the call itself."""

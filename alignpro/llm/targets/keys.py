@@ -46,7 +46,7 @@ class Secret:
 
     Args:
         value: the key; empty for none.
-        address: whose query is hidden too.
+        address: the one that is asked; its query is hidden too.
     """
 
     def __init__(self, value: str, address: str = "") -> None:

@@ -1,4 +1,4 @@
-"""What frozen targets answered and what it cost, kept so that nothing is paid for twice.
+"""Keeps what frozen targets answered and what it cost, so that nothing is paid for twice.
 
 Cache and ledger are one file (`store`): an answer is kept in one piece with the calls, retries, seconds and
 money spent on it, so that the sum is what was spent, whenever a run was killed. The first answer to a key is
@@ -46,7 +46,7 @@ class Prices:
 
 @dataclass
 class Ledger:
-    """What was spent. Tokens are those of answers: how many a failed call took is not known."""
+    """Sums of what was spent. Tokens are those of answers: how many a failed call took is not known."""
 
     calls: int = 0
     """Requests sent or sequences generated, repeated ones included."""
@@ -89,7 +89,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a `respond` would ask for, before it starts."""
+    """Forecast of what a `respond` will ask for, before it starts."""
 
     calls: int
     """Answers to be asked for."""
@@ -131,7 +131,7 @@ class Cached:
         target: any `Target`.
         folder: created if need be; holds `answers.sqlite`. An `answers.jsonl` of an earlier version is read
             once.
-        prices: for the ledger's cost.
+        prices: of tokens, for the ledger's cost; None leaves it out.
         note: called with the estimate's line before anything is asked; None keeps silent.
         whole: ask for all that a call names unless all of it is on file; what is on file is still what
             counts. In low precision an answer depends on its batch, and with this no batch depends on where
@@ -155,7 +155,7 @@ class Cached:
         self.prices = prices
         self.note = note
         self.ledger = Ledger(cost=None if prices is None else 0.0)
-        """Of this object; `total` is that of the file."""
+        """Spending of this object; `total` is that of the file."""
         self.name = target.name
         self.remote = target.remote
         self._store = Store(writable_folder(folder, "folder"))
@@ -176,10 +176,6 @@ class Cached:
     def retried(self) -> int:
         """See `Target.retried`."""
         return self.target.retried
-
-    def stop(self) -> None:
-        """See `Target.stop`."""
-        self.target.stop()
 
     def respond(
         self,
@@ -286,25 +282,11 @@ class Cached:
         raise Stopped(str(failure), reason, answers) from None
 
     def _unbooked(self, spent: Ledger) -> dict[str, Any]:
-        """What is to be added on file: the calls of a remote target were counted as each was sent."""
+        """Counts to be added on file: the calls of a remote target were counted as each was sent."""
         return asdict(spent) | ({"calls": 0, "retries": 0} if self.remote else {})
 
-    def estimate(
-        self,
-        prompts: Sequence[str],
-        sampling: Sampling,
-        *,
-        first: Sequence[int] | int = 0,
-        samples: int = 1,
-        seed: int = 0,
-    ) -> Estimate:
-        """What the same `respond` would ask for; asks nothing itself."""
-        asked = jobs(prompts, first, samples, seed)
-        _, answers, missing = self._look_up(prompts, sampling, asked, seed)
-        return self._estimate(prompts, sampling, missing, len(answers))
-
     def total(self) -> Ledger:
-        """What this target's answers on file have cost, over all processes and runs."""
+        """Cost of this target's answers on file, over all processes and runs."""
         return Ledger(**self._store.spent().get(owner_of(self.name, self.revision), {}))
 
     def _look_up(
@@ -336,7 +318,7 @@ class Cached:
 
 
 def spent(folder: str | Path) -> dict[str, Ledger]:
-    """What the folder's answers have cost, by model.
+    """Cost of a folder's answers, by model, over all runs.
 
     Raises:
         AlignProError: it holds none, or they cannot be read.

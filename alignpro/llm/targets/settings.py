@@ -1,4 +1,4 @@
-"""How a server is asked: one record for frozen models, judges and rewards. Needs neither torch nor NumPy."""
+"""One record of how a server is asked, for frozen models, judges and rewards. Needs no torch, no NumPy."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ def check_key_env(name: str | None) -> None:
 
 @dataclass(frozen=True)
 class EndpointSettings:
-    """How a server at an http(s) address is asked, and what it may cost.
+    """Settings of the requests to a server at an http(s) address, and limits on what they may cost.
 
     Raises:
         AlignProError: a value out of its range.
@@ -29,8 +29,8 @@ class EndpointSettings:
     key_env: str | None = None
     """NAME of the environment variable that holds the key. Left out: no key is sent."""
     dialect: str | None = None
-    """How requests are written. Frozen models and judges: openai, vllm or transformers (the latter two take
-    top-k). Rewards: rewards, score or classify. Left out: openai, or rewards."""
+    """Form in which requests are written. Frozen models and judges: openai, vllm or transformers (the latter
+    two take top-k). Rewards: rewards, score or classify. Left out: openai, or rewards."""
     max_calls: int | None = None
     """Budget of requests, retries included, after which the run stops; a larger one goes on. Left out: no
     limit."""

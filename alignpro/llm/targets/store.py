@@ -120,7 +120,7 @@ class Store:
         return None if kept is None else self._answer(kept)
 
     def spent(self) -> dict[str, dict[str, Any]]:
-        """What was spent, by owner: fields of `ledger.Ledger`."""
+        """Sums of what was spent, by owner: fields of `ledger.Ledger`."""
         with self._lock, self._told():
             rows = self._db.execute(f"SELECT owner, {', '.join(_COUNTS)} FROM spent").fetchall()
         return {owner: dict(zip(_COUNTS, row, strict=True)) for owner, *row in rows}
@@ -246,7 +246,7 @@ class Store:
 
 
 def owner_of(name: str, revision: str) -> str:
-    """Whose spending is counted together."""
+    """The owner of what one target spends: spending of one owner is counted together."""
     return json.dumps([name, revision])
 
 

@@ -21,12 +21,13 @@ class Answer:
 
     text: str
     finish: Literal["stop", "length"]
-    """`stop` at the end token, `length` when cut off at `max_tokens`."""
+    """Why the text ends: `stop` at the end token, `length` when cut off at `max_tokens`."""
     prompt_tokens: int
     tokens: int
     """Tokens generated, the end token included where the backend counts it."""
     ids: tuple[int, ...] | None = None
-    """Those tokens, end token included; None from an endpoint. Cutting `text` afresh may give others."""
+    """Ids of the tokens generated, end token included; None from an endpoint. Cutting `text` afresh may give
+    others."""
     thought: bool = False
     """Whether a leading thought was taken off `text`; `ids` hold it."""
 
@@ -45,7 +46,7 @@ class Stopped(AlignProError):
     """`respond` ended before everything was answered: a spent budget or a failing target.
 
     Attributes:
-        reason: `max_calls`, `max_tokens` (budgets), `failed` or `stopped` (by `Target.stop`).
+        reason: `max_calls`, `max_tokens` (budgets), `failed` or `stopped` (by an interrupt).
         answers: what was answered before, {(position in prompts, sample index): Answer}.
     """
 
@@ -67,7 +68,7 @@ class Target(Protocol):
 
     @property
     def retried(self) -> int:
-        """How many of the calls repeated a failed one."""
+        """Calls that repeated a failed one."""
         ...
 
     @property
@@ -79,10 +80,6 @@ class Target(Protocol):
     @property
     def revision(self) -> str:
         """Changes whenever the answers' distribution may: part of the cache key."""
-        ...
-
-    def stop(self) -> None:
-        """Ends a `respond` that runs in another thread, soon; it raises Stopped."""
         ...
 
     def respond(

@@ -23,7 +23,7 @@ from alignpro.llm.data import packaged
 from alignpro.llm.data import split as data_split
 from alignpro.llm.data.own import read_pairs
 from alignpro.llm.data.split import normalised
-from alignpro.llm.models import catalogue, configure, resolve
+from alignpro.llm.models import catalogue, configure, libraries, resolve
 from alignpro.llm.models.forward import text_config
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.rewards.accuracy import accuracy, longer_wins
@@ -160,7 +160,7 @@ def train_reward(
             reward.tokenizer.save_pretrained(out)
     except (OSError, RuntimeError, SafetensorError) as error:  # of Python, torch and safetensors
         raise AlignProError(
-            f"cannot write {out} ({configure.one_line(error)}); free space and resume: what "
+            f"cannot write {out} ({libraries.one_line(error)}); free space and resume: what "
             "was trained is kept"
         ) from error
     write_json(out / REWARD_FILE, reward.facts)  # last: without it the folder is not taken for a reward
