@@ -29,7 +29,7 @@ def _named(record: type, prefix: str) -> type:
 
 
 def _hint(default: str) -> str:
-    """What follows an option's help: nothing where its default is to be left out, or off."""
+    """Say the default after an option's help, unless it is to be left out, or off."""
     return "" if default in ("None", "False", "") else f"(default: {default})"
 
 

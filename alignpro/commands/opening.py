@@ -79,7 +79,7 @@ class World:
         self.prices = Prices(*settings.prices) if settings.prices is not None else None
 
     def money(self, answers: int, tokens: int) -> str:
-        """What `answers` of at most `tokens` cost at most, to end a line with."""
+        """Say what `answers` of at most `tokens` cost at most, to end a line with."""
         if self.prices is None or not answers:
             return ""
         most = self.prices.cost(answers * PROMPT_TOKENS, answers * tokens)

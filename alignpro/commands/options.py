@@ -81,7 +81,7 @@ class ChatOption:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedOption:
-    """What makes two runs equal."""
+    """A seed, which makes two runs equal."""
 
     seed: int = 0
     """Number that determines what is drawn: the same seed and options give the same rewrites and answers."""
@@ -92,8 +92,8 @@ class PromptSettings:
     """The user prompts."""
 
     dataset: str = "instructions"
-    """Where the user prompts come from. Packaged: instructions, mt-bench, dpo-demo or healthbench. On the
-    Hugging Face hub: ultrafeedback, ultrafeedback-binarized, helpsteer, orca-dpo-pairs or openorca."""
+    """Data set of the user prompts. Packaged: instructions, mt-bench, dpo-demo or healthbench. On the Hugging
+    Face hub: ultrafeedback, ultrafeedback-binarized, helpsteer, orca-dpo-pairs or openorca."""
     data_folder: str | None = None
     """Folder with the files of the hub's data set, for a machine that cannot reach the hub. Left out: they
     are downloaded."""
@@ -135,8 +135,9 @@ class EnvironmentSettings(ChatOption):
     """The frozen model, which answers the rewritten prompts: a packaged model's name, a local folder, an id
     on the Hugging Face hub, or the http(s) address of an OpenAI-compatible endpoint."""
     reward: str = "minilm-bt"
-    """What scores the answers: minilm-bt (packaged), or with its range after an @ a reward model's folder or
-    hub id (owner/name@squash:0,2), a Python function (module:function@0,1) or an endpoint's address."""
+    """The reward, which scores the answers: minilm-bt (packaged), or with its range after an @ a reward
+    model's folder or hub id (owner/name@squash:0,2), a Python function (module:function@0,1) or the address
+    of an endpoint. A folder that reward-model wrote knows its range."""
     answer_tokens: int = 64
     """The most tokens of one answer; a longer one is cut."""
     answer_temperature: float = 1.0

@@ -156,7 +156,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
 
 
 def text(result: "Resampled") -> str:
-    """What resampling and best-of-n gain over ρ_sft, means over prompts, as lines."""
+    """Say what resampling and best-of-n gain over ρ_sft, means over prompts, as lines."""
     lines = [f"rho_sft: mean reward {result.prior:.4f}, by R̂ as all below"]
     lines.append(f"{'':>10}  {'gain':>8}  {'KL, nats':>8}  effective sample size of {result.n}")
     for at in result.tilted:

@@ -41,7 +41,7 @@ class RewardModel(ResumedRun):
     """How a prompt and an answer are written as one text: a text with {prompt} and {response} in it. Left
     out: the model's chat template."""
     device: str = "auto"
-    """Where to train: cpu, cuda (a GPU) or auto (a GPU where there is one)."""
+    """Device to train on: cpu, cuda (a GPU) or auto (a GPU where there is one)."""
 
     def run(self) -> int:
         """Say what it will do, train, tell how good the reward is and its name."""

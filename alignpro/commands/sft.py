@@ -72,7 +72,7 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
 
 
 def text(result: "Tuned") -> str:
-    """What held-out rewrites cost before and after, and where the prompter is."""
+    """Say what held-out rewrites cost before and after, and where the prompter is."""
     from alignpro.llm.training.checkpoints import PROMPTER_FOLDER
 
     made = result.folder / PROMPTER_FOLDER

@@ -1,4 +1,4 @@
-"""What verbs share that needs no model: the protocol of a verb, reading rollouts, telling a result."""
+"""Parts of several verbs that need no model: the protocol of a verb, reading rollouts, telling a result."""
 
 import json
 import os
