@@ -2,14 +2,17 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from alignpro.commands.help import Prefixed
+from alignpro.commands.options import RunOptions
 from alignpro.commands.shared import tell
 from alignpro.files import read_json
 from alignpro.llm.arms.judge_settings import JudgeSettings
+from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.report import keep
 from alignpro.report.numbers import columns, interval, limits, number, plain
 from alignpro.report.page import Dots, Page, Table, dot
@@ -118,8 +121,8 @@ def page(result: "WinRates", settings: Mapping[str, Any]) -> Page:
     return page
 
 
-@dataclass(frozen=True)
-class Judge:
+@dataclass(frozen=True, kw_only=True)
+class Judge(RunOptions):
     """Win rates by a judge model: pairs of answers compared in both orders, by the paper's seven criteria.
 
     Prints calls, tokens and cost before anything is asked. Interrupt at any time; the same command continues,
@@ -133,8 +136,7 @@ class Judge:
     out: str
     """Folder for judgements.jsonl, winrate.json, report.html and the replies paid for."""
     settings: tyro.conf.OmitArgPrefixes[JudgeSettings]
-    config: str | None = None
-    """YAML file with any of these options; those on the command line win. Left out: none."""
+    endpoint: Annotated[EndpointSettings, Prefixed("judge")] = field(default_factory=EndpointSettings)
     level: float = 0.95
     """How often an interval covers the truth, between 0.5 and 1."""
     json: bool = False
@@ -146,7 +148,7 @@ class Judge:
         from alignpro.llm.arms import judge
 
         check_level(self.level)
-        rows = judge.judge_file(self.file, self.arms, self.settings, self.out)
+        rows = judge.judge_file(self.file, self.arms, self.settings, self.endpoint, self.out)
         result = winrate.win_rates(winrate.collect(rows), self.level)
         tell("winrate", plain(result), text(result, judge.failed_replies(rows)), self.json, self.out)
         keep.keep(page(result, read_json(os.path.join(self.out, judge.SETTINGS_FILE))), self.out)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 import alignpro
+from alignpro.commands import help
 from alignpro.commands.compare import Compare
 from alignpro.commands.demo import Demo
 from alignpro.commands.doctor import Doctor
@@ -139,7 +140,8 @@ def _parse(arguments: Sequence[str]) -> Verb:
                 prog="alignpro",
                 description="The theory of prompt optimization for alignment, verified and put to use.",
                 args=list(arguments),
-                config=(tyro.conf.FlagCreatePairsOff,),
+                config=help.CONFIG,
+                registry=help.REGISTRY,
             )
     except SystemExit as stop:
         if stop.code in (0, None):

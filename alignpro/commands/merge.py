@@ -1,43 +1,12 @@
-"""`alignpro merge`."""
+"""`alignpro merge`: a trained adapter and its base as one model."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
-from alignpro.commands.shared_llm import _home
 from alignpro.errors import AlignProError
 from alignpro.files import writable_folder
-from alignpro.llm.models import adapters, catalogue, configure, load, packages
-from alignpro.llm.models.libraries import quiet
-from alignpro.llm.policies.prompter import PROMPTER_FILE, Prompter
-
-
-def run_merge(adapter: str, out: str, dtype: str) -> None:
-    """Write the whole model that an adapter and its base make, into a new folder."""
-    home = Path(_home(adapter)).expanduser()
-    if not (home / catalogue.ADAPTER_CONFIG).is_file():
-        raise AlignProError(
-            f"adapter {adapter!r}: holds no {catalogue.ADAPTER_CONFIG}; name the folder of a trained "
-            "prompter or of an adapter that PEFT saved"
-        )
-    if dtype == "4bit":
-        raise AlignProError("--dtype 4bit: cannot be merged into; choose float32, bfloat16 or float16")
-    configure.check_dtype(dtype)
-    base = adapters.adapter_base(home)
-    folder = writable_folder(out)
-    if any(folder.iterdir()):
-        raise AlignProError(f"--out {folder}: it is not empty; name a new folder")
-    packages.note(f"merging {home} into {base}, as {dtype}")
-    if (home / PROMPTER_FILE).is_file():
-        merged = Prompter.from_pretrained(home, dtype=dtype, device="cpu", merged=True)
-        replace(merged, base=base).save(folder, whole=True)
-    else:
-        model, tokenizer = load.load_model(home, dtype, "cpu")
-        with quiet():
-            model.save_pretrained(str(folder), safe_serialization=True)
-            tokenizer.save_pretrained(str(folder))
-    print(f"wrote {folder}: a whole model; give it as --prompter or --target")
 
 
 @dataclass(frozen=True)
@@ -48,12 +17,40 @@ class Merge:
     """
 
     adapter: tyro.conf.Positional[str]
-    """The folder of a trained prompter or policy, of the run that made it, or of an adapter."""
+    """Folder of a trained prompter or policy, of the run that made it, or of an adapter that PEFT saved."""
     out: str
-    """A new folder for the model."""
+    """A new folder for the whole model."""
     dtype: str = "float32"
-    """Type of its weights: float32, bfloat16 or float16."""
+    """Number format of its weights: float32 (as trained), or bfloat16 or float16 for half the space."""
 
     def run(self) -> int:
-        run_merge(self.adapter, self.out, self.dtype)
+        """Check what can be checked, load, merge, write."""
+        from alignpro.commands.opening import trained_home
+        from alignpro.llm.models import adapters, catalogue, configure, load, packages
+        from alignpro.llm.models.libraries import quiet
+        from alignpro.llm.policies.prompter import PROMPTER_FILE, Prompter
+
+        home = Path(trained_home(self.adapter)).expanduser()
+        if not (home / catalogue.ADAPTER_CONFIG).is_file():
+            raise AlignProError(
+                f"adapter {self.adapter!r}: holds no {catalogue.ADAPTER_CONFIG}; name the folder of a "
+                "trained prompter or of an adapter that PEFT saved"
+            )
+        if self.dtype == "4bit":
+            raise AlignProError("--dtype 4bit: cannot be merged into; choose float32, bfloat16 or float16")
+        configure.check_dtype(self.dtype)
+        base = adapters.adapter_base(home)
+        folder = writable_folder(self.out)
+        if any(folder.iterdir()):
+            raise AlignProError(f"--out {folder}: it is not empty; name a new folder")
+        packages.note(f"merging {home} into {base}, as {self.dtype}")
+        if (home / PROMPTER_FILE).is_file():
+            merged = Prompter.from_pretrained(home, dtype=self.dtype, device="cpu", merged=True)
+            replace(merged, base=base).save(folder, whole=True)
+        else:
+            model, tokenizer = load.load_model(home, self.dtype, "cpu")
+            with quiet():
+                model.save_pretrained(str(folder), safe_serialization=True)
+                tokenizer.save_pretrained(str(folder))
+        print(f"wrote {folder}: a whole model; give it as --prompter or --target")
         return 0

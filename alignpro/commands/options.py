@@ -1,28 +1,110 @@
-"""Options that several verbs share: the frozen model, the reward, the prompts."""
+"""Options that several verbs share, each written once: a verb inherits them or holds them as a field."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
+from alignpro.commands.help import Prefixed
 from alignpro.errors import AlignProError
 from alignpro.llm.models.chat import parse_options
 from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.targets.settings import EndpointSettings
+
+DEFAULT_PROMPTER = "smollm2-135m-instruct"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """A run with a folder of its own."""
+
+    out: str
+    """Folder of the run, made if need be."""
+    config: str | None = None
+    """YAML file with any of these options, such as `lam: 0.05` on a line of its own; an option that is also
+    on the command line is taken from there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumedRun(RunOptions):
+    """A run that goes on after an interruption when told to."""
+
+    resume: bool = False
+    """Continue the interrupted run in that folder from its last checkpoint, with the same settings; where
+    there is none, start one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportedRun(ResumedRun):
+    """A run whose metrics can be followed."""
+
+    report_to: tuple[str, ...] = ()
+    """Services that also receive the metrics while it trains: tensorboard, wandb or trackio, which must be
+    installed. Left out: metrics.jsonl and the page alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateOption:
+    """How a model is asked for rewrites."""
+
+    template: str | None = None
+    """How a model is asked to rewrite a prompt: rewrite (it writes the prompt anew) or append (it writes only
+    what follows the prompt). Left out: rewrite; a trained prompter keeps what it was trained with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrompterOptions(TemplateOption):
+    """The prompter that a verb starts from."""
+
+    prompter: str = DEFAULT_PROMPTER
+    """The reference prompter, rho_sft in the paper: a packaged model's name, a local folder, an id on the
+    Hugging Face hub, or the folder of a fine-tuned prompter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOption:
+    """How conversations are written down for models.
+
+    Raises:
+        AlignProError: chat_template_kwargs is no JSON object.
+    """
+
+    chat_template_kwargs: str | None = None
+    """Further arguments of the models' chat templates, as a JSON object: {"enable_thinking": false} turns off
+    the thoughts of Qwen's models. Left out: none; a trained prompter keeps those it was trained with."""
+
+    def __post_init__(self) -> None:
+        parse_options(self.chat_template_kwargs)
+
+    def chat_options(self) -> dict[str, Any] | None:
+        """`chat_template_kwargs` as a dictionary; None where it was not given."""
+        return None if self.chat_template_kwargs is None else parse_options(self.chat_template_kwargs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedOption:
+    """A seed, which makes two runs equal."""
+
+    seed: int = 0
+    """Number that determines what is drawn: the same seed and options give the same rewrites and answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptSettings:
-    """Which user prompts."""
+    """The user prompts."""
 
     dataset: str = "instructions"
-    """Prompts of a package (instructions, mt-bench, dpo-demo, healthbench) or of the hub (ultrafeedback,
-    ultrafeedback-binarized, helpsteer, orca-dpo-pairs, openorca)."""
+    """Data set of the user prompts. Packaged: instructions, mt-bench, dpo-demo or healthbench. On the Hugging
+    Face hub: ultrafeedback, ultrafeedback-binarized, helpsteer, orca-dpo-pairs or openorca."""
     data_folder: str | None = None
-    """Folder with the files of the hub's data set, where the hub is out of reach."""
+    """Folder with the files of the hub's data set, for a machine that cannot reach the hub. Left out: they
+    are downloaded."""
     prompts_file: str | None = None
-    """Your own prompts instead: .jsonl, .json, .csv, .tsv or .parquet, else a text with one per line."""
+    """File of your own prompts, used instead of a data set: .jsonl, .json, .csv, .tsv or .parquet; any other
+    is read as text with one prompt per line. Left out: the data set's prompts."""
     prompt_column: str | None = None
-    """Column of the prompts in that file. Default: prompt."""
+    """Column of the prompts in that file. Left out: prompt."""
     max_prompt_tokens: int | None = None
-    """Leave out longer prompts, in tokens of the prompter."""
+    """Leave out prompts of more tokens than this, counted as the prompter reads them; long ones take memory
+    and time. Left out: every prompt is used."""
 
     def __post_init__(self) -> None:
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
@@ -35,59 +117,48 @@ class PromptSettings:
             raise AlignProError(f"data_folder {self.data_folder}: is for dataset; give it or prompts_file")
 
 
-@dataclass(frozen=True)
-class EnvironmentSettings:
-    """The frozen model, how it answers, and the reward that judges."""
+@dataclass(frozen=True, kw_only=True)
+class MeasuredPrompts(PromptSettings):
+    """The user prompts that are measured on."""
+
+    split: str = "test"
+    """Part of the data set: train, validation or test. Training learns from train, so measure on test."""
+    prompts: int | None = None
+    """How many prompts, from the first. Left out: all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentSettings(ChatOption):
+    """The frozen model, how it answers, and the reward that judges its answers."""
 
     target: str = "smollm2-135m-instruct"
-    """Frozen model: a name like the prompter's, or the http(s) address of an OpenAI-compatible endpoint."""
+    """The frozen model, which answers the rewritten prompts: a packaged model's name, a local folder, an id
+    on the Hugging Face hub, or the http(s) address of an OpenAI-compatible endpoint."""
     reward: str = "minilm-bt"
-    """A packaged reward, a reward model's folder or hub id with its range (owner/name@squash:0,2), a Python
-    function (module:function@0,1), or an endpoint's address."""
+    """The reward, which scores the answers: minilm-bt (packaged), or with its range after an @ a reward
+    model's folder or hub id (owner/name@squash:0,2), a Python function (module:function@0,1) or the address
+    of an endpoint. A folder that reward-model wrote knows its range."""
     answer_tokens: int = 64
-    """Tokens of the frozen model's answers, at most."""
+    """The most tokens of one answer; a longer one is cut."""
     answer_temperature: float = 1.0
-    """Of the frozen model. The paper evaluates with 1.5, top-p 0.6 and top-k 20."""
+    """Temperature of the frozen model: 1 draws from its own distribution, which the theory is about, more is
+    more varied, and 0 takes the likeliest token. The paper evaluates with 1.5, top-p 0.6 and top-k 20."""
     answer_top_p: float = 1.0
-    """Of the frozen model."""
+    """Draw answers from the likeliest tokens that together have this probability, above 0 and at most 1; 1
+    keeps all tokens."""
     answer_top_k: int = 0
-    """Of the frozen model; 0 keeps all tokens."""
-    target_model: str | None = None
-    """Endpoint: the model's name there."""
-    target_key_env: str | None = None
-    """Endpoint: NAME of the environment variable that holds its key."""
-    target_dialect: str | None = None
-    """Endpoint: openai, vllm or transformers (the latter two take top-k)."""
-    target_concurrency: int | None = None
-    """Endpoint: requests at a time. Default: 8."""
-    target_max_calls: int | None = None
-    """Endpoint: budget of requests, after which the run stops and can be resumed."""
-    target_max_tokens: int | None = None
-    """Endpoint: budget of tokens."""
+    """Draw answers from this many of the likeliest tokens; 0 keeps all tokens."""
     prices: tuple[float, float] | None = None
-    """Money per million prompt tokens and answer tokens, for the ledger."""
+    """Money for a million prompt tokens, and for a million answer tokens, of the frozen model: what a run can
+    cost is said before it asks, and what it did cost at its end. Left out: tokens alone are counted."""
     dtype: str = "bfloat16"
-    """Type of the weights of a frozen model in this process: float32 makes answers independent of how they
-    are batched, bfloat16 halves its memory, 4bit quarters that (bitsandbytes)."""
+    """Number format of the weights of models in this process: float32 makes answers independent of how they
+    are batched, bfloat16 halves the memory, and 4bit quarters that (it needs bitsandbytes)."""
     batch_size: int = 64
-    """Sequences at once, of a frozen model in this process."""
-    chat_template_kwargs: str | None = None
-    """Further arguments of the chat templates of prompter and frozen model, as a JSON object:
-    {"enable_thinking": false} turns off the thoughts of Qwen's models."""
-
-    def __post_init__(self) -> None:
-        parse_options(self.chat_template_kwargs)
-
-    def chat_options(self) -> dict[str, Any] | None:
-        """`chat_template_kwargs` as a dictionary; None where it was not given."""
-        return None if self.chat_template_kwargs is None else parse_options(self.chat_template_kwargs)
+    """How many sequences a model in this process works on at once; lower it where memory runs out."""
+    target_endpoint: Annotated[EndpointSettings, Prefixed("target")] = field(default_factory=EndpointSettings)
+    reward_endpoint: Annotated[EndpointSettings, Prefixed("reward")] = field(default_factory=EndpointSettings)
 
     def sampling(self) -> Sampling:
         """How the frozen model decodes."""
         return Sampling(self.answer_temperature, self.answer_top_p, self.answer_top_k, self.answer_tokens)
-
-    def endpoint(self) -> dict[str, Any]:
-        """Fields of `endpoint.Endpoint` that were given."""
-        names = ("model", "key_env", "dialect", "concurrency", "max_calls", "max_tokens")
-        values = {name: getattr(self, f"target_{name}") for name in names}
-        return {name: value for name, value in values.items() if value is not None}

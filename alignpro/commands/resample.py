@@ -1,216 +1,39 @@
-"""`alignpro resample`."""
+"""`alignpro resample`: the training-free prompter."""
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from statistics import fmean
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
-from alignpro.commands.options import EnvironmentSettings, PromptSettings
+from alignpro.commands.options import (
+    EnvironmentSettings,
+    MeasuredPrompts,
+    PrompterOptions,
+    RunOptions,
+    SeedOption,
+)
 from alignpro.errors import AlignProError
-from alignpro.files import read_json
+from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.report import keep
-
-if TYPE_CHECKING:
-    from alignpro.llm.arms.resample import Proposals, Resampled
-
-from dataclasses import asdict
-
-from tqdm import tqdm
-
-from alignpro.commands.shared_llm import (
-    _BLOCK,
-    _check_target_room,
-    _home,
-    _kept,
-    _money,
-    check_environment,
-    check_prompter,
-    open_target,
-    user_prompts,
-)
-from alignpro.files import writable_folder, write_json, write_text
-from alignpro.llm.models import packages
-from alignpro.llm.policies.prompter import (
-    Prompter,
-)
-from alignpro.llm.rewards import opening
 from alignpro.report.numbers import interval, number
 from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dot
 from alignpro.runs import refuse_other_settings
 
+if TYPE_CHECKING:
+    from alignpro.commands.opening import World
+    from alignpro.llm.arms.resample import Proposals, Resampled
 
-def run_resample(
-    out: str,
-    world: EnvironmentSettings,
-    *,
-    prompter: str,
-    template: str | None,
-    source: PromptSettings,
-    split: str,
-    prompts: int | None,
-    proposals: int,
-    responses: int,
-    rewrite_tokens: int | None,
-    lam: Sequence[float],
-    draws: int,
-    seed: int,
-) -> None:
-    """Everything is checked before anything is loaded; proposals on file are kept."""
-    from alignpro.llm.arms import resample as arms_resample
-    from alignpro.llm.rewards.cached import keep_scores
-
-    prompter, folder = _home(prompter), writable_folder(out)
-    for name, value, least in (
-        ("proposals", proposals, 1),
-        ("responses", responses, 1),
-        ("draws", draws, 0),
-        ("seed", seed, 0),
-        ("rewrite-tokens", 1 if rewrite_tokens is None else rewrite_tokens, 1),
-    ):
-        if value < least:
-            raise AlignProError(f"--{name} {value}: give at least {least}")
-    if not lam or not all(0 < value < float("inf") for value in lam):
-        raise AlignProError(f"--lam {' '.join(map(str, lam))}: give positive, finite numbers")
-    check_prompter(prompter, template)
-    opened, cost = check_environment(world)
-    xs = user_prompts(source, prompter, split, prompts)
-    record = {
-        "prompter": prompter,
-        "template": template,
-        "rewrite_tokens": rewrite_tokens,
-        "proposals": proposals,
-        "responses": responses,
-        "seed": seed,
-        "target": world.target,
-        "target_model": world.target_model,
-        "dtype": world.dtype,
-        "reward": opening.read_spec(world.reward).shown,
-        "sampling": asdict(world.sampling()),
-        "chat_template_kwargs": world.chat_options() or {},
-    }
-    begun, path = folder / "settings.json", folder / "proposals.jsonl"
-    if begun.exists():
-        refuse_other_settings(folder, read_json(begun), record, "--out")
-    found = {p.prompt: p for p in arms_resample.load_proposals(path)} if path.exists() else {}
-    todo = [x for x in xs if x not in found]
-    kept = f" ({len(xs) - len(todo)} kept)" if len(todo) < len(xs) else ""
-    asked = len(todo) * proposals * responses
-    line = f"{len(xs)} prompts{kept}: {len(todo) * proposals} rewrites, at most {asked} answers of at most "
-    line += f"{world.answer_tokens} tokens"
-    packages.note(line + _money(cost, asked, world.answer_tokens))
-    write_json(begun, record)
-    if todo:
-        from alignpro.llm.training.open_ended import Environment
-
-        target = _kept(opened or open_target(world), folder / "answers", cost)
-        judge = keep_scores(opening.load_reward(world.reward), folder / "scores")
-        environment = Environment(judge, target, world.sampling(), responses, seed)
-        _check_target_room(target.target, todo, world.answer_tokens)
-        rho = Prompter.from_pretrained(prompter, template=template, chat_template_kwargs=world.chat_options())
-        rho.max_tokens = rewrite_tokens or rho.max_tokens
-        rho.prompt_ids(todo)  # all have room, before the first is drawn
-        for start in tqdm(range(0, len(todo), _BLOCK), unit="block", disable=None):
-            block = todo[start : start + _BLOCK]
-            for p in arms_resample.propose(rho, environment, block, proposals, seed=seed):
-                found[p.prompt] = p
-            arms_resample.save_proposals(path, list(found.values()))
-        packages.note(target.ledger.line())
-    print(text(arms_resample.resampled([found[x] for x in xs], lam)))
-    keep.keep(report_of_resample([found[x] for x in xs], lam, record), folder)
-    if draws:
-        rows = [
-            {"x": x, "lam": value, "draw": i, "rewrite": rewrite}
-            for value in lam
-            for x in xs
-            for i, rewrite in enumerate(arms_resample.resample(found[x], value, draws, seed=seed))
-        ]
-        write_text(
-            folder / "rewrites.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        )
-        print(f"wrote {folder / 'rewrites.jsonl'}")
-    print(f"wrote {path}")
+FILE = "proposals.jsonl"
+BLOCK = 32
+"""Prompts proposed for between two writes of proposals.jsonl."""
+_CURSE = "R̂ chose, so these gains are optimistic: alignpro rollout --arms star best_of_n asks afresh"
 
 
-def text(result: "Resampled") -> str:
-    """The gains over ρ_sft, a line for each λ and each n."""
-    lines = [f"rho_sft: mean reward {result.prior:.4f}, by R̂ as all below"]
-    lines.append(f"{'':>10}  {'gain':>8}  {'KL, nats':>8}  effective sample size of {result.n}")
-    for e in result.tilted:
-        few = f"; too few on {e.few} of {len(result.rewrites)} prompts" if e.few else ""
-        lines.append(f"{f'lam {e.lam:g}':>10}  {e.gain.value:>+8.4f}  {e.kl:>8.3f}  {e.ess:.1f}{few}")
-    for best in result.best:
-        kl = f"≤ {best.kl_bound:.3f}"
-        lines.append(f"{f'best of {best.n}':>10}  {best.gain.value:>+8.4f}  {kl:>8}")
-    lines.append("R̂ chose, so these gains are optimistic: alignpro rollout --arms star best_of_n asks afresh")
-    return "\n".join(lines)
-
-
-def report_of_resample(proposals: Sequence["Proposals"], lams: Sequence[float], record: Json) -> Page:
-    """Of proposals.jsonl at each λ, and of settings.json beside it."""
-    import numpy as np
-
-    from alignpro.estimation.intervals import LEAST_PROMPTS, bootstrap_t
-    from alignpro.llm.arms.resample import best_of_n, star
-
-    n = min(len(p.rewrites) for p in proposals)
-    prior = np.array([np.mean(p.rewards) for p in proposals])
-
-    def gain(values: list[float]) -> dict[str, float | None]:
-        each = np.array(values) - prior
-        lo, hi = bootstrap_t(each, 0.95) if len(each) >= LEAST_PROMPTS else (None, None)
-        return {"value": each.mean(), "lo": lo, "hi": hi}
-
-    rows, dots = [], []
-    for lam in lams:
-        found = [star(p, lam) for p in proposals]
-        e, few = gain([s.value for s in found]), sum(bool(s.warning) for s in found)
-        kl, ess = fmean(s.kl for s in found), fmean(s.ess for s in found)
-        remark = f"too few on {few} of {len(found)} prompts" if few else "–"
-        rows.append((f"λ = {number(lam)}", interval(e), number(kl, ".3f"), number(ess, ".1f"), remark))
-        dots.append(dot(rows[-1][0], e, "reweighted to ρ*"))
-    for size in sorted({2**i for i in range(1, n.bit_length())} | {n}):
-        e, bound = (
-            gain([best_of_n(p, size).values[-1] for p in proposals]),
-            math.log(size) - (size - 1) / size,
-        )
-        rows.append((f"best of {size}", interval(e), f"≤ {bound:.3f}", "–", "–"))
-        dots.append(dot(rows[-1][0], e, "best of n"))
-    page = Page(
-        "resample",
-        "The training-free prompter",
-        "Rewrites drawn from ρ_sft and reweighted to ρ*, or cut to the best of n. R̂ chose, so these "
-        "gains are optimistic: alignpro rollout --arms star best_of_n asks afresh.",
-        {**record, "lambda": list(lams)},
-    )
-    page.key("Mean reward of ρ_sft", number(float(prior.mean())), "by R̂")
-    for row in rows[:2]:
-        page.key(f"Gain, {row[0]}", row[1].split(" [")[0], f"KL {row[2]} nats")
-    page.key("Prompts", number(len(proposals)), f"{n} rewrites of each")
-    page.add(
-        "Gains over ρ_sft",
-        "In reward units, with 95% intervals over prompts where there are enough of them; KL to ρ_sft in "
-        f"nats, and the effective sample size of {n}.",
-        Table("how | gain | KL | effective sample size | remarks", rows, "wnnnw"),
-        Dots("Gain over ρ_sft, by R̂", "reward units, 95% intervals", dots, [(0.0, "no gain")]),
-    )
-    texts = []
-    for p, mean in zip(proposals[:MOST_PROMPTS], prior.tolist(), strict=False):
-        best = max(range(len(p.rewrites)), key=p.rewards.__getitem__)
-        texts.append((p.prompt, p.rewrites[best], number(p.rewards[best]), number(mean)))
-    page.add(
-        "Rewrites",
-        f"The one of largest R̂ for {len(texts)} of {len(proposals)} prompts, beside the mean R̂ of all.",
-        Table("prompt | best rewrite | its R̂ | mean R̂", texts, "ttnn"),
-    )
-    return page
-
-
-@dataclass(frozen=True)
-class Resample:
+@dataclass(frozen=True, kw_only=True)
+class Resample(SeedOption, PrompterOptions, RunOptions):
     """The training-free prompter: draw rewrites from rho_sft, judge them, reweight to rho* or keep the best.
 
     Prints what each lambda, and best-of-n, would gain. Interrupt at any time; the same command continues.
@@ -218,46 +41,169 @@ class Resample:
 
     out: str
     """Folder for proposals.jsonl, report.html, the answers paid for, and rewrites.jsonl."""
-    config: str | None = None
-    """YAML file with any of these options; those on the command line win."""
-    environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(default_factory=EnvironmentSettings)
-    prompter: str = "smollm2-135m-instruct"
-    """rho_sft: a packaged name, a local folder, a hub id, or a prompter's folder."""
-    template: str | None = None
-    """How a model is asked to rewrite: rewrite, or append (only what follows the prompt). A trained prompter
-    has its own. Default: rewrite."""
-    source: tyro.conf.OmitArgPrefixes[PromptSettings] = field(default_factory=PromptSettings)
-    split: str = "test"
-    """Of the data set: train, validation or test."""
-    prompts: int | None = None
-    """How many of them, from the first. Default: all."""
     proposals: int = 16
-    """Rewrites drawn for each prompt."""
+    """How many rewrites to draw for each prompt. More come closer to rho*, the optimal prompter, and cost as
+    many answers."""
     responses: int = 1
-    """Answers that judge each distinct one."""
+    """How many answers of the frozen model judge each distinct rewrite; more make its reward less noisy."""
     rewrite_tokens: int | None = None
-    """Tokens of a rewrite, at most. Default: the prompter's own."""
+    """The most tokens of one rewrite. Left out: as many as the prompter was made for."""
     lam: tuple[float, ...] = (0.02, 0.05, 0.1)
-    """Each lambda to reweight by, in units of the reward."""
+    """Values of lambda to reweight by, positive, in units of the reward: the smaller, the further rewrites go
+    from what rho_sft would write."""
     draws: int = 0
-    """Rewrites of each prompt to resample at each lambda, into rewrites.jsonl."""
-    seed: int = 0
-    """Determines rewrites and answers."""
+    """How many rewrites of each prompt to draw at each lambda into rewrites.jsonl; 0 writes none."""
+    environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(default_factory=EnvironmentSettings)
+    source: tyro.conf.OmitArgPrefixes[MeasuredPrompts] = field(default_factory=MeasuredPrompts)
 
     def run(self) -> int:
-        run_resample(
-            self.out,
+        """Check everything before anything is loaded; propose for prompts without proposals on file; tell."""
+        from alignpro.commands.opening import World, check_prompter, trained_home, user_prompts
+        from alignpro.llm.arms import resample
+        from alignpro.llm.models import packages
+
+        prompter, folder, environment = (
+            trained_home(self.prompter),
+            writable_folder(self.out),
             self.environment,
-            prompter=self.prompter,
-            template=self.template,
-            source=self.source,
-            split=self.split,
-            prompts=self.prompts,
-            proposals=self.proposals,
-            responses=self.responses,
-            rewrite_tokens=self.rewrite_tokens,
-            lam=self.lam,
-            draws=self.draws,
-            seed=self.seed,
         )
+        for name, value, least in (
+            ("proposals", self.proposals, 1),
+            ("responses", self.responses, 1),
+            ("draws", self.draws, 0),
+            ("seed", self.seed, 0),
+            ("rewrite-tokens", self.rewrite_tokens, 1),
+        ):
+            if value is not None and value < least:
+                raise AlignProError(f"--{name} {value}: give at least {least}")
+        if not self.lam or not all(0 < value < math.inf for value in self.lam):
+            raise AlignProError(f"--lam {' '.join(map(str, self.lam))}: give positive, finite numbers")
+        check_prompter(prompter, self.template)
+        world = World(environment)
+        xs = user_prompts(self.source, prompter, self.source.split, self.source.prompts)
+        record = {
+            "prompter": prompter,
+            "template": self.template,
+            "rewrite_tokens": self.rewrite_tokens,
+            "proposals": self.proposals,
+            "responses": self.responses,
+            "seed": self.seed,
+            "target": environment.target,
+            "target_model": environment.target_endpoint.model,
+            "dtype": environment.dtype,
+            "reward": world.reward_name,
+            "sampling": asdict(environment.sampling()),
+            "chat_template_kwargs": environment.chat_options() or {},
+        }
+        begun, path = folder / "settings.json", folder / FILE
+        if begun.exists():
+            refuse_other_settings(folder, read_json(begun), record, "--out")
+        found = {p.prompt: p for p in resample.load_proposals(path)} if path.exists() else {}
+        todo = [x for x in xs if x not in found]
+        kept = f" ({len(xs) - len(todo)} kept)" if len(todo) < len(xs) else ""
+        asked, tokens = len(todo) * self.proposals * self.responses, environment.answer_tokens
+        packages.note(
+            f"{len(xs)} prompts{kept}: {len(todo) * self.proposals} rewrites, at most {asked} answers of at "
+            f"most {tokens} tokens{world.money(asked, tokens)}"
+        )
+        write_json(begun, record)
+        if todo:
+            self._propose(world, prompter, folder, todo, found)
+        proposals = [found[x] for x in xs]
+        result = resample.resampled(proposals, self.lam)
+        print(text(result))
+        keep.keep(page(result, {**record, "lambda": list(self.lam)}), folder)
+        if self.draws:
+            rows = [
+                {"x": p.prompt, "lam": value, "draw": i, "rewrite": rewrite}
+                for value in self.lam
+                for p in proposals
+                for i, rewrite in enumerate(resample.resample(p, value, self.draws, seed=self.seed))
+            ]
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_text(folder / "rewrites.jsonl", lines)
+            print(f"wrote {folder / 'rewrites.jsonl'}")
+        print(f"wrote {path}")
         return 0
+
+    def _propose(
+        self, world: "World", prompter: str, folder: Path, todo: list[str], found: dict[str, "Proposals"]
+    ) -> None:
+        """Proposals for the prompts `todo`, into `found` and, block by block, on file."""
+        from tqdm import tqdm
+
+        from alignpro.commands.opening import check_target_room
+        from alignpro.llm.arms import resample
+        from alignpro.llm.models import packages
+        from alignpro.llm.policies.prompter import Prompter
+        from alignpro.llm.training.environment import Environment
+
+        environment = self.environment
+        frozen = world.target()
+        target, judge = world.kept(frozen, folder), world.reward(folder)
+        worth = Environment(judge, target, environment.sampling(), self.responses, self.seed)
+        check_target_room(frozen, todo, environment.answer_tokens)
+        options = environment.chat_options()
+        rho = Prompter.from_pretrained(prompter, template=self.template, chat_template_kwargs=options)
+        rho.max_tokens = self.rewrite_tokens or rho.max_tokens
+        rho.prompt_ids(todo)  # all have room, before the first is drawn
+        for start in tqdm(range(0, len(todo), BLOCK), unit="block", disable=None):
+            block = todo[start : start + BLOCK]
+            for p in resample.propose(rho, worth, block, self.proposals, seed=self.seed):
+                found[p.prompt] = p
+            resample.save_proposals(folder / FILE, list(found.values()))
+        packages.note(target.ledger.line())
+
+
+def text(result: "Resampled") -> str:
+    """Say what resampling and best-of-n gain over ρ_sft, means over prompts, as lines."""
+    lines = [f"rho_sft: mean reward {result.prior:.4f}, by R̂ as all below"]
+    lines.append(f"{'':>10}  {'gain':>8}  {'KL, nats':>8}  effective sample size of {result.n}")
+    for at in result.tilted:
+        few = f"; too few on {at.few} of {len(result.rewrites)} prompts" if at.few else ""
+        name = f"lam {at.lam:g}"
+        lines.append(f"{name:>10}  {at.gain.value:>+8.4f}  {at.kl:>8.3f}  {at.ess:.1f}{few}")
+    for best in result.best:
+        name, bound = f"best of {best.n}", f"≤ {best.kl_bound:.3f}"
+        lines.append(f"{name:>10}  {best.gain.value:>+8.4f}  {bound:>8}")
+    return "\n".join([*lines, _CURSE])
+
+
+def page(result: "Resampled", record: Json) -> Page:
+    """Gains at each λ and of the best of n, and the best rewrites; `record` is how they were drawn."""
+    prompts = len(result.rewrites)
+    rows, dots = [], []
+    for at in result.tilted:
+        remark = f"too few on {at.few} of {prompts} prompts" if at.few else "–"
+        name = f"λ = {number(at.lam)}"
+        rows.append((name, interval(at.gain), number(at.kl, ".3f"), number(at.ess, ".1f"), remark))
+        dots.append(dot(name, at.gain, "reweighted to ρ*"))
+    for best in result.best:
+        name = f"best of {best.n}"
+        rows.append((name, interval(best.gain), f"≤ {best.kl_bound:.3f}", "–", "–"))
+        dots.append(dot(name, best.gain, "best of n"))
+    made = Page(
+        "resample",
+        "The training-free prompter",
+        "Rewrites drawn from ρ_sft and reweighted to ρ*, or cut to the best of n. R̂ chose, so these "
+        "gains are optimistic: alignpro rollout --arms star best_of_n asks afresh.",
+        record,
+    )
+    made.key("Mean reward of ρ_sft", number(result.prior), "by R̂")
+    for row in rows[:2]:
+        made.key(f"Gain, {row[0]}", row[1].split(" [")[0], f"KL {row[2]} nats")
+    made.key("Prompts", number(prompts), f"{result.n} rewrites of each")
+    made.add(
+        "Gains over ρ_sft",
+        "In reward units, with 95% intervals over prompts where there are enough of them; KL to ρ_sft in "
+        f"nats, and the effective sample size of {result.n}.",
+        Table("how | gain | KL | effective sample size | remarks", rows, "wnnnw"),
+        Dots("Gain over ρ_sft, by R̂", "reward units, 95% intervals", dots, [(0.0, "no gain")]),
+    )
+    texts = [(b.prompt, b.rewrite, number(b.reward), number(b.mean)) for b in result.rewrites[:MOST_PROMPTS]]
+    made.add(
+        "Rewrites",
+        f"The one of largest R̂ for {len(texts)} of {prompts} prompts, beside the mean R̂ of all.",
+        Table("prompt | best rewrite | its R̂ | mean R̂", texts, "ttnn"),
+    )
+    return made

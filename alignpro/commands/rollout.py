@@ -1,185 +1,184 @@
-"""`alignpro rollout`."""
+"""`alignpro rollout`: texts, rewards and log-probabilities of prompters and policies."""
 
+import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from alignpro.commands.options import EnvironmentSettings, PromptSettings
+from alignpro.commands.options import (
+    DEFAULT_PROMPTER,
+    EnvironmentSettings,
+    MeasuredPrompts,
+    RunOptions,
+    TemplateOption,
+)
 from alignpro.errors import AlignProError
-from alignpro.files import read_json
+from alignpro.files import read_json, writable_folder
 from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.report import keep
-
-if TYPE_CHECKING:
-    from alignpro.rollouts import Rollouts
-
-import hashlib
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
-
-from alignpro.commands.shared_llm import (
-    DEFAULT_PROMPTER,
-    _check_target_room,
-    _home,
-    _kept,
-    _money,
-    check_environment,
-    check_prompter,
-    is_address,
-    open_target,
-    user_prompts,
-)
-from alignpro.files import writable_folder
-from alignpro.llm.models import packages
-from alignpro.llm.models.libraries import quiet
-from alignpro.llm.policies.prompter import (
-    PROMPTER_FILE,
-    Prompter,
-    Template,
-    check_template,
-)
-from alignpro.llm.rewards import opening
-from alignpro.llm.targets.target import Target
 from alignpro.report.numbers import interval, limits, number
 from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dot
 
+if TYPE_CHECKING:
+    from alignpro.llm.arms.draws import Arm, Scorer
+    from alignpro.llm.arms.rollout import RolloutSummary
+    from alignpro.llm.policies.prompter import Prompter, Template
+    from alignpro.llm.targets.target import Target
 
-def run_rollout(
-    out: str,
-    settings: RolloutSettings,
-    world: EnvironmentSettings,
-    *,
-    prompter: str | None,
-    template: str | None,
-    source: PromptSettings,
-    split: str,
-    prompts: int | None,
-) -> None:
-    """Everything is checked before anything is loaded."""
-    from alignpro import rollouts
-    from alignpro.llm.arms import draws, rollout
-    from alignpro.llm.rewards.cached import keep_scores
+_RESAMPLING = ("lam", "proposals", "proposal_answers", "best_of")
+"""Settings on which the arms star and best_of_n depend."""
 
-    folder, sampling = writable_folder(out), world.sampling()
-    arms = rollout.arms_of(settings)
-    # A trained prompter is named by its folder, or by that of the run that made it.
-    homes = {arm.folder: _prompter_folder(arm.folder) for arm in arms if arm.folder}
-    saved = {name: read_json(home / PROMPTER_FILE) for name, home in homes.items()}
-    for arm in arms:
-        if arm.folder:
-            _check_trained(arm, saved[arm.folder], world)
-    trained = {arm.folder: saved[arm.folder] for arm in arms if arm.folder and arm.name != "rlhf"}
-    reference = _reference(prompter and _home(prompter), trained, homes)
-    chosen = _template(template, reference, trained)
-    if settings.rewrite_tokens is None and trained:
-        limits = {int(said["max_tokens"]) for said in trained.values()}
-        if len(limits) > 1:
-            raise AlignProError(
-                f"rewrite_tokens: the trained prompters have {sorted(limits)}; give one for all arms"
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(TemplateOption, RunOptions):
+    """Roll out prompters and policies on real models: texts, rewards and log-probabilities of every party.
+
+    Writes rollouts.jsonl, from which estimate, headroom and compare work without a GPU. Interrupt at any
+    time; the same command continues, and further arms can be added to a finished folder.
+    """
+
+    out: str
+    """Folder for rollouts.jsonl, report.html and the answers paid for."""
+    settings: tyro.conf.OmitArgPrefixes[RolloutSettings] = field(default_factory=RolloutSettings)
+    environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(
+        # Log-probabilities are what it is for: bfloat16 leaves tenths of a nat of noise in each.
+        default_factory=lambda: EnvironmentSettings(dtype="float32")
+    )
+    prompter: str | None = None
+    """The reference prompter, rho_sft in the paper: a packaged model's name, a local folder or an id on the
+    Hugging Face hub. Left out: what the trained prompters were trained from, or smollm2-135m-instruct."""
+    source: tyro.conf.OmitArgPrefixes[MeasuredPrompts] = field(default_factory=MeasuredPrompts)
+
+    def run(self) -> int:
+        """Check everything before anything is loaded, roll out what is not on file, tell."""
+        from alignpro.commands.opening import World, check_target_room, kept, trained_home, user_prompts
+        from alignpro.llm.arms import rollout
+        from alignpro.llm.models import packages
+        from alignpro.llm.models.libraries import quiet
+        from alignpro.llm.policies.prompter import PROMPTER_FILE, Prompter
+
+        settings, environment = self.settings, self.environment
+        folder, sampling = writable_folder(self.out), environment.sampling()
+        arms = rollout.arms_of(settings)
+        # A trained prompter is named by its folder, or by that of the run that made it.
+        homes = {arm.folder: _prompter_folder(arm.folder) for arm in arms if arm.folder}
+        saved = {name: read_json(home / PROMPTER_FILE) for name, home in homes.items()}
+        for arm in arms:
+            if arm.folder:
+                _check_trained(arm, saved[arm.folder], environment)
+        trained = {arm.folder: saved[arm.folder] for arm in arms if arm.folder and arm.name != "rlhf"}
+        reference = _reference(self.prompter and trained_home(self.prompter), trained, homes)
+        chosen = _template(self.template, reference, trained)
+        if settings.rewrite_tokens is None and trained:
+            lengths = {int(said["max_tokens"]) for said in trained.values()}
+            if len(lengths) > 1:
+                raise AlignProError(
+                    f"rewrite_tokens: the trained prompters have {sorted(lengths)}; give one for all arms"
+                )
+            settings = replace(settings, rewrite_tokens=lengths.pop())
+        world = World(environment)
+        xs = user_prompts(self.source, reference, self.source.split, self.source.prompts)
+
+        weights = {name: rollout.sha256(_weights(home)) for name, home in homes.items()}
+        reward = world.reward_name
+        record = {
+            "prompts": hashlib.sha256(json.dumps(xs).encode()).hexdigest()[:16],
+            "draws": settings.draws,
+            "answers": settings.answers,
+            "rewrite_tokens": settings.rewrite_tokens,
+            "prompter": reference,
+            "template": asdict(chosen) if chosen else None,
+            "target": environment.target,
+            "target_model": environment.target_endpoint.model,
+            "dtype": environment.dtype,
+            "reward": reward,
+            "sampling": asdict(sampling),
+            "chat_template_kwargs": environment.chat_options() or {},
+            "arms": {
+                str(arm): {"folder": arm.folder, "weights": weights[arm.folder]}
+                if arm.folder
+                else {
+                    name: getattr(settings, name) for name in _RESAMPLING if arm.name in ("star", "best_of_n")
+                }
+                for arm in arms
+            },
+        }
+        planned = rollout.plan(folder, xs, settings, record)
+        if settings.rlhf and not sampling.natural:
+            packages.note(
+                "rlhf: policies are trained at temperature 1 with nothing truncated; under this decoding of "
+                "answers some of theirs may be impossible to the frozen model, and their KL then is infinite"
             )
-        settings = replace(settings, rewrite_tokens=limits.pop())
-    opened, cost = check_environment(world)
-    xs = user_prompts(source, reference, split, prompts)
+        _, asked, _ = planned.asks()
+        packages.note(planned.line(sampling) + world.money(asked, sampling.max_tokens))
 
-    weights = {name: rollout.sha256(_weights(home)) for name, home in homes.items()}
-    resampling = ("lam", "proposals", "proposal_answers", "best_of")
-    record = {
-        "prompts": hashlib.sha256(json.dumps(xs).encode()).hexdigest()[:16],
-        "draws": settings.draws,
-        "answers": settings.answers,
-        "rewrite_tokens": settings.rewrite_tokens,
-        "prompter": reference,
-        "template": asdict(chosen) if chosen else None,
-        "target": world.target,
-        "target_model": world.target_model,
-        "dtype": world.dtype,
-        "reward": opening.read_spec(world.reward).shown,
-        "sampling": asdict(sampling),
-        "chat_template_kwargs": world.chat_options() or {},
-        "arms": {
-            str(arm): {"folder": arm.folder, "weights": weights[arm.folder]}
-            if arm.folder
-            else {name: getattr(settings, name) for name in resampling if arm.name in ("star", "best_of_n")}
-            for arm in arms
-        },
-    }
-    planned = rollout.plan(folder, xs, settings, record)
-    if settings.rlhf and not sampling.natural:
-        packages.note(
-            "rlhf: policies are trained at temperature 1 with nothing truncated; under this decoding of "
-            "answers some of theirs may be impossible to the frozen model, and their KL then is infinite"
-        )
-    _, asked, _ = planned.asks()
-    packages.note(planned.line(sampling) + _money(cost, asked, sampling.max_tokens))
+        path, options = folder / rollout.FILE, environment.chat_options()
+        if options is None and trained:  # as they were trained, and ρ_sft as they were
+            options = dict(next(iter(trained.values())).get("chat_template_kwargs") or {})
+        if planned.todo or not path.exists() or (folder / rollout.PARTIAL).exists():
+            target = world.target()
+            check_target_room(target, xs, sampling.max_tokens)
+            frozen = world.kept(target, folder)
 
-    path, options = folder / rollout.FILE, world.chat_options()
-    if options is None and trained:  # as they were trained, and ρ_sft as they were
-        options = dict(next(iter(trained.values())).get("chat_template_kwargs") or {})
-    if planned.todo or not path.exists() or (folder / rollout.PARTIAL).exists():
-        target = opened or open_target(world)
-        _check_target_room(target, xs, sampling.max_tokens)
-        frozen = _kept(target, folder / "answers", cost)
+            def open_policy(name: str) -> "tuple[Target, Scorer]":
+                from alignpro.llm.targets.local import LocalTarget
 
-        def open_policy(name: str) -> tuple[Target, draws.Scorer]:
-            from alignpro.llm.targets.local import LocalTarget
+                dtype, size = environment.dtype, environment.batch_size
+                policy = Prompter.from_pretrained(homes[name], dtype=dtype, chat_template_kwargs=options)
+                local = LocalTarget((policy.model, policy.tokenizer), batch_size=size, name=name)
+                return kept(local, folder), local.log_probs
 
-            policy = Prompter.from_pretrained(homes[name], dtype=world.dtype, chat_template_kwargs=options)
-            local = LocalTarget((policy.model, policy.tokenizer), batch_size=world.batch_size, name=name)
-            return _kept(local, folder / "answers"), local.log_probs
+            def open_prompter(name: str) -> "Prompter":
+                if name:
+                    return Prompter.from_pretrained(homes[name], chat_template_kwargs=options)
+                opened = Prompter.from_pretrained(reference, chat_template_kwargs=options)
+                opened = replace(opened, template=chosen) if chosen else opened
+                opened.prompt_ids(xs)  # all have room, before the first is drawn
+                return opened
 
-        def open_prompter(name: str) -> Prompter:
-            if name:
-                return Prompter.from_pretrained(homes[name], chat_template_kwargs=options)
-            opened = Prompter.from_pretrained(reference, chat_template_kwargs=options)
-            opened = replace(opened, template=chosen) if chosen else opened
-            opened.prompt_ids(xs)  # all have room, before the first is drawn
-            return opened
-
-        work = rollout.Work(
-            settings,
-            keep_scores(opening.load_reward(world.reward), folder / "scores"),
-            frozen,
-            getattr(target, "log_probs", None),
-            sampling,
-            open_prompter,
-            open_policy,
-            world.batch_size,
-        )
-
-        def parties(arm: rollout.Arm) -> dict[str, str]:
+            work = rollout.Work(
+                settings,
+                world.reward(folder),
+                frozen,
+                getattr(target, "log_probs", None),
+                sampling,
+                open_prompter,
+                open_policy,
+                environment.batch_size,
+            )
             who = {
                 "none": "none",
                 "sft": reference,
                 "star": f"rho* of {reference} at lam {settings.lam:g} by {settings.proposals} proposals",
                 "best_of_n": f"best of {settings.best_of or settings.proposals} of {reference}",
             }
-            named = f"{arm.folder} {weights[arm.folder]}" if arm.folder else who[arm.name]
-            decoding = json.dumps(asdict(sampling))
-            return {
-                "frozen": f"{target.name} {target.revision}",
-                "prompter": named,
-                "reward_model": opening.read_spec(world.reward).shown,
-                "sampling": decoding,
-            }
 
-        with quiet():
-            rollout.roll_out(planned, work, parties)
-        packages.note(frozen.ledger.line())
-    found = rollouts.read(path)
-    for name in found.arms:
-        rewards_ = found.reward[found.rows(name)]
-        print(f"{name}: mean reward {rewards_.mean():.4f} of {len(rewards_)} rollouts")
-    print(f"wrote {path}")
-    with path.open(encoding="utf-8") as lines:
-        keep.keep(report_of_rollout(found, map(json.loads, lines), record | {"seed": settings.seed}), folder)
+            def parties(arm: "Arm") -> dict[str, str]:
+                return {
+                    "frozen": f"{target.name} {target.revision}",
+                    "prompter": f"{arm.folder} {weights[arm.folder]}" if arm.folder else who[arm.name],
+                    "reward_model": reward,
+                    "sampling": json.dumps(asdict(sampling)),
+                }
+
+            with quiet():
+                rollout.roll_out(planned, work, parties)
+            packages.note(frozen.ledger.line())
+        result = rollout.summarise(path, MOST_PROMPTS)
+        print(text(result))
+        keep.keep(page(result, record | {"seed": settings.seed}), folder)
+        return 0
 
 
 def _prompter_folder(name: str) -> Path:
-    home = Path(_home(name)).expanduser()
+    from alignpro.commands.opening import trained_home
+    from alignpro.llm.policies.prompter import PROMPTER_FILE
+
+    home = Path(trained_home(name)).expanduser()
     if (home / PROMPTER_FILE).is_file():
         return home
     raise AlignProError(f"trained {name!r}: holds no {PROMPTER_FILE}; name a folder that training wrote")
@@ -196,8 +195,11 @@ def _same_model(one: str, other: str) -> bool:
     return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
-def _check_trained(arm: Any, said: Any, world: EnvironmentSettings) -> None:
+def _check_trained(arm: "Arm", said: Any, environment: EnvironmentSettings) -> None:
     """Refuse a policy as a prompter, a prompter as a policy, and the policy of another model."""
+    from alignpro.commands.opening import is_address
+    from alignpro.llm.policies.prompter import PROMPTER_FILE
+
     try:
         task, base = said["facts"].get("settings", {}).get("task", "prompter"), str(said["base"])
         _ = int(said["max_tokens"]), dict(said["template"])["examples"]
@@ -208,10 +210,14 @@ def _check_trained(arm: Any, said: Any, world: EnvironmentSettings) -> None:
     if (task == "rlhf") != (arm.name == "rlhf"):
         option = "rlhf" if task == "rlhf" else "trained"
         raise AlignProError(f"{arm.folder!r}: it was trained with --task {task}; give it as --{option}")
-    if arm.name == "rlhf" and not is_address(world.target) and not _same_model(base, world.target):
+    if (
+        arm.name == "rlhf"
+        and not is_address(environment.target)
+        and not _same_model(base, environment.target)
+    ):
         raise AlignProError(
-            f"rlhf {arm.folder!r}: its policy was trained from {base}, which is not the target {world.target}"
-            "; name that as --target"
+            f"rlhf {arm.folder!r}: its policy was trained from {base}, which is not the target "
+            f"{environment.target}; name that as --target"
         )
 
 
@@ -232,8 +238,11 @@ def _reference(prompter: str | None, trained: Mapping[str, Any], homes: Mapping[
     return given
 
 
-def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> Template | None:
-    """That of ρ_sft: the trained prompters' own, since they are compared with it; None: it has one."""
+def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "Template | None":
+    """The template for ρ_sft: the trained prompters', as they are compared with it; None where it has one."""
+    from alignpro.commands.opening import check_prompter
+    from alignpro.llm.policies.prompter import PROMPTER_FILE, Template, check_template
+
     saved = [said["template"] for said in trained.values()]
     for said in saved:
         if said != saved[0]:
@@ -248,112 +257,58 @@ def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> T
     return Template(**saved[0] | {"examples": tuple(map(tuple, saved[0]["examples"]))})
 
 
-def report_of_rollout(found: "Rollouts", rows: Iterable[Json], record: Json) -> Page:
-    """Of rollouts.jsonl, as columns and as rows, and of settings.json beside it."""
-    from alignpro.estimation.arm import Arm
-    from alignpro.estimation.paired import Term, estimates
+def text(result: "RolloutSummary") -> str:
+    """The mean reward of each arm, and where the rollouts are."""
+    lines = [
+        f"{arm.name}: mean reward {arm.mean.value:.4f} of {arm.rollouts} rollouts" for arm in result.arms
+    ]
+    return "\n".join([*lines, f"wrote {result.path}"])
 
-    means: dict[str, Json] = {}
-    for name in found.arms:
-        try:
-            arm = Arm(found, name)
-            term = Term(arm.mean(arm.reward), found.low, found.high, frozenset({name}), "none", "")
-            means[name] = asdict(estimates({name: term}, found, 0.95)[name])
-        except AlignProError:  # too few prompts, or one that the arm lacks: no interval
-            means[name] = {"value": float(found.reward[found.rows(name)].mean()), "lo": None, "hi": None}
-    prompts = len(found.prompt_ids)
-    page = Page(
+
+def page(result: "RolloutSummary", record: Json) -> Page:
+    """Mean rewards by arm, and some of the texts; `record` is how they were made."""
+    made = Page(
         "rollout",
         "Rollouts of prompters and policies",
-        f"{len(found):,} rollouts of {prompts} prompts by {len(found.arms)} arms. What they say of "
-        "Theorem 1, and of differences between the arms, tell alignpro estimate, headroom and compare.",
+        f"{result.rollouts:,} rollouts of {result.prompts} prompts by {len(result.arms)} arms. What they say "
+        "of Theorem 1, and of differences between the arms, tell alignpro estimate, headroom and compare.",
         record,
     )
-    for name, e in list(means.items())[:4]:
-        page.key(f"Mean reward, {name}", number(e["value"]), limits(e))
-    page.add(
+    for arm in result.arms[:4]:
+        made.key(f"Mean reward, {arm.name}", number(arm.mean.value), limits(arm.mean))
+    made.add(
         "Mean reward by arm",
-        f"On a scale from {number(found.low)} to {number(found.high)}, with 95% intervals over prompts where "
-        "there are enough of them.",
+        f"On a scale from {number(result.low)} to {number(result.high)}, with 95% intervals over prompts "
+        "where there are enough of them.",
         Table(
             "arm | mean reward | rollouts | seeds",
-            [
-                (name, interval(e), number(int(mine.sum())), number(len(set(found.seed[mine].tolist()))))
-                for name, e in means.items()
-                for mine in (found.rows(name),)
-            ],
+            [(arm.name, interval(arm.mean), number(arm.rollouts), number(arm.seeds)) for arm in result.arms],
             "wnnn",
         ),
         Dots(
-            "Mean reward of each arm", "reward units, 95% intervals", [dot(*item) for item in means.items()]
+            "Mean reward of each arm",
+            "reward units, 95% intervals",
+            [dot(arm.name, arm.mean) for arm in result.arms],
         ),
     )
-    texts: dict[str, dict[str, Json]] = {}
-    for row in rows:
-        first = row["draw"] == 0 and row["answer"] == 0
-        if first and (row["prompt_id"] in texts or len(texts) < MOST_PROMPTS):
-            texts.setdefault(row["prompt_id"], {}).setdefault(row["arm"], row)
-    page.add(
+    told = len({row.prompt_id for row in result.texts})
+    made.add(
         "Texts",
-        f"The first draw of {len(texts)} of {prompts} prompts, as the models wrote it, with invisible "
+        f"The first draw of {told} of {result.prompts} prompts, as the models wrote it, with invisible "
         "characters spelled out.",
         Table(
             "prompt | arm | rewrite | answer | reward",
             [
                 (
-                    row["x"],
-                    arm,
-                    row["rewrite"] if row["rewrite"] and arm != "none" else "–",
-                    row["response"],
-                    number(row["reward"]),
+                    row.x,
+                    row.arm,
+                    row.rewrite if row.rewrite and row.arm != "none" else "–",
+                    row.response,
+                    number(row.reward),
                 )
-                for of in texts.values()
-                for arm, row in of.items()
+                for row in result.texts
             ],
             "twttn",
         ),
     )
-    return page
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Roll out prompters and policies on real models: texts, rewards and log-probabilities of every party.
-
-    Writes rollouts.jsonl, from which estimate, headroom and compare work without a GPU. Interrupt at any
-    time; the same command continues, and further arms can be added to a finished folder.
-    """
-
-    out: str
-    """Folder for rollouts.jsonl, report.html and the answers paid for."""
-    config: str | None = None
-    """YAML file with any of these options; those on the command line win."""
-    settings: tyro.conf.OmitArgPrefixes[RolloutSettings] = field(default_factory=RolloutSettings)
-    environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(
-        # Log-probabilities are what it is for: bfloat16 leaves tenths of a nat of noise in each.
-        default_factory=lambda: EnvironmentSettings(dtype="float32")
-    )
-    prompter: str | None = None
-    """rho_sft: a packaged name, a local folder or a hub id. Default: what the trained ones were trained from,
-    or smollm2-135m-instruct."""
-    template: str | None = None
-    """How a model is asked to rewrite: rewrite, or append (only what follows the prompt). A trained prompter
-    has its own. Default: rewrite."""
-    source: tyro.conf.OmitArgPrefixes[PromptSettings] = field(default_factory=PromptSettings)
-    split: str = "test"
-    """Of the data set: train, validation or test."""
-    prompts: int | None = None
-    """How many of them, from the first. Default: all."""
-
-    def run(self) -> int:
-        run_rollout(
-            self.out,
-            self.settings,
-            self.environment,
-            prompter=self.prompter,
-            template=self.template,
-            source=self.source,
-            split=self.split,
-            prompts=self.prompts,
-        )
-        return 0
+    return made

@@ -1,147 +1,120 @@
-"""`alignpro sft`."""
+"""`alignpro sft`: a prompter fine-tuned on given rewrites."""
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import tyro
 
+from alignpro.commands.options import ChatOption, PrompterOptions, ReportedRun
+from alignpro.commands.shared import fell
 from alignpro.errors import AlignProError
-from alignpro.llm.training.settings import (
-    SFTSettings,
-)
+from alignpro.files import writable_folder
+from alignpro.llm.training.settings import SFTSettings
 from alignpro.report import keep
+from alignpro.report.numbers import number
+from alignpro.report.page import Dot, Dots, Page, Table
 
 if TYPE_CHECKING:
-    pass
-
-from collections import Counter
-
-from alignpro.commands.shared_llm import _home, check_prompter
-from alignpro.commands.train import _fitting
-from alignpro.files import read_json_lines, writable_folder
-from alignpro.llm.data import split
-from alignpro.llm.models import packages
-from alignpro.llm.models.chat import parse_options
-from alignpro.llm.policies.prompter import Prompter
-from alignpro.llm.training.checkpoints import check_reporters
-from alignpro.report.numbers import number
-from alignpro.report.page import Dot, Dots, Json, Page, Table
+    from alignpro.llm.training.sft import Tuned
 
 
-def run_sft(
-    out: str,
-    settings: SFTSettings,
-    *,
-    prompter: str,
-    template: str | None,
-    pairs: str,
-    prompt_field: str,
-    rewrite_field: str,
-    report_to: Sequence[str],
-    resume: bool,
-    chat_template_kwargs: str | None = None,
-) -> None:
-    """Everything is checked before anything is loaded."""
-    prompter = _home(prompter)
-    check_prompter(prompter, template)
-    check_reporters(report_to)
-    folder = writable_folder(out)
-    if any(folder.iterdir()) and not resume:
-        raise AlignProError(f"--out {folder}: it is not empty; name a new folder, or continue with --resume")
-
-    from alignpro.llm.data.own import read_rewrites
-    from alignpro.llm.training.sft import METRICS_FILE, PROMPTER_FOLDER, sft
-
-    read = read_rewrites(pairs, prompt=prompt_field, rewrite=rewrite_field)
-    sizes = Counter(split.split_of(pair.prompt) for pair in read)
-    steps = settings.epochs * -(-sizes["train"] // settings.batch_size)
-    packages.note(
-        f"{len(read)} pairs: {sizes['train']} to learn from, {sizes['validation']} and {sizes['test']} to "
-        f"measure on; {settings.epochs} epochs, {steps} steps of {settings.batch_size} at most"
-    )
-    options = None if chat_template_kwargs is None else parse_options(chat_template_kwargs)
-    base = Prompter.from_pretrained(prompter, template=template, chat_template_kwargs=options, merged=True)
-    tuned = sft(base, read, settings, folder, resume=resume, report_to=report_to)
-    found = tuned.prompter.facts["sft"]
-    keep.keep(report_of_sft(read_json_lines(folder / METRICS_FILE), found), folder)
-    for part, nats in found["nats_per_token"].items():
-        print(f"{part}: {nats['before']:.3f} nats per token before, {nats['after']:.3f} after")
-    print(f"wrote {folder / PROMPTER_FOLDER}; train it with --prompter {folder / PROMPTER_FOLDER}")
-
-
-def report_of_sft(metrics: Sequence[Json], found: Json) -> Page:
-    """Of metrics.jsonl and of `Prompter.facts["sft"]`."""
-    measured = found["nats_per_token"]
-    part = "test" if "test" in measured else next(iter(measured))
-    before, after = (number(measured[part][when], ".3f") for when in ("before", "after"))
-    page = Page(
-        "sft",
-        "Fine-tuning a prompter on rewrites",
-        f"On held-out rewrites ({part}) the prompter needs {after} nats per token; before, {before}.",
-        {key: found[key] for key in found if key != "nats_per_token"},
-    )
-    page.key("Nats per token", after, f"before {before}; {part}, {found['pairs'][part]} pairs")
-    page.key("Pairs learned from", number(found["pairs"]["train"]), f"{found['left_out']} too long, left out")
-    page.key("Optimizer steps", number(metrics[-1]["step"]))
-    rows = [
-        (name, number(found["pairs"][name]), number(e["before"], ".4f"), number(e["after"], ".4f"))
-        for name, e in measured.items()
-    ]
-    dots = [Dot(name, e[when], group=when) for name, e in measured.items() for when in ("before", "after")]
-    page.add(
-        "Held-out rewrites",
-        "Mean −log ρ(x′|x) over the tokens, the end included, of rewrites that were not learned from.",
-        Table("split | pairs | before | after", rows, "wnnn"),
-        Dots("What a held-out rewrite costs", "nats per token", dots),
-    )
-    panels = {"nats per token": "loss", "share of tokens foreseen": "mean_token_accuracy"}
-    said, curves = _fitting(metrics, "nats per token", panels)
-    page.add("Learning", said, None, curves)
-    return page
-
-
-@dataclass(frozen=True)
-class Sft:
+@dataclass(frozen=True, kw_only=True)
+class Sft(ChatOption, PrompterOptions, ReportedRun):
     """Fine-tune the prompter into rho_sft on pairs of a prompt and its rewrite.
 
     The pairs' own split, by prompt, keeps some to measure on. The result's folder goes to train --prompter.
     """
 
     out: str
-    """Folder for checkpoints, metrics.jsonl and prompter/, the fine-tuned one."""
+    """Folder for checkpoints, metrics.jsonl, report.html and prompter/, the fine-tuned one."""
     pairs: str
-    """JSON lines (or one JSON list) of objects with a prompt and a rewrite."""
+    """File of pairs to learn from: JSON lines (or one JSON list) of objects with a prompt and a rewrite."""
     settings: tyro.conf.OmitArgPrefixes[SFTSettings] = field(default_factory=SFTSettings)
-    config: str | None = None
-    """YAML file with any of these options; those on the command line win."""
-    prompter: str = "smollm2-135m-instruct"
-    """What is fine-tuned: a packaged name, a local folder or a hub id."""
-    template: str | None = None
-    """How a model is asked to rewrite: rewrite, or append (only what follows the prompt). A trained prompter
-    has its own. Default: rewrite."""
     prompt_field: str = "prompt"
-    """The field that holds the prompt."""
+    """Key of the prompt in those objects."""
     rewrite_field: str = "rewrite"
-    """The field that holds the rewrite; optimized_prompt in BPO's data."""
-    chat_template_kwargs: str | None = None
-    """Further arguments of the prompter's chat template, as a JSON object."""
-    report_to: tuple[str, ...] = ()
-    """tensorboard, wandb, trackio."""
-    resume: bool = False
-    """Continue an interrupted run in that folder (or start one)."""
+    """Key of the rewrite in those objects; optimized_prompt in the data of BPO."""
 
     def run(self) -> int:
-        run_sft(
-            self.out,
-            self.settings,
-            prompter=self.prompter,
-            template=self.template,
-            pairs=self.pairs,
-            prompt_field=self.prompt_field,
-            rewrite_field=self.rewrite_field,
-            report_to=self.report_to,
-            resume=self.resume,
-            chat_template_kwargs=self.chat_template_kwargs,
+        """Check everything before anything is loaded, fine-tune, tell."""
+        from alignpro.commands.opening import check_prompter, trained_home
+        from alignpro.llm.data import own, split
+        from alignpro.llm.models import packages
+        from alignpro.llm.training.checkpoints import check_reporters
+
+        settings, prompter = self.settings, trained_home(self.prompter)
+        check_prompter(prompter, self.template)
+        check_reporters(self.report_to)
+        folder = writable_folder(self.out)
+        if any(folder.iterdir()) and not self.resume:
+            raise AlignProError(
+                f"--out {folder}: it is not empty; name a new folder, or continue with --resume"
+            )
+
+        from alignpro.llm.policies.prompter import Prompter
+        from alignpro.llm.training.sft import sft
+
+        read = own.read_rewrites(self.pairs, prompt=self.prompt_field, rewrite=self.rewrite_field)
+        sizes = Counter(split.split_of(pair.prompt) for pair in read)
+        steps = settings.epochs * -(-sizes["train"] // settings.batch_size)
+        packages.note(
+            f"{len(read)} pairs: {sizes['train']} to learn from, {sizes['validation']} and {sizes['test']} "
+            f"to measure on; {settings.epochs} epochs, {steps} steps of {settings.batch_size} at most"
         )
+        base = Prompter.from_pretrained(
+            prompter, template=self.template, chat_template_kwargs=self.chat_options(), merged=True
+        )
+        result = sft(base, read, settings, folder, resume=self.resume, report_to=self.report_to)
+        keep.keep(page(result), folder)
+        print(text(result))
         return 0
+
+
+def text(result: "Tuned") -> str:
+    """Say what held-out rewrites cost before and after, and where the prompter is."""
+    from alignpro.llm.training.checkpoints import PROMPTER_FOLDER
+
+    made = result.folder / PROMPTER_FOLDER
+    lines = [
+        f"{part}: {e.before:.3f} nats per token before, {e.after:.3f} after"
+        for part, e in result.held_out.items()
+    ]
+    return "\n".join([*lines, f"wrote {made}; train it with --prompter {made}"])
+
+
+def page(result: "Tuned") -> Page:
+    """Held-out rewrites before and after, and how the loss fell."""
+    record, held_out = result.record, result.held_out
+    part = "test" if "test" in held_out else next(iter(held_out))
+    measured = held_out[part]
+    before, after = number(measured.before, ".3f"), number(measured.after, ".3f")
+    made = Page(
+        "sft",
+        "Fine-tuning a prompter on rewrites",
+        f"On held-out rewrites ({part}) the prompter needs {after} nats per token; before, {before}.",
+        record,
+    )
+    made.key("Nats per token", after, f"before {before}; {part}, {measured.pairs} pairs")
+    learned = number(record["pairs"]["train"])
+    made.key("Pairs learned from", learned, f"{record['left_out']} too long, left out")
+    made.key("Optimizer steps", number(result.metrics[-1]["step"]))
+    rows = [
+        (name, number(e.pairs), number(e.before, ".4f"), number(e.after, ".4f"))
+        for name, e in held_out.items()
+    ]
+    dots = [
+        Dot(name, nats, group=when)
+        for name, e in held_out.items()
+        for when, nats in (("before", e.before), ("after", e.after))
+    ]
+    made.add(
+        "Held-out rewrites",
+        "Mean −log ρ(x′|x) over the tokens, the end included, of rewrites that were not learned from.",
+        Table("split | pairs | before | after", rows, "wnnn"),
+        Dots("What a held-out rewrite costs", "nats per token", dots),
+    )
+    panels = {"nats per token": "loss", "share of tokens foreseen": "mean_token_accuracy"}
+    said, curves = fell(result.metrics, "nats per token", panels)
+    made.add("Learning", said, None, curves)
+    return made

@@ -1,8 +1,12 @@
-"""What several verbs share: the protocol of a verb, reading rollouts, telling a result."""
+"""Parts of several verbs that need no model: the protocol of a verb, reading rollouts, telling a result."""
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+
+from alignpro.report.numbers import number
+from alignpro.report.page import Curve, Curves, Json
 
 
 class Verb(Protocol):
@@ -14,6 +18,7 @@ class Verb(Protocol):
 
 
 def read_rollouts(file: str, out: str | None) -> Any:
+    """The rollouts of `file`, once it is known that results can be written to the folder `out`."""
     from alignpro import rollouts
     from alignpro.files import writable_folder
 
@@ -29,3 +34,12 @@ def tell(name: str, values: dict[str, Any], text: str, as_json: bool, out: str |
     if out is not None:
         write_json(os.path.join(out, f"{name}.json"), values)
     print(json.dumps(values, ensure_ascii=False, allow_nan=False) if as_json else text)
+
+
+def fell(metrics: Sequence[Json], unit: str, panels: Mapping[str, str]) -> tuple[str, Curves]:
+    """How a loss fell: a sentence, and a curve for each key of `metrics` that `panels` names by its axis."""
+    there = [(axis, key) for axis, key in panels.items() if any(key in line for line in metrics)]
+    curves = [(axis, [Curve(key, [line.get(key) for line in metrics])]) for axis, key in there]
+    first, last = metrics[0]["loss"], metrics[-1]["loss"]
+    said = f"On the batches learned from, the loss went from {number(first)} to {number(last)} {unit}."
+    return said, Curves([line["step"] for line in metrics], "optimizer steps", curves)

@@ -404,7 +404,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_mistakes_are_told_in_one_line_before_anything_is_loaded(case, home, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("alignpro.llm.policies.prompter.Prompter.from_pretrained", None)
-    monkeypatch.setattr("alignpro.commands.shared_llm.open_target", None)
+    monkeypatch.setattr("alignpro.commands.opening.World.target", None)
     more, message = BAD[case]
     command = arguments(home, tmp_path / "out", *(a.replace("HOME", str(home)) for a in more))
     assert main.main(command) == 2

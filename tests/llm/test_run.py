@@ -156,7 +156,8 @@ def test_a_failing_endpoint_costs_nothing_and_no_key_leaks(model, tmp_path, monk
     def arguments(out, server):
         return [
             *("--out", str(out), "--prompter", model, "--target", server.url, "--target-model", "m"),
-            *("--target-key-env", "PLANTED", "--reward", "test_run:shares@0,1"),
+            *("--target-key-env", "PLANTED", "--target-backoff-s", "0"),
+            *("--reward", "test_run:shares@0,1"),
             *("--prompts-file", str(prompts), *SMALL),
         ]
 

@@ -226,7 +226,7 @@ def test_the_oracle_without_training_is_the_one_that_training_nears(tmp_path):
 def test_named_settings():
     assert (tuple(ALGORITHMS), tuple(TASKS)) == (ALGORITHM_NAMES, TASK_NAMES)
     paper = TrainSettings(**PRESETS["paper"])
-    assert (paper.prompts * paper.samples, paper.minibatches, paper.max_grad_norm) == (128, 1, None)
+    assert (paper.prompts * paper.samples, paper.minibatches, paper.max_grad_norm) == (128, 1, 0.0)
     assert (paper.learning_rate, paper.lam, paper.epochs, paper.clip_range) == (1.41e-5, 0.2, 4, 0.2)
     common = {"output_dir": "x", "use_cpu": True, "bf16": False}
     config = ALGORITHMS["ppo"].configure(common, paper)

@@ -6,8 +6,10 @@ import math
 
 import numpy as np
 import pytest
+from faulty import Server
 
-from alignpro.commands import main, shared
+from alignpro.commands import main
+from alignpro.commands import resample as resample_verb
 from alignpro.llm.arms.resample import load_proposals
 from alignpro.llm.data.split import split_of
 from alignpro.llm.models.configure import tiny_model
@@ -139,7 +141,7 @@ def test_resample_prints_what_the_formulas_say(command, tmp_path, capsys):
 
 
 def test_resample_goes_on_where_it_stopped(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shared, "_BLOCK", 2)
+    monkeypatch.setattr(resample_verb, "BLOCK", 2)
     assert main.main([*command, "--draws", "2"]) == 0
     files = {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.json*")}
     elsewhere = [a.replace(str(tmp_path / "out"), str(tmp_path / "cut")) for a in command]
@@ -176,7 +178,8 @@ def test_resample_goes_on_where_it_stopped(command, tmp_path, monkeypatch, capsy
         (["--rewrite-tokens", "0"], "--rewrite-tokens 0: give at least 1"),
         (["--split", "dev"], "split 'dev': choose from"),
         (["--reward", "nope"], "reward 'nope'"),
-        (["--target-model", "m"], "model: is for an endpoint"),
+        (["--target-model", "m"], "target_model: is for an endpoint"),
+        (["--reward-max-calls", "3"], "reward_max_calls: is for an endpoint"),
     ],
 )
 def test_mistakes_in_resample_cost_nothing(more, message, command, tmp_path, capsys, monkeypatch):
@@ -186,3 +189,20 @@ def test_mistakes_in_resample_cost_nothing(more, message, command, tmp_path, cap
     assert message in said
     assert said.count("\n") == 1
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_reward_at_an_address_has_flags_of_its_own(command, tmp_path, capsys, monkeypatch):
+    def scores(n, body):
+        rows = [{"index": i, "score": y.count("e") / 4} for i, y in enumerate(body["text_2"])]
+        return 200, {}, json.dumps({"data": rows}).encode()
+
+    monkeypatch.setenv("PLANTED", "sk-planted-17c3")
+    with Server(scores) as server:
+        at = [f"{server.url}@0,1" if "shares@" in word else word for word in command]
+        at += ["--reward-dialect", "score", "--reward-model", "judge", "--reward-key-env", "PLANTED"]
+        assert main.main([*at, "--reward-max-calls", "1", "--prompts", "1"]) == 0, capsys.readouterr().err
+        ((body, headers),) = server.requests
+    assert body["model"] == "judge"
+    assert headers["authorization"] == "Bearer sk-planted-17c3"
+    (found,) = load_proposals(tmp_path / "out" / "proposals.jsonl")
+    assert all(0 <= r <= 1 for r in found.rewards)

@@ -161,30 +161,29 @@ def judge(
     return [Judgement(pair, verdicts.get(i)) for i, pair in enumerate(compared)]
 
 
-def opening(settings: JudgeSettings) -> Callable[[], Target]:
+def opening(settings: JudgeSettings, endpoint: EndpointSettings) -> Callable[[], Target]:
     """Check how the judge is named, and return what opens it: a model in this process is loaded only then.
 
     Raises:
         AlignProError: an endpoint without the name of its model or forced to choose, a model with an
             endpoint's settings, or a name that is no model's.
     """
-    given, options = settings.endpoint(), parse_options(settings.chat_template_kwargs)
+    given, options = endpoint.given(), parse_options(settings.chat_template_kwargs)
     if settings.judge.startswith(("http://", "https://")):
         if settings.forced:
             raise AlignProError(
                 "forced: an endpoint does not score given replies; leave out --forced, or give --judge a "
                 "model that runs in this process"
             )
-        if "model" not in given:
+        if endpoint.model is None:
             raise AlignProError(f"judge_model: name the model that {settings.judge} serves")
         from alignpro.llm.targets.endpoint import Endpoint
-        from alignpro.llm.targets.settings import EndpointSettings
 
-        opened = Endpoint(settings.judge, EndpointSettings(**given))
+        opened = Endpoint(settings.judge, endpoint)
         return lambda: opened
     if given:
         raise AlignProError(
-            f"judge_{next(iter(given))}: is for an endpoint, and {settings.judge!r} is no http(s) address"
+            f"judge_{given[0]}: is for an endpoint, and {settings.judge!r} is no http(s) address"
         )
     from alignpro.llm.models import catalogue, configure
 
@@ -205,7 +204,9 @@ def opening(settings: JudgeSettings) -> Callable[[], Target]:
     return load
 
 
-def judge_file(file: str, arms: Sequence[str], settings: JudgeSettings, out: str) -> list[dict[str, Any]]:
+def judge_file(
+    file: str, arms: Sequence[str], settings: JudgeSettings, endpoint: EndpointSettings, out: str
+) -> list[dict[str, Any]]:
     """Judge a rollout file into `out`: settings.json, answers/ (replies paid for), judgements.jsonl.
 
     Everything is checked before the judge is loaded; what is to be asked is estimated before it is asked. The
@@ -223,13 +224,13 @@ def judge_file(file: str, arms: Sequence[str], settings: JudgeSettings, out: str
     from alignpro.llm.targets.ledger import Cached, Prices
 
     prices = None if settings.prices is None else Prices(*settings.prices)
-    opened = opening(settings)
+    opened = opening(settings, endpoint)
     compared = pairs(file, arms, settings.per_prompt, settings.prompts)
     folder = writable_folder(out)
     record = {
         "arms": list(arms),
         "judge": settings.judge,
-        "judge_model": settings.judge_model,
+        "judge_model": endpoint.model,
         "temperature": settings.temperature,
         "reply_tokens": settings.reply_tokens,
         "seed": settings.seed,

@@ -1,7 +1,6 @@
 """Settings of `alignpro judge`, apart from what they set so that they import fast."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.sampling import Sampling, is_int
@@ -14,18 +13,6 @@ class JudgeSettings:
     judge: str
     """Model that judges: a packaged name, a local folder or a hub id, or the http(s) address of an
     OpenAI-compatible endpoint."""
-    judge_model: str | None = None
-    """Endpoint: the name that it knows the judge by; needed."""
-    judge_key_env: str | None = None
-    """Endpoint: NAME of the environment variable that holds its key. Left out: no key is sent."""
-    judge_dialect: str | None = None
-    """Endpoint: how requests are written: openai, vllm or transformers. Left out: openai."""
-    judge_concurrency: int | None = None
-    """Endpoint: requests at a time. Left out: 8."""
-    judge_max_calls: int | None = None
-    """Endpoint: budget of requests; then the run stops, and the same command goes on. Left out: no limit."""
-    judge_max_tokens: int | None = None
-    """Endpoint: budget of tokens, in questions and replies. Left out: no limit."""
     prices: tuple[float, float] | None = None
     """Money per million prompt tokens and per million reply tokens, to print the cost before it arises."""
     temperature: float = 0.0
@@ -66,9 +53,3 @@ class JudgeSettings:
     def sampling(self) -> Sampling:
         """How the judge decodes."""
         return Sampling(temperature=self.temperature, max_tokens=self.reply_tokens)
-
-    def endpoint(self) -> dict[str, Any]:
-        """Fields of `endpoint.Endpoint` that were given."""
-        names = ("model", "key_env", "dialect", "concurrency", "max_calls", "max_tokens")
-        values = {name: getattr(self, f"judge_{name}") for name in names}
-        return {name: value for name, value in values.items() if value is not None}

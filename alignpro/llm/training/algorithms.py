@@ -87,7 +87,7 @@ def configured(settings: TrainSettings, out: Path, model: Any, report_to: Sequen
         "per_device_train_batch_size": batch // steps // world,
         "gradient_accumulation_steps": settings.microbatches,
         "gradient_checkpointing": settings.gradient_checkpointing,
-        "max_grad_norm": settings.max_grad_norm or 0.0,  # 0: the Trainer cuts none
+        "max_grad_norm": settings.max_grad_norm,
         "num_generations": settings.samples,
         "num_iterations": settings.epochs,
         "steps_per_generation": steps,

@@ -130,8 +130,8 @@ class TrainSettings(PolicySettings):
     gae_lambda: float = 1.0
     """PPO: λ of generalized advantage estimation. Below 1 moves the optimum wherever the critic is not exact,
     the more the longer the rewrite."""
-    max_grad_norm: float | None = 1.0
-    """Longest gradient of a step; a longer one is cut to it. None: none is cut."""
+    max_grad_norm: float = 1.0
+    """Longest gradient of a step; a longer one is cut to it. 0 cuts none."""
     microbatches: int = 1
     """Parts in which an optimizer step's rewrites go through the model, one after the other: the same
     gradient with less memory."""
@@ -196,10 +196,12 @@ class TrainSettings(PolicySettings):
         for name in ("top_p", "gamma", "gae_lambda"):
             if not 0 < getattr(self, name) <= 1:
                 raise AlignProError(f"{name} {getattr(self, name)}: give a number above 0 and at most 1")
-        for name in ("value_clip_range", "target_kl", "max_grad_norm"):
+        for name in ("value_clip_range", "target_kl"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise AlignProError(f"{name} {value}: give a positive number, or leave it out")
+        if not (math.isfinite(self.max_grad_norm) and self.max_grad_norm >= 0):
+            raise AlignProError(f"max_grad_norm {self.max_grad_norm}: give a finite number of at least 0")
         if self.samples * self.prompts % (self.minibatches * self.microbatches):
             name = "minibatches" if self.samples * self.prompts % self.minibatches else "microbatches"
             raise AlignProError(
@@ -288,7 +290,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "samples": 1,
         "epochs": 4,
         "minibatches": 1,
-        "max_grad_norm": None,
+        "max_grad_norm": 0.0,
         "gamma": 1.0,
         "gae_lambda": 0.95,
         "clip_range": 0.2,

@@ -1,0 +1,183 @@
+"""Opens what the options of a verb name: checked before anything is loaded, with what it will cost."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignpro.commands.options import EnvironmentSettings, PromptSettings
+from alignpro.errors import AlignProError
+
+if TYPE_CHECKING:
+    from alignpro.llm.rewards.reward import Reward
+    from alignpro.llm.targets.ledger import Cached
+    from alignpro.llm.targets.target import Target
+
+PROMPT_TOKENS = 64
+"""Tokens of a rewrite in its chat template, in the estimate of costs."""
+PROMPTER_FOLDER = "prompter"
+"""The trained prompter in the folder of the run that made it."""
+
+
+def is_address(name: str) -> bool:
+    """Whether `name` is that of an endpoint and not of a model in this process."""
+    return name.startswith(("http://", "https://"))
+
+
+def trained_home(name: str) -> str:
+    """The folder of a trained prompter where `name` is that of the run that made it; else `name`."""
+    from alignpro.llm.policies.prompter import PROMPTER_FILE
+
+    inner = Path(name).expanduser() / PROMPTER_FOLDER
+    return str(inner) if name and (inner / PROMPTER_FILE).is_file() else name
+
+
+def check_prompter(name: str, template: str | None = None) -> None:
+    """Refuse what is neither a prompter's folder nor a model's name, and a template that does not fit."""
+    from alignpro.llm.models import catalogue
+    from alignpro.llm.policies.prompter import PROMPTER_FILE, check_template
+
+    check_template(template)
+    folder = Path(name).expanduser()
+    if not (folder / PROMPTER_FILE).is_file():
+        catalogue.check_name(name)
+    elif template is not None:
+        raise AlignProError(f"template {template}: {folder} has its own; leave it out")
+
+
+class World:
+    """The frozen model and the reward that were named: checked now, opened when asked for.
+
+    Raises:
+        AlignProError: an endpoint without the name of its model, a model in this process with an endpoint's
+            settings, or a name that is none.
+    """
+
+    def __init__(self, settings: EnvironmentSettings) -> None:
+        from alignpro.llm.models import catalogue, configure
+        from alignpro.llm.rewards.opening import read_spec
+        from alignpro.llm.targets.ledger import Prices
+
+        self.settings = settings
+        self._endpoint: Target | None = None
+        for role, name in (("target", settings.target), ("reward", settings.reward)):
+            given = getattr(settings, f"{role}_endpoint").given()
+            if given and not is_address(name):
+                raise AlignProError(
+                    f"{role}_{given[0]}: is for an endpoint, and {name!r} is no http(s) address"
+                )
+        if is_address(settings.target):
+            from alignpro.llm.targets.endpoint import Endpoint
+
+            if settings.target_endpoint.model is None:
+                raise AlignProError(f"target_model: name the model that {settings.target} serves")
+            self._endpoint = Endpoint(settings.target, settings.target_endpoint)
+        else:
+            catalogue.check_name(settings.target)
+            configure.check_dtype(settings.dtype)
+        self._reward = read_spec(settings.reward)
+        self.reward_name = self._reward.shown
+        self.prices = Prices(*settings.prices) if settings.prices is not None else None
+
+    def money(self, answers: int, tokens: int) -> str:
+        """Say what `answers` of at most `tokens` cost at most, to end a line with."""
+        if self.prices is None or not answers:
+            return ""
+        most = self.prices.cost(answers * PROMPT_TOKENS, answers * tokens)
+        return f"; about {most:.2f} at most for answers, at {PROMPT_TOKENS} tokens a prompt"
+
+    def target(self) -> "Target":
+        """The frozen model."""
+        from alignpro.llm.targets.local import LocalTarget
+
+        settings = self.settings
+        return self._endpoint or LocalTarget(
+            settings.target,
+            dtype=settings.dtype,
+            batch_size=settings.batch_size,
+            chat_template_kwargs=settings.chat_options(),
+        )
+
+    def kept(self, target: "Target", folder: Path) -> "Cached":
+        """Answers of the frozen model on file, in `folder`."""
+        return kept(target, folder, self.prices)
+
+    def reward(self, folder: Path) -> "Reward":
+        """The reward; scores of an endpoint are kept in `folder`."""
+        from alignpro.llm.rewards.cached import keep_scores
+
+        asked = self.settings.reward_endpoint
+        options = {"settings": asked} if self._reward.kind == "endpoint" else {}
+        return keep_scores(self._reward.open(**options), folder / "scores")
+
+
+def kept(target: "Target", folder: Path, prices: Any = None) -> "Cached":
+    """Answers on file. A model in this process redoes a call that was cut short, so that an interruption
+    changes no answer; nothing that was paid for is asked again."""
+    from alignpro.llm.targets.ledger import Cached
+
+    return Cached(target, folder / "answers", prices=prices, note=None, whole=not target.remote)
+
+
+def how_read(target: "Target") -> dict[str, Any]:
+    """How a model in this process is read (`forward.How`); nothing of an endpoint."""
+    model = getattr(target, "model", None)
+    if not hasattr(model, "generation_config"):
+        return {}
+    from alignpro.llm.models.forward import how_of
+
+    return how_of(model).describe()
+
+
+def check_target_room(target: "Target", prompts: Sequence[str], tokens: int) -> None:
+    """Refuse prompts that leave a model in this process no room to answer, before anything is asked."""
+    if how_read(target):
+        from alignpro.llm.policies.prompter import check_room, target_ids
+
+        local: Any = target
+        ids = [target_ids(local.tokenizer, x) for x in prompts]
+        check_room(local.model, prompts, ids, tokens, f"target {target.name!r}")
+
+
+def user_prompts(
+    source: PromptSettings, prompter: str, split: str = "train", n: int | None = None
+) -> list[str]:
+    """The user's prompts: those of the file, or a split of a row of `DATASETS`; the first n."""
+    from alignpro.llm.data import own as own_files
+    from alignpro.llm.data import public
+    from alignpro.llm.models import packages
+
+    if n is not None and n < 1:
+        raise AlignProError(f"prompts {n}: give at least 1")
+    public.check_dataset(source.dataset, source.data_folder, split)
+    own, fits, longest = None, None, source.max_prompt_tokens
+    if source.prompts_file is not None:
+        own = own_files.read_prompts(source.prompts_file, source.prompt_column)
+    if longest is not None:
+        fits = public.shorter(tokens=longest, tokenizer=_tokenizer(prompter))
+    if own is None:
+        return public.prompts(source.dataset, split, n, folder=source.data_folder, fits=fits)
+    found = [x for x in own if fits is None or fits(x)]
+    if not found:
+        raise AlignProError(f"max_prompt_tokens {longest}: no prompt is as short; raise it")
+    if len(found) < len(own):
+        packages.note(f"{len(own) - len(found)} prompts of more than {longest} tokens left out")
+    if n is not None and n > len(found):
+        raise AlignProError(f"prompts {n}: choose from 1 to the {len(found)} there are")
+    return found[:n]
+
+
+def _tokenizer(prompter: str) -> Any:
+    """The tokenizer with which the prompter reads, without its model."""
+    from transformers import AutoTokenizer
+
+    from alignpro.llm.models import adapters, catalogue, resolve
+
+    home = resolve.resolve(prompter)
+    while catalogue.is_adapter(home):  # which has no tokenizer of its own
+        home = resolve.resolve(adapters.adapter_base(home))
+    try:
+        return AutoTokenizer.from_pretrained(home, trust_remote_code=False)
+    except Exception as error:
+        raise AlignProError(
+            f"model {prompter!r}: cannot read its tokenizer ({error!r}); save it with save_pretrained"
+        ) from error
