@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
-from alignpro.errors import AlignProError
+from alignpro.errors import AlignProError, check_temperature
 from alignpro.report.numbers import plain
 
 if TYPE_CHECKING:
@@ -150,8 +150,6 @@ class App:
         }
 
     def _solve(self, given: dict[str, str]) -> Any:
-        from alignpro.theory.gibbs import check_temperature
-
         explored = self._of(given)
         beta, lam = (check_temperature(name, _temperature(given, name)) for name in ("beta", "lam"))
         return explored.solve(beta, lam, _whole(given, "prompt", 0, explored.instance.shape[0] - 1))

@@ -20,6 +20,7 @@ from alignpro.llm.arms.judge_settings import JudgeSettings
 from alignpro.llm.arms.question import Reading, control_tokens, question, read_verdict
 from alignpro.llm.models.chat import parse_options
 from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Target
 
 FILE = "judgements.jsonl"
