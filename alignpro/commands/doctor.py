@@ -182,7 +182,6 @@ class Doctor:
     """One JSON object, instead of a table."""
 
     def run(self) -> int:
-
         found = examine()
         tell("doctor", found, table(found), self.json, None)
         return int(found["extras"][0]["remedy"] is not None)

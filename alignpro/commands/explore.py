@@ -1,6 +1,6 @@
 """`alignpro explore`: a page on 127.0.0.1 where one moves β and λ and the theory follows.
 
-The mathematics stays in `alignpro.theory`; the page (`templates/html`) draws what this module answers
+The mathematics stays in `alignpro.theory`; the page (`explore.html`) draws what this module answers
 as JSON. Names of prompts, rewrites and responses, and rollouts, were written by strangers and by language
 models: they travel as JSON strings and reach the page as text nodes only. Needs no torch.
 """
@@ -19,7 +19,6 @@ import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -29,6 +28,7 @@ import numpy as np
 
 from alignpro import rollouts
 from alignpro.errors import AlignProError
+from alignpro.report import theme
 from alignpro.theory import BOUNDS, FAMILIES, LOWER_BOUNDS, STATEMENTS, Instance, load, solution
 from alignpro.theory.bounds import paper_r_max, report
 from alignpro.theory.families import draw
@@ -361,7 +361,7 @@ def _plain(value: Any) -> Any:
 @functools.cache
 def page() -> tuple[bytes, str]:
     """The page, and its Content-Security-Policy: its own script and style, by hash, and no others."""
-    text = files("alignpro.report").joinpath("templates/html").read_text(encoding="utf-8")
+    text = theme.template("explore.html")
     sources = []
     for tag in ("script", "style"):
         (inline,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
