@@ -1,14 +1,19 @@
 """`alignpro demo`: theory meets PPO on a real language model."""
 
+import csv
+import io
 import shlex
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignpro.commands.demo_page import EXAMPLES, PROMPTERS, examples, page
+from alignpro.commands.demo_page import EXAMPLES, PROMPTERS, answers_of, page, shown
 from alignpro.report import keep
+from alignpro.report.numbers import Json
+from alignpro.report.text import visible
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.demo import DemoResult
@@ -91,3 +96,33 @@ def text(result: "DemoResult") -> str:
         f"Theorem 1 {bound['verdict']}: gap {bound['gap']:.3f}, right side {bound['rhs']:.3f}"
         f"{' (vacuous)' if bound['vacuous'] else ''}"
     )
+
+
+def _guard(text: str) -> str:
+    """Safe in a spreadsheet: what would be read as a formula starts with a quote."""
+    text = visible(text)
+    return f"'{text}" if text.lstrip()[:1] in tuple("=+-@＝＋－＠") or text[:1] in ("\t", "\n") else text
+
+
+def examples(prompts: Sequence[Json]) -> str:
+    """CSV, one row per prompt: rewards, each policy's favourite rewrite, and most probable responses."""
+    rows = []
+    for p in prompts:
+        row = {"prompt": _guard(p["prompt"]), "gap": p["gap"]}
+        row |= {f"reward_{name}": value for name, value in p["rewards"].items()}
+        for who in (*PROMPTERS, "reward"):
+            best: Mapping[str, Any] = max(p["rewrites"], key=lambda r: r[who], default={})
+            column = "best_rewrite" if who == "reward" else f"rewrite_{who}"
+            row |= {column: _guard(best.get("text", "")), f"{column}_R": best.get("reward", "")}
+            if who != "reward":
+                row[f"{column}_probability"] = best.get(who, "")
+        for name, answers in answers_of(p).items():
+            row[f"response_{name}"] = _guard(shown(answers[0])) if answers else ""
+            row[f"response_{name}_reward"] = answers[0]["reward"] if answers else ""
+        rows.append(row)
+    file = io.StringIO(newline="")
+    if rows:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n", restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return file.getvalue()

@@ -1,9 +1,7 @@
-"""The page of `alignpro demo`, and its examples as a table."""
+"""The page of `alignpro demo`."""
 
-import csv
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from alignpro.report.numbers import Json, interval, number
 from alignpro.report.page import (
@@ -20,7 +18,6 @@ from alignpro.report.page import (
     Stacks,
     Table,
 )
-from alignpro.report.text import visible
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.demo import DemoResult
@@ -380,12 +377,14 @@ def _best_rewrites(prompt: Json) -> list[Json]:
     return sorted(chosen, key=lambda r: -r["reward"])
 
 
-def _answers(prompt: Json) -> dict[str, Sequence[Json]]:
+def answers_of(prompt: Json) -> dict[str, Sequence[Json]]:
+    """The most probable answers to the prompt, by what they come from."""
     a = prompt["answers"]
     return {"no_prompter": a["no_prompter"], "theta": a["theta"]["answers"], "rlhf": a["rlhf"]}
 
 
-def _cut(answer: Json) -> str:
+def shown(answer: Json) -> str:
+    """The text of an answer, with an ellipsis where it was cut."""
     return answer["text"] + "…" * bool(answer["cut"])
 
 
@@ -413,47 +412,14 @@ def _add_prompts(page: Page, result: "DemoResult") -> None:
             (
                 str(asked.get(who, p["prompt"])),
                 _ANSWERS[who],
-                _cut(a),
+                shown(a),
                 _n(a["reward"]),
                 _share(a["probability"]),
             )
-            for who, answers in _answers(p).items()
+            for who, answers in answers_of(p).items()
             for a in answers[:1]
         ]
         answers = Table("asked | by | response | reward | probability", said, "twtnn")
         means = ", ".join(f"{name} {_n(p['rewards'][key])}" for key, name in names.items())
         sentence = f"Expected reward: {means}. Gap of ρ_θ: {_n(p['gap'])}."
         page.add(f"{i}.", sentence, [rewrites, answers], quoted=p["prompt"], folded=True)
-
-
-# --- examples.csv -----------------------------------------------------------------------------------------
-
-
-def _guard(text: str) -> str:
-    """Safe in a spreadsheet: what would be read as a formula starts with a quote."""
-    text = visible(text)
-    return f"'{text}" if text.lstrip()[:1] in tuple("=+-@＝＋－＠") or text[:1] in ("\t", "\n") else text
-
-
-def examples(prompts: Sequence[Json]) -> str:
-    """CSV, one row per prompt: rewards, each policy's favourite rewrite, and most probable responses."""
-    rows = []
-    for p in prompts:
-        row = {"prompt": _guard(p["prompt"]), "gap": p["gap"]}
-        row |= {f"reward_{name}": value for name, value in p["rewards"].items()}
-        for who in (*PROMPTERS, "reward"):
-            best: Mapping[str, Any] = max(p["rewrites"], key=lambda r: r[who], default={})
-            column = "best_rewrite" if who == "reward" else f"rewrite_{who}"
-            row |= {column: _guard(best.get("text", "")), f"{column}_R": best.get("reward", "")}
-            if who != "reward":
-                row[f"{column}_probability"] = best.get(who, "")
-        for name, answers in _answers(p).items():
-            row[f"response_{name}"] = _guard(_cut(answers[0])) if answers else ""
-            row[f"response_{name}_reward"] = answers[0]["reward"] if answers else ""
-        rows.append(row)
-    file = io.StringIO(newline="")
-    if rows:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n", restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    return file.getvalue()

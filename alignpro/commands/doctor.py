@@ -1,4 +1,4 @@
-"""What is installed, what this machine has, what is cached, and the command that gets what is missing.
+"""`alignpro doctor`: what is installed, what this machine has, what is cached, and how to get the rest.
 
 Nothing is fetched and no network is asked. Names no user, host or folder but the cache's.
 """

@@ -34,7 +34,7 @@ class Drawing(NamedTuple):
     canvas: Canvas
     alt: str
     more: str = ""
-    """What the figure leaves out."""
+    """A sentence on what the figure leaves out."""
     tall: bool = False
     """Whether it may go over several sheets in print."""
 

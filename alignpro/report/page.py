@@ -1,4 +1,4 @@
-"""What a verb's page says: sections of texts, tables and figures, as plain data.
+"""The page of a verb as plain data: sections of texts, tables and figures.
 
 `alignpro.report.keep` writes a `Page` as self-contained HTML, which `alignpro.report.render` makes. Importing
 this needs the standard library alone, and draws nothing.
@@ -31,12 +31,12 @@ class Dots(NamedTuple):
 
     title: str
     axis: str
-    """What the numbers are, with their unit."""
+    """Name of the numbers, with their unit."""
     dots: Sequence[Dot]
     marks: Sequence[tuple[float, str]] = ()
     """Dashed lines: where, and what is there."""
     least: float | None = None
-    """Where the axis begins at the latest; an interval that goes on leaves it."""
+    """Latest beginning of the axis; an interval that goes on leaves it."""
 
 
 class Curve(NamedTuple):
@@ -55,7 +55,7 @@ class Panel(NamedTuple):
     """The curves that share one axis."""
 
     axis: str
-    """What the numbers are, with their unit."""
+    """Name of the numbers, with their unit."""
     curves: Sequence[Curve]
     marks: Sequence[tuple[float, str]] = ()
     """Level dashed lines: at what height, and what is there."""
@@ -76,7 +76,7 @@ class Stack(NamedTuple):
 
     label: str
     terms: Mapping[str, float]
-    """What is added (positive) and subtracted (negative), by the name that the legend shows."""
+    """Numbers to add (positive) and to subtract (negative), by the name that the legend shows."""
     total: float
     """The sum of the terms."""
     against: float
@@ -89,12 +89,12 @@ class Stacks(NamedTuple):
 
     title: str
     axis: str
-    """What the numbers are, with their unit."""
+    """Name of the numbers, with their unit."""
     stacks: Sequence[Stack]
     total: str
-    """What the sums are called."""
+    """Name of the sums."""
     against: str
-    """What each is compared with."""
+    """Name of the numbers that they are compared with."""
     mark: tuple[float, str] | None = None
     """A dashed line: where, and what is there."""
 
@@ -111,7 +111,7 @@ class Bars(NamedTuple):
     """Bars side by side, one for each series, in panels one below the other."""
 
     axis: str
-    """What the numbers are, with their unit."""
+    """Name of the numbers, with their unit."""
     series: Sequence[str]
     panels: Sequence[BarPanel]
 
@@ -137,7 +137,7 @@ class Section:
 
     heading: str
     sentence: str
-    """What the section shows; an empty line begins a new paragraph."""
+    """Introduction of the section; an empty line begins a new paragraph."""
     tables: Sequence[Table] = ()
     figure: Figure | None = None
     points: Sequence[str] = ()
@@ -162,14 +162,14 @@ class Key(NamedTuple):
 
 @dataclass
 class Page:
-    """What a verb found. Its sections follow one another as they were added."""
+    """Finding of a verb. Its sections follow one another as they were added."""
 
     verb: str
     title: str
     lead: str
     """The finding; an empty line begins a new paragraph."""
     settings: Json
-    """What it was run with, the seed among it."""
+    """Settings of the run, the seed among them."""
     keys: list[Key] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
 
@@ -191,7 +191,7 @@ class Page:
 
 
 def some(of: Json, keys: str) -> dict[str, Any]:
-    """Those of `of` whose keys are named, with spaces between them."""
+    """Entries of `of` whose keys are named, with spaces between them."""
     return {key: of[key] for key in keys.split()}
 
 

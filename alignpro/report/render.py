@@ -100,7 +100,7 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _section(section: Section, pictures: dict[str, bytes | None]) -> dict[str, Any]:
-    """What the template shows of a section; adds the figure's own file to `pictures`."""
+    """Values of a section for the template; adds the figure's own file to `pictures`."""
     drawing = None if section.figure is None else figures.draw(section.figure)
     png = None if drawing is None else figures.png(drawing)
     if section.file:

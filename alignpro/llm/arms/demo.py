@@ -1,4 +1,4 @@
-"""Theory and a real PPO run meet on a real language model: what `alignpro demo` does.
+"""Theory and a real PPO run meet on a real language model: the work of `alignpro demo`.
 
 Three stages, each of which leaves its result in the output folder, so that an interrupted run continues:
 enumerate (texts.json, instance.npz), train (training/), analyse (report.json).
@@ -139,7 +139,7 @@ class DemoResult:
     bounds: Mapping[str, Mapping[str, Json]]
     """Reports of `FORMS`, by name and prompter."""
     prompts: Sequence[Json]
-    """Of each prompt its rewards, its rewrites with their probabilities, and the most probable answers."""
+    """For each prompt: rewards, rewrites with their probabilities, the most probable answers."""
     title: str
     command: str | None
     created: str
