@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except AlignProError as error:
-        for line in str(error).splitlines():
+        for line in str(error).split("\n"):
             print(f"alignpro: error: {line}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:

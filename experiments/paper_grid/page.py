@@ -1,12 +1,7 @@
 """The page of the paper's experiments."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-
-from alignpro.commands.estimate import _verdict
 from alignpro.report.numbers import interval, number
 from alignpro.report.page import Dots, Json, Page, Table, dot, some
 
@@ -15,7 +10,7 @@ _BASELINES = {"sft": "ρ_sft", "star": "ρ*, training-free", "best_of_n": "best 
 
 
 def report_of_grid(results: Json) -> Page:
-    """Of the grid's results.json: verdicts on the paper's claims, and the numbers behind them."""
+    """The page of the grid's results.json: verdicts on the paper's claims, and the numbers behind them."""
     every, said = results["combinations"], [claim["verdict"] for claim in results["claims"]]
     level, verdicts = f"{results['level']:.0%} intervals", ("reproduced", "not reproduced", "undecided")
     page = Page(
@@ -99,7 +94,8 @@ def _add_combinations(page: Page, results: Json, level: str) -> None:
     for name, e in every.items():
         for b in e["theorem1"]:
             cells = (interval(b[key]) for key in ("gap", "rhs", "slack"))
-            rows.append((name, f"{b['name']}, {b['about']}", *cells, _verdict(b)))
+            said = b["verdict"] + ", vacuous" * b["vacuous"]
+            rows.append((name, f"{b['name']}, {b['about']}", *cells, said))
     page.add(
         "Theorem 1",
         "gap ≤ right side, from the rollouts. Vacuous: the right side is at least the reward's width.",
