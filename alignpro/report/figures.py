@@ -241,7 +241,9 @@ def _draw_curve(axes: Axes, steps: Sequence[int], curve: Curve, i: int) -> list[
     look: dict[str, Any] = {"color": colour, "label": _entry(curve.name)}
     if curve.points:
         look |= {"fmt": "D", "ms": 5, "mfc": theme.PAPER, "lw": 1, "capsize": 3, "alpha": 0.85}
-        axes.errorbar(steps, values, yerr=errors or None, **look)
+        kept = [i for i, value in enumerate(values) if _finite(value)]
+        heights = [errors[i] for i in kept] if errors else None
+        axes.errorbar([steps[i] for i in kept], [values[i] for i in kept], yerr=heights, **look)
     else:
         look |= {"ls": _DASHES[i % len(_DASHES)], "lw": 1.6}
         look |= {"marker": marker, "ms": 4.5} if len(values) <= 40 else {}

@@ -340,7 +340,8 @@ def test_bars_are_as_long_as_the_terms(content, drawn):
     for i, (label, symbol) in enumerate(ticks):
         expected = content["bounds"][names[label]][who[symbol]]
         here = [(bar, w) for bar, w, y in bars if abs(y - i) < 0.5]
-        assert [w for bar, w in here if bar.get_hatch()] == [v for v in expected["terms"].values() if v < 0]
+        taken = [v for v in expected["terms"].values() if v < 0]
+        assert [w for bar, w in here if bar.get_hatch()] == pytest.approx(taken)
         added = [v for v in expected["terms"].values() if v > 0]
         solid = sorted(w for bar, w in here if not bar.get_hatch())
         assert solid == pytest.approx(sorted([*added, expected["gap"]]))
