@@ -82,9 +82,6 @@ QUICK = DemoSettings(
 """A small run: the same code on smaller sets."""
 
 
-# --- one policy against the optimum -----------------------------------------------------------------------
-
-
 class Measures:
     """Exact measures of any prompter on one instance, at fixed β and λ."""
 
