@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Verdict = Literal["holds", "violated", "inconclusive", "inapplicable"]
-"""What a check found. `inconclusive`: the slack is within its own uncertainty. `inapplicable`: an assumption
+"""Outcome of a check. `inconclusive`: the slack is within its own uncertainty. `inapplicable`: an assumption
 fails, or a quantity that the claim needs is missing."""
 
 Kind = Literal["upper bound", "lower bound", "identity", "lemma", "known wrong"]
@@ -17,28 +17,30 @@ Kind = Literal["upper bound", "lower bound", "identity", "lemma", "known wrong"]
 the tester."""
 
 Relation = Literal["<=", ">=", "="]
+"""How the left side (the gap, for bounds) stands to the bound."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: how to evaluate it, and how to read what comes out."""
+    """One claim: how to evaluate it, and how to read what comes out. It is called as its function is."""
 
     function: Callable[..., Any]
     """Evaluates it: a `Statement` of the exact theory from a `Solution`, or of estimation from `Terms`."""
     kind: Kind
+    """The sort of statement: a bound on the gap, an equality, a lemma, or a known-wrong reading."""
     relation: Relation = "<="
     """How the gap (or a lemma's left side) stands to the bound: `<=`, `>=` or `=`."""
     any_prompter: bool = False
     """Whether it is about every prompter ρ, rather than about the optimal ρ* alone."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """The claim's statement."""
+        """Evaluate the claim's statement."""
         return self.function(*arguments, **named)
 
     @property
-    def true(self) -> bool:
-        """Whether it is a theorem, rather than a known-wrong reading."""
-        return self.kind != "known wrong"
+    def __name__(self) -> str:
+        """The function's own name, for what shows the names of functions."""
+        return str(self.function.__name__)
 
 
 def of_kind(claims: Mapping[str, Claim], *kinds: Kind) -> dict[str, Claim]:

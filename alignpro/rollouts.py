@@ -19,9 +19,9 @@ import numpy as np
 from alignpro.errors import AlignProError
 
 LOGPS = ("logp_frozen_x", "logp_frozen_rewrite", "logp_prompter", "logp_reference", "logp_policy")
-"""Sequence log-probabilities, in nats, of whole texts with their end, under the sampler that was used."""
+"""The log-probabilities of a row, in nats, of whole texts with their end, under the sampler that was used."""
 SHARED = ("frozen", "reward_model", "sampling", "reward_low", "reward_high")
-"""What all rows of a file have in common."""
+"""The fields that all rows of a file have in common."""
 _ROUNDING = 1e-3  # nats: how far above 0 a log-probability summed in low precision may come out
 
 
@@ -34,20 +34,22 @@ class Rollout:
     """
 
     prompt_id: str
+    """The prompt's name."""
     x: str
     """The user's prompt; one for every prompt_id."""
     arm: str
-    """none (x itself), sft (x′ ~ ρ_sft), star (ρ*), trained (ρ_θ), rlhf (a tuned policy), best_of_n, or any
-    other name."""
+    """Who rewrote the prompt: none (x itself), sft (x′ ~ ρ_sft), star (ρ*), trained (ρ_θ), best_of_n, rlhf (a
+    tuned policy), or any other name."""
     seed: int
-    """Of the training run, or of the draw: all seeds of a prompt are one cluster."""
+    """Seed of the training run, or of the draw; all seeds of a prompt are one cluster."""
     draw: int
-    """Which rewrite of this prompt, arm and seed."""
+    """Number of the rewrite, among those of this prompt, arm and seed."""
     answer: int
-    """Which answer to that rewrite."""
+    """Number of the answer, among those to this rewrite."""
     rewrite: str | None
-    """x′; x itself in arm none; None where a policy answers x directly (arm rlhf)."""
+    """The rewrite x′; x itself in arm none; None where a policy answers x directly (arm rlhf)."""
     response: str
+    """The answer y."""
     reward: float
     """r(x, y), within [reward_low, reward_high]."""
     logp_frozen_x: float | None
@@ -61,15 +63,17 @@ class Rollout:
     logp_policy: float | None
     """log π_θ(y|x) of the tuned policy."""
     frozen: str
-    """Which frozen model."""
+    """Name of the frozen model."""
     prompter: str
-    """Which prompter or policy; one for every arm and seed."""
+    """Name of the prompter or policy; one for every arm and seed."""
     reward_model: str
+    """Name of the reward."""
     sampling: str
     """How the frozen model decodes, in words or JSON."""
     reward_low: float
-    """Declared range of the reward: bounds that hold a priori, not the extremes seen."""
+    """Declared lower end of the reward: a bound that holds a priori, not the least seen."""
     reward_high: float
+    """Declared upper end of the reward."""
 
     def line(self) -> str:
         """The row as one line of JSON, its newline included; −inf as Python's `-Infinity`."""
@@ -89,21 +93,21 @@ class Rollouts:
     prompt_ids: tuple[str, ...]
     arms: tuple[str, ...]
     prompt: np.ndarray
-    """[N] position in `prompt_ids`."""
+    """[N] integers: the row's prompt, as a position in `prompt_ids`."""
     arm: np.ndarray
-    """[N] position in `arms`."""
+    """[N] integers: the row's arm, as a position in `arms`."""
     seed: np.ndarray
-    """[N]"""
+    """[N] integers, as in `Rollout`."""
     draw: np.ndarray
-    """[N]"""
+    """[N] integers, as in `Rollout`."""
     answer: np.ndarray
-    """[N]"""
+    """[N] integers, as in `Rollout`."""
     reward: np.ndarray
-    """[N], in [low, high]."""
+    """[N] rewards, in [low, high]."""
     logps: dict[str, np.ndarray]
-    """`LOGPS` [N] in nats; NaN where a row has none."""
+    """Log-probabilities [N] in nats, by the names in `LOGPS`; NaN where a row has none."""
     prompters: dict[tuple[str, int], str]
-    """By arm and seed."""
+    """Names of the prompters, by arm and seed."""
     direct: frozenset[str]
     """Arms without rewrites, whose policy answers x itself."""
     frozen: str
@@ -116,12 +120,12 @@ class Rollouts:
         return len(self.reward)
 
     def rows(self, arm: str) -> np.ndarray:
-        """[N] bool: the rows of `arm`; all False where it has none."""
+        """Which rows are of `arm`: [N] truth values, all False where it has none."""
         return self.arm == (self.arms.index(arm) if arm in self.arms else -1)
 
 
 def read(path: str | os.PathLike[str]) -> Rollouts:
-    """A rollout file, validated as a whole. Fields beyond those of `Rollout` are ignored.
+    """Read a rollout file and validate it as a whole. Fields beyond those of `Rollout` are ignored.
 
     Raises:
         AlignProError: the file is missing, empty or cut short; a line is no JSON object, lacks a field or has
@@ -168,7 +172,7 @@ def read(path: str | os.PathLike[str]) -> Rollouts:
 
 
 def collect(rollouts: Iterable[Rollout]) -> Rollouts:
-    """Rollouts in memory, validated as `read` does; messages name the row, counted from 0."""
+    """Take rollouts from memory, validated as `read` does; messages name the row, counted from 0."""
     columns = _Columns()
     for i, rollout in enumerate(rollouts):
         try:
@@ -181,7 +185,7 @@ def collect(rollouts: Iterable[Rollout]) -> Rollouts:
 
 
 class _Wrong(Exception):
-    """What is wrong with one row, and the remedy."""
+    """A fault of one row, with the remedy."""
 
 
 def _fail(text: str) -> NoReturn:

@@ -26,16 +26,22 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TARGETS = {
     "statements": (
-        ("theory/statements.py", "theory/bounds.py", "theory/lemmas.py"),
+        (
+            "theory/bounds.py",
+            *(f"theory/statements/{n}.py" for n in ("statement", "upper", "lower", "lemmas")),
+        ),
         ("tests/theory/test_bounds.py",),
     ),
     "results": (("theory/results/reach.py", "theory/results/readings.py"), ("tests/theory/test_limits.py",)),
     "estimation": (
         (
             "estimation/samples.py",
+            "estimation/paired.py",
+            "estimation/arm.py",
             "estimation/terms.py",
             "estimation/intervals.py",
             "estimation/statements.py",
+            "estimation/estimate.py",
             "estimation/headroom.py",
             "estimation/compare.py",
             "estimation/winrate.py",

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from alignpro.estimation import winrate
-from alignpro.llm.arms.judge import ForcedChoice, control_tokens, question
+from alignpro.llm.arms.forced import ForcedChoice
+from alignpro.llm.arms.question import control_tokens, question
 from alignpro.llm.data import packaged
 from alignpro.llm.targets.local import LocalTarget
 

@@ -1,49 +1,57 @@
-"""TODO."""
+"""`alignpro compare`: arms compared by the reward, paired over prompts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import tyro
 
+from alignpro.commands.estimate import BOOTSTRAP_SEED
 from alignpro.commands.shared import read_rollouts, tell
 from alignpro.report import keep
+from alignpro.report.numbers import columns, interval, limits, number, plain
+from alignpro.report.page import Dots, Page, Table, dot
 
 if TYPE_CHECKING:
-    pass
-
-from alignpro.commands.estimate import _SEEDED
-from alignpro.report.numbers import interval, limits, number
-from alignpro.report.page import Dots, Json, Page, Table, dot
+    from alignpro import estimation
 
 
-def report_of_compare(result: Json) -> Page:
-    """Of json."""
-    base, against = result["baseline"], result["against"]
-    level = f"{result['level']:.0%} intervals"
-    said = []
-    for name, a in against.items():
-        lo, hi = a["mean"]["lo"], a["mean"]["hi"]
-        verb = "earns more than" if lo > 0 else "earns less than" if hi < 0 else "cannot be told from"
-        said.append(f"{name} {verb} {base}, {interval(a['mean'])}")
-    settings = {"level": result["level"], "arms": list(result["mean"]), "prompts": result["n_prompts"]}
-    page = Page("compare", f"Arms compared with {base}", "; ".join(said) + ".", settings | _SEEDED)
-    for name, e in list(result["mean"].items())[:4]:
-        page.key(f"Mean reward, {name}", number(e["value"]), limits(e))
+def _rows(result: "estimation.Comparison", none: str) -> list[Sequence[str]]:
+    """Each arm's mean, variance, and differences from the baseline; `none` where it is the baseline."""
+    rows: list[Sequence[str]] = []
+    for name, mean in result.mean.items():
+        against = result.against.get(name)
+        differences = (against.mean, against.variance, against.win_rate) if against else ()
+        cells = [interval(e) for e in differences] or [none] * 3
+        rows.append((name, interval(mean), interval(result.variance[name]), *cells))
+    return rows
 
-    rows = []
-    for name, e in result["mean"].items():
-        differences = (interval(against.get(name, {}).get(key)) for key in ("mean", "variance", "win_rate"))
-        rows.append((name, interval(e), interval(result["variance"][name]), *differences))
+
+def text(result: "estimation.Comparison") -> str:
+    """Each arm, and its differences from the baseline."""
+    head = ("arm", "mean reward", "variance", f"mean - {result.baseline}", "variance -", "win rate")
+    first = f"{result.n_prompts} prompts, paired; {result.level:.0%} intervals over prompts"
+    return f"{first}\n{columns([head, *_rows(result, '')])}"
+
+
+def page(result: "estimation.Comparison") -> Page:
+    """The page of `compare`: each arm beside the baseline, differences and win rates."""
+    base, level = result.baseline, f"{result.level:.0%} intervals"
+    said = [f"{name} {a.finding} {base}, {interval(a.mean)}" for name, a in result.against.items()]
+    settings = {"level": result.level, "arms": list(result.mean), "prompts": result.n_prompts}
+    page = Page("compare", f"Arms compared with {base}", "; ".join(said) + ".", settings | BOOTSTRAP_SEED)
+    for name, e in list(result.mean.items())[:4]:
+        page.key(f"Mean reward, {name}", number(e.value), limits(e))
     head = ["arm", "mean reward", "variance", f"mean − {base}", f"variance − {base}", "win rate"]
     page.add(
         "Arms",
-        f"{result['n_prompts']} prompts, paired, with {level} over prompts; those of the differences cover "
+        f"{result.n_prompts} prompts, paired, with {level} over prompts; those of the differences cover "
         "jointly over the arms. Win rate: how often an answer earns more than the baseline's, ties a half.",
-        Table(head, rows, "wnnnnn"),
+        Table(head, _rows(result, "-"), "wnnnnn"),
         Dots(
             "Mean reward of each arm",
             f"reward units, {level}",
-            [dot(*item) for item in result["mean"].items()],
+            [dot(*item) for item in result.mean.items()],
         ),
     )
     page.add(
@@ -52,7 +60,7 @@ def report_of_compare(result: Json) -> Page:
         figure=Dots(
             f"Mean reward minus that of {base}",
             f"reward units, {level}",
-            [dot(name, a["mean"]) for name, a in against.items()],
+            [dot(name, a.mean) for name, a in result.against.items()],
             [(0.0, "no difference")],
         ),
     )
@@ -62,7 +70,7 @@ def report_of_compare(result: Json) -> Page:
         figure=Dots(
             f"Win rate against {base}",
             f"share of pairs, ties a half, {level}",
-            [dot(name, a["win_rate"]) for name, a in against.items()],
+            [dot(name, a.win_rate) for name, a in result.against.items()],
             [(0.5, "even")],
         ),
     )
@@ -71,26 +79,24 @@ def report_of_compare(result: Json) -> Page:
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare arms by mean reward, variance and win rate, paired over prompts."""
+    """Compare arms by mean reward, variance of the reward and win rate, prompt by prompt."""
 
     file: tyro.conf.Positional[str]
     """Rollouts, as alignpro rollout writes them."""
     arms: tuple[str, ...]
-    """The baseline, then what is compared with it."""
+    """The baseline, then the arms to compare with it."""
     level: float = 0.95
-    """Of the intervals; differences cover jointly over the arms."""
+    """How often an interval covers the truth, between 0.5 and 1; differences cover jointly over the arms."""
     json: bool = False
-    """One JSON object, instead of a table."""
+    """Print one JSON object, instead of a table."""
     out: str | None = None
-    """Folder for json and report.html."""
+    """Folder to keep compare.json and report.html in. Left out: nothing is kept."""
 
     def run(self) -> int:
         from alignpro import estimation
-        from alignpro.commands import tables
 
-        report = estimation.compare(read_rollouts(self.file, self.out), self.arms, self.level)
-        values = report.json()
-        tell("compare", values, tables.of_comparison(report), self.json, self.out)
+        result = estimation.compare(read_rollouts(self.file, self.out), self.arms, self.level)
+        tell("compare", plain(result), text(result), self.json, self.out)
         if self.out is not None:
-            keep.keep(report_of_compare(values), self.out)
+            keep.keep(page(result), self.out)
         return 0

@@ -1,6 +1,6 @@
-"""TODO."""
+"""`alignpro estimate`: Theorem 1 checked on rollouts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,142 +8,179 @@ import tyro
 
 from alignpro.commands.shared import read_rollouts, tell
 from alignpro.report import keep
+from alignpro.report.numbers import columns, interval, limits, number, plain
+from alignpro.report.page import Dots, Page, Table, dot, some
 
 if TYPE_CHECKING:
-    pass
+    from alignpro.estimation import Estimate as Number
+    from alignpro.estimation import EstimateReport
 
-from alignpro.report.numbers import interval, limits, number
-from alignpro.report.page import Dots, Json, Page, Table, dot, some
-
-
-def _verdict(bound: Json) -> str:
-    return bound["verdict"] + (", vacuous" if bound["vacuous"] else "")
+BOOTSTRAP_SEED = {"seed": "the bootstrap's is fixed; those of the rollouts are in their file"}
+"""The line about seeds in the settings of a page."""
+_SPLIT = ("gap", "prompting_ceiling", "kl_regularisation", "optimisation")
 
 
-def _shown_estimates(of: Mapping[Any, Json], first: str) -> Table:
-    rows = []
-    for name, e in of.items():
-        said = ["degenerate weights: bounds"] * e["bracket"]
-        said += [f"biased {e['bias']}"] * (e["bias"] in ("up", "down"))
-        said += [] if e["ess"] is None else [f"effective sample size {e['ess']:.1f}"]
-        rows.append((str(name), interval(e), "; ".join(said) or "–", number(e["n"]), e["method"]))
-    return Table(f"{first} | value [interval] | remarks | rollouts | how", rows, "wnwnw")
+def text(result: "EstimateReport") -> str:
+    """Quantities, gaps, bounds with their verdicts, and where the gap comes from."""
+    low, high = result.reward_range
+    lines = [
+        f"{result.n} rollouts of {result.n_prompts} prompts, beta {result.beta:g}, lambda {result.lam:g}; "
+        f"{result.level:.0%} intervals over prompts",
+        f"frozen {result.frozen}, reward {result.reward_model} in [{low:g}, {high:g}], {result.sampling}",
+        "",
+        "quantities",
+        _lines(result.quantities),
+    ]
+    if result.gaps:
+        lines += ["", "gap J(pi*) - J(arm), and of a tuned policy's J", _lines(result.gaps)]
+    rows: list[Sequence[str]] = [("bound", "about", "gap", "rhs", "slack (joint interval)", "verdict")]
+    for bound in result.bounds:
+        cells = ("" if e is None else interval(e) for e in (bound.gap, bound.rhs, bound.slack))
+        rows.append((bound.name, bound.prompter, *cells, bound.finding))
+    notes = [f"  {bound.name} of {bound.prompter}: {bound.why}" for bound in result.bounds if bound.why]
+    lines += ["", "gap <= rhs", columns(rows), *dict.fromkeys(notes)]
+    if any(bound.vacuous for bound in result.bounds):
+        lines.append("  vacuous: rhs is at least the width of the reward, so true of any policies")
+    if result.splits:
+        rows = [("the gap of", *(name.replace("_", " ").replace("kl", "KL") for name in _SPLIT))]
+        rows[0] = (*rows[0], "sampling error")
+        for arm, split in result.splits.items():
+            parts = (interval(getattr(split, name)) for name in _SPLIT)
+            rows.append((arm, *parts, f"+-{split.sampling_error:.3g}"))
+        lines += ["", "where it comes from", columns(rows)]
+    if result.missing:
+        lines += ["", "not to be had from these rollouts"]
+        lines += [f"  {name}: {why}" for name, why in result.missing.items()]
+    lines += [f"warning: {warning}" for warning in result.warnings]
+    return "\n".join(lines)
 
 
-def _add_notes(page: Page, of: Json) -> None:
-    """What a result lacks and warns of."""
-    if of.get("missing"):
-        rows = list(of["missing"].items())
-        page.add(
-            "Not to be had", "What these rollouts do not tell, and why.", Table("what | why", rows, "ww")
-        )
-    if of["warnings"]:
-        rows = [(str(i), text) for i, text in enumerate(of["warnings"], 1)]
-        page.add("Warnings", "What to keep in mind with these numbers.", Table(" | warning", rows, "ww"))
+def _lines(found: Mapping[str, "Number"]) -> str:
+    return columns([(name, interval(e), ", ".join(e.remarks)) for name, e in found.items()])
 
 
-_SEEDED = {"seed": "the bootstrap's is fixed; those of the rollouts are in their file"}
-
-
-def report_of_estimate(result: Json) -> Page:
-    """Of json."""
-    low, high = result["reward_range"]
-    bounds, axis = result["bounds"], f"reward units, {result['level']:.0%} intervals"
-    first = next(b for b in bounds if b["name"] == "theorem1")
+def page(result: "EstimateReport") -> Page:
+    """The page of `estimate`: bounds with their verdicts and terms, quantities, gaps, and what is missing."""
+    about, axis = result.theorem1, f"reward units, {result.level:.0%} intervals"
     keys = "beta lam level frozen reward_model reward_range sampling prompters"
+    why = f"; {about.why}" if about.why else ""
     page = Page(
         "estimate",
         "Theorem 1 on rollouts",
-        f"Theorem 1 about {first['prompter']}: {_verdict(first)}"
-        + f"; {first['why']}" * bool(first["why"])
-        + ".",
-        some(result, keys) | _SEEDED,
+        f"Theorem 1 about {about.prompter}: {about.finding}{why}.",
+        some(plain(result), keys) | BOOTSTRAP_SEED,
     )
-    page.key("Theorem 1", first["verdict"], "vacuous" if first["vacuous"] else "")
-    for name, e in ((f"Gap of {first['prompter']}", first["gap"]), ("Right side", first["rhs"])):
-        page.key(name, number(e and e["value"]), limits(e))
-    page.key("Rollouts", number(result["n"]), f"of {result['n_prompts']} prompts")
+    page.key("Theorem 1", about.verdict, "vacuous" if about.vacuous else "")
+    for name, e in ((f"Gap of {about.prompter}", about.gap), ("Right side", about.rhs)):
+        page.key(name, number(e.value if e else None), limits(e))
+    page.key("Rollouts", number(result.n), f"of {result.n_prompts} prompts")
 
     rows, dots, terms = [], [], []
-    for b in bounds:
-        name, about = b["name"], b["prompter"]
-        cells = (interval(b[key]) for key in ("gap", "rhs", "slack"))
-        rows.append((name, about, *cells, _verdict(b), b["why"] or "–"))
-        for key, words in (("gap", "gap"), ("rhs", "right side")):
-            dots.append(dot(f"{name}, {about}", b[key], words))
-        terms += [(name, about, term, interval(e)) for term, e in b["terms"].items()]
+    for b in result.bounds:
+        cells = (interval(e) for e in (b.gap, b.rhs, b.slack))
+        rows.append((b.name, b.prompter, *cells, b.finding, b.why or "–"))
+        for e, words in ((b.gap, "gap"), (b.rhs, "right side")):
+            dots.append(dot(f"{b.name}, {b.prompter}", e, words))
+        terms += [(b.name, b.prompter, term, interval(e)) for term, e in b.terms.items()]
     page.add(
         "Bounds on the gap",
-        f"gap ≤ right side, with {result['level']:.0%} intervals over prompts; the slacks' cover jointly. "
-        f"Vacuous: the right side is at least the reward's width, {number(high - low)}.",
+        f"gap ≤ right side, with {result.level:.0%} intervals over prompts; the slacks' cover jointly. "
+        f"Vacuous: the right side is at least the reward's width, {number(result.width)}.",
         Table("bound | about | gap | right side | slack | verdict | why", rows, "wwnnnww"),
-        Dots("Each bound beside the gap", axis, dots, [(high - low, "vacuous from here")]),
+        Dots("Each bound beside the gap", axis, dots, [(result.width, "vacuous from here")]),
     )
     page.add(
         "Their terms",
-        "What the right sides are made of; the prompter's KL and Jeffreys' divergence are subtracted.",
+        "What the right sides are made of: each is the sum of its terms, which carry their signs.",
         Table("bound | about | term | value [interval]", terms, "wwwn"),
     )
-    found, gaps = result["quantities"], result["gaps"]
+    rewards = [dot(name, e) for name, e in result.quantities.items() if name.startswith("J(")]
     page.add(
         "Quantities",
-        "What these rollouts give of the theory; J is an expected reward, TV a total variation.",
-        _shown_estimates(found, "quantity"),
-        Dots("Expected rewards", axis, [dot(name, e) for name, e in found.items() if name.startswith("J(")]),
+        "What these rollouts give of the theory; J is an expected reward, TV a total variation, ESS an "
+        "effective sample size.",
+        shown_estimates(result.quantities, "quantity"),
+        Dots("Expected rewards", axis, rewards),
     )
     page.add(
         "Gaps to the optimum",
         "J(π*) minus the J of each arm; “rlhf − …” has the tuned policy's J in J(π*)'s place.",
-        _shown_estimates(gaps, "gap of"),
-        Dots("Gap of each arm", axis, [dot(name, e) for name, e in gaps.items()], [(0.0, "no gap")]),
+        shown_estimates(result.gaps, "gap of"),
+        Dots("Gap of each arm", axis, [dot(name, e) for name, e in result.gaps.items()], [(0.0, "no gap")]),
     )
-    if result["splits"]:
-        rows = []
-        for arm, split in result["splits"].items():
-            parts = ("gap", "prompting_ceiling", "kl_regularisation", "optimisation")
-            error = f"± {number(split['sampling_error'], '.3g')}"
-            rows.append((arm, *(interval(split[key]) for key in parts), error))
+    if result.splits:
+        rows = [
+            (
+                arm,
+                *(interval(getattr(split, name)) for name in _SPLIT),
+                f"± {number(split.sampling_error, '.3g')}",
+            )
+            for arm, split in result.splits.items()
+        ]
         head = "gap of | gap | prompting ceiling | KL regularisation | optimisation | sampling error"
         page.add("Where it comes from", "Each gap is the sum of three parts.", Table(head, rows, "wnnnnn"))
-    _add_notes(page, result)
+    if result.missing:
+        table = Table("what | why", list(result.missing.items()), "ww")
+        page.add("Not to be had", "What these rollouts do not tell, and why.", table)
+    add_warnings(page, result.warnings)
     return page
+
+
+def shown_estimates(found: Mapping[Any, "Number"], first: str) -> Table:
+    """A table of numbers with their intervals and remarks, headed `first`."""
+    rows = [
+        (str(name), interval(e), "; ".join(e.remarks) or "–", number(e.n), e.method)
+        for name, e in found.items()
+    ]
+    return Table(f"{first} | value [interval] | remarks | rollouts | how", rows, "wnwnw")
+
+
+def add_warnings(page: Page, warnings: Sequence[str]) -> None:
+    """Add the section of warnings to `page` where there are any."""
+    if warnings:
+        rows = [(str(i), warning) for i, warning in enumerate(warnings, 1)]
+        page.add("Warnings", "What to keep in mind with these numbers.", Table(" | warning", rows, "ww"))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Check Theorem 1 on rollouts: every term, the gap, the bounds and their verdicts, with intervals.
+    """Check Theorem 1 on rollouts of real models: how large the gap between RLHF and prompt optimization is,
+    what the bound allows, and whether it holds, each number with an interval.
 
-    Exit status 1 when a bound is violated.
+    The gap is the expected reward of the best fine-tuned model minus that of the frozen model with the best
+    prompter. Exit status 1 when a bound is violated.
     """
 
     file: tyro.conf.Positional[str]
-    """Rollouts, as alignpro rollout writes them: arms none and sft at least."""
+    """Rollouts, as alignpro rollout writes them: at least arms none (no prompter) and sft (the reference)."""
     beta: float
-    """RLHF tuning parameter, positive, in reward units."""
+    """Weight of the KL divergence in RLHF (beta), positive, in reward units: smaller lets fine-tuning move
+    further from the frozen model."""
     lam: float
-    """Prompt tuning parameter (lambda), positive, in reward units; that of training for a trained arm."""
+    """Weight of the KL divergence in prompt optimization (lambda), positive, in reward units; give a trained
+    arm's own."""
     level: float = 0.95
-    """Of the intervals; those of the slacks cover jointly."""
+    """How often an interval covers the truth, between 0.5 and 1; those of the slacks cover jointly."""
     r_max: float | None = None
-    """Theorem 1's r_max, when it is known a priori. Default: from the declared range of the reward."""
+    """Theorem 1's r_max, in reward units, when it is known beforehand. Left out: the upper end of the
+    declared range of the reward, or the width of that range where rewards can be negative."""
     betting: bool = False
-    """Intervals with guaranteed coverage for mean rewards and total variations; they are wider."""
+    """Give mean rewards and total variations intervals that are guaranteed at any number of prompts; they are
+    wider."""
     json: bool = False
-    """One JSON object, instead of tables."""
+    """Print one JSON object, instead of tables."""
     out: str | None = None
-    """Folder for json and report.html."""
+    """Folder to keep estimate.json and report.html in. Left out: nothing is kept."""
 
     def run(self) -> int:
         from alignpro import estimation
-        from alignpro.commands import tables
 
         rollouts = read_rollouts(self.file, self.out)
         interval: Any = "betting" if self.betting else "bootstrap"
-        report = estimation.estimate(
+        result = estimation.estimate(
             rollouts, self.beta, self.lam, self.level, r_max=self.r_max, interval=interval
         )
-        values = report.json()
-        tell("estimate", values, tables.of_estimate(report), self.json, self.out)
+        tell("estimate", plain(result), text(result), self.json, self.out)
         if self.out is not None:
-            keep.keep(report_of_estimate(values), self.out)
-        return int(any(bound.verdict == "violated" for bound in report.bounds))
+            keep.keep(page(result), self.out)
+        return int(result.violated)

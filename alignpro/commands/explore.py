@@ -27,12 +27,11 @@ import jax
 import numpy as np
 
 from alignpro import rollouts
-from alignpro.errors import AlignProError
+from alignpro.errors import AlignProError, check_temperature
 from alignpro.report import theme
 from alignpro.theory import BOUNDS, FAMILIES, LOWER_BOUNDS, STATEMENTS, Instance, load, solution
 from alignpro.theory.bounds import paper_r_max, report
 from alignpro.theory.families import draw
-from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import bare
 from alignpro.theory.results import cost, reach
 
@@ -122,7 +121,6 @@ class Explored:
     @staticmethod
     def _bound(name: str, s: Any) -> dict[str, Any]:
         said = report(name, STATEMENTS[name](s))
-        taken = {"prompter_kl", "induced_kl"} | ({"prompt_shift"} if name in LOWER_BOUNDS else set())
         return {
             "name": name,
             "relation": said.relation,
@@ -130,8 +128,7 @@ class Explored:
             "slack": said.slack,
             "verdict": said.verdict,
             "vacuous": said.vacuous,
-            # As they enter the right side: it is their sum.
-            "terms": {key: -value if key in taken else value for key, value in said.terms.items()},
+            "terms": said.terms,
         }
 
     def _label(self, axis: str, letter: str, index: int) -> str:

@@ -1,51 +1,76 @@
-"""TODO."""
+"""`alignpro headroom`: the gain that prompt optimization could reach, before any training."""
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import tyro
 
+from alignpro.commands.estimate import BOOTSTRAP_SEED, add_warnings, shown_estimates
 from alignpro.commands.shared import read_rollouts, tell
 from alignpro.report import keep
+from alignpro.report.numbers import columns, interval, limits, number, plain
+from alignpro.report.page import Dots, Page, Table, dot
 
 if TYPE_CHECKING:
-    pass
-
-from alignpro.commands.estimate import _SEEDED, _add_notes, _shown_estimates
-from alignpro.report.numbers import interval, limits, number
-from alignpro.report.page import Dots, Json, Page, Table, dot
+    from alignpro import estimation
 
 
-def report_of_headroom(result: Json) -> Page:
-    """Of json."""
-    axis = f"reward units, {result['level']:.0%} intervals"
-    settings = {"level": result["level"], "lambda": [at["lam"] for at in result["at"]]} | _SEEDED
-    page = Page("headroom", "What prompting could gain", result["answer"], settings)
-    page.key("Train at all?", re.split(r"\W", result["answer"])[0].lower())
-    for name, e in result["means"].items():
-        page.key(f"J({name})", number(e["value"]), limits(e))
-    page.key("Rollouts", number(result["n"]), f"of {result['n_prompts']} prompts")
+def text(result: "estimation.Headroom") -> str:
+    """The gain at each λ, and the answer."""
+    found = {f"J({name})": e for name, e in result.means.items()}
+    found |= {"variance within rewrites": result.within, "variance between rewrites": result.between}
+    found |= {f"best of {n} rewrites, over sft": e for n, e in result.best_of.items()}
+    if result.ceiling is not None:
+        found["best rewrite drawn, over none"] = result.ceiling
+    rows = [("lambda", "over sft", "net of lambda KL", "over none", "")]
+    for at in result.at:
+        none = "" if at.over_none is None else interval(at.over_none)
+        remarks = ", ".join(at.over_reference.remarks)
+        rows.append((f"{at.lam:g}", interval(at.over_reference), interval(at.net), none, remarks))
+    lines = [
+        f"{result.n} rollouts of {result.n_prompts} prompts; {result.level:.0%} intervals over prompts",
+        columns([(name, interval(e)) for name, e in found.items()]),
+        "",
+        "the optimal prompter's gain",
+        columns(rows),
+        *(f"warning: {warning}" for warning in result.warnings),
+        "",
+        result.answer,
+    ]
+    return "\n".join(lines)
 
-    groups = {"over_reference": "over ρ_sft", "net": "net of λ KL", "over_none": "over no prompter"}
+
+def page(result: "estimation.Headroom") -> Page:
+    """The page of `headroom`: the answer, the gain at each λ, and the numbers that it rests on."""
+    axis = f"reward units, {result.level:.0%} intervals"
+    settings = {"level": result.level, "lambda": [at.lam for at in result.at]} | BOOTSTRAP_SEED
+    page = Page("headroom", "What prompting could gain", result.answer, settings)
+    page.key("Train at all?", result.decision)
+    for name, e in result.means.items():
+        page.key(f"J({name})", number(e.value), limits(e))
+    page.key("Rollouts", number(result.n), f"of {result.n_prompts} prompts")
+
+    groups = ("over ρ_sft", "net of λ KL", "over no prompter")
     rows, dots = [], []
-    for at in result["at"]:
-        rows.append((f"λ = {number(at['lam'])}", *(interval(at[key]) for key in groups)))
-        dots += [dot(rows[-1][0], at[key], words) for key, words in groups.items() if at[key]]
+    for at in result.at:
+        gains = (at.over_reference, at.net, at.over_none)
+        rows.append((f"λ = {number(at.lam)}", *map(interval, gains)))
+        dots += [dot(rows[-1][0], e, words) for e, words in zip(gains, groups, strict=True) if e is not None]
     page.add(
         "The optimal prompter's gain",
-        f"What ρ* would earn at each λ, in reward units, with {result['level']:.0%} intervals over prompts.",
-        Table(["", *groups.values()], rows, "wnnn"),
+        f"What ρ* would earn at each λ, in reward units, with {result.level:.0%} intervals over prompts.",
+        Table(["", *groups], rows, "wnnn"),
         Dots("Gain at each λ", axis, dots, [(0.0, "no gain")]),
     )
-    best = {f"best of {n}": e for n, e in result["best_of"].items()}
-    found = {f"J({name})": e for name, e in result["means"].items()}
-    found |= {"variance within rewrites": result["within"], "variance between rewrites": result["between"]}
-    found |= best | ({"best rewrite drawn, over none": result["ceiling"]} if result["ceiling"] else {})
+    best = {f"best of {n}": e for n, e in result.best_of.items()}
+    found = {f"J({name})": e for name, e in result.means.items()}
+    found |= {"variance within rewrites": result.within, "variance between rewrites": result.between} | best
+    if result.ceiling is not None:
+        found["best rewrite drawn, over none"] = result.ceiling
     page.add(
         "What it rests on",
         "Mean rewards, where their variance is, and what picking the best of n rewrites gains over ρ_sft.",
-        _shown_estimates(found, "quantity"),
+        shown_estimates(found, "quantity"),
         Dots(
             "Gain of the best of n over ρ_sft",
             axis,
@@ -53,36 +78,36 @@ def report_of_headroom(result: Json) -> Page:
             [(0.0, "no gain")],
         ),
     )
-    _add_notes(page, result)
+    add_warnings(page, result.warnings)
     return page
 
 
 @dataclass(frozen=True)
 class Headroom:
-    """Should one train at all? What an optimal prompter could gain at each lambda, before any training.
+    """Should one train at all? Estimates, before any training, what the best prompter could gain.
 
-    Needs arm sft with at least two draws per prompt and two answers per draw; arm none for the comparison
-    with no prompter.
+    Needs arm sft (rewrites by the reference prompter) with at least two draws per prompt and two answers per
+    draw; arm none for the comparison with no prompter.
     """
 
     file: tyro.conf.Positional[str]
     """Rollouts, as alignpro rollout writes them."""
     lam: tuple[float, ...] = ()
-    """Prompt tuning parameters (lambda), in reward units. Default: 2% to 50% of the reward's range."""
+    """Weights of the KL divergence in prompt optimization (lambda) to try, in reward units: a smaller one
+    lets the prompter move further from the reference. Left out: 2%, 5%, 10%, 20% and 50% of the reward's
+    range."""
     level: float = 0.95
-    """Of the intervals; those behind the answer cover jointly."""
+    """How often an interval covers the truth, between 0.5 and 1; those behind the answer cover jointly."""
     json: bool = False
-    """One JSON object, instead of tables."""
+    """Print one JSON object, instead of tables."""
     out: str | None = None
-    """Folder for json and report.html."""
+    """Folder to keep headroom.json and report.html in. Left out: nothing is kept."""
 
     def run(self) -> int:
         from alignpro import estimation
-        from alignpro.commands import tables
 
-        report = estimation.headroom(read_rollouts(self.file, self.out), self.lam, self.level)
-        values = report.json()
-        tell("headroom", values, tables.of_headroom(report), self.json, self.out)
+        result = estimation.headroom(read_rollouts(self.file, self.out), self.lam, self.level)
+        tell("headroom", plain(result), text(result), self.json, self.out)
         if self.out is not None:
-            keep.keep(report_of_headroom(values), self.out)
+            keep.keep(page(result), self.out)
         return 0

@@ -251,7 +251,8 @@ def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> T
 
 def report_of_rollout(found: "Rollouts", rows: Iterable[Json], record: Json) -> Page:
     """Of rollouts.jsonl, as columns and as rows, and of settings.json beside it."""
-    from alignpro.estimation.terms import Arm, Term, estimates
+    from alignpro.estimation.arm import Arm
+    from alignpro.estimation.paired import Term, estimates
 
     means: dict[str, Json] = {}
     for name in found.arms:

@@ -22,11 +22,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from alignpro.commands.estimate import _verdict
+from alignpro.errors import check_temperature
 from alignpro.report.numbers import number
 from alignpro.report.page import Dot, Dots, Json, Page, Table, some
 from alignpro.theory.bounds import BOUNDS, LOWER_BOUNDS, Statement, paper_r_max, report, theorem1
-from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import Instance, load, unchecked
 from alignpro.theory.solution import solution
 
@@ -292,7 +291,12 @@ def report_of_solve(results: Sequence[Json]) -> Page:
             upper = b["relation"] == "<="
             terms = ", ".join(f"{key} {number(value)}" for key, value in b["terms"].items())
             rests = "; ".join(key if so else f"NOT SO: {key}" for key, so in b["assumptions"].items())
-            cells = ("≤" if upper else "≥", number(b["rhs"]), number(b["slack"]), _verdict(b))
+            cells = (
+                "≤" if upper else "≥",
+                number(b["rhs"]),
+                number(b["slack"]),
+                b["verdict"] + ", vacuous" * bool(b["vacuous"]),
+            )
             rows.append((name, *cells, terms or "–", rests or "nothing"))
             dots.append(Dot(name, b["rhs"], group="upper bound" if upper else "lower bound"))
         gap = one["gap"]

@@ -29,7 +29,6 @@ from alignpro.report import keep as pages_keep
 from alignpro.report.numbers import number
 from alignpro.report.page import Dot, Dots, Json, Page, Table, some
 from alignpro.theory.bounds import (
-    ANY_PROMPTER,
     BOUNDS,
     IDENTITIES,
     LEMMAS,
@@ -243,8 +242,8 @@ class Verification:
 
 
 def _evaluate(names: tuple[str, ...], instance: Instance, beta, lam, prompter) -> dict[str, Statement]:
-    about_any = [name for name in names if name in ANY_PROMPTER]
-    about_star = [name for name in names if name not in ANY_PROMPTER]
+    about_any = [name for name in names if STATEMENTS[name].any_prompter]
+    about_star = [name for name in names if not STATEMENTS[name].any_prompter]
     found: dict[str, Statement] = {}
     if about_star:
         s = solution(instance, beta, lam)
@@ -426,7 +425,7 @@ def _record(
             tally.tightness.add((lhs / rhs)[applicable & (rhs > error)])
 
     def case(index: int) -> "tuple[Instance, float, float, np.ndarray | None]":
-        rho = prompter[index] if tally.statement in ANY_PROMPTER else None
+        rho = prompter[index] if STATEMENTS[tally.statement].any_prompter else None
         return take(batch, index), float(beta[index]), float(lam[index]), rho
 
     if tally.doubtful is not None:

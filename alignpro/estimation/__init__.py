@@ -1,9 +1,9 @@
-"""What rollouts say about the theory, with intervals: NumPy only, so it runs anywhere."""
+"""The theory estimated from rollouts, with intervals: no model and no JAX needed, so it runs anywhere."""
 
 from alignpro.estimation.compare import Comparison, compare
+from alignpro.estimation.estimate import BoundEstimate, EstimateReport, estimate
 from alignpro.estimation.headroom import Headroom, headroom
 from alignpro.estimation.intervals import Estimate
-from alignpro.estimation.statements import BoundEstimate, EstimateReport, estimate
 
 __all__ = [
     "BoundEstimate",

@@ -1,15 +1,15 @@
-"""`compare`: two or more arms, paired over prompts."""
+"""`compare`: the mean reward, variance and win rate of two or more arms, paired over prompts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from alignpro.errors import AlignProError
+from alignpro.estimation.arm import Arm
 from alignpro.estimation.intervals import Estimate, check_level
+from alignpro.estimation.paired import Term, estimates
 from alignpro.estimation.samples import win_rate
-from alignpro.estimation.terms import Arm, Term, estimates
 from alignpro.rollouts import Rollouts
 
 
@@ -24,28 +24,33 @@ class Against:
     win_rate: Estimate
     """Probability that its answer earns more than the baseline's to the same prompt, ties a half."""
 
+    @property
+    def finding(self) -> str:
+        """How its mean reward stands to the baseline's, as a verb: earns more than, say."""
+        lo, hi = self.mean.lo, self.mean.hi
+        return "earns more than" if lo > 0 else "earns less than" if hi < 0 else "cannot be told from"
+
 
 @dataclass(frozen=True)
 class Comparison:
     """Arms beside a baseline, the first arm named."""
 
     level: float
+    """How often each interval covers, in (0, 1)."""
     n_prompts: int
+    """Prompts, the independent units."""
     baseline: str
+    """The arm that the others are compared with."""
     mean: Mapping[str, Estimate]
-    """J of every arm."""
+    """J, the mean reward, of every arm."""
     variance: Mapping[str, Estimate]
-    """Var(r) of every arm, over prompts and samples."""
+    """Var(r) of every arm, over prompts and samples; reward units squared."""
     against: Mapping[str, Against]
     """Every other arm against the baseline. Each of the three kinds covers jointly over the arms."""
 
-    def json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
 
 def compare(rollouts: Rollouts, arms: Sequence[str], level: float = 0.95) -> Comparison:
-    """Mean reward, variance and win rate of `arms[1:]` against `arms[0]`, paired over prompts.
+    """Compare mean reward, variance and win rate of `arms[1:]` with those of `arms[0]`, paired over prompts.
 
     Raises:
         AlignProError: fewer than two arms, one that is unknown or twice, an arm without rows for some prompt,
@@ -100,7 +105,7 @@ def compare(rollouts: Rollouts, arms: Sequence[str], level: float = 0.95) -> Com
 
 
 def _variances(mean: np.ndarray, square: np.ndarray) -> np.ndarray:
-    """[n] pseudo-values of V = E r² − (E r)², whose mean is unbiased for it.
+    """Pseudo-values [n] of V = E r² − (E r)², whose mean is unbiased for it.
 
     With q_i, m_i a prompt's means of r² and r: V = q̄ − m̄² is biased by −Var(m̄) alone, of order 1/n, which
     the jackknife removes exactly; pseudo-values n V − (n − 1) V₍₋ᵢ₎ take the interval of a mean.

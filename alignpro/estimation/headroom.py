@@ -1,21 +1,22 @@
 """`headroom`: what prompt optimization could gain, from samples of the reference, before any training."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from alignpro.errors import AlignProError
+from alignpro.errors import AlignProError, check_temperature
 from alignpro.estimation import samples
+from alignpro.estimation.arm import Absent
 from alignpro.estimation.intervals import Bias, Estimate, check_level, prompts_to_settle
-from alignpro.estimation.statements import check_temperature
-from alignpro.estimation.terms import Absent, Term, Terms, estimates
+from alignpro.estimation.paired import Term, estimates
+from alignpro.estimation.terms import Terms
 from alignpro.rollouts import Rollouts
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
-"""Default λ, as shares of the declared width of the reward."""
+"""The λ that are tried where none is given, as shares of the declared width of the reward."""
 
 
 @dataclass(frozen=True)
@@ -23,48 +24,56 @@ class HeadroomAt:
     """ρ* at one λ against the reference and against no prompter, in reward units."""
 
     lam: float
+    """λ, in reward units."""
     over_reference: Estimate
     """E_ρ* R − E_ρsft R = Cov_ρsft(R, e^{R/λ})/E_ρsft e^{R/λ}: what training can add to ρ_sft."""
     net: Estimate
-    """λ log Z − E_ρsft R: the same, less λ KL(ρ*‖ρ_sft)."""
+    """λ log Z − E_ρsft R: the gain over ρ_sft, less λ KL(ρ*‖ρ_sft)."""
     over_none: Estimate | None
     """E_ρ* R − J(no prompter); None without arm none."""
 
 
 @dataclass(frozen=True)
 class Headroom:
-    """What could be gained, and whether to try."""
+    """The gain that could be had from prompt optimization, and whether to try."""
 
     level: float
+    """How often each interval covers, in (0, 1)."""
     n: int
+    """Rollouts."""
     n_prompts: int
+    """Prompts, the independent units."""
     means: Mapping[str, Estimate]
-    """J of arms none and sft."""
+    """J, the mean reward, of arms none and sft."""
     within: Estimate
-    """E Var(r|x′): the frozen model's own variation, which no prompter changes the mean of."""
+    """E Var(r|x′), mean over prompts: the frozen model's own variation, which no prompter changes the mean
+    of. Reward units squared."""
     between: Estimate
-    """Var E(r|x′): the variation that rewriting acts on. Both average over prompts; reward units squared."""
+    """Var E(r|x′), mean over prompts: the variation that rewriting acts on. Reward units squared."""
     at: tuple[HeadroomAt, ...]
+    """The gain at each λ, in ascending order."""
     best_of: Mapping[int, Estimate]
     """E R(best of n rewrites) − E_ρsft R, chosen by all answers but one: no training, n times the cost."""
     ceiling: Estimate | None
-    """E R(best of all rewrites drawn) − J(no prompter)."""
+    """E R(best of all rewrites drawn) − J(no prompter); None without arm none."""
     answer: str
-    """Should one train at all?"""
+    """Whether one should train at all, in a sentence that begins with Yes, No or Undecided."""
     warnings: tuple[str, ...]
+    """Cautions to read these numbers with."""
 
-    def json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+    @property
+    def decision(self) -> str:
+        """The answer in one word: yes, no or undecided."""
+        return self.answer.partition(":")[0].lower()
 
 
 def headroom(rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95) -> Headroom:
-    """The gain prompt optimization could reach at each λ, from arm sft (and none), with intervals.
+    """Estimate the gain that prompt optimization could reach at each λ, from arm sft (and none).
 
     Args:
         rollouts: at least two draws of arm sft per prompt, with at least two answers each.
-        lams: λ > 0, in reward units. Default: `SHARES` of the declared width.
-        level: of every interval by itself; the answer's are joint over λ.
+        lams: λ > 0, in reward units. Left out: `SHARES` of the declared width.
+        level: how often every interval covers by itself; the answer's cover jointly over λ.
 
     Raises:
         AlignProError: a bad λ or level, an arm sft too small, or fewer than 5 prompts.
@@ -106,8 +115,8 @@ def headroom(rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95
         decisive["over", lam] = rows["over", lam]
     if none:
         rows["ceiling"] = terms.best() - terms.j("none")
-    found = _keyed(rows, rollouts, level, False)
-    joint = _keyed(decisive, rollouts, level, True)
+    found = estimates(rows, rollouts, level)
+    joint = estimates(decisive, rollouts, level, simultaneous=True)
     return Headroom(
         level=level,
         n=len(rollouts),
@@ -133,13 +142,8 @@ def _of_sft(values: np.ndarray, low: float, high: float, bias: Bias, method: str
     return Term(values, low, high, frozenset({"sft"}), bias, method)
 
 
-def _keyed(terms: dict[Any, Term], rollouts: Rollouts, level: float, joint: bool) -> dict[Any, Estimate]:
-    named = estimates({str(k): term for k, term in terms.items()}, rollouts, level, simultaneous=joint)
-    return {k: named[str(k)] for k in terms}
-
-
 def _answer(lams: Sequence[float], joint: dict[Any, Estimate], none: bool, width: float) -> str:
-    """One sentence, from limits that cover jointly over λ."""
+    """Say in one sentence whether to train, from limits that cover jointly over λ."""
     rival = "no prompter" if none else "the reference prompter"
     gains = {lam: joint["none" if none else "over", lam] for lam in lams}
 

@@ -1,10 +1,11 @@
-"""Intervals for a mean over prompts. Everything is a per-prompt value first; prompts are the clusters.
+"""Intervals for a mean over prompts, and the verdicts that follow from them.
 
-Arguments named `values` are [..., n]: n prompts, any leading batch. Three kinds of interval:
+Every number is a per-prompt value first; prompts are the clusters. Arguments named `values` are [..., n]: n
+prompts, any leading batch. Three kinds of interval:
 
 - `bootstrap_t`: percentile-t over prompts, and simultaneous for several rows at once (`Studentised`);
 - `betting`: Waudby-Smith & Ramdas's hedged capital (arXiv 2010.09686), valid at every n for bounded values;
-- `empirical_bernstein`: Maurer & Pontil (arXiv 0907.3740), likewise; wider, in closed form.
+- `empirical_bernstein`: Maurer & Pontil (arXiv 0907.3740), also valid at every n; wider, in closed form.
 """
 
 from dataclasses import dataclass
@@ -13,14 +14,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from alignpro.claims import Verdict
 from alignpro.errors import AlignProError
 
 Bias = Literal["none", "up", "down", "unknown"]
-Verdict = Literal["holds", "violated", "inconclusive", "inapplicable"]
 
 RESAMPLES = 2000
 LEAST_PROMPTS = 5
-"""Fewer leave the bootstrap nothing to resample: with 4, one resample in 64 repeats a single prompt."""
+"""Prompts that an interval needs. With 4, one bootstrap resample in 64 repeats a single prompt."""
 _MANY_PROMPTS = 2000  # beyond it the central limit theorem has set in and resampling only costs
 _BLOCK = 2**22  # numbers at once
 
@@ -30,15 +31,19 @@ class Estimate:
     """A number and how far to trust it."""
 
     value: float
+    """The estimate itself."""
     lo: float
+    """Lower end of the interval."""
     hi: float
+    """Upper end of the interval."""
     level: float
-    """Of the interval [lo, hi], in (0, 1)."""
+    """How often such intervals cover the truth, in (0, 1)."""
     n: int
     """Rollouts used."""
     n_clusters: int
     """Prompts, the independent units."""
     method: str
+    """How the number and its interval were computed, in words."""
     bias: Bias
     """none: exactly unbiased. up, down: proved. unknown: of second order, its direction not known."""
     bracket: bool = False
@@ -46,9 +51,18 @@ class Estimate:
     ess: float | None = None
     """Median over prompts of the effective number of importance-weighted samples of one prompt."""
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Remarks for a reader of the number: degenerate weights, a known bias, the effective sample size."""
+        return (
+            *["degenerate weights: bounds"] * self.bracket,
+            *[f"biased {self.bias}"] * (self.bias in ("up", "down")),
+            *([] if self.ess is None else [f"ESS {self.ess:.1f}"]),
+        )
+
 
 def check_level(level: float) -> float:
-    """`level` as a float. Raises AlignProError unless it lies strictly between 0.5 and 1."""
+    """Give `level` as a float. Raises AlignProError unless it lies strictly between 0.5 and 1."""
     if isinstance(level, bool) or not isinstance(level, int | float) or not 0.5 < level < 1:
         raise AlignProError(f"level {level!r}: must lie between 0.5 and 1; give 0.95, say")
     return float(level)
@@ -56,7 +70,7 @@ def check_level(level: float) -> float:
 
 @lru_cache(maxsize=4)
 def _counts(n: int, resamples: int, seed: int) -> np.ndarray:
-    """[n, resamples]: how often each prompt is drawn in each resample."""
+    """Draw how often each prompt is in each resample: [n, resamples]."""
     rng = np.random.default_rng([seed, n])
     return rng.multinomial(n, np.full(n, 1.0 / n), size=resamples).T.astype(float)
 
@@ -65,20 +79,20 @@ class Studentised(NamedTuple):
     """Means of S rows over n prompts, and how their studentised errors are distributed, jointly."""
 
     mean: np.ndarray
-    """[..., S]"""
+    """[..., S], the mean of each row."""
     error: np.ndarray
-    """[..., S] standard errors."""
+    """[..., S], the standard error of each row."""
     draws: np.ndarray
     """[..., S, B] bootstrap draws of (mean − truth)/error; infinite where a resample has no spread."""
 
     def interval(self, level: float) -> tuple[np.ndarray, np.ndarray]:
-        """[..., S] equal-tailed percentile-t limits of each row by itself."""
+        """Equal-tailed percentile-t limits of each row by itself, [..., S] each."""
         tail = (1.0 - level) / 2.0
         low, high = np.quantile(self.draws, (tail, 1.0 - tail), axis=-1, method="nearest")
         return self._limits(low, high)
 
     def simultaneous(self, level: float) -> tuple[np.ndarray, np.ndarray]:
-        """[..., S] limits that cover all rows at once: mean ± quantile of max |t| · error."""
+        """Limits that cover all rows at once, [..., S] each: mean ± quantile of max |t| · error."""
         width = np.quantile(np.abs(self.draws).max(-2, keepdims=True), level, axis=-1, method="nearest")
         return self._limits(-width, width)
 
@@ -133,7 +147,7 @@ def studentise(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) ->
 def bootstrap_t(
     values: np.ndarray, level: float, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile-t limits of the mean of `values` [..., n], [...] each."""
+    """Percentile-t limits of the mean of `values` [..., n], lower and upper, [...] each."""
     lo, hi = studentise(values[..., None, :], resamples, seed).interval(level)
     return lo[..., 0], hi[..., 0]
 
@@ -187,15 +201,17 @@ def betting(values: np.ndarray, low: float, high: float, level: float) -> tuple[
     return low + (high - low) * lower(x), high - (high - low) * lower(1.0 - x)
 
 
-def judge(lo: float, hi: float, applicable: bool = True) -> Verdict:
-    """What limits of a slack say: it is ≥ 0 (holds), < 0 (violated), or either (inconclusive)."""
+def verdict_of(lo: float, hi: float, applicable: bool = True) -> Verdict:
+    """The verdict on a claim whose slack lies in [lo, hi]: above 0 it holds, below 0 it is violated."""
     if not applicable:
         return "inapplicable"
     return "holds" if lo > 0 else "violated" if hi < 0 else "inconclusive"
 
 
 def prompts_to_settle(slack: Estimate) -> int | None:
-    """How many prompts more, like these, would bring the nearer limit of `slack` to 0; None: over a billion.
+    """Count the further prompts, like these, that would bring the nearer limit of `slack` to 0.
+
+    None stands for over a billion.
 
     Limits shrink as 1/√n, so n·(distance to the limit / |value|)² prompts are needed in all.
     """

@@ -1,7 +1,7 @@
 """Statistics of one prompt's samples, for many prompts at once: arrays [..., m] or [..., K, A] in, [...] out.
 
-K draws of a rewrite, A answers to each, m answers to the prompt itself; rewards and temperatures in reward
-units. Proofs of the stated bias are short and here; docs/estimation.md collects them.
+K is the number of draws of a rewrite, A of answers to each, m of answers to the prompt itself; rewards and
+temperatures are in reward units. Proofs of the stated bias are here; docs/estimation.md collects them.
 """
 
 from collections.abc import Callable
@@ -26,17 +26,17 @@ class Tilt(NamedTuple):
     """
 
     value: np.ndarray
-    """t log mean e^{r/t}."""
+    """t log mean e^{r/t}, in reward units."""
     mean: np.ndarray
-    """Mean reward under the tilt."""
+    """Mean reward under the tilted samples."""
     tv: np.ndarray
     """TV(tilt, base) = mean max(0, 1 − w)."""
     ess: np.ndarray
-    """(Σw)²/Σw², from 1 to m."""
+    """Effective number of samples (Σw)²/Σw², from 1 to m."""
 
 
 def tilt(rewards: np.ndarray, temperature: float) -> Tilt:
-    """The plain (not bias-reduced) statistics of `rewards` [..., m]."""
+    """Reweight `rewards` [..., m] as they are, without reducing the bias."""
     top = rewards.max(-1, keepdims=True)
     below = rewards - top
     g = np.exp(below / temperature)
@@ -51,7 +51,7 @@ def tilt(rewards: np.ndarray, temperature: float) -> Tilt:
 
 
 def jackknife(statistic: Statistic, samples: np.ndarray, axis: int = -1, spent: int = 0) -> np.ndarray:
-    """`statistic(samples)` freed of its bias of order 1/m, m the size of `axis`, by leaving groups out.
+    """Free `statistic(samples)` of its bias of order 1/m, m the size of `axis`, by leaving groups out.
 
     With bias c/m + O(1/m²), (1 + a) T − a · mean over groups of T without them has bias O(1/m²) when
     (1 + a)/m = a · mean 1/(m − size of the group). Up to 16 groups; the classic jackknife where m ≤ 16.
@@ -68,26 +68,26 @@ def jackknife(statistic: Statistic, samples: np.ndarray, axis: int = -1, spent: 
 
 
 def model_tilt(rewards: np.ndarray, beta: float) -> np.ndarray:
-    """[3, ...]: value, mean and tv of `Tilt` for answers y ~ π_F(·|x) [..., m], jackknifed.
+    """Value, mean and tv of `Tilt`, [3, ...], for answers y ~ π_F(·|x) [..., m], jackknifed.
 
-    What is left is of second order in 1/m, of either sign.
+    The bias that is left is of second order in 1/m, of either sign.
     """
     return jackknife(lambda r: np.stack(tilt(r, beta)[:3]), rewards)
 
 
 class PrompterTilt(NamedTuple):
-    """ρ* ∝ ρ_sft e^{R/λ} from A ≥ 2 answers to each of K ≥ 2 draws of ρ_sft, where R̂ is noisy. [...] each."""
+    """ρ* ∝ ρ_sft e^{R/λ}, seen through A ≥ 2 answers to each of K ≥ 2 draws of ρ_sft; [...] each."""
 
     value: np.ndarray
     """λ log Z(x) = λ ∫₀^{1/λ} E_ρ*(s) R ds, ρ*(s) ∝ ρ_sft e^{sR}: `mean`, along the way from s = 0."""
     mean: np.ndarray
-    """E_ρ* R(x,·)."""
+    """E_ρ* R(x,·), the expected reward of ρ*."""
     lower: np.ndarray
     """Biased down for λ log Z (so for E_ρ* R too), whatever the noise and however few the draws."""
     ess: np.ndarray
-    """Of the weights of `mean`, from 1 to K."""
+    """Effective number of draws behind `mean`, from 1 to K."""
     noise: np.ndarray
-    """E Var(r|x′)/((A − 1) λ²): the variance of the log-weights that is noise."""
+    """Variance of the log-weights that is noise of answers, E Var(r|x′)/((A − 1) λ²)."""
 
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(6)
@@ -95,12 +95,13 @@ _NODES, _WEIGHTS = (_NODES + 1.0) / 2.0, _WEIGHTS / 2.0
 
 
 def _softmax(energy: np.ndarray) -> np.ndarray:
+    # Not SciPy's: importing it takes longer than most estimates.
     g = np.exp(energy - energy.max(-1, keepdims=True))
     return g / g.sum(-1, keepdims=True)
 
 
 def _others(rewards: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each answer, or fold of 16: the mean of a draw's other answers, and of its own; [..., K] both."""
+    """Mean of a draw's other answers, and of its own, for each answer (or fold of 16); [..., K] both."""
     total, answers = rewards.sum(-1), rewards.shape[-1]
     out = []
     for fold in np.array_split(np.arange(answers), min(answers, _GROUPS)):
@@ -110,17 +111,17 @@ def _others(rewards: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def prompter_tilt(rewards: np.ndarray, lam: float) -> PrompterTilt:
-    """What ρ* is worth, by cross-fitting over answers: `rewards` [..., n, K, A], n prompts, A and K ≥ 2.
+    """Value ρ* by cross-fitting over answers: `rewards` [..., n, K, A], n prompts, A and K ≥ 2.
 
     Weights come from all answers of a draw but one, the value from that one, so that a lucky answer cannot
     both raise its weight and be counted. Noise alike for all rewrites cancels from the weights, as then
     E[e^{R̂/λ}|x′] ∝ e^{R/λ}; unlike noise leaves an error of the order of `noise`, which falls as 1/(A − 1).
     `value` and `mean` are jackknifed over draws and, with 3 answers or more, over answers.
 
-    lower: with weights w that depend on the other answers alone, E[Σ w_k r_k − λ KL(w‖uniform)] is at most
-    E λ log mean_k e^{R_k/λ} (the answers are unbiased for R given the draws; Gibbs' variational principle),
-    and that at most λ log Z (Jensen). The best such w tilts by the mean of R given what was seen, which is
-    taken as R̂ shrunk towards the prompt's mean, by a factor from the other prompts.
+    About `lower`: with weights w that depend on the other answers alone, E[Σ w_k r_k − λ KL(w‖uniform)] is at
+    most E λ log mean_k e^{R_k/λ} (the answers are unbiased for R given the draws; Gibbs' variational
+    principle), and that at most λ log Z (Jensen). The best such w tilts by the mean of R given what was seen,
+    which is taken as R̂ shrunk towards the prompt's mean, by a factor from the other prompts.
     """
     draws, answers = rewards.shape[-2:]
 
@@ -158,9 +159,9 @@ def prompter_tilt(rewards: np.ndarray, lam: float) -> PrompterTilt:
 
 
 def noisy_value(rewards: np.ndarray, lam: float) -> np.ndarray:
-    """[2, ...]: λ log Z with R̂ in R's place, jackknifed over draws, and its effective draws; [..., K, A].
+    """λ log Z with R̂ in R's place, jackknifed over draws, and its effective draws; [..., K, A] to [2, ...].
 
-    Biased up, to second order in 1/K: E[e^{R̂/λ}|x′] ≥ e^{R/λ} (Jensen), so λ log E e^{R̂/λ} ≥ λ log Z.
+    It is biased up, to second order in 1/K: E[e^{R̂/λ}|x′] ≥ e^{R/λ} (Jensen), so λ log E e^{R̂/λ} ≥ λ log Z.
     """
     means = rewards.mean(-1)
     return np.stack([jackknife(lambda r: tilt(r, lam).value, means), tilt(means, lam).ess])
@@ -196,7 +197,7 @@ def best_of(rewards: np.ndarray, n: int) -> np.ndarray:
 
 
 def _shared(chance: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """`chance` [K] by rank, averaged within runs of equal (to rounding) sorted `keys` [..., K]."""
+    """Average `chance` [K], by rank, within runs of equal (to rounding) sorted `keys` [..., K]."""
     gap = np.abs(np.diff(keys, axis=-1)) > 1e-12 * (1.0 + np.abs(keys[..., 1:]))
     run = np.concatenate([np.zeros((*keys.shape[:-1], 1), int), np.cumsum(gap, -1)], -1)
     flat = run.reshape(-1, run.shape[-1]) + run.shape[-1] * np.arange(run[..., 0].size)[:, None]
@@ -207,7 +208,7 @@ def _shared(chance: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def variance_split(rewards: np.ndarray) -> np.ndarray:
-    """[2, ...]: E Var(r|x′) and Var E(r|x′), from answers to draws [..., K, A], K and A ≥ 2. Unbiased.
+    """E Var(r|x′) and Var E(r|x′), unbiased, from answers to draws [..., K, A], K and A ≥ 2; [2, ...].
 
     The variance of the K means overstates Var(R) by E Var(r|x′)/A, which is subtracted (so the second may
     come out negative).
@@ -218,7 +219,7 @@ def variance_split(rewards: np.ndarray) -> np.ndarray:
 
 
 def shortfall_of_ratio(logp: np.ndarray, logq: np.ndarray) -> np.ndarray:
-    """max(0, 1 − q(y)/p(y)), elementwise, in [0, 1]: over y ~ p its mean is d_TV(p, q), exactly.
+    """Compute max(0, 1 − q(y)/p(y)), elementwise, in [0, 1]: its mean over y ~ p is d_TV(p, q), exactly.
 
     E_p (1 − q/p)⁺ = Σ (p − q)⁺ = d_TV(p, q). Log-probabilities in nats; q may be −inf where p is not.
     """

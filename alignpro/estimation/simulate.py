@@ -1,6 +1,6 @@
 """Rollouts drawn from an enumerated instance, where every estimated quantity is known exactly.
 
-To see what intervals are worth, and to plan how many prompts, draws and answers a question needs.
+They show what intervals are worth, and help to plan how many prompts, draws and answers a question needs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,12 +16,13 @@ class Size(NamedTuple):
     """How much is drawn."""
 
     prompts: int = 100
-    """From P, with replacement."""
+    """Prompts, drawn from P with replacement."""
     answers: int = 32
-    """To each prompt itself (arm none and policies)."""
+    """Answers to each prompt itself (arm none and policies)."""
     draws: int = 16
     """Rewrites of each prompt, in each arm that rewrites."""
     answers_per_draw: int = 4
+    """Answers to each rewrite."""
 
 
 class _Columns(NamedTuple):
@@ -34,7 +35,7 @@ class _Columns(NamedTuple):
     response: np.ndarray
     reward: np.ndarray
     logps: np.ndarray
-    """[5, N]: `LOGPS`."""
+    """[5, N], the log-probabilities in the order of `LOGPS`."""
 
 
 _FLAT = _Columns._fields[:-1]
@@ -46,7 +47,7 @@ def _log(values: np.ndarray) -> np.ndarray:
 
 
 def _pick(rng: np.random.Generator, probs: np.ndarray, size: int) -> np.ndarray:
-    """[..., size] draws from the rows of `probs` [..., k]; never one of probability 0."""
+    """Draw [..., size] from the rows of `probs` [..., k]; never an outcome of probability 0."""
     below = np.cumsum(probs, -1)
     below /= below[..., -1:]
     u = rng.random((*probs.shape[:-1], size))
@@ -126,15 +127,15 @@ def simulate(
     policies: Mapping[str, np.ndarray] | None = None,
     reward_range: tuple[float, float] | None = None,
 ) -> Rollouts:
-    """Rollouts of arms none and sft, and of any `prompters` [X, K] and `policies` [X, Y] by name.
+    """Draw rollouts of arms none and sft, and of any `prompters` [X, K] and `policies` [X, Y] by name.
 
     Args:
         instance: an `alignpro.theory.Instance`, or anything with its five arrays.
         rng: determines every draw.
         size: how much is drawn.
         prompters: ρ(x′|x), rows of probabilities.
-        policies: π(y|x), likewise; their answers have no rewrite.
-        reward_range: declared range of the reward. Default: the extremes of `instance.reward`.
+        policies: π(y|x), rows of probabilities; their answers have no rewrite.
+        reward_range: declared range of the reward. Left out: the extremes of `instance.reward`.
 
     Raises:
         AlignProError: the range does not enclose the rewards.
@@ -172,7 +173,7 @@ def simulated_rows(
     policies: Mapping[str, np.ndarray] | None = None,
     reward_range: tuple[float, float] | None = None,
 ) -> Iterator[Rollout]:
-    """The same draws as `simulate`, one row at a time, to be written: texts are "x3", "rewrite 5", "y8"."""
+    """Draw what `simulate` draws, one row at a time, to be written: texts are "x3", "rewrite 5", "y8"."""
     low, high = _range(instance, reward_range)
     own = np.asarray(instance.own)
     columns, arms = _draw(instance, rng, size, prompters or {}, policies or {})

@@ -3,28 +3,29 @@
 A pair is one answer of each of two arms to one prompt, judged in both orders: won or lost where the orders
 agree or one of them calls a tie, tied where they disagree. An order without a verdict fails its pair; failed
 pairs are in no rate, and `WinRates.bounds` says what they could have changed. Prompts are the independent
-units throughout. Needs NumPy only.
+units throughout.
 """
 
-import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from scipy.special import expit, logit
 
 from alignpro.errors import AlignProError
 from alignpro.estimation.intervals import LEAST_PROMPTS, Estimate, bootstrap_t, check_level
+from alignpro.files import read_json_lines
 
 VERDICTS = {"win": 1.0, "tie": 0.0, "loss": -1.0, None: math.nan}
-"""What one order says of the first arm's answer; None where it failed."""
+"""The first arm's outcome in one order as a number; None is an order that failed."""
 RIDGE = 0.25
-"""Of the length effect φ: a prior N(0, 2²) in log-odds, so that φ stays finite where length decides all."""
+"""Penalty on the length effect φ: a prior N(0, 2²) in log-odds, so that φ stays finite where length decides
+all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +33,16 @@ class Judgements:
     """N judged pairs as columns."""
 
     arms: tuple[str, str]
+    """The arm of interest, then the one it is compared with."""
     judge: str
+    """Name of the judge."""
     prompt: np.ndarray
-    """[N] which prompt."""
+    """[N] integers: the pair's prompt."""
     verdicts: np.ndarray
     """[N, 2]: 1, 0, −1 for a win, tie, loss of `arms[0]`, shown first in column 0 and second in column 1; NaN
     where the order failed."""
     asked: np.ndarray
-    """[N] bool: False where both answers are the same text, a tie that no judge is needed for."""
+    """[N] truth values: False where both answers are the same text, a tie that no judge is needed for."""
     lengths: np.ndarray
     """[N, 2] characters of the two answers, in the arms' order."""
     failures: Mapping[str, int]
@@ -50,15 +53,16 @@ class Judgements:
 
 
 def outcomes(verdicts: np.ndarray) -> np.ndarray:
-    """[N] 1, 0, −1 or NaN from `verdicts` [N, 2]: both orders combined."""
+    """Combine both orders of `verdicts` [N, 2]: [N], 1, 0, −1, or NaN where one failed."""
     return np.sign(verdicts.sum(1))
 
 
 def collect(rows: Iterable[Mapping[str, Any]], where: str = "judgement") -> Judgements:
-    """Columns of judgements as `alignpro.llm.arms.judge` writes them.
+    """Make columns of judgements, rows as `alignpro.llm.arms.judge` writes them.
 
     Args:
-        where: what messages call a row; its number, from 1, follows.
+        rows: one mapping for each pair.
+        where: name of a row in messages; its number, from 1, follows.
 
     Raises:
         AlignProError: a row lacks a field or has a bad one, two rows differ in arms or judge, or there are
@@ -101,18 +105,12 @@ def collect(rows: Iterable[Mapping[str, Any]], where: str = "judgement") -> Judg
 
 
 def read(path: str | os.PathLike[str]) -> Judgements:
-    """The judgements in a file that `alignpro judge` wrote.
+    """Read the judgements in a file that `alignpro judge` wrote.
 
     Raises:
         AlignProError: it cannot be read, or a line is no judgement.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "a line is not JSON"
-        raise AlignProError(f"{path}: cannot read it ({reason}); name a file of alignpro judge") from None
-    return collect(rows, f"{path} line")
+    return collect(read_json_lines(path), f"{path} line")
 
 
 # --- rates over prompts ---
@@ -136,7 +134,7 @@ def wilson(rate: float, n: float, level: float = 0.95) -> tuple[float, float]:
 
 
 def _by_prompt(prompt: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """[C] or [C, D]: sums of `values` [N] or [N, D] over each of the C prompts."""
+    """Sum `values` [N] or [N, D] over the pairs of each of the C prompts: [C] or [C, D]."""
     of = np.unique(prompt, return_inverse=True)[1]
     out = np.zeros((of.max() + 1, *values.shape[1:]))
     np.add.at(out, of, values)
@@ -144,7 +142,7 @@ def _by_prompt(prompt: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def rate(scores: np.ndarray, prompt: np.ndarray, level: float) -> Estimate | None:
-    """Mean of `scores` [N] in [0, 1] with an interval over prompts; None of nothing.
+    """Mean of `scores` [N] in [0, 1] with an interval over prompts; None where there are no scores.
 
     Wilson's with one score a prompt, and where the bootstrap has nothing to resample (fewer than 5 prompts,
     or all alike); otherwise percentile-t over prompts, of the ratio Σ scores/Σ counts made linear.
@@ -187,8 +185,7 @@ def length_regression(scores: np.ndarray, lengths: np.ndarray) -> tuple[float, f
     spread = d.std()
     # Without a spread there is a constant, which cannot be told from θ: nothing to control for.
     t = np.tanh(d / spread) if spread > 8 * np.finfo(float).eps * np.abs(d).max() else np.zeros(len(d))
-    mean = scores.mean()
-    at = np.array([math.log(mean / (1 - mean)), 0.0])
+    at = np.array([logit(scores.mean()), 0.0])
 
     def objective(at: np.ndarray) -> float:
         eta = at[0] + at[1] * t
@@ -207,9 +204,9 @@ def length_regression(scores: np.ndarray, lengths: np.ndarray) -> tuple[float, f
 
 
 def _derivatives(scores: np.ndarray, t: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[N, 2] gradients of the log-likelihood, pair by pair, and [2, 2] the penalised information."""
+    """Gradients of the log-likelihood, pair by pair, [N, 2], and the penalised information, [2, 2]."""
     design = np.stack([np.ones_like(t), t], 1)
-    p = 0.5 * (1.0 + np.tanh(0.5 * (design @ at)))
+    p = expit(design @ at)
     information = design.T @ (design * (p * (1 - p))[:, None])
     return design * (scores - p)[:, None], information + np.diag([0.0, RIDGE])
 
@@ -236,7 +233,7 @@ def length_controlled(
     left = np.linalg.solve(information, meat.T)
     error = math.sqrt(n / (n - 1) * float(left[0] @ left[0]))
     width = NormalDist().inv_cdf(0.5 + level / 2) * error
-    value, lo, hi = (0.5 * (1.0 + math.tanh(0.5 * x)) for x in (theta, theta - width, theta + width))
+    value, lo, hi = map(float, expit([theta, theta - width, theta + width]))
     method = "logistic regression on length, sandwich variance over prompts"
     return Estimate(value, lo, hi, level, raw.n, n, method, "unknown"), phi
 
@@ -249,28 +246,36 @@ class WinRates:
     """`arms[0]` against `arms[1]`, by one judge. Counts are of pairs, rates in [0, 1]."""
 
     arms: tuple[str, str]
+    """The arm of interest, then the one it is compared with."""
     judge: str
+    """Name of the judge."""
     pairs: int
+    """Pairs of answers."""
     prompts: int
+    """Prompts, the independent units."""
     wins: int
+    """Pairs that `arms[0]` won."""
     ties: int
+    """Pairs that neither won."""
     losses: int
+    """Pairs that `arms[0]` lost."""
     failed: int
-    """Pairs with an order that gave no verdict; in no rate."""
+    """Pairs with an order that gave no verdict; they are in no rate."""
     identical: int
-    """Of the ties, those whose answers are one text."""
+    """Ties whose answers are one text, which the judge was not asked about."""
     failures: Mapping[str, int]
     """Orders without a verdict, by kind."""
     win_rate: Estimate | None
-    """Ties a half, over the pairs that did not fail; None where all did."""
+    """Share of the pairs that did not fail which `arms[0]` won, ties a half; None where all failed."""
     bounds: tuple[float, float]
     """The win rate over all pairs, were every missing verdict one against, or one for, `arms[0]`."""
     length_controlled: Estimate | None
     """The win rate at equal lengths; None with fewer than 5 prompts."""
     length_effect: float
-    """φ, log-odds per unit of tanh(standardised length difference); positive where longer answers win."""
+    """Effect φ of length, in log-odds per unit of tanh(standardised length difference); positive where longer
+    answers win."""
     mean_lengths: tuple[float, float]
-    """Characters."""
+    """Mean lengths of both arms' answers, in characters."""
     agreement: Estimate | None
     """How often both orders say the same, over pairs that were asked and did not fail."""
     kappa: float | None
@@ -278,13 +283,24 @@ class WinRates:
     first_shown: Estimate | None
     """How often the answer shown first is preferred, ties a half; 0.5 from a judge blind to position."""
 
-    def json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+    @property
+    def judged(self) -> int:
+        """Pairs that did not fail."""
+        return self.pairs - self.failed
+
+    @property
+    def percentages(self) -> tuple[float, float] | None:
+        """Percent of the pairs judged that were won and lost, ties the rest; None where all failed."""
+        return (100 * self.wins / self.judged, 100 * self.losses / self.judged) if self.judged else None
+
+    @property
+    def level(self) -> float | None:
+        """How often the intervals cover, in (0, 1); None where there are none."""
+        return next((e.level for e in (self.win_rate, self.agreement) if e is not None), None)
 
 
 def win_rates(judgements: Judgements, level: float = 0.95) -> WinRates:
-    """Everything that the judgements say, with intervals over prompts at `level`.
+    """Draw up everything that the judgements say, with intervals over prompts at `level`.
 
     Raises:
         AlignProError: a bad level.
@@ -324,49 +340,9 @@ def win_rates(judgements: Judgements, level: float = 0.95) -> WinRates:
 
 
 def cohen_kappa(first: np.ndarray, second: np.ndarray) -> float | None:
-    """(p_o − p_e)/(1 − p_e) of two ratings [N] in {−1, 0, 1}; None of nothing, or where p_e is 1."""
+    """Cohen's κ, (p_o − p_e)/(1 − p_e), of two ratings [N] in {−1, 0, 1}; None where N is 0 or p_e is 1."""
     if not len(first):
         return None
     shares = np.array([[np.mean(r == v) for v in (-1, 0, 1)] for r in (first, second)])
     chance = float(shares[0] @ shares[1])
     return None if chance == 1.0 else (float(np.mean(first == second)) - chance) / (1.0 - chance)
-
-
-def table(found: WinRates) -> str:
-    """For reading; A : B as in the paper's Table 1, percent of the pairs that did not fail, ties the rest."""
-    ours, theirs = found.arms
-    judged = found.pairs - found.failed
-
-    def percent(count: int) -> str:
-        return f"{100 * count / judged:.0f}" if judged else "-"
-
-    def shown(e: Estimate | None) -> str:
-        return "not to be had" if e is None else f"{e.value:.3f} [{e.lo:.3f}, {e.hi:.3f}]"
-
-    lengths = "mean length {:.0f} against {:.0f} characters".format(*found.mean_lengths)
-    over = f"over {judged} of {found.pairs} pairs"
-    if found.failed:
-        over += "; {:.3f} to {:.3f} were every failed verdict lost, or won".format(*found.bounds)
-    kappa = "" if found.kappa is None else f"Cohen's kappa {found.kappa:.2f}"
-    level = next((e.level for e in (found.win_rate, found.agreement) if e is not None), None)
-    head = f"{found.pairs} pairs of {found.prompts} prompts, each judged in both orders by {found.judge}"
-    rows: Sequence[tuple[str, str, str]] = [
-        (
-            f"{ours} : {theirs}",
-            f"{percent(found.wins)} : {percent(found.losses)}",
-            f"won {found.wins}, lost {found.losses}, tied {found.ties}"
-            + (f" ({found.identical} identical)" if found.identical else "")
-            + f", failed {found.failed}",
-        ),
-        ("win rate, ties a half", shown(found.win_rate), over),
-        ("at equal lengths", shown(found.length_controlled), lengths),
-        ("orders agree", shown(found.agreement), kappa),
-        ("first shown preferred", shown(found.first_shown), "0.5 where position does not matter"),
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    lines = [head + (f"; {level:.0%} intervals over prompts" if level else "")]
-    lines += [f"  {a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}".rstrip() for a, b, c in rows]
-    if found.failures:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in found.failures.items())
-        lines.append(f"verdicts that failed: {kinds}")
-    return "\n".join(lines)

@@ -134,7 +134,7 @@ def low_rank(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
 
 
 def lm_like(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
-    """As enumerated language models look: Zipfian probabilities, correlated rows, rewards of few levels.
+    """Zipfian probabilities, correlated rows, rewards of few levels: like enumerated language models.
 
     π_F(·|x′) is a common Zipf law (exponent 1 to 1.5) on responses in random order, with log-normal noise per
     row; ρ_sft is Zipfian with x itself most likely; r* is a common quality plus noise per prompt, rounded to

@@ -5,7 +5,6 @@
 with optimal value temperature·log Z.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -16,7 +15,6 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from alignpro.errors import AlignProError
 from alignpro.theory.divergences import Floats, expm1_psi, log1p_or, same_floats, scaled_kl
 
 # Above this the mass sits far from the base's mean, and centring at the maximum is the accurate choice.
@@ -35,7 +33,7 @@ class Tilted(NamedTuple):
     """
 
     probs: Float[Array, "... K"]
-    """p; 0 off the base's support."""
+    """p (probabilities); 0 off the base's support."""
     log_probs: Float[Array, "... K"]
     """log p in nats; −∞ off the support. Meaningful where `probs` underflows."""
     log_ratio: Float[Array, "... K"]
@@ -51,7 +49,7 @@ class Tilted(NamedTuple):
     gain: Float[Array, "..."]
     """temperature·log Z − E_base[energy] = temperature·KL(base‖p), in reward units."""
     tv: Float[Array, "..."]
-    """½ Σ|p − base|."""
+    """½ Σ|p − base| (probability)."""
 
 
 def power_of_two(n: Int[Floats, "..."], dtype: DTypeLike = np.float64) -> Float[Array, "..."]:
@@ -162,24 +160,3 @@ def grid(function: Callable[[Array, Array], T], betas: Float[Floats, "B"], lams:
     """
     betas, lams = jnp.asarray(betas, float), jnp.asarray(lams, float)
     return jax.vmap(lambda beta: jax.vmap(lambda lam: function(beta, lam))(lams))(betas)
-
-
-def check_temperature(name: str, value: object) -> float:
-    """`value` as a float usable as β or λ.
-
-    Raises:
-        AlignProError: not a number, not finite, or not positive; `name` (a flag, say) heads the message.
-    """
-    number = math.nan
-    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
-        number = float(value)
-    if not 0 < number < math.inf:
-        raise AlignProError(
-            f"{name} {value}: must be a positive finite number; give one such as {name} 0.5 "
-            "(use a small positive value for the greedy limit)"
-        )
-    if not 1e-18 <= number <= 1e18:
-        raise AlignProError(
-            f"{name} {value}: is outside 1e-18 to 1e18; divide rewards, beta and lam by a common factor"
-        )
-    return number

@@ -19,7 +19,7 @@ from alignpro.theory.divergences import TINY
 ROW_SUM_TOLERANCE = 1e-9
 """How far from 1 a row of float64 probabilities may sum; it is then divided by its sum, once."""
 ROW_SUM_TOLERANCE_SINGLE = 1e-5
-"""The same for arrays that arrive as float32."""
+"""How far from 1 a row of float32 probabilities may sum."""
 
 KEYS = ("p", "prior", "frozen", "own", "reward")
 AXES = {"p": "X", "prior": "XK", "frozen": "KY", "own": "X", "reward": "XY"}
@@ -107,7 +107,7 @@ def unchecked(p: Any, prior: Any, frozen: Any, own: Any, reward: Any) -> Instanc
 
 
 def bare(instance: Instance) -> Instance:
-    """The same arrays without names, which are static: other names would compile anew."""
+    """An instance of the same arrays without names, which are static: other names would compile anew."""
     return unchecked(*(getattr(instance, key) for key in KEYS))
 
 
@@ -244,7 +244,7 @@ def _refuse(key: str, array: np.ndarray, bad: np.ndarray, why: str) -> None:
 
 
 def probabilities(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """`value` as float64 rows of probabilities of the given shape, under `Instance`'s rules.
+    """Check `value`, and give it as float64 rows of probabilities of this shape, under `Instance`'s rules.
 
     Raises:
         AlignProError: a wrong shape, a non-finite or negative entry, or a row that does not sum to 1.
@@ -275,7 +275,7 @@ def _normalised(key: str, array: np.ndarray, tolerance: float) -> np.ndarray:
 
 
 def normalise(array: np.ndarray) -> np.ndarray:
-    """Rows (last axis) divided by their sum, except those already at 1 to rounding: so that saving and
+    """Divide rows (last axis) by their sum, except those already at 1 to rounding: so that saving and
     loading is bit-exact."""
     totals = array.sum(-1, keepdims=True)
     rounding = (array.shape[-1] + 1) * np.finfo(float).eps

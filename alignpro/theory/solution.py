@@ -32,9 +32,11 @@ class Solution(NamedTuple):
     p: Float[Array, " X"]
     """P(x)."""
     beta: Float[Array, ""]
+    """β, the temperature of RLHF."""
     lam: Float[Array, ""]
+    """λ, the temperature of prompt tuning."""
     rewrite_reward: Float[Array, "X K"]
-    """R(x,x′) = E_{y~π_F(·|x′)} r*(x,y), for every rewrite, the reference's support or not."""
+    """R(x,x′) = E_{y~π_F(·|x′)} r*(x,y), for every rewrite, in the reference's support or not."""
     rho_star: Float[Array, "X K"]
     """ρ*(x′|x), Lemma 1 (probabilities)."""
     pi_star: Float[Array, "X Y"]
@@ -88,7 +90,7 @@ class Solution(NamedTuple):
     prompter_kl: Float[Array, " X"]
     """λ KL(ρ*‖ρ_sft)."""
     prompter_jeffreys: Float[Array, " X"]
-    """λ Jeff(ρ*, ρ_sft)."""
+    """λ Jeff(ρ*, ρ_sft) = λ KL(ρ*‖ρ_sft) + λ KL(ρ_sft‖ρ*)."""
     prompter_gain: Float[Array, " X"]
     """λ KL(ρ_sft‖ρ*) = F(ρ*) − E_ρsft R ≥ 0."""
     induced_to_star: Float[Array, " X"]
@@ -111,8 +113,9 @@ class Solution(NamedTuple):
     """max − min of r*(x,·) over the responses reachable from x: those of positive probability under
     π_F(·|x), or under π_F(·|x′) for some x′ in the support of ρ_sft or of ρ."""
     reward_max: Float[Array, ""]
+    """Largest reward over all entries, reachable or not: the theorem's r_max refers to it."""
     reward_min: Float[Array, ""]
-    """Over all entries, reachable or not: what the theorem's r_max refers to."""
+    """Least reward over all entries, reachable or not."""
     is_star: Array
     """Whether ρ is ρ* by construction (bool)."""
     supported: Array
@@ -120,42 +123,42 @@ class Solution(NamedTuple):
     covered: Array
     """Whether π_ρ puts no mass where π_F(·|x) has none, for every x of positive probability (bool)."""
     gap_error: Float[Array, " X"]
-    """Bounds on the rounding errors of `gap`, …"""
+    """Bound on the rounding of `gap`."""
     model_error: Float[Array, " X"]
-    """… of the β terms (`delta1`, `model_kl`, `model_jeffreys`), …"""
+    """Bound on the rounding of each β term: `delta1`, `model_kl`, `model_jeffreys`."""
     prompter_error: Float[Array, " X"]
-    """… of the λ terms of ρ* (`prompter_kl`, `prompter_jeffreys`, `value`), …"""
+    """Bound on the rounding of each λ term of ρ*: `prompter_kl`, `prompter_jeffreys`, `value`."""
     rho_error: Float[Array, " X"]
-    """… of the λ terms of ρ (`kl_to_star`, `kl_to_reference`, `shortfall`, …), …"""
+    """Bound on the rounding of each λ term of ρ: `kl_to_star`, `kl_to_reference`, `shortfall`, …"""
     excess_error: Float[Array, " X"]
-    """… of `kl_excess`, …"""
+    """Bound on the rounding of `kl_excess`."""
     shift_error: Float[Array, " X"]
-    """… of `shift`, …"""
+    """Bound on the rounding of `shift`."""
     induced_error: Float[Array, " X"]
-    """… of `induced_to_star` and `induced_to_model`, …"""
+    """Bound on the rounding of `induced_to_star` and of `induced_to_model`."""
     own_error: Float[Array, " X"]
-    """… of `own_sd` and `own_rise`, …"""
+    """Bound on the rounding of `own_sd` and of `own_rise`."""
     tv_model_error: Float[Array, " X"]
-    """… of `tv_model`, …"""
+    """Bound on the rounding of `tv_model` (probability)."""
     tv_shift_error: Float[Array, " X"]
-    """… of `tv_shift` and `tv_barycentre`, …"""
+    """Bound on the rounding of `tv_shift` and of `tv_barycentre` (probability)."""
     tv_rho_error: Float[Array, " X"]
-    """… of `tv_induced` and `tv_prompter`, per prompt."""
+    """Bound on the rounding of `tv_induced` and of `tv_prompter` (probability)."""
     eps: Float[Array, ""] | float = EPS
     """The unit of rounding of these numbers, 2⁻⁵² or 2⁻²³."""
 
     def average(self, per_prompt: Any) -> Any:
-        """E_{x~P}; a prompt of probability 0 does not count, whatever its value."""
+        """The mean over P; a prompt of probability 0 does not count, whatever its value."""
         return average(self.p, per_prompt)
 
     @property
     def j_star(self) -> Float[Array, ""]:
-        """J(π*)."""
+        """J(π*), the mean reward of RLHF's optimal policy."""
         return self.average(self.optimum)
 
     @property
     def j_rho(self) -> Float[Array, ""]:
-        """J(π_ρ)."""
+        """J(π_ρ), the mean reward of the prompter asked about."""
         return self.average(self.achieved)
 
 

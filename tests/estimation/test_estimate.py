@@ -5,19 +5,23 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from estimate_oracle import halfway, instance, truth
 from scipy import stats
 
+from alignpro.claims import Claim
 from alignpro.commands import main
 from alignpro.errors import AlignProError
 from alignpro.estimation import compare, estimate, headroom, statements
 from alignpro.estimation.intervals import bootstrap_t
+from alignpro.estimation.paired import Term, estimates
 from alignpro.estimation.simulate import Size, simulate, simulated_rows
-from alignpro.estimation.terms import Term, estimates
+from alignpro.estimation.terms import Terms
 from alignpro.rollouts import LOGPS, collect
+from alignpro.theory import gibbs
 
 BETA, LAM = 0.25, 0.2
 SIZE = Size(60, 24, 12, 4)
@@ -86,11 +90,8 @@ def test_every_quantity_is_near_its_truth(rollouts):
 
 def test_the_parts_add_up(rollouts):
     found = estimate(rollouts, BETA, LAM)
-    signs = {"prompter_kl": -1, "prompter_jeffreys": -1}
     for bound in found.bounds:
-        assert bound.rhs.value == pytest.approx(
-            sum(signs.get(name, 1) * term.value for name, term in bound.terms.items()), abs=1e-12
-        )
+        assert bound.rhs.value == pytest.approx(sum(t.value for t in bound.terms.values()), abs=1e-12)
         assert bound.slack.value == pytest.approx(bound.rhs.value - bound.gap.value, abs=1e-12)
     for split in found.splits.values():
         parts = (split.prompting_ceiling, split.kl_regularisation, split.optimisation)
@@ -105,8 +106,7 @@ def test_true_bounds_hold_with_simultaneous_limits(rollouts):
     found = estimate(rollouts, BETA, LAM)
     assert {b.verdict for b in found.bounds} == {"holds"}
     assert set(by_name(found)) == {
-        *((name, "rho*") for name in statements.BOUNDS),
-        *((name, "trained") for name in statements.ANY_BOUNDS),
+        (name, "trained" if claim.any_prompter else "rho*") for name, claim in statements.CLAIMS.items()
     }
     alone = [estimate(rollouts, BETA, LAM).quantities[k] for k in found.quantities]
     assert alone == list(found.quantities.values())  # deterministic
@@ -117,13 +117,13 @@ def false_bound(terms):
     """A tenth of Theorem 1's right side."""
     true = statements.theorem1(terms)
     share = 0.1 * (true.slack + true.gap)
-    return statements.Statement(true.gap, {"tenth": (1, share)}, share - true.gap, {})
+    return statements.Statement(true.gap, {"tenth": share}, share - true.gap, {})
 
 
 def test_a_false_bound_is_violated(monkeypatch):
     i, lam = instance(5, spread=0.7, noise=2.0), 0.5
     wide = simulate(i, np.random.default_rng(0), SIZE._replace(answers=40), reward_range=(0.0, 1.0))
-    monkeypatch.setitem(statements.BOUNDS, "false", false_bound)
+    monkeypatch.setitem(statements.CLAIMS, "false", Claim(false_bound, "known wrong"))
     true = truth(i, BETA, lam, i.prior)
     assert true["gap"] > 0.1 * true["rhs"] + 0.05
     bounds = by_name(estimate(wide, BETA, lam))
@@ -209,7 +209,7 @@ def test_inconclusive_says_how_many_prompts_would_settle(rollouts, monkeypatch):
         shift = replace(true.slack, values=np.full(60, true.slack.values.mean() - 0.005))
         return true._replace(slack=true.slack - shift)
 
-    monkeypatch.setitem(statements.BOUNDS, "nearly", nearly)
+    monkeypatch.setitem(statements.CLAIMS, "nearly", Claim(nearly, "upper bound"))
     bound = by_name(estimate(rollouts, BETA, LAM))["nearly", "rho*"]
     assert bound.verdict == "inconclusive"
     half = bound.slack.value - bound.slack.lo
@@ -263,6 +263,154 @@ def test_no_interval_leaves_the_range_of_its_quantity(rollouts):
     # A mean that lies outside, as one of unbiased estimates may, stays in its interval.
     outside = estimates({"a": replace(term, values=values + 0.5)}, rollouts, 0.95)["a"]
     assert outside.lo <= outside.value == outside.hi
+
+
+# --- ranges other than [0, 1] -----------------------------------------------------------------------------
+
+RANGES = {(0.0, 2.0): 2.0, (-1.0, 1.0): 2.0, (1.0, 3.0): 3.0}
+"""Declared ranges, and Theorem 1's r_max in each."""
+
+
+def ranged(low, high, beta=BETA, lam=LAM):
+    """The same draws with rewards mapped from [0, 1] to [low, high]; β and λ in proportion."""
+    i, width = instance(3), high - low
+    trained = {"trained": halfway(i, LAM)}
+    i.reward = low + width * i.reward
+    size = Size(20, 16, 12, 4)
+    rollouts = simulate(i, np.random.default_rng(0), size, prompters=trained, reward_range=(low, high))
+    return rollouts, width * beta, width * lam
+
+
+def test_theorem_1_takes_the_upper_end_of_the_range():
+    def check(r_max_of):
+        for (low, high), r_max in RANGES.items():
+            terms = Terms(*ranged(low, high))
+            found = statements.theorem1(terms)
+            assert found.assumptions == {"rewards in [0, r_max]": True}
+            own = statements.theorem1(terms, r_max)
+            assert np.array_equal(found.terms["model"].values, own.terms["model"].values)
+            r_max = r_max_of(terms)
+            for name, tv in (("model", terms.tv_model()), ("prompt_shift", terms.tv_shift())):
+                if not np.allclose(found.terms[name].values, r_max * tv.values, rtol=1e-12):
+                    return False
+            parts = sum(term.values for term in found.terms.values())
+            assert parts.mean() == pytest.approx(found.rhs.values.mean(), abs=1e-12)
+        return True
+
+    assert check(lambda t: t.high if t.low >= 0 else t.width)
+    assert not check(lambda t: t.width)
+    assert not check(lambda t: t.high)
+    inside = statements.theorem1(Terms(*ranged(1.0, 3.0)), 2.5)
+    negative = statements.theorem1(Terms(*ranged(-1.0, 1.0)), 5.0)
+    assert [s.assumptions["rewards in [0, r_max]"] for s in (inside, negative)] == [False, False]
+
+
+@pytest.mark.parametrize("reward_range", RANGES)
+@pytest.mark.parametrize("temperatures", [(BETA, LAM), (0.01, 0.01)], ids=["plain", "degenerate"])
+def test_units_and_origin_of_the_reward_do_not_matter(reward_range, temperatures):
+    """Every number moves with the reward's range as its meaning says, its interval too."""
+    low, high = reward_range
+    width = high - low
+    one = estimate(*ranged(0.0, 1.0, *temperatures))
+    other = estimate(*ranged(low, high, *temperatures))
+
+    def moved(e, scale, shift=0.0):
+        return pytest.approx([shift + scale * v for v in (e.value, e.lo, e.hi)], rel=1e-9, abs=1e-9)
+
+    def three(e):
+        return [e.value, e.lo, e.hi]
+
+    assert list(one.quantities) == list(other.quantities)
+    for name, e in one.quantities.items():
+        level = name.startswith("J(") or name in ("beta log Z*", "lambda log Z")
+        want = moved(e, 1.0) if name.startswith("TV") else moved(e, width, low if level else 0.0)
+        assert three(other.quantities[name]) == want, name
+        assert other.quantities[name].bracket == e.bracket
+    for name, e in one.gaps.items():
+        assert three(other.gaps[name]) == moved(e, width), name
+    for b, c in zip(one.bounds, other.bounds, strict=True):
+        if b.name != "theorem1":
+            assert (b.name, b.verdict, b.vacuous) == (c.name, c.verdict, c.vacuous)
+            # Its limits are joint with Theorem 1's, whose r_max does not move so.
+            assert c.slack.value == pytest.approx(width * b.slack.value)
+            for name, term in b.terms.items():
+                assert three(c.terms[name]) == moved(term, width)
+
+
+def test_headroom_and_compare_in_other_units():
+    for low, high in RANGES:
+        width = high - low
+        (one, *_), (other, *_) = ranged(0.0, 1.0), ranged(low, high)
+        a, b = headroom(one), headroom(other)
+        assert [at.lam for at in b.at] == pytest.approx([width * at.lam for at in a.at])
+        assert a.decision == b.decision
+        assert b.answer.startswith(b.decision.capitalize())
+        for at, scaled in zip(a.at, b.at, strict=True):
+            for name in ("over_reference", "net", "over_none"):
+                x, y = getattr(at, name), getattr(scaled, name)
+                assert [y.value, y.lo, y.hi] == pytest.approx(
+                    [width * v for v in (x.value, x.lo, x.hi)], abs=1e-9
+                )
+        assert b.between.value == pytest.approx(width**2 * a.between.value)
+        assert b.ceiling.value == pytest.approx(width * a.ceiling.value)
+        x, y = (compare(of, ["none", "trained"]) for of in (one, other))
+        assert y.mean["none"].value == pytest.approx(low + width * x.mean["none"].value)
+        ours, theirs = x.against["trained"], y.against["trained"]
+        assert theirs.variance.value == pytest.approx(width**2 * ours.variance.value)
+        assert theirs.win_rate.value == pytest.approx(ours.win_rate.value)
+        assert theirs.finding == ours.finding
+
+
+def test_vacuous_from_the_width_on(monkeypatch):
+    """The right side at the width is vacuous; below it is not, however near."""
+    for low, high in RANGES:
+        rollouts, beta, lam = ranged(low, high)
+        for share, vacuous in ((1.0, True), (1.0 - 2**-40, False)):
+            gap = Term(np.zeros(20), -9.0, 9.0, frozenset({"none"}), "none", "nothing")
+            slack = replace(gap, values=np.full(20, share * (high - low)))
+            flat = statements.Statement(gap, {"all": slack}, slack, {})
+            monkeypatch.setitem(statements.CLAIMS, "flat", Claim(lambda t, flat=flat: flat, "upper bound"))
+            (found,) = (b for b in estimate(rollouts, beta, lam).bounds if b.name == "flat")
+            assert found.vacuous == vacuous
+            assert found.finding == "holds" + ", vacuous" * vacuous
+
+
+# --- β and λ ----------------------------------------------------------------------------------------------
+
+GOOD = [0.5, 1, np.float32(0.5), np.float64(0.25), np.int64(1), Fraction(1, 4)]
+NOT_SO = [0, -1.0, math.nan, math.inf, "1", None, True, np.bool_(True), 1e-19, 1e19, 10**400, np.float32(-1)]
+
+
+def test_theory_and_estimation_take_the_same_temperatures():
+    """The mutant asks for Python's own numbers, as estimation once did."""
+    few = simulate(instance(3), np.random.default_rng(0), Size(5, 4, 3, 2), reward_range=(0.0, 1.0))
+    estimation = (
+        lambda value: estimate(few, value, 0.5).beta,
+        lambda value: estimate(few, 0.5, value).lam,
+        lambda value: headroom(few, (value,)).at[0].lam,
+    )
+
+    def own_numbers(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise AlignProError(f"lam {value!r}: must be a positive finite number, in reward units")
+        return float(value)
+
+    def answer(way, value):
+        try:
+            return way(value)
+        except AlignProError as error:
+            return str(error).split(" ", 1)[1].split(";")[0]
+
+    def same(*ways):
+        return all(len({answer(way, value) for way in (theory, *ways)}) == 1 for value in GOOD + NOT_SO)
+
+    def theory(value):
+        return gibbs.check_temperature("lam", value)
+
+    assert same(*estimation)
+    assert not same(own_numbers)
+    assert {type(answer(theory, value)) for value in GOOD} == {float}
+    assert {type(answer(theory, value)) for value in NOT_SO} == {str}
 
 
 # --- headroom ---------------------------------------------------------------------------------------------
@@ -415,10 +563,14 @@ def test_mistakes_get_one_line_and_status_2(case, file, capsys):
     assert said.err.count("\n") == 1
 
 
-def test_estimation_needs_neither_jax_nor_torch():
+def test_verbs_wait_for_no_numbers_and_estimation_for_neither_jax_nor_torch():
     code = (
-        "import sys, alignpro.commands.main, alignpro.estimation, alignpro.commands.tables;"
-        "print([m for m in ('jax', 'torch', 'scipy') if m in sys.modules])"
+        "import sys, importlib\n"
+        "for v in ('estimate', 'headroom', 'compare'): importlib.import_module(f'alignpro.commands.{v}')\n"
+        "loaded = lambda: [m for m in ('numpy', 'jax', 'torch', 'scipy') if m in sys.modules]\n"
+        "print(loaded())\n"
+        "import alignpro.estimation\n"
+        "print(loaded())"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout == "[]\n"
+    assert done.stdout == "[]\n['numpy']\n"

@@ -1,5 +1,7 @@
 """Intervals against their formulas, their coverage where it is guaranteed, and what verdicts follow."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,13 +11,14 @@ from scipy import stats
 from alignpro.errors import AlignProError
 from alignpro.estimation.intervals import (
     Estimate,
+    _counts,
     betting,
     bootstrap_t,
     check_level,
     empirical_bernstein,
-    judge,
     prompts_to_settle,
     studentise,
+    verdict_of,
 )
 
 
@@ -137,10 +140,10 @@ def test_level_is_checked(level):
 
 
 def test_verdicts():
-    assert judge(0.1, 0.2) == "holds"
-    assert judge(-0.2, -0.1) == "violated"
-    assert judge(-0.1, 0.2) == "inconclusive"
-    assert judge(0.1, 0.2, applicable=False) == "inapplicable"
+    assert verdict_of(0.1, 0.2) == "holds"
+    assert verdict_of(-0.2, -0.1) == "violated"
+    assert verdict_of(-0.1, 0.2) == "inconclusive"
+    assert verdict_of(0.1, 0.2, applicable=False) == "inapplicable"
 
 
 def test_prompts_to_settle():
@@ -150,3 +153,25 @@ def test_prompts_to_settle():
     assert 0.2 * np.sqrt(50 / (50 + more)) < 0.1  # limits shrink as 1/√n …
     assert 0.2 * np.sqrt(50 / (50 + more - 2)) >= 0.1  # … and no prompt is asked for in vain
     assert prompts_to_settle(Estimate(1e-9, -1, 1, 0.95, 1000, 50, "", "none")) is None
+
+
+def test_errors_are_those_of_the_sample():
+    """n − 1 in the standard error, here and in every resample; with n (the mutant) few prompts cover less."""
+    x = beta_values(8, 3, 6)
+    found = studentise(x, resamples=200)
+    assert found.error == pytest.approx(stats.sem(x, axis=-1), rel=1e-12)
+    assert found.error != pytest.approx(stats.sem(x, axis=-1, ddof=0), rel=0.05)
+    counts = _counts(6, 200, 0).astype(int)
+    for b in np.flatnonzero((counts > 0).sum(0) > 2)[:20]:
+        sample = np.repeat(x, counts[:, b], -1)
+        for ddof, same in ((1, True), (0, False)):
+            t = (sample.mean(-1) - x.mean(-1)) / stats.sem(sample, axis=-1, ddof=ddof)
+            assert (found.draws[:, b] == pytest.approx(t, rel=1e-9)) == same
+
+
+def test_remarks():
+    plain = Estimate(0.1, 0.0, 0.2, 0.95, 10, 5, "", "none")
+    assert plain.remarks == ()
+    assert replace(plain, bias="unknown").remarks == ()
+    odd = replace(plain, bias="down", bracket=True, ess=2.34)
+    assert odd.remarks == ("degenerate weights: bounds", "biased down", "ESS 2.3")

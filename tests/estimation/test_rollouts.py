@@ -173,3 +173,12 @@ def test_a_line_is_the_row():
     assert Rollout(**json.loads(row.line())) == row
     assert row.line().count("\n") == 1
     assert replace(row, response="a\nb\u2028").line().count("\n") == 1
+
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    """Texts may hold what `str.splitlines` (the mutant) takes for the end of a line."""
+    odd = "a\u2028b\u2029c\x85d\x0ce\x1cf"
+    changed = [replace(row, response=row.response + odd) for row in rows()]
+    path = write(tmp_path / "r.jsonl", [row.line() for row in changed])
+    assert same(read(path), collect(rows()))
+    assert len(path.read_text(encoding="utf-8").splitlines()) > len(changed)

@@ -207,3 +207,43 @@ def test_win_rate_counts_pairs(ours, theirs):
     pairs = [(a > b) + 0.5 * (a == b) for a in ours for b in theirs]
     found = samples.win_rate(np.array(ours, float), np.array(theirs, float))
     assert found == pytest.approx(np.mean(pairs), abs=16 * EPS)
+
+
+def test_without_noise_the_lower_bound_is_the_plain_value():
+    """Gibbs' principle is then an equation: mean and entropy together. Mutants leave the entropy out."""
+    r, lam = np.random.default_rng(0).uniform(size=(6, 5)), 0.2
+
+    def lower(rewards, lam, entropy=True):
+        w = samples._softmax(rewards / lam)
+        spread = -(w * np.log(w)).sum(-1) if entropy else np.log(rewards.shape[-1])
+        return (w * rewards).sum(-1) - lam * (np.log(rewards.shape[-1]) - spread)
+
+    def check(lower):
+        return lower == pytest.approx(samples.tilt(r, lam).value, abs=1e-12)
+
+    found = samples.prompter_tilt(np.repeat(r[..., None], 3, -1), lam).lower
+    assert check(found)
+    assert check(lower(r, lam))
+    assert not check(lower(r, lam, entropy=False))
+    assert not check(found - lam * np.log(5))  # and with nothing for w's own
+
+
+def test_cross_fitting_has_spent_an_answer(monkeypatch):
+    """Two draws and three answers, exactly: the jackknife over answers must count A − 1 of them."""
+    prior, chance, lam = np.array([0.5, 0.5]), np.array([0.5, 1.0]), 0.5
+    weights, r = zip(*_prompter_outcomes(prior, chance, answers=3), strict=True)
+    plain = samples.jackknife
+
+    def without_noise(name):
+        draws = [chance[list(k)] for k in itertools.product((0, 1), repeat=2)]
+        return np.mean([plain(lambda s: getattr(samples.tilt(s, lam), name), rewards) for rewards in draws])
+
+    def bias(name):
+        found = getattr(samples.prompter_tilt(np.stack(r), lam), name)
+        return np.array(weights) @ found - without_noise(name)
+
+    assert bias("mean") == pytest.approx(0, abs=1e-12)
+    assert bias("value") == pytest.approx(0, abs=1e-12)
+    monkeypatch.setattr(samples, "jackknife", lambda s, r, axis=-1, spent=0: plain(s, r, axis))
+    assert bias("mean") > 0.01  # the mutant: spent = 0
+    assert bias("value") > 0.002

@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special, stats
 
+from alignpro.commands import judge as command
 from alignpro.errors import AlignProError
 from alignpro.estimation import winrate
+from alignpro.estimation.intervals import bootstrap_t
 from alignpro.estimation.winrate import Judgements, collect, length_regression, rate, wilson, win_rates
+from alignpro.report.numbers import plain
 
 EPS = np.finfo(float).eps
 
@@ -221,6 +224,25 @@ def test_wilson_stands_in_where_there_is_nothing_to_resample():
     assert rate(np.array([]), np.array([]), 0.95) is None
 
 
+def test_no_rate_leaves_the_unit_interval():
+    """Nearly all won by few prompts: the bootstrap's own limit (the mutant) is above 1."""
+    prompt = np.repeat(np.arange(6), 2)
+    scores = np.ones(12)
+    scores[:3] = (0.5, 0.0, 0.5)
+    value = scores.mean()
+    residuals = np.bincount(prompt, scores - value) / 2
+    assert bootstrap_t(value + residuals, 0.95)[1] > 1.0
+    found, other = rate(scores, prompt, 0.95), rate(1 - scores, prompt, 0.95)
+    assert "bootstrap" in found.method
+    assert (found.hi, other.lo) == (1.0, 0.0)
+
+
+def test_five_prompts_are_enough_to_resample():
+    scores, prompt = np.array([1.0, 0.0, 1.0, 0.5, 0.0, 0.0, 1.0, 1.0, 0.5, 0.0]), np.repeat(np.arange(5), 2)
+    assert "bootstrap" in rate(scores, prompt, 0.95).method
+    assert "Wilson" in rate(scores[:8], prompt[:8], 0.95).method
+
+
 # --- length control ---
 
 
@@ -359,12 +381,12 @@ def test_rows_become_columns(tmp_path):
     np.testing.assert_array_equal(found.prompt, [0, 1, 0])
     np.testing.assert_array_equal(found.asked, [True, True, False])
     assert (found.arms, found.judge, found.failures) == (("trained", "none"), "j", {"several": 1})
-    text = winrate.table(win_rates(found))
+    text = command.text(win_rates(found))
     assert "trained : none" in text
     assert "won 1, lost 0, tied 1 (1 identical), failed 1" in text
     assert "over 2 of 3 pairs; 0.500 to 0.667 were every failed verdict lost, or won" in text
     assert "verdicts that failed: 1 several" in text
-    json.dumps(win_rates(found).json(), allow_nan=False)
+    json.dumps(plain(win_rates(found)), allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -385,15 +407,33 @@ def test_what_is_no_judgement_is_refused(rows, message):
 
 def test_bad_files_and_levels(tmp_path):
     (tmp_path / "torn").write_text(json.dumps(row())[:-4])
-    for name in ("torn", "gone"):
-        with pytest.raises(AlignProError, match=f"{name}: cannot read it"):
+    for name, said in (("torn", "line 1 is no JSON"), ("gone", "missing or damaged")):
+        with pytest.raises(AlignProError, match=f"{name}: {said}"):
             winrate.read(tmp_path / name)
     with pytest.raises(AlignProError, match=r"level 95: must lie between"):
         win_rates(judgements([[1, 1]]), 95)
+
+
+def test_only_a_newline_ends_a_judgement(tmp_path):
+    """Names may hold what `str.splitlines` (the mutant) takes for the end of a line."""
+    path = tmp_path / "judgements.jsonl"
+    odd = row(judge="a\u2028b\x85c\u2029d")
+    path.write_text(2 * (json.dumps(odd, ensure_ascii=False) + "\n"), encoding="utf-8")
+    found = winrate.read(path)
+    assert (len(found), found.judge) == (2, odd["judge"])
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 8
+
+
+def test_what_the_text_and_the_page_say_is_the_results():
+    found = win_rates(judgements([[1, 1]] * 5 + [[-1, -1]] * 2 + [[0, 0]] + [[math.nan, 1]]))
+    assert (found.judged, found.percentages, found.level) == (8, (62.5, 25.0), 0.95)
+    assert found.percentages != (500 / 9, 200 / 9)  # of all pairs, failed ones too
+    none = win_rates(judgements([[math.nan, 1]]))
+    assert (none.judged, none.percentages, none.level) == (0, None, None)
 
 
 def test_all_failed_is_a_result_too():
     found = win_rates(judgements([[math.nan, 1], [math.nan, math.nan]]))
     assert (found.win_rate, found.agreement, found.kappa, found.length_controlled) == (None,) * 4
     assert found.bounds == (0.25, 1.0)
-    assert "not to be had" in winrate.table(found)
+    assert "not to be had" in command.text(found)

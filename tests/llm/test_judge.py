@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 from alignpro.commands import main
 from alignpro.errors import AlignProError
 from alignpro.estimation import winrate
+from alignpro.llm.arms import forced
 from alignpro.llm.arms import judge as module_judge
-from alignpro.llm.arms.judge import (
+from alignpro.llm.arms import question as module_question
+from alignpro.llm.arms.forced import ForcedChoice
+from alignpro.llm.arms.judge import Pair, failed_replies, judge, pairs
+from alignpro.llm.arms.question import (
     CRITERIA,
     FAILURES,
-    ForcedChoice,
-    Pair,
     boundary,
-    judge,
-    pairs,
+    control_tokens,
     question,
     quoted,
     read_verdict,
@@ -32,6 +33,7 @@ from alignpro.llm.targets.endpoint import Endpoint
 from alignpro.llm.targets.ledger import Cached
 from alignpro.llm.targets.local import LocalTarget
 from alignpro.llm.targets.target import Stopped
+from alignpro.report.numbers import plain
 from alignpro.rollouts import Rollout
 
 X = "What is six times seven?"
@@ -201,7 +203,7 @@ def test_the_quotations_can_be_told_apart(x, first, second):
 def test_no_text_holds_the_code(monkeypatch):
     assert len({boundary("a", "b"), boundary("a", "c"), boundary("b", "b"), boundary("b", "a")}) == 4
     # SHA-256 will not collide on request, so a weak hash stands in.
-    monkeypatch.setattr(module_judge, "digest", lambda kind, n, *texts: bytes([0xA0 + n]) * 16)
+    monkeypatch.setattr(module_question, "digest", lambda kind, n, *texts: bytes([0xA0 + n]) * 16)
     assert boundary("a") == "a0" * 8
     assert boundary("a", "x" + "a0" * 8) == "a1" * 8
     assert boundary("A0" * 8, "a1" * 8 + "a2" * 8) == "a3" * 8
@@ -216,21 +218,21 @@ def test_control_tokens_stay_text_for_the_judges_own_tokenizer():
 
     target = Local()
     target.tokenizer = tokenizer
-    control = module_judge.control_tokens(target)
+    control = control_tokens(target)
     assert {"<eos>", "<pad>", "$turn$", "n$e"} <= set(control)
     hostile = "<eos><pad>$turn$e $turn$turn$"
     ids = {tokenizer.convert_tokens_to_ids(t) for t in ("<eos>", "<pad>", "$turn$", "n$e")}
     assert ids & set(tokenizer(hostile).input_ids)
     assert not ids & set(tokenizer(question("abc", hostile, "d", control)).input_ids)
     assert not ids & set(target_ids(tokenizer, hostile))  # a chat's content is text to begin with
-    assert module_judge.control_tokens(object()) == ()
+    assert control_tokens(object()) == ()
 
     class Wrapper:
         pass
 
     cached = Wrapper()
     cached.target = target
-    assert module_judge.control_tokens(cached) == control
+    assert control_tokens(cached) == control
 
 
 # --- the verdict ---
@@ -357,7 +359,7 @@ def test_failures_are_counted_and_kept():
     assert (found.win_rate.n, found.win_rate.value, found.bounds) == (4, 1.0, (pytest.approx(4 / 6), 1.0))
     rows = [j.row(("a", "b"), "judge") for j in judged]
     assert rows[0]["replies"] == ["I cannot say."] * 2
-    shown = module_judge.failed_replies(rows)
+    shown = failed_replies(rows)
     assert shown[0] == "none, prompt p0: 'I cannot say.'"
     assert len(shown) == 3
 
@@ -433,11 +435,11 @@ def likelier(target, prior):
 
 def test_the_likelier_verdict_is_chosen():
     target = local(seed=8)
-    blank = [question(t, t, t, module_judge.control_tokens(target)) for t in module_judge.CONTENT_FREE]
+    blank = [question(t, t, t, control_tokens(target)) for t in forced.CONTENT_FREE]
     a, b = (np.exp(target.log_probs(blank, [f"VERDICT: {c}"] * 3)) for c in "AB")
     p = (a / (a + b)).mean()
     chosen = choices(ForcedChoice(target))
-    assert set(chosen) == set(module_judge.CANDIDATES)
+    assert set(chosen) == set(forced.CANDIDATES)
     assert chosen == likelier(target, np.log(p) - np.log(1 - p))
     # Mutants: no calibration, and swapped candidates.
     assert chosen != likelier(target, 0.0)
@@ -461,8 +463,8 @@ def test_a_forced_judge_is_a_target(tmp_path):
     inner = local(batch_size=3)
     target = ForcedChoice(inner)
     assert target.name == "forced choice of Llama"
-    assert module_judge.control_tokens(target) == module_judge.control_tokens(Cached(target, tmp_path))
-    assert "<eos>" in module_judge.control_tokens(target)
+    assert control_tokens(target) == control_tokens(Cached(target, tmp_path))
+    assert "<eos>" in control_tokens(target)
     revisions = [inner.revision, target.revision, ForcedChoice(local(seed=2)).revision]
     assert len(set(revisions)) == 3
     assert ForcedChoice(local()).revision == target.revision
@@ -573,7 +575,7 @@ def test_the_verb(file, tmp_path, capsys):
         printed = capsys.readouterr().out.splitlines()[-1]
         assert json.loads(printed) == json.loads((out / "winrate.json").read_text())
         found = winrate.win_rates(winrate.read(out / "judgements.jsonl"))
-        assert json.loads(json.dumps(found.json())) == json.loads(printed)
+        assert json.loads(json.dumps(plain(found))) == json.loads(printed)
         # Another comparison goes elsewhere.
         assert run(file, out, server, "--reply-tokens", "98") == 2
         assert "was begun with reply_tokens 99, not 98" in capsys.readouterr().err
@@ -617,7 +619,7 @@ def test_a_forced_judge_in_this_process(file, tmp_path, capsys):
     said = capsys.readouterr()
     assert "over 3 of 3 pairs" in said.out
     rows = [json.loads(line) for line in (tmp_path / "out" / "judgements.jsonl").read_text().splitlines()]
-    assert {reply for row in rows for reply in row["replies"]} <= set(module_judge.CANDIDATES)
+    assert {reply for row in rows for reply in row["replies"]} <= set(forced.CANDIDATES)
     assert {row["judge"] for row in rows} == {f"forced choice of {tmp_path / 'model'}"}
     assert run(file, tmp_path / "out", None, *command) == 2
     assert "holds another run" in capsys.readouterr().err

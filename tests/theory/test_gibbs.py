@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from theory_oracle import EPS, close, finite, kills
 
-from alignpro.errors import AlignProError
-from alignpro.theory.gibbs import Tilted, check_temperature, grid, tilt
+from alignpro.errors import AlignProError, check_temperature
+from alignpro.theory.gibbs import Tilted, grid, tilt
 
 compiled = jax.jit(tilt)
 

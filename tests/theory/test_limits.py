@@ -26,7 +26,6 @@ J = SimpleNamespace(
         for name in (
             "information_projection", "prompting_ceiling", "response_value", "kl_budget", "best_of_n",
             "kl_price", "sensitivity", "headroom", "variance_split", "limit_readings", "best_of_n_rewrites",
-            "best_of_n_responses",
         )
     },
     frontier=jax.jit(cost.frontier, static_argnames="responses"),
@@ -190,13 +189,10 @@ def test_ceiling(family):
                 gap = np.asarray(s.optimum) - (rho * np.asarray(s.rewrite_reward)).sum(-1)
                 assert (gap >= np.asarray(bound) - 8 * size).all()
             assert (ceiling.anywhere <= ceiling.supported).all()
-            for k, bound, alive in (
-                (ceiling.best, ceiling.anywhere, True),
-                (ceiling.best_supported, ceiling.supported, instance.prior > 0),
-            ):
+            best = np.where(instance.prior > 0, rewards(instance)[0], -np.inf).argmax(-1)
+            for k, bound in ((ceiling.best, ceiling.anywhere), (best, ceiling.supported)):
                 gap = np.asarray(s.optimum) - np.asarray(s.rewrite_reward)[np.arange(3), k]
                 np.testing.assert_allclose(gap, bound, rtol=0, atol=size.max() * 8)
-                assert np.broadcast_to(alive, (3, 4))[np.arange(3), k].all()
 
     check(J.prompting_ceiling)
 
@@ -425,13 +421,11 @@ def test_best_of_n_by_enumeration_and_in_the_limit():
             cost.best_of_n(base, energy, bad)
 
 
-def test_best_of_n_on_both_levels():
+def test_best_of_n_rewrites():
     instance = draw("sparse", 10, (3, 4, 5))[0]
-    r, own = rewards(instance)
-    top, bottom = J.best_of_n_rewrites(instance, 5), J.best_of_n_responses(instance, 5)
+    r, top = rewards(instance)[0], J.best_of_n_rewrites(instance, 5)
     for x in range(3):
         np.testing.assert_allclose(top.probs[x], exact_best(instance.prior[x], r[x], 5)[0], rtol=1e-12)
-        np.testing.assert_allclose(bottom.probs[x], exact_best(own[x], instance.reward[x], 5)[0], rtol=1e-12)
         if np.isfinite(top.lam[x]):
             s = compiled(instance, 1.0, top.lam[x])
             np.testing.assert_allclose(s.prompter_kl[x] / s.lam, top.kl[x], rtol=1e-11)
@@ -573,6 +567,31 @@ def test_headroom(family):
     kills(check, lambda i, t: J.headroom(i, t)._replace(first_order=J.headroom(i, t).first_order / 2))
 
 
+def test_each_limit_of_the_headroom_is_attained():
+    """Two rewrites with rewards 0 and 1, the better of mass b, at λ = 1/a: each part of `upper` in turn."""
+    cases = [(1 / (1 + np.exp(2.0)), 4.0), (0.1, 1e-6), (0.1, 1e3)]  # tanh; first order; max R − E R
+
+    def check(head):
+        for mass, a in cases:
+            found = head(Instance([1.0], [[1 - mass, mass]], np.eye(2), [0], [[0.0, 1.0]]), 1 / a)
+            np.testing.assert_allclose(found.upper, found.lift, rtol=1e-5)
+            np.testing.assert_allclose(found.lower, found.lift, rtol=1e-5 if a < 1 else np.inf)
+
+    def without(part):
+        def mutant(instance, lam):
+            mass, a = float(instance.prior[0, 1]), 1 / lam
+            parts = [np.tanh(a / 4), mass * (1 - mass) * np.expm1(min(a, 600.0)), 1 - mass]
+            return J.headroom(instance, lam)._replace(upper=[min(parts[:part] + parts[part + 1 :])])
+
+        return mutant
+
+    check(J.headroom)
+    check(without(3))  # none left out: the formula itself
+    for part in range(3):
+        kills(check, without(part))
+    kills(check, lambda i, t: J.headroom(i, t)._replace(lower=J.headroom(i, t).lower / 2))
+
+
 def test_variance_split():
     def check(split):
         for family in SPREAD:
@@ -697,6 +716,35 @@ def test_critical_temperatures(per_prompt):
     kills(lambda f: check(J.critical_lam, f), partial(off, J.critical_beta))
 
 
+def test_the_enclosure_of_a_critical_temperature_is_sharp():
+    """A fair coin that must gain little reaches `upper`, a rare best that must nearly win `lower`."""
+
+    def of_lam(mass, target):
+        """ρ_sft gives reward 1 with probability `mass`; π*, at β far above its reward, has `target`."""
+        frozen = [[1.0, 0.0], [0.0, 1.0], [1 - target, target]]
+        return Instance([1.0], [[1 - mass, mass, 0.0]], frozen, [2], [[0.0, 1.0]])
+
+    def of_beta(mass, target):
+        """π_F(·|x) gives reward 1 with probability `mass`, and the one rewrite has `target`."""
+        return Instance([1.0], [[0.0, 1.0]], [[1 - mass, mass], [1 - target, target]], [0], [[0.0, 1.0]])
+
+    def check(lam_of, beta_of):
+        for function, made in ((lam_of, of_lam), (beta_of, of_beta)):
+            slow, rare = function(made(0.5, 0.501), 1e12), function(made(1e-200, 0.01), 1e12)
+            np.testing.assert_allclose(slow.upper, slow.value, rtol=1e-4)
+            np.testing.assert_allclose(rare.lower, rare.value, rtol=0.03)
+
+    check(J.critical_lam, J.critical_beta)
+    for key, factor in (("upper", 2), ("lower", 0.5)):
+
+        def off(function, *arguments, key=key, factor=factor):
+            found = function(*arguments)
+            return found._replace(**{key: factor * getattr(found, key)})
+
+        kills(lambda f: check(f, J.critical_beta), partial(off, J.critical_lam))
+        kills(lambda f: check(J.critical_lam, f), partial(off, J.critical_beta))
+
+
 def test_a_difference_within_rounding_has_no_critical_temperature():
     """max R exceeds E_π* r* by 1e-16 of the span, as computed: no sign, so no enclosure to contradict."""
     drawn = FAMILIES["near_deterministic"](np.random.default_rng(28), 4000, (2, 4, 5))
@@ -738,7 +786,7 @@ def everything(instance, beta, lam):
         cost.kl_budget(solution(instance, beta, lam)),
         cost.frontier(instance, jnp.stack([lam, 2 * lam])),
         cost.best_of_n_rewrites(instance, 4),
-        cost.best_of_n_responses(instance, 4),
+        cost.best_of_n(jnp.asarray(instance.frozen)[instance.own], instance.reward, 4),
         cost.kl_price(instance, beta, jnp.asarray(instance.prior)),
         derivatives.sensitivity(instance, beta, lam),
         derivatives.headroom(instance, lam),

@@ -247,7 +247,7 @@ def test_batches_against_plain_numpy(monkeypatch, native):
             assert close(got.rhs[n], want["sides"]["theorem1"][1], size, 100)
             assert close(got.terms["model"][n], want["r_max"] * want["tv_model"], size, 100)
             assert close(got.terms["prompt_shift"][n], want["r_max"] * want["tv_shift"], size, 100)
-            assert close(got.terms["prompter_kl"][n], want["prompter_kl"], size, 100)
+            assert close(-got.terms["prompter_kl"][n], want["prompter_kl"], size, 100)
 
     check(solve_batch)
     kills(check, lambda b, beta, lam: solve_batch(b, lam, beta))

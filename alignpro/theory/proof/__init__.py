@@ -1,1 +1,1 @@
-"""Verdicts proved in ball arithmetic."""
+"""Verdicts proved in ball arithmetic: numbers known with an enclosure, so that rounding forges nothing."""

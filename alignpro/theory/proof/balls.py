@@ -1,4 +1,4 @@
-"""Balls: exact rationals or Arb's real balls, with symbolic cancellation."""
+"""Real numbers as exact rationals or as Arb's balls, with terms that cancel symbolically."""
 
 import math
 import operator
@@ -13,12 +13,13 @@ import numpy as np
 from alignpro.errors import AlignProError
 
 try:
-    from flint import arb, fmpq
+    from flint import arb, ctx, fmpq
 except ModuleNotFoundError as missing:
     raise AlignProError(
         "certify: the package python-flint is missing; run pip install 'alignpro[certify]'"
     ) from missing
 
+__all__ = ["Ball", "Undecided", "arb", "carry_forms", "ctx", "fmpq"]
 
 # Longer rationals become balls, longer forms are dropped: exactness is for ties, which are simple.
 _HEIGHT, _TERMS = 1 << 15, 1 << 12
@@ -62,8 +63,8 @@ class _Atom:
         return self is other or (self.hash == other.hash and self.key == other.key)
 
 
-_ties: ContextVar[bool] = ContextVar("ties", default=False)
-"""Whether new numbers carry forms; two to four times the cost of balls alone."""
+carry_forms: ContextVar[bool] = ContextVar("carry_forms", default=False)
+"""Whether new numbers carry forms (polynomials that cancel): two to four times the cost of balls alone."""
 
 # A polynomial in atoms with rational coefficients, none of them 0: {monomial: coefficient}, a monomial being
 # a sorted tuple of atoms. Two numbers with the same form are equal, whatever the atoms are.
@@ -120,7 +121,7 @@ def _function(name: str, point: int, image: int) -> Callable[["Ball"], "Ball"]:
     def method(self: "Ball") -> "Ball":
         if self.exact and self.value == point:
             return Ball(fmpq(image))
-        form = self.form if _ties.get() else None
+        form = self.form if carry_forms.get() else None
         named: _Form | None = None if form is None else {(_Atom(name, frozenset(form.items())),): fmpq(1)}
         return Ball(getattr(arb(self.value), name)(), named)
 
@@ -173,7 +174,7 @@ class Ball:
 
     __slots__ = ("_form", "value")
     dtype = np.dtype(object)
-    """As of an array of balls: so `elementwise` knows one."""
+    """The dtype of an array of balls, by which `elementwise` knows one."""
 
     def __init__(self, number: Any, form: _Form | None = None) -> None:
         if isinstance(number, np.ndarray) and number.ndim == 0:
@@ -217,7 +218,7 @@ class Ball:
         if not isinstance(other, Ball):
             other = Ball(right)
         result = operation(self.value, other.value)
-        if isinstance(result, fmpq) or not _ties.get():
+        if isinstance(result, fmpq) or not carry_forms.get():
             return Ball(result)
         f, g = self.form, other.form
         return Ball(result, None if f is None or g is None else combine(f, g))

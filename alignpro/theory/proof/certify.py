@@ -24,22 +24,14 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
+from alignpro.claims import Claim, Verdict
 from alignpro.errors import AlignProError
-from alignpro.theory import bounds
-from alignpro.theory.bounds import Statement, Verdict
+from alignpro.theory.bounds import STATEMENTS, Statement
 from alignpro.theory.divergences import Floats
 from alignpro.theory.instance import Instance
-from alignpro.theory.solution import Solution
-
-try:
-    from flint import arb, ctx
-except ModuleNotFoundError as missing:
-    raise AlignProError(
-        "certify: the package python-flint is missing; run pip install 'alignpro[certify]'"
-    ) from missing
-
-from alignpro.theory.proof.balls import Ball, Undecided, _ties
+from alignpro.theory.proof.balls import Ball, Undecided, arb, carry_forms, ctx
 from alignpro.theory.proof.solution import solution_balls
+from alignpro.theory.solution import Solution
 
 PRECISION, MAX_PRECISION = 128, 4096
 """Bits of the first attempt and of the last."""
@@ -47,26 +39,30 @@ PRECISION, MAX_PRECISION = 128, 4096
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is proved of one statement on one rational instance, `slack` being rhs − lhs, averaged over P."""
+    """The proof, or its failure, of one statement on one rational instance; reward units."""
 
     name: str
+    """Key of the claim, or the name of the function that was certified."""
     verdict: Verdict
     """holds: slack ≥ 0 is proved (of an identity, slack = 0). violated: slack < 0 is proved (slack ≠ 0).
     inapplicable: an assumption fails. inconclusive: none of these, up to `precision` bits."""
     slack_lower: float
+    """Proved lower end of the slack, rounded outward."""
     slack_upper: float
-    """slack_lower ≤ slack ≤ slack_upper, rounded outward."""
+    """Proved upper end of the slack, rounded outward."""
     slack: str
+    """rhs − lhs, averaged over P: a short rational as it is, any other as a decimal ball that contains it."""
     lhs: str
+    """The left side, written as `slack` is."""
     rhs: str
-    """The numbers themselves: short rationals as they are, others as decimal balls that contain them."""
+    """The right side, written as `slack` is."""
     within: float
     """|slack| is proved to be at most this times the largest of |lhs|, |rhs| and the mean reward span (for a
     lemma in probabilities, 1): how nearly the two sides are equal."""
     precision: int
     """Bits of the arithmetic that gave the verdict."""
     assumptions: Mapping[str, bool]
-    """Decided exactly, on the given numbers."""
+    """Whether each assumption is met, decided exactly on the given numbers."""
 
     def __str__(self) -> str:
         line = f"{self.name}: {self.verdict} at {self.precision} bits; slack {self.slack}"
@@ -107,12 +103,13 @@ def certify(
     Args:
         instance: the problem; its float64 numbers are taken as the rationals they are.
         beta: β > 0, in reward units; a float exactly as stored, a fraction, or text such as "1/3".
-        lam: λ > 0, likewise.
+        lam: λ > 0, given as `beta` is.
         statement: a key of `bounds.STATEMENTS`, or any function of a `Solution` written with `elementwise`.
         prompter: any ρ(x′|x) [X, K]; ρ* when None.
         precision: bits of the first attempt.
         max_precision: bits never exceeded.
-        equality: whether lhs = rhs is claimed rather than lhs ≤ rhs; None: it is for a key of `IDENTITIES`.
+        equality: whether lhs = rhs is claimed rather than lhs ≤ rhs; None: as the claim's relation says, and
+            not for a function of your own.
 
     Raises:
         AlignProError: an unknown statement, a bad β, λ or prompter, a batch of instances, or a precision
@@ -120,7 +117,7 @@ def certify(
     """
     name, function = _named(statement)
     if equality is None:
-        equality = name in bounds.IDENTITIES
+        equality = isinstance(function, Claim) and function.relation == "="
     if not 2 <= precision <= max_precision:
         raise AlignProError(
             f"precision {precision}: must lie between 2 and max_precision {max_precision} bits"
@@ -131,12 +128,12 @@ def certify(
         )
     ties = equality
     while True:
-        token = _ties.set(ties)
+        token = carry_forms.set(ties)
         try:
             with ctx.workprec(precision):
                 certificate = _attempt(name, function, equality, instance, beta, lam, prompter, precision)
         finally:
-            _ties.reset(token)
+            carry_forms.reset(token)
         if certificate.verdict != "inconclusive" or (ties and precision == max_precision):
             return certificate
         ties, precision = True, min(2 * precision, max_precision) if ties else precision
@@ -145,13 +142,13 @@ def certify(
 def _named(statement: str | Callable[[Solution], Statement]) -> tuple[str, Callable[[Solution], Statement]]:
     if callable(statement):
         return getattr(statement, "__name__", type(statement).__name__), statement
-    if statement not in bounds.STATEMENTS:
-        raise AlignProError(f"statement {statement!r} is unknown; give one of {', '.join(bounds.STATEMENTS)}")
-    return statement, bounds.STATEMENTS[statement]
+    if statement not in STATEMENTS:
+        raise AlignProError(f"statement {statement!r} is unknown; give one of {', '.join(STATEMENTS)}")
+    return statement, STATEMENTS[statement]
 
 
 def _attempt(name, function, equality, instance, beta, lam, prompter, precision) -> Certificate:
-    """What this precision proves."""
+    """The certificate that this precision (bits) gives."""
     nothing = Ball(math.nan)
     try:
         found = function(solution_balls(instance, beta, lam, prompter))
@@ -193,18 +190,18 @@ def certify_many(
     """`certify` for each case, in order, with a progress bar on stderr unless `quiet`.
 
     Raises:
-        AlignProError: as `certify`.
+        AlignProError: whatever `certify` raises.
     """
     bar = tqdm(list(cases), unit="certificate", disable=quiet, leave=False)
     return [certify(*case, precision=precision, max_precision=max_precision) for case in bar]
 
 
 EXAMINED = 64
-"""How many of the cases that floating point calls violated `Doubtful` keeps at most."""
+"""Most cases called violated by floating point that `Doubtful` keeps."""
 
 
 class Doubtful:
-    """Of a stream of cases judged in floating point, those worth certifying, in bounded memory.
+    """Collector of the cases worth certifying from a stream judged in floating point, in bounded memory.
 
     `kept` holds the `keep` cases of least slack beside its rounding error bound, and of those that floating
     point calls violated (a score below −1) up to `EXAMINED`, as (score, case) in ascending order.
@@ -238,11 +235,11 @@ class Doubtful:
             del self.kept[self._room() :]
 
     def _room(self, score: float = math.inf) -> int:
-        """How many cases may be kept, with one of this score among them."""
+        """Number of cases that may be kept, with one of this score among them."""
         claimed = sum(known < -1 for known, _ in self.kept) + (score < -1)
         return max(self.keep, min(claimed, EXAMINED))
 
     @property
     def claimed(self) -> int:
-        """How many of those kept floating point calls violated."""
+        """Number of kept cases that floating point calls violated."""
         return sum(score < -1 for score, _ in self.kept)

@@ -8,20 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from alignpro.errors import AlignProError
+from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.divergences import Floats
-from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import Instance, probabilities
+from alignpro.theory.proof.balls import Ball, fmpq
 from alignpro.theory.solution import Solution
-
-try:
-    from flint import fmpq
-except ModuleNotFoundError as missing:
-    raise AlignProError(
-        "certify: the package python-flint is missing; run pip install 'alignpro[certify]'"
-    ) from missing
-
-from alignpro.theory.proof.balls import Ball
 
 
 def _rational(number: Any) -> "fmpq":
@@ -108,7 +99,7 @@ def solution_balls(
     Args:
         instance: one problem, without batch axes.
         beta: β > 0, in reward units; a float exactly as stored, a fraction, or text such as "1/3".
-        lam: λ > 0, likewise.
+        lam: λ > 0, given as `beta` is.
         prompter: any ρ(x′|x) [X, K]; ρ* when None.
 
     Raises:
@@ -221,7 +212,7 @@ def _fields(instance: Instance, b: Ball, t: Ball, prompter: Any) -> dict[str, An
 
 
 def _reachable(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Where the product of two non-negative matrices with these supports is positive."""
+    """The support of the product of two non-negative matrices with these supports."""
     return left.astype(int) @ right.astype(int) > 0
 
 

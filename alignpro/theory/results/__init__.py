@@ -1,6 +1,10 @@
 """Results beside the bounds: what prompting can reach, at what cost, under what errors.
 
-Each public function and record of this folder's modules is here by name.
+The public functions and records of `reach`, `cost`, `derivatives` and `readings` are here by name.
+
+All logarithms are natural; TV is half the L1 distance; "reward units" are those of the rewards. Functions are
+pure, and safe under jit and vmap, but for `lam_for_kl`, which checks its input on the host. Rewards enter
+differences measured from a reachable response, so that a large common offset costs no accuracy.
 """
 
 from alignpro.theory.results.cost import (
@@ -9,7 +13,6 @@ from alignpro.theory.results.cost import (
     KLBudget,
     KLPrice,
     best_of_n,
-    best_of_n_responses,
     best_of_n_rewrites,
     frontier,
     kl_budget,
@@ -54,7 +57,6 @@ __all__ = [
     "Sensitivity",
     "VarianceSplit",
     "best_of_n",
-    "best_of_n_responses",
     "best_of_n_rewrites",
     "critical_beta",
     "critical_lam",

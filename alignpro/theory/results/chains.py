@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from alignpro.errors import AlignProError
+from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.divergences import Floats, log_quotient, scaled_kl
-from alignpro.theory.gibbs import Tilted, check_temperature, tilt
+from alignpro.theory.gibbs import Tilted, tilt
 from alignpro.theory.instance import Instance, bare, normalise, probabilities
-from alignpro.theory.results.robustness import reachable
+from alignpro.theory.results.rewards import reachable
 from alignpro.theory.solution import Solution, solution
 
 
@@ -91,7 +91,7 @@ class ChainSolution(NamedTuple):
     values: tuple[Float[Array, "X _"], ...]
     """V_0 = F* [X, 1], V_1 [X, K₁], …, V_n = R [X, K_n]: the best that can still be had from x_i."""
     policies: tuple[Float[Array, "X _ _"], ...]
-    """ρ*_i [X, K_{i−1}, K_i] (probabilities), K_0 = 1."""
+    """The optimal prompters ρ*_i [X, K_{i−1}, K_i] (probabilities), K_0 = 1."""
     visits: tuple[Float[Array, "X _"], ...]
     """P(x_i|x) under ρ [X, K_i], i = 1 … n (probabilities)."""
     induced: Float[Array, "X Y"]
@@ -119,7 +119,7 @@ class ChainSolution(NamedTuple):
     span_bound: Float[Array, " X"]
     """span·TV1 + span·TV2 − Σ `star_cost` ≥ the optimal chain's gap: Theorem 1 (span form) for chains."""
     tight_bound: Float[Array, " X"]
-    """The same with Σ `star_jeffreys`; never larger."""
+    """`span_bound` with Σ `star_jeffreys` subtracted in place of Σ `star_cost`; never larger."""
     trained_bound: Float[Array, " X"]
     """span·TV1 + span·TV2 + Σ `stage_shortfall` − Σ `stage_cost` ≥ `gap`, for ANY chain ρ."""
     single: Solution

@@ -1,4 +1,7 @@
-"""What a gain costs in KL: budgets, frontiers, best of n, the price of prompting."""
+"""The cost in KL of a gain in reward: budgets, frontiers, best of n, the price of prompting.
+
+Whole proofs: `docs/limits.md`. Results are per prompt [X] unless said otherwise.
+"""
 
 from typing import NamedTuple
 
@@ -7,26 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from alignpro.errors import AlignProError
+from alignpro.errors import LEAST, MOST, AlignProError, check_temperature
 from alignpro.theory.bounds import paper_r_max
 from alignpro.theory.divergences import TINY, Floats, kl, log1p, log_quotient, scaled_kl
-from alignpro.theory.gibbs import check_temperature, tilt
+from alignpro.theory.elementwise import average
+from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance, bare
-from alignpro.theory.results.rewards_of import (
-    _LEAST,
-    _MOST,
+from alignpro.theory.results.rewards import (
     Temperature,
-    _extremes,
-    _mean,
-    _prompter,
-    _rewards,
-    _temperature,
-    _variance,
+    as_prompter,
+    as_temperature,
+    extremes,
+    rewards_of,
+    variance,
 )
-from alignpro.theory.results.solvers import _root
+from alignpro.theory.results.solvers import root_of
 from alignpro.theory.solution import Solution
-
-# ------------------------------------------------------------------------------------- what it costs
 
 
 class KLBudget(NamedTuple):
@@ -36,14 +35,14 @@ class KLBudget(NamedTuple):
     """ε1(x) = r_max TV(π*, π_F), reward units."""
     shift: Float[Array, " X"]
     """ε2(x) = r_max E_ρsft TV(π_F(·|x), π_F(·|x′)), reward units."""
-    budget: Float[Array, " X"]
-    """(ε1+ε2)/λ per prompt, nats."""
     spent: Float[Array, " X"]
     """KL(ρ*‖ρ_sft) per prompt, nats."""
     mean_budget: Float[Array, ""]
+    """Mean over P of (ε1+ε2)/λ, nats."""
     mean_spent: Float[Array, ""]
+    """Mean over P of `spent`, nats."""
     within: Bool[Array, ""]
-    """mean_spent ≤ mean_budget. Where False, ρ* provably outperforms π*: J(π*) − J(π_ρ*) < 0."""
+    """Whether mean_spent ≤ mean_budget. Where False, ρ* provably outperforms π*: J(π*) − J(π_ρ*) < 0."""
 
 
 def kl_budget(s: Solution) -> KLBudget:
@@ -55,9 +54,9 @@ def kl_budget(s: Solution) -> KLBudget:
     """
     width = paper_r_max(s)
     model, shift = width * s.tv_model, width * s.tv_shift
-    budget, spent = (model + shift) / s.lam, s.prompter_kl / s.lam
-    mean_budget, mean_spent = s.average(budget), s.average(spent)
-    return KLBudget(model, shift, budget, spent, mean_budget, mean_spent, mean_spent <= mean_budget)
+    spent = s.prompter_kl / s.lam
+    mean_budget, mean_spent = s.average((model + shift) / s.lam), s.average(spent)
+    return KLBudget(model, shift, spent, mean_budget, mean_spent, mean_spent <= mean_budget)
 
 
 @jax.jit
@@ -66,21 +65,21 @@ def _lam_at_kl(base: Array, energy: Array, wanted: Array, p: Array | None = None
 
     Rows of constant energy spend nothing at any temperature: they give the least one.
     """
-    span = _extremes(base, energy, jnp.zeros_like(energy[..., 0])).span
+    span = extremes(base, energy, jnp.zeros_like(energy[..., 0])).span
     if p is not None:
         span = jnp.max(jnp.where(p > 0, span, 0.0), -1, keepdims=True)
 
     def excess(t):
         tilted = tilt(base, energy, jnp.broadcast_to(t, base.shape[:-1]))
         spent = tilted.cost / t
-        steep = _variance(tilted.probs, energy) / t / t
+        steep = variance(tilted.probs, energy) / t / t
         if p is not None:
-            spent, steep = (_mean(p, v)[None] for v in (spent, steep))
+            spent, steep = (average(p, v)[None] for v in (spent, steep))
         return jnp.log(wanted) - jnp.log(spent), steep / spent
 
     # KL(λ) = ∫ s Var_s ds over s from 0 to 1/λ, and Var ≤ span²/4: so KL ≤ span²/(8λ²).
-    high = jnp.clip(span / jnp.sqrt(8.0 * wanted) * (1 + 1e-9), _LEAST, _MOST)
-    return _root(excess, jnp.full_like(high, _LEAST), high)
+    high = jnp.clip(span / jnp.sqrt(8.0 * wanted) * (1 + 1e-9), LEAST, MOST)
+    return root_of(excess, jnp.full_like(high, LEAST), high)
 
 
 def lam_for_kl(
@@ -127,8 +126,8 @@ def lam_for_kl(
 @jax.jit
 def _support(instance: Instance) -> tuple[Array, Array, Array]:
     """ρ_sft, R (from the best response) and the supremum of KL(ρ*‖ρ_sft), nats per prompt."""
-    r = _rewards(instance)
-    return r.prior, r.rewrite, -jnp.log(_extremes(r.prior, r.rewrite, r.tie).mass)
+    r = rewards_of(instance)
+    return r.prior, r.rewrite, -jnp.log(extremes(r.prior, r.rewrite, r.tie).mass)
 
 
 _spent = jax.jit(lambda base, energy, t: tilt(base, energy, t).cost / t)
@@ -138,7 +137,7 @@ class Frontier(NamedTuple):
     """The reward–KL frontier traced by ρ*, one row per λ."""
 
     lam: Float[Array, " L"]
-    """Also the slope d reward/d KL there, reward units per nat."""
+    """λ, which is also the slope d reward/d KL at this point, in reward units per nat."""
     kl: Float[Array, "L X"]
     """KL(ρ*‖ρ_sft), nats."""
     reward: Float[Array, "L X"]
@@ -146,8 +145,11 @@ class Frontier(NamedTuple):
     lift: Float[Array, "L X"]
     """E_ρ* R − E_ρsft R ≥ 0, without cancellation."""
     mean_kl: Float[Array, " L"]
+    """Mean over P of `kl`, nats."""
     mean_reward: Float[Array, " L"]
+    """Mean over P of `reward`, reward units."""
     mean_lift: Float[Array, " L"]
+    """Mean over P of `lift`, reward units."""
 
 
 def frontier(instance: Instance, lams: Float[Floats, " L"], *, responses: bool = False) -> Frontier:
@@ -165,14 +167,14 @@ def frontier(instance: Instance, lams: Float[Floats, " L"], *, responses: bool =
     """
     if not isinstance(lams, jax.core.Tracer):
         lams = np.asarray([check_temperature("lams", v) for v in np.asarray(lams).tolist()])
-    lams, r = jnp.asarray(lams, float), _rewards(instance)
+    lams, r = jnp.asarray(lams, float), rewards_of(instance)
     base, energy = (r.prior @ r.frozen, r.response) if responses else (r.prior, r.rewrite)
     reference = jnp.sum(base * energy, -1) + r.top
     tilted = jax.vmap(lambda t: tilt(base, energy, t))(lams)
     spent = tilted.cost / lams[:, None]
     reward = reference[None, :] + tilted.lift
-    p = jnp.asarray(instance.p, float)
-    means = (_mean(p, v) for v in (spent, reward, tilted.lift))
+    p = jnp.broadcast_to(jnp.asarray(instance.p, float), spent.shape)
+    means = (average(p, v) for v in (spent, reward, tilted.lift))
     return Frontier(lams, spent, reward, tilted.lift, *means)
 
 
@@ -180,11 +182,11 @@ class BestOfN(NamedTuple):
     """The best of n independent draws from a base, by energy."""
 
     probs: Float[Array, "... K"]
-    """Exact pmf."""
+    """Distribution of the draw that is kept (probabilities), exactly."""
     lift: Float[Array, "..."]
     """Mean energy less the base's, ≥ 0, energy units."""
     kl: Float[Array, "..."]
-    """Exact KL to the base, nats."""
+    """KL of `probs` to the base, nats, exactly."""
     kl_bound: Float[Array, "..."]
     """log n − (n−1)/n ≥ kl, nats."""
     lam: Float[Array, "..."]
@@ -232,7 +234,7 @@ def _best_of_n(base: Array, energy: Array, draws: Array, tie: Array) -> BestOfN:
     probs = rows * jnp.exp(ratio)
     ones = jnp.ones_like(rows)
     divergence = scaled_kl(ones, probs, rows, ratio, ratio)
-    top = _extremes(rows, values, ties).maximum
+    top = extremes(rows, values, ties).maximum
     d = jnp.where(rows > 0, values - top[:, None], 0.0)
     lift = jnp.maximum(jnp.sum(rows * jnp.expm1(ratio) * d, -1), 0.0)
     spends = (divergence > 0) & (jnp.min(d, -1) < 0)
@@ -274,18 +276,9 @@ def _best_ratio(base: Array, energy: Array, tie: Array, n: Array) -> Array:
 
 
 def best_of_n_rewrites(instance: Instance, n: Int[Floats, ""] | int) -> BestOfN:
-    """`best_of_n` of the prompter: n rewrites from ρ_sft, the one with the largest R(x,·) is used. [X]."""
-    r = _rewards(instance)
+    """`best_of_n` of the prompter, per prompt [X]: n rewrites from ρ_sft, the one of largest R is used."""
+    r = rewards_of(instance)
     return best_of_n(r.prior, r.rewrite, n, tie=r.tie)
-
-
-def best_of_n_responses(instance: Instance, n: Int[Floats, ""] | int) -> BestOfN:
-    """`best_of_n` of the frozen model: n responses from π_F(·|x), the one of largest r* is kept. [X].
-
-    Its `frontier_lift` is RLHF's: E_π* r* − R(x,x) at the β that spends the same KL.
-    """
-    r = _rewards(instance)
-    return best_of_n(r.own, r.response, n)
 
 
 class KLPrice(NamedTuple):
@@ -298,7 +291,7 @@ class KLPrice(NamedTuple):
     policy: Float[Array, " X"]
     """KL(π_ρ‖π_F(·|x)); ∞ where π_ρ leaves the support."""
     between: Float[Array, " X"]
-    """KL(π_ρ‖π*); ∞ there too."""
+    """KL(π_ρ‖π*); ∞ where π_ρ leaves the support."""
 
 
 def kl_price(instance: Instance, beta: Temperature, prompter: Float[Floats, "X K"]) -> KLPrice:
@@ -313,8 +306,8 @@ def kl_price(instance: Instance, beta: Temperature, prompter: Float[Floats, "X K
     Raises:
         AlignProError: β is not positive and finite, or the prompter no matrix of probabilities.
     """
-    beta, r = _temperature("beta", beta), _rewards(instance)
-    rho = _prompter(instance, prompter)
+    beta, r = as_temperature("beta", beta), rewards_of(instance)
+    rho = as_prompter(instance, prompter)
     model = tilt(r.own, r.response, beta)
     policy = rho @ r.frozen
     to_own = log_quotient(policy, r.own)

@@ -9,20 +9,18 @@ from jaxtyping import Array, Float
 from alignpro.theory.divergences import Floats
 from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance
-from alignpro.theory.results.rewards_of import (
+from alignpro.theory.results.rewards import (
     Temperature,
-    _extremes,
-    _prompter,
-    _rewards,
-    _temperature,
-    _variance,
+    as_prompter,
+    as_temperature,
+    extremes,
+    rewards_of,
+    variance,
 )
-
-# ---------------------------------------------------------------------------------- derivatives
 
 
 class Sensitivity(NamedTuple):
-    """Derivatives in λ and β, closed forms, per prompt."""
+    """Derivatives in λ and β per prompt; those of KL in nats per reward unit, the others without unit."""
 
     achieved_lam: Float[Array, " X"]
     """d E_ρ* R/dλ = −Var_ρ*(R)/λ²."""
@@ -52,11 +50,11 @@ def sensitivity(instance: Instance, beta: Temperature, lam: Temperature) -> Sens
     Raises:
         AlignProError: β or λ is not positive and finite.
     """
-    beta, lam, r = _temperature("beta", beta), _temperature("lam", lam), _rewards(instance)
+    beta, lam, r = as_temperature("beta", beta), as_temperature("lam", lam), rewards_of(instance)
 
     def slopes(base, energy, t):
         tilted = tilt(base, energy, t)
-        first = _variance(tilted.probs, energy) / t / t
+        first = variance(tilted.probs, energy) / t / t
         return -first, -tilted.cost / t, -first / t, first
 
     achieved, value, spent, gap = slopes(r.prior, r.rewrite, lam)
@@ -65,7 +63,7 @@ def sensitivity(instance: Instance, beta: Temperature, lam: Temperature) -> Sens
 
 
 class Headroom(NamedTuple):
-    """What ρ* gains over ρ_sft, from ρ_sft alone; reward units per prompt."""
+    """The gain of ρ* over ρ_sft, from ρ_sft alone; reward units, per prompt."""
 
     lift: Float[Array, " X"]
     """E_ρ* R − E_ρsft R = λ Jeff(ρ*, ρ_sft)."""
@@ -91,12 +89,12 @@ def headroom(instance: Instance, lam: Temperature) -> Headroom:
     Raises:
         AlignProError: λ is not positive and finite.
     """
-    lam, r = _temperature("lam", lam), _rewards(instance)
-    star, edge = tilt(r.prior, r.rewrite, lam), _extremes(r.prior, r.rewrite, r.tie)
+    lam, r = as_temperature("lam", lam), rewards_of(instance)
+    star, edge = tilt(r.prior, r.rewrite, lam), extremes(r.prior, r.rewrite, r.tie)
     mean = jnp.sum(r.prior * r.rewrite, -1)
     centred = jnp.where(r.prior > 0, r.rewrite - mean[:, None], 0.0)
     growth = jnp.expm1(star.log_ratio)  # e^{R/λ}/E e^{R/λ} − 1
-    first = _variance(r.prior, r.rewrite) / lam
+    first = variance(r.prior, r.rewrite) / lam
     a = edge.span / lam
     some = jnp.where(a > 0, a, 1.0)
     upper = jnp.where(a > 0, first * jnp.expm1(jnp.minimum(a, 600.0)) / some, 0.0)
@@ -131,10 +129,10 @@ def variance_split(instance: Instance, prompter: Float[Floats, "X K"]) -> Varian
     Raises:
         AlignProError: the prompter is no matrix of probabilities of the shape of `instance.prior`.
     """
-    r, rho = _rewards(instance), _prompter(instance, prompter)
-    conditional = lax.map(lambda d: _variance(r.frozen, d[None, :]), r.response)
+    r, rho = rewards_of(instance), as_prompter(instance, prompter)
+    conditional = lax.map(lambda d: variance(r.frozen, d[None, :]), r.response)
     return VarianceSplit(
-        total=_variance(rho @ r.frozen, r.response),
+        total=variance(rho @ r.frozen, r.response),
         within=jnp.sum(rho * conditional, -1),
-        between=_variance(rho, r.rewrite),
+        between=variance(rho, r.rewrite),
     )

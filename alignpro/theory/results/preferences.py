@@ -13,10 +13,11 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import expit, log_expit
 from scipy.stats import chi2
 
-from alignpro.errors import AlignProError
-from alignpro.theory.gibbs import check_temperature, tilt
+from alignpro.errors import AlignProError, check_temperature
+from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance
-from alignpro.theory.results.robustness import reachable, worst_loss
+from alignpro.theory.results.perturbation import worst_loss
+from alignpro.theory.results.rewards import reachable
 
 _STEPS = 500
 _worst_loss = jax.jit(worst_loss)
@@ -28,11 +29,11 @@ class Fit(NamedTuple):
     reward: Float[np.ndarray, "X Y"]
     """r̂(x,y): mean zero in every connected component, since the data see differences only."""
     covariance: Float[np.ndarray, "X Y Y"]
-    """Of `reward`: H⁺, H the Fisher information; with ridge κ the sandwich (H+κ)⁺ H (H+κ)⁺ about its mean."""
+    """Covariance of `reward`: H⁺, H the Fisher information; with ridge κ, (H+κ)⁺ H (H+κ)⁺ about its mean."""
     component: Int[np.ndarray, "X Y"]
     """Component of the comparison graph; differences between components are not identified."""
     separated: Bool[np.ndarray, " X"]
-    """Some responses never lost to others they met: without ridge there is no maximum."""
+    """Whether some responses never lost to others they met: without ridge there is no maximum."""
     loss: float
     """L_R(r̂) of equation 1: −mean of log σ over the comparisons (nats)."""
     gradient: Float[np.ndarray, " X"]
@@ -42,7 +43,9 @@ class Fit(NamedTuple):
     distance: Float[np.ndarray, " X"]
     """Certified bound on the span of r̂ − the exact optimum (reward units); inf where nothing is certified."""
     iterations: int
+    """Newton steps taken."""
     ridge: float
+    """κ, comparisons per squared reward unit; 0: maximum likelihood."""
 
     def difference_se(self) -> Float[np.ndarray, "X Y Y"]:
         """Standard error of r̂(x,u) − r̂(x,v); inf between components (reward units)."""
@@ -73,7 +76,7 @@ def _counts(wins: Any) -> np.ndarray:
 
 
 def _components(wins: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Of one prompt: labels of the comparison graph, and responses that never lost to the rest (or None)."""
+    """Components of one prompt's comparison graph, and responses that never lost to the rest (or None)."""
     labels = connected_components(wins > 0, connection="weak")[1].astype(np.int64)
     strong = connected_components(wins > 0, connection="strong")[1]
     if len(set(zip(labels.tolist(), strong.tolist(), strict=True))) == labels.max() + 1:
@@ -276,33 +279,34 @@ def sample_preferences(
 
 
 class Propagated(NamedTuple):
-    """What the uncertainty of learned rewards does downstream, per prompt; never NaN."""
+    """The consequences of the uncertainty of learned rewards, per prompt; never NaN."""
 
     identified: Bool[np.ndarray, " X"]
-    """All reachable responses lie in one component; elsewhere everything below is inf."""
+    """Whether all reachable responses lie in one component; elsewhere every error and bound is inf."""
     rewrite_reward: Float[np.ndarray, "X K"]
-    """R̂(x,x′)."""
+    """R̂(x,x′), from the learned rewards."""
     rewrite_se: Float[np.ndarray, "X K K"]
     """Standard error of R̂(x,x′) − R̂(x,x″), by the delta method (exact: R̂ is linear in r̂)."""
     rho: Float[np.ndarray, "X K"]
-    """ρ̂ built from r̂."""
+    """ρ̂ built from r̂ (probabilities)."""
     rho_se: Float[np.ndarray, "X K"]
     """Standard error of ρ̂ (probability), dρ/dR = (diag ρ − ρρᵀ)/λ."""
     pi: Float[np.ndarray, "X Y"]
-    """π̂ built from r̂."""
+    """π̂ built from r̂ (probabilities)."""
     pi_se: Float[np.ndarray, "X Y"]
+    """Standard error of π̂ (probability)."""
     predicted_loss: Float[np.ndarray, " X"]
     """E λ KL(ρ̂‖ρ*) ≈ tr[(diag ρ̂ − ρ̂ρ̂ᵀ) Cov R̂]/(2λ), to second order (reward units)."""
     predicted_model_loss: Float[np.ndarray, " X"]
-    """The same of π̂, with β."""
+    """E β KL(π̂‖π*), to second order (reward units)."""
     span: Float[np.ndarray, " X"]
-    """At the level asked for, span(R̂ − R) over the support of ρ_sft is at most this (asymptotically)."""
+    """Asymptotic bound on span(R̂ − R) over the support of ρ_sft, at the level asked for (reward units)."""
     loss_bound: Float[np.ndarray, " X"]
-    """… so λ KL(ρ̂‖ρ*) is at most `robustness.worst_loss` of it, never above span²/(8λ)."""
+    """Bound on λ KL(ρ̂‖ρ*) at that level: `robustness.worst_loss` of `span`, at most span²/(8λ)."""
 
 
 def propagate(instance: Instance, fit: Fit, beta: float, lam: float, level: float = 0.95) -> Propagated:
-    """From the errors of learned rewards to those of R, ρ* and π*, and to what ρ̂ loses.
+    """Carry the errors of learned rewards to those of R, ρ* and π*, and to the loss of ρ̂.
 
     Proof: r̂ ≈ N(r*, C) with C = H⁺. R̂ = r̂ π_Fᵀ is linear, ρ̂ differentiable. λ KL(ρ̂‖ρ*) = Var_ρ̂(δ)/(2λ) to
     second order (`robustness.perturbation`), whose mean is the trace. Contrasts π_F(·|x′) − π_F(·|x″) span

@@ -1,13 +1,6 @@
-"""What prompting can reach at best on finite spaces, and what it costs.
+"""The best that prompting can reach: its ceiling in reward, and the projection of π* on what it can induce.
 
-Ceilings (`prompting_ceiling`, `information_projection`), prices (`kl_budget`, `lam_for_kl`, `frontier`,
-`best_of_n`, `kl_price`), derivatives (`sensitivity`, `headroom`), and the paper's readings of its own
-limits (`limit_readings`, `critical_lam`). Whole proofs: docs/limits.md.
-
-All logarithms are natural; TV is half the L1 distance; "reward units" are those of the rewards. Everything
-is per prompt [X] unless said otherwise, pure, and safe under jit and vmap, but for `lam_for_kl`, which
-checks its input on the host. Rewards enter differences measured from a reachable response, so that a large
-common offset costs no accuracy.
+Whole proofs: `docs/limits.md`. Results are per prompt [X] unless said otherwise.
 """
 
 from typing import NamedTuple
@@ -21,13 +14,10 @@ from alignpro.errors import AlignProError
 from alignpro.theory.divergences import TINY, log_quotient, scaled_kl
 from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance
-from alignpro.theory.results.rewards_of import Temperature, _extremes, _Rewards, _rewards, _temperature
-from alignpro.theory.results.solvers import _interior
+from alignpro.theory.results.rewards import Rewards, Temperature, as_temperature, extremes, rewards_of
+from alignpro.theory.results.solvers import interior_point
 
 _CELLS = 2**23  # of a projection's matrices held at once
-
-
-# ------------------------------------------------------------------------------- what can be reached
 
 
 class Projection(NamedTuple):
@@ -44,7 +34,7 @@ class Projection(NamedTuple):
     gap: Float[Array, " X"]
     """Duality gap max_k ⟨∇, w − e_k⟩ plus a bound on its rounding, in nats: bounds `kl` − minimum."""
     converged: Bool[Array, " X"]
-    """gap ≤ tol·max(1, span(x)/β). Where False, only `kl − gap` ≤ minimum ≤ `kl` is known."""
+    """Whether gap ≤ tol·max(1, span(x)/β). Where False, only `kl − gap` ≤ minimum ≤ `kl` is known."""
     iterations: Int[Array, " X"]
     """Newton steps taken."""
     usable: Bool[Array, "X K"]
@@ -80,25 +70,25 @@ def information_projection(
         AlignProError: β is not positive and finite, or tol not positive. Missed convergence is no error:
             it is `converged`, per prompt.
     """
-    beta = _temperature("beta", beta)
+    beta = as_temperature("beta", beta)
     if not tol > 0:
         raise AlignProError(f"tol {tol}: must be positive; give one such as 1e-10")
-    return _project(_rewards(instance), beta, tol, max_iterations)
+    return _project(rewards_of(instance), beta, tol, max_iterations)
 
 
 @jax.jit
-def _project(rewards: _Rewards, beta: Array, tol: Array | float, limit: Array | int) -> Projection:
+def _project(rewards: Rewards, beta: Array, tol: Array | float, limit: Array | int) -> Projection:
     frozen, own = rewards.frozen, rewards.own
     rewrites, responses = frozen.shape
     model = tilt(own, rewards.response, beta)
     # A row is usable iff it puts nothing where the own row has nothing.
     usable = ((frozen > 0).astype(float) @ (own <= 0).astype(float).T).T <= 0
-    span = _extremes(own, rewards.response, jnp.zeros_like(rewards.top)).span
+    span = extremes(own, rewards.response, jnp.zeros_like(rewards.top)).span
     allowance = tol * jnp.maximum(1.0, span / beta)
 
     def one(row):
         row_usable, log_q, row_tol = row
-        return _interior(frozen, row_usable, log_q, row_tol, limit)
+        return interior_point(frozen, row_usable, log_q, row_tol, limit)
 
     batch = max(1, _CELLS // (rewrites * (rewrites + responses)))
     weights, gap, iterations = lax.map(
@@ -128,11 +118,9 @@ class Ceiling(NamedTuple):
     anywhere: Float[Array, " X"]
     """E_π* r* − max over all K rewrites of R(x,x′): for any prompter whatever."""
     supported: Float[Array, " X"]
-    """The same over the support of ρ_sft: for prompters that keep its support. ≥ `anywhere`."""
+    """E_π* r* − max of R(x,·) over the support of ρ_sft: for prompters that keep it. ≥ `anywhere`."""
     best: Int[Array, " X"]
     """The rewrite that attains `anywhere`."""
-    best_supported: Int[Array, " X"]
-    """The rewrite that attains `supported`."""
 
 
 def prompting_ceiling(instance: Instance, beta: Temperature) -> Ceiling:
@@ -147,20 +135,19 @@ def prompting_ceiling(instance: Instance, beta: Temperature) -> Ceiling:
     Raises:
         AlignProError: β is not positive and finite.
     """
-    r = _rewards(instance)
-    model = tilt(r.own, r.response, _temperature("beta", beta))
+    r = rewards_of(instance)
+    model = tilt(r.own, r.response, as_temperature("beta", beta))
     optimum = jnp.sum(model.probs * r.response, -1)
     inside = jnp.where(r.prior > 0, r.rewrite, -jnp.inf)
     return Ceiling(
         anywhere=optimum - jnp.max(r.rewrite, -1),
         supported=optimum - jnp.max(inside, -1),
         best=jnp.argmax(r.rewrite, -1),
-        best_supported=jnp.argmax(inside, -1),
     )
 
 
 class ResponseValue(NamedTuple):
-    """What a tilt of the responses adds to one of the rewrites, at the same temperature; reward units."""
+    """The value that tilting responses adds to tilting rewrites, at the same temperature; reward units."""
 
     prompting: Float[Array, " X"]
     """λ log E_ρsft e^{R/λ} = F(ρ*)."""
@@ -181,11 +168,11 @@ def response_value(instance: Instance, lam: Temperature) -> ResponseValue:
     Raises:
         AlignProError: λ is not positive and finite.
     """
-    lam, r = _temperature("lam", lam), _rewards(instance)
+    lam, r = as_temperature("lam", lam), rewards_of(instance)
     star = tilt(r.prior, r.rewrite, lam)
     h = lax.map(lambda d: tilt(r.frozen, jnp.broadcast_to(d, r.frozen.shape), lam).gain, r.response)
     joint = tilt(r.prior, r.rewrite + h, lam).free_energy
     near = tilt(star.probs, h, lam).free_energy  # keeps its relative accuracy, but ρ* may underflow
-    span = _extremes(r.prior, r.rewrite + h, r.tie).span
+    span = extremes(r.prior, r.rewrite + h, r.tie).span
     added = jnp.where(span < lam, near, joint - star.free_energy)
     return ResponseValue(star.free_energy + r.top, joint + r.top, jnp.maximum(added, 0.0))

@@ -1,4 +1,7 @@
-"""How to read the theory's limits: what each extreme of β and λ gives, and critical values."""
+"""The limits of small and large β and λ, with rates, and the temperatures at which the gap changes sign.
+
+Whole proofs: `docs/limits.md`.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,23 +10,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from alignpro.errors import LEAST, MOST
 from alignpro.theory.divergences import log1p
+from alignpro.theory.elementwise import average
 from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance
 from alignpro.theory.pairwise import pairwise_tv
-from alignpro.theory.results.rewards_of import (
-    _LEAST,
-    _MOST,
+from alignpro.theory.results.rewards import (
     Temperature,
-    _extremes,
-    _mean,
-    _rewards,
-    _temperature,
-    _variance,
+    as_temperature,
+    extremes,
+    rewards_of,
+    variance,
 )
-from alignpro.theory.results.solvers import _root
-
-# -------------------------------------------------------------------------------------- the limits
+from alignpro.theory.results.solvers import root_of
 
 
 class LimitReadings(NamedTuple):
@@ -34,35 +34,34 @@ class LimitReadings(NamedTuple):
     tv_model_bound: Float[Array, " X"]
     """tanh(span_r/(4β)) ≥ tv_model."""
     reward_constant: Bool[Array, " X"]
-    """r*(x,·) is constant on the support of π_F(·|x): iff the first term is 0."""
+    """Whether r*(x,·) is constant on the support of π_F(·|x): exactly then the first term is 0."""
     tv_shift: Float[Array, " X"]
     """E_ρsft d_TV(π_F(·|x), π_F(·|x′)): the second term over r_max."""
     reference_is_own: Bool[Array, " X"]
-    """Every rewrite in the support of ρ_sft has the own row's responses: iff the second term is 0."""
+    """Whether all rewrites in the support of ρ_sft have the own row's probabilities: exactly then the second
+    term is 0."""
     tv_prompter: Float[Array, " X"]
-    """d_TV(ρ*, ρ_sft) → 0 as λ → ∞."""
+    """d_TV(ρ*, ρ_sft), which tends to 0 as λ → ∞."""
     tv_prompter_bound: Float[Array, " X"]
     """tanh(span_R/(4λ)) ≥ tv_prompter."""
-    best_mass: Float[Array, " X"]
-    """m = ρ_sft(argmax R)."""
     separation: Float[Array, " X"]
     """Δ: the best R less the next (∞ if there is none), reward units."""
     off_best: Float[Array, " X"]
-    """ρ*(off argmax R) = d_TV(ρ*, ρ_0) → 0 as λ → 0."""
+    """ρ*(off argmax R) = d_TV(ρ*, ρ_0), which tends to 0 as λ → 0."""
     off_best_bound: Float[Array, " X"]
-    """q/(1 + q) ≥ off_best with q = (1−m)/m·e^{−Δ/λ}; itself at most q."""
+    """q/(1 + q) ≥ off_best with q = (1−m)/m·e^{−Δ/λ}, m = ρ_sft(argmax R); itself at most q."""
     greedy: Float[Array, "X K"]
-    """ρ_0 = ρ_sft given argmax R: the limit λ → 0."""
+    """ρ_0 = ρ_sft given argmax R (probabilities): the limit of ρ* as λ → 0."""
     greedy_kl: Float[Array, " X"]
-    """KL(ρ_0‖ρ_sft) = −log m, the supremum of KL(ρ*‖ρ_sft), nats."""
+    """KL(ρ_0‖ρ_sft) = −log ρ_sft(argmax R), the supremum of KL(ρ*‖ρ_sft), nats."""
     shortfall: Float[Array, " X"]
     """max R − E_ρ* R, reward units."""
     shortfall_bound: Float[Array, " X"]
-    """λ(−log m − KL(ρ*‖ρ_sft)) ≥ shortfall."""
+    """λ(greedy_kl − KL(ρ*‖ρ_sft)) ≥ shortfall, reward units."""
 
 
 def limit_readings(instance: Instance, beta: Temperature, lam: Temperature) -> LimitReadings:
-    """What becomes of each term as λ, β → 0 or ∞, with rates; all maxima over the support of ρ_sft.
+    """Each term as λ, β → 0 or ∞, with rates; maxima of R are over the support of ρ_sft.
 
     Statements and proofs: (1) TV(π*,π_F) = 0 iff r* is constant on the support, as π*/π_F = e^{r/β}/Z*.
     (2) A tilt of span a (in units of the temperature) moves at most tanh(a/4) in TV: it multiplies the odds
@@ -76,9 +75,9 @@ def limit_readings(instance: Instance, beta: Temperature, lam: Temperature) -> L
     Raises:
         AlignProError: β or λ is not positive and finite.
     """
-    beta, lam, r = _temperature("beta", beta), _temperature("lam", lam), _rewards(instance)
+    beta, lam, r = as_temperature("beta", beta), as_temperature("lam", lam), rewards_of(instance)
     star, model = tilt(r.prior, r.rewrite, lam), tilt(r.own, r.response, beta)
-    edge, response = _extremes(r.prior, r.rewrite, r.tie), _extremes(r.own, r.response, jnp.zeros_like(r.top))
+    edge, response = extremes(r.prior, r.rewrite, r.tie), extremes(r.own, r.response, jnp.zeros_like(r.top))
     rest = jnp.sum(jnp.where(edge.best, 0.0, r.prior), -1)
     odds = rest / edge.mass * jnp.exp(-edge.separation / lam)
     distance = pairwise_tv(r.own, r.frozen)
@@ -91,7 +90,6 @@ def limit_readings(instance: Instance, beta: Temperature, lam: Temperature) -> L
         reference_is_own=jnp.all((r.prior <= 0) | (distance == 0), -1),
         tv_prompter=star.tv,
         tv_prompter_bound=jnp.tanh(edge.span / (4 * lam)),
-        best_mass=edge.mass,
         separation=edge.separation,
         off_best=jnp.sum(jnp.where(edge.best, 0.0, star.probs), -1),
         off_best_bound=jnp.where(rest > 0, odds / (1.0 + odds), 0.0),
@@ -103,14 +101,14 @@ def limit_readings(instance: Instance, beta: Temperature, lam: Temperature) -> L
 
 
 class Critical(NamedTuple):
-    """Where the sign of the gap changes along one temperature."""
+    """The temperature at which the gap changes sign, with a closed-form enclosure; reward units."""
 
     value: Float[Array, "..."]
     """The critical temperature; 0 or ∞ where the sign is the same for all."""
     lower: Float[Array, "..."]
-    """Closed-form enclosure from below, …"""
+    """Closed-form bound of `value` from below."""
     upper: Float[Array, "..."]
-    """… and from above."""
+    """Closed-form bound of `value` from above."""
 
 
 @jax.jit
@@ -118,8 +116,8 @@ def _critical(
     base: Array, energy: Array, target: Array, tie: Array, noise: Array, p: Array | None
 ) -> Critical:
     """The temperature at which E_tilt[energy] falls to `target`. A difference within `noise` has no sign."""
-    edge = _extremes(base, energy, tie)
-    combine: Callable[[Array], Array] = (lambda v: v) if p is None else (lambda v: _mean(p, v)[None])
+    edge = extremes(base, energy, tie)
+    combine: Callable[[Array], Array] = (lambda v: v) if p is None else (lambda v: average(p, v)[None])
     target = combine(target)
     head = combine(edge.maximum) - target
     tail = target - combine(jnp.sum(base * energy, -1))
@@ -130,14 +128,14 @@ def _critical(
     def excess(t):
         tilted = tilt(base, energy, jnp.broadcast_to(t, base.shape[:-1]))
         mean = combine(jnp.sum(tilted.probs * energy, -1))
-        return target - mean, combine(_variance(tilted.probs, energy) / t)
+        return target - mean, combine(variance(tilted.probs, energy) / t)
 
     lower = jnp.where(inside, head / jnp.where(price > 0, price, 1.0), 0.0)
     upper = jnp.where(inside, width / (4 * jnp.where(inside, tail, 1.0)), jnp.inf)
-    start = jnp.where(inside, jnp.clip(lower * (1 - 1e-9), _LEAST, _MOST), 1.0)
-    end = jnp.where(inside, jnp.clip(upper * (1 + 1e-9), _LEAST, _MOST), 1.0)
+    start = jnp.where(inside, jnp.clip(lower * (1 - 1e-9), LEAST, MOST), 1.0)
+    end = jnp.where(inside, jnp.clip(upper * (1 + 1e-9), LEAST, MOST), 1.0)
     root = jnp.where(
-        inside, _root(excess, start, jnp.maximum(start, end)), jnp.where(head > least, jnp.inf, 0.0)
+        inside, root_of(excess, start, jnp.maximum(start, end)), jnp.where(head > least, jnp.inf, 0.0)
     )
     lower, upper = jnp.where(inside, lower, root), jnp.where(inside, upper, root)
     return Critical(root, lower, upper) if p is None else Critical(root[0], lower[0], upper[0])
@@ -156,8 +154,8 @@ def critical_lam(instance: Instance, beta: Temperature, *, per_prompt: bool = Fa
     Raises:
         AlignProError: β is not positive and finite.
     """
-    r = _rewards(instance)
-    model = tilt(r.own, r.response, _temperature("beta", beta))
+    r = rewards_of(instance)
+    model = tilt(r.own, r.response, as_temperature("beta", beta))
     target = jnp.sum(model.probs * r.response, -1)
     return _critical(
         r.prior, r.rewrite, target, r.tie, r.tie, None if per_prompt else jnp.asarray(instance.p, float)
@@ -174,8 +172,8 @@ def critical_beta(instance: Instance, lam: Temperature, *, per_prompt: bool = Fa
     Raises:
         AlignProError: λ is not positive and finite.
     """
-    r = _rewards(instance)
-    star = tilt(r.prior, r.rewrite, _temperature("lam", lam))
+    r = rewards_of(instance)
+    star = tilt(r.prior, r.rewrite, as_temperature("lam", lam))
     target = jnp.sum(star.probs * r.rewrite, -1)
     p = None if per_prompt else jnp.asarray(instance.p, float)
     return _critical(r.own, r.response, target, jnp.zeros_like(r.top), r.tie, p)

@@ -15,7 +15,7 @@ from alignpro.theory.solution import EPS
 _CENTRAL, _CENTRED, _CUT = 100.0, 0.1, 0.03
 
 
-def _root(function: Callable[[Array], tuple[Array, Array]], low: Array, high: Array) -> Array:
+def root_of(function: Callable[[Array], tuple[Array, Array]], low: Array, high: Array) -> Array:
     """t in [low, high] (> 0) where each entry of an increasing function changes sign.
 
     `function(t)` gives the value and its derivative in log t. Newton steps in log t, with a bisection
@@ -42,7 +42,7 @@ def _root(function: Callable[[Array], tuple[Array, Array]], low: Array, high: Ar
     return lax.while_loop(go_on, step, (low, high, start, high <= low, 0))[2]
 
 
-def _interior(
+def interior_point(
     frozen: Array, usable: Array, log_q: Array, tol: Array, limit: Array | int
 ) -> tuple[Array, Array, Array]:
     """(weights, gap, steps): min over the simplex on `usable` of KL(w·frozen ‖ q), by primal–dual steps.

@@ -21,10 +21,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
-from alignpro.errors import AlignProError
+from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.bounds import theorem1
 from alignpro.theory.divergences import Floats
-from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import KEYS, Instance, probabilities, unchecked
 from alignpro.theory.pairwise import pairwise_tv
 from alignpro.theory.solution import Solution, solution

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from alignpro.errors import AlignProError
-from alignpro.theory.bounds import ANY_PROMPTER, IDENTITIES, STATEMENTS, Statement, Verdict, judge
+from alignpro.theory.bounds import STATEMENTS, Statement, Verdict, judge
 from alignpro.theory.families import Shape
 from alignpro.theory.instance import KEYS, Instance, unchecked
 from alignpro.theory.solution import Solution, solution
@@ -45,7 +45,8 @@ def target(name: str) -> Target:
     key = ALIASES.get(name, name)
     if key not in STATEMENTS:
         raise AlignProError(f"BOUND {name}: is unknown; give one of {', '.join([*STATEMENTS, *ALIASES])}")
-    return Target(key, STATEMENTS[key], key in ANY_PROMPTER, key in IDENTITIES)
+    claim = STATEMENTS[key]
+    return Target(key, claim, claim.any_prompter, claim.relation == "=")
 
 
 @dataclass(frozen=True)

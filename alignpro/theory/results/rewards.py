@@ -1,46 +1,53 @@
-"""Mean rewards, variances and extremes of instances, for the results of this folder."""
+"""Rewards of an instance measured from the best reachable one, with variances and extremes of energies."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from alignpro.errors import check_temperature
 from alignpro.theory.divergences import Floats
-from alignpro.theory.gibbs import check_temperature
 from alignpro.theory.instance import Instance, bare, probabilities
-from alignpro.theory.results.robustness import reachable
 from alignpro.theory.solution import EPS
 
 Temperature = Float[Floats, ""] | float
 
-_LEAST, _MOST = 1e-18, 1e18  # temperatures `check_temperature` lets through
+
+def reachable(instance: Instance) -> Bool[Array, "X Y"]:
+    """Whether π_F(·|x), or π_F(·|x′) for some x′ in the support of ρ_sft(·|x), can give the response."""
+    frozen = jnp.asarray(instance.frozen) > 0
+    through = (jnp.asarray(instance.prior) > 0).astype(float) @ frozen.astype(float)
+    return (through > 0) | frozen[jnp.asarray(instance.own)]
 
 
-class _Rewards(NamedTuple):
-    """Rewards of one instance, measured from `top`."""
+class Rewards(NamedTuple):
+    """Rewards of one instance, measured from `top`; reward units."""
 
     top: Float[Array, " X"]
-    """The best response reachable from x by its own row or by the support of ρ_sft, reward units."""
+    """The best reward of a response reachable from x by its own row or by the support of ρ_sft."""
     response: Float[Array, "X Y"]
     """r*(x,y) − top; 0 where no row reaches y, > 0 only where only rows off the support do."""
     rewrite: Float[Array, "X K"]
     """R(x,x′) − top."""
     tie: Float[Array, " X"]
-    """Two R's this close are equal to rounding."""
+    """Differences of R up to this are rounding."""
     prior: Float[Array, "X K"]
+    """ρ_sft (probabilities)."""
     frozen: Float[Array, "K Y"]
+    """π_F (probabilities)."""
     own: Float[Array, "X Y"]
-    """π_F(·|x)."""
+    """π_F(·|x) (probabilities)."""
 
 
-def _rewards(instance: Instance) -> _Rewards:
+def rewards_of(instance: Instance) -> Rewards:
+    """Measure the rewards of an instance from its best reachable response, prompt by prompt."""
     return _compiled_rewards(bare(instance))
 
 
 @jax.jit
-def _compiled_rewards(instance: Instance) -> _Rewards:
+def _compiled_rewards(instance: Instance) -> Rewards:
     prior, frozen = jnp.asarray(instance.prior, float), jnp.asarray(instance.frozen, float)
     reward, own = jnp.asarray(instance.reward, float), frozen[jnp.asarray(instance.own)]
     reach = reachable(instance)
@@ -48,7 +55,7 @@ def _compiled_rewards(instance: Instance) -> _Rewards:
     anywhere = jnp.any(frozen > 0, 0)
     response = jnp.where(anywhere[None, :], reward - top[:, None], 0.0)
     span = -jnp.min(jnp.where(reach, response, 0.0), -1)
-    return _Rewards(
+    return Rewards(
         top=top,
         response=response,
         rewrite=response @ frozen.T,
@@ -59,26 +66,20 @@ def _compiled_rewards(instance: Instance) -> _Rewards:
     )
 
 
-def _temperature(name: str, value: Temperature) -> Array:
-    """β or λ as an array; checked where it is a plain number (a traced one cannot be)."""
+def as_temperature(name: str, value: Temperature) -> Array:
+    """Convert β or λ to an array; check it where it is a plain number (a traced one cannot be)."""
     return jnp.asarray(value if isinstance(value, jax.Array) else check_temperature(name, value), float)
 
 
-def _prompter(instance: Instance, prompter: Float[Floats, "X K"]) -> Array:
+def as_prompter(instance: Instance, prompter: Float[Floats, "X K"]) -> Array:
+    """Convert ρ [X, K] to an array; check it where it is concrete (a traced one cannot be)."""
     if not isinstance(prompter, jax.core.Tracer):
         prompter = probabilities("prompter", prompter, np.shape(instance.prior))
     return jnp.asarray(prompter, float)
 
 
 @jax.jit
-def _mean(p: Float[Floats, " X"], per_prompt: Float[Floats, "... X"]) -> Float[Array, "..."]:
-    """E_{x~P}; a prompt of probability 0 does not count, whatever its value."""
-    p = jnp.broadcast_to(jnp.asarray(p, float), jnp.shape(per_prompt))
-    return jnp.sum(jnp.where(p > 0, p * jnp.where(p > 0, per_prompt, 0.0), 0.0), -1)
-
-
-@jax.jit
-def _variance(probs: Float[Floats, "... n"], values: Float[Floats, "... n"]) -> Float[Array, "..."]:
+def variance(probs: Float[Floats, "... n"], values: Float[Floats, "... n"]) -> Float[Array, "..."]:
     """Var_p(values), measured from the most probable value: accurate next to a point mass."""
     probs, values = jnp.broadcast_arrays(probs, values)
     mode = jnp.argmax(probs, -1)[..., None]
@@ -86,27 +87,30 @@ def _variance(probs: Float[Floats, "... n"], values: Float[Floats, "... n"]) -> 
     return jnp.sum(probs * (d - jnp.sum(probs * d, -1, keepdims=True)) ** 2, -1)
 
 
-class _Extremes(NamedTuple):
+class Extremes(NamedTuple):
     """An energy on the support of a base, on the last axis."""
 
     best: Float[Array, "... n"]
-    """Whether it is maximal there, to within `tie` (bool)."""
+    """Whether the energy is maximal on the support, to within `tie` (bool)."""
     mass: Float[Array, "..."]
-    """base(maximisers)."""
+    """Mass of the maximisers under the base (probability)."""
     separation: Float[Array, "..."]
     """Least energy of a maximiser less the best of the others; ∞ where there are no others."""
     maximum: Float[Array, "..."]
+    """Largest energy."""
     span: Float[Array, "..."]
+    """Largest less least energy."""
 
 
 @jax.jit
-def _extremes(base: Array, energy: Array, tie: Array) -> _Extremes:
+def extremes(base: Array, energy: Array, tie: Array) -> Extremes:
+    """Find the extremes of `energy` where `base` > 0; energies within `tie` of the largest are maximal."""
     inside = base > 0
     maximum = jnp.max(jnp.where(inside, energy, -jnp.inf), -1)
     best = inside & (energy >= (maximum - tie)[..., None])
     least = jnp.min(jnp.where(best, energy, jnp.inf), -1)
     second = jnp.max(jnp.where(inside & ~best, energy, -jnp.inf), -1)
-    return _Extremes(
+    return Extremes(
         best=best,
         mass=jnp.minimum(jnp.sum(jnp.where(best, base, 0.0), -1), 1.0),
         separation=least - second,

@@ -1,0 +1,313 @@
+"""`estimate`: Theorem 1 and its relatives, checked on rollouts of models that cannot be enumerated."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from alignpro.claims import Relation, Verdict
+from alignpro.errors import AlignProError, check_temperature
+from alignpro.estimation.arm import Absent
+from alignpro.estimation.intervals import Estimate, check_level, prompts_to_settle, verdict_of
+from alignpro.estimation.paired import Interval, Term, estimates
+from alignpro.estimation.statements import CLAIMS, Statement, theorem1
+from alignpro.estimation.terms import Terms
+from alignpro.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class BoundEstimate:
+    """One claim about one prompter, in reward units. Numbers are None where they cannot be had."""
+
+    name: str
+    """The claim's, in `CLAIMS`."""
+    prompter: str
+    """The arm it is about; "rho*" when ρ* is reached by reweighting ρ_sft."""
+    gap: Estimate | None
+    """J(π*) − J(π_ρ)."""
+    rhs: Estimate | None
+    """The right side."""
+    slack: Estimate | None
+    """rhs − gap; its interval covers jointly with those of the other statements of the report."""
+    terms: Mapping[str, Estimate]
+    """Signed parts of the right side, by name: it is their sum."""
+    assumptions: Mapping[str, bool]
+    """Conditions of the claim, and whether each is true."""
+    verdict: Verdict
+    """holds | violated (the slack's whole interval is positive | negative) | inconclusive | inapplicable."""
+    vacuous: bool | None
+    """Whether rhs is at least the declared width of the reward, so true of any policies."""
+    more_prompts: int | None
+    """How many prompts more, sampled like these, would settle an inconclusive verdict; None otherwise."""
+    why: str
+    """The reason of a verdict inapplicable or inconclusive; empty otherwise."""
+    relation: Relation = "<="
+    """How the gap stands to the right side."""
+
+    @property
+    def finding(self) -> str:
+        """The verdict, and whether the bound is vacuous."""
+        return self.verdict + (", vacuous" if self.vacuous else "")
+
+
+@dataclass(frozen=True)
+class Split:
+    """gap = prompting_ceiling + kl_regularisation + optimisation, exactly; all in reward units."""
+
+    gap: Estimate
+    """J(π*) − J(π_ρ) of this arm."""
+    prompting_ceiling: Estimate
+    """J(π*) − E R(best of the rewrites drawn): biased up, as better rewrites exist than those drawn."""
+    kl_regularisation: Estimate
+    """E R(best of the rewrites drawn) − J(π_ρ*), the price of λ."""
+    optimisation: Estimate
+    """J(π_ρ*) − J(π_ρ): what training left. 0 for ρ* itself."""
+    sampling_error: float
+    """Half the width of the gap's interval, in reward units."""
+
+
+@dataclass(frozen=True)
+class EstimateReport:
+    """Everything that rollouts say about the theory, at β and λ."""
+
+    beta: float
+    """β, in reward units."""
+    lam: float
+    """λ, in reward units."""
+    level: float
+    """How often each interval covers, in (0, 1)."""
+    n: int
+    """Rollouts."""
+    n_prompts: int
+    """Prompts, the independent units."""
+    frozen: str
+    """Name of the frozen model."""
+    reward_model: str
+    """Name of the reward."""
+    sampling: str
+    """How the frozen model decodes."""
+    reward_range: tuple[float, float]
+    """Declared range of the reward."""
+    prompters: Mapping[str, str]
+    """Names of the prompters, by arm; several seeds' separated by commas."""
+    quantities: Mapping[str, Estimate]
+    """J of each arm, of π* and of ρ*, optimal values, λ and β KLs, in reward units; TVs. By name."""
+    gaps: Mapping[str, Estimate]
+    """J(π*) − J(π_arm), by arm; "rlhf - ARM" has the tuned policy's J in J(π*)'s place."""
+    bounds: tuple[BoundEstimate, ...]
+    """Every claim about every prompter that it can be made of."""
+    splits: Mapping[str, Split]
+    """The parts that each gap is the sum of, by arm."""
+    missing: Mapping[str, str]
+    """Quantities that these rollouts cannot give, and why."""
+    warnings: tuple[str, ...]
+    """Cautions to read these numbers with."""
+
+    @property
+    def width(self) -> float:
+        """The declared width of the reward."""
+        return self.reward_range[1] - self.reward_range[0]
+
+    @property
+    def theorem1(self) -> BoundEstimate:
+        """Theorem 1 about ρ*."""
+        return next(bound for bound in self.bounds if bound.name == "theorem1")
+
+    @property
+    def violated(self) -> bool:
+        """Whether any claim is violated."""
+        return any(bound.verdict == "violated" for bound in self.bounds)
+
+
+def estimate(
+    rollouts: Rollouts,
+    beta: float,
+    lam: float,
+    level: float = 0.95,
+    *,
+    r_max: float | None = None,
+    interval: Interval = "bootstrap",
+) -> EstimateReport:
+    """Check Theorem 1 and its relatives on rollouts, each number with its interval.
+
+    Args:
+        rollouts: `alignpro.rollouts.read(path)`.
+        beta: β > 0, in reward units, of the RLHF optimum compared with.
+        lam: λ > 0, in reward units; that of training, where there is a trained arm.
+        level: how often every interval covers by itself; the slacks' cover jointly.
+        r_max: Theorem 1's r_max, in reward units. Left out: taken from the declared range of the reward. The
+            verdict is "inapplicable" when that range leaves [0, r_max].
+        interval: "betting" gives guaranteed limits to means of rewards and to E TV(π_F(·|x), π_F(·|x′)).
+
+    Raises:
+        AlignProError: β, λ, level, r_max or interval is out of range, there are fewer than 5 prompts, or an
+            arm lacks a prompt.
+    """
+    beta, lam, level = check_temperature("beta", beta), check_temperature("lam", lam), check_level(level)
+    if interval not in ("bootstrap", "betting"):
+        raise AlignProError(f"interval {interval!r}: choose bootstrap or betting")
+    if r_max is not None and not 0 < r_max < math.inf:
+        raise AlignProError(f"r_max {r_max!r}: must be a positive finite number, in reward units")
+    terms = Terms(rollouts, beta, lam)
+    for name in rollouts.arms:
+        terms.arm(name)  # complains of prompts that an arm lacks
+    found, missing = _quantities(terms)
+    statements, lacking = _statements(terms, r_max)
+
+    numbers = estimates(found, rollouts, level, interval=interval)
+    parts = {
+        (key, name): term
+        for key, s in statements.items()
+        for name, term in {"gap": s.gap, "rhs": s.rhs, **s.terms}.items()
+    }
+    by_part = estimates(parts, rollouts, level)
+    slacks = estimates({key: s.slack for key, s in statements.items()}, rollouts, level, simultaneous=True)
+    bounds = []
+    for key, statement in statements.items():
+        mine = {name: e for (of, name), e in by_part.items() if of == key}
+        bounds.append(_bound(*key, mine.pop("gap"), mine.pop("rhs"), slacks[key], mine, statement, terms))
+    bounds += [_inapplicable(*key, why) for key, why in lacking.items()]
+    gaps, splits = _gaps(terms, rollouts, level)
+    return EstimateReport(
+        beta=beta,
+        lam=lam,
+        level=level,
+        n=len(rollouts),
+        n_prompts=len(rollouts.prompt_ids),
+        frozen=rollouts.frozen,
+        reward_model=rollouts.reward_model,
+        sampling=rollouts.sampling,
+        reward_range=(rollouts.low, rollouts.high),
+        prompters=_prompters(rollouts),
+        quantities=numbers,
+        gaps=gaps,
+        bounds=tuple(bounds),
+        splits=splits,
+        missing=missing,
+        warnings=tuple(terms.warnings.values()),
+    )
+
+
+def _prompters(rollouts: Rollouts) -> dict[str, str]:
+    names: dict[str, list[str]] = {}
+    for (arm, _), prompter in rollouts.prompters.items():
+        if prompter not in names.setdefault(arm, []):
+            names[arm].append(prompter)
+    return {arm: ", ".join(of) for arm, of in names.items()}
+
+
+def _attempt(wanted: Mapping[Any, Callable[[], Any]]) -> tuple[dict[Any, Any], dict[Any, str]]:
+    found, missing = {}, {}
+    for key, make in wanted.items():
+        try:
+            found[key] = make()
+        except Absent as absent:
+            missing[key] = str(absent)
+    return found, missing
+
+
+def _quantities(terms: Terms) -> tuple[dict[str, Term], dict[str, str]]:
+    wanted: dict[str, Callable[[], Term]] = {
+        **{f"J({arm})": partial(terms.j, arm) for arm in terms.rollouts.arms},
+        "J(pi*)": terms.j_pi,
+        "beta log Z*": terms.value_model,
+        "TV(pi*, pi_F)": terms.tv_model,
+        "beta KL(pi*||pi_F)": terms.model_kl,
+        "TV(pi_F(.|x), pi_F(.|x'))": terms.tv_shift,
+        "J(rho*)": terms.j_rho,
+        "lambda log Z": terms.value,
+        "lambda KL(rho*||rho_sft)": terms.star_kl,
+        "J(best rewrite drawn)": terms.best,
+    }
+    for arm in (*terms.prompters(), *(["star"] if "star" in terms.rollouts.arms else [])):
+        wanted[f"lambda KL({arm}||rho_sft)"] = partial(terms.kl_reference, arm)
+        wanted[f"lambda KL({arm}||rho*)"] = partial(terms.shortfall, arm)
+    for arm in sorted(terms.rollouts.direct):
+        wanted[f"beta KL({arm}||pi_F)"] = partial(terms.kl_policy, arm)
+        wanted[f"beta KL({arm}||pi*)"] = partial(terms.policy_shortfall, arm)
+    return _attempt(wanted)
+
+
+Key = tuple[str, str]
+
+
+def _statements(terms: Terms, r_max: float | None) -> tuple[dict[Key, Statement], dict[Key, str]]:
+    star = "star" if "star" in terms.rollouts.arms else "rho*"
+    wanted: dict[Key, Callable[[], Statement]] = {
+        (name, star): partial(claim, terms) for name, claim in CLAIMS.items() if not claim.any_prompter
+    }
+    if r_max is not None:
+        wanted["theorem1", star] = partial(theorem1, terms, r_max)
+    for arm in terms.prompters():
+        wanted |= {
+            (name, arm): partial(claim, terms, arm) for name, claim in CLAIMS.items() if claim.any_prompter
+        }
+    return _attempt(wanted)
+
+
+def _inapplicable(name: str, prompter: str, why: str) -> BoundEstimate:
+    relation = CLAIMS[name].relation
+    return BoundEstimate(name, prompter, None, None, None, {}, {}, "inapplicable", None, None, why, relation)
+
+
+def _bound(name, prompter, gap, rhs, slack, parts, statement: Statement, terms: Terms) -> BoundEstimate:
+    applies = all(statement.assumptions.values())
+    verdict = verdict_of(slack.lo, slack.hi, applies)
+    more, why = None, ""
+    if not applies:
+        why = "not so: " + "; ".join(key for key, true in statement.assumptions.items() if not true)
+    elif verdict == "inconclusive" and statement.slack.weak:
+        why = "importance weights are degenerate; see the warnings"
+    elif verdict == "inconclusive":
+        more = prompts_to_settle(slack)
+        why = (
+            "no realistic number of prompts would settle it"
+            if more is None
+            else f"about {more} more prompts, sampled like these, would settle it"
+        )
+    return BoundEstimate(
+        name,
+        prompter,
+        gap,
+        rhs,
+        slack,
+        parts,
+        statement.assumptions,
+        verdict,
+        rhs.value >= terms.width,
+        more,
+        why,
+        CLAIMS[name].relation,
+    )
+
+
+def _gaps(terms: Terms, rollouts: Rollouts, level: float) -> tuple[dict[str, Estimate], dict[str, Split]]:
+    others = [arm for arm in rollouts.arms if arm not in rollouts.direct]
+    wanted: dict[Any, Callable[[], Term]] = {arm: partial(terms.gap, arm) for arm in others}
+    if "star" not in rollouts.arms:
+        wanted["rho*"] = partial(terms.gap, None)
+    for policy in sorted(rollouts.direct):
+        wanted[policy] = partial(terms.gap, policy)
+        for arm in others:
+            wanted[f"{policy} - {arm}"] = partial(terms.difference, policy, arm)
+    gaps = estimates(_attempt(wanted)[0], rollouts, level)
+
+    splits = {}
+    for arm in (*terms.prompters(), "star" if "star" in rollouts.arms else "rho*"):
+        try:
+            reached = terms.j_star() if arm == "rho*" else terms.j(arm)
+            found = estimates(
+                {
+                    "gap": terms.j_pi() - reached,
+                    "prompting_ceiling": terms.j_pi() - terms.best(),
+                    "kl_regularisation": terms.best() - terms.j_star(),
+                    "optimisation": terms.j_star() - reached,
+                },
+                rollouts,
+                level,
+            )
+        except Absent:
+            continue
+        splits[arm] = Split(**found, sampling_error=0.5 * (found["gap"].hi - found["gap"].lo))
+    return gaps, splits

@@ -1,0 +1,1 @@
+"""The statements about the gap, one file a kind; `alignpro.theory.bounds` has them all by name."""
