@@ -40,7 +40,9 @@ def run(monkeypatch):
 @pytest.mark.parametrize("name", EVERY)
 def test_help(name, run, capsys):
     assert run(name, ["--help"]) == 0
-    assert f"usage: {name}.py" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("usage: ")
+    assert "--help" in said
 
 
 @pytest.mark.parametrize("name", EVERY)
