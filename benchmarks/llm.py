@@ -41,6 +41,7 @@ from alignpro.llm.policies.prompter import Prompter, target_ids
 from alignpro.llm.targets.local import LocalTarget
 from alignpro.llm.training import open_ended
 from alignpro.llm.training.open_ended import Environment, train
+from alignpro.llm.training.ppo import PPOTrainer
 from alignpro.llm.training.settings import TrainSettings
 
 REWRITE, ANSWER = 24, 32
@@ -180,7 +181,7 @@ def ours(args):
         return found
 
     frozen.respond = responding
-    with _backward(clock, open_ended.OpenPPOTrainer), tempfile.TemporaryDirectory() as folder:
+    with _backward(clock, PPOTrainer), tempfile.TemporaryDirectory() as folder:
         train(prompter, environment, prompts, settings(args), folder, progress=False)
     policy.edge_log_probs = head
     for name, function in saved.items():
@@ -235,7 +236,9 @@ def trl_rloo(args):
 
     def reward(prompts, completion_ids, x, **_):
         clock.tokens["rewrites"] += sum(map(len, completion_ids))
-        texts = [template.text(tokenizer, tuple(ids)) for ids in completion_ids]
+        texts = [
+            template.rewrite(tokenizer, *pair) for pair in zip(x, map(tuple, completion_ids), strict=True)
+        ]
         return environment.score(x, texts, list(range(len(x)))).tolist()
 
     asked = [tokenizer.decode(list(template.prompt_ids(tokenizer, x))) for x in prompts]
@@ -319,7 +322,7 @@ def plain(args):
             said = generate(model, rows, args.samples, REWRITE)
         rows = [row for row in rows for _ in range(args.samples)]
         owners = [x for x in prompts for _ in range(args.samples)]
-        texts = [template.text(tokenizer, tuple(ids)) for ids in said]
+        texts = [template.rewrite(tokenizer, x, tuple(ids)) for x, ids in zip(owners, said, strict=True)]
         with clock.phase("frozen generation"):
             answers = generate(frozen.model, [target_ids(tokenizer, x or " ") for x in texts], 1, ANSWER)
         clock.tokens["rewrites"] += sum(map(len, said))

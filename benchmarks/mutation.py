@@ -50,8 +50,16 @@ TARGETS = {
     ),
     "ppo": (("llm/training/ppo.py",), ("tests/llm/test_ppo.py", "tests/llm/test_tree_train.py")),
     "rewards": (
-        ("llm/rewards/reward.py", "llm/rewards/bounds.py", "llm/rewards/minilm.py"),
-        ("tests/llm/test_rewards.py", "tests/llm/test_reward_models.py"),
+        tuple(
+            f"llm/rewards/{name}.py"
+            for name in ("reward", "bounds", "accuracy", "bradley_terry", "features", "minilm")
+        ),
+        # Without the tests of the packaged head: with a fault in its code it would be trained again.
+        (
+            "tests/llm/test_rewards.py",
+            "tests/llm/test_reward_models.py",
+            "--deselect=tests/llm/test_rewards.py::TestTrainedReward",
+        ),
     ),
 }
 """By name: files below alignpro/, and the tests that should notice."""

@@ -218,7 +218,7 @@ def _terms(s):
     from alignpro.theory.bounds import theorem1
 
     t = theorem1(s)
-    return t.lhs, t.rhs, t.terms["model"], t.terms["prompt_shift"], t.terms["prompter_kl"]
+    return t.lhs, t.rhs, t.terms["model"], t.terms["prompt_shift"], -t.terms["prompter_kl"]
 
 
 def _with_error(s):

@@ -19,7 +19,7 @@ from alignpro.files import writable_folder, write_json
 from alignpro.llm.arms.demo import DemoSettings, Measures, enumerated, fit, user_prompts
 from alignpro.llm.models.load import load_model
 from alignpro.llm.rewards.opening import load_reward
-from alignpro.llm.training.tree import TrainSettings
+from alignpro.llm.training.settings import TreeSettings
 from alignpro.runs import environment
 
 
@@ -28,9 +28,7 @@ class Experiment:
     out: Path
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the training; the enumeration is the same for all."""
-    settings: DemoSettings = field(
-        default_factory=lambda: DemoSettings(training=TrainSettings(iterations=32))
-    )
+    settings: DemoSettings = field(default_factory=lambda: DemoSettings(training=TreeSettings(iterations=32)))
 
 
 def run(experiment: Experiment) -> dict[str, Any]:
@@ -54,7 +52,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
             folder,
             exact_rewards=settings.exact_rewards,
             resume=True,  # a finished run ends at once
-        ).curve
+        ).metrics
 
     last = {seed: curve[-1]["exact"] for seed, curve in curves.items()}
     closed = np.array([exact["closed"] for exact in last.values()])

@@ -1,4 +1,4 @@
-"""Where things live: imports run one way, nobody reaches into another's room, files and docstrings stand alone."""
+"""Where things live: imports run one way, nobody reaches into another's room, docstrings stand alone."""
 
 import ast
 import functools
@@ -65,7 +65,7 @@ def _imports(source: str) -> list[tuple[str, str]]:
 
 
 def imported(source: str, known: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Modules of the package that a source imports, inside functions too, with the name it takes from each."""
+    """Modules of the package that a source imports, inside functions too, and the name taken from each."""
     for module, name in _imports(source):
         if module == "alignpro" or module.startswith("alignpro."):
             inner = module.removeprefix("alignpro").lstrip(".")
@@ -173,7 +173,7 @@ def test_imports_run_one_way():
 def test_no_module_reaches_itself():
     known = modules()
     assert not circles(known)
-    assert circles(known | {"theory.divergences": "def f():\n    from alignpro.theory.gibbs import tilt"}
+    assert circles(known | {"theory.divergences": "def f():\n    from alignpro.theory.gibbs import tilt"})
 
 
 @pytest.mark.parametrize("part", BARRED)
@@ -194,7 +194,12 @@ def test_no_file_is_too_long():
 def test_docstrings_stand_alone():
     known = modules()
     assert not leaning(known)
-    for opening in ("… of the KL.", "Likewise; below 1 moves the optimum.", "Of a rewrite.", "What is hunted."):
+    for opening in (
+        "… of the KL.",
+        "Likewise; below 1 moves the optimum.",
+        "Of a rewrite.",
+        "What is hunted.",
+    ):
         mutant = f'class A:\n    x: int = 0\n    """{opening}"""\n'
         assert leaning({"errors": mutant}) == [f"errors:3: {opening}"]
     assert not leaning({"errors": '"""Often used. Ascent of a statement."""'})
@@ -205,7 +210,7 @@ def test_experiments_and_benchmarks_do_not_import_tests():
     for path in [*(ROOT / "experiments").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
         taken = {module.split(".")[0] for module, _ in _imports(path.read_text())}
         assert not taken & places, path
-        assert "/ \"tests\"" not in path.read_text(), path
+        assert '/ "tests"' not in path.read_text(), path
 
 
 def test_the_command_line_starts_light():
@@ -213,5 +218,7 @@ def test_the_command_line_starts_light():
     heavy = ("numpy", "scipy", "jax", "torch", "transformers", "matplotlib", "pandas")
     code = "import sys, alignpro.commands.main as main; list(main.VERBS.values()); "
     code += f"print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True
+    )
     assert done.stdout.strip() == "[]"

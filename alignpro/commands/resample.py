@@ -15,7 +15,7 @@ from alignpro.files import read_json
 from alignpro.report import keep
 
 if TYPE_CHECKING:
-    from alignpro.llm.arms.resample import Proposals
+    from alignpro.llm.arms.resample import Proposals, Resampled
 
 from dataclasses import asdict
 
@@ -61,8 +61,7 @@ def run_resample(
 ) -> None:
     """Everything is checked before anything is loaded; proposals on file are kept."""
     from alignpro.llm.arms import resample as arms_resample
-    from alignpro.llm.rewards.endpoint import keep_scores
-    from alignpro.llm.rewards.names import shown_name
+    from alignpro.llm.rewards.cached import keep_scores
 
     prompter, folder = _home(prompter), writable_folder(out)
     for name, value, least in (
@@ -89,7 +88,7 @@ def run_resample(
         "target": world.target,
         "target_model": world.target_model,
         "dtype": world.dtype,
-        "reward": shown_name(world.reward),
+        "reward": opening.read_spec(world.reward).shown,
         "sampling": asdict(world.sampling()),
         "chat_template_kwargs": world.chat_options() or {},
     }
@@ -120,7 +119,7 @@ def run_resample(
                 found[p.prompt] = p
             arms_resample.save_proposals(path, list(found.values()))
         packages.note(target.ledger.line())
-    print(arms_resample.table([found[x] for x in xs], lam))
+    print(text(arms_resample.resampled([found[x] for x in xs], lam)))
     keep.keep(report_of_resample([found[x] for x in xs], lam, record), folder)
     if draws:
         rows = [
@@ -134,6 +133,20 @@ def run_resample(
         )
         print(f"wrote {folder / 'rewrites.jsonl'}")
     print(f"wrote {path}")
+
+
+def text(result: "Resampled") -> str:
+    """The gains over ρ_sft, a line for each λ and each n."""
+    lines = [f"rho_sft: mean reward {result.prior:.4f}, by R̂ as all below"]
+    lines.append(f"{'':>10}  {'gain':>8}  {'KL, nats':>8}  effective sample size of {result.n}")
+    for e in result.tilted:
+        few = f"; too few on {e.few} of {len(result.rewrites)} prompts" if e.few else ""
+        lines.append(f"{f'lam {e.lam:g}':>10}  {e.gain.value:>+8.4f}  {e.kl:>8.3f}  {e.ess:.1f}{few}")
+    for best in result.best:
+        kl = f"≤ {best.kl_bound:.3f}"
+        lines.append(f"{f'best of {best.n}':>10}  {best.gain.value:>+8.4f}  {kl:>8}")
+    lines.append("R̂ chose, so these gains are optimistic: alignpro rollout --arms star best_of_n asks afresh")
+    return "\n".join(lines)
 
 
 def report_of_resample(proposals: Sequence["Proposals"], lams: Sequence[float], record: Json) -> Page:

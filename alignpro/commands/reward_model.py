@@ -20,8 +20,9 @@ from pathlib import Path
 
 from alignpro.commands.train import _fitting
 from alignpro.files import read_json_lines
+from alignpro.llm.data.own import read_pairs
 from alignpro.llm.models import packages
-from alignpro.llm.training.reward import METRICS_FILE, read_pairs, split_pairs, train_reward
+from alignpro.llm.training.reward import METRICS_FILE, split_pairs, train_reward
 from alignpro.report import numbers
 from alignpro.report.numbers import interval, limits, number
 from alignpro.report.page import Dots, Json, Page, Table, dot, some
@@ -47,8 +48,8 @@ def run_reward_model(
         f"{len(read)} pairs of {len({p.prompt for p in read})} prompts ({sizes}); {steps} steps of "
         f"{settings.batch_size} pairs, {how}, samples of at most {settings.max_tokens} tokens"
     )
-    reward = train_reward(read, base, out, settings, template=template, device=device, resume=resume)
-    facts = reward.facts
+    trained = train_reward(read, base, out, settings, template=template, device=device, resume=resume)
+    facts = trained.reward.facts
     keep.keep(report_of_reward_model(read_json_lines(Path(out) / METRICS_FILE), facts), out)
 
     for part in ("validation", "test"):

@@ -61,9 +61,8 @@ def run_rollout(
 ) -> None:
     """Everything is checked before anything is loaded."""
     from alignpro import rollouts
-    from alignpro.llm.arms import rollout
-    from alignpro.llm.rewards.endpoint import keep_scores
-    from alignpro.llm.rewards.names import shown_name
+    from alignpro.llm.arms import draws, rollout
+    from alignpro.llm.rewards.cached import keep_scores
 
     folder, sampling = writable_folder(out), world.sampling()
     arms = rollout.arms_of(settings)
@@ -98,7 +97,7 @@ def run_rollout(
         "target": world.target,
         "target_model": world.target_model,
         "dtype": world.dtype,
-        "reward": shown_name(world.reward),
+        "reward": opening.read_spec(world.reward).shown,
         "sampling": asdict(sampling),
         "chat_template_kwargs": world.chat_options() or {},
         "arms": {
@@ -125,7 +124,7 @@ def run_rollout(
         _check_target_room(target, xs, sampling.max_tokens)
         frozen = _kept(target, folder / "answers", cost)
 
-        def open_policy(name: str) -> tuple[Target, rollout.Scorer]:
+        def open_policy(name: str) -> tuple[Target, draws.Scorer]:
             from alignpro.llm.targets.local import LocalTarget
 
             policy = Prompter.from_pretrained(homes[name], dtype=world.dtype, chat_template_kwargs=options)
@@ -163,7 +162,7 @@ def run_rollout(
             return {
                 "frozen": f"{target.name} {target.revision}",
                 "prompter": named,
-                "reward_model": shown_name(world.reward),
+                "reward_model": opening.read_spec(world.reward).shown,
                 "sampling": decoding,
             }
 

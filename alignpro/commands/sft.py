@@ -50,7 +50,8 @@ def run_sft(
     if any(folder.iterdir()) and not resume:
         raise AlignProError(f"--out {folder}: it is not empty; name a new folder, or continue with --resume")
 
-    from alignpro.llm.training.sft import METRICS_FILE, PROMPTER_FOLDER, read_rewrites, sft
+    from alignpro.llm.data.own import read_rewrites
+    from alignpro.llm.training.sft import METRICS_FILE, PROMPTER_FOLDER, sft
 
     read = read_rewrites(pairs, prompt=prompt_field, rewrite=rewrite_field)
     sizes = Counter(split.split_of(pair.prompt) for pair in read)
@@ -62,7 +63,7 @@ def run_sft(
     options = None if chat_template_kwargs is None else parse_options(chat_template_kwargs)
     base = Prompter.from_pretrained(prompter, template=template, chat_template_kwargs=options, merged=True)
     tuned = sft(base, read, settings, folder, resume=resume, report_to=report_to)
-    found = tuned.facts["sft"]
+    found = tuned.prompter.facts["sft"]
     keep.keep(report_of_sft(read_json_lines(folder / METRICS_FILE), found), folder)
     for part, nats in found["nats_per_token"].items():
         print(f"{part}: {nats['before']:.3f} nats per token before, {nats['after']:.3f} after")

@@ -45,10 +45,11 @@ def open_target(world: EnvironmentSettings) -> Target:
             chat_template_kwargs=world.chat_options(),
         )
     from alignpro.llm.targets.endpoint import Endpoint
+    from alignpro.llm.targets.settings import EndpointSettings
 
     if "model" not in given:
         raise AlignProError(f"target_model: name the model that {world.target} serves")
-    return Endpoint(base_url=world.target, **given)
+    return Endpoint(world.target, EndpointSettings(**given))
 
 
 def _how_read(target: Target) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def check_environment(world: EnvironmentSettings) -> tuple[Target | None, Prices
         _refuse_endpoint_settings(world)
         catalogue.check_name(world.target)
         configure.check_dtype(world.dtype)
-    opening.check_name(world.reward)
+    opening.read_spec(world.reward)
     return opened, Prices(*world.prices) if world.prices is not None else None
 
 

@@ -70,8 +70,7 @@ def run_train(
     opened, cost = check_environment(replace(world, target=prompter) if rlhf else world)
     prompts = user_prompts(source, prompter, n=train_prompts)
 
-    from alignpro.llm.rewards.endpoint import CachedReward, keep_scores
-    from alignpro.llm.rewards.names import shown_name
+    from alignpro.llm.rewards.cached import CachedReward, keep_scores
     from alignpro.llm.training.open_ended import Environment, train
 
     rounds, each = settings.iterations, settings.prompts * settings.samples
@@ -96,7 +95,7 @@ def run_train(
         "chat_template_kwargs": world.chat_options() or {},
         "template": template,
         "target": world.target,
-        "reward": shown_name(world.reward),
+        "reward": opening.read_spec(world.reward).shown,
         "answers": asdict(answers),
     }
     base = Prompter.from_pretrained(

@@ -26,7 +26,7 @@ from alignpro.estimation.paired import Term, estimates
 from alignpro.files import read_json, read_json_lines
 from alignpro.llm.arms.judge import FILE as JUDGEMENTS
 from alignpro.llm.arms.rollout import FILE as ROLLOUTS
-from alignpro.llm.targets.ledger import FILE as ANSWERS
+from alignpro.llm.targets.ledger import spent
 from alignpro.llm.training.open_ended import METRICS_FILE
 from alignpro.runs import environment
 from paper_grid import plan
@@ -315,13 +315,11 @@ def _calls(preset: Preset, out: Path) -> dict[str, dict[str, int]]:
             lines = read_json_lines(out / job.name / METRICS_FILE)
             row["answers"] += batch * len(lines)
             row["tokens"] += sum(round(batch * x["completions/mean_length"]) for x in lines)
-        path = out / job.name / "answers" / ANSWERS
-        if path.is_file():
-            for said in read_json_lines(path):
-                if "answer" in said:
-                    row["answers"] += 1
-                    row["prompt_tokens"] += said["answer"]["prompt_tokens"]
-                    row["tokens"] += said["answer"]["tokens"]
+        if (folder := out / job.name / "answers").is_dir():
+            for paid in spent(folder).values():
+                row["answers"] += paid.answers
+                row["prompt_tokens"] += paid.prompt_tokens
+                row["tokens"] += paid.tokens
     return found
 
 

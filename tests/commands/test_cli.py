@@ -103,7 +103,7 @@ def test_mistakes_get_one_line_and_status_2(case, files, tmp_path, capsys):
 
 
 def test_every_bad_file_gets_its_line_before_anything_is_computed(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("alignpro.commands.solve.solve_instances", lambda *a: pytest.fail("computed"))
+    monkeypatch.setattr("alignpro.theory.scale.instances.solve_instances", lambda *a: pytest.fail("computed"))
     (tmp_path / "text.npz").write_text("no")
     bad = [str(tmp_path / "gone.npz"), str(tmp_path / "text.npz")]
     assert main.main(["solve", files[0], bad[0], files[1], bad[1], *GOOD]) == 2

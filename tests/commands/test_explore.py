@@ -20,12 +20,17 @@ import jax
 import numpy as np
 import pytest
 
+from alignpro import rollouts
 from alignpro.commands import explore, main
+from alignpro.commands.exploring import App, Reader
 from alignpro.errors import AlignProError
+from alignpro.report.numbers import plain
 from alignpro.rollouts import Rollout
-from alignpro.theory import FAMILIES, STATEMENTS, Instance, Names, check, solution
+from alignpro.theory import BOUNDS, FAMILIES, LOWER_BOUNDS, STATEMENTS, Instance, Names, check, solution
 from alignpro.theory.families import draw
+from alignpro.theory.instance import load
 from alignpro.theory.results import cost, reach
+from alignpro.theory.search import exploring
 
 HOSTILE = (
     "<img src=x onerror='window.hacked=1'></script><script>window.hacked=1</script>",
@@ -94,7 +99,7 @@ def serving(app):
 
 @pytest.fixture(scope="module")
 def server(files):
-    app = explore.App(file=str(files / "named.npz"), texts=str(files / "rollouts.jsonl"))
+    app = App(file=str(files / "named.npz"), texts=str(files / "rollouts.jsonl"))
     with serving(app) as server:
         yield server
 
@@ -144,12 +149,12 @@ def agree(found, instance, beta, lam, prompt):
     ceiling = reach.prompting_ceiling(instance, beta)
     assert found["ceiling"]["anywhere"] == pytest.approx(mean(ceiling.anywhere), rel=1e-12, abs=1e-15)
     assert found["ceiling"]["supported"] == mean(s.ceiling)
-    assert [b["name"] for b in found["bounds"]] == list(explore.AT_STAR)
+    assert [b["name"] for b in found["bounds"]] == [*BOUNDS, *LOWER_BOUNDS]
     for bound in found["bounds"]:
         said = check(instance, beta, lam, bound["name"])
         for key in ("relation", "rhs", "slack", "verdict", "vacuous"):
-            assert bound[key] == explore._plain(getattr(said, key)), (bound["name"], key)
-        assert bound["terms"] == explore._plain(said.terms)
+            assert bound[key] == plain(getattr(said, key)), (bound["name"], key)
+        assert bound["terms"] == plain(said.terms)
     for bars, base, tilted, reward in (
         (found["rewrites"], instance.prior[prompt], s.rho_star[prompt], s.rewrite_reward[prompt]),
         (
@@ -159,7 +164,7 @@ def agree(found, instance, beta, lam, prompt):
             instance.reward[prompt],
         ),
     ):
-        rows = explore.chosen(np.asarray(base), np.asarray(reward))
+        rows = exploring.chosen(np.asarray(base), np.asarray(reward))
         for key, values in (("base", base), ("tilted", tilted), ("reward", reward)):
             assert [row[key] for row in bars["rows"]] == [float(values[k]) for k in rows]
         for key, values in (("base", base), ("tilted", tilted)):
@@ -183,10 +188,10 @@ def test_the_api_says_what_the_theory_says(server, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_signed_terms_sum_to_the_right_side(name):
-    one = explore.Explored(draw(name, 1, SHAPE)[0])
+    one = exploring.Explored(draw(name, 1, SHAPE)[0])
     for beta, lam in ((0.1, 0.05), (2.0, 0.3)):
         beta, lam = beta * one.scale, lam * one.scale
-        found = one.solve(beta, lam)
+        found = plain(one.solve(beta, lam))
         for bound in found["bounds"]:
             if bound["verdict"] == "inapplicable":  # an infinite KL
                 assert bound["name"] == "drift"
@@ -224,15 +229,15 @@ def test_the_frontier_passes_through_rho_star(server):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_reward_stays_on_the_axis(name):
-    one = explore.Explored(draw(name, 0, SHAPE)[0])
-    low, high = explore._plain(one.about)["axis"]
+    one = exploring.Explored(draw(name, 0, SHAPE)[0])
+    low, high = plain(one.about)["axis"]
     for beta, lam in ((1e-3, 100), (100, 1e-3), (1e-3, 1e-3), (100, 100)):
         for value in one.solve(beta * one.scale, lam * one.scale)["rewards"].values():
             assert low - 1e-9 * one.span <= float(value) <= high + 1e-9 * one.span
 
 
 def test_instances_without_scale():
-    one = explore.Explored(draw("independent", 0, (1, 1, 1))[0])
+    one = exploring.Explored(draw("independent", 0, (1, 1, 1))[0])
     assert one.scale == 1.0
     assert one.solve(0.1, 0.1)["gap"] == 0
 
@@ -242,8 +247,8 @@ def test_rows_are_chosen_whatever_the_temperature():
     for _ in range(50):
         base = rng.dirichlet(np.full(40, 0.2)) * (rng.uniform(size=40) < 0.7)
         reward = rng.uniform(size=40).round(1)
-        rows = explore.chosen(base, reward)
-        assert len(rows) == len(set(rows)) == min(explore.SHOWN, np.count_nonzero(base))
+        rows = exploring.chosen(base, reward)
+        assert len(rows) == len(set(rows)) == min(exploring.SHOWN, np.count_nonzero(base))
         assert (base[rows] > 0).all()
         assert (np.diff(reward[rows]) <= 0).all()
         assert base[rows].max() == base.max()
@@ -252,7 +257,7 @@ def test_rows_are_chosen_whatever_the_temperature():
 
 def test_what_overflows_is_null_in_json():
     value = {"a": np.array([1.0, np.inf]), "b": (np.float64("nan"), True, 3, "x", None)}
-    assert explore._plain(value) == {"a": [1.0, None], "b": [None, True, 3, "x", None]}
+    assert plain(value) == {"a": [1.0, None], "b": [None, True, 3, "x", None]}
 
 
 # --- mistakes
@@ -301,7 +306,7 @@ def test_other_requests_are_refused(server):
 
 
 def test_without_a_file_or_rollouts_there_are_none():
-    app = explore.App()
+    app = App()
     with pytest.raises(AlignProError, match="--file"):
         app.answer("solve", "source=file&beta=1&lam=1&prompt=0")
     for route in ("find", "rollout"):
@@ -451,7 +456,7 @@ def test_the_filter_looks_everywhere(server, text, found):
 def test_a_run_that_still_writes_can_be_read(files, tmp_path, monkeypatch):
     path = tmp_path / "growing.jsonl"
     shutil.copy(files / "rollouts.jsonl", path)
-    read = explore.rollouts.read
+    read = rollouts.read
 
     def read_then_grow(name):
         table = read(name)
@@ -459,8 +464,8 @@ def test_a_run_that_still_writes_can_be_read(files, tmp_path, monkeypatch):
             file.write('\n{"prompt_id": "cut sh')
         return table
 
-    monkeypatch.setattr(explore.rollouts, "read", read_then_grow)
-    assert len(explore.Reader(str(path)).rows) == 3
+    monkeypatch.setattr(rollouts, "read", read_then_grow)
+    assert len(Reader(str(path)).rows) == 3
 
 
 # --- a real browser
@@ -525,7 +530,7 @@ def unnamed(snapshot):
 
 
 def test_moving_a_slider_by_keyboard(chromium, server, files):
-    instance = explore.load(files / "named.npz")
+    instance = load(files / "named.npz")
     with opened(chromium, server) as (page, _):
         assert page.title()
         assert page.get_attribute("html", "lang") == "en"

@@ -598,7 +598,9 @@ def test_one_process_of_several_writes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["x.npz", "report", "folder.html"])
 def test_a_report_that_cannot_be_is_refused_first(name, home, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("alignpro.commands.solve.solve_files", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr(
+        "alignpro.theory.scale.instances.solve_files", lambda *_, **__: pytest.fail("computed")
+    )
     (tmp_path / "folder.html").mkdir()
     command = ["solve", str(home / "0.npz"), "--beta", "1", "--lam", "1", "--report", str(tmp_path / name)]
     assert main.main(command) == 2

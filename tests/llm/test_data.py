@@ -4,8 +4,7 @@ import pytest
 
 from alignpro.errors import AlignProError
 from alignpro.llm.data import packaged
-from alignpro.llm.data import split as data_split
-from alignpro.llm.data import split as packaged_split
+from alignpro.llm.data.split import SPLITS, normalised, split_of
 from alignpro.llm.models import packages
 
 NEEDED = ("llamafactory", "eval-framework", "mtbench")
@@ -18,18 +17,16 @@ needs_data = pytest.mark.skipif(
 
 
 def test_the_split_has_the_stated_shares_and_ignores_typography():
-    names = [data_split.split_of(f"prompt number {i}") for i in range(5000)]
-    shares = [names.count(split) / len(names) for split in data_split.SPLITS]
+    names = [split_of(f"prompt number {i}") for i in range(5000)]
+    shares = [names.count(split) / len(names) for split in SPLITS]
     assert shares == pytest.approx([0.7, 0.15, 0.15], abs=0.02)
     for i in range(200):
-        assert data_split.split_of(f"Prompt  number {i}?\n") == names[i]
+        assert split_of(f"Prompt  number {i}?\n") == names[i]
 
 
 def test_the_split_never_changes():
     """Golden: moving a prompt between splits would leak test data into a head trained before."""
-    second_letters = "".join(
-        data_split.split_of(text)[1] for text in "abcdefghijklmnop"
-    )  # tRain, vAlidation, tEst
+    second_letters = "".join(split_of(text)[1] for text in "abcdefghijklmnop")  # tRain, vAlidation, tEst
     assert second_letters == "arrrrrarerrrrrrr"
 
 
@@ -82,7 +79,7 @@ class TestRealData:
     def test_every_dataset_has_distinct_prompts(self, read):
         prompts = read()
         assert len(prompts) >= 80
-        assert len({packaged_split._normalised(prompt) for prompt in prompts}) == len(prompts)
+        assert len({normalised(prompt) for prompt in prompts}) == len(prompts)
         assert all(prompt == prompt.strip() and prompt for prompt in prompts)
 
     def test_instructions_are_short(self):
@@ -96,9 +93,9 @@ class TestRealData:
         pairs = packaged.preference_pairs()
         by_prompt: dict[str, set[str]] = {}
         for pair in pairs:
-            by_prompt.setdefault(packaged_split._normalised(pair.prompt), set()).add(pair.split)
+            by_prompt.setdefault(normalised(pair.prompt), set()).add(pair.split)
         assert all(len(splits) == 1 for splits in by_prompt.values())
-        parts = [packaged.preference_pairs(split=split) for split in data_split.SPLITS]
+        parts = [packaged.preference_pairs(split=split) for split in SPLITS]
         assert sum(map(len, parts)) == len(pairs)
         assert all(parts)
 

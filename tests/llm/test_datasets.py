@@ -20,15 +20,16 @@ import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from mutants import kills, mutated
 from pyarrow import parquet
 
 from alignpro.commands import main
 from alignpro.errors import AlignProError
-from alignpro.llm.data import own as datasets_own
+from alignpro.llm.data import own as own_files
 from alignpro.llm.data import public
-from alignpro.llm.data import split as data
 from alignpro.llm.data.own import read_prompts
 from alignpro.llm.data.public import DATASETS, Source, pairs, prompts, sample, shorter
+from alignpro.llm.data.split import SPLITS, split_of
 from alignpro.llm.models.configure import tiny_model
 
 SOURCES = [name for name, row in DATASETS.items() if isinstance(row, Source)]
@@ -36,7 +37,7 @@ GRADED = [name for name in SOURCES if DATASETS[name].grades is not None]
 
 
 def normal(text):
-    """Letters, digits and underscores, case-folded, one space between: by another route than `data`."""
+    """Letters, digits and underscores, case-folded, one space between: by another route than `normalised`."""
     kept = (c if c.isalnum() or c == "_" else " " for c in text.casefold())
     return " ".join("".join(kept).split())
 
@@ -190,9 +191,9 @@ def test_pairs_of_every_schema(name, tmp_path):
     assert {(p.prompt, p.chosen, p.rejected) for p in found} == {
         (x, "good", "bad") for x in ("How?", "Why", "Who")
     }
-    assert all((p.source, p.split) == (name, data.split_of(p.prompt)) for p in found)
+    assert all((p.source, p.split) == (name, split_of(p.prompt)) for p in found)
     assert [p.prompt for p in found] == prompts(name, folder=folder)
-    for split in data.SPLITS:
+    for split in SPLITS:
         if any(p.split == split for p in found):
             assert pairs(name, split, folder=folder) == [p for p in found if p.split == split]
 
@@ -262,7 +263,7 @@ def leaks(folders):
     """How many normalised prompts are in two splits, over prompts and pairs of all data sets together."""
     homes = {}
     for name, folder in folders.items():
-        for split in data.SPLITS:
+        for split in SPLITS:
             for x in prompts(name, split, folder=folder):
                 homes.setdefault(normal(x), set()).add(split)
             if name in GRADED:
@@ -277,8 +278,8 @@ def test_no_prompt_is_in_two_splits_of_any_data_sets(everything, monkeypatch):
     # The mutants: a split by row, and one by the text as it is spelt.
     count = iter(range(10**6))
     for mutant in (
-        lambda text: data.SPLITS[next(count) % 3],
-        lambda text: data.SPLITS[hashlib.sha256(text.encode()).digest()[0] % 3],
+        lambda text: SPLITS[next(count) % 3],
+        lambda text: SPLITS[hashlib.sha256(text.encode()).digest()[0] % 3],
     ):
         monkeypatch.setattr(public, "split_of", mutant)
         assert leaks(everything) > 20
@@ -286,11 +287,11 @@ def test_no_prompt_is_in_two_splits_of_any_data_sets(everything, monkeypatch):
 
 def test_splits_are_all_of_a_data_set(everything):
     for name, folder in everything.items():
-        parts = [prompts(name, split, folder=folder) for split in data.SPLITS]
+        parts = [prompts(name, split, folder=folder) for split in SPLITS]
         whole = prompts(name, folder=folder)
         assert all(parts)
         assert sorted(x for part in parts for x in part) == sorted(whole)
-        assert [x for x in whole if data.split_of(x) == "train"] == parts[0]
+        assert [x for x in whole if split_of(x) == "train"] == parts[0]
 
 
 # --- samples ---
@@ -343,7 +344,7 @@ def test_samples_are_uniform():
     chi_square = sum((counts[x] - 100) ** 2 / 100 for x in texts)
     assert chi_square < 80 * (1 - 10 / 40)
     # Of the training split too, which the hash of `split_of` alone would not give.
-    train = [x for x in (f"p{i}" for i in range(58)) if data.split_of(x) == "train"][:40]
+    train = [x for x in (f"p{i}" for i in range(58)) if split_of(x) == "train"][:40]
     counts = Counter(x for seed in range(400) for x in sample(train, 10, seed))
     assert sum((counts[x] - 100) ** 2 / 100 for x in train) < 80 * (1 - 10 / 40)
 
@@ -559,7 +560,7 @@ def own(path, rows, column="prompt"):
     return path
 
 
-@pytest.mark.parametrize("suffix", datasets_own.FORMATS)
+@pytest.mark.parametrize("suffix", own_files.FORMATS)
 def test_files_of_every_format(suffix, tmp_path):
     path = own(tmp_path / f"mine{suffix}", [*OWN, " How? "])
     assert read_prompts(path) == OWN
@@ -586,6 +587,28 @@ def test_text_has_one_prompt_a_line(tmp_path):
     path.write_text("\n \n")
     with pytest.raises(AlignProError, match="holds no prompts; put one on each line"):
         read_prompts(path)
+
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    """What `str.splitlines` takes for an end of a line is text, in every file that is read by lines."""
+    odd = [f"one{c}two" for c in "\u2028\u2029\u0085\x0b\x0c\x1c\x1d\x1e"]
+
+    def check_lines(module):
+        path = tmp_path / "odd.txt"
+        path.write_bytes("\r\n".join(odd).encode())
+        assert module.read_prompts(path) == odd
+        path.write_text("\n".join(odd), encoding="utf-8")
+        assert module.read_prompts(path) == odd
+        path.write_text("".join(json.dumps({"prompt": x}, ensure_ascii=False) + "\n" for x in odd))
+        assert module.read_prompts(path.rename(tmp_path / "odd.jsonl")) == odd
+        rows = [{"prompt": x, "rewrite": x, "chosen": x, "rejected": "no"} for x in odd]
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows))
+        assert [(p.prompt, p.chosen) for p in module.read_pairs(path)] == [(x, x) for x in odd]
+        assert [(p.prompt, p.rewrite) for p in module.read_rewrites(path)] == [(x, x) for x in odd]
+
+    check_lines(own_files)
+    wrong = mutated(own_files, '.decode("utf-8-sig").split("\\n")', '.decode("utf-8-sig").splitlines()')
+    kills(check_lines, wrong)
 
 
 @pytest.mark.parametrize(
@@ -641,10 +664,10 @@ def test_train_and_resample_take_a_data_set(base, tmp_path, capsys):
     folder = written("helpsteer", graded("helpsteer", xs), tmp_path / "d")
     more = ["--dataset", "helpsteer", "--data-folder", str(folder), "--max-prompt-tokens", "2"]
     short = [x for x in xs if len(x) == 2]
-    train = [x for x in short if data.split_of(x) == "train"]
+    train = [x for x in short if split_of(x) == "train"]
     assert main.main([*verb("train", base, tmp_path / "t"), *more, "--prompts", "2"]) == 0
     assert f"{len(train)} prompts; 1 rounds of 2 x 2" in capsys.readouterr().err
-    held = [x for x in short if data.split_of(x) == "test"]
+    held = [x for x in short if split_of(x) == "test"]
     assert held
     assert main.main([*verb("resample", base, tmp_path / "r"), *more]) == 0
     rows = [json.loads(line) for line in (tmp_path / "r" / "proposals.jsonl").read_text().splitlines()]

@@ -16,10 +16,10 @@ from alignpro.commands import main
 from alignpro.errors import AlignProError
 from alignpro.llm.arms import demo
 from alignpro.llm.arms.demo import DemoSettings, run
-from alignpro.llm.arms.enumerate import EnumerationSettings
+from alignpro.llm.arms.settings import EnumerationSettings
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.rewards import opening
-from alignpro.llm.training.tree import TrainSettings
+from alignpro.llm.training.settings import TreeSettings
 from alignpro.theory import check, load, solution
 
 
@@ -49,7 +49,7 @@ def workplace(tmp_path_factory):
         prompts=3,
         prompts_file=str(folder / "prompts.txt"),
         enumeration=EnumerationSettings(rewrites=6, responses=8, rewrite_tokens=6, response_tokens=5),
-        training=TrainSettings(iterations=6, samples=64, lora_layers=1.0, learning_rate=3e-3, lam=0.1),
+        training=TreeSettings(iterations=6, samples=64, lora_layers=1.0, learning_rate=3e-3, lam=0.1),
     )
     before = dict(opening.REWARDS)
     opening.REWARDS["letters"] = Letters

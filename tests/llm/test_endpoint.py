@@ -27,7 +27,8 @@ from alignpro.llm.models.sampling import EVALUATION, Sampling, stream_key
 from alignpro.llm.targets import http
 from alignpro.llm.targets.endpoint import DIALECTS, Endpoint
 from alignpro.llm.targets.local import LocalTarget
-from alignpro.llm.targets.target import Answer, Stopped, respond_all
+from alignpro.llm.targets.settings import EndpointSettings
+from alignpro.llm.targets.target import Answer, Stopped
 
 SAMPLING = Sampling(max_tokens=10)
 PROMPTS = [f"prompt {i}" for i in range(10)]
@@ -39,8 +40,13 @@ def _no_proxy(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
+def endpoint(model, url, **options) -> Endpoint:
+    own = {name: options.pop(name) for name in ("extra_body", "weights") if name in options}
+    return Endpoint(url, EndpointSettings(model, **options), **own)
+
+
 def client(server, **options) -> Endpoint:
-    return Endpoint("m", server.url, **{"backoff_s": 1e-3, "timeout_s": PATIENCE, **options})
+    return endpoint("m", server.url, **{"backoff_s": 1e-3, "timeout_s": PATIENCE, **options})
 
 
 def raw(data, status=200, **headers):
@@ -93,7 +99,7 @@ def test_dialects():
         client(server, dialect="transformers").respond(["x"], sampling)
         assert json.loads(server.requests[-1][0]["generation_config"])["top_k"] == 20
     revisions = {
-        Endpoint("m", "http://h/v1", **options).revision
+        endpoint("m", "http://h/v1", **options).revision
         for options in (
             {},
             {"dialect": "vllm"},
@@ -103,8 +109,9 @@ def test_dialects():
         )
     }
     assert len(revisions) == 5  # whatever changes the answers changes the cache key
-    one = Endpoint("m", "http://h/v1/", dialect="vllm", extra_body={"min_p": 0.1})
-    assert dataclasses.replace(one, max_calls=7, concurrency=1).revision == one.revision
+    one = endpoint("m", "http://h/v1/", dialect="vllm", extra_body={"min_p": 0.1})
+    settings = dataclasses.replace(one.settings, max_calls=7, concurrency=1)
+    assert dataclasses.replace(one, settings=settings).revision == one.revision
 
 
 def ordinary(n, body):
@@ -300,14 +307,14 @@ def test_certificates_are_verified_however_the_address_is_written(monkeypatch):
     monkeypatch.setattr(httpx2, "AsyncClient", client)
     for scheme in ("https", "HTTPS", "Https", "http", "HTTP"):
         with pytest.raises(Stopped, match="check the proxy settings"):
-            Endpoint("m", f"{scheme}://127.0.0.1:1/v1").respond(["x"], SAMPLING)
+            endpoint("m", f"{scheme}://127.0.0.1:1/v1").respond(["x"], SAMPLING)
     assert seen == [True, True, True, False, False]
 
 
 def test_nobody_listens():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        target = Endpoint("m", f"http://127.0.0.1:{taken.getsockname()[1]}/v1", backoff_s=1e-3, concurrency=1)
+        target = endpoint("m", f"http://127.0.0.1:{taken.getsockname()[1]}/v1", backoff_s=1e-3, concurrency=1)
         with pytest.raises(Stopped, match=r"cannot connect.*check base_url"):
             target.respond(PROMPTS, SAMPLING)
         assert target.calls == 3  # not the ten retries of a server that is known to live
@@ -432,26 +439,6 @@ def test_concurrency(concurrency):
     assert most == concurrency
 
 
-def test_targets_run_at_the_same_time():
-    meeting = threading.Barrier(2)
-
-    def fault(n, body):
-        if n == 0:
-            meeting.wait(PATIENCE)
-
-    local = LocalTarget(tiny_model(seed=1))
-    with Server(fault) as one, Server(fault) as two:
-        targets = {"one": client(one), "local": local, "two": client(two)}
-        got = respond_all(targets, ["a", "b"], SAMPLING, samples=2)
-        assert list(got) == ["one", "local", "two"]
-        assert got["one"] == got["two"]
-        assert got["local"] == local.respond(["a", "b"], SAMPLING, samples=2)
-    with Server() as good, Server(lambda n, body: raw({}, 401)) as bad:
-        with pytest.raises(Stopped, match="target 'bad'") as error:
-            respond_all({"bad": client(bad), "good": client(good)}, ["a"], SAMPLING)
-        assert list(error.value.completed) == ["good"]
-
-
 def test_below_a_running_loop():
     async def notebook(server):
         return client(server).respond(["a"], SAMPLING)
@@ -460,7 +447,7 @@ def test_below_a_running_loop():
         assert asyncio.run(notebook(server)) == client(server).respond(["a"], SAMPLING)
 
 
-def test_stop_from_another_thread_keeps_what_is_in_flight():
+def test_an_interrupt_keeps_what_is_in_flight(monkeypatch):
     arrived, go = threading.Event(), threading.Event()
 
     def fault(n, body):
@@ -468,7 +455,9 @@ def test_stop_from_another_thread_keeps_what_is_in_flight():
         go.wait(PATIENCE)
 
     with Server(fault) as server:
-        target, caught = client(server, concurrency=2), []
+        target, caught, stops, finish = client(server, concurrency=2), [], [], http.finish
+        # What `finish` is given to call when a notebook is interrupted.
+        monkeypatch.setattr(http, "finish", lambda work, stop: stops.append(stop) or finish(work, stop))
 
         def work():
             with pytest.raises(Stopped) as error:
@@ -478,8 +467,8 @@ def test_stop_from_another_thread_keeps_what_is_in_flight():
         thread = threading.Thread(target=work)
         thread.start()
         assert arrived.wait(PATIENCE)
-        target.stop()
-        target._http._running.loop.call_soon_threadsafe(go.set)  # after the stop has been heard
+        stops[0]()
+        stops[0].__self__.loop.call_soon_threadsafe(go.set)  # after the stop has been heard
         thread.join(PATIENCE)
         assert caught[0].reason == "stopped"
         assert len(caught[0].answers) == len(server.requests) <= 2
@@ -527,13 +516,13 @@ def test_an_error_of_the_receiver_ends_the_run():
 )
 def test_bad_fields_are_refused(field, value):
     with pytest.raises(AlignProError, match=field) as error:
-        Endpoint(**{"model": "m", "base_url": "http://h/v1", field: value})
+        endpoint(**({"model": "m", "url": "http://h/v1"} | {field.replace("base_url", "url"): value}))
     assert "\n" not in str(error.value)
     assert KEY not in str(error.value)
 
 
 def test_a_key_that_is_missing_or_broken(monkeypatch):
-    target = Endpoint("m", "http://127.0.0.1:1/v1", key_env="PLANTED_KEY")
+    target = endpoint("m", "http://127.0.0.1:1/v1", key_env="PLANTED_KEY")
     monkeypatch.delenv("PLANTED_KEY", raising=False)
     with pytest.raises(AlignProError, match="PLANTED_KEY: that environment variable is not set"):
         target.respond(["x"], SAMPLING)
@@ -548,7 +537,7 @@ def test_a_key_that_is_missing_or_broken(monkeypatch):
 def test_without_the_client_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "httpx2", None)
     with pytest.raises(AlignProError, match=r"pip install 'alignpro\[http\]'"):
-        Endpoint("m", "http://127.0.0.1:1/v1").respond(["x"], SAMPLING)
+        endpoint("m", "http://127.0.0.1:1/v1").respond(["x"], SAMPLING)
 
 
 def test_no_torch_is_needed():
@@ -561,6 +550,7 @@ LEAKS = """
 import logging, sys, traceback
 from alignpro.llm.targets import http as module
 from alignpro.llm.targets.endpoint import Endpoint
+from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.targets.ledger import Cached
 url, folder = sys.argv[1:]
@@ -582,7 +572,7 @@ for mutant in ("none", "no scrub", "repr"):
         scrub, module.Secret.scrub = module.Secret.scrub, lambda self, text: text
     if mutant == "repr":
         module.Secret.scrub, module.Secret.__repr__ = scrub, lambda self: self.value
-    target = Endpoint("m", url, key_env="PLANTED_KEY", backoff_s=1e-3, retries=2, concurrency=1)
+    target = Endpoint(url, EndpointSettings("m", "PLANTED_KEY", backoff_s=1e-3, retries=2, concurrency=1))
     print(target, vars(target))
     cached = Cached(target, f"{folder}/{mutant}")
     for prompt in ("ok", "echo", "500", "401", "garbage", "field", "close"):
@@ -692,7 +682,7 @@ def served(tmp_path_factory):
 
 
 def real(served, **options) -> Endpoint:
-    return Endpoint(str(served[1]), served[0], **{"dialect": "transformers", "concurrency": 2, **options})
+    return endpoint(str(served[1]), served[0], **{"dialect": "transformers", "concurrency": 2, **options})
 
 
 def test_a_real_server_answers(served):
@@ -710,7 +700,7 @@ def test_a_real_server_answers(served):
 
 def test_a_real_server_refuses(served):
     with pytest.raises(Stopped, match=r"pinned.*change the request"):
-        Endpoint("another", served[0], dialect="transformers").respond(["a"], SAMPLING)
+        endpoint("another", served[0], dialect="transformers").respond(["a"], SAMPLING)
     with pytest.raises(Stopped, match=r"422.*top_k"):
         real(served, dialect="vllm").respond(["a"], SAMPLING)
 
@@ -754,7 +744,7 @@ def test_a_real_server_samples_as_this_process_does(served):
     mutant = real(served, dialect="openai", extra_body={"top_k": 4})
     with pytest.raises(Stopped, match="top_k"):
         mutant.respond(["bad"], sampling)
-    without = Endpoint(str(served[1]), served[0], concurrency=2)
+    without = endpoint(str(served[1]), served[0], concurrency=2)
     loose = without.respond(["bad"], Sampling(temperature=1.5, top_p=0.9, max_tokens=1), samples=n)[0]
     assert p_value(loose, exact(4)) < 1e-6
 

@@ -21,7 +21,7 @@ from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.sampling import EVALUATION, Sampling, stream_key
 from alignpro.llm.policies.prompter import target_ids
 from alignpro.llm.targets.local import LocalTarget
-from alignpro.llm.targets.target import Answer, Stopped, respond_all
+from alignpro.llm.targets.target import Answer, Stopped
 
 PROMPTS = ["a", "bcd", "abcdefgh", "hgf", "ab", "eeeeee"]
 FALSE_ALARM = 1e-6
@@ -383,29 +383,3 @@ def test_bad_targets_and_bad_log_probs(target):
         target.log_probs(["a"], [Answer("b", "stop", 1, 2)])
     assert target.log_probs([], []).shape == (0,)
     assert target.respond([], Sampling()) == []
-
-
-def test_several_targets():
-    targets = {"one": LocalTarget(tiny_model(seed=1)), "two": LocalTarget(tiny_model(seed=2))}
-    sampling = {"one": Sampling(max_tokens=4), "two": EVALUATION}
-    got = respond_all(targets, PROMPTS, sampling, samples=2, seed=1)
-    assert list(got) == ["one", "two"]
-    for name, target in targets.items():
-        assert got[name] == target.respond(PROMPTS, sampling[name], samples=2, seed=1)
-    with pytest.raises(AlignProError, match="sampling"):
-        respond_all(targets, PROMPTS, {"one": Sampling()})
-    with pytest.raises(AlignProError, match="at least one"):
-        respond_all({}, PROMPTS, Sampling())
-    targets["short"] = targets.pop("one")
-    sampling = {"short": EVALUATION, "two": Sampling(max_tokens=2)}
-    with pytest.raises(Stopped, match=r"'short'.*lower max_tokens") as error:
-        respond_all(targets, ["a" * 450], sampling)
-    assert list(error.value.completed) == ["two"]
-
-
-def test_stop_ends_a_run_between_batches():
-    target = LocalTarget(tiny_model(seed=1), batch_size=2)
-    with pytest.raises(Stopped) as error:
-        target.respond(PROMPTS, Sampling(max_tokens=2), on_answer=lambda *_: target.stop())
-    assert error.value.reason == "stopped"
-    assert len(error.value.answers) == 2

@@ -32,6 +32,7 @@ from alignpro.llm.policies.prompter import target_ids
 from alignpro.llm.targets.endpoint import Endpoint
 from alignpro.llm.targets.ledger import Cached
 from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Stopped
 from alignpro.report.numbers import plain
 from alignpro.rollouts import Rollout
@@ -137,7 +138,7 @@ def served(decide):
 
 
 def endpoint(server, **options):
-    return Endpoint("judge", server.url, **{"backoff_s": 0.01, **options})
+    return Endpoint(server.url, EndpointSettings("judge", **{"backoff_s": 0.01, **options}))
 
 
 def test_attacks_lose_over_http_too(monkeypatch):

@@ -4,21 +4,26 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict, replace
 
 import pytest
 from faulty import Server
+from kept import lines
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.sampling import EVALUATION, Sampling
-from alignpro.llm.targets import ledger
+from alignpro.llm.targets import ledger, store
 from alignpro.llm.targets.endpoint import Endpoint
-from alignpro.llm.targets.ledger import FILE, Cached, Prices, cache_key, spent
+from alignpro.llm.targets.ledger import FILE, Cached, Estimate, Prices, cache_key, spent
 from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.targets.settings import EndpointSettings
+from alignpro.llm.targets.store import OLD_FILE, Store
 from alignpro.llm.targets.target import Answer, Stopped, arrange, jobs
 
 SAMPLING = Sampling(max_tokens=9)
@@ -33,9 +38,6 @@ class Fake:
     def __init__(self, salt="", fail_at=None):
         self.salt, self.fail_at, self.calls, self.asked = salt, fail_at, 0, []
 
-    def stop(self):
-        pass
-
     def respond(self, prompts, sampling, *, first=0, samples=1, seed=0, on_answer=None):
         asked, answers = jobs(prompts, first, samples, seed), {}
         for p, i in asked:
@@ -49,6 +51,10 @@ class Fake:
             if on_answer:
                 on_answer(p, i, answers[p, i])
         return arrange(asked, answers, len(prompts))
+
+
+def endpoint(url, **options):
+    return Endpoint(url, EndpointSettings("m", **options))
 
 
 def cached(target, folder, **options):
@@ -154,7 +160,7 @@ def test_every_request_is_in_the_ledger_also_those_without_an_answer(tmp_path, m
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     rng = random.Random(0)
     with Server(lambda n, body: (500, {}, b"") if rng.random() < 0.3 or n >= 40 else None) as server:
-        target = cached(Endpoint("m", server.url, backoff_s=1e-3, max_wait_s=0.01, retries=12), tmp_path)
+        target = cached(endpoint(server.url, backoff_s=1e-3, max_wait_s=0.01, retries=12), tmp_path)
         with pytest.raises(Stopped):
             target.respond(PROMPTS, SAMPLING, samples=20)
         total = target.total()
@@ -172,24 +178,23 @@ def test_the_estimate_comes_before_the_first_call_and_bounds_it(tmp_path):
             return super().respond(*args, **kwargs)
 
     target = cached(Watched(), tmp_path, prices=Prices(1, 2), note=events.append)
-    before = target.estimate(PROMPTS, SAMPLING, samples=2)
-    assert (before.calls, before.hits, before.seconds) == (12, 0, None)
-    assert not events
     target.respond(PROMPTS, SAMPLING, samples=2)
     assert events[1] == "asked"
+    sizes = 12 * (len(PROMPTS[0]) // 4 + 8)
+    before = Estimate(12, 0, sizes, 12 * 9, (sizes + 2 * 12 * 9) / 1e6, None)
     assert events[0] == f"fake: {before.line()}"
     assert target.ledger.calls == before.calls
-    assert target.ledger.tokens <= before.tokens == 12 * 9
-    assert before.prompt_tokens >= 12 * 2
+    assert target.ledger.tokens <= before.tokens
     assert target.ledger.cost <= before.cost
-    assert before.cost == pytest.approx((before.prompt_tokens + 2 * before.tokens) / 1e6)
-    after = target.estimate([*PROMPTS, "new", "new"], SAMPLING, samples=3)
-    assert (after.calls, after.hits) == (6 + 3, 12)
-    assert after.seconds > 0
+    target.respond([*PROMPTS, "new", "new"], SAMPLING, samples=3)
+    assert re.match(
+        r"fake: 9 calls \(12 cached\), about .* answer tokens, costing .*, about \d+ s$", events[2]
+    )
     target.respond(PROMPTS, SAMPLING, samples=2)
-    assert len(events) == 2  # nothing to ask, nothing to say
-    local = LocalTarget(tiny_model())
-    assert cached(local, tmp_path).estimate(["abc"], SAMPLING, samples=2).prompt_tokens == 6
+    assert len(events) == 4  # nothing to ask, nothing to say
+    local, said = LocalTarget(tiny_model()), []
+    cached(local, tmp_path, note=said.append).respond(["abc"], SAMPLING, samples=2)
+    assert "about 6 prompt tokens" in said[0]
 
 
 def test_the_estimate_is_printed_on_standard_error(tmp_path, capsys):
@@ -224,43 +229,113 @@ def test_a_stop_carries_everything_and_the_next_run_goes_on(tmp_path):
 def test_a_budget_stops_and_a_larger_one_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with Server() as server:
-        with pytest.raises(Stopped) as error:
-            cached(Endpoint("m", server.url, max_calls=7), tmp_path).respond(PROMPTS, SAMPLING, samples=2)
-        assert (error.value.reason, len(error.value.answers)) == ("max_calls", 7)
-        got = cached(Endpoint("m", server.url, max_calls=5), tmp_path).respond(PROMPTS, SAMPLING, samples=2)
+        for _ in range(2):  # what is spent stays spent
+            with pytest.raises(Stopped, match=r"max_calls 7: .* raise it to go on") as error:
+                cached(endpoint(server.url, max_calls=7), tmp_path).respond(PROMPTS, SAMPLING, samples=2)
+            assert (error.value.reason, len(error.value.answers)) == ("max_calls", 7)
+        got = cached(endpoint(server.url, max_calls=12), tmp_path).respond(PROMPTS, SAMPLING, samples=2)
         assert len(server.requests) == 12
-        assert got == Endpoint("m", server.url).respond(PROMPTS, SAMPLING, samples=2)
+        assert got == endpoint(server.url).respond(PROMPTS, SAMPLING, samples=2)
 
 
-def test_a_file_torn_anywhere_in_its_last_line_is_whole_again(tmp_path):
+KEY = cache_key("fake", "1", SAMPLING, 0, "prompt 0", 0)
+LINE = f'"key":"{KEY}","model":"fake","revision":"1","sampling":{{}},"seed":0,"prompt":"prompt 0","sample":0,'
+OLD = [
+    "{" + LINE + '"answer":{"text":"kept","finish":"stop","prompt_tokens":8,"tokens":2,"ids":null,'
+    '"thought":false},"calls":3,"retries":2,"seconds":0.5,"cost":0.25}',
+    '{"model":"fake","revision":"1","calls":2,"retries":1,"seconds":1.5}',  # of what was never answered
+    "{" + LINE + '"answer":{"text":"second","finish":"stop","prompt_tokens":8,"tokens":2},"calls":1,'
+    '"retries":0,"seconds":0.5}',
+]
+
+
+@pytest.mark.parametrize("mutant", ["", "mutant"])
+def test_the_lines_of_an_earlier_version_are_taken_over_once(tmp_path, mutant):
+    """The mutant forgets that it did."""
+    old = "".join(line + "\n" for line in OLD)
+    (tmp_path / OLD_FILE).write_text(old)
+    for _ in range(3):
+        target = Fake()
+        again = cached(target, tmp_path)
+        assert again.respond(PROMPTS[:1], SAMPLING) == [[Answer("kept", "stop", 8, 2)]]
+        assert not target.asked
+        total = again.total()
+        if mutant:
+            again._store._db.execute("DELETE FROM imported")
+    counts = (total.calls, total.retries, total.answers, total.tokens, total.seconds, total.cost)
+    assert (counts == (6, 3, 2, 4, 2.5, 0.25)) == (not mutant)
+    assert (tmp_path / OLD_FILE).read_text() == old
+
+
+def test_answers_leave_as_lines_and_come_back(tmp_path):
+    want = cached(Fake(), tmp_path / "a", prices=Prices(1, 2)).respond(PROMPTS, SAMPLING, samples=2)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / OLD_FILE).write_text("\n".join(lines(tmp_path / "a")))
+    target = Fake()
+    again = cached(target, tmp_path / "b")
+    assert again.respond(PROMPTS, SAMPLING, samples=2) == want
+    assert not target.asked
+    assert again.total().summary() == pytest.approx(
+        cached(Fake(), tmp_path / "a").total().summary(), abs=1e-4
+    )
+
+
+def test_an_earlier_file_torn_in_its_last_line_is_whole_again(tmp_path):
     want = Fake().respond(PROMPTS[:2], SAMPLING)
     cached(Fake(), tmp_path / "whole").respond(PROMPTS[:2], SAMPLING)
-    data = (tmp_path / "whole" / FILE).read_bytes()
-    start = data.index(b"\n") + 1
-    for cut in range(start, len(data)):
-        (tmp_path / FILE).write_bytes(data[:cut])
+    one, two = (line.encode() + b"\n" for line in lines(tmp_path / "whole"))
+    for cut in (0, 1, *range(2, len(two), 60), len(two) - 2, len(two) - 1, len(two)):
+        folder = tmp_path / str(cut)
+        folder.mkdir(exist_ok=True)
+        (folder / OLD_FILE).write_bytes(one + two[:cut])
         target = Fake()
-        assert cached(target, tmp_path).respond(PROMPTS[:2], SAMPLING) == want
-        # All but the newline is still an answer, once something follows it.
-        assert target.asked == [(PROMPTS[1], 0)]
-        fresh = Fake()
-        reread = cached(fresh, tmp_path)
-        assert reread.respond(PROMPTS[:2], SAMPLING) == want
-        assert not fresh.asked
+        assert cached(target, folder).respond(PROMPTS[:2], SAMPLING) == want
+        # All but the newline is an answer.
+        assert target.asked == ([(PROMPTS[1], 0)] if cut < len(two) - 1 else [])
 
 
 def test_damaged_lines_are_asked_again_and_said(tmp_path):
-    want = cached(Fake(), tmp_path).respond(PROMPTS, SAMPLING)
-    lines = (tmp_path / FILE).read_bytes().splitlines()
-    lines[1] = b"\xff\x00garbage"
-    lines[2] = b"[" * 50_000
-    lines[3] = lines[3].replace(b'"text":"', b'"text":3,"x":"')
-    lines[4] = lines[4].replace(b'"finish":"stop"', b'"finish":"maybe"')
-    (tmp_path / FILE).write_bytes(b"\n".join(lines) + b"\n")
+    want = cached(Fake(), tmp_path / "whole").respond(PROMPTS, SAMPLING)
+    old = [line.encode() for line in lines(tmp_path / "whole")]
+    old[1] = b"\xff\x00garbage"
+    old[2] = b"[" * 50_000
+    old[3] = old[3].replace(b'"text":"', b'"text":3,"x":"')
+    old[4] = old[4].replace(b'"finish":"stop"', b'"finish":"maybe"')
+    (tmp_path / OLD_FILE).write_bytes(b"\n".join(old) + b"\n")
     notes, target = [], Fake()
     assert cached(target, tmp_path, note=notes.append).respond(PROMPTS, SAMPLING) == want
     assert [p for p, _ in target.asked] == PROMPTS[1:5]
     assert "4 damaged lines" in notes[0]
+
+
+def test_a_damaged_file_is_one_line_that_says_what_helps(tmp_path):
+    """However it is damaged: never another answer, never a traceback."""
+    want = cached(Fake(), tmp_path / "whole").respond(PROMPTS, SAMPLING, samples=20)
+    data, page, told = (tmp_path / "whole" / FILE).read_bytes(), 4096, []
+    assert not (tmp_path / "whole" / f"{FILE}-wal").exists()  # all is in the one file, once it is closed
+    kinds = {"garbage": b"garbage " * 1000, "cut": data[: len(data) // 2], "short": data[:50]}
+    kinds |= {"a line": data.replace(b'"finish":"stop"', b'"finish":"3top"')}
+    for i in range(len(data) // page):
+        kinds[f"page {i} gone"] = data[: i * page] + bytes(page) + data[(i + 1) * page :]
+    for kind, content in kinds.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / FILE).write_bytes(content)
+        got, said = None, ""
+        try:
+            got = cached(Fake(), folder).respond(PROMPTS, SAMPLING, samples=20)
+        except AlignProError as error:
+            said = str(error)
+        if said:
+            assert "damaged" in said
+            assert "move it away" in said
+            assert "\n" not in said
+            told.append(kind)
+            (folder / FILE).unlink()  # the remedy
+            got = cached(Fake(), folder).respond(PROMPTS, SAMPLING, samples=20)
+        assert got == want
+    assert {"garbage", "cut", "short", "a line", "page 0 gone"} <= set(told)
+    assert len(told) > len(kinds) / 2
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -269,6 +344,10 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         cached(Fake(), tmp_path / "file" / "x")
     with pytest.raises(AlignProError, match="name the folder of a run"):
         spent(tmp_path)
+    newer = cached(Fake(), tmp_path / "newer")
+    newer._store._db.execute("PRAGMA user_version = 99")
+    with pytest.raises(AlignProError, match="newer alignpro; update this one"):
+        cached(Fake(), tmp_path / "newer")
     (tmp_path / FILE).mkdir()
     with pytest.raises(AlignProError, match=f"cannot read .*{FILE}"):
         cached(Fake(), tmp_path)
@@ -276,9 +355,10 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 # The scripts below fork: each child is a process of its own, without paying for its imports.
 COMMON = """
-import json, os, random, resource, signal, sys, time
-from alignpro.llm.targets import ledger
+import json, os, random, resource, signal, sqlite3, sys, time
+from alignpro.llm.targets import http, ledger, store
 from alignpro.llm.targets.endpoint import Endpoint
+from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Answer, Stopped, arrange, jobs
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.targets.ledger import Cached
@@ -321,11 +401,22 @@ KILLS = (
     COMMON
     + """
 url, kills, samples, LATE = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "late"
-make = (lambda: Endpoint("m", url, concurrency=4, backoff_s=1e-3, retries=20)) if url else Slow
+asking = EndpointSettings("m", concurrency=4, backoff_s=1e-3, retries=20)
+make = (lambda: Endpoint(url, asking)) if url else Slow
 rng, killed = random.Random(0), 0
+def done():
+    if not url:
+        return open("asked").read().count(chr(10))
+    return sqlite3.connect(store.FILE).execute("SELECT count(*) FROM answers").fetchone()[0]
+Cached(make(), ".", note=None)
+http.client_library()
 for _ in range(kills):
+    goal, patience = done() + rng.randint(1, 12 if url else 25), time.monotonic() + 20
     pid = forked(lambda: Cached(make(), ".", note=None).respond(PROMPTS, SAMPLING, samples=samples))
-    time.sleep(rng.uniform(0.005, 0.04))
+    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while done() < goal and time.monotonic() < patience and not os.waitid(os.P_PID, pid, flags):
+        time.sleep(0.004)
+    time.sleep(rng.uniform(0, 0.002))
     os.kill(pid, signal.SIGKILL)
     killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 LATE = False
@@ -383,11 +474,11 @@ def test_kill_9_over_a_failing_endpoint(tmp_path):
         return "close" if kind < 0.1 else (429, {"retry-after": "0"}, b"") if kind < 0.2 else (200, {}, b"{")
 
     with Server(fault) as server:
-        got = script(KILLS, tmp_path, server.url, 20, 10, "")
-        clean = Endpoint("m", server.url, backoff_s=1e-3).respond
+        got = script(KILLS, tmp_path, server.url, 12, 10, "")
+        clean = endpoint(server.url, backoff_s=1e-3).respond
         server.fault = lambda n, body: None
         want = clean([f"prompt {i}" for i in range(40)], SAMPLING, samples=10)
-    assert got["killed"] >= 10
+    assert got["killed"] >= 8
     assert got["texts"] == [[a.text for a in row] for row in want]
     assert 400 <= len(answered) <= 400 + got["killed"] * 4  # those in flight
 
@@ -404,11 +495,11 @@ def work(name):
     rows = Cached(target, ".", note=None).respond(PROMPTS[:10], SAMPLING, samples=10)
     open(name, "w").write(json.dumps([[a.text for a in row] for row in rows]))
 if sys.argv[1] == "mutant":
-    append = ledger._File.append
-    def own(self, row):
-        append(self, row)
-        return Answer(**row["answer"])
-    ledger._File.append = own
+    add = store.Store.add
+    def own(self, owner, spent, line=None, lasting=False):
+        add(self, owner, spent, line, lasting)
+        return line and Answer(**line["answer"])
+    store.Store.add = own
 pids = [forked(lambda: work(name)) for name in ("one", "two")]
 codes = [os.waitpid(pid, 0)[1] for pid in pids]
 print(json.dumps([codes, json.load(open("one")), json.load(open("two"))]))
@@ -421,8 +512,7 @@ def test_two_processes_on_one_file_agree(tmp_path, mutant):
     codes, one, two = script(TWO, tmp_path, mutant)
     assert codes == [0, 0]
     assert (one == two) == (not mutant)
-    lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
-    assert len({line["key"] for line in lines}) == 100
+    assert len(lines(tmp_path)) == 100
     third = Fake()
     third.name = "slow"
     again = cached(third, tmp_path).respond([f"prompt {i}" for i in range(10)], SAMPLING, samples=10)
@@ -433,17 +523,22 @@ def test_two_processes_on_one_file_agree(tmp_path, mutant):
 FULL = (
     COMMON
     + """
-if sys.argv[1] == "mutant":
-    os.ftruncate = lambda *_: None
-resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+import contextlib
 target, out = Cached(Slow(), ".", note=None), {}
+limit = os.path.getsize(store.FILE + "-wal") + 200_000
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+if sys.argv[1] == "mutant":
+    @contextlib.contextmanager
+    def no_transaction(self, lasting=False):
+        with self._lock, self._told():
+            yield
+    store.Store._transaction = no_transaction
 try:
     target.respond(PROMPTS, SAMPLING)
 except Stopped as error:
     out["error"], out["answers"], out["reason"] = str(error), len(error.answers), error.reason
-data = open("answers.jsonl", "rb").read()
-out["whole"], out["lines"] = data.endswith(b"\\n"), len(data.splitlines())
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+out["total"] = target.total().answers
 last = Cached(Slow(), ".", note=None)
 out["texts"] = [row[0].text for row in last.respond(PROMPTS, SAMPLING)]
 out["hits"] = last.ledger.hits
@@ -453,36 +548,132 @@ print(json.dumps(out))
 
 
 @pytest.mark.parametrize("mutant", ["", "mutant"])
-def test_a_full_disk_is_one_error_and_the_file_stays_readable(tmp_path, mutant):
-    """The limit cuts a write short, as a full disk does. The mutant leaves the half line there."""
+def test_a_full_disk_is_one_error_and_the_file_stays_whole(tmp_path, mutant):
+    """The limit cuts a write short, as a full disk does. The mutant keeps counts without answers."""
     got = script(FULL, tmp_path, mutant)
     assert f"cannot write {FILE}" in got["error"]
     assert "free space and run again" in got["error"]
     assert "\n" not in got["error"]
-    assert got["whole"] == (not mutant)
-    # The answer that could not be written is carried by the error.
-    assert got["answers"] == got["lines"] + (not mutant) == got["hits"] + 1
+    assert 0 < got["hits"] < 40
+    assert got["answers"] == got["hits"] + 1  # the error carries the one that could not be written
+    assert (got["total"] == got["hits"]) == (not mutant)
     assert got["texts"] == [f"prompt {i} 0" for i in range(40)]
     assert len(asks(tmp_path)) == 40 + 1
 
 
 def test_a_full_disk_below_an_endpoint(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    write, full = os.write, False
-
-    def no_space(handle, data):
-        if full:
-            raise OSError(28, "No space left on device")
-        return write(handle, data)
-
     with Server() as server:
-        target = cached(Endpoint("m", server.url, concurrency=2), tmp_path)
+        target = cached(endpoint(server.url, concurrency=2), tmp_path)
         want = target.respond(PROMPTS[:2], SAMPLING)
-        full = True
-        monkeypatch.setattr(ledger.os, "write", no_space)
-        with pytest.raises(Stopped, match="No space left on device") as error:
-            target.respond(PROMPTS, SAMPLING)
+        longer = [*PROMPTS[:2], *("x" * 5000 + prompt for prompt in PROMPTS)]
+        file = target._store._db
+        (pages,) = file.execute("PRAGMA page_count").fetchone()
+        file.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(Stopped, match=r"cannot write .* disk is full; free space") as error:
+            target.respond(longer, SAMPLING)
         assert (0, 0) in error.value.answers
         assert len(error.value.answers) == len(server.requests)  # what was paid for is there
-        full = False
-        assert target.respond(PROMPTS, SAMPLING)[:2] == want
+        file.execute(f"PRAGMA max_page_count = {pages + 1000}")
+        assert target.respond(longer, SAMPLING)[:2] == want
+
+
+# --- several processes ---
+
+
+BUDGET = (
+    COMMON
+    + """
+url, kind, most = sys.argv[1], sys.argv[2], int(sys.argv[3])
+http.client_library()
+if sys.argv[4] == "mutant":
+    ledger._Meter = lambda *_: None
+def work(name):
+    target = Endpoint(url, EndpointSettings("m", concurrency=4, backoff_s=1e-3, retries=20, **{kind: most}))
+    try:
+        Cached(target, ".", note=None).respond([f"{name} {i}" for i in range(60)], SAMPLING)
+    except Stopped as error:
+        open(name, "w").write(json.dumps([error.reason, target.calls, target.tokens]))
+pids = [forked(lambda: work(name)) for name in "abcd"]
+codes = [os.waitpid(pid, 0)[1] for pid in pids]
+print(json.dumps([codes, [json.load(open(name)) for name in "abcd" if os.path.exists(name)]]))
+"""
+)
+
+
+@pytest.mark.parametrize("mutant", ["", "mutant"])
+@pytest.mark.parametrize(("kind", "most"), [("max_calls", 50), ("max_tokens", 400)])
+def test_four_processes_hold_one_budget(tmp_path, kind, most, mutant):
+    """Each of the mutant's has it for itself."""
+    rng, lock = random.Random(0), threading.Lock()
+
+    def fault(n, body):
+        with lock:
+            return (500, {}, b"") if rng.random() < 0.2 else None  # retries count
+
+    with Server(fault) as server:
+        codes, ends = script(BUDGET, tmp_path, server.url, kind, most, mutant)
+        requests = len(server.requests)
+    assert codes == [0] * 4
+    assert [reason for reason, _, _ in ends] == [kind] * 4
+    calls, tokens = (sum(end[i] for end in ends) for i in (1, 2))
+    assert calls == requests
+    total = spent(tmp_path)["m"]
+    assert (total.calls == calls) == (not mutant)
+    assert total.prompt_tokens + total.tokens == tokens
+    if kind == "max_calls":
+        assert (calls == most) == (not mutant)
+    else:
+        # One more did not fit.
+        assert (most - SAMPLING.max_tokens - 8 - 2 < tokens <= most) == (not mutant)
+
+
+@pytest.mark.parametrize("mutant", [False, True])
+def test_what_another_has_on_file_by_now_is_not_paid_for_again(tmp_path, monkeypatch, mutant):
+    """The mutant looks only before it begins."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    arrived, go = threading.Event(), threading.Event()
+
+    def fault(n, body):
+        if n == 0:
+            arrived.set()
+            go.wait(20)
+
+    if mutant:
+        respond = Endpoint.respond
+        monkeypatch.setattr(Endpoint, "respond", lambda *a, known, **options: respond(*a, **options))
+    with Server(fault) as server:
+        first, got = cached(endpoint(server.url, concurrency=1), tmp_path), []
+        thread = threading.Thread(target=lambda: got.extend(first.respond(PROMPTS, SAMPLING, samples=2)))
+        thread.start()
+        assert arrived.wait(20)
+        second = cached(endpoint(server.url), tmp_path)
+        want = second.respond(PROMPTS, SAMPLING, samples=2)
+        go.set()
+        thread.join(20)
+        assert got == want
+        assert len(server.requests) == (24 if mutant else 13)
+        assert first.ledger.hits == (0 if mutant else 11)
+        assert second.total().calls == len(server.requests)
+
+
+def test_a_killed_process_gives_back_what_it_booked(tmp_path, monkeypatch):
+    settings, file = EndpointSettings("m", max_tokens=100, timeout_s=1.0), Store(tmp_path)
+    assert file.book("x", settings, 60, False) is None
+    other = Store(tmp_path)
+    assert other.book("x", settings, 60, False) == "wait"
+    later = time.time() + 60
+    monkeypatch.setattr(store.time, "time", lambda: later)
+    assert other.book("x", settings, 60, False) is None
+    assert other.book("x", settings, 60, False) == "wait"
+    other.settle("x", 60)
+    assert other.book("x", settings, 101, False) == "max_tokens"
+    assert other.spent()["x"]["calls"] == 2
+
+
+def test_neither_fcntl_nor_torch_is_needed(tmp_path):
+    """So on Windows."""
+    code = "import sys; sys.modules['fcntl'] = None\n" + COMMON.replace("resource, signal, ", "")
+    code += "Cached(Slow(), '.', note=None).respond(PROMPTS[:2], SAMPLING)\n"
+    code += "print(json.dumps(['torch' in sys.modules, Cached(Slow(), '.', note=None).total().answers]))"
+    assert script(code, tmp_path) == [False, 2]

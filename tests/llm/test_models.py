@@ -325,7 +325,7 @@ def test_an_onnx_is_dequantised_to_the_last_bit(tmp_path, tied):
         model.config.tie_word_embeddings = True
         model.lm_head.weight = model.model.embed_tokens.weight
     quantised = onnx_export(tmp_path, model, tokenizer)
-    loaded, _ = load_model(convert._convert(tmp_path / "model.onnx", tmp_path / "converted"), device="cpu")
+    loaded, _ = load_model(convert.convert(tmp_path / "model.onnx", tmp_path / "converted"), device="cpu")
     weights = dict(loaded.named_parameters())
     assert weights.keys() == dict(model.named_parameters()).keys()
     assert ("lm_head.weight" in weights) == (not tied)
@@ -357,7 +357,7 @@ def test_what_is_no_such_onnx_is_one_line(tmp_path, monkeypatch):
     ):
         change()
         with pytest.raises(AlignProError, match=match) as error:
-            convert._convert(path, tmp_path / "cache" / "converted")
+            convert.convert(path, tmp_path / "cache" / "converted")
         assert "\n" not in str(error.value)
         assert not list((tmp_path / "cache").iterdir())
 

@@ -16,6 +16,7 @@ from alignpro.llm.training.ppo import (
     explained_variance,
     generalized_advantages,
     shaped_rewards,
+    standard_error,
 )
 
 EPS = float(torch.finfo(torch.float64).eps)
@@ -36,21 +37,19 @@ def normal(seed, mask, k):
 
 
 @settings(max_examples=50, deadline=None)
-@given(batch=batches(), kl_coef=st.floats(1e-3, 10))
-def test_rewards_add_up_to_score_minus_lambda_log_ratio(batch, kl_coef):
+@given(batch=batches(), lam=st.floats(1e-3, 10))
+def test_rewards_add_up_to_score_minus_lambda_log_ratio(batch, lam):
     seed, mask = batch
     logp, ref = normal(seed, mask, 0), normal(seed, mask, 1)
     score = normal(seed, mask, 2)[:, 0]
-    rewards = shaped_rewards(score, logp, ref, mask, kl_coef)
+    rewards = shaped_rewards(score, logp, ref, mask, lam)
     log_ratio = ((logp - ref) * mask).sum(1)
-    magnitude = (score.abs() + kl_coef * ((logp.abs() + ref.abs()) * mask).sum(1)).max()
-    assert torch.allclose(
-        rewards.sum(1), score - kl_coef * log_ratio, rtol=0, atol=float(20 * EPS * magnitude)
-    )
+    magnitude = (score.abs() + lam * ((logp.abs() + ref.abs()) * mask).sum(1)).max()
+    assert torch.allclose(rewards.sum(1), score - lam * log_ratio, rtol=0, atol=float(20 * EPS * magnitude))
     assert ((rewards == 0) | (mask == 1)).all()
     # Mutant: the k3 estimate, which moves the optimum, gives other totals.
     k3 = ((ref - logp).exp() - (ref - logp) - 1) * mask
-    assert not torch.allclose(score - kl_coef * k3.sum(1), rewards.sum(1), rtol=0, atol=1e-9 * kl_coef)
+    assert not torch.allclose(score - lam * k3.sum(1), rewards.sum(1), rtol=0, atol=1e-9 * lam)
 
 
 def gae_by_definition(rewards, values, lengths, gamma, lam):
@@ -154,9 +153,62 @@ def test_critic_starts_at_the_mean_return_in_its_units():
     assert critic.scale == 2
 
 
+def kills(check, mutant):
+    with pytest.raises(AssertionError):
+        check(mutant)
+
+
+def test_the_critic_learns_alike_in_any_unit_of_the_reward():
+    """Mutant: a value loss that is not divided by the square of the critic's scale."""
+    rng = np.random.default_rng(0)
+    features = torch.tensor(rng.normal(size=(4, 3, 8)), dtype=torch.float32)
+    totals, mask = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.ones(4, 3)
+
+    def gradients(unit, loss):
+        torch.manual_seed(0)
+        critic = Critic(hidden_size=8, width=4)
+        torch.nn.init.normal_(critic.body[-1].weight)
+        critic.calibrate(unit * totals)
+        values = critic(features)
+        returns = (unit * totals)[:, None].expand(4, 3)
+        loss(critic, values, values.detach(), returns, mask, None).backward()
+        return torch.cat([p.grad.flatten() for p in critic.parameters()])
+
+    def check(loss):
+        torch.testing.assert_close(gradients(1000.0, loss), gradients(1.0, loss), rtol=1e-3, atol=1e-5)
+
+    check(Critic.loss)
+    kills(check, lambda critic, *arguments: clipped_value_loss(*arguments))
+    kills(check, lambda critic, *arguments: clipped_value_loss(*arguments) / critic.scale)
+
+
+def test_the_standard_error_is_that_of_the_mean_given_the_prompts():
+    """Five standard errors of a variance from 20,000 batches of 3 prompts with 4 rewrites each."""
+    batches, prompts, group = 20_000, 3, 4
+    rng = np.random.default_rng(0)
+    means, spreads = np.array([0.0, 5.0, -3.0])[:, None], np.array([1.0, 2.0, 0.5])[:, None]
+    drawn = torch.tensor(means + spreads * rng.normal(size=(batches, prompts, group)))
+    true = float(drawn.mean((1, 2)).var())
+
+    def check(error):
+        claimed = np.mean([float(error(batch.flatten(), group)) ** 2 for batch in drawn[:2000]])
+        assert claimed == pytest.approx(true, rel=5 * math.sqrt(2 / batches) + 0.1)
+
+    def within(values, group):
+        return values.view(-1, group).var(1).mean()
+
+    check(standard_error)
+    kills(check, lambda values, group: (within(values, group) / group).sqrt())
+    kills(check, lambda values, group: (within(values, group) / (len(values) * group)).sqrt())
+    kills(check, lambda values, group: (within(values, group) / (len(values) * group**0.5)).sqrt())
+    kills(check, lambda values, group: (within(values, group) / len(values) * group).sqrt())
+    kills(check, lambda values, group: (within(values, group) / len(values) * group**0.5).sqrt())
+    kills(check, lambda values, group: (values.var() / len(values)).sqrt())
+
+
 # --- what generalized advantages make of the optimum -------------------------------------------------------
 
-TOKENS, KL_COEF = 10, 0.1
+TOKENS, LAM = 10, 0.1
 
 
 def fixed_point(gae_lambda, critic):
@@ -184,7 +236,7 @@ def fixed_point(gae_lambda, critic):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 500)
         new = log_probs(logits)
         p = new.detach().sum(1).exp()
-        rewards = shaped_rewards(score, new.detach(), reference, mask, KL_COEF)
+        rewards = shaped_rewards(score, new.detach(), reference, mask, LAM)
         to_go = rewards.flip(1).cumsum(1).flip(1)
         if critic == "constant":
             values = torch.full_like(to_go, float((p * to_go[:, 0]).sum()))
@@ -203,7 +255,7 @@ def fixed_point(gae_lambda, critic):
 
 def test_the_optimum_is_that_of_the_objective_whatever_the_critic_knows():
     """ρ*: odds of the first token e^{0.3/0.1} times those of ρ_sft. Mutant: λ of 0.95, as in TRL's PPO."""
-    odds = 0.5 * math.exp(0.3 / KL_COEF)
+    odds = 0.5 * math.exp(0.3 / LAM)
     optimum = odds / (1 + odds)
     for critic in ("exact", "constant"):
         assert fixed_point(1.0, critic) == pytest.approx(optimum, abs=2e-3)

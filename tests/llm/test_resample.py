@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from alignpro.errors import AlignProError
+from alignpro.llm.arms.evaluate import evaluate
 from alignpro.llm.arms.resample import (
     Proposals,
     best_of_n,
-    evaluate,
     load_proposals,
     propose,
     resample,
+    resampled,
     save_proposals,
     star,
 )
@@ -23,7 +24,7 @@ from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.policies.prompter import Prompter, Template
 from alignpro.llm.targets.local import LocalTarget
-from alignpro.llm.training.open_ended import Environment
+from alignpro.llm.training.environment import Environment
 from alignpro.theory import gibbs
 from alignpro.theory.results import cost
 
@@ -64,6 +65,33 @@ def test_star_is_the_tilt_of_the_theory(lam, shift):
     if lam == 1e6 and shift == 0:  # mutant: the plain sum Σ w log(n w), which is all rounding here
         plain = float(got.weights @ np.log(len(got.weights) * got.weights))
         assert plain != pytest.approx(float(want.cost) / lam, rel=1e-8, abs=0)
+
+
+def test_gains_are_means_over_prompts_with_intervals_where_there_are_enough():
+    few, many = [drawn(12, seed) for seed in range(3)], [drawn(12, seed) for seed in range(9)]
+    short = resampled([replace(p, prompt=str(i)) for i, p in enumerate(few)], [1e-6, LAM])
+    gains = [max(p.rewards) - np.mean(p.rewards) for p in few]
+    assert short.prior == pytest.approx(np.mean([p.rewards for p in few]))
+    assert short.tilted[0].gain.value == pytest.approx(np.mean(gains))
+    assert short.best[-1].gain.value == pytest.approx(np.mean(gains))
+    assert short.tilted[0].kl > short.tilted[1].kl == pytest.approx(np.mean([star(p, LAM).kl for p in few]))
+    assert short.tilted[1].ess == pytest.approx(np.mean([star(p, LAM).ess for p in few]))
+    assert [t.few for t in short.tilted] == [
+        sum(bool(star(p, lam).warning) for p in few) for lam in (1e-6, LAM)
+    ]
+    assert [b.n for b in short.best] == [2, 4, 8, 12]
+    assert all(
+        b.gain.value == pytest.approx(np.mean([best_of_n(p, b.n).value - np.mean(p.rewards) for p in few]))
+        and b.kl_bound == best_of_n(few[0], b.n).kl_bound
+        for b in short.best
+    )
+    assert short.tilted[0].gain.lo is None
+    gain = resampled(many, [LAM]).tilted[0].gain
+    assert gain.lo < gain.value < gain.hi
+    assert (short.n, len(short.rewrites)) == (12, 3)
+    first = short.rewrites[0]
+    assert (first.prompt, first.reward, first.mean) == ("0", max(few[0].rewards), np.mean(few[0].rewards))
+    assert few[0].rewards[few[0].rewrites.index(first.rewrite)] == first.reward
 
 
 def test_limits_of_lambda():

@@ -1,6 +1,7 @@
 """Rewards of the user's own against plain formulas, real tiny models and a server on the loopback."""
 
 import asyncio
+import contextlib
 import http.server
 import itertools
 import json
@@ -10,6 +11,7 @@ import os
 import random
 import re
 import shlex
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -31,14 +33,16 @@ from transformers import (
 from alignpro.commands import main as cli
 from alignpro.errors import AlignProError
 from alignpro.llm.models import configure, resolve
-from alignpro.llm.rewards import names, opening
+from alignpro.llm.rewards import opening
 from alignpro.llm.rewards.bounds import Bounded, Clip, Declared, Squash, parse_bounds
+from alignpro.llm.rewards.cached import CachedReward
 from alignpro.llm.rewards.classifier import SequenceReward
-from alignpro.llm.rewards.endpoint import CachedReward, EndpointReward
+from alignpro.llm.rewards.endpoint import EndpointReward
 from alignpro.llm.rewards.function import CallableReward
-from alignpro.llm.rewards.reward import PLAIN, check_scores, check_template, fill
+from alignpro.llm.rewards.reward import PLAIN, check_scores, check_template, fill, shown
 from alignpro.llm.targets import http as transport
 from alignpro.llm.targets import ledger
+from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Stopped
 
 # --- bounds ---
@@ -71,10 +75,10 @@ def test_clipping_is_counted():
     bounded = Bounded(Clip(0.0, 1.0))
     scores = bounded(["x"] * 5, ["y"] * 5, [-2.0, 0.0, 0.5, 1.0, 7.0])
     np.testing.assert_array_equal(scores, [0, 0, 0.5, 1, 1])
-    bounded(["x"], ["y"], [3.0])
+    bounded(["x"] * 3, ["y"] * 3, [3.0, 4.0, 5.0])
     facts = bounded.describe()
-    # The ends themselves are not clipped: `<=` for `<` would count 5.
-    assert (facts["clipped"], facts["scored"], facts["clipped_share"]) == (3, 6, 0.5)
+    # The ends themselves are not clipped: `<=` for `<` would count 7.
+    assert (facts["clipped"], facts["scored"], facts["clipped_share"]) == (5, 8, 0.625)
     assert (facts["raw_least"], facts["raw_greatest"]) == (-2.0, 7.0)
 
 
@@ -130,9 +134,16 @@ def test_templates_are_filled_literally():
     assert fill("Q {prompt} A {response}", prompt, response) == expected
     chained = "Q {prompt} A {response}".replace("{prompt}", prompt).replace("{response}", response)
     assert chained != expected  # the mutant of two passes
-    for bad in ("", "{prompt}", "{response} {response} {prompt}", "{x}"):
+    for good in ("chat", "pair", PLAIN, "{response}{prompt}"):
+        check_template(good)
+    for bad in ("", "{prompt}", "{response}", "{response} {response} {prompt}", "{prompt}{prompt}{response}"):
         with pytest.raises(AlignProError, match="template"):
             check_template(bad)
+
+
+def test_texts_are_shown_whole_up_to_80_characters():
+    assert shown("a" * 80) == repr("a" * 80)
+    assert shown("a" * 81) == repr("a" * 77 + "...")
 
 
 # --- sequence classifiers ---
@@ -590,15 +601,20 @@ class Server:
 def server(monkeypatch):
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv(names.KEY_ENV, raising=False)
+    monkeypatch.delenv(opening.KEY_ENV, raising=False)
     monkeypatch.setenv("MY_REWARD_KEY", KEY)
     server = Server()
     yield server
     server.close()
 
 
+def rewarding(url, bounds="0,1", **options):
+    own = {name: options.pop(name) for name in ("template", "batch_size") if name in options}
+    return EndpointReward(url, bounds, EndpointSettings(**options), **own)
+
+
 def endpoint(server, **options):
-    return EndpointReward(server.url, **({"bounds": "0,1", "backoff": 0.0, "retries": 2} | options))
+    return rewarding(server.url, **({"backoff_s": 0.0, "retries": 2} | options))
 
 
 def test_an_endpoint_scores_in_batches_with_its_key(server):
@@ -627,7 +643,7 @@ def test_other_styles_follow_the_index(server, style):
         return 200, {}, {"data": rows[::-1]}
 
     server.answer = answer
-    reward = endpoint(server, style=style, template="{prompt}{response}")
+    reward = endpoint(server, dialect=style, template="{prompt}{response}")
     np.testing.assert_allclose(reward.score(["a", "bbb", "cc"], ["", "b", "ccc"]), [0.01, 0.04, 0.05])
 
 
@@ -661,12 +677,15 @@ def test_pauses_double_and_heed_the_server(server, monkeypatch):
     monkeypatch.setattr(transport._Run, "_sleep", sleep)
     jitter = []
     monkeypatch.setattr(transport.random, "uniform", lambda *ends: jitter.append(ends) or 1.0)
-    answers = iter([{}, {"Retry-After": "7"}, {"Retry-After": "1e9"}, {"Retry-After": "nan"}, {}])
+    answers = iter([{}, {"Retry-After": "7"}, {"Retry-After": "60"}, {"Retry-After": "nan"}, {}])
     server.answer = lambda path, body: (503, next(answers), {})
     with pytest.raises(AlignProError, match="status 503"):
-        endpoint(server, backoff=0.5, retries=4).score(["a"], ["b"])
+        endpoint(server, backoff_s=0.5, retries=4).score(["a"], ["b"])
     assert pauses == [0.5, 7.0, 60.0, 4.0]
     assert set(jitter) == {(0.5, 1.5)}
+    server.answer = lambda path, body: (503, {"Retry-After": "61"}, {})
+    with pytest.raises(AlignProError, match="asks to wait 61 s: run again then"):
+        endpoint(server).score(["a"], ["b"])
 
 
 def test_no_secret_in_any_error(server):
@@ -685,10 +704,10 @@ def test_no_secret_in_any_error(server):
         return str(error.value)
 
     url = f"{server.url}?token=query-secret"
-    keyed = {"bounds": "0,1", "key_env": "MY_REWARD_KEY", "backoff": 0.0, "retries": 1}
+    keyed = {"bounds": "0,1", "key_env": "MY_REWARD_KEY", "backoff_s": 0.0, "retries": 1}
 
     def keyed_reward(**options):
-        return EndpointReward(url, **(keyed | options))
+        return rewarding(url, **(keyed | options))
 
     sample = (["p"], ["r"])
     server.answer = lambda path, body: (401, {}, {"error": f"bad key {KEY} at {path}"})
@@ -703,11 +722,11 @@ def test_no_secret_in_any_error(server):
     server.asked.clear()
     failing(keyed_reward, *sample)
     assert len(server.asked) == 1
-    failing(lambda: EndpointReward("http://127.0.0.1:9/x?token=query-secret", **keyed), *sample)
-    failing(lambda: EndpointReward(url, "0,1", key_env=KEY))
-    assert "not set" in failing(lambda: EndpointReward(url, "0,1", key_env="hf_pasted0123456789"))
-    failing(lambda: EndpointReward("http://me:url-secret@127.0.0.1/", "0,1"))
-    failing(lambda: EndpointReward("url-secret", "0,1"))
+    failing(lambda: rewarding("http://127.0.0.1:9/x?token=query-secret", **keyed), *sample)
+    failing(lambda: rewarding(url, "0,1", key_env=KEY))
+    assert "not set" in failing(lambda: rewarding(url, "0,1", key_env="hf_pasted0123456789"))
+    failing(lambda: rewarding("http://me:url-secret@127.0.0.1/", "0,1"))
+    failing(lambda: rewarding("url-secret", "0,1"))
     texts.append(repr(keyed_reward()) + json.dumps(keyed_reward().describe()))
     everything = " ".join(texts)
     for secret in (KEY, "query-secret", "url-secret", "hf_pasted"):
@@ -724,9 +743,9 @@ def test_bad_keys_and_settings_are_named_before_any_request(server, monkeypatch)
         endpoint(server, key_env="MY_REWARD_KEY")
     assert "words" not in str(error.value)
     for bad in (
-        {"style": "x"},
-        {"timeout": 0.0},
-        {"timeout": math.nan},
+        {"dialect": "x"},
+        {"timeout_s": 0.0},
+        {"timeout_s": math.nan},
         {"retries": -1},
         {"concurrency": 0},
         {"template": "chat"},
@@ -747,8 +766,8 @@ def test_bad_keys_and_settings_are_named_before_any_request(server, monkeypatch)
         (b'{"rewards": [0.5, null, 0.5]}', r"sample 4 .* of type NoneType"),
         (b'{"rewards": [0.5, "0.5", 0.5]}', r"sample 4 .* of type str"),
         (b'{"rewards": [0.5]}', "1 scores for"),
-        (b'{"rewards": 0.5}', "not of style rewards"),
-        (b'["rewards"]', "not of style rewards"),
+        (b'{"rewards": 0.5}', "not of dialect rewards"),
+        (b'["rewards"]', "not of dialect rewards"),
         (b'{"rewards": [0.5, 2.0, 0.5]}', r"outside the declared"),
     ],
 )
@@ -777,7 +796,7 @@ def test_the_budget_of_requests_is_kept_and_named(server):
 
 
 def test_a_query_is_in_no_log(server, caplog, monkeypatch):
-    reward = EndpointReward(f"{server.url}?token=query-secret", "0,1")
+    reward = rewarding(f"{server.url}?token=query-secret", "0,1")
     with caplog.at_level(logging.DEBUG):
         reward.score(["a"], ["b"])
         assert server.url in caplog.text
@@ -827,17 +846,17 @@ def test_what_else_determines_a_score_is_in_its_key(server, tmp_path):
 
     server.answer = answer
     rewards_ = [
-        EndpointReward(url, "0,1", **options)
+        rewarding(url, "0,1", **options)
         for url in (server.url, f"{server.url}?v=2")
-        for options in ({}, {"model": "m"}, {"model": "m", "style": "score"})
+        for options in ({}, {"model": "m"}, {"model": "m", "dialect": "score"})
     ]
     for reward in rewards_:
         CachedReward(reward, tmp_path).score(["x"], ["y"])
     assert len(server.asked) == 6 == len({reward.revision for reward in rewards_})
     # Not what only says how it is asked for; and an address's query is not in the file.
-    again = EndpointReward(server.url, "clip:0,1", timeout=9.0, retries=0, batch_size=1, max_calls=1)
+    again = rewarding(server.url, "clip:0,1", timeout_s=9.0, retries=0, batch_size=1, max_calls=1)
     assert again.revision == rewards_[0].revision
-    assert b"v=2" not in (tmp_path / ledger.FILE).read_bytes()
+    assert b"v=2" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("mutant", [False, True])
@@ -846,8 +865,8 @@ def test_scores_that_came_before_a_failure_are_kept(server, tmp_path, monkeypatc
     if mutant:
         raw = EndpointReward.raw
 
-        def late(self, prompts, responses, on_score):
-            scores = raw(self, prompts, responses)
+        def late(self, prompts, responses, on_score, meter):
+            scores = raw(self, prompts, responses, meter=meter)
             for i, score in enumerate(scores):
                 on_score(i, float(score))
             return scores
@@ -867,9 +886,12 @@ def test_scores_that_came_before_a_failure_are_kept(server, tmp_path, monkeypatc
 
 KILLED = """
 import sys
-from alignpro.llm.rewards.endpoint import CachedReward, EndpointReward
+from alignpro.llm.rewards.cached import CachedReward
+from alignpro.llm.rewards.endpoint import EndpointReward
+from alignpro.llm.targets.settings import EndpointSettings
 texts = sys.argv[3:]
-CachedReward(EndpointReward(sys.argv[1], "0,1", batch_size=1, concurrency=1), sys.argv[2]).score(texts, texts)
+reward = EndpointReward(sys.argv[1], "0,1", EndpointSettings(concurrency=1), batch_size=1)
+CachedReward(reward, sys.argv[2]).score(texts, texts)
 """
 
 
@@ -906,8 +928,8 @@ def test_only_rewards_are_kept(server, tmp_path):
             assert reward.score(["a"], ["a"]) == 1.0
     server.answer = good
     np.testing.assert_allclose(CachedReward(endpoint(server), tmp_path / "0,1").score(["a"], ["a"]), 1 / 26)
-    path = tmp_path / "0,1" / ledger.FILE
-    path.write_text(path.read_text().replace(repr(1 / 26), "cheese"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "0,1" / ledger.FILE)) as file, file:
+        file.execute("UPDATE answers SET line = replace(line, ?, 'cheese')", (repr(1 / 26),))
     with pytest.raises(AlignProError, match=r"sample 0 \(prompt 'a', response 'a'\) is nan"):
         CachedReward(endpoint(server), tmp_path / "0,1").score(["a"], ["a"])
 
@@ -971,13 +993,13 @@ def test_rewards_by_name(folder, server, tmp_path, monkeypatch):
     assert opening.load_reward("my_rewards:made").score(["a"], ["b"]) == pytest.approx([0.5])
     assert opening.load_reward("my_rewards:one@0,1", each=True).score(["a"], ["b"]) == pytest.approx([0.5])
     assert opening.load_reward(f"{server.url}@clip:0,2").score(["a"], ["a"]) == pytest.approx([1 / 26])
-    monkeypatch.setenv(names.KEY_ENV, KEY)
+    monkeypatch.setenv(opening.KEY_ENV, KEY)
     opening.load_reward(f"{server.url}@0,1").score(["a"], ["a"])
     assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
     loaded = opening.load_reward(f"{folder}@squash:0,2", device="cpu")
     assert isinstance(loaded, SequenceReward)
     assert loaded.bounded.bounds == Squash(0.0, 2.0)
-    opening.check_name("weqweasdas/RM-Gemma-2B@squash:0,2")
+    opening.read_spec("weqweasdas/RM-Gemma-2B@squash:0,2")
     asked = len(server.asked)
     for name, match in {
         "nope": "minilm-bt",
@@ -995,9 +1017,31 @@ def test_rewards_by_name(folder, server, tmp_path, monkeypatch):
         str(folder): "Theorem 1 needs",
         "../nowhere/else@0,1": "choose from",
     }.items():
-        for use in (opening.check_name, opening.load_reward):
+        for use in (opening.read_spec, opening.load_reward):
             with pytest.raises(AlignProError, match=match) as error:
                 use(name)
             assert "\n" not in str(error.value)
             assert "pw" not in str(error.value)
     assert len(server.asked) == asked
+
+
+def test_a_name_says_what_is_meant(folder, tmp_path, monkeypatch):
+    """Kind, place, bounds and what may be written down, from one reading."""
+    (tmp_path / "said.py").write_text("def f(x, y):\n    return [0.5 for _ in y]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a@b").mkdir()
+    (tmp_path / "a@0,1").mkdir()
+    odd, secret = str(tmp_path / "a@b"), "https://host:8443/v1/score"
+    for name, kind, target, bounds in (
+        ("minilm-bt", "packaged", "minilm-bt", None),
+        (odd, "head", odd, None),
+        (str(tmp_path / "a@0,1"), "head", str(tmp_path / "a@0,1"), None),
+        (f"{folder}@clip:-1,2", "classifier", str(folder), Clip(-1.0, 2.0)),
+        ("owner/name@squash:0,2", "classifier", "owner/name", Squash(0.0, 2.0)),
+        ("said:f@0,1", "function", "said:f", Declared(0.0, 1.0)),
+        (f"{secret}?key=k@x@0,1", "endpoint", f"{secret}?key=k@x", Declared(0.0, 1.0)),
+    ):
+        spec = opening.read_spec(name)
+        assert (spec.kind, spec.target, spec.bounds) == (kind, target, bounds)
+        assert spec.shown == (f"{secret}@0.0,1.0" if kind == "endpoint" else name)
+        assert "key=k" not in repr(spec)

@@ -10,18 +10,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from kept import lines
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from trl import RewardTrainer
 
 from alignpro.commands import main
 from alignpro.errors import AlignProError
+from alignpro.estimation.winrate import wilson
 from alignpro.llm.data import split
+from alignpro.llm.data.own import read_pairs
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.models import configure, load
-from alignpro.llm.rewards import minilm, opening
+from alignpro.llm.rewards import accuracy, opening
 from alignpro.llm.rewards.classifier import SequenceReward
 from alignpro.llm.training import reward as reward_training
-from alignpro.llm.training.reward import RewardSettings, read_pairs, train_reward
+from alignpro.llm.training.reward import train_reward
+from alignpro.llm.training.settings import RewardSettings
 
 
 def save(folder, model, tokenizer):
@@ -63,7 +67,7 @@ QUICK = RewardSettings(learning_rate=3e-3, epochs=2, batch_size=32, max_tokens=6
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "reward"
-    return out, train_reward(letter_pairs(900), base, out, QUICK, device="cpu")
+    return out, train_reward(letter_pairs(900), base, out, QUICK, device="cpu").reward
 
 
 def test_training_learns_the_preference_and_the_swapped_mutant_its_opposite(base, trained, tmp_path):
@@ -72,9 +76,11 @@ def test_training_learns_the_preference_and_the_swapped_mutant_its_opposite(base
     assert facts["test_accuracy"]["lo"] > 0.5
     assert facts["test_loss"] < math.log(2)
     assert facts["test_accuracy"]["prompts"] == facts["prompts"]["test"] > 100
-    swapped = train_reward(letter_pairs(900, swap=True), base, tmp_path / "swapped", QUICK, device="cpu")
+    swapped = train_reward(
+        letter_pairs(900, swap=True), base, tmp_path / "swapped", QUICK, device="cpu"
+    ).reward
     true = letter_pairs(900)
-    mutant = minilm.accuracy(swapped, [p for p in true if p.split == "test"])
+    mutant = accuracy.accuracy(swapped, [p for p in true if p.split == "test"])
     assert mutant["hi"] < 0.5
 
 
@@ -141,7 +147,7 @@ def test_an_adapter_is_merged_and_training_is_deterministic(base, tmp_path):
     torch.manual_seed(123)
     before = torch.random.get_rng_state()
     pairs = letter_pairs(200)
-    one, two = (train_reward(pairs, base, tmp_path / str(i), settings, device="cpu") for i in range(2))
+    one, two = (train_reward(pairs, base, tmp_path / str(i), settings, device="cpu").reward for i in range(2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert one.facts == two.facts
     assert isinstance(one.model, LlamaForSequenceClassification)  # and no adapter around it
@@ -153,7 +159,7 @@ def test_an_adapter_is_merged_and_training_is_deterministic(base, tmp_path):
     assert not any("embed" in n for n in moved)
     other = train_reward(
         pairs, base, tmp_path / "other", RewardSettings(**{**one.facts["settings"], "seed": 1}), device="cpu"
-    )
+    ).reward
     assert other.facts["test_loss"] != one.facts["test_loss"]
     heads = [reward_training._base(base, seed)[0].score.weight for seed in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1])
@@ -171,7 +177,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(lora_rank, base, tmp_path,
     assert n_steps > 6
 
     def fit(out, **options):
-        return train_reward(pairs, base, tmp_path / out, settings, device="cpu", **options)
+        return train_reward(pairs, base, tmp_path / out, settings, device="cpu", **options).reward
 
     whole = fit("whole")
     step = RewardTrainer.training_step
@@ -355,7 +361,7 @@ def test_a_reward_model_from_the_command_line_judges_training(call, base, tmp_pa
     xs = [p.prompt for p in test]
     better = reward.logits(xs, [p.chosen for p in test]) > reward.logits(xs, [p.rejected for p in test])
     assert value == pytest.approx(better.mean(), abs=6e-4)
-    assert (lo, hi) == pytest.approx(minilm.wilson_interval(better.sum(), n["test"]), abs=6e-4)
+    assert (lo, hi) == pytest.approx(wilson(better.mean(), n["test"]), abs=6e-4)
     assert f"(95%, {n['test']} prompts)" in line
     # The flag that is printed is the one to use.
     option, name = shlex.split(re.search(r"train with (--reward .+) \(bounds", said.out)[1])
@@ -366,9 +372,8 @@ def test_a_reward_model_from_the_command_line_judges_training(call, base, tmp_pa
     status = main.main([*command, "--prompts-file", str(prompts), *small, option, name])
     assert status == 0, capsys.readouterr().err
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    answers = [json.loads(row) for row in (tmp_path / "run/answers/answers.jsonl").read_text().splitlines()]
     assert 0 < metrics["score"] < 1
-    assert len(answers) == 8
+    assert len(lines(tmp_path / "run" / "answers")) == 8
     assert not [p for p in (tmp_path / "it's mine").rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 

@@ -1,25 +1,26 @@
 """The Bradley–Terry head against plain formulas, and the trained reward on real text."""
 
+import ast
 import dataclasses
+import inspect
 import json
 import math
+import statistics
+import sys
 
 import numpy as np
 import pytest
+from mutants import kills, mutated
 
 from alignpro.errors import AlignProError
+from alignpro.estimation.winrate import wilson
 from alignpro.llm.data import packaged
 from alignpro.llm.data.packaged import PreferencePair
+from alignpro.llm.data.split import split_of
 from alignpro.llm.models import packages
-from alignpro.llm.rewards import minilm, opening
-from alignpro.llm.rewards.minilm import (
-    TEXT_FEATURES,
-    BradleyTerryReward,
-    Embedder,
-    bradley_terry_loss,
-    fit_bradley_terry,
-    wilson_interval,
-)
+from alignpro.llm.rewards import accuracy, features, minilm, opening
+from alignpro.llm.rewards.bradley_terry import BradleyTerryReward, bradley_terry_loss, fit_bradley_terry
+from alignpro.llm.rewards.features import TEXT_FEATURES, Embedder
 
 NEEDED = ("minilm", "llamafactory", "eval-framework")
 needs_reward = pytest.mark.skipif(
@@ -116,23 +117,9 @@ def test_separable_pairs_need_decay():
         fit_bradley_terry(np.ones((0, 1)), np.ones(0), 1.0)
 
 
-def test_wilson_intervals():
-    # The interval's ends solve (p̂ − p)² = z² p (1 − p) / n, Wilson's defining equation.
-    z = 1.959963984540054
-    for k, n in ((1, 10), (37, 90), (90, 90), (0, 5), (12.5, 20)):
-        for p in wilson_interval(k, n):
-            assert (k / n - p) ** 2 == pytest.approx(z * z * p * (1 - p) / n, abs=1e-12)
-    assert wilson_interval(0, 10)[0] == 0.0
-    assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
-    assert wilson_interval(15, 20, level=0.99)[0] < wilson_interval(15, 20)[0]
-    for bad in ((-1, 3), (4, 3), (0, 0)):
-        with pytest.raises(AlignProError):
-            wilson_interval(*bad)
-
-
 def test_text_features_notice_what_they_name():
     def feature(name: str, response: str, prompt: str = "Name a red fruit") -> float:
-        return minilm._text_features(prompt, response)[TEXT_FEATURES.index(name) - 2]
+        return features.text_features(prompt, response)[TEXT_FEATURES.index(name) - 2]
 
     assert feature("prompt words", "a red fruit") == 1.0
     assert feature("prompt words", "an apple") == 0.0
@@ -140,13 +127,16 @@ def test_text_features_notice_what_they_name():
     assert feature("distinct words", "apple apple apple apple") < feature("distinct words", "apple apple") < 0
     assert (feature("ends", "An apple."), feature("ends", "An apple and")) == (1.0, 0.0)
     assert feature("list lines", "- apple\n2. cherry\nplain") == pytest.approx(2 / 3)
+    assert feature("ends", " ") == feature("list lines", "\n") == 0.0
+    assert feature("prompt words", "red") == feature("capitals", "A") == 1.0
+    assert feature("word length", "ab, abcd") == 3.0
     assert feature("question", "Which?") == 1.0
     assert feature("first person", "Sorry, I can't") == 1.0
     assert feature("capitals", "APP") == 1.0
     assert feature("non-ASCII", "苹果") == 1.0
     for text in ("", " ", "\n", "🙂", "?!", "a" * 10_000):
-        assert np.isfinite(minilm._text_features("", text)).all()
-    assert len(minilm._text_features("x", "y")) == len(TEXT_FEATURES) - 2
+        assert np.isfinite(features.text_features("", text)).all()
+    assert len(features.text_features("x", "y")) == len(TEXT_FEATURES) - 2
 
 
 def test_cutting_keeps_white_space_inside():
@@ -164,11 +154,154 @@ def test_prompts_weigh_the_same_and_groups_have_their_shares():
     assert weight == pytest.approx([0.25, 0.25, 0.5, 1.0, 0.1])
 
 
-def test_accuracy_is_averaged_within_prompts():
-    fact = minilm._clustered(["a", "a", "a", "a", "b"], np.array([1, 1, 1, 1, 0.0]))
-    assert fact["value"] == 0.5
-    assert (fact["prompts"], fact["pairs"]) == (2, 5)
-    assert (fact["lo"], fact["hi"]) == wilson_interval(1, 2)
+class Given:
+    """A reward that says of each response the number that is written in it."""
+
+    def logits(self, prompts, responses):
+        return np.array([float(y) for y in responses])
+
+
+def check_accuracy(measure):
+    """Three prompts: one of two pairs won, one tie, one lost; each prompt counts once."""
+    pairs = [("a", "1", "0"), ("a", "0", "1"), ("b", "1", "1"), ("c", "0", "2")]
+    fact = measure(Given(), [PreferencePair(*pair, "hand", "test") for pair in pairs])
+    assert fact["value"] == pytest.approx((0.5 + 0.5 + 0.0) / 3)
+    assert (fact["prompts"], fact["pairs"]) == (3, 4)
+    assert (fact["lo"], fact["hi"]) == wilson(fact["value"], 3)
+
+
+def test_accuracy_counts_ties_half_and_prompts_once():
+    check_accuracy(accuracy.accuracy)
+    for right, wrong in {
+        "0.5 * (margin == 0)": "1.0 * (margin == 0)",  # a tie that counts whole
+        "(margin > 0) + 0.5": "(margin >= 0) + 0.5",  # and one that counts one and a half
+        "+ 0.5 * (margin == 0)": "",  # and not at all
+        "setdefault(prompt,": "setdefault((prompt, hit),",  # results for prompts
+        "chosen - rejected": "rejected - chosen",
+        "wilson(value, n)": "wilson(value, len(prompts))",
+    }.items():
+        kills(check_accuracy, mutated(accuracy, right, wrong).accuracy)
+
+
+def test_the_longer_answer_has_more_words():
+    pairs = [("a", "one two", "characters"), ("b", "one", "two"), ("b", "1 2 3", "one two"), ("c", "", "1")]
+    fact = accuracy.longer_wins([PreferencePair(*pair, "hand", "test") for pair in pairs])
+    assert fact["value"] == pytest.approx((1 + 0.75 + 0) / 3)
+
+
+def check_ridge(ridge):
+    """Only slopes are shrunk, and by half where a direction has `penalty` times that mean square."""
+    rng = np.random.default_rng(0)
+    n, penalty = 400, 0.03
+    e = rng.choice([-1.0, 1.0], size=(n // 2, 1)) * math.sqrt(penalty / Embedder.DIMENSION)
+    inputs = np.c_[np.r_[e, -e], np.ones(n)]  # of mean 0
+    slope, constant = 7.0, 3.0
+    found = ridge(inputs, inputs @ [slope, constant], np.full(n, 2.0), penalty)
+    assert found == pytest.approx([slope / 2, constant], rel=1e-9)
+    # A row that weighs twice is two rows.
+    y, twice = rng.normal(size=n), np.r_[np.ones(n - 1), 2.0]
+    again = ridge(np.r_[inputs, inputs[-1:]], np.r_[y, y[-1]], np.ones(n + 1), penalty)
+    assert ridge(inputs, y, twice, penalty) == pytest.approx(again, rel=1e-9)
+
+
+def test_the_ridge_shrinks_slopes_and_not_the_constant():
+    check_ridge(minilm._ridge)
+    for right, wrong in {
+        "    ridge[-1] = 0.0\n": "",  # the ridge on the constant too
+        "ridge[-1] = 0.0": "ridge[0] = 0.0",
+        "penalty / Embedder.DIMENSION": "penalty",
+        "    weights = weights / weights.sum()\n": "",
+        "inputs.T @ (weights * targets)": "inputs.T @ targets / len(targets)",
+    }.items():
+        kills(check_ridge, mutated(minilm, right, wrong)._ridge)
+
+
+def check_squash(squash):
+    """Against plain formulas: baseline of the pairs' means, centre a median, scale a weighted deviation."""
+    rng = np.random.default_rng(0)
+    n, slope = 31, 1.5
+    inputs, weights = np.c_[rng.normal(size=(n, 3)), np.ones(n)], rng.uniform(1, 9, size=n)
+    half, line = rng.exponential(size=n), inputs @ [1.0, -2.0, 0.5, 4.0]
+    baseline, _, scale = squash(line + half, line - half, inputs, weights, slope)
+    assert inputs @ baseline == pytest.approx(line, abs=2e-3)  # the ridge is that small
+    spread = sum(w * h * h for w, h in zip(weights, half, strict=True)) / sum(weights)
+    assert scale == pytest.approx(slope * math.sqrt(spread), rel=1e-12)
+    skewed = line + rng.exponential(size=n) ** 2
+    baseline, centre, _ = squash(skewed + half, skewed - half, inputs, weights, slope)
+    residual = [*(skewed + half - inputs @ baseline), *(skewed - half - inputs @ baseline)]
+    assert centre == pytest.approx(statistics.median(residual), abs=1e-12)
+
+
+def test_the_squash_is_chosen_from_the_training_answers():
+    check_squash(minilm._squash)
+    for right, wrong in {
+        "np.median(": "np.mean(",
+        "(chosen - rejected) / 2": "(chosen - rejected)",
+        ") ** 2, weights=weights)": ") ** 2)",
+        "slope * within": "within",
+        "(chosen + rejected) / 2, weights": "chosen, weights",
+        "rejected - expected": "expected - rejected",
+    }.items():
+        kills(check_squash, mutated(minilm, right, wrong)._squash)
+
+
+class Turned:
+    """Embeds a text that is an angle in degrees as the unit vector of that angle."""
+
+    def embed(self, texts):
+        angles = np.radians([float(text) for text in texts])
+        return np.c_[np.cos(angles), np.sin(angles)].astype(np.float32)
+
+
+def check_features(module):
+    """The answer's embedding, how near it is to the prompt's, and by how much too near."""
+    found = module.features(["0", "0", "90"], ["60", "30", "90"], Turned())
+    angles = np.radians([60, 30, 90])
+    cosine = np.array([0.5, math.sqrt(0.75), 1.0])
+    expected = np.c_[np.cos(angles), np.sin(angles), cosine, [0.0, math.sqrt(0.75) - 0.8, 0.2]]
+    assert found[:, :4] == pytest.approx(expected, abs=1e-6)
+    assert found[:, 4:].tolist() == [module.text_features("0", y) for y in ("60", "30")] + [
+        module.text_features("90", "90")
+    ]
+
+
+def test_features_know_an_answer_from_an_echo():
+    check_features(features)
+    for right, wrong in {
+        "np.maximum(0.0, cosine - 0.8)": "np.maximum(0.0, cosine - 0.9)",
+        "column_stack([ey,": "column_stack([ex,",
+        "[text_features(x, y)": "[text_features(y, x)",
+    }.items():
+        kills(check_features, mutated(features, right, wrong))
+
+
+def test_the_key_of_the_head_follows_its_code_and_data(monkeypatch):
+    config = minilm.TrainingConfig()
+    key = minilm.cache_key(config)
+    assert minilm.cache_key(dataclasses.replace(config, seed=1)) != key
+    source = inspect.getsource
+    for name in minilm.MADE_BY:
+        for change, same in (("x = 1\n", False), ("# a comment\n", True)):
+            with monkeypatch.context() as patch:
+                changed = {name: change}
+                patch.setattr(
+                    minilm.inspect, "getsource", lambda m, c=changed: source(m) + c.get(m.__name__, "")
+                )
+                assert (minilm.cache_key(config) == key) == same, name
+    monkeypatch.setitem(
+        minilm.registry.PACKAGES,
+        "minilm",
+        dataclasses.replace(minilm.registry.PACKAGES["minilm"], sha256="0" * 64),
+    )
+    assert minilm.cache_key(config) != key
+
+
+def test_code_is_what_it_does():
+    code = 'def f(x):\n    """Doc."""\n    return 2 * x  # twice\n'
+    assert minilm.code_digest(code) == minilm.code_digest("def f(x):\n\n    return (2 * x)\n")
+    others = ("3 * x", "2 + x", "2 * x, 'Doc.'")
+    assert len({minilm.code_digest(code.replace("2 * x", other)) for other in ("2 * x", *others)}) == 4
+    assert ast.parse(code).body  # it is the code that is compared, not a failure to read it
 
 
 def test_unknown_rewards(tmp_path):
@@ -179,9 +312,45 @@ def test_unknown_rewards(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.weights
+@pytest.mark.skipif(not packages.cached("llamafactory"), reason=needs_reward.kwargs["reason"])
+def test_constructed_pairs_are_true_by_construction():
+    answers = dict(packaged.reference_answers())
+    config = minilm.TrainingConfig(constructed_prompts=40)
+    built = minilm.constructed_pairs(config)
+    kinds = {kind for kind, _ in config.constructed}
+    assert {p.source for p in built} == kinds
+    chosen = {p.prompt: p.chosen for p in built}
+    assert len(chosen) == 40
+    for p in built:
+        assert p.chosen == minilm._cut(answers[p.prompt], config.short_words) != p.rejected
+        assert p.split == split_of(p.prompt)
+        if p.source == "echo":
+            assert p.rejected == p.prompt
+        elif p.source == "silence":
+            assert p.rejected == ""
+        elif p.source == "other answer":
+            assert p.rejected in {y for x, y in chosen.items() if x != p.prompt}
+        else:
+            opening = p.chosen.split()[:6]
+            assert p.rejected.split() == opening * (len(p.rejected.split()) // len(opening))
+            assert len(p.rejected.split()) >= 2 * len(opening)
+    assert sum(p.source == "other answer" for p in built) >= 38
+
+
 @pytest.fixture(scope="module")
 def reward():
     return opening.load_reward("minilm-bt")
+
+
+SMALL = minilm.TrainingConfig(
+    sources=("dpo-demo",), weight_decays=(1.0, 0.1), short_words=8, constructed_prompts=30
+)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return Embedder(max_tokens=16)
 
 
 PROMPT = "What are the benefits of regular exercise?"
@@ -226,7 +395,7 @@ class TestTrainedReward:
 
     def test_the_score_is_the_squashed_head(self, reward):
         """Recomputed from the saved numbers, without the class's own arithmetic."""
-        phi = minilm.features([PROMPT], [GOOD], reward.embedder)[0]
+        phi = features.features([PROMPT], [GOOD], reward.embedder)[0]
         ex = reward.embedder.embed([PROMPT])[0].astype(float)
         raw = sum(reward.weights * (phi - reward.mean) * reward.scale_by)
         raw -= ex @ reward.baseline[:-1] + reward.baseline[-1]
@@ -236,10 +405,10 @@ class TestTrainedReward:
     def test_it_beats_chance_and_length_on_held_out_prompts(self, reward):
         # The first 40 words of every answer: a third of the time, and the length that small models write.
         test = [minilm._shortened(pair, 40) for pair in packaged.preference_pairs(split="test")]
-        measured = minilm.accuracy(reward, test)
+        measured = accuracy.accuracy(reward, test)
         assert measured == pytest.approx(reward.describe()["test_accuracy_first_40_words"], abs=0.02)
         assert measured["lo"] > 0.5
-        assert measured["value"] > minilm.longer_wins(test)["value"]
+        assert measured["value"] > accuracy.longer_wins(test)["value"]
 
     def test_the_description_is_json_and_measured(self, reward):
         facts = reward.describe()
@@ -284,18 +453,66 @@ class TestTrainedReward:
         np.testing.assert_array_equal(first[0], first[2])
         np.testing.assert_array_equal(embedder.embed(["a"]), first[:1])
         assert rows == [3]
+        # The mean over a text's own tokens, whatever is embedded with it.
+        long = "a text of more tokens than the others have"
+        hidden = embedder._model(**embedder._tokenizer(long, return_tensors="pt")).last_hidden_state[0]
+        plain = (hidden.mean(0) / hidden.mean(0).norm()).detach().numpy()
+        np.testing.assert_allclose(embedder.embed(["e", long])[1], plain, atol=1e-6)
+        np.testing.assert_allclose(embedder.embed(["a"]), first[:1], atol=1e-6)
         embedder.embed(["d"])  # evicts the least recently used
         assert len(embedder._cache) == 3
         np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1, atol=1e-6)
 
-    def test_training_is_deterministic(self, reward):
+    def test_training_is_deterministic_and_its_code_is_in_the_key(self, small):
         """A small configuration, twice; and another seed builds other pairs."""
-        config = minilm.TrainingConfig(
-            sources=("dpo-demo",), weight_decays=(1.0,), short_words=8, constructed_prompts=30
-        )
-        small = Embedder(max_tokens=16)
-        one, two = (minilm.train_bradley_terry(config, small) for _ in range(2))
+        one = minilm.train_bradley_terry(SMALL, small)
+        ran = set()
+        sys.setprofile(lambda frame, *_: ran.add(frame.f_globals.get("__name__", "")))
+        try:
+            two = minilm.train_bradley_terry(SMALL, small)
+        finally:
+            sys.setprofile(None)
         np.testing.assert_array_equal(one.weights, two.weights)
         assert one.describe() == two.describe()
-        other = dataclasses.replace(config, seed=1)
-        assert minilm.constructed_pairs(config) != minilm.constructed_pairs(other)
+        other = dataclasses.replace(SMALL, seed=1)
+        assert minilm.constructed_pairs(SMALL) != minilm.constructed_pairs(other)
+        # They fetch, check and describe, and have no part in the head.
+        others = {f"alignpro.llm.models.{name}" for name in ("packages", "registry", "libraries")}
+        others |= {"alignpro.files", "alignpro.llm.rewards.reward", "alignpro.estimation.winrate"}
+
+        def check_key(made_by):
+            assert {name for name in ran if name.startswith("alignpro")} <= {*made_by} | others
+
+        check_key(minilm.MADE_BY)
+        for name in minilm.MADE_BY:
+            kills(check_key, set(minilm.MADE_BY) - {name})
+        # The weight decay is that of the least validation loss, and the squash fits the training answers.
+        losses = one.facts["validation_loss"]
+        assert losses[str(one.facts["weight_decay"])] == min(losses.values())
+        assert len(set(losses.values())) == 2
+
+    def test_nothing_is_learned_from_the_test_split(self, small, monkeypatch):
+        """Pairs of the test split with the preference turned round change what is measured, not the head."""
+        config, read = dataclasses.replace(SMALL, weight_decays=(1.0,)), packaged.preference_pairs
+
+        def trained(*turned):
+            def pairs(sources=None):
+                return [
+                    dataclasses.replace(p, chosen=p.rejected, rejected=p.chosen) if p.split in turned else p
+                    for p in read(sources)
+                ]
+
+            monkeypatch.setattr(packaged, "preference_pairs", pairs)
+            return minilm.train_bradley_terry(config, small)
+
+        def check_split(one, other):
+            for name in ("weights", "mean", "scale_by", "baseline", "centre", "scale"):
+                assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+        one = trained()
+        turned = trained("test", "validation")
+        check_split(one, turned)
+        kills(lambda other: check_split(one, other), trained("train"))
+        right, wrong = (r.facts["test_accuracy"]["value"] for r in (one, turned))
+        assert right == pytest.approx(1 - wrong)
+        assert turned.facts["validation_loss"] != one.facts["validation_loss"]

@@ -18,20 +18,22 @@ import numpy as np
 import pytest
 import torch
 from faulty import Server
+from kept import lines
 from peft import get_peft_model
 
 from alignpro import rollouts
 from alignpro.commands import main
 from alignpro.errors import AlignProError
-from alignpro.llm.arms import rollout
+from alignpro.llm.arms import draws, rollout
+from alignpro.llm.arms.draws import stream
+from alignpro.llm.models.adapters import adapter_config
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.load import load_model
 from alignpro.llm.models.policy import sample_and_score, sample_key
-from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.policies.prompter import Prompter, target_ids
 from alignpro.llm.targets.local import LocalTarget
 from alignpro.llm.targets.target import Answer
-from alignpro.llm.training.tree import adapter_config
 
 PROMPTS = ["abc", "def", "gab", "hhc", "e"]
 PLAIN = Sampling(max_tokens=5)
@@ -45,7 +47,7 @@ def shares(prompts, responses):
 
 def noise(prompts, responses):
     """As good as independent of what chose a rewrite: uniform in [0, 1], a function of the answer."""
-    return [int.from_bytes(rollout.digest(x, y)[:4]) / 2**32 for x, y in zip(prompts, responses, strict=True)]
+    return [int.from_bytes(digest(x, y)[:4]) / 2**32 for x, y in zip(prompts, responses, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +97,8 @@ def rows_of(out):
 
 def answers_of(out):
     """Token ids by (who answered, prompt as asked, seed of the stream, sample)."""
-    lines = [json.loads(line) for line in (out / "answers" / "answers.jsonl").read_text().splitlines()]
-    return {(a["model"], a["prompt"], a["seed"], a["sample"]): a["answer"]["ids"] for a in lines}
+    found = map(json.loads, lines(out / "answers"))
+    return {(a["model"], a["prompt"], a["seed"], a["sample"]): a["answer"]["ids"] for a in found}
 
 
 def log_prob(model, prompt_ids, said, sampling):
@@ -125,6 +127,21 @@ def run(request, home, tmp_path_factory):
     return request.param, out
 
 
+def test_the_summary_is_of_the_rows(run):
+    _, out = run
+    found, rows = rollout.summarise(out / rollout.FILE, texts=2), rows_of(out)
+    assert (found.rollouts, found.prompts, found.low, found.high) == (len(rows), len(PROMPTS), 0, 1)
+    for arm in found.arms:
+        mine = [r for r in rows if r["arm"] == arm.name]
+        each = [np.mean([r["reward"] for r in mine if r["x"] == x]) for x in PROMPTS]
+        assert arm.mean.value == pytest.approx(np.mean(each))
+        assert arm.mean.lo <= arm.mean.value <= arm.mean.hi
+        assert (arm.rollouts, arm.seeds) == (len(mine), len({r["seed"] for r in mine}))
+    assert {(r.x, r.arm) for r in found.texts} == {(x, arm.name) for x in PROMPTS[:2] for arm in found.arms}
+    assert all(r.draw == r.answer == 0 for r in found.texts)
+    assert {arm.name for arm in found.arms} == {r["arm"] for r in rows}
+
+
 def test_log_probs_of_answers_are_those_of_a_plain_forward_pass(run, home):
     sampling, out = run
     frozen, tokenizer = load_model(home / "base")
@@ -134,7 +151,7 @@ def test_log_probs_of_answers_are_those_of_a_plain_forward_pass(run, home):
     for row in rows_of(out):
         who, asked = (tuned, row["x"]) if row["arm"] == "rlhf" else (base, row["rewrite"].strip() or " ")
         place = row["draw"] * 2 + row["answer"]
-        said = ids[who, asked, rollout._stream("answers", row["seed"]), place]
+        said = ids[who, asked, stream("answers", row["seed"]), place]
         of_x = log_prob(frozen, target_ids(tokenizer, row["x"]), said, sampling)
         assert row["logp_frozen_x"] == pytest.approx(of_x, abs=2e-5)
         impossible += of_x == -np.inf
@@ -174,7 +191,7 @@ def test_log_probs_of_rewrites_are_those_of_a_plain_forward_pass(run, home):
         for x, prompt, row in zip(PROMPTS, given, drawn, strict=True):
             for i, (said, _) in enumerate(row):
                 found = rows[arm, 0, x, i]
-                assert found["rewrite"] == party.template.text(party.tokenizer, tuple(said))
+                assert found["rewrite"] == party.template.rewrite(party.tokenizer, x, tuple(said))
                 of_prompter = log_prob(party.model, prompt, said, PLAIN)  # whatever π_F's sampler
                 of_reference = log_prob(reference.model, prompt, said, PLAIN)
                 assert found["logp_prompter"] == pytest.approx(of_prompter, abs=2e-5)
@@ -206,20 +223,20 @@ def test_star_and_best_of_n_choose_by_the_proposals_rewards(home, tmp_path, monk
     """Weights recomputed from the answers on file. Fresh answers to what was chosen are worth 1/2 on average;
     the mean of at least 40 independent uniform rewards misses it by 0.25 with a chance below 0.02%."""
     rows = resampled(home, tmp_path / "fresh")
-    stream, ids = rollout._stream("proposals", 0), answers_of(tmp_path / "fresh")
+    of_proposals, ids = stream("proposals", 0), answers_of(tmp_path / "fresh")
     _, tokenizer = load_model(home / "base")
 
     def text(said):
         return tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    judged = {asked: text(said) for (_, asked, seed, _), said in ids.items() if seed == stream}
+    judged = {asked: text(said) for (_, asked, seed, _), said in ids.items() if seed == of_proposals}
     reference = Prompter.from_pretrained(home / "base")
     reference.max_tokens = 4
     keys = [[sample_key("proposals", 0, x, i) for i in range(8)] for x in PROMPTS]
     given = [reference.template.prompt_ids(tokenizer, x) for x in PROMPTS]
     drawn = sample_and_score(reference.model, 0, given, keys, Sampling(max_tokens=4))
     for x, prompt, row in zip(PROMPTS, given, drawn, strict=True):
-        texts = [reference.template.text(tokenizer, tuple(said)) for said, _ in row]
+        texts = [reference.template.rewrite(tokenizer, x, tuple(said)) for said, _ in row]
         worth = [noise([x], [judged[t or " "]])[0] for t in texts]
         best = {t for t, w in zip(texts, worth, strict=True) if w == max(worth)}
         for arm in ("star", "best_of_n"):  # λ is small: the best alone
@@ -231,7 +248,8 @@ def test_star_and_best_of_n_choose_by_the_proposals_rewards(home, tmp_path, monk
     fresh = np.mean([r["reward"] for r in rows])
     assert abs(fresh - 0.5) < 0.25
     # The mutant: the answers that chose are those that count.
-    monkeypatch.setattr(rollout, "_stream", lambda kind, seed: 5)
+    for module in (rollout, draws):
+        monkeypatch.setattr(module, "stream", lambda kind, seed: 5)
     reused = resampled(home, tmp_path / "reused")
     assert np.mean([r["reward"] for r in reused if r["draw"] == r["answer"] == 0]) > 0.8
 
@@ -277,20 +295,19 @@ def test_an_interrupted_run_goes_on_to_the_same_file(cut, block, whole, home, tm
         with pytest.raises(Cut):
             main.main(command)
     assert not (tmp_path / "rollouts.jsonl").exists()
-    answered = len((tmp_path / "answers" / "answers.jsonl").read_text().splitlines())
+    answered = len(lines(tmp_path / "answers"))
     capsys.readouterr()
     assert main.main(command) == 0
     assert (tmp_path / "rollouts.jsonl").read_bytes() == whole
     said = capsys.readouterr().err
     assert ("(56 rollouts kept)" in said) == (block == 4)  # of 5 + 2 prompts, 8 each
-    # No answer is on file twice, and a third time asks nothing.
-    lines = (tmp_path / "answers" / "answers.jsonl").read_text().splitlines()
+    # A third time asks nothing.
     assert answered > 0
-    keys = [row["key"] for row in map(json.loads, lines) if "key" in row]
-    assert len(set(keys)) == len(keys)
+    answered = lines(tmp_path / "answers")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
     assert main.main(command) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
+    assert lines(tmp_path / "answers") == answered
 
 
 def test_kill_9(whole, home, tmp_path):

@@ -10,13 +10,16 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 from alignpro.errors import AlignProError
+from alignpro.llm.data.own import Rewrite, read_rewrites
 from alignpro.llm.data.split import split_of
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.load import load_model
 from alignpro.llm.policies.prompter import Prompter, Template
 from alignpro.llm.training import sft as module
-from alignpro.llm.training.open_ended import Environment, TrainSettings, train
-from alignpro.llm.training.sft import Rewrite, SFTSettings, encode, nats_per_token, read_rewrites, sft
+from alignpro.llm.training.environment import Environment
+from alignpro.llm.training.open_ended import train
+from alignpro.llm.training.settings import SFTSettings, TrainSettings
+from alignpro.llm.training.sft import encode, nats_per_token, sft
 
 TEMPLATE = Template(system="", examples=(), request="", opening=">", space="")
 PAIRS = [Rewrite("".join(x), "".join(x[::-1])) for x in itertools.product("abcd", repeat=4)]
@@ -38,7 +41,8 @@ def prompter(tmp_path):
 def test_learns_the_rewrites_of_prompts_never_seen(prompter, tmp_path):
     before = {n: p.clone() for n, p in prompter.model.state_dict().items()}
     settings = replace(SETTINGS, epochs=12, lora_rank=16)
-    tuned = sft(prompter, PAIRS, settings, tmp_path / "out")
+    result = sft(prompter, PAIRS, settings, tmp_path / "out")
+    tuned = result.prompter
     found = tuned.facts["sft"]
     assert set(found["nats_per_token"]) == {"validation", "test"}
     assert all(part["before"] > 3 for part in found["nats_per_token"].values())
@@ -53,6 +57,7 @@ def test_learns_the_rewrites_of_prompts_never_seen(prompter, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     train_ids = [encode(prompter, p) for p in PAIRS if split_of(p.prompt) == "train"]
     assert lines[0]["loss"] == pytest.approx(nats_per_token(prompter, train_ids), rel=0.1)
+    assert lines == result.metrics
     assert len(lines) == 12 * -(-len(train_ids) // 16) == lines[-1]["step"]
     # The prompter given is as it was.
     assert all(torch.equal(before[n], p) for n, p in prompter.model.state_dict().items())
@@ -76,7 +81,7 @@ PREFIXED = [Rewrite(p.prompt, "a" + p.prompt) for p in PAIRS]
 
 
 def learned(prompter, pairs, folder):
-    return sft(prompter, pairs, SETTINGS, folder).facts["sft"]["nats_per_token"]["test"]["after"]
+    return sft(prompter, pairs, SETTINGS, folder).held_out["test"].after
 
 
 MUTANTS = {
@@ -123,7 +128,7 @@ def test_pads_cost_nothing(prompter, tmp_path):
 
 def test_seeds_are_honoured(prompter, tmp_path):
     a, b, c = (
-        sft(prompter, PAIRS, replace(SHORT, seed=seed), tmp_path / name).model.state_dict()
+        sft(prompter, PAIRS, replace(SHORT, seed=seed), tmp_path / name).prompter.model.state_dict()
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert all(torch.equal(a[n], b[n]) for n in a)
@@ -156,12 +161,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(prompter, tmp_path, monkey
         resumed = sft(prompter, PAIRS, SHORT, out, resume=True)
         total = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
         assert len(steps) == total - 4
-    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    a, b = whole.prompter.model.state_dict(), resumed.prompter.model.state_dict()
     assert all(torch.equal(a[n], b[n]) for n in a)
     assert (out / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
-    assert resumed.facts == whole.facts
+    assert resumed.prompter.facts == whole.prompter.facts
+    assert (resumed.metrics, resumed.held_out) == (whole.metrics, whole.held_out)
     # Resuming what is finished changes nothing.
-    again = sft(prompter, PAIRS, SHORT, out, resume=True).model.state_dict()
+    again = sft(prompter, PAIRS, SHORT, out, resume=True).prompter.model.state_dict()
     assert all(torch.equal(a[n], again[n]) for n in a)
     with pytest.raises(AlignProError, match=r"^out .*cut: it is not empty; name a new folder, or resume$"):
         sft(prompter, PAIRS, SHORT, out)
@@ -184,7 +190,7 @@ class Constant:
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
 def test_the_result_is_a_reference_to_train_from(algorithm, prompter, tmp_path):
     """Before the first update the policy is the reference: KL 0, though both are far from the base."""
-    tuned = sft(prompter, PAIRS, SHORT, tmp_path / "sft")
+    tuned = sft(prompter, PAIRS, SHORT, tmp_path / "sft").prompter
     settings = TrainSettings(
         algorithm=algorithm, iterations=1, prompts=2, samples=16, epochs=1, max_tokens=8, learning_rate=1e-3
     )
@@ -207,10 +213,10 @@ def test_the_result_is_a_reference_to_train_from(algorithm, prompter, tmp_path):
 
 def test_an_adapter_alone(prompter, tmp_path):
     """Unmerged it is the same policy up to rounding, in a folder of the adapter."""
-    whole = sft(prompter, PAIRS, SHORT, tmp_path / "whole")
+    whole = sft(prompter, PAIRS, SHORT, tmp_path / "whole").prompter
     # Even of a model that a trainer has patched: mutant, the copy's forward remains the original's.
     add_fused_lm_head(prompter.model)
-    part = sft(prompter, PAIRS, SHORT, tmp_path / "part", merge=False)
+    part = sft(prompter, PAIRS, SHORT, tmp_path / "part", merge=False).prompter
     assert "forward" not in vars(part.model.get_base_model())
     assert not part.model.training
     xs, ys = [p.prompt for p in PAIRS], [p.rewrite for p in PAIRS]
@@ -230,7 +236,7 @@ def test_long_pairs_are_left_out_and_counted(prompter, tmp_path):
     long = [Rewrite(p.prompt, p.rewrite * 2) for p in PAIRS[:40]]
     deep = [Rewrite(p.prompt * 200, p.rewrite) for p in PAIRS[:10]]  # beyond what the model reads
     tuned = sft(prompter, [*PAIRS, *long, *deep], SHORT, tmp_path / "out")
-    assert tuned.facts["sft"]["left_out"] == 50
+    assert tuned.record["left_out"] == 50
     with pytest.raises(AlignProError, match=r"^pairs: of 40, 0 fit to learn from and 0 to measure on; give"):
         sft(prompter, long, SHORT, tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -22,8 +22,11 @@ from alignpro.llm.policies.prompter import Prompter, Template
 from alignpro.llm.rewards.bounds import Declared
 from alignpro.llm.rewards.function import CallableReward
 from alignpro.llm.targets.local import LocalTarget
-from alignpro.llm.training import checkpoints, open_ended
-from alignpro.llm.training.open_ended import ALGORITHMS, METRICS_FILE, TASKS, Environment, train
+from alignpro.llm.training import algorithms, checkpoints, open_ended
+from alignpro.llm.training.algorithms import ALGORITHMS
+from alignpro.llm.training.checkpoints import METRICS_FILE
+from alignpro.llm.training.environment import Environment
+from alignpro.llm.training.open_ended import TASKS, train
 from alignpro.llm.training.ppo import AdaptiveKL, PPOConfig
 from alignpro.llm.training.settings import ALGORITHM_NAMES, PRESETS, TASK_NAMES, TrainSettings, moved_optimum
 
@@ -186,7 +189,7 @@ def test_rewrites_drawn_by_vllm(algorithm, monkeypatch, tmp_path):
             ids, values = ([row[0][k] for row in drawn] for k in (0, 1))
             return prompts, ids, [[[v] for v in row] for row in values], None
 
-    monkeypatch.setattr(open_ended, "find_spec", lambda name: name)
+    monkeypatch.setattr(algorithms, "find_spec", lambda name: name)
     for module in (grpo_trainer, rloo_trainer):
         monkeypatch.setattr(module, "VLLMGeneration", Engine)
     settings = replace(SETTINGS, algorithm=algorithm, vllm="colocate")
@@ -225,12 +228,10 @@ def test_named_settings():
     paper = TrainSettings(**PRESETS["paper"])
     assert (paper.prompts * paper.samples, paper.minibatches, paper.max_grad_norm) == (128, 1, None)
     assert (paper.learning_rate, paper.lam, paper.epochs, paper.clip_range) == (1.41e-5, 0.2, 4, 0.2)
-    _, config = open_ended._ppo({"output_dir": "x", "use_cpu": True, "bf16": False}, paper)
+    common = {"output_dir": "x", "use_cpu": True, "bf16": False}
+    config = ALGORITHMS["ppo"].configure(common, paper)
     assert set(moved_optimum(config)) == {"target_kl", "gae_lambda"}
-    _, config = open_ended._ppo(
-        {"output_dir": "x", "use_cpu": True, "bf16": False}, TrainSettings(**PRESETS["faithful"])
-    )
-    assert not moved_optimum(config)
+    assert not moved_optimum(ALGORITHMS["ppo"].configure(common, TrainSettings(**PRESETS["faithful"])))
     # TRL's own defaults are not faithful.
     assert {"loss_type", "scale_rewards"} <= set(
         moved_optimum(PPOConfig(output_dir="x", use_cpu=True, bf16=False))
@@ -259,9 +260,9 @@ def test_the_controller_of_lambda():
             r"^samples 1: rloo compares rewrites of one prompt; give at least 2$",
         ),
         ({"minibatches": 5}, r"^minibatches 5: does not divide"),
-        ({"seed": -1}, r"^seed -1: give at least 0$"),
+        ({"seed": -1}, r"^seed -1: give a whole number of at least 0$"),
         ({"top_p": 1.5}, r"^top_p 1.5: give a number above 0 and at most 1$"),
-        ({"iterations": 0}, r"^iterations 0: give at least 1$"),
+        ({"iterations": 0}, r"^iterations 0: give a whole number of at least 1$"),
     ],
 )
 def test_bad_settings_are_named(wrong, message):
@@ -371,12 +372,12 @@ _FULL = """
 import json, resource, sys
 sys.path.insert(0, sys.argv[1])
 import test_train as t
-right, largest = t.train_module.Metrics.on_log, 20_000
+right, largest = t.open_ended.Metrics.on_log, 20_000
 def on_log(self, args, state, control, logs=None, **named):
     if state.global_step == 3 * t.SHORT.steps_per_round:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
     right(self, args, state, control, logs, **named)
-t.train_module.Metrics.on_log = on_log
+t.open_ended.Metrics.on_log = on_log
 try:
     t.fit(sys.argv[2], t.SHORT)
 except t.AlignProError as error:
@@ -389,6 +390,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(tmp_path):
     want = fit(tmp_path / "whole", SHORT).metrics
     said = subprocess.run(
         [sys.executable, "-c", _FULL, str(Path(__file__).parent), str(cut)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -451,9 +453,10 @@ import sys
 from dataclasses import replace
 sys.path.insert(0, sys.argv[1])
 import test_train as t
+from alignpro.llm.training.ppo import PPOTrainer
 t.fit(sys.argv[2] + "/together", replace(t.SHORT, minibatches=1))
 # The mutant: each process's critic goes its own way.
-t.train_module.OpenPPOTrainer.join_critic_gradients = lambda self: None
+PPOTrainer.join_critic_gradients = lambda self: None
 t.fit(sys.argv[2] + "/apart", replace(t.SHORT, minibatches=1))
 import torch.distributed as d
 print("of", d.get_world_size())

@@ -1,4 +1,4 @@
-"""Training on prefix trees: PPO and RLOO reach ρ*, mutants do not; resuming repeats the run bit for bit."""
+"""Training on prefix trees: all algorithms reach ρ*, mutants do not; resuming repeats the run bit for bit."""
 
 import itertools
 import json
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tiny_optimum import END, FAST, fit, problem
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.configure import tiny_model
@@ -15,54 +16,20 @@ from alignpro.llm.policies.tree import PrefixTree, TreeTask, leaf_probabilities
 from alignpro.llm.training import ppo
 from alignpro.llm.training import tree as train_module
 from alignpro.llm.training.ppo import PPOConfig, PPOTrainer
-from alignpro.llm.training.tree import TrainSettings, train
-
-END, LAM = 1, 0.35
-PROMPTS = ("ab", "cd")
+from alignpro.llm.training.settings import ALGORITHM_NAMES, TreeSettings
+from alignpro.llm.training.tree import TreeRollouts, train
 
 
-def problem():
-    """20 rewrites of one or two tokens for each of two prompts; rewards in [0, 1.5] that depend on both."""
-    model, tokenizer = tiny_model(seed=1, vocab="abcd")
-    one = [(a, END) for a in range(3, 7)]
-    two = list(itertools.product(range(3, 7), repeat=2))
-    tree = PrefixTree((*one, *two))
-    ids = tuple(tuple(tokenizer(p).input_ids) for p in PROMPTS)
-    rewards = np.random.default_rng(0).uniform(0, 1.5, (2, len(tree.sequences)))
-    task = TreeTask(PROMPTS, ids, (tree, tree), lambda x, leaves: rewards[x, list(leaves)].tolist())
-    reference = leaf_probabilities(model, ids, [tree, tree])
-    star = [p * np.exp(r / LAM) for p, r in zip(reference, rewards, strict=True)]
-    star = [s / s.sum() for s in star]
-
-    def evaluate(policy):
-        kl = [float((p * np.log(p / s)).sum()) for p, s in zip(policy, star, strict=True)]
-        objective = [
-            float((p * (r - LAM * np.log(p / q))).sum())
-            for p, q, r in zip(policy, reference, rewards, strict=True)
-        ]
-        return {"kl_to_star": sum(kl) / 2, "objective": sum(objective) / 2}
-
-    return model, tokenizer, task, evaluate
-
-
-FAST = TrainSettings(lam=LAM, iterations=40, samples=256, learning_rate=3e-3, lora_layers=1.0)
-
-
-def fit(folder, settings=FAST, **options):
-    model, tokenizer, task, evaluate = problem()
-    return train(model, tokenizer, task, settings, folder, evaluate=evaluate, **options)
-
-
-@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+@pytest.mark.parametrize("algorithm", ALGORITHM_NAMES)
 def test_reaches_the_optimum(algorithm, tmp_path):
-    trained = fit(tmp_path, TrainSettings(**(vars(FAST) | {"algorithm": algorithm})))
-    kl = [line["exact"]["kl_to_star"] for line in trained.curve]
+    trained = fit(tmp_path, TreeSettings(**(vars(FAST) | {"algorithm": algorithm})))
+    kl = [line["exact"]["kl_to_star"] for line in trained.metrics]
     assert kl[0] > 0.2
     assert kl[-1] < 0.01
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     if algorithm == "ppo":  # each line's sampled values stand beside the exact ones of the same policy
-        assert all("ppo/kl_k1" in line["sampled"] for line in trained.curve[:-1])
-        assert trained.curve[0]["sampled"]["ppo/kl_k1"] == pytest.approx(0, abs=1e-5)
+        assert all("ppo/kl_k1" in line["sampled"] for line in trained.metrics[:-1])
+        assert trained.metrics[0]["sampled"]["ppo/kl_k1"] == pytest.approx(0, abs=1e-5)
 
         # False alarm 7e-6 per line; the float32 sums add 1e-5. Mutant: the next line's policy, early on.
         def off(line, exact):
@@ -70,10 +37,10 @@ def test_reaches_the_optimum(algorithm, tmp_path):
             error = 4.5 * sampled["ppo/objective_stderr"] + 1e-5
             return abs(sampled["ppo/objective"] - exact["objective"]) > error
 
-        assert not any(off(line, line["exact"]) for line in trained.curve[:-1])
-        assert off(trained.curve[0], trained.curve[1]["exact"])
+        assert not any(off(line, line["exact"]) for line in trained.metrics[:-1])
+        assert off(trained.metrics[0], trained.metrics[1]["exact"])
         # Mutant: a critic whose gradients are never cleared explains less than a constant would.
-        assert trained.curve[-2]["sampled"]["ppo/explained_variance"] > 0.5
+        assert trained.metrics[-2]["sampled"]["ppo/explained_variance"] > 0.5
 
 
 @pytest.mark.gpu
@@ -82,7 +49,7 @@ def test_reaches_the_optimum_on_a_gpu(tmp_path):
         pytest.skip("no CUDA device on this machine")
     model, tokenizer, task, evaluate = problem()
     trained = train(model.to("cuda"), tokenizer, task, FAST, tmp_path, evaluate=evaluate)
-    assert trained.curve[-1]["exact"]["kl_to_star"] < 0.01
+    assert trained.metrics[-1]["exact"]["kl_to_star"] < 0.01
 
 
 def test_long_rewrites_reach_the_optimum_with_a_critic_that_knows_nothing(monkeypatch, tmp_path):
@@ -97,7 +64,7 @@ def test_long_rewrites_reach_the_optimum_with_a_critic_that_knows_nothing(monkey
     (prior,) = leaf_probabilities(model, [prompt], [tree])
     star = prior * np.exp(score / lam)
     star /= star.sum()
-    settings = TrainSettings(
+    settings = TreeSettings(
         lam=lam, iterations=14, samples=128, learning_rate=6e-3, lora_layers=1.0, lora_rank=8
     )
 
@@ -107,7 +74,7 @@ def test_long_rewrites_reach_the_optimum_with_a_critic_that_knows_nothing(monkey
 
         fresh, _ = tiny_model(seed=2, vocab="ab")
         found = train(fresh, tokenizer, task, settings, tmp_path / name, evaluate=evaluate)
-        return found.curve[0]["exact"]["kl_to_star"], found.curve[-1]["exact"]["kl_to_star"]
+        return found.metrics[0]["exact"]["kl_to_star"], found.metrics[-1]["exact"]["kl_to_star"]
 
     monkeypatch.setattr(ppo.Critic, "forward", lambda self, x: self.center + 0 * self.body(x).squeeze(-1))
     before, after = distance("faithful")
@@ -124,12 +91,12 @@ def test_k3_in_the_reward_misses_the_optimum(monkeypatch, tmp_path):
 
     right = ppo.shaped_rewards
     monkeypatch.setattr(ppo, "shaped_rewards", lambda *a: right(*a[:5], "k3"))
-    assert fit(tmp_path).curve[-1]["exact"]["kl_to_star"] > 0.05
+    assert fit(tmp_path).metrics[-1]["exact"]["kl_to_star"] > 0.05
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
     """A run killed between checkpoints continues from the last one and repeats the same numbers exactly."""
-    settings = TrainSettings(**(vars(FAST) | {"iterations": 6, "samples": 64}))
+    settings = TreeSettings(**(vars(FAST) | {"iterations": 6, "samples": 64}))
     whole = fit(tmp_path / "whole", settings)
 
     class Killed(Exception):
@@ -142,7 +109,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
     with pytest.raises(Killed):
         fit(tmp_path / "cut", settings, progress=kill)
     resumed = fit(tmp_path / "cut", settings, resume=True)
-    assert [line["exact"] for line in resumed.curve] == [line["exact"] for line in whole.curve]
+    assert [line["exact"] for line in resumed.metrics] == [line["exact"] for line in whole.metrics]
     for a, b in zip(resumed.policy, whole.policy, strict=True):
         np.testing.assert_array_equal(a, b)
     # A checkpoint cut short while being written is passed over.
@@ -150,31 +117,31 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
     (tmp_path / "torn" / "checkpoint-24" / "complete").unlink()
     (tmp_path / "torn" / "checkpoint-24" / "adapter_model.safetensors").unlink()
     torn = fit(tmp_path / "torn", settings, resume=True)
-    assert [line["exact"] for line in torn.curve] == [line["exact"] for line in whole.curve]
+    assert [line["exact"] for line in torn.metrics] == [line["exact"] for line in whole.metrics]
     # Resuming a finished run changes nothing.
     again = fit(tmp_path / "torn", settings, resume=True)
-    assert [line["exact"] for line in again.curve] == [line["exact"] for line in whole.curve]
+    assert [line["exact"] for line in again.metrics] == [line["exact"] for line in whole.metrics]
     # Mutant: without the critic's checkpoint the numbers differ.
     shutil.rmtree(tmp_path / "cut" / "checkpoint-24", ignore_errors=True)
     with pytest.MonkeyPatch.context() as monkey:
         monkey.setattr(PPOTrainer, "load_more", lambda self, folder: None)
         forgetful = fit(tmp_path / "cut", settings, resume=True)
-    assert [line["exact"] for line in forgetful.curve] != [line["exact"] for line in whole.curve]
+    assert [line["exact"] for line in forgetful.metrics] != [line["exact"] for line in whole.metrics]
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path):
-    settings = TrainSettings(**(vars(FAST) | {"iterations": 1, "samples": 8}))
+    settings = TreeSettings(**(vars(FAST) | {"iterations": 1, "samples": 8}))
     fit(tmp_path, settings)
     with pytest.raises(AlignProError, match=r"learning_rate = 0\.003, not 0\.1"):
-        fit(tmp_path, TrainSettings(**(vars(settings) | {"learning_rate": 0.1})), resume=True)
+        fit(tmp_path, TreeSettings(**(vars(settings) | {"learning_rate": 0.1})), resume=True)
 
 
 def test_samples_follow_the_exact_policy(tmp_path):
     """χ² of 20,000 sampled rewrites against exact probabilities; false-alarm rate 1e-4 per prompt."""
-    settings = TrainSettings(**(vars(FAST) | {"iterations": 1, "samples": 8}))
+    settings = TreeSettings(**(vars(FAST) | {"iterations": 1, "samples": 8}))
     seen = {}
 
-    class Spy(train_module.TreePPOTrainer):
+    class Spy(TreeRollouts):
         def train(self, *arguments, **named):
             out = super().train(*arguments, **named)
             torch.manual_seed(0)
@@ -184,7 +151,7 @@ def test_samples_follow_the_exact_policy(tmp_path):
             return out
 
     with pytest.MonkeyPatch.context() as monkey:
-        monkey.setattr(train_module, "TreePPOTrainer", Spy)
+        monkey.setattr(train_module, "TreeRollouts", Spy)
         fit(tmp_path, settings)
     for x in range(2):
         actions = seen["actions"][10_000 * x : 10_000 * (x + 1)]
@@ -207,17 +174,17 @@ def test_samples_follow_the_exact_policy(tmp_path):
     ("change", "words"),
     [
         ({"algorithm": "dpo"}, "algorithm 'dpo'"),
-        ({"lam": 0.0}, r"lam = 0\.0"),
-        ({"lam": float("nan")}, "lam = nan"),
+        ({"lam": 0.0}, r"^lam 0\.0"),
+        ({"lam": float("nan")}, "^lam nan"),
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"lora_layers": 1.5}, "lora_layers"),
-        ({"samples": 1}, "samples = 1"),
-        ({"iterations": 0}, "iterations = 0"),
+        ({"samples": 1}, "^samples 1"),
+        ({"iterations": 0}, "^iterations 0"),
     ],
 )
 def test_bad_settings_are_named(change, words):
     with pytest.raises(AlignProError, match=words):
-        TrainSettings(**(vars(TrainSettings()) | change))
+        TreeSettings(**(vars(TreeSettings()) | change))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +195,7 @@ def test_bad_settings_are_named(change, words):
         {"top_k": 5},
         {"gamma": 0.99},
         {"gae_lambda": 0.95},
-        {"kl_coef": 0.0},
+        {"beta": 0.0},
     ],
 )
 def test_settings_that_move_the_optimum_are_refused(change, tmp_path):
@@ -239,8 +206,8 @@ def test_settings_that_move_the_optimum_are_refused(change, tmp_path):
 
 
 def test_curve_file_has_one_json_line_per_iteration(tmp_path):
-    settings = TrainSettings(**(vars(FAST) | {"iterations": 3, "samples": 8}))
+    settings = TreeSettings(**(vars(FAST) | {"iterations": 3, "samples": 8}))
     trained = fit(tmp_path, settings)
     lines = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
-    assert lines == trained.curve
+    assert lines == trained.metrics
     assert [line["step"] for line in lines] == [0, 4, 8, 12]

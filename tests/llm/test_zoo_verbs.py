@@ -11,7 +11,8 @@ import pytest
 import zoo
 
 from alignpro.commands import demo, main
-from alignpro.llm.arms.enumerate import Enumeration, EnumerationSettings, enumerate_models
+from alignpro.llm.arms.enumerate import Enumeration, enumerate_models
+from alignpro.llm.arms.settings import EnumerationSettings
 from alignpro.llm.models.load import load_model
 from alignpro.llm.policies.tree import PrefixTree, leaf_probabilities
 from alignpro.llm.rewards import opening

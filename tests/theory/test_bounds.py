@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from theory_oracle import EPS, close, exact, fields, finite, kills, oracle
 
-from alignpro.commands.solve import solve_instances
 from alignpro.errors import AlignProError
+from alignpro.report.numbers import plain
 from alignpro.theory.bounds import (
     BOUNDS,
     IDENTITIES,
@@ -22,6 +22,7 @@ from alignpro.theory.bounds import (
 from alignpro.theory.families import FAMILIES, draw, random_prompters
 from alignpro.theory.gibbs import grid
 from alignpro.theory.instance import Instance
+from alignpro.theory.scale.instances import solve_instances
 from alignpro.theory.solution import solution
 
 compiled = jax.jit(solution)
@@ -80,8 +81,11 @@ def test_a_thousand_instances_against_plain_numpy():
             )
             np.testing.assert_allclose(-first["prompter_kl"], want["prompter_kl"], rtol=1e-10, atol=1e-13)
 
-    check_all(lambda many: solve_instances(many, beta, lam, (*BOUNDS, *LOWER_BOUNDS)))
-    kills(check_all, lambda many: solve_instances(many, beta, lam * (1 + 1e-6), (*BOUNDS, *LOWER_BOUNDS)))
+    def solve(many, lam=lam):
+        return [one.json() for one in solve_instances(many, beta, lam, (*BOUNDS, *LOWER_BOUNDS))]
+
+    check_all(lambda many: plain(solve(many)))
+    kills(check_all, lambda many: plain(solve(many, lam * (1 + 1e-6))))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

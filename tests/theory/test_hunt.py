@@ -11,8 +11,9 @@ from alignpro.errors import AlignProError
 from alignpro.theory.bounds import BOUNDS, IDENTITIES, STATEMENTS, WRONG_BOUNDS
 from alignpro.theory.families import draw
 from alignpro.theory.instance import load
+from alignpro.theory.search import hunting
 from alignpro.theory.search.ascend import ascend
-from alignpro.theory.search.found import FLOOR, TEMPERATURES, Target, evaluate, target
+from alignpro.theory.search.found import FLOOR, TEMPERATURES, Target, certificate, evaluate, target
 from alignpro.theory.search.shrink import simplify, smallest
 
 SHAPE = (2, 3, 3)
@@ -40,7 +41,7 @@ def refutes(found):
     """Violated in float64, proved in balls, and the same number by hand where that is written out."""
     assert found.violated
     assert found.excess > 0
-    assert hunt.certificate(found).verdict == "violated"
+    assert certificate(found).verdict == "violated"
     by_hand = broken_by_hand(found)
     if by_hand is not None:
         np.testing.assert_allclose(by_hand, found.lhs - found.rhs, rtol=1e-9, atol=1e-12)
@@ -71,7 +72,7 @@ def test_what_is_true_is_approached_and_not_passed(name):
     assert 0.999 < found.tightest.tightness <= 1 + 1e-12
     assert found.tightest.rhs >= FLOOR * found.tightest.span
     assert found.worst is None
-    assert hunt.certificate(found.tightest).verdict == "holds"
+    assert certificate(found.tightest).verdict == "holds"
 
 
 def test_ascent_beats_random_search_and_repeats():
@@ -137,7 +138,7 @@ def test_q2_is_answered_in_plain_numpy(tmp_path, capsys):
     """The prompter optimal for λ outperforms π*: sup of −gap/span is 1, and 1×2×2 is the least shape."""
     assert main.main(["hunt", "q2", *LIKE, "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert "never_outperforms (lhs <= rhs, known to be false): REFUTED" in said
+    assert "never_outperforms (lhs <= rhs, known wrong): REFUTED" in said
     row = json.loads((tmp_path / "hunt.json").read_text())["statements"]["never_outperforms"]
     assert row["smallest"]["shape"] == [1, 2, 2]
     assert row["smallest"]["verdict"] == row["worst"]["verdict"] == "violated"
@@ -189,7 +190,7 @@ def test_tables_show_the_instance():
 
 
 def test_numbers_are_shown_short():
-    shown = [hunt._show(v) for v in (1 / 3, 0.3, 1.0, 2 / 7, 0.123456, 1e-12, 0.1 + 0.2, math.inf)]
+    shown = [hunt.short(v) for v in (1 / 3, 0.3, 1.0, 2 / 7, 0.123456, 1e-12, 0.1 + 0.2, math.inf)]
     assert shown == ["1/3", "0.3", "1", "2/7", "0.1235", "1e-12", "0.3", "inf"]
 
 
@@ -212,7 +213,7 @@ def test_interrupting_keeps_what_was_found(tmp_path, capsys, monkeypatch):
     assert cut.interrupted
     assert cut.tried == 60
     assert cut.found.violated  # the simplest until then
-    monkeypatch.setattr(hunt, "ascend", lambda *a, **k: found)
+    monkeypatch.setattr(hunting, "ascend", lambda *a, **k: found)
     assert main.main(["hunt", "theorem1", "pinsker", "--out", str(tmp_path)]) == 130
     said = capsys.readouterr()
     assert "interrupted: this is what was found so far" in said.out

@@ -75,12 +75,13 @@ def test_probabilities_and_divergences_are_those_of_vmap(shape, dtype):
         agree(some, draws("sparse", shape, dtype=dtype, prompter=prompter))
 
 
-@pytest.fixture(scope="module", params=[np.float64, np.float32], ids=["float64", "float32"])
+@pytest.fixture(scope="module", params=[np.float64, np.float32], ids=["float64, quick", "float32"])
 def both(request):
     """Every statement, compiled once in either way."""
     function = partial(everything, {**BOUNDS, **LOWER_BOUNDS, **IDENTITIES, **LEMMAS})
     example = shapes(draws("independent", (2, 4, 3), dtype=request.param))
-    return in_lanes(function, *example), jax.jit(jax.vmap(function)), request.param
+    quick = request.param == np.float64
+    return in_lanes(function, *example, quick=quick), jax.jit(jax.vmap(function)), request.param
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,6 +132,25 @@ def test_operations_one_by_one(monkeypatch):
     kills(lambda f: check(product=f), lambda v, eqn, left, right: product(v, eqn, left[::-1], right))
     kills(lambda f: check(rows=f), lambda v, eqn, operand, indices: rows(v, eqn, operand[::-1], indices))
     kills(lambda f: check(transposed=f), lambda v, lines: turned(v, lines)[::-1])
+
+
+def test_what_is_the_same_is_worked_out_once(monkeypatch):
+    """And what differs in a constant, an argument or a parameter alone is not taken for the same."""
+    rng = np.random.default_rng(6)
+    monkeypatch.setattr(lanes, "LONGEST", 90)  # 12 for each of six results, and for one exponential
+
+    def check(identity=lanes._identity):
+        monkeypatch.setattr(lanes, "_identity", identity)
+        agree(
+            lambda a, b: (jnp.exp(a) + 1.0, jnp.exp(a) + 2.0, a + b, b + a, jnp.exp(a) * a, jnp.exp(a) * b),
+            [rng.normal(size=(9, 3, 4)), rng.normal(size=(9, 3, 4))],
+        )
+        agree(lambda a: (a[:, :2], a[:, 2:]), [rng.normal(size=(9, 3, 4))])
+
+    check()
+    kills(check, lambda value: 0)
+    with pytest.raises(NotImplementedError, match="operations would take too long"):
+        check(lambda value: object())
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 63])

@@ -3,35 +3,40 @@ import json
 import numpy as np
 import pytest
 
-from alignpro.commands import main, verify
+from alignpro.claims import Claim, of_kind
+from alignpro.commands import main
+from alignpro.commands import verify as command
 from alignpro.errors import AlignProError
-from alignpro.theory.bounds import BOUNDS, IDENTITIES, LEMMAS, LOWER_BOUNDS, WRONG_BOUNDS, tight
+from alignpro.theory.bounds import STATEMENTS, WRONG_BOUNDS, tight
 from alignpro.theory.families import FAMILIES
 from alignpro.theory.instance import load
 from alignpro.theory.proof import certify
+from alignpro.theory.search import tally, verification
+from alignpro.theory.search.verification import verify
 from alignpro.theory.solution import solution
 
 
 def test_nothing_true_is_violated_and_the_draw_repeats():
-    first = verify.verify(instances=3000, seed=1, quiet=True)
-    second = verify.verify(instances=300, seed=1, families=("peaked",), quiet=True)
+    first = verify(instances=3000, seed=1, quiet=True)
+    second = verify(instances=300, seed=1, families=("peaked",), quiet=True)
     assert first.violations == 0
     assert sum(t.checked for t in first.tallies if t.statement == "theorem1") == 3000
     rows = [t.row() for t in first.tallies if t.family == "peaked"]
     assert rows == [t.row() for t in second.tallies]  # whatever other families were asked for
-    assert {t.statement for t in first.tallies} == {*BOUNDS, *LOWER_BOUNDS, *IDENTITIES, *LEMMAS}
-    for tally in first.tallies:
-        assert tally.inapplicable == 0 or tally.statement in ("drift", "regularised")
-        if tally.statement in IDENTITIES:
-            assert tally.largest_error < 1e-12
-    kinds = verify.table(first).splitlines()[1 : 1 + len(first.statements)]
+    true = of_kind(STATEMENTS, "upper bound", "lower bound", "identity", "lemma")
+    assert {t.statement for t in first.tallies} == set(true)
+    for one in first.tallies:
+        assert one.inapplicable == 0 or one.statement in ("drift", "regularised")
+        if one.claim.kind == "identity":
+            assert one.largest_error < 1e-12
+    kinds = command.text(first).splitlines()[1 : 1 + len(first.statements)]
     assert [line.split()[0] for line in kinds] == list(first.statements)
 
 
 def test_a_false_statement_is_refuted_and_its_instance_saved(tmp_path):
-    result = verify.verify(("signed_max_abs",), 900, 0, ("signed",), quiet=True)
+    result = verify(("signed_max_abs",), 900, 0, ("signed",), quiet=True)
     assert result.violations > 0
-    verify.save(result, tmp_path)
+    command.save(result, tmp_path)
     found = json.loads((tmp_path / "verify.json").read_text())["refuted"]["signed_max_abs"]
     instance = load(tmp_path / found["instance"])
     again = WRONG_BOUNDS["signed_max_abs"](solution(instance, found["beta"], found["lam"]))
@@ -41,8 +46,8 @@ def test_a_false_statement_is_refuted_and_its_instance_saved(tmp_path):
 
 
 def test_a_refuting_prompter_is_saved(tmp_path):
-    result = verify.verify(("suboptimality_reversed",), 300, 0, ("independent",), quiet=True)
-    verify.save(result, tmp_path)
+    result = verify(("suboptimality_reversed",), 300, 0, ("independent",), quiet=True)
+    command.save(result, tmp_path)
     found = json.loads((tmp_path / "verify.json").read_text())["refuted"]["suboptimality_reversed"]
     instance = load(tmp_path / found["instance"])
     rho = np.array(found["prompter"])
@@ -52,14 +57,14 @@ def test_a_refuting_prompter_is_saved(tmp_path):
 
 def test_a_new_family_and_statement_are_picked_up(monkeypatch):
     monkeypatch.setitem(FAMILIES, "mine", FAMILIES["sparse"])
-    monkeypatch.setitem(verify.STATEMENTS, "mine", verify.STATEMENTS["tight"])
-    result = verify.verify(("mine",), 60, 0, ("mine",), quiet=True)
+    monkeypatch.setitem(STATEMENTS, "mine", STATEMENTS["tight"])
+    result = verify(("mine",), 60, 0, ("mine",), quiet=True)
     assert [t.checked for t in result.tallies] == [60]
     assert result.violations == 0
 
 
 def test_the_sample_is_the_stream_while_it_fits_and_uniform_after():
-    sample = verify.Sample(np.random.default_rng(0))
+    sample = tally.Sample(np.random.default_rng(0))
     sample.add(np.arange(101.0))
     assert sample.quantiles() == [0, 5, 50, 95, 100]
     for start in range(0, 400_000, 1000):
@@ -69,35 +74,35 @@ def test_the_sample_is_the_stream_while_it_fits_and_uniform_after():
     assert high > 399_000
     # 50,000 of 400,101 without replacement: the median's standard error is about 840.
     assert abs(sample.quantiles()[2] - 200_000) < 5 * 840
-    assert verify.Sample(np.random.default_rng(0)).quantiles() == [None] * 5
+    assert tally.Sample(np.random.default_rng(0)).quantiles() == [None] * 5
 
 
 @pytest.fixture
 def one_shape(monkeypatch):
     """One compilation per test."""
-    monkeypatch.setattr(verify, "_SHAPES", ((2, 4, 3),))
+    monkeypatch.setattr(verification, "_SHAPES", ((2, 4, 3),))
 
 
 @pytest.mark.usefixtures("one_shape")
 def test_the_most_doubtful_instances_are_certified():
-    result = verify.verify(("tight", "exact_gap"), 200, 2, ("adversarial", "peaked"), quiet=True, certify=3)
+    result = verify(("tight", "exact_gap"), 200, 2, ("adversarial", "peaked"), quiet=True, certify=3)
     assert result.findings == 0
     rows = result.json()["certified"]["results"]
     assert [row["verdicts"] for row in rows] == [{"holds": 3}] * 4
     assert sum(row["ties"] for row in rows if row["statement"] == "exact_gap") == 6
     assert rows[0]["most_doubtful"]["name"] == "tight"
-    text = verify.table(result)
+    text = command.text(result)
     assert "certified" in text
     assert "no violation of 2 statements" in text
-    plain = verify.verify(("tight", "exact_gap"), 100, 2, ("peaked",), quiet=True)
+    plain = verify(("tight", "exact_gap"), 100, 2, ("peaked",), quiet=True)
     assert plain.json()["certified"] is None
 
 
 @pytest.mark.usefixtures("one_shape")
 def test_a_refutation_is_proved(tmp_path):
-    result = verify.verify(("quarter_l1", "trained_reversed"), 900, 0, ("signed",), quiet=True, certify=1)
+    result = verify(("quarter_l1", "trained_reversed"), 900, 0, ("signed",), quiet=True, certify=1)
     assert result.findings > 0
-    verify.save(result, tmp_path)
+    command.save(result, tmp_path)
     found = json.loads((tmp_path / "verify.json").read_text())["refuted"]
     for name in ("quarter_l1", "trained_reversed"):
         rho = found[name]["prompter"]
@@ -111,10 +116,10 @@ def test_a_violation_that_rounding_forged_is_settled(monkeypatch):
     def forged(s):
         return tight(s)._replace(error=0 * s.lam)
 
-    monkeypatch.setitem(verify.STATEMENTS, "forged", forged)
+    monkeypatch.setitem(STATEMENTS, "forged", Claim(forged, "upper bound"))
 
     def run(certify):
-        return verify.verify(("forged",), 120, 0, ("adversarial",), quiet=True, certify=certify)
+        return verify(("forged",), 120, 0, ("adversarial",), quiet=True, certify=certify)
 
     claimed = run(0).findings
     assert 8 < claimed < certify.EXAMINED
@@ -122,7 +127,7 @@ def test_a_violation_that_rounding_forged_is_settled(monkeypatch):
     assert (settled.violations, settled.findings) == (claimed, 0)
     assert settled.tallies[0].settled == claimed
     assert not settled.refuted
-    assert f"forged: {claimed} float64 violations of 120, none of them proved" in verify.table(settled)
+    assert f"forged: {claimed} float64 violations of 120, none of them proved" in command.text(settled)
     # What nobody has examined is not settled.
     monkeypatch.setattr(certify, "EXAMINED", 5)
     assert run(1).findings == claimed - 5
@@ -153,5 +158,5 @@ def test_the_flag_takes_one_number(capsys):
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(AlignProError) as caught:
-        verify.verify(**arguments, quiet=True)
+        verify(**arguments, quiet=True)
     assert str(caught.value).startswith(message)

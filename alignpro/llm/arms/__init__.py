@@ -1,1 +1,1 @@
-"""What is done with a prompter, a frozen model and a reward: roll out, resample, judge, enumerate."""
+"""Experiments with a prompter, a frozen model and a reward: roll out, resample, judge, enumerate."""

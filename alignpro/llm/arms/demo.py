@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json
-from alignpro.llm.arms.enumerate import Enumeration, EnumerationSettings, enumerate_models
+from alignpro.llm.arms.enumerate import Enumeration, enumerate_models
+from alignpro.llm.arms.settings import EnumerationSettings
 from alignpro.llm.data import own
 from alignpro.llm.data.packaged import instructions
 from alignpro.llm.models import catalogue
@@ -31,6 +32,7 @@ from alignpro.llm.rewards import opening
 from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.rewards.reward import Reward
 from alignpro.llm.training import tree
+from alignpro.llm.training.settings import TreeSettings
 from alignpro.report.numbers import Json, plain
 from alignpro.runs import environment, refuse_other_settings
 from alignpro.theory import Instance, Solution, check, solution
@@ -60,7 +62,7 @@ class DemoSettings:
     exact_rewards: bool = True
     """Reward a rewrite with R(x, x′); otherwise with r(x, y) of one sampled response."""
     enumeration: EnumerationSettings = field(default_factory=EnumerationSettings)
-    training: tree.TrainSettings = field(default_factory=tree.TrainSettings)
+    training: TreeSettings = field(default_factory=TreeSettings)
     seed: int = 0
     """Determines the prompts, the samples and the training."""
 
@@ -77,7 +79,7 @@ class DemoSettings:
 QUICK = DemoSettings(
     prompts=3,
     enumeration=EnumerationSettings(rewrites=8, responses=12, response_tokens=24),
-    training=tree.TrainSettings(iterations=4),
+    training=TreeSettings(iterations=4),
 )
 """A small run: the same code on smaller sets."""
 
@@ -178,7 +180,7 @@ def _run(out: Path, settings: DemoSettings, resume: bool, command: str | None) -
 
     # Names first: a slip in one should cost no download.
     catalogue.check_name(settings.model)
-    opening.check_name(settings.reward)
+    opening.read_spec(settings.reward)
     with stage("load"):
         prompts = user_prompts(settings)
         reward = load_reward(settings.reward)
@@ -208,7 +210,7 @@ def _run(out: Path, settings: DemoSettings, resume: bool, command: str | None) -
         environment=environment(),
         settings=asdict(settings),
         reward_model=reward.describe(),
-        curve=trained.curve,
+        curve=trained.metrics,
         seconds=dict(timings),
     )
     write_json(out / "report.json", plain(result))
@@ -239,14 +241,14 @@ def enumerated(
 def fit(
     enumeration: Enumeration,
     measures: Measures,
-    training: tree.TrainSettings,
+    training: TreeSettings,
     model: Any,
     tokenizer: Any,
     folder: Path,
     *,
     exact_rewards: bool,
     resume: bool,
-) -> tree.Trained:
+) -> tree.TrainedTree:
     """Train on the enumeration into `folder`, with a progress bar that shows how near ρ* is."""
     with tqdm(
         total=training.iterations * training.epochs,

@@ -1,4 +1,4 @@
-"""A real prompter and a real frozen model as an exact `Instance`.
+"""Enumeration: a real prompter and a real frozen model as an exact `Instance`.
 
 For each user prompt x, rewrites are sampled from the prompter and responses from the frozen model under
 every rewrite. Both models are then restricted to the prefix trees of what was sampled
@@ -22,12 +22,13 @@ from transformers import PreTrainedTokenizerBase
 
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
+from alignpro.llm.arms.settings import EnumerationSettings
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import how_of
 from alignpro.llm.models.policy import end_tokens
 from alignpro.llm.policies.prompter import Template, check_room, target_ids
 from alignpro.llm.policies.tree import PrefixTree, TreeTask, leaf_probabilities
-from alignpro.llm.rewards.reward import Reward
+from alignpro.llm.rewards.reward import Reward, check_scores
 from alignpro.theory import Instance, Names, load
 
 Tokens = tuple[int, ...]
@@ -87,34 +88,6 @@ def sample(
     return out
 
 
-@dataclass(frozen=True)
-class EnumerationSettings:
-    """How large the finite sets are, and how they are drawn."""
-
-    rewrites: int = 16
-    """Distinct rewrites per prompt at most, the original prompt among them."""
-    responses: int = 32
-    """Distinct responses per prompt at most."""
-    rewrite_tokens: int = 32
-    """Longest rewrite; candidates that do not end by then are dropped."""
-    response_tokens: int = 40
-    """Longest response; longer ones are cut there, as a token limit would."""
-    candidate_temperature: float = 0.9
-    """Temperature at which CANDIDATE rewrites are drawn. The policies always have temperature 1."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("rewrites", 2), ("responses", 2), ("rewrite_tokens", 2), ("response_tokens", 1)):
-            if getattr(self, name) < least:
-                raise AlignProError(f"{name} = {getattr(self, name)}: give at least {least}")
-        if not (np.isfinite(self.candidate_temperature) and self.candidate_temperature > 0):
-            raise AlignProError(
-                f"candidate_temperature = {self.candidate_temperature}: give a positive number"
-            )
-        if self.seed < 0:
-            raise AlignProError(f"seed = {self.seed}: give 0 or more")
-
-
 def sample_rewrites(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -123,7 +96,7 @@ def sample_rewrites(
     settings: EnumerationSettings,
     progress: Progress = _silent,
 ) -> list[list[Tokens]]:
-    """For each prompt, token sequences of distinct rewrites; the first is the original prompt itself.
+    """Draw token sequences of distinct rewrites for each prompt; the first is the prompt itself.
 
     Raises:
         AlignProError: no candidate of some prompt was usable.
@@ -172,7 +145,7 @@ def sample_responses(
     settings: EnumerationSettings,
     progress: Progress = _silent,
 ) -> list[list[Tokens]]:
-    """For each prompt, token sequences of distinct responses, drawn evenly under all of its rewrites."""
+    """Draw token sequences of distinct responses for each prompt, evenly under all of its rewrites."""
     found: list[dict[Tokens, None]] = [{} for _ in rewrites]
     for attempt in range(4):
         rows = []
@@ -200,9 +173,9 @@ class Enumeration:
 
     Attributes:
         prompts: X user prompts.
-        prompt_ids: for each, the token ids that the prompter continues.
-        rewrite_ids, response_ids: for each, the leaves of its two trees.
-        rewrites, responses: their texts.
+        prompt_ids: for each prompt, the token ids that the prompter continues.
+        rewrite_ids, response_ids: for each prompt, the leaves of its two trees, as tokens.
+        rewrites, responses: for each prompt, the leaves as texts.
         instance: rows of `frozen` and columns of `prior` are all rewrites, prompt by prompt; columns of
             `frozen` and `reward` all responses, prompt by prompt.
     """
@@ -233,10 +206,10 @@ class Enumeration:
         return rho
 
     def task(self, *, exact_rewards: bool = True) -> TreeTask:
-        """The prompter's environment.
+        """The prompter's environment on its trees.
 
         Args:
-            exact_rewards: reward a rewrite with R(x, x′); otherwise with r(x, y) of one sampled response.
+            exact_rewards: reward a rewrite x′ with R(x, x′); otherwise with r(x, y) of one sampled response.
         """
         reward, frozen = np.asarray(self.instance.reward), np.asarray(self.instance.frozen)
         expected = reward @ frozen.T
@@ -350,11 +323,10 @@ def enumerate_models(
     tick = stage("rewarding", count)
     scores = np.empty((count, len(all_responses)))
     for x, prompt in enumerate(prompts):
-        scores[x] = reward.score([prompt] * len(all_responses), all_responses)
-        if not ((scores[x] >= reward.low) & (scores[x] <= reward.high)).all():
-            raise AlignProError(
-                f"prompt {prompt!r}: a reward leaves the declared range [{reward.low}, {reward.high}]"
-            )
+        asked = [prompt] * len(all_responses)
+        scores[x] = check_scores(
+            asked, all_responses, reward.score(asked, all_responses), reward.low, reward.high
+        )
         tick(1)
 
     instance = assemble(prior_rows, frozen_rows, scores, prompts, rewrites, responses)

@@ -178,8 +178,9 @@ def opening(settings: JudgeSettings) -> Callable[[], Target]:
         if "model" not in given:
             raise AlignProError(f"judge_model: name the model that {settings.judge} serves")
         from alignpro.llm.targets.endpoint import Endpoint
+        from alignpro.llm.targets.settings import EndpointSettings
 
-        opened = Endpoint(base_url=settings.judge, **given)
+        opened = Endpoint(settings.judge, EndpointSettings(**given))
         return lambda: opened
     if given:
         raise AlignProError(

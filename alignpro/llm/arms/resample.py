@@ -7,7 +7,7 @@ rewrites = resample(proposals[0], lam=0.05, draws=8)
 What any training must beat at equal `calls`. Nothing here needs torch.
 
 The winner's curse: a reward R̂ that chose a rewrite is optimistic for it, since luck was chosen too. The
-values of `star` and `best_of_n` are too high where R̂ is noisy; report those of `evaluate`, on fresh answers.
+values of `star` and `best_of_n` are too high where R̂ is noisy; report those of `evaluate.evaluate`.
 """
 
 import json
@@ -15,39 +15,42 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from alignpro.errors import AlignProError
+from alignpro.estimation.intervals import LEAST_PROMPTS, bootstrap_t
 from alignpro.files import write_text
 from alignpro.llm.models.sampling import digest, is_int
 
 if TYPE_CHECKING:
     from alignpro.llm.policies.prompter import Prompter
-    from alignpro.llm.training.open_ended import Environment
+    from alignpro.llm.training.environment import Environment
+
 
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """What one prompt's rewrites are worth. Its fields are JSON values.
+    """Rewrites of one prompt and what they are worth. Its fields are JSON values.
 
     Raises:
         AlignProError: no rewrites, not one finite reward for each, or counts out of range.
     """
 
     prompt: str
-    """x."""
+    """The user's prompt x."""
     rewrites: tuple[str, ...]
-    """[n] draws from ρ_sft(·|x), repeats included."""
+    """Draws from ρ_sft(·|x), n of them, repeats included."""
     rewards: tuple[float, ...]
-    """[n] R̂ of each: the mean reward over `responses` answers; equal rewrites share their answers."""
+    """Estimate R̂ of each: the mean reward over `responses` answers; equal rewrites share their answers."""
     responses: int = 1
-    """Answers to each distinct rewrite: samples 0 … responses−1 of π_F."""
+    """Answers to each distinct rewrite, the first that π_F gives."""
     calls: int = 0
-    """Answers asked of π_F for all this, those that a cache served included."""
+    """Answers asked of π_F for all rewrites, those that a cache served included."""
     original: float | None = None
     """R̂ of x itself as its own rewrite, where it was asked for."""
 
@@ -57,8 +60,8 @@ class Proposals:
         n, numbers = len(self.rewrites), [*self.rewards, self.original or 0.0]
         if not n or len(self.rewards) != n or not np.isfinite(numbers).all():
             raise AlignProError(f"rewards of {self.prompt!r}: give a finite one for each of its {n} rewrites")
-        _whole(1, responses=self.responses)
-        _whole(0, calls=self.calls)
+        check_counts(1, responses=self.responses)
+        check_counts(0, calls=self.calls)
 
 
 def propose(
@@ -85,7 +88,7 @@ def propose(
         AlignProError: arguments out of range; or from the prompter, π_F or the reward.
     """
     responses = environment.responses if responses is None else responses
-    _whole(1, n=n, responses=responses)
+    check_counts(1, n=n, responses=responses)
     _distinct(prompts)
     drawn = prompter.rewrites(prompts, n, seed=seed)
     return appraise(environment, prompts, drawn, responses=responses, include_original=include_original)
@@ -134,7 +137,7 @@ def answers(environment: "Environment", prompts: Sequence[str], n: int) -> list[
     Raises:
         AlignProError: arguments out of range, no target; or from π_F or the reward.
     """
-    _whole(1, n=n)
+    check_counts(1, n=n)
     _distinct(prompts)
     if environment.target is None:
         raise AlignProError("environment: has no target; give the frozen model that answers")
@@ -150,12 +153,12 @@ def answers(environment: "Environment", prompts: Sequence[str], n: int) -> list[
 
 
 def save_proposals(path: str | Path, proposals: Sequence[Proposals]) -> None:
-    """One JSON line for each prompt, atomically."""
+    """Write one JSON line for each prompt, atomically."""
     write_text(path, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in proposals))
 
 
 def load_proposals(path: str | Path) -> list[Proposals]:
-    """What `save_proposals` wrote.
+    """Read what `save_proposals` wrote.
 
     Raises:
         AlignProError: the file cannot be read (line 0), or a line that is none, by its number.
@@ -181,11 +184,11 @@ class Star:
     """
 
     weights: Array
-    """[n], summing to 1. Equal rewrites have one weight for each time drawn."""
+    """Weight of each of the n draws, summing to 1; equal rewrites have one for each time drawn."""
     ess: float
     """Effective sample size (Σw)²/Σw², from 1 to n."""
     value: float
-    """Ĵ = Σ w R̂, reward units."""
+    """Mean reward under ρ*, Ĵ = Σ w R̂, in reward units."""
     free_energy: float
     """λ log Ẑ, Ẑ the mean of exp(R̂/λ): the optimal objective (eq. 9), reward units."""
     kl: float
@@ -194,7 +197,7 @@ class Star:
     prior_value: float
     """Mean R̂ under ρ_sft, unbiased."""
     warning: str
-    """Not empty where `ess` is below the stated share of n."""
+    """Sentence that says so where `ess` is below the stated share of n; else empty."""
 
 
 def star(proposals: Proposals, lam: float, *, share: float = 0.1) -> Star:
@@ -235,39 +238,109 @@ def star(proposals: Proposals, lam: float, *, share: float = 0.1) -> Star:
     )
 
 
-def table(proposals: Sequence[Proposals], lams: Sequence[float]) -> str:
-    """What resampling and best-of-n gain over ρ_sft by R̂, means over prompts, as lines of text.
+@dataclass(frozen=True)
+class Mean:
+    """A mean over prompts, and the 95% interval around it; None for its ends where prompts are too few."""
+
+    value: float
+    lo: float | None = None
+    hi: float | None = None
+
+
+@dataclass(frozen=True)
+class Tilted:
+    """Effect of reweighting the proposals to ρ* at one λ, by R̂: means over prompts."""
+
+    lam: float
+    """λ, in reward units."""
+    gain: Mean
+    """Mean reward beyond that of ρ_sft, in reward units."""
+    kl: float
+    """KL(ρ*‖ρ_sft) in nats."""
+    ess: float
+    """Effective sample size, out of the rewrites of one prompt."""
+    few: int
+    """Prompts whose effective sample size is too small; see `Star.warning`."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Effect of keeping the best of n proposals, by R̂: means over prompts."""
+
+    n: int
+    gain: Mean
+    """Mean reward beyond that of ρ_sft, in reward units."""
+    kl_bound: float
+    """Upper bound of the KL to ρ_sft, in nats; see `Best.kl_bound`."""
+
+
+@dataclass(frozen=True)
+class BestRewrite:
+    """The rewrite of one prompt that has the largest R̂."""
+
+    prompt: str
+    rewrite: str
+    reward: float
+    """R̂ of the rewrite, in reward units."""
+    mean: float
+    """Mean R̂ of all rewrites of the prompt."""
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Gains of the training-free prompter over ρ_sft. R̂ chose, so they are optimistic."""
+
+    n: int
+    """Rewrites of each prompt."""
+    prior: float
+    """Mean R̂ of ρ_sft, in reward units."""
+    tilted: tuple[Tilted, ...]
+    """Reweighting to ρ*, by λ."""
+    best: tuple[Kept, ...]
+    """Best of n: the powers of two, and all."""
+    rewrites: tuple[BestRewrite, ...]
+    """The best rewrite of each prompt."""
+
+
+def resampled(proposals: Sequence[Proposals], lams: Sequence[float]) -> Resampled:
+    """Weigh resampling at each λ, and best-of-n, against ρ_sft.
 
     Raises:
-        AlignProError: as `star`.
+        AlignProError: λ out of range.
     """
     n = min(len(p.rewrites) for p in proposals)
-    lines = [f"rho_sft: mean reward {np.mean([p.rewards for p in proposals]):.4f}, by R̂ as all below"]
-    lines.append(f"{'':>10}  {'gain':>8}  {'KL, nats':>8}  effective sample size of {n}")
+    prior = np.array([np.mean(p.rewards) for p in proposals])
+
+    def gain(values: Any) -> Mean:
+        each = np.array(values) - prior
+        if len(each) < LEAST_PROMPTS:
+            return Mean(float(each.mean()))
+        lo, hi = bootstrap_t(each, 0.95)
+        return Mean(float(each.mean()), float(lo), float(hi))
+
+    tilted = []
     for lam in lams:
-        found = [star(p, lam) for p in proposals]
-        rows = [(s.value - s.prior_value, s.kl, s.ess) for s in found]
-        gain, kl, ess = np.mean(rows, axis=0)
-        few = sum(bool(s.warning) for s in found)
-        warning = f"; too few on {few} of {len(found)} prompts" if few else ""
-        lines.append(f"{f'lam {lam:g}':>10}  {gain:>+8.4f}  {kl:>8.3f}  {ess:.1f}{warning}")
-    sizes = sorted({2**i for i in range(1, n.bit_length()) if 2**i <= n} | {n})
-    every = [best_of_n(p, n).values - np.mean(p.rewards) for p in proposals]
-    gains = np.mean(every, 0)
-    for size in sizes:
-        bound = math.log(size) - (size - 1) / size
-        lines.append(f"{f'best of {size}':>10}  {gains[size - 1]:>+8.4f}  {f'≤ {bound:.3f}':>8}")
-    lines.append("R̂ chose, so these gains are optimistic: alignpro rollout --arms star best_of_n asks afresh")
-    return "\n".join(lines)
+        stars = [star(p, lam) for p in proposals]
+        kl, ess = fmean(s.kl for s in stars), fmean(s.ess for s in stars)
+        few = sum(bool(s.warning) for s in stars)
+        tilted.append(Tilted(lam, gain([s.value for s in stars]), kl, ess, few))
+    values = np.array([best_of_n(p, n).values for p in proposals])
+    sizes = sorted({2**i for i in range(1, n.bit_length())} | {n})
+    best = [Kept(size, gain(values[:, size - 1]), _kl_bound(size)) for size in sizes]
+    rewrites = []
+    for p, mean in zip(proposals, prior.tolist(), strict=True):
+        top = max(range(len(p.rewrites)), key=p.rewards.__getitem__)
+        rewrites.append(BestRewrite(p.prompt, p.rewrites[top], p.rewards[top], mean))
+    return Resampled(n, float(prior.mean()), tuple(tilted), tuple(best), tuple(rewrites))
 
 
 def resample(proposals: Proposals, lam: float, draws: int = 1, *, seed: int = 0) -> list[str]:
     """[draws] rewrites from ρ* up to sampling error, with replacement; equal arguments, equal rewrites.
 
     Raises:
-        AlignProError: as `star`, or draws below 1.
+        AlignProError: λ out of range, or draws below 1.
     """
-    _whole(1, draws=draws)
+    check_counts(1, draws=draws)
     chosen = choose(star(proposals, lam).weights, draws, "resample", seed, proposals.prompt)
     return [proposals.rewrites[i] for i in chosen]
 
@@ -277,14 +350,14 @@ class Best:
     """The best of n of the N draws by R̂: draw n, keep one of the largest R̂."""
 
     weights: Array
-    """[N] chance of each to be kept, over all choices of n among the N; ties share. n = N: the best alone."""
+    """Chance of each of the N draws to be kept, over all choices of n among them; ties share."""
     value: float
-    """Σ weights·R̂ = values[n−1]."""
+    """Mean R̂ of what is kept, Σ weights·R̂, in reward units."""
     values: Array
-    """[n] mean of the largest R̂ of 1, …, n draws: unbiased for E max R̂ over independent draws. For the mean R
-    of what is kept it is biased up (the winner's curse) unless R̂ is exact."""
+    """Mean of the largest R̂ of 1 to n draws, [n]: unbiased for E max R̂ over independent draws. For the mean
+    reward of what is kept it is biased up (the winner's curse) unless R̂ is exact."""
     kl_bound: float
-    """log n − (n−1)/n ≥ KL(best of n‖ρ_sft) in nats (arXiv 2401.01879), of the rule before any draw."""
+    """Upper bound log n − (n−1)/n of KL(best of n‖ρ_sft) in nats (arXiv 2401.01879)."""
 
 
 def best_of_n(proposals: Proposals, n: int | None = None) -> Best:
@@ -313,64 +386,11 @@ def best_of_n(proposals: Proposals, n: int | None = None) -> Best:
     _, tie, count = np.unique(r[order], return_inverse=True, return_counts=True)
     weights = np.zeros(size)
     weights[order] = (np.bincount(tie, chance) / count)[tie]
-    return Best(weights, values[-1], np.array(values), math.log(n) - (n - 1) / n)
+    return Best(weights, values[-1], np.array(values), _kl_bound(n))
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A choice's rewards on answers that had no part in it."""
-
-    values: Array
-    """[X] mean reward of each prompt's choice; unbiased given the proposals."""
-    value: float
-    """Their mean, Ĵ."""
-    standard_error: float
-    """Of `value`, over prompts (one prompt's draws are no independent evidence); nan with one prompt."""
-    calls: int
-    """Answers asked of π_F."""
-
-
-def evaluate(
-    proposals: Sequence[Proposals],
-    choices: Sequence[Array],
-    environment: "Environment",
-    draws: int = 1,
-    *,
-    seed: int = 0,
-) -> Evaluation:
-    """J of chosen rewrites on fresh answers: x′ ~ choice, y ~ π_F(·|x′), `draws` times for each prompt.
-
-    Free of the winner's curse: the answers are samples of π_F beyond those that R̂ was made of, also where the
-    environment is the one that proposed.
-
-    Args:
-        choices: for each prompt, the `weights` of `star` or `best_of_n`, or others that sum to 1.
-        draws: of each prompt.
-        seed: of the draws from the choices.
-
-    Raises:
-        AlignProError: choices that do not fit; or from π_F or the reward.
-    """
-    _whole(1, draws=draws)
-    if not proposals or len(choices) != len(proposals):
-        raise AlignProError(f"choices: {len(choices)} for {len(proposals)} prompts; give one for each")
-    rewrites: list[str] = []
-    for p, choice in zip(proposals, choices, strict=True):
-        w = np.asarray(choice, float)
-        if w.shape != (len(p.rewrites),) or not (w >= 0).all() or not abs(w.sum() - 1) < 1e-6:
-            raise AlignProError(
-                f"choices: that of {p.prompt!r} must be {len(p.rewrites)} weights of sum 1; take a `weights`"
-            )
-        rewrites += [p.rewrites[i] for i in choose(w, draws, "evaluate", seed, p.prompt)]
-    scores = replace(environment, responses=1).score(
-        [p.prompt for p in proposals for _ in range(draws)],
-        rewrites,
-        [p.responses + i for p in proposals for i in range(draws)],
-    )
-    values = np.asarray(scores, float).reshape(len(proposals), draws).mean(1)
-    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    calls = 0 if environment.target is None else len(rewrites)
-    return Evaluation(values, float(values.mean()), error, calls)
+def _kl_bound(n: int) -> float:
+    return math.log(n) - (n - 1) / n
 
 
 def choose(weights: Array, draws: int, *key: str | int) -> Array:
@@ -385,7 +405,7 @@ def _distinct(prompts: Sequence[str]) -> None:
         raise AlignProError("prompts: give a list of distinct strings, at least one")
 
 
-def _whole(least: int, **values: int) -> None:
+def check_counts(least: int, **values: int) -> None:
     for name, value in values.items():
         if not is_int(value) or value < least:
             raise AlignProError(f"{name} {value!r}: choose a whole number of at least {least}")

@@ -1,7 +1,7 @@
 """Rollouts of real models: what each arm rewrote, what π_F answered, its reward, and every log-probability.
 
 All that needs a GPU ends here: `rollouts.jsonl` holds one `alignpro.rollouts.Rollout` a line, and everything
-after runs anywhere. A row of `ARMS` is how an arm draws its rewrites.
+after runs anywhere. How an arm draws its rewrites is in `draws`.
 
 Log-probabilities are of token sequences, end tokens included, under the sampler that drew them: the model's
 own distribution at temperature 1 with nothing truncated, the processed one otherwise, where what the sampler
@@ -9,260 +9,41 @@ cannot give has −inf. Both of log π_F(y|x) and log π_F(y|x′) come from one
 ratio carries no more than that dtype's noise. Where the backend has none they are null.
 """
 
-import gc
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
+from alignpro import rollouts
 from alignpro.errors import AlignProError
-from alignpro.files import atomic_write, read_json, writable_folder, write_json
-from alignpro.llm.arms.resample import Array, appraise, best_of_n, choose, star
+from alignpro.estimation.terms import Arm as ArmRows
+from alignpro.estimation.terms import Term, estimates
+from alignpro.files import atomic_write, read_json, read_json_lines, writable_folder, write_json
+from alignpro.llm.arms.draws import Arm, Array, Work, arms_of, draws_of, stream
+from alignpro.llm.arms.resample import Mean
 from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.llm.models.sampling import Sampling, digest
-from alignpro.llm.targets.target import Answer, Target
+from alignpro.llm.rewards.reward import check_scores
+from alignpro.llm.targets.target import Answer
 from alignpro.rollouts import Rollout
 from alignpro.runs import refuse_other_settings
 
-if TYPE_CHECKING:
-    from alignpro.llm.policies.prompter import Prompter
-    from alignpro.llm.rewards.reward import Reward
-
-T = TypeVar("T")
-Scorer = Callable[..., Array]
-"""`LocalTarget.log_probs`."""
-
 FILE = "rollouts.jsonl"
 PARTIAL = "rollouts.partial.jsonl"
-"""What there is so far, whole blocks of prompts; it becomes `FILE` when all arms are done."""
+"""The rollouts so far, in whole blocks of prompts; it becomes `FILE` when all arms are done."""
 SETTINGS_FILE = "settings.json"
 BLOCK = 32
 """Prompts that are rolled out together: what an interruption costs at most, answers apart."""
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One arm and seed of an experiment.
-
-    Args:
-        name: a row of `ARMS`, rlhf, or any other name of a trained prompter's.
-        seed: of its draws, its answers, and its rows.
-        folder: of the trained prompter or policy.
-    """
-
-    name: str
-    seed: int = 0
-    folder: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name} (seed {self.seed})"
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One x′, and its log-probabilities in nats under the arm's prompter and ρ_sft, where they are known."""
-
-    rewrite: str | None
-    prompter: float | None = None
-    reference: float | None = None
-
-
-def arms_of(settings: RolloutSettings) -> list[Arm]:
-    """The arms that the settings name, in order.
-
-    Raises:
-        AlignProError: an unknown arm, one named twice, or none.
-    """
-    named = list(settings.arms)
-    for name in named:
-        if name not in ARMS:
-            given = "; name its folder in trained" if name == "trained" else ""
-            given = "; name its folder in rlhf" if name == "rlhf" else given
-            raise AlignProError(f"arms {name!r}: choose from {', '.join(ARMS)}{given}")
-    if len(set(named)) != len(named):
-        raise AlignProError(f"arms {' '.join(named)}: name each once")
-    found = [Arm(name, settings.seed) for name in named]
-    for given in settings.trained:
-        name, _, folder = given.rpartition("=") if not Path(given).expanduser().exists() else ("", "", given)
-        if name in ARMS or name == "rlhf":
-            raise AlignProError(f"trained {given!r}: {name} is an arm of its own; choose another name")
-        name = name or "trained"
-        found.append(Arm(name, settings.seed + sum(arm.name == name for arm in found), folder))
-    found += [Arm("rlhf", settings.seed + i, folder) for i, folder in enumerate(settings.rlhf)]
-    if not found:
-        raise AlignProError(f"arms: none given; choose from {', '.join(ARMS)}, or give trained or rlhf")
-    return found
-
-
-@dataclass
-class Work:
-    """What rollouts need, opened when it is.
-
-    Args:
-        settings: draws, answers and the rest.
-        reward: r(x, y).
-        target: π_F, behind a cache.
-        scorer: π_F's `log_probs`, or None where it has none.
-        sampling: how π_F, and a tuned policy in its place, decode.
-        open_prompter: from "" (ρ_sft) or a trained prompter's folder.
-        open_policy: from the folder of an rlhf policy: the policy behind a cache, and its scorer.
-        batch_size: rewrites drawn at once.
-    """
-
-    settings: RolloutSettings
-    reward: "Reward"
-    target: Target
-    scorer: Scorer | None
-    sampling: Sampling
-    open_prompter: "Callable[[str], Prompter]"
-    open_policy: Callable[[str], tuple[Target, Scorer]]
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        self.prompter = _keeping_last(self._trained)
-        self.policy = _keeping_last(self.open_policy)
-
-    @cached_property
-    def reference(self) -> "Prompter":
-        """ρ_sft."""
-        return self._open("")
-
-    def _trained(self, folder: str) -> "Prompter":
-        found = self._open(folder)
-        if found.template != self.reference.template:
-            raise AlignProError(
-                f"trained {folder}: its template is not that of ρ_sft; name the prompter it was trained from"
-            )
-        return found
-
-    def _open(self, folder: str) -> "Prompter":
-        opened, tokens = self.open_prompter(folder), self.settings.rewrite_tokens
-        return opened if tokens is None else replace(opened, max_tokens=tokens)
-
-
-def _keeping_last(open_one: Callable[[str], T]) -> Callable[[str], T]:
-    """What was opened last is kept, and freed before the next."""
-    kept: dict[str, T] = {}
-
-    def get(name: str) -> T:
-        if name not in kept:
-            kept.clear()
-            gc.collect()
-            kept[name] = open_one(name)
-        return kept[name]
-
-    return get
-
-
-# --- arms: how each draws its rewrites -------------------------------------------------------------------
-
-Rewrites = list[list[tuple[tuple[int, ...], float]]]
-
-
-def _sample(prompter: "Prompter", prompts: Sequence[str], keys: list[list[int]], batch_size: int) -> Rewrites:
-    """[prompts][keys] token ids x′ ~ ρ(·|x) and log ρ(x′|x), kept from sampling."""
-    from alignpro.llm.models.policy import sample_and_score
-
-    ids = prompter.prompt_ids(prompts)
-    sampling = Sampling(max_tokens=prompter.max_tokens)
-    pad = prompter.tokenizer.pad_token_id
-    drawn = sample_and_score(prompter.model, pad, ids, keys, sampling, batch_size=batch_size)
-    return [[(tuple(said), math.fsum(values)) for said, values in row] for row in drawn]
-
-
-def _keys(kind: str, seed: int, prompts: Sequence[str], n: int) -> list[list[int]]:
-    from alignpro.llm.models.policy import sample_key
-
-    return [[sample_key(kind, seed, x, i) for i in range(n)] for x in prompts]
-
-
-def _text(prompter: "Prompter", x: str, ids: tuple[int, ...]) -> str:
-    return prompter.template.rewrite(prompter.tokenizer, x, ids)
-
-
-def _none(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
-    """x itself."""
-    return [[Draw(x)] * work.settings.draws for x in prompts]
-
-
-def _sft(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
-    """x′ ~ ρ_sft."""
-    keys = _keys("rollout", arm.seed, prompts, work.settings.draws)
-    rows = _sample(work.reference, prompts, keys, work.batch_size)
-    return [
-        [Draw(_text(work.reference, x, ids), value, value) for ids, value in row]
-        for x, row in zip(prompts, rows, strict=True)
-    ]
-
-
-def _trained(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
-    """x′ ~ ρ_θ, scored by ρ_sft too."""
-    import torch
-
-    from alignpro.llm.models.policy import log_probs
-
-    prompter, reference = work.prompter(arm.folder), work.reference
-    keys = _keys("rollout", arm.seed, prompts, work.settings.draws)
-    rows = _sample(prompter, prompts, keys, work.batch_size)
-    given = reference.prompt_ids(prompts)
-    pairs = [(start, ids) for start, row in zip(given, rows, strict=True) for ids, _ in row]
-    with torch.inference_mode():
-        scores = log_probs(reference.model, [start for start, _ in pairs], [ids for _, ids in pairs])
-    values = iter(scores.log_probs.double().sum(1).tolist())
-    return [
-        [Draw(_text(prompter, x, ids), value, next(values)) for ids, value in row]
-        for x, row in zip(prompts, rows, strict=True)
-    ]
-
-
-def _resampled(weigh: Callable[..., Array]) -> Callable[..., list[list[Draw]]]:
-    """Draws by weights over proposals from ρ_sft, whose answers are asked for again: those that chose count
-    no more. The density of what results is known up to the error of R̂ only, so none is given."""
-
-    def arm_draws(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
-        from alignpro.llm.training.open_ended import Environment
-
-        settings, reference = work.settings, work.reference
-        keys = _keys("proposals", arm.seed, prompts, settings.proposals)
-        rows = _sample(reference, prompts, keys, work.batch_size)
-        texts = [[_text(reference, x, ids) for ids, _ in row] for x, row in zip(prompts, rows, strict=True)]
-        environment = Environment(
-            work.reward, work.target, work.sampling, seed=_stream("proposals", arm.seed)
-        )
-        found = appraise(environment, prompts, texts, responses=settings.proposal_answers)
-        out = []
-        for p, row in zip(found, rows, strict=True):
-            chosen = choose(weigh(settings, p), settings.draws, "rollout", arm.name, arm.seed, p.prompt)
-            out.append([Draw(p.rewrites[i], None, row[i][1]) for i in chosen])
-        return out
-
-    return arm_draws
-
-
-ARMS: dict[str, Callable[[Work, Arm, Sequence[str]], list[list[Draw]]]] = {
-    "none": _none,
-    "sft": _sft,
-    "star": _resampled(lambda s, p: star(p, s.lam).weights),
-    "best_of_n": _resampled(lambda s, p: best_of_n(p, s.best_of).weights),
-}
-"""Arms without training: the draws [prompts][draws] of each."""
-
-
 def prompt_id(x: str) -> str:
-    """A name for x that is the same in every file."""
+    """Name of the prompt x, the same in every file."""
     return digest("prompt", x).hex()[:16]
-
-
-def _stream(kind: str, seed: int) -> int:
-    """Seed of π_F's answers. Training's own seeds are small: what was trained on is not met again."""
-    return int.from_bytes(digest("rollout", kind, seed)[:7])
 
 
 # --- rows ------------------------------------------------------------------------------------------------
@@ -284,15 +65,10 @@ def block_rows(
     Raises:
         AlignProError: from the prompter, π_F or the reward; `Stopped` where a budget is spent.
     """
-    from alignpro.llm.rewards.reward import check_scores
-
-    settings, n = work.settings, work.settings.answers
+    n = work.settings.answers
     rlhf = arm.name == "rlhf"
     target, policy_scorer = work.policy(arm.folder) if rlhf else (work.target, None)
-    if rlhf:
-        draws = [[Draw(None)] * settings.draws for _ in prompts]
-    else:
-        draws = ARMS.get(arm.name, _trained)(work, arm, prompts)
+    draws = draws_of(work, arm, prompts)
     flat = [(x, d, draw) for x, row in zip(prompts, draws, strict=True) for d, draw in enumerate(row)]
     # Something, even where the rewrite is empty: as in training.
     said = [x if draw.rewrite is None else draw.rewrite for x, _, draw in flat]
@@ -302,7 +78,7 @@ def block_rows(
         work.sampling,
         first=[d * n for _, d, _ in flat],
         samples=n,
-        seed=_stream("answers", arm.seed),
+        seed=stream("answers", arm.seed),
         on_answer=lambda *_: on_answer(),
     )
     answers = [answer for row in answered for answer in row]
@@ -347,7 +123,7 @@ def block_rows(
 def _frozen_scores(
     work: Work, xs: list[str], rewrites: list[str], answers: list[Answer], rlhf: bool
 ) -> tuple[Array | None, Array | None]:
-    """log π_F(y|x) and log π_F(y|x′). Where x′ is x they are one number, computed once."""
+    """log π_F(y|x) and log π_F(y|x′), in nats; where x′ is x they are one number, computed once."""
     if work.scorer is None:
         return None, None
     if rlhf:  # drawn from the policy: π_F may exclude it
@@ -365,7 +141,7 @@ def _frozen_scores(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be rolled out into a folder, and what of it is there.
+    """The rollouts that a folder is to hold, and those that it holds already.
 
     Attributes:
         todo: arms and blocks of prompts, in order.
@@ -381,11 +157,11 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """How many are still to come."""
+        """Rollouts that are still to come."""
         return sum(len(block) for _, block in self.todo) * self.settings.draws * self.settings.answers
 
     def asks(self) -> tuple[int, int, int]:
-        """At most: rewrites drawn, answers of the frozen model, answers of tuned policies."""
+        """Upper limits of what is still to come: rewrites, answers of the frozen model, of tuned policies."""
         s = self.settings
         rewrites = frozen = policies = 0
         for arm, block in self.todo:
@@ -402,7 +178,7 @@ class Plan:
         return rewrites, frozen, policies
 
     def line(self, sampling: Sampling) -> str:
-        """What is still to come, at most, as one line."""
+        """One line that says how much is still to come, at most."""
         rewrites, frozen, policies = self.asks()
         done = f" ({len(self.kept)} rollouts kept)" if self.kept else ""
         line = f"{len(self.prompts)} prompts; {', '.join(map(str, self.arms))}{done}: {rewrites} rewrites"
@@ -524,6 +300,69 @@ def _lines(folder: Path) -> tuple[list[tuple[Key, bytes]], dict[Key, int]]:
                 found.append((key, line))
                 counts[key] = counts.get(key, 0) + 1
     return found, counts
+
+
+# --- what was rolled out ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """One arm's rollouts."""
+
+    name: str
+    mean: Mean
+    """Mean reward, in reward units."""
+    rollouts: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class RolloutSummary:
+    """A file of rollouts at a glance."""
+
+    path: Path
+    rollouts: int
+    prompts: int
+    low: float
+    """Declared range of the reward."""
+    high: float
+    arms: tuple[ArmSummary, ...]
+    texts: tuple[Rollout, ...]
+    """The first draw and answer of each arm to some of the prompts, by prompt."""
+
+
+def summarise(path: Path, texts: int = 0) -> RolloutSummary:
+    """Read rollouts: the mean reward of each arm, and the texts of the first `texts` prompts.
+
+    Raises:
+        AlignProError: from `rollouts.read`.
+    """
+    found = rollouts.read(path)
+    arms = []
+    for name in found.arms:
+        mine = found.rows(name)
+        try:
+            rows = ArmRows(found, name)
+            term = Term(rows.mean(rows.reward), found.low, found.high, frozenset({name}), "none", "")
+            e = estimates({name: term}, found, 0.95)[name]
+            mean = Mean(e.value, e.lo, e.hi)
+        except AlignProError:  # too few prompts, or one that the arm lacks: no interval
+            mean = Mean(float(found.reward[mine].mean()))
+        arms.append(ArmSummary(name, mean, int(mine.sum()), len(set(found.seed[mine].tolist()))))
+    first: dict[str, dict[str, Rollout]] = {}
+    for row in read_json_lines(path) if texts else ():
+        if row["draw"] == row["answer"] == 0 and (row["prompt_id"] in first or len(first) < texts):
+            row = Rollout(**{name: row[name] for name in rollouts.FIELDS})
+            first.setdefault(row.prompt_id, {}).setdefault(row.arm, row)
+    return RolloutSummary(
+        path,
+        len(found),
+        len(found.prompt_ids),
+        found.low,
+        found.high,
+        tuple(arms),
+        tuple(row for rows in first.values() for row in rows.values()),
+    )
 
 
 def sha256(path: Path) -> str:

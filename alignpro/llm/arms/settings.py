@@ -1,44 +1,70 @@
-"""Settings of `alignpro rollout`: which arms, how many draws and answers."""
+"""Settings of rollouts and of enumeration. Nothing here needs torch or NumPy."""
 
-import math
 from dataclasses import dataclass
 
 from alignpro.errors import AlignProError
-from alignpro.llm.training.settings import _check_whole
+from alignpro.llm.training.settings import check_positive, check_whole
 
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """What is rolled out: which arms, and how often."""
+    """How prompters are rolled out: which arms, and how often."""
 
     arms: tuple[str, ...] = ("none", "sft")
-    """Any of none (the prompt itself), sft (drawn from rho_sft), star (rho* by resampling) and best_of_n."""
+    """Arms to compare, any of: none (the prompt as it is), sft (rewrites of the reference prompter, rho_sft),
+    star (those, resampled to approach the optimal prompter, rho*) and best_of_n (the best of n of those)."""
     trained: tuple[str, ...] = ()
-    """Folders of trained prompters: one arm, trained, with a seed for each; NAME=FOLDER makes an arm NAME."""
+    """Folders of trained prompters to compare too. They are one arm, called trained, with a seed for each;
+    NAME=FOLDER makes an arm called NAME instead."""
     rlhf: tuple[str, ...] = ()
-    """Folders that train --task rlhf wrote: the arm rlhf, where the policy answers the prompt itself."""
+    """Folders that train --task rlhf wrote. They make the arm rlhf: no rewrite, the tuned model answers."""
     draws: int = 4
-    """Rewrites of each prompt in each arm and seed."""
+    """How many rewrites of each prompt, in each arm and seed; more narrow the intervals and cost answers."""
     answers: int = 2
-    """Answers to each of them."""
+    """How many answers to each rewrite. At least 2 tell the noise of answers from that of rewrites."""
     rewrite_tokens: int | None = None
-    """Tokens of a rewrite, at most. Default: as the trained prompters were trained, or rho_sft's own."""
+    """The most tokens of one rewrite. Left out: as many as the trained prompters were trained with, or as
+    the reference prompter was made for."""
     lam: float = 0.05
-    """star: lambda, positive, in units of the reward."""
+    """For star: lambda, positive, in units of the reward, as in training. The smaller, the further rewrites
+    go from what rho_sft would write."""
     proposals: int = 16
-    """star, best_of_n: rewrites drawn from rho_sft, from which each resamples."""
+    """For star and best_of_n: how many rewrites of rho_sft each prompt's are resampled from."""
     proposal_answers: int = 1
-    """star, best_of_n: answers that judge each distinct proposal; those to what is resampled are fresh."""
+    """For star and best_of_n: how many answers judge each distinct proposal. What is resampled is answered
+    afresh, so that luck in the judging does not count."""
     best_of: int | None = None
-    """best_of_n: n, at most the proposals. Default: all of them."""
+    """For best_of_n: n, at most the proposals. Left out: all proposals."""
     seed: int = 0
-    """Determines rewrites and answers. Trained arms count their seeds from here."""
+    """Number that determines rewrites and answers. Trained arms count their seeds from here."""
 
     def __post_init__(self) -> None:
-        _check_whole(self, {"draws": 1, "answers": 1, "proposals": 1, "proposal_answers": 1, "seed": 0})
+        check_whole(self, {"draws": 1, "answers": 1, "proposals": 1, "proposal_answers": 1, "seed": 0})
         if self.rewrite_tokens is not None and self.rewrite_tokens < 1:
             raise AlignProError(f"rewrite_tokens {self.rewrite_tokens}: give at least 1, or leave it out")
-        if not (math.isfinite(self.lam) and self.lam > 0):
-            raise AlignProError(f"lam {self.lam}: give a positive, finite number")
+        check_positive(self, ("lam",))
         if self.best_of is not None and not 1 <= self.best_of <= self.proposals:
             raise AlignProError(f"best_of {self.best_of}: choose from 1 to the {self.proposals} proposals")
+
+
+@dataclass(frozen=True)
+class EnumerationSettings:
+    """How large the finite sets of rewrites and responses are, and how they are drawn."""
+
+    rewrites: int = 16
+    """Distinct rewrites of each prompt at most, the prompt itself among them."""
+    responses: int = 32
+    """Distinct responses to each prompt at most."""
+    rewrite_tokens: int = 32
+    """Longest rewrite in tokens; candidates that do not end by then are dropped."""
+    response_tokens: int = 40
+    """Longest response in tokens; longer ones are cut there, as a token limit would."""
+    candidate_temperature: float = 0.9
+    """Temperature at which candidates for rewrites are drawn; the policies always have temperature 1."""
+    seed: int = 0
+    """Determines which rewrites and responses are drawn."""
+
+    def __post_init__(self) -> None:
+        least = {"rewrites": 2, "responses": 2, "rewrite_tokens": 2, "response_tokens": 1, "seed": 0}
+        check_whole(self, least)
+        check_positive(self, ("candidate_temperature",))

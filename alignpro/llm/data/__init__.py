@@ -1,4 +1,4 @@
-"""Prompts and preferences."""
+"""Prompts and preference pairs."""
 
 from alignpro.moved import moved
 

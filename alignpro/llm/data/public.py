@@ -1,8 +1,7 @@
-"""User prompts and preference pairs of public data sets, and prompts from files of one's own.
+"""User prompts and preference pairs by the name of a data set, from packages or from the hub.
 
-`DATASETS` holds them by name: a function reads a package (see `data`), a `Source` says where a public data
-set is and what its columns mean. The rows come through the `datasets` library, from the hub or from a folder
-that holds the files of the hub's repository; both go through the same code.
+A public data set comes through the `datasets` library, from the hub or from a folder that holds the files of
+the hub's repository; both go through the same code.
 
 Four rules hold for all of them:
 
@@ -10,7 +9,7 @@ Four rules hold for all of them:
   questions by the makers of the data, from a list of some sixteen, and those of UltraFeedback differ between
   the answers to one prompt. Instructions of that kind are what a prompter is to find.
 - Prompts that differ only in case, punctuation or white space are one prompt; the first is kept.
-- The split is `data.split_of`, a hash of the normalised prompt, and the publishers' splits are joined before:
+- The split is `split_of`, a hash of the normalised prompt, and the publishers' splits are joined before:
   the test split of ultrafeedback_binarized lies within the training split of UltraFeedback. So no prompt is
   in two splits, whatever data sets are used together.
 - The order is a hash of the seed and the normalised prompt. So n prompts are a random sample, a larger n
@@ -23,7 +22,7 @@ import heapq
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,37 +30,33 @@ from typing import Any
 
 from alignpro.errors import AlignProError
 from alignpro.llm.data import packaged
-from alignpro.llm.data import split as data_split
+from alignpro.llm.data.own import Row
 from alignpro.llm.data.packaged import PreferencePair
-from alignpro.llm.data.split import Split, split_of
+from alignpro.llm.data.split import SPLITS, Split, normalised, split_of
 from alignpro.llm.models import download, packages
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set of the Hugging Face hub: where it is, and what its columns mean.
-
-    `grades` makes of a row its answers, each with a grade; of two answers to a prompt that with the higher
-    grade is preferred, and equal grades say nothing.
-    """
+    """A data set of the Hugging Face hub: where it is, and what its columns mean."""
 
     repository: str
-    """Hub id."""
+    """Hub id, owner/name."""
     licence: str
-    """As its card declares it."""
+    """Licence that its card declares."""
     prompt: str
     """Column of the user's prompt."""
     splits: tuple[str, ...] = ("train",)
-    """The publisher's, which are read one after the other."""
+    """Splits of the publisher, which are read one after the other."""
     answers: tuple[str, ...] = ()
     """Columns that `grades` reads."""
     grades: Callable[[Row], Iterable[tuple[float | None, str]]] | None = None
+    """Function that makes of a row its answers, each with a grade: of two answers to a prompt, that with the
+    higher grade is preferred, and equal grades say nothing. None where a data set has prompts only."""
     pooled: bool = False
     """Whether the answers to a prompt are in several rows, and comparable."""
     revision: str | None = None
-    """Commit, where a later one must not be taken."""
+    """Commit to read, where a later one must not be taken."""
 
 
 # Columns, splits and licences are those of the cards; docs/data.md has the sources.
@@ -113,18 +108,19 @@ DATASETS: dict[str, Callable[..., list[str]] | Source] = {
     ),
     "openorca": Source("Open-Orca/OpenOrca", "MIT", prompt="question"),
 }
+"""The data sets by name: a function returns the prompts of a package, a `Source` describes a public one."""
 
 
 def check_dataset(name: str, folder: str | Path | None = None, split: str | None = None) -> None:
-    """Refuse an unknown data set or split, and a folder that is none or is not for it, before any reading.
+    """Refuse what cannot be read, before any reading.
 
     Raises:
-        AlignProError: so.
+        AlignProError: the data set or the split is unknown, or the folder is none or not for that data set.
     """
     if name not in DATASETS:
         raise AlignProError(f"dataset {name!r}: choose from {', '.join(DATASETS)}, or give prompts_file")
-    if split is not None and split not in data_split.SPLITS:
-        raise AlignProError(f"split {split!r}: choose from {', '.join(data_split.SPLITS)}")
+    if split is not None and split not in SPLITS:
+        raise AlignProError(f"split {split!r}: choose from {', '.join(SPLITS)}")
     if folder is None:
         return
     if not isinstance(DATASETS[name], Source):
@@ -135,7 +131,7 @@ def check_dataset(name: str, folder: str | Path | None = None, split: str | None
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No log of retries and damaged files: one sentence at the end tells of them."""
+    """Silence the logs of retries and damaged files: one sentence at the end tells of them."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -154,14 +150,15 @@ def prompts(
     folder: str | Path | None = None,
     fits: Callable[[str], bool] | None = None,
 ) -> list[str]:
-    """Distinct prompts of a row of `DATASETS`, in an order fixed by `seed` alone.
+    """Read the distinct prompts of a row of `DATASETS`, in an order fixed by `seed` alone.
 
     Args:
-        name: of the data set.
-        split: keep those of this split (`data.split_of`); all if None.
+        name: a row of `DATASETS`.
+        split: keeps the prompts of this split (`split_of`); all if None.
         n: how many; all if None. Memory grows with n, not with the data set.
+        seed: fixes the order.
         folder: holds the files of the hub's repository, where the hub cannot be reached.
-        fits: which to keep, such as `shorter(...)`.
+        fits: says of a prompt whether to keep it, such as `shorter(...)`.
 
     Raises:
         AlignProError: an unknown name or split, more prompts asked for than there are, a package or hub out
@@ -190,17 +187,18 @@ def prompts(
 def pairs(
     name: str, split: str | None = None, seed: int = 0, *, folder: str | Path | None = None
 ) -> list[PreferencePair]:
-    """Preference pairs of a row of `DATASETS`: every two answers to a prompt with different grades.
+    """Read the preference pairs of a row of `DATASETS`: every two answers to a prompt with different grades.
 
     Their order follows that of `prompts`, so the first pairs are those of a random sample of prompts.
     UltraFeedback: completions by `overall_score`, up to six pairs a prompt. HelpSteer: responses by
-    `helpfulness`, likewise. The others have one pair a row.
+    `helpfulness`, up to six pairs too. The others have one pair a row.
 
     Args:
-        name, split, seed, folder: as in `prompts`.
+        name, split, seed, folder: see `prompts`.
 
     Raises:
-        AlignProError: a data set without graded answers, or without any of different grades; or as `prompts`.
+        AlignProError: a data set without graded answers, or without any of different grades; see also
+            `prompts`.
     """
     check_dataset(name, folder, split)
     source = DATASETS[name]
@@ -226,13 +224,13 @@ def pairs(
     }
     if not found:
         raise AlignProError(f"dataset {name}: no two answers to a prompt differ in grade; choose other data")
-    return sorted(found, key=lambda pair: _rank(data_split._normalised(pair.prompt), seed))
+    return sorted(found, key=lambda pair: _rank(normalised(pair.prompt), seed))
 
 
 def sample(
     texts: Iterable[str], n: int | None = None, seed: int = 0, fits: Callable[[str], bool] | None = None
 ) -> list[str]:
-    """The n texts (or all) whose hash with the seed is smallest, in the order of that hash.
+    """Take the n texts (or all) whose hash with the seed is smallest, in the order of that hash.
 
     Of texts that differ only in case, punctuation or white space the first that fits counts, and those
     without a letter or digit not at all. One pass, memory for n texts; there may be fewer than n.
@@ -240,7 +238,7 @@ def sample(
     kept: dict[int, str] = {}
     largest: list[int] = []  # a heap of the negated hashes of `kept`, while n bounds it
     for text in texts:
-        normal = data_split._normalised(text)
+        normal = normalised(text)
         rank = _rank(normal, seed)
         full = n is not None and len(largest) == n
         # Its hash first: few texts ever get as far as `fits`, which may have to count tokens.
@@ -259,10 +257,12 @@ def sample(
 def shorter(
     *, characters: int | None = None, tokens: int | None = None, tokenizer: Any = None
 ) -> Callable[[str], bool]:
-    """Whether a text has at most so many characters, and at most so many tokens of a tokenizer.
+    """Make a function that says whether a text has at most so many characters and tokens.
 
     Args:
-        tokenizer: of transformers; its special tokens are not counted.
+        characters: most characters; no limit if None.
+        tokens: most tokens of the tokenizer; no limit if None.
+        tokenizer: one of transformers; its special tokens are not counted.
 
     Raises:
         AlignProError: a limit below 1, or tokens without a tokenizer.
@@ -291,7 +291,7 @@ def _rank(normal: str, seed: int) -> int:
 def _rows(
     name: str, source: Source, columns: tuple[str, ...], folder: str | Path | None
 ) -> Iterator[tuple[int, str, Row]]:
-    """(number, prompt, the named columns) of every row that has a prompt."""
+    """Read every row that has a prompt: its number, the prompt, and the named columns."""
     try:
         import datasets as library
     except ModuleNotFoundError:
@@ -331,7 +331,7 @@ def _other_schema(name: str, what: str) -> AlignProError:
 
 
 def _refused(name: str, source: Source, folder: str | Path | None, error: Exception) -> AlignProError:
-    """What went wrong in reading, and what to do about it."""
+    """Say what went wrong in reading, and what to do about it."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import GatedRepoError
 

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json
-from alignpro.llm.models.catalogue import _HUB_ID, ADAPTER_CONFIG, MODELS
+from alignpro.llm.models.catalogue import ADAPTER_CONFIG, HUB_ID, MODELS
 from alignpro.llm.models.forward import text_config, unwrap
 
 _OTHER_TOWERS = ("vision", "visual", "audio", "image")
@@ -42,7 +42,7 @@ def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
     """A LoRA adapter (arXiv 2106.09685) on every linear map of the top layers; fresh, it changes nothing.
 
     Args:
-        rank: of the adapter.
+        rank: the adapter's rank.
         layers: share of the layers, from the top, that carry it.
 
     Raises:
@@ -101,7 +101,7 @@ def find_base(base: str, folder: Path) -> str:
         for parent in (home, *home.parents):
             if (parent / path).exists():
                 return str(parent / path)
-        if _HUB_ID.fullmatch(base):
+        if HUB_ID.fullmatch(base):
             return base
     raise AlignProError(
         f"{folder}: its base model {base!r} is not there; put it back, or write where it is into base in its "

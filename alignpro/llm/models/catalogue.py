@@ -20,8 +20,8 @@ MODELS: dict[str, PackagedModel] = {
     "smollm2-135m-instruct": PackagedModel("smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "minimind2-small": PackagedModel("minimind2", "model_quantized.onnx"),
 }
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""The form of a hub id, owner/name."""
 
 
 def check_name(model: str | Path) -> None:
@@ -33,14 +33,19 @@ def check_name(model: str | Path) -> None:
     path = Path(model).expanduser()
     if str(model) in MODELS or (str(model) and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
         return
-    if path.is_absolute() or str(model).startswith((".", "~")) or not _HUB_ID.fullmatch(str(model)):
+    if path.is_absolute() or str(model).startswith((".", "~")) or not HUB_ID.fullmatch(str(model)):
         raise AlignProError(
             f"model {str(model)!r}: no such folder, GGUF file or packaged model; name one of "
             f"{', '.join(MODELS)}, a folder of safetensors, or a hub id owner/name"
         )
 
 
-def _checked_folder(folder: Path) -> Path:
+def checked_folder(folder: Path) -> Path:
+    """`folder`, which holds a model's configuration and safetensors, an adapter, or what a rehearsal draws.
+
+    Raises:
+        AlignProError: it does not; pickled weights are refused by name.
+    """
     if is_adapter(folder) or drawn_at_random(folder):
         return folder
     if not (folder / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""How a model's chat is written down: which tokens a conversation becomes, and what was said in which tokens.
+"""Writes a chat down as a model reads it: a conversation becomes tokens, and tokens what was said.
 
 What a template leaves to chance or to the calendar is settled here, once for prompters, frozen models, judges
 and rewards: the date, a system message that the template refuses, control tokens that somebody spells in a
@@ -279,7 +279,7 @@ class Chat:
 
         Args:
             opened: whether it begins inside a thought; as the template has it if None.
-            options: of the tokenizer's decode.
+            options: passed to the tokenizer's decode.
         """
         opened = self.opens_thought if opened is None else opened
         text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True, **options))

@@ -40,7 +40,7 @@ def check_model(model: Any, tokenizer: Any, name: str = "model") -> How:
 
     Args:
         model: a causal language model, ready to use (`models.prepare`).
-        name: for the error.
+        name: shown in the error.
 
     Raises:
         AlignProError: no way agrees with a plain forward pass, or the model's numbers are not finite.

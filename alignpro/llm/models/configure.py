@@ -1,4 +1,9 @@
-"""Sets up a loaded model and its tokenizer alike for every architecture: padding, ends, dtype, device."""
+"""Sets up a loaded model and its tokenizer alike for every architecture: padding, ends, dtype, device.
+
+What would silently move the optimum of the prompter's objective, eq. (9), away from ρ* of Lemma 1 is removed:
+a shipped sampling temperature (which rescales λ), top-k or nucleus truncation, a repetition penalty, dropout,
+and a pad token equal to the end token (which hides the end of every answer).
+"""
 
 import os
 import re
@@ -65,7 +70,7 @@ def tiny_model(
     the context; they are identical for equal arguments and leave torch's global random state alone.
 
     Args:
-        seed: of the weights.
+        seed: draws the weights.
         vocab: distinct characters.
         hidden: width, a multiple of 8.
         layers: number of transformer blocks.
@@ -164,7 +169,7 @@ def configure_model(
             "at once, others' are taken off their answers. They may be turned off by "
             "--chat-template-kwargs '{\"enable_thinking\": false}'"
         )
-    pad = _pad_token(tokenizer, ends, name)
+    pad = choose_pad_token(tokenizer, ends, name)
     if tokenizer.pad_token != pad:
         tokenizer.pad_token = pad
     tokenizer.padding_side = "left"  # generation continues from the right-hand end
@@ -192,11 +197,19 @@ def configure_model(
             if re.search(r"dropout|_pdrop$", key) and isinstance(value, float):
                 setattr(config, key, 0.0)
     if not getattr(model, "is_loaded_in_4bit", False):
-        _forget_quantizer(model)
+        forget_quantizer(model)
     model.eval()
 
 
-def _pad_token(tokenizer: Any, ends: list[int], name: str) -> str:
+def choose_pad_token(tokenizer: Any, ends: list[int], name: str) -> str:
+    """A token to pad with that no text contains: the tokenizer's own, or a spare one where that is its end.
+
+    Args:
+        ends: ids of the tokens that end a turn.
+
+    Raises:
+        AlignProError: there is none.
+    """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else ends[0]
     if tokenizer.pad_token is not None and tokenizer.pad_token_id != end:
         return tokenizer.pad_token
@@ -210,7 +223,8 @@ def _pad_token(tokenizer: Any, ends: list[int], name: str) -> str:
     )
 
 
-def _forget_quantizer(model: Any) -> None:
+def forget_quantizer(model: Any) -> None:
+    """Make a model that was read from GGUF one that can be saved."""
     # A model read from GGUF holds plain floating-point weights, yet refuses to be saved while this is set.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -243,8 +257,3 @@ def device_of(device: str) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise AlignProError(f"device {device!r}: this machine or this torch has no CUDA; use cpu or auto")
     return chosen
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -14,18 +14,19 @@ from transformers import (
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models import packages
-from alignpro.llm.models.configure import _one_line, configure_model
-from alignpro.llm.models.libraries import quiet
+from alignpro.llm.models.configure import configure_model
+from alignpro.llm.models.libraries import one_line, quiet
 
-# Part of the cache folder's name: raise it when `_convert` writes something else.
+# Part of the cache folder's name: raise it when `convert` writes something else.
 _CONVERSION = 1
 
 
-def _converted_folder(name: str, sha256: str) -> Path:
+def converted_folder(name: str, sha256: str) -> Path:
+    """The folder in the cache for the conversion of a file with this checksum."""
     return packages.cache_folder() / "models" / f"{name}-{sha256[:12]}-v{_CONVERSION}"
 
 
-def _convert(source: Path, folder: Path) -> Path:
+def convert(source: Path, folder: Path) -> Path:
     """Dequantise a GGUF or ONNX once into safetensors; atomic, checked against a manifest afterwards."""
     read = _read_onnx if source.suffix == ".onnx" else _read_gguf
     with packages.staging(folder) as partial:
@@ -51,7 +52,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except Exception as error:
         raise AlignProError(
-            f"cannot read {gguf} ({_one_line(error)}); transformers reads GGUF files of the common "
+            f"cannot read {gguf} ({one_line(error)}); transformers reads GGUF files of the common "
             "architectures: convert it to safetensors elsewhere"
         ) from error
     _restore_pre_tokenizer(gguf, tokenizer)
@@ -85,7 +86,7 @@ def _read_onnx(path: Path) -> tuple[Any, Any]:
             raise ValueError(f"no weight {missing[0]}")
     except Exception as error:
         raise AlignProError(
-            f"cannot read {path} ({_one_line(error)}); only an 8-bit export with the module names of its "
+            f"cannot read {path} ({one_line(error)}); only an 8-bit export with the module names of its "
             "model is read: convert it to safetensors elsewhere"
         ) from error
     return model, tokenizer

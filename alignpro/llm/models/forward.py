@@ -25,11 +25,11 @@ _ONE_PASS = 4096
 
 @dataclass(frozen=True)
 class How:
-    """How a model is read, as found by comparing the ways with a plain forward pass."""
+    """The way in which a model is read, as found by comparing the ways with a plain forward pass."""
 
     masks: str = "one"
-    """How a forest is shown to it: `one` mask for all layers, one `by_type` of layer, or not at all: `none`,
-    so that each sequence is read alone."""
+    """Form in which a forest is shown to it: `one` mask for all layers, one `by_type` of layer, or not at
+    all, `none`, so that each sequence is read alone."""
     shared: bool = True
     """Whether a prompt that is continued several times is read once, its cache repeated."""
     padded: bool = True

@@ -1,4 +1,4 @@
-"""What the libraries underneath say, and what they call things, kept away from users and from the rest."""
+"""Keeps what the libraries underneath say, and what they call things, away from users and from the rest."""
 
 import contextlib
 import inspect
@@ -10,6 +10,12 @@ from transformers.utils import logging as transformers_logging
 
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 """The argument by which a model of this version of transformers takes keys and values read before."""
+
+
+def one_line(error: Exception) -> str:
+    """The text of an exception, in at most 200 characters; its type's name where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 @contextlib.contextmanager

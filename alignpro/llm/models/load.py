@@ -1,12 +1,7 @@
-"""One resolver from a model's name to a folder of safetensors, and one loader that makes it trainable.
+"""Loads a model by name, folder, file or hub id, ready to sample from, score with and train.
 
-A name is looked up in `MODELS` (weights shipped inside a package), then as a local folder or GGUF file, then
-as a hub id. Weights are read from safetensors, GGUF or (packaged) ONNX only: unpickling runs code, so it is
-never done.
-
-The loader removes what silently moves the optimum of the prompter's objective, eq. (9), away from ρ* of
-Lemma 1: a shipped sampling temperature (which rescales λ), top-k or nucleus truncation, a repetition
-penalty, dropout, and a pad token equal to the end token (which hides the end of every answer).
+Weights are read from safetensors, GGUF or (packaged) ONNX only: unpickling runs code, so it is never done.
+Code in a model's folder is not run either.
 """
 
 from collections.abc import Mapping
@@ -27,8 +22,8 @@ from alignpro.errors import AlignProError
 from alignpro.files import read_json
 from alignpro.llm.models.adapters import adapter_base
 from alignpro.llm.models.catalogue import ADAPTER_WEIGHTS, RANDOM_FILE, drawn_at_random, is_adapter
-from alignpro.llm.models.configure import DTYPES, _one_line, check_dtype, device_of, prepare
-from alignpro.llm.models.libraries import quiet
+from alignpro.llm.models.configure import DTYPES, check_dtype, device_of, prepare
+from alignpro.llm.models.libraries import one_line, quiet
 from alignpro.llm.models.resolve import resolve
 
 
@@ -44,8 +39,8 @@ def load_model(
     `config._name_or_path` is the resolved folder, from which trainers reload the reference.
 
     Args:
-        model: see `resolve`; or the folder of an adapter that PEFT saved, which is merged into its base in
-            memory.
+        model: a name, folder, file or hub id (`resolve`), or the folder of an adapter that PEFT saved, which
+            is merged into its base in memory.
         dtype: a row of `DTYPES`.
         device: `auto` (CUDA if there is one: that of this process's LOCAL_RANK), or a torch device such as
             `cpu` or `cuda:1`.
@@ -84,7 +79,7 @@ def _load(folder: Path, name: str, dtype: str, where: torch.device) -> tuple[Any
             loaded, report = read_weights(AutoModelForCausalLM, folder, DTYPES[dtype], where, **more)
     except Exception as error:
         raise AlignProError(
-            f"model {name!r}: cannot load {folder} ({_one_line(error)}); check that it is a complete "
+            f"model {name!r}: cannot load {folder} ({one_line(error)}); check that it is a complete "
             "causal language model saved as safetensors"
         ) from error
     wrong = sorted(report["missing_keys"]) or sorted(map(str, report.get("mismatched_keys", ())))
@@ -145,7 +140,7 @@ def attach_adapter(model: Any, folder: Path, name: str) -> Any:
             stored = set(file.keys())
     except Exception as error:
         raise AlignProError(
-            f"adapter {name!r}: cannot be put on its model ({_one_line(error)}); save it again"
+            f"adapter {name!r}: cannot be put on its model ({one_line(error)}); save it again"
         ) from error
     wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))  # True would ask the hub
     if odd := sorted(wanted ^ stored):

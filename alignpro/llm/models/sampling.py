@@ -1,36 +1,36 @@
-"""How answers are sampled, and the keys that make each draw one of its own. Needs no torch."""
+"""Settings of sampling, and the keys that make each draw one of its own. Needs neither torch nor NumPy."""
 
 import hashlib
 import json
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from alignpro.errors import AlignProError
 
 
 def is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+    """Whether `value` is a whole number, NumPy's included, and no truth value."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the frozen model decodes. The default is its own distribution, which the theory is about.
+    """Settings by which the frozen model decodes. The default is its own distribution, that of the theory.
 
     Raises:
         AlignProError: a value out of its range.
     """
 
     temperature: float = 1.0
-    """≥ 0; 0 takes the likeliest token."""
+    """Divides the logits; 0 takes the likeliest token."""
     top_p: float = 1.0
-    """In (0, 1]: the nucleus kept."""
+    """Share of the probability that is kept, in (0, 1]: the nucleus."""
     top_k: int = 0
-    """Tokens kept; 0 keeps all."""
+    """Number of likeliest tokens that are kept; 0 keeps all."""
     max_tokens: int = 128
-    """Tokens of an answer, its end token included."""
+    """Tokens of an answer, at most, its end token included."""
 
     def __post_init__(self) -> None:
         for name, least in (("top_k", 0), ("max_tokens", 1)):

@@ -1,22 +1,28 @@
-"""How a language model becomes a prompter: the rewriting template around x, and x′ back from its tokens.
+"""A language model as a prompter: the rewriting template around x, and x′ back from its tokens.
 
 prompter = Prompter.from_pretrained("runs/mine/prompter")
 prompter.rewrite("How do plants grow?")
 """
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json, write_text
+from alignpro.llm.models import adapters, catalogue, load
 from alignpro.llm.models.chat import Message, Said, chat_of
 from alignpro.llm.models.forward import room
+from alignpro.llm.models.libraries import quiet
+from alignpro.llm.models.policy import log_probs, sample, sample_key
+from alignpro.llm.models.sampling import Sampling
 
 PROMPTER_FILE = "prompter.json"
 
@@ -30,15 +36,19 @@ class Template:
     """
 
     system: str = "Rewrite the request so that its answer will be more helpful. Keep its meaning."
+    """The system message; empty for none."""
     examples: tuple[tuple[str, str], ...] = (
         ("How do plants grow?", "Explain step by step, in simple words, how plants grow from a seed."),
         ("Name a famous painter.", "Name a famous painter and say what made their work important."),
         ("Tips for sleeping better", "What are some practical tips for sleeping better at night?"),
     )
+    """Requests and how they are rewritten, which stand in the conversation before x."""
     request: str = "Request: "
+    """Words before each request."""
     opening: str = "Rewritten:"
+    """Words that open the prompter's turn."""
     space: str = " "
-    """Between the opening words and the rewrite; part of the rewrite's first token."""
+    """Text between the opening words and the rewrite; part of the rewrite's first token."""
     append: bool = False
     """Whether what the prompter says follows x: x′ = x and a space and its words, or x alone if it says
     nothing. Nothing of x can be lost, and x itself costs one end token."""
@@ -52,7 +62,7 @@ class Template:
         return [*out, {"role": "user", "content": self.request + x}]
 
     def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, x: str) -> tuple[int, ...]:
-        """Token ids that the prompter continues with x′."""
+        """Token ids of x in the template, which the prompter continues with x′."""
         return chat_of(tokenizer).ids(self.messages(x), self.opening)
 
     def rewrite_ids(self, tokenizer: PreTrainedTokenizerBase, x: str, rewrite: str) -> tuple[int, ...]:
@@ -70,21 +80,15 @@ class Template:
                 return (chat.end,)
         return (*chat.text_ids(self.space + said), chat.end)
 
-    def rewrite(self, tokenizer: PreTrainedTokenizerBase, x: str, ids: tuple[int, ...]) -> str:
-        """x′ that the prompter's tokens make of x."""
-        said = self.text(tokenizer, ids)
-        return f"{x} {said}".strip() if self.append else said
-
-    @classmethod
-    def text(cls, tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
-        """The text of `said`."""
-        return cls.said(tokenizer, ids).text
-
-    @staticmethod
-    def said(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> Said:
-        """Tokens as text: special tokens, a leading thought and surrounding white space removed."""
+    def said(self, tokenizer: PreTrainedTokenizerBase, x: str, ids: tuple[int, ...]) -> Said:
+        """The rewrite that tokens make of x: without special tokens, a leading thought and white space."""
         found = chat_of(tokenizer).said(ids, opened=False)  # a thought that the template opens is closed
-        return Said(found.text.strip(), found.thought)
+        text = found.text.strip()
+        return Said(f"{x} {text}".strip() if self.append else text, found.thought)
+
+    def rewrite(self, tokenizer: PreTrainedTokenizerBase, x: str, ids: tuple[int, ...]) -> str:
+        """The text of `said`."""
+        return self.said(tokenizer, x, ids).text
 
 
 TEMPLATES: dict[str, Template] = {
@@ -142,22 +146,19 @@ class Prompter:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         merged: bool = False,
     ) -> "Prompter":
-        """A trained prompter (the folder that `save` wrote), or any model that `load_model` takes, as ρ_sft.
+        """Open a trained prompter (the folder that `save` wrote), or any model that `load_model` takes.
 
         Args:
             template: a row of `TEMPLATES`, for a model that has none of its own; `rewrite` when None.
-            dtype: of the weights, a row of `models.DTYPES`.
-            device: see `models.load_model`.
+            dtype: type of the weights; see `load_model`.
+            device: auto, cpu or cuda; see `load_model`.
             chat_template_kwargs: further arguments of the chat template; as the prompter was saved if None.
             merged: merge its adapter into the language model, so that it can be trained on from there.
 
         Raises:
             AlignProError: an unknown template, or one for a trained prompter; a folder that is damaged or
-                holds no safetensors, or whose base is not there; or from `models.load_model`.
+                holds no safetensors, or whose base is not there; or from `load_model`.
         """
-        from alignpro.llm.models import adapters, catalogue, load
-        from alignpro.llm.models import catalogue as adapters_catalogue
-
         if not str(name):
             raise AlignProError("prompter '': name a model, or the folder of a trained prompter")
         folder = Path(name).expanduser()
@@ -186,9 +187,9 @@ class Prompter:
         if whole or merged:
             loaded = load.load_model(folder, dtype, device, chat_template_kwargs=options)
             return cls(*loaded, own, max_tokens, str(folder.resolve()), facts)
-        if not (folder / adapters_catalogue.ADAPTER_WEIGHTS).is_file():
+        if not (folder / catalogue.ADAPTER_WEIGHTS).is_file():
             raise AlignProError(
-                f"prompter {str(name)!r}: {adapters_catalogue.ADAPTER_WEIGHTS} is missing; save it again"
+                f"prompter {str(name)!r}: {catalogue.ADAPTER_WEIGHTS} is missing; save it again"
             )
         base = adapters.find_base(base, folder)
         model, tokenizer = load.load_model(base, dtype, device, chat_template_kwargs=options)
@@ -204,8 +205,6 @@ class Prompter:
         Raises:
             AlignProError: there is no adapter (with `whole`: there is one), or the folder cannot be written.
         """
-        from alignpro.llm.models.libraries import quiet
-
         folder = Path(folder)
         if whole == hasattr(self.model, "peft_config"):
             raise AlignProError(
@@ -237,8 +236,6 @@ class Prompter:
 
     def push_to_hub(self, repository: str, **options: Any) -> None:
         """Upload what `save` writes to `repository` (owner/name); needs `hf auth login`."""
-        import tempfile
-
         from huggingface_hub import HfApi
 
         # Where the base lies on this machine is nobody else's business.
@@ -250,7 +247,7 @@ class Prompter:
             api.upload_folder(repo_id=repository, folder_path=folder)
 
     def card(self) -> str:
-        """The model card, in Markdown."""
+        """The model card, as Markdown."""
         facts = "\n".join(
             f"- {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in self.facts.items()
         )
@@ -269,7 +266,7 @@ class Prompter:
             f"# A prompter for {Path(self.base).name}\n\n"
             f"It rewrites a request so that a frozen language model answers it better. {kind} trained "
             f"with `alignpro` on {aim}.\n\n"
-            "```python\nfrom alignpro.llm.prompter import Prompter\n\n"
+            "```python\nfrom alignpro.llm.policies.prompter import Prompter\n\n"
             'prompter = Prompter.from_pretrained("<this folder>")\n'
             'print(prompter.rewrite("How do plants grow?"))\n'
             f"```\n\n## Training\n\n{facts or 'not recorded'}\n\n## Limits\n\n"
@@ -289,10 +286,11 @@ class Prompter:
     def rewrites(
         self, prompts: Sequence[str], samples: int = 1, *, first: int = 0, seed: int = 0, batch_size: int = 64
     ) -> list[list[str]]:
-        """[prompts][samples] rewrites x′ ~ ρ(·|x), numbers `first …` of each; repeatable by `seed`."""
-        from alignpro.llm.models.policy import sample, sample_key
-        from alignpro.llm.models.sampling import Sampling
+        """Draw x′ ~ ρ(·|x), [prompts][samples]; equal arguments, equal rewrites.
 
+        Args:
+            first: number of the first sample of each prompt: samples are told apart by their numbers.
+        """
         if isinstance(prompts, str) or not all(isinstance(x, str) and x.strip() for x in prompts):
             raise AlignProError("prompts: give a list of strings that are not empty")
         if samples < 1:
@@ -311,15 +309,11 @@ class Prompter:
         ]
 
     def rewrite(self, x: str, *, seed: int = 0) -> str:
-        """One rewrite x′ ~ ρ(·|x)."""
+        """Draw one rewrite x′ ~ ρ(·|x)."""
         return self.rewrites([x], seed=seed)[0][0]
 
     def log_probs(self, prompts: Sequence[str], rewrites: Sequence[str]) -> np.ndarray:
-        """[n] float64: log ρ(rewrites[i] | prompts[i]) in nats, the end of the turn included."""
-        import torch
-
-        from alignpro.llm.models.policy import log_probs
-
+        """log ρ(rewrites[i] | prompts[i]) in nats, [n] float64, the end of the turn included."""
         with torch.no_grad():
             scores = log_probs(
                 self.model,
@@ -343,7 +337,7 @@ def check_room(
     """Refuse prompts that leave no room for a continuation of `tokens` in what the model reads.
 
     Raises:
-        AlignProError: so, naming the longest.
+        AlignProError: a prompt leaves too little room; names the longest.
     """
     most = room(model)
     if most is None or not ids:

@@ -72,7 +72,7 @@ class PrefixTree:
 
     @cached_property
     def layout(self) -> "TreeLayout":
-        """What one forward pass needs; see `TreeLayout`."""
+        """The tree as arrays, for one forward pass."""
         token, parent, paths = self._nodes
         children: list[list[int]] = [[] for _ in token]
         for node in range(1, len(token)):
@@ -145,7 +145,7 @@ class TreeLayout:
 
     @staticmethod
     def fit(table: np.ndarray, steps: int) -> np.ndarray:
-        """[Y, T] -> [Y, steps]: cut, or filled with −1."""
+        """Cut a table [Y, T] to [Y, steps], or fill it with −1."""
         fitted = np.full((len(table), steps), -1)
         width = min(steps, table.shape[1])
         fitted[:, :width] = table[:, :width]
@@ -247,7 +247,7 @@ def leaf_probabilities(
     tokens_per_pass: int = 4096,
     progress: Callable[[int], None] | None = None,
 ) -> list[np.ndarray]:
-    """Exact leaf probabilities of B prefix trees, as float64 rows that sum to one.
+    """The exact leaf probabilities of B prefix trees, as float64 rows that sum to one.
 
     Rows are sorted by length and scored in passes of at most `tokens_per_pass` padded tokens.
 
@@ -279,10 +279,10 @@ class TreeTask:
 
     Attributes:
         prompts: X distinct texts, the rows' keys.
-        prompt_ids: for each, the token ids that the prompter continues (its template applied).
-        trees: for each, the prefix tree of its rewrites.
-        reward: rewards of the given leaves of prompt x. Exact, R(x, x′), or a fresh draw r(x, y) with
-            y ~ π_F(·|x′) from torch's global generator.
+        prompt_ids: for each prompt, the token ids that the prompter continues (its template applied).
+        trees: for each prompt, the prefix tree of its rewrites.
+        reward: called with the number x of a prompt and some of its leaves, gives their rewards. Exact,
+            R(x, x′), or a fresh draw r(x, y) with y ~ π_F(·|x′) from torch's global generator.
 
     Raises:
         AlignProError: two prompts have the same token ids.

@@ -1,4 +1,4 @@
-"""How a score that has no bounds gets them: declared, clipped or squashed into an interval."""
+"""Bounds of a score that has none of its own: declared, clipped or squashed into an interval."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from alignpro.errors import AlignProError
 from alignpro.llm.rewards.reward import Array, check_scores, shown
@@ -13,7 +14,7 @@ from alignpro.llm.rewards.reward import Array, check_scores, shown
 
 @dataclass(frozen=True)
 class Declared:
-    """The reward lies in [low, high] by construction; a score outside is an error."""
+    """Bounds that the reward keeps by construction: a score outside [low, high] is an error."""
 
     low: float
     high: float
@@ -22,7 +23,7 @@ class Declared:
         _check_interval("bounds", self.low, self.high)
 
     def apply(self, raw: Array) -> Array:
-        """[n] float64: `raw`, which the caller has checked (`check_scores`)."""
+        """Return `raw` [n] as it is; `check_scores` has been told the range."""
         return raw
 
     def describe(self) -> dict[str, Any]:
@@ -34,7 +35,7 @@ class Declared:
 
 @dataclass(frozen=True)
 class Clip:
-    """Scores beyond [low, high] are moved to its ends."""
+    """Bounds to whose nearer end a score beyond them is moved."""
 
     low: float
     high: float
@@ -43,7 +44,7 @@ class Clip:
         _check_interval("bounds clip", self.low, self.high)
 
     def apply(self, raw: Array) -> Array:
-        """[n] float64 in [low, high]."""
+        """Clip `raw` [n] into [low, high]."""
         return np.clip(raw, self.low, self.high)
 
     def describe(self) -> dict[str, Any]:
@@ -55,7 +56,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Squash:
-    """σ((score − centre) / scale) ∈ [0, 1]: keeps the order of answers, and no score is out of reach.
+    """Logistic bounds, σ((score − centre) / scale) ∈ [0, 1]: they keep the order of answers.
 
     Args:
         centre: the score that becomes ½.
@@ -80,8 +81,8 @@ class Squash:
         return 1.0
 
     def apply(self, raw: Array) -> Array:
-        """[n] float64 in [0, 1]."""
-        return 0.5 * (1.0 + np.tanh(0.5 * (raw - self.centre) / self.scale))
+        """Squash `raw` [n] into [0, 1]."""
+        return expit((raw - self.centre) / self.scale)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "squash", "centre": self.centre, "scale": self.scale, "low": 0.0, "high": 1.0}
@@ -92,31 +93,35 @@ class Squash:
 
 Bounds = Declared | Clip | Squash
 _KINDS: dict[str, Callable[[float, float], Bounds]] = {"": Declared, "clip": Clip, "squash": Squash}
-_SYNTAX = "LOW,HIGH (declared), clip:LOW,HIGH or squash:CENTRE,SCALE"
+SYNTAX = "LOW,HIGH (declared), clip:LOW,HIGH or squash:CENTRE,SCALE"
 
 
 def parse_bounds(bounds: "Bounds | str | None") -> Bounds:
-    """The bounds that a user wrote: `0,1`, `clip:-5,5` or `squash:0,2`; bounds already made pass.
+    """Read the bounds that a user wrote: `0,1`, `clip:-5,5` or `squash:0,2`; bounds already made pass.
 
     Raises:
-        AlignProError: none given, or not of that form.
+        AlignProError: none are given, or they are not of that form.
     """
     if isinstance(bounds, Declared | Clip | Squash):
         return bounds
     if bounds is None or not str(bounds).strip():
-        raise AlignProError(f"bounds: Theorem 1 needs a bounded reward; give {_SYNTAX}")
+        raise AlignProError(f"bounds: Theorem 1 needs a bounded reward; give {SYNTAX}")
     kind, _, pair = str(bounds).strip().rpartition(":")
     try:
         first, second = (float(number) for number in pair.split(","))
         make = _KINDS[kind]
     except (ValueError, KeyError):
-        raise AlignProError(f"bounds {shown(str(bounds))}: give {_SYNTAX}") from None
+        raise AlignProError(f"bounds {shown(str(bounds))}: give {SYNTAX}") from None
     return make(first, second)
 
 
 @dataclass
 class Bounded:
-    """Bounds at work: checks and bounds scores, and keeps count of what it did to them."""
+    """Bounds at work: checks raw scores, bounds them, and keeps count of what that did.
+
+    A score that is not finite is refused with its sample before it is bounded: clipping would make a number
+    of it.
+    """
 
     bounds: Bounds
     scored: int = 0
@@ -124,30 +129,33 @@ class Bounded:
     least: float = math.inf
     greatest: float = -math.inf
 
-    @property
-    def limits(self) -> tuple[float, float]:
-        """Between which a raw score must lie."""
-        b = self.bounds
-        return (b.low, b.high) if isinstance(b, Declared) else (-math.inf, math.inf)
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], raw: Any) -> Array:
-        """[n] float64 in [low, high].
+    def check(self, prompts: Sequence[str], responses: Sequence[str], raw: Any, start: int = 0) -> Array:
+        """Check what a reward returned: [n] float64, finite and within a declared range.
 
         Raises:
             AlignProError: see `check_scores`.
         """
         b = self.bounds
-        scores = check_scores(prompts, responses, raw, *self.limits)
-        if len(scores):
-            self.scored += len(scores)
-            self.least = min(self.least, float(scores.min()))
-            self.greatest = max(self.greatest, float(scores.max()))
+        limits = (b.low, b.high) if isinstance(b, Declared) else (-math.inf, math.inf)
+        return check_scores(prompts, responses, raw, *limits, start=start)
+
+    def apply(self, checked: Array) -> Array:
+        """Bound and count raw scores that `check` returned: [n] float64 in [low, high]."""
+        b = self.bounds
+        if len(checked):
+            self.scored += len(checked)
+            self.least = min(self.least, float(checked.min()))
+            self.greatest = max(self.greatest, float(checked.max()))
             if isinstance(b, Clip):
-                self.clipped += int(((scores < b.low) | (scores > b.high)).sum())
-        return b.apply(scores)
+                self.clipped += int(((checked < b.low) | (checked > b.high)).sum())
+        return b.apply(checked)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], raw: Any) -> Array:
+        """Check, then bound: [n] float64 in [low, high]."""
+        return self.apply(self.check(prompts, responses, raw))
 
     def describe(self) -> dict[str, Any]:
-        """The bounds, how many scores they saw, between which, and the share clipped."""
+        """Say what the bounds are, how many scores they saw, between which, and the share clipped."""
         facts = {**self.bounds.describe(), "scored": self.scored}
         if self.scored:
             facts |= {"raw_least": self.least, "raw_greatest": self.greatest}

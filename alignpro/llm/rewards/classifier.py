@@ -1,12 +1,4 @@
-"""Rewards r(x, y) of the user's own: a reward model, a Python function, an endpoint.
-
-Theorem 1 asks for bounded rewards, so each is made with its bounds (`parse_bounds`): a declared range, which
-a score may not leave, or a clipping or squashing, which `describe` reports with what it did. A score that is
-not finite is refused with its sample before any of that, since clipping would make a number of it.
-
-Prompts and responses are data throughout: they are filled in literally, cannot spell a model's special
-tokens, and are shortened and escaped where an error shows them.
-"""
+"""A sequence-classification model as reward."""
 
 import contextlib
 import json
@@ -19,26 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json
-from alignpro.llm.models import catalogue, configure, packages, resolve
-from alignpro.llm.models import load as models_load_load
+from alignpro.llm.models import catalogue, configure, libraries, packages, resolve
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import room, text_config
 from alignpro.llm.models.libraries import quiet
+from alignpro.llm.models.load import read_weights
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
-from alignpro.llm.rewards.reward import PLAIN, Array, _at_least, _parts, check_template, check_texts, fill
+from alignpro.llm.rewards.reward import PLAIN, Array, at_least, batches, check_template, check_texts, fill
 
 REWARD_FILE = "reward.json"
-"""What `reward_training.train_reward` records beside the weights."""
-
-
-# --- a sequence-classification reward model ---
+"""The file in which `train_reward` records its facts beside the weights."""
 
 
 class SequenceReward:
-    """A sequence classifier that reads prompt and response and gives one number.
+    """A reward that a sequence classifier gives: it reads prompt and response and answers with one number.
 
     The sample is written by the tokenizer's own chat template (a user's and an assistant's turn), by a
     `template` with {prompt} and {response}, or, where there is neither, as `PLAIN`. A chat template writes
@@ -54,15 +44,16 @@ class SequenceReward:
 
     Args:
         model: a transformers model with a sequence-classification head.
-        tokenizer: its own.
+        tokenizer: the model's own.
         bounds: see `parse_bounds`.
-        name: shown by `describe`.
-        template: None for the tokenizer's chat template; `chat` to insist on it; `pair` for encoders trained
-            on (prompt, response) as two segments; or a text with {prompt} and {response}.
-        output: which output of the head is the reward; needed where it has several.
-        max_tokens: of a sample, template included; what the model can take if None.
+        name: what `describe` calls it.
+        template: how a sample is written: None for the tokenizer's chat template; `chat` to insist on it;
+            `pair` for encoders trained on (prompt, response) as two segments; or a text with {prompt} and
+            {response}.
+        output: number of the output that is the reward; needed where the head has several.
+        max_tokens: most tokens of a sample, template included; what the model can take if None.
         batch_size: samples per forward pass.
-        facts: what `train_reward` recorded.
+        facts: what `train_reward` recorded, for `describe`.
 
     Raises:
         AlignProError: bounds, template or output that do not fit; no usable pad token.
@@ -83,7 +74,7 @@ class SequenceReward:
     ) -> None:
         self.bounded = Bounded(parse_bounds(bounds))
         self.low, self.high = self.bounded.bounds.low, self.bounded.bounds.high
-        _at_least(1, batch_size=batch_size)
+        at_least(1, batch_size=batch_size)
         self.name, self.model, self.tokenizer, self.batch_size = name, model, tokenizer, batch_size
         self.facts = dict(facts or {})
         self.template = self._choose_template(template)
@@ -114,7 +105,7 @@ class SequenceReward:
         dtype: str = "float32",
         device: str = "auto",
     ) -> "SequenceReward":
-        """The reward model in a folder or under a hub id: safetensors only, and none of its code is run.
+        """Load the reward model in a folder or under a hub id: safetensors only, and none of its code is run.
 
         Args:
             model: a folder that `train_reward` or `save_pretrained` wrote, or a hub id `owner/name`.
@@ -126,21 +117,19 @@ class SequenceReward:
             AlignProError: unknown names or no bounds, before any download; a model without a trained head,
                 a folder that transformers cannot read, or a failure of `models.resolve`.
         """
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
         if dtype not in configure.DTYPES:
             raise AlignProError(f"dtype {dtype!r}: choose from {', '.join(configure.DTYPES)}")
         where = configure.device_of(device)
         if template is not None:
             check_template(template)
         catalogue.check_name(model)
-        saved = _saved_facts(model)
+        saved = saved_facts(model)
         chosen = parse_bounds(bounds if bounds is not None else saved.get("bounds"))
         folder = resolve.resolve(model)
         with loading(model, folder, "sequence classifier"):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             auto = AutoModelForSequenceClassification
-            loaded, report = models_load_load.read_weights(auto, folder, configure.DTYPES[dtype], where)
+            loaded, report = read_weights(auto, folder, configure.DTYPES[dtype], where)
         if report["missing_keys"]:
             raise AlignProError(
                 f"reward model {str(model)!r} has no weights for {sorted(report['missing_keys'])[0]}, which "
@@ -160,16 +149,16 @@ class SequenceReward:
         )
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """[n] float64 in [low, high].
+        """Score each response to its prompt: [n] float64 in [low, high].
 
         Raises:
-            AlignProError: as many prompts as responses are needed, all strings; a score that is not finite or
+            AlignProError: prompts and responses differ in number or are no strings; a score is not finite or
                 leaves a declared range, with the sample.
         """
         return self.bounded(prompts, responses, self.logits(prompts, responses))
 
     def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """[n] float64: the head's output, unbounded. Identical samples are computed once."""
+        """Compute the head's output, unbounded: [n] float64. Identical samples are computed once."""
         check_texts(prompts, responses)
         samples = list(dict.fromkeys(zip(prompts, responses, strict=True)))
         found: dict[tuple[str, str], float] = {}
@@ -177,7 +166,7 @@ class SequenceReward:
             rows = [self.encode(x, y) for x, y in samples]
             # Similar lengths together: little padding. The longest first: memory runs out at once or never.
             order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-            parts = _parts(len(order), self.batch_size)
+            parts = batches(len(order), self.batch_size)
             for part in tqdm(parts, desc="scoring", unit="batch", disable=len(parts) < 16 or None):
                 batch = [order[i] for i in part]
                 padded = self.tokenizer.pad([rows[i] for i in batch], padding=True, return_tensors="pt")
@@ -186,7 +175,7 @@ class SequenceReward:
         return np.array([found[sample] for sample in zip(prompts, responses, strict=True)])
 
     def encode(self, prompt: str, response: str) -> dict[str, list[int]]:
-        """The tokens of one sample, at most `max_tokens`; what was taken out is added to `counts`.
+        """Write one sample as at most `max_tokens` tokens; what was taken out is added to `counts`.
 
         Raises:
             AlignProError: the template alone is longer than that.
@@ -207,7 +196,7 @@ class SequenceReward:
         return self._tokens("", response[: size - cut])
 
     def describe(self) -> dict[str, Any]:
-        """The model, how samples are written, the bounds with what they did, and the facts of training."""
+        """Say which model it is, how samples are written, what the bounds did, and the facts of training."""
         return json.loads(
             json.dumps(
                 {
@@ -288,13 +277,13 @@ class SequenceReward:
         else:
             listed = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             ends = [i for i in (self.tokenizer.eos_token_id, *listed) if i is not None]
-            self.tokenizer.pad_token = configure._pad_token(self.tokenizer, ends or [-1], self.name)
+            self.tokenizer.pad_token = configure.choose_pad_token(self.tokenizer, ends or [-1], self.name)
             config.pad_token_id = self.tokenizer.pad_token_id
         self.tokenizer.padding_side = "right"
 
 
 def _least(n: int, fits: Callable[[int], bool]) -> int | None:
-    """The least k in 0..n with fits(k), by bisection; None if not even fits(n)."""
+    """Find the least k in 0..n with fits(k), by bisection; None if not even fits(n)."""
     if not fits(n):
         return None
     low, high = -1, n
@@ -305,17 +294,22 @@ def _least(n: int, fits: Callable[[int], bool]) -> int | None:
 
 
 def longest(model: Any, tokenizer: Any) -> int:
-    """How many tokens the model can take."""
+    """Count the tokens that the model can take."""
     return min(int(tokenizer.model_max_length or sys.maxsize), room(model) or sys.maxsize)
 
 
 def public_name(model: str | Path) -> str:
-    """A hub id, or the last part of a folder: where it lies on this machine is nobody else's business."""
+    """Name a model by its hub id, or by the last part of its folder: where that lies is nobody's business."""
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() else str(model)
 
 
-def _saved_facts(model: str | Path) -> dict[str, Any]:
+def saved_facts(model: str | Path) -> dict[str, Any]:
+    """Read what `train_reward` recorded in a folder; nothing of another folder or a hub id.
+
+    Raises:
+        AlignProError: the file is damaged, or not what `train_reward` wrote.
+    """
     path = Path(model).expanduser() / REWARD_FILE
     if not path.is_file():
         return {}
@@ -328,6 +322,11 @@ def _saved_facts(model: str | Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def loading(model: str | Path, folder: Path, what: str) -> Iterator[None]:
+    """Load quietly, and say in one sentence what went wrong.
+
+    Raises:
+        AlignProError: the block raised an exception, which becomes the cause.
+    """
     try:
         with quiet():
             yield
@@ -335,6 +334,6 @@ def loading(model: str | Path, folder: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise AlignProError(
-            f"reward model {str(model)!r}: cannot load {folder} ({configure._one_line(error)}); check that "
+            f"reward model {str(model)!r}: cannot load {folder} ({libraries.one_line(error)}); check that "
             f"it is a complete {what} saved as safetensors"
         ) from error

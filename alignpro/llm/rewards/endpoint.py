@@ -1,31 +1,28 @@
-"""Rewards served over HTTP, and scores kept on file so that none is paid for twice."""
+"""A reward served over HTTP."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models.sampling import Sampling, digest
-from alignpro.llm.rewards import reward as rewards
+from alignpro.llm.models.sampling import digest
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
 from alignpro.llm.rewards.reward import (
     PLAIN,
     Array,
-    _at_least,
-    _parts,
-    check_scores,
+    at_least,
+    batches,
     check_template,
     check_texts,
     fill,
 )
 from alignpro.llm.targets import http
-from alignpro.llm.targets.ledger import Cached, Ledger
-from alignpro.llm.targets.target import Answer, OnAnswer, Stopped
+from alignpro.llm.targets.keys import Secret, check_address, read_key
+from alignpro.llm.targets.settings import EndpointSettings
+from alignpro.llm.targets.target import Stopped
 
 
 def _ask_rewards(prompts: list[str], responses: list[str], template: str) -> dict[str, Any]:
@@ -54,21 +51,20 @@ STYLES: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[Any], Any]]] = 
     "score": (_ask_score, lambda body: [row["score"] for row in _in_order(body)]),
     "classify": (_ask_classify, lambda body: [_only(row["probs"]) for row in _in_order(body)]),
 }
-"""How an endpoint is asked and answers. `rewards`: {"prompts", "responses"} for {"rewards"}. `score` and
-`classify`: vLLM's /score, of (prompt, response) as two texts, and /classify, of a filled template, for a
-model with one output; that server applies a sigmoid unless told otherwise."""
+"""Ways to ask an endpoint and to read its answer. `rewards`: {"prompts", "responses"} for {"rewards"}.
+`score` and `classify`: vLLM's /score, of (prompt, response) as two texts, and /classify, of a filled text,
+for a model with one output; that server applies a sigmoid unless told otherwise."""
 
 _WORDS = {
     "address": "url",
-    "timeout": "timeout",
     "found": "url and model",
-    "request": "style, model or template",
+    "request": "dialect, model or template",
 }
 
 
 @dataclass
 class EndpointReward:
-    """A reward that a server gives: JSON is posted, JSON comes back (see `STYLES`).
+    """A reward that a server gives: JSON is posted, and JSON comes back (see `STYLES`).
 
     The key is read from the environment for each `score`; it is in no field, and in no error even if the
     server repeats it. Redirects are not followed, since they would take it along.
@@ -76,18 +72,9 @@ class EndpointReward:
     Args:
         url: http or https, without user name; a query is sent and never shown.
         bounds: see `parse_bounds`.
-        style: a row of `STYLES`.
-        model: sent as "model", where the server needs one.
-        key_env: NAME of the environment variable with the key, sent as `Authorization: Bearer`.
+        settings: how it is asked; the dialect is a row of `STYLES`.
         template: for `classify`, a text with {prompt} and {response}.
-        timeout: seconds for a whole request.
-        retries: further tries after a failed connection, a timeout, or a status that may pass (429, 503, …).
-        backoff: seconds before the first of them, give or take half, doubled each time; a server's
-            Retry-After counts, up to a minute.
-        concurrency: requests under way at once.
         batch_size: samples per request.
-        requests_per_minute: at most; None for no limit.
-        max_calls: budget of requests, retries included, over this object's life; None for no limit.
 
     Raises:
         AlignProError: values that do not fit, the variable is not set, or httpx2 is not installed.
@@ -95,17 +82,9 @@ class EndpointReward:
 
     url: str = field(repr=False)
     bounds: Bounds | str
-    style: str = "rewards"
-    model: str | None = None
-    key_env: str | None = None
+    settings: EndpointSettings = field(default_factory=EndpointSettings)
     template: str = PLAIN
-    timeout: float = 60.0
-    retries: int = 4
-    backoff: float = 0.5
-    concurrency: int = 4
     batch_size: int = 32
-    requests_per_minute: float | None = None
-    max_calls: int | None = None
     shown: str = field(init=False)
     bounded: Bounded = field(init=False, repr=False)
     low: float = field(init=False)
@@ -116,81 +95,70 @@ class EndpointReward:
         self.bounds = parse_bounds(self.bounds)
         self.bounded = Bounded(self.bounds)
         self.low, self.high = self.bounds.low, self.bounds.high
+        self.style, self.model = self.settings.dialect or "rewards", self.settings.model
         if self.style not in STYLES:
-            raise AlignProError(f"style {self.style!r}: choose from {', '.join(STYLES)}")
+            raise AlignProError(f"dialect {self.style!r}: choose from {', '.join(STYLES)}")
         check_template(self.template)
         if self.template in ("chat", "pair"):
             raise AlignProError(
                 f"template {self.template}: an endpoint needs a text with {{prompt}} and {{response}}"
             )
-        _at_least(1, concurrency=self.concurrency, batch_size=self.batch_size)
-        _at_least(0, retries=self.retries)
-        if self.max_calls is not None:
-            _at_least(1, max_calls=self.max_calls)
-        for name in ("timeout", "backoff", "requests_per_minute"):
-            value = getattr(self, name)
-            optional = name == "requests_per_minute" and value is None
-            if not optional and not (math.isfinite(value) and value >= 0 and (value or name == "backoff")):
-                raise AlignProError(f"{name} {value}: give a positive number")
-        http.check_key_env(self.key_env)
-        http.read_key(self.key_env)
+        at_least(1, batch_size=self.batch_size)
+        read_key(self.settings.key_env)
         http.client_library()
         self._http = http.Transport(
             url=self.url,
             shown=self.shown,
             name=f"endpoint {self.shown}",
             words=_WORDS,
-            key_env=self.key_env,
-            concurrency=self.concurrency,
-            timeout_s=self.timeout,
-            retries=self.retries,
-            backoff_s=self.backoff,
-            patient=True,
-            requests_per_minute=self.requests_per_minute,
-            max_calls=self.max_calls,
+            settings=self.settings,
         )
 
     @property
     def calls(self) -> int:
-        """Requests so far, retries included."""
+        """Count the requests so far, retries included."""
         return self._http.calls
 
     @property
     def retried(self) -> int:
-        """How many of them repeated a failed one."""
+        """Count the requests that repeated a failed one."""
         return self._http.retried
 
     @property
     def revision(self) -> str:
-        """Changes with whatever determines the raw scores; a digest, since the address may hold a key."""
+        """Name what determines the raw scores, by a digest, since the address may hold a key."""
         return digest(self.url, self.style, self.model, self.template).hex()
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """[n] float64 in [low, high]. The first failure stops; what was asked meanwhile is waited for.
+        """Ask for all scores and bound them: [n] float64 in [low, high].
+
+        The first failure stops it; what was asked meanwhile is waited for.
 
         Raises:
             AlignProError: the server answers something else than one finite number per sample.
             Stopped: it cannot be reached or refuses, or the budget is spent; says why in `reason`.
         """
-        return self.bounded(prompts, responses, self.raw(prompts, responses))
+        return self.bounded.apply(self.raw(prompts, responses))
 
     def raw(
         self,
         prompts: Sequence[str],
         responses: Sequence[str],
         on_score: Callable[[int, float], None] = lambda i, score: None,
+        meter: http.Meter | None = None,
     ) -> Array:
-        """[n] float64: what the server says, not yet clipped or squashed.
+        """Ask for all raw scores, not yet clipped or squashed: [n] float64.
 
         Args:
             on_score: called with (sample, raw score) as each arrives.
+            meter: counts the requests instead of this object.
 
         Raises:
             AlignProError: see `score`.
         """
         check_texts(prompts, responses)
         scores = np.full(len(prompts), np.nan)
-        secret = http.read_key(self.key_env, self.url)
+        secret = read_key(self.settings.key_env, self.url)
 
         def call(part: range) -> http.Call[Array]:
             some = [prompts[i] for i in part], [responses[i] for i in part]
@@ -205,23 +173,19 @@ class EndpointReward:
             body = json.dumps(content).encode()
             return http.Call(body, lambda body: self._read(body, *some, part[0], secret), keep)
 
-        failure = self._http.post(_parts(len(prompts), self.batch_size), call, secret)
+        failure = self._http.post(batches(len(prompts), self.batch_size), call, secret, meter)
         if failure is None:
             return scores
         done = np.isfinite(scores).sum()
         raise Stopped(f"{failure.text} ({done} of {len(prompts)} scored)", failure.reason, {})
 
-    def stop(self) -> None:
-        """End a `score` that runs in another thread, soon; it raises Stopped."""
-        self._http.stop()
-
     def describe(self) -> dict[str, Any]:
-        """Where and how the server is asked, and the bounds with what they did; not the key."""
+        """Say where and how the server is asked, and the bounds with what they did; not the key."""
         facts = {"kind": "endpoint", "url": self.shown, "style": self.style, "model": self.model}
         return {"name": self.model or self.shown, **facts, "bounds": self.bounded.describe()}
 
     def _read(
-        self, body: bytes, prompts: Sequence[str], responses: Sequence[str], start: int, secret: http.Secret
+        self, body: bytes, prompts: Sequence[str], responses: Sequence[str], start: int, secret: Secret
     ) -> tuple[Array, int] | http.Problem:
         try:
             content = json.loads(body)
@@ -234,124 +198,17 @@ class EndpointReward:
                 raise TypeError
         except Exception:
             return http.Problem(
-                f"answered {secret.said(json.dumps(content))}, which is not of style {self.style}; choose "
+                f"answered {secret.said(json.dumps(content))}, which is not of dialect {self.style}; choose "
                 f"from {', '.join(STYLES)}, or mend the server",
                 False,
             )
-        return check_scores(prompts, responses, scores, *self.bounded.limits, start=start), 0
+        return self.bounded.check(prompts, responses, scores, start=start), 0
 
 
 def check_url(url: str) -> str:
-    """`url` without its query, to be shown.
+    """Check an endpoint's address, and return it without its query, to be shown.
 
     Raises:
         AlignProError: it is not http or https, has no host, or has a user name or password in it.
     """
-    return http.check_address("url", url, "https://HOST/PATH", query=True)
-
-
-_ONCE = Sampling(temperature=0.0, max_tokens=1)
-
-
-class CachedReward:
-    """An endpoint's reward that asks only for the scores its folder does not hold.
-
-    A raw score is on file as soon as it arrives, in the file of `ledger.Cached`: what killed a run, or
-    changed the bounds, asks for no sample again.
-
-    Args:
-        reward: whose bounds apply; its `revision` and the texts are the key.
-        folder: created if need be; holds `answers.jsonl`, of which an answer is a score in decimal.
-
-    Raises:
-        AlignProError: the folder cannot be written to, or its file not read.
-    """
-
-    def __init__(self, reward: EndpointReward, folder: str | Path) -> None:
-        self.reward = reward
-        self.low, self.high = reward.low, reward.high
-        self._cached = Cached(_AsTarget(reward), folder, note=None)
-
-    @property
-    def ledger(self) -> Ledger:
-        """Of this object: `answers` are scores."""
-        return self._cached.ledger
-
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """[n] float64 in [low, high].
-
-        Raises:
-            Stopped: see `EndpointReward.score`; also where the disk is full. What arrived before is on file.
-            AlignProError: as many prompts as responses are needed, all strings; a score on file that is none.
-        """
-        check_texts(prompts, responses)
-        asked = [json.dumps(sample) for sample in zip(prompts, responses, strict=True)]
-        rows = self._cached.respond(asked, _ONCE)
-        return self.reward.bounded(prompts, responses, [_number(row[0].text) for row in rows])
-
-    def describe(self) -> dict[str, Any]:
-        """See `EndpointReward.describe`."""
-        return self.reward.describe()
-
-    def line(self) -> str:
-        """One line of text: what was asked for."""
-        spent = self.ledger
-        return (
-            f"{spent.answers} scores in {spent.calls} requests ({spent.retries} retries), {spent.hits} more "
-            "from the file"
-        )
-
-
-def keep_scores(reward: rewards.Reward, folder: str | Path) -> rewards.Reward:
-    """`reward`, behind a `CachedReward` in `folder` where its scores are paid for."""
-    return CachedReward(reward, folder) if isinstance(reward, EndpointReward) else reward
-
-
-class _AsTarget:
-    """A reward as a `Target`: a question is a sample, as JSON, and its answer the raw score."""
-
-    remote = True
-
-    def __init__(self, reward: EndpointReward) -> None:
-        self.reward = reward
-        self.name = str(reward.describe()["name"])
-        self.revision = reward.revision
-
-    @property
-    def calls(self) -> int:
-        return self.reward.calls
-
-    @property
-    def retried(self) -> int:
-        return self.reward.retried
-
-    def stop(self) -> None:
-        self.reward.stop()
-
-    def respond(
-        self,
-        prompts: Sequence[str],
-        sampling: Sampling,
-        *,
-        first: Sequence[int] | int = 0,
-        samples: int = 1,
-        seed: int = 0,
-        on_answer: OnAnswer | None = None,
-    ) -> list[list[Answer]]:
-        found: list[list[Answer]] = [[] for _ in prompts]
-
-        def keep(i: int, score: float) -> None:
-            found[i] = [Answer(repr(score), "stop", 0, 0)]  # repr: to the bit
-            if on_answer:
-                on_answer(i, 0, found[i][0])
-
-        pairs = [json.loads(prompt) for prompt in prompts]
-        self.reward.raw([x for x, _ in pairs], [y for _, y in pairs], keep)
-        return found
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan  # of an edited file; told with its sample
+    return check_address("url", url, "https://HOST/PATH", query=True)

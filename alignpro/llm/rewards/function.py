@@ -1,4 +1,4 @@
-"""A reward made of a Python function."""
+"""A Python function of the user's own as reward."""
 
 import asyncio
 import contextlib
@@ -11,13 +11,12 @@ import numpy as np
 import torch
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models import configure, download
+from alignpro.llm.models import download, libraries
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
 from alignpro.llm.rewards.reward import (
     Array,
-    _at_least,
-    _parts,
-    check_scores,
+    at_least,
+    batches,
     check_texts,
     sample_shown,
     shown,
@@ -27,15 +26,15 @@ from alignpro.llm.targets import http
 
 @dataclass
 class CallableReward:
-    """A Python function as reward.
+    """A reward that a Python function gives.
 
     Args:
-        function: of (prompts, responses), lists of strings, giving one number per sample; or, with `each`, of
-            one prompt and one response, giving a number.
+        function: takes (prompts, responses), lists of strings, and gives one number per sample; or, with
+            `each`, takes one prompt and one response, and gives a number.
         bounds: see `parse_bounds`.
-        each: the function takes one sample.
-        is_async: the function is `async def`. Every `score` runs its calls in an event loop of its own, so
-            nothing that belongs to a loop may outlive a call.
+        each: whether the function takes one sample.
+        is_async: whether the function is `async def`. Every `score` runs its calls in an event loop of its
+            own, so nothing that belongs to a loop may outlive a call.
         concurrency: how many asynchronous calls are under way at once.
         batch_size: samples per call, without `each`.
         context: further keyword arguments of every call.
@@ -60,25 +59,25 @@ class CallableReward:
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise AlignProError(f"function: {type(self.function).__name__} cannot be called; give a function")
-        _at_least(1, concurrency=self.concurrency, batch_size=self.batch_size)
+        at_least(1, concurrency=self.concurrency, batch_size=self.batch_size)
         self.bounds = parse_bounds(self.bounds)
         self.bounded = Bounded(self.bounds)
         self.low, self.high = self.bounds.low, self.bounds.high
         self.name = self.name or getattr(self.function, "__name__", type(self.function).__name__)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """[n] float64 in [low, high].
+        """Call the function and bound what it returns: [n] float64 in [low, high].
 
         Raises:
             AlignProError: the function raised (its exception is the cause), or returned something else than
                 one finite number per sample; the sample is shown.
         """
         check_texts(prompts, responses)
-        parts = _parts(len(prompts), 1 if self.each else self.batch_size)
+        parts = batches(len(prompts), 1 if self.each else self.batch_size)
         if self.is_async:
-            scores = http.finish(self._score_all(prompts, responses, parts))
+            raw = http.finish(self._score_all(prompts, responses, parts))
         else:
-            scores = []
+            raw = []
             for part in parts:
                 with self._blamed(prompts, responses, part):
                     result = self._call(prompts, responses, part)
@@ -86,11 +85,11 @@ class CallableReward:
                     if inspect.iscoroutine(result):
                         result.close()
                     raise AlignProError(f"function {self.name}: it is asynchronous; set is_async=True")
-                scores.append(self._checked(prompts, responses, part, result))
-        return self.bounded(prompts, responses, np.concatenate([np.zeros(0), *scores]))
+                raw.append(self._checked(prompts, responses, part, result))
+        return self.bounded.apply(np.concatenate([np.zeros(0), *raw]))
 
     def describe(self) -> dict[str, Any]:
-        """The function's name and the bounds with what they did."""
+        """Name the function, and the bounds with what they did."""
         return {"name": self.name, "kind": "Python function", "bounds": self.bounded.describe()}
 
     async def _score_all(
@@ -119,7 +118,8 @@ class CallableReward:
     def _checked(self, prompts: Sequence[str], responses: Sequence[str], part: range, result: Any) -> Array:
         if self.each:
             result = [result.item() if isinstance(result, torch.Tensor | np.ndarray) else result]
-        return check_scores([prompts[i] for i in part], [responses[i] for i in part], result, start=part[0])
+        some = [prompts[i] for i in part], [responses[i] for i in part]
+        return self.bounded.check(*some, result, start=part[0])
 
     @contextlib.contextmanager
     def _blamed(self, prompts: Sequence[str], responses: Sequence[str], part: range) -> Iterator[None]:
@@ -129,7 +129,7 @@ class CallableReward:
             where = sample_shown(part[0], prompts[part[0]], responses[part[0]])
             if len(part) > 1:
                 where = f"samples {part[0]} to {part[-1]}, the first being {where}"
-            said = download.scrub(configure._one_line(error))
+            said = download.scrub(libraries.one_line(error))
             raise AlignProError(
                 f"function {self.name} raised {type(error).__name__} ({shown(said, 200)}) on {where}"
             ) from error

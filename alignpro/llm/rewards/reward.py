@@ -1,4 +1,4 @@
-"""Defines what a reward is, and checks texts and scores for all of them."""
+"""The protocol of rewards, and the checks of texts and scores that all of them share."""
 
 import math
 import numbers
@@ -15,22 +15,28 @@ Array = np.ndarray
 
 
 class Reward(Protocol):
-    """What every reward offers; `low` and `high` bound every score, as Theorem 1 asks."""
+    """A bounded reward r(x, y) of a response y to the user's own prompt x, not to its rewrite."""
 
     low: float
+    """Lower end of the range, finite: no score is below it, as Theorem 1 asks."""
     high: float
+    """Upper end of the range, finite: no score is above it."""
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """[n] float64: r(prompts[i], responses[i]) in [low, high]."""
+        """Score each response to its prompt: [n] float64 in [low, high]."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What the reward is, its measured quality and its limits, as JSON values."""
+        """Say what the reward is, its measured quality and its limits, as JSON values."""
         ...
 
 
 def check_texts(prompts: Sequence[str], responses: Sequence[str]) -> None:
-    """Raise AlignProError unless there is one response per prompt, all strings."""
+    """Refuse anything but one response per prompt, all strings.
+
+    Raises:
+        AlignProError: their numbers differ, or one is no string.
+    """
     if len(prompts) != len(responses):
         raise AlignProError(
             f"{len(prompts)} prompts and {len(responses)} responses: give one response per prompt"
@@ -50,16 +56,15 @@ def check_scores(
     start: int = 0,
     remedy: str = "mend the reward on this sample",
 ) -> Array:
-    """`scores` as [n] float64: one finite number in [low, high] per sample, or an error that shows the first
-    sample without.
+    """Turn what a reward returned into [n] float64, if it is one finite number in [low, high] per sample.
 
     Args:
         scores: a sequence, array or tensor of n numbers.
         start: number of the first sample, where the samples are part of a batch.
-        remedy: of a score that is not finite.
+        remedy: what to do about a score that is not finite.
 
     Raises:
-        AlignProError: so; the sample is shortened and escaped.
+        AlignProError: it is not; shows the first bad sample, shortened and escaped.
     """
     if isinstance(scores, torch.Tensor):
         scores = scores.detach().float().cpu().numpy()
@@ -78,54 +83,61 @@ def check_scores(
         )
     found = np.zeros(len(prompts))
     for i, score in enumerate(scores):
+        fault = None
         if not isinstance(score, numbers.Real | np.bool_):
-            where = sample_shown(start + i, prompts[i], responses[i])
-            raise AlignProError(f"the reward of {where} is of type {type(score).__name__}: return a number")
-        try:
-            found[i] = float(score)
-        except OverflowError:
-            found[i] = math.inf  # an integer beyond all floats
-        if not math.isfinite(found[i]):
-            where = sample_shown(start + i, prompts[i], responses[i])
-            raise AlignProError(f"the reward of {where} is {found[i]}: every reward must be finite; {remedy}")
-        if not low <= found[i] <= high:
-            where = sample_shown(start + i, prompts[i], responses[i])
-            raise AlignProError(
-                f"the reward of {where} is {found[i]:g}, outside the declared [{low:g}, {high:g}]: "
-                "declare a wider range, or clip or squash"
-            )
+            fault = f"is of type {type(score).__name__}: return a number"
+        else:
+            try:
+                found[i] = float(score)
+            except OverflowError:
+                found[i] = math.inf  # an integer beyond all floats
+            if not math.isfinite(found[i]):
+                fault = f"is {found[i]}: every reward must be finite; {remedy}"
+            elif not low <= found[i] <= high:
+                fault = (
+                    f"is {found[i]:g}, outside the declared [{low:g}, {high:g}]: declare a wider range, or "
+                    "clip or squash"
+                )
+        if fault:
+            raise AlignProError(f"the reward of {sample_shown(start + i, prompts[i], responses[i])} {fault}")
     return found
 
 
 def sample_shown(i: int, prompt: str, response: str) -> str:
-    """A sample named by its number and its texts, for an error."""
+    """Name a sample by its number and its texts, for an error."""
     return f"sample {i} (prompt {shown(prompt)}, response {shown(response)})"
 
 
 def shown(text: str, length: int = 80) -> str:
-    """One line of `text`: shortened, and escaped so that it cannot drive a terminal or forge a log line."""
+    """Shorten and escape `text`, so that it cannot drive a terminal or forge a log line."""
     return repr(text if len(text) <= length else text[: length - 3] + "...")
 
 
 PLAIN = "Human: {prompt}\n\nAssistant: {response}"
-"""How a sample is written for a model whose tokenizer has no chat template."""
+"""The way a sample is written for a model whose tokenizer has no chat template."""
 
 
-def _at_least(least: int, **values: int) -> None:
+def at_least(least: int, **values: int) -> None:
+    """Refuse settings below `least`.
+
+    Raises:
+        AlignProError: names the first.
+    """
     for name, value in values.items():
         if value < least:
             raise AlignProError(f"{name} {value}: give at least {least}")
 
 
-def _parts(n: int, size: int) -> list[range]:
+def batches(n: int, size: int) -> list[range]:
+    """Divide 0 to n − 1 into runs of at most `size`."""
     return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def check_template(template: str) -> None:
-    """Refuse a template that is neither `chat` nor `pair` nor a text with {prompt} and {response}.
+    """Refuse a template that is neither `chat` nor `pair` nor a text with {prompt} and {response} once each.
 
     Raises:
-        AlignProError: so.
+        AlignProError: it is none of these.
     """
     if template in ("chat", "pair"):
         return
@@ -136,7 +148,7 @@ def check_template(template: str) -> None:
 
 
 def fill(template: str, prompt: str, response: str) -> str:
-    """`template` with {prompt} and {response} replaced literally.
+    """Replace {prompt} and {response} in `template` literally.
 
     One pass, so a placeholder inside a text stays text; and no format language, which could reach attributes.
     """

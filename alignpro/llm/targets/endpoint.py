@@ -1,10 +1,6 @@
-"""A frozen target behind an OpenAI-compatible address: what is sent, and what is made of the answers.
-
-`http` sends it: retries, rate limits, deadlines, budgets, and the key that is shown nowhere.
-"""
+"""A frozen target behind an OpenAI-compatible address: writes requests, reads answers. Needs no torch."""
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,7 +8,9 @@ from typing import Any, ClassVar
 from alignpro.errors import AlignProError
 from alignpro.llm.models.sampling import Sampling, digest, is_int, stream_key
 from alignpro.llm.targets import http
-from alignpro.llm.targets.target import Answer, Answers, OnAnswer, Stopped, arrange, jobs
+from alignpro.llm.targets.keys import Secret, check_address, read_key
+from alignpro.llm.targets.settings import EndpointSettings
+from alignpro.llm.targets.target import Answer, Answers, Known, OnAnswer, Stopped, arrange, jobs
 
 
 def _openai(sampling: Sampling) -> dict[str, Any]:
@@ -40,7 +38,6 @@ DIALECTS: dict[str, Callable[[Sampling], dict[str, Any]]] = {
 _OWN_FIELDS = ("model", "messages", "temperature", "top_p", "max_tokens", "seed", "stream", "n")
 _WORDS = {
     "address": "base_url",
-    "timeout": "timeout_s",
     "found": "base_url (it ends in /v1) and the model's name",
     "request": "model, dialect, extra_body or sampling",
 }
@@ -51,67 +48,29 @@ class Endpoint:
     """A model behind an OpenAI-compatible chat-completions address (vLLM, `transformers serve`, hosted ones).
 
     Failures that may pass (no connection, time out, 429, 5xx, malformed answers) are tried again with
-    exponential backoff and jitter; others end the run at once. Budgets hold over this object's life.
+    exponential backoff and jitter; others end the run at once. Budgets hold over this object's life;
+    behind `ledger.Cached`, over all runs and processes that share its folder. What a failed request may have
+    cost is not known.
 
     Raises:
         AlignProError: a bad field, before any request.
     """
 
-    model: str
     base_url: str
-    """Up to and with `/v1`; no key in it."""
-    key_env: str | None = None
-    """Name of the environment variable that holds the key; None sends none."""
-    dialect: str = "openai"
-    """A row of `DIALECTS`; `vllm` and `transformers` take top_k."""
+    """The address, up to and with `/v1`; no key in it."""
+    settings: EndpointSettings
+    """Settings of its requests. The model is needed; the dialect is a row of `DIALECTS`."""
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     """Further JSON fields of each request, such as {"top_k": 20}; no secrets."""
     weights: str = ""
     """Whatever identifies the weights served; the address where empty. Part of `revision`."""
-    concurrency: int = 8
-    timeout_s: float = 120.0
-    """For a whole request, from connecting to the last byte."""
-    retries: int = 10
-    """After a first attempt, per answer."""
-    backoff_s: float = 0.5
-    """Before the first retry; doubles each time."""
-    max_wait_s: float = 60.0
-    """Longest wait before one retry. A server that asks for more ends the run."""
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    max_calls: int | None = None
-    """Budget: requests, retries included."""
-    max_tokens: int | None = None
-    """Budget: prompt and answer tokens. A request starts only where its own `Sampling.max_tokens` and its
-    estimated prompt still fit. What a failed request may have cost is not known."""
     remote: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self._check()
-        self.name = self.model
-        self.base_url = self.base_url.rstrip("/")
-        self._http = http.Transport(
-            url=f"{self.base_url}/chat/completions",
-            shown=self.base_url,
-            name=f"endpoint {self.base_url}, model {self.model!r}",
-            words=_WORDS,
-            key_env=self.key_env,
-            concurrency=self.concurrency,
-            timeout_s=self.timeout_s,
-            retries=self.retries,
-            backoff_s=self.backoff_s,
-            max_wait_s=self.max_wait_s,
-            requests_per_minute=self.requests_per_minute,
-            tokens_per_minute=self.tokens_per_minute,
-            max_calls=self.max_calls,
-            max_tokens=self.max_tokens,
-        )
-
-    def _check(self) -> None:
-        if not isinstance(self.model, str) or not self.model:
-            raise AlignProError(f"model {self.model!r}: name the model that the endpoint serves")
-        http.check_address("base_url", self.base_url, "http://127.0.0.1:8000/v1")
-        http.check_key_env(self.key_env)
+        check_address("base_url", self.base_url, "http://127.0.0.1:8000/v1")
+        if self.settings.model is None:
+            raise AlignProError(f"model: name the model that {self.base_url} serves")
+        self.dialect = self.settings.dialect or "openai"
         if self.dialect not in DIALECTS:
             raise AlignProError(f"dialect {self.dialect!r}: choose from {', '.join(DIALECTS)}")
         try:
@@ -121,17 +80,15 @@ class Endpoint:
         for name in self.extra_body:
             if name in _OWN_FIELDS:
                 raise AlignProError(f"extra_body {name!r}: set it in Sampling or in the Endpoint instead")
-        for name, least in (("concurrency", 1), ("retries", 0), ("max_calls", 1), ("max_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and (not is_int(value) or value < least):
-                raise AlignProError(f"{name} {value!r}: choose a whole number of at least {least}")
-        for name in ("timeout_s", "backoff_s", "max_wait_s", "requests_per_minute", "tokens_per_minute"):
-            value = getattr(self, name)
-            optional = name.endswith("minute") and value is None
-            if not optional and not (
-                isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-            ):
-                raise AlignProError(f"{name} {value!r}: choose a positive number")
+        self.name = self.settings.model
+        self.base_url = self.base_url.rstrip("/")
+        self._http = http.Transport(
+            url=f"{self.base_url}/chat/completions",
+            shown=self.base_url,
+            name=f"endpoint {self.base_url}, model {self.name!r}",
+            words=_WORDS,
+            settings=self.settings,
+        )
 
     @property
     def calls(self) -> int:
@@ -145,7 +102,7 @@ class Endpoint:
 
     @property
     def tokens(self) -> int:
-        """Of prompts and answers so far."""
+        """Tokens of prompts and answers so far."""
         return self._http.tokens
 
     @property
@@ -163,8 +120,14 @@ class Endpoint:
         samples: int = 1,
         seed: int = 0,
         on_answer: OnAnswer | None = None,
+        known: Known = lambda *_: None,
+        meter: http.Meter | None = None,
     ) -> list[list[Answer]]:
         """See `Target.respond`. Requests in flight are let finish when one fails, and their answers kept.
+
+        Args:
+            known: asked just before each request for an answer that another process has by now; it is taken.
+            meter: counts calls and tokens instead of this object.
 
         Raises:
             AlignProError: also for top_k where the dialect has none, or a key that is not set.
@@ -177,7 +140,7 @@ class Endpoint:
                 "'transformers', put it in extra_body, or choose top_k 0"
             )
         http.client_library()
-        secret = http.read_key(self.key_env)
+        secret = read_key(self.settings.key_env)
         answers: Answers = {}
 
         def call(job: tuple[int, int]) -> http.Call[Answer]:
@@ -194,9 +157,10 @@ class Endpoint:
                 lambda body: _parse(body, secret),
                 keep,
                 sampling.max_tokens + len(prompt.encode(errors="replace")) // 4 + 8,
+                lambda: known(position, index),
             )
 
-        failure = self._http.post(asked, call, secret)
+        failure = self._http.post(asked, call, secret, meter)
         if failure is None:
             return arrange(asked, answers, len(prompts))
         raise Stopped(
@@ -206,16 +170,12 @@ class Endpoint:
             answers,
         )
 
-    def stop(self) -> None:
-        """See `Target.stop`; requests in flight are let finish, and their answers kept."""
-        self._http.stop()
-
     def _body(self, prompt: str, index: int, sampling: Sampling, seed: int) -> bytes:
         return json.dumps(
             {
                 **DIALECTS[self.dialect](sampling),
                 **self.extra_body,
-                "model": self.model,
+                "model": self.name,
                 "messages": [{"role": "user", "content": prompt}],
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
@@ -226,7 +186,7 @@ class Endpoint:
         ).encode()
 
 
-def _parse(body: bytes, secret: http.Secret) -> tuple[Answer, int] | http.Problem:
+def _parse(body: bytes, secret: Secret) -> tuple[Answer, int] | http.Problem:
     """The answer in a chat completion's JSON and its tokens, or what is wrong: field, value, remedy."""
     said = secret.said
     try:

@@ -1,17 +1,10 @@
-"""Posting JSON to a server that may fail: retries, rate limits, deadlines and budgets.
-
-A key is read from the environment when it is needed, goes into one request header, to the address given and
-nowhere else, and is removed from whatever a server sends back. Needs no torch.
-"""
+"""Posting JSON to a server that may fail: retries, rate limits, deadlines and budgets. Needs no torch."""
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
-import os
 import random
-import re
 import threading
 import time
 from collections import deque
@@ -19,118 +12,29 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any, Generic, TypeVar
-from urllib.parse import parse_qsl, quote, urlsplit
+from typing import Any, Generic, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from alignpro.errors import AlignProError
+from alignpro.llm.targets.keys import Secret
+from alignpro.llm.targets.settings import EndpointSettings
 
 T = TypeVar("T")
 J = TypeVar("J")
 
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
 LARGEST = 16 * 2**20  # bytes of a response
-
-
-# --- addresses and keys ---
-
-
-def check_address(name: str, address: Any, example: str, query: bool = False) -> str:
-    """`address` without its query, to be shown.
-
-    Args:
-        name: the field's, for errors.
-        query: whether it may have one.
-
-    Raises:
-        AlignProError: no http(s) address, or one with a user name, or with a query where none may be.
-    """
-    try:
-        parts = urlsplit(address)
-        port = f":{parts.port}" if parts.port else ""
-        good = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
-        good = good and (query or not (parts.query or parts.fragment))
-    except (ValueError, AttributeError, TypeError):
-        good = False
-    if not good or re.search(r"[\s\x00-\x20\x7f]", str(address)):
-        # Not repeated: it may hold a secret.
-        raise AlignProError(
-            f"{name}: give an http(s) address such as {example}, without a user name"
-            f"{'' if query else ', query'} or password; a key goes into the environment variable that "
-            "key_env names"
-        )
-    host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
-    return f"{parts.scheme}://{host}{port}{parts.path}"
-
-
-class Secret:
-    """A key, and whatever in an address may be one, that no traceback, log or repr shows.
-
-    Args:
-        value: the key; empty for none.
-        address: whose query is hidden too.
-    """
-
-    def __init__(self, value: str, address: str = "") -> None:
-        self.value = value
-        query = urlsplit(address).query
-        hidden = {query, *(v for _, v in parse_qsl(query) if len(v) > 3)}
-        # Placeholders such as EMPTY are no secrets, and are words besides.
-        hidden |= {value} if len(value) >= 8 else set()
-        forms = {form for s in hidden for form in (s, quote(s, safe=""), json.dumps(s)[1:-1])} - {""}
-        self._forms = sorted(forms, key=len, reverse=True)
-
-    def __repr__(self) -> str:
-        return "<key>"
-
-    def scrub(self, text: str) -> str:
-        for form in self._forms:
-            text = text.replace(form, "<key>")
-        return text
-
-    def said(self, text: str, most: int = 200) -> str:
-        """Foreign text made safe to print: one line, no key (removed before cutting), no control codes."""
-        line = " ".join(self.scrub(text).split())
-        line = "".join(c if c.isprintable() else "?" for c in line)
-        return line if len(line) <= most else line[: most - 3] + "..."
-
-
-def check_key_env(name: str | None) -> None:
-    """Raise AlignProError unless `name` can be that of an environment variable; None is no key."""
-    if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", str(name)):
-        # Not repeated: people paste the key itself here.
-        raise AlignProError("key_env: give the NAME of an environment variable, such as OPENAI_API_KEY")
-
-
-def read_key(name: str | None, address: str = "") -> Secret:
-    """The key in the environment variable `name`.
-
-    Raises:
-        AlignProError: it is not set, or is no key.
-    """
-    if name is None:
-        return Secret("", address)
-    value = os.environ.get(name, "").strip()
-    if not value:
-        named = name if name.isupper() else "given"  # in small letters it may be a key, pasted by mistake
-        raise AlignProError(f"key_env {named}: that environment variable is not set; export it")
-    if not re.fullmatch(r"[\x21-\x7e]+", value):
-        raise AlignProError(
-            f"key_env {name}: its value is no key (white space or non-ASCII in it); copy it again"
-        )
-    return Secret(value, address)
-
-
-# --- calls ---
+_POLL_S = 0.02  # between two looks at a budget that calls under way may give back to
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why one attempt gave nothing."""
+    """The reason why one attempt gave nothing."""
 
     text: str
     transient: bool
     wait_s: float | None = None
-    """What the server asks to wait."""
+    """Seconds that the server asks to wait."""
     unreachable: bool = False
 
 
@@ -141,20 +45,41 @@ class Call(Generic[T]):
     body: bytes
     """JSON."""
     read: Callable[[bytes], tuple[T, int] | Problem]
-    """Of a response with status 200: its value and the tokens it took, or what is wrong with it. Whatever it
+    """Reads a response of status 200: its value and the tokens it took, or what is wrong with it. Whatever it
     raises ends the run."""
     keep: Callable[[T], None]
     """Called with the value, as soon as it is there."""
     cost: int = 0
     """Tokens that it takes at most."""
+    known: Callable[[], T | None] = lambda: None
+    """Gives the value where another process has it by now: then nothing is sent."""
 
 
 class GiveUp(Exception):
-    """Why calls were not made: `reason` is max_calls, max_tokens (budgets), failed or stopped."""
+    """Ends a `post` early: `reason` is max_calls, max_tokens (budgets), failed or stopped."""
 
     def __init__(self, text: str, reason: str = "failed") -> None:
         super().__init__(text)
         self.text, self.reason = text, reason
+
+
+class Meter(Protocol):
+    """Counts calls and their tokens against the budgets of `EndpointSettings`."""
+
+    def book(self, settings: EndpointSettings, cost: int, again: bool) -> str | None:
+        """Count a call that is about to be sent, of at most `cost` tokens; None.
+
+        Where it would overrun a budget nothing is counted: `max_calls`, `max_tokens`, or `wait` where calls
+        under way may yet use fewer tokens than they booked.
+
+        Args:
+            again: it repeats a failed one.
+        """
+        ...
+
+    def settle(self, cost: int) -> None:
+        """Give back the tokens booked for a call that has ended, its value kept, and what it used counted."""
+        ...
 
 
 class Pace:
@@ -173,6 +98,7 @@ class Pace:
         return start
 
     def give_back(self, amount: float) -> None:
+        """Make room for others again: `amount` was booked and is not used."""
         if self.per_minute is not None:
             self.free_at -= 60.0 * amount / self.per_minute
 
@@ -181,32 +107,19 @@ class Pace:
 class Transport:
     """Posts to one address. Failures that may pass (no connection, time out, 429, 5xx, malformed responses)
     are tried again with exponential backoff and jitter; others end the run at once. Redirects are not
-    followed: they would take the key along. Budgets and rates hold over this object's life.
-
-    The fields are those of its owner, who has checked them.
+    followed: they would take the key along. Rates hold over this object's life, and so do budgets where
+    `post` is given no other meter.
     """
 
     url: str = field(repr=False)
     shown: str
     """The address in errors."""
     name: str
-    """What is asked, in errors."""
+    """Name of what is asked, in errors."""
     words: Mapping[str, str] = field(repr=False)
-    """The owner's names, for errors: of its `address` and `timeout`; what to check where nothing is `found`;
-    and what determines the `request`."""
-    key_env: str | None
-    concurrency: int
-    timeout_s: float
-    """For a whole request, from connecting to the last byte."""
-    retries: int
-    backoff_s: float
-    max_wait_s: float = 60.0
-    patient: bool = False
-    """Where a server asks for more than `max_wait_s`: wait that long and try again, instead of giving up."""
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    max_calls: int | None = None
-    max_tokens: int | None = None
+    """The owner's names, for errors: of its `address`; what to check where nothing is `found`; and what
+    determines the `request`."""
+    settings: EndpointSettings
 
     def __post_init__(self) -> None:
         self.calls = 0
@@ -216,43 +129,44 @@ class Transport:
         self._reserved = 0
         self._hold_until = 0.0
         self._lock = threading.Lock()
-        self._running: _Run | None = None
-        self._requests = Pace(self.requests_per_minute)
-        self._token_pace = Pace(self.tokens_per_minute)
+        self._requests = Pace(self.settings.requests_per_minute)
+        self._token_pace = Pace(self.settings.tokens_per_minute)
 
-    def post(self, jobs: Sequence[J], make: Callable[[J], Call], secret: Secret) -> GiveUp | None:
+    def post(
+        self, jobs: Sequence[J], make: Callable[[J], Call], secret: Secret, meter: Meter | None = None
+    ) -> GiveUp | None:
         """Make each job's call; None, or why not all were made. Requests in flight are let finish when one
         fails, and their values kept.
 
+        Args:
+            meter: counts instead of this object.
+
         Raises:
             AlignProError: the HTTP client is not installed.
-            Exception: what `read` or `keep` raised.
+            Exception: one that `read` or `keep` raised.
         """
         client_library()
         if not jobs:
             return None
         with self._lock:
-            run = self._running = _Run(self, make, secret)
-            try:
-                failure = finish(run.all(deque(jobs)), run.stop)
-            finally:
-                self._running = None
+            run = _Run(self, make, secret, meter or self)
+            failure = finish(run.all(deque(jobs)), run.stop)
         if failure is not None and not isinstance(failure, GiveUp):
             raise failure  # the disk is full, for one
         return failure
 
-    def stop(self) -> None:
-        """End a `post` that runs in another thread; requests in flight are let finish, their values kept."""
-        if (run := self._running) is not None:
-            run.stop()
-
-    def _admits(self, cost: int) -> str | None:
-        """The budget that one more call of at most `cost` tokens would overrun, if any."""
-        if self.max_calls is not None and self.calls >= self.max_calls:
+    def book(self, settings: EndpointSettings, cost: int, again: bool) -> str | None:
+        """See `Meter.book`; `_Run` counts the call itself."""
+        if settings.max_calls is not None and self.calls >= settings.max_calls:
             return "max_calls"
-        if self.max_tokens is not None and self.tokens + self._reserved + cost > self.max_tokens:
-            return "max_tokens"
+        if settings.max_tokens is not None and self.tokens + self._reserved + cost > settings.max_tokens:
+            return "wait" if self._reserved else "max_tokens"
+        self._reserved += cost
         return None
+
+    def settle(self, cost: int) -> None:
+        """See `Meter.settle`."""
+        self._reserved -= cost
 
 
 class _Abandoned(Exception):
@@ -262,8 +176,8 @@ class _Abandoned(Exception):
 class _Run(Generic[J]):
     """One `post`: workers that take jobs from a queue on one event loop."""
 
-    def __init__(self, transport: Transport, make: Callable[[J], Call], secret: Secret) -> None:
-        self.transport, self.make, self.secret = transport, make, secret
+    def __init__(self, transport: Transport, make: Callable[[J], Call], secret: Secret, meter: Meter) -> None:
+        self.transport, self.make, self.secret, self.meter = transport, make, secret, meter
         self.failure: Exception | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
 
@@ -276,8 +190,6 @@ class _Run(Generic[J]):
     async def _halt(self, failure: Exception) -> None:
         self.failure = self.failure or failure
         self.stopping.set()
-        async with self.released:
-            self.released.notify_all()
 
     async def all(self, queue: deque[J]) -> Exception | None:
         """Make every call; None, or why not. What it raises otherwise is a bug or an interrupt."""
@@ -285,11 +197,10 @@ class _Run(Generic[J]):
         to = self.transport
         self.loop = asyncio.get_running_loop()
         self.stopping = asyncio.Event()
-        self.released = asyncio.Condition()
         headers = {"accept": "application/json", "accept-encoding": "identity"}
         if self.secret.value:
             headers["Authorization"] = f"Bearer {self.secret.value}"
-        workers = min(to.concurrency, len(queue))
+        workers = min(to.settings.concurrency, len(queue))
         try:
             client = httpx.AsyncClient(
                 headers=httpx.Headers(headers),  # whose repr hides the key
@@ -312,71 +223,65 @@ class _Run(Generic[J]):
         while queue and not self.stopping.is_set():
             try:
                 call = self.make(queue.popleft())
-                call.keep(await self._value(client, call))
+                if (value := call.known()) is not None:
+                    call.keep(value)
+                else:
+                    await self._answer(client, call)
             except _Abandoned:
                 return
             except Exception as error:
                 await self._halt(error)
                 return
 
-    async def _value(self, client: Any, call: Call[T]) -> T:
-        to = self.transport
-        for attempt in range(to.retries + 1):
-            await self._admit(call.cost)
-            to.retried += attempt > 0
+    async def _answer(self, client: Any, call: Call) -> None:
+        """Make the call until it has a value, and keep that."""
+        to, settings = self.transport, self.transport.settings
+        for attempt in range(settings.retries + 1):
+            await self._admit(call.cost, attempt > 0)
             used = 0
             try:
                 result = await self._attempt(client, call)
                 if not isinstance(result, Problem):
                     used = result[1]
+                    to._answered += 1
+                    call.keep(result[0])
+                    return
             finally:
                 to.tokens += used
-                to._reserved -= call.cost
                 to._token_pace.give_back(call.cost - used)
-                async with self.released:
-                    self.released.notify_all()
-            if not isinstance(result, Problem):
-                to._answered += 1
-                return result[0]
+                self.meter.settle(call.cost)
             # Nothing listens, and never did: not worth minutes of backoff.
             hopeless = result.unreachable and not to._answered and attempt >= 2
-            if not result.transient or hopeless or attempt == to.retries:
+            if not result.transient or hopeless or attempt == settings.retries:
                 tried = f" after {attempt + 1} attempts" if attempt else ""
                 raise GiveUp(f"{to.name}{tried}: {result.text}")
-            wait = min(to.max_wait_s, to.backoff_s * 2 ** min(attempt, 30) * random.uniform(0.5, 1.5))
+            pause = settings.backoff_s * 2 ** min(attempt, 30) * random.uniform(0.5, 1.5)
+            wait = min(settings.max_wait_s, pause)
             if result.wait_s is not None:
                 wait = max(wait, result.wait_s)
                 # All workers wait, or each would find out for itself.
                 to._hold_until = max(to._hold_until, time.monotonic() + wait)
             await self._sleep(wait)
-        raise AssertionError
 
-    async def _admit(self, cost: int) -> None:
-        """Wait for budget, rate limits and a server that asked for a pause; then count the call."""
-        to = self.transport
-        async with self.released:
-            while (budget := to._admits(cost)) is not None:
-                if budget == "max_calls" or not to._reserved:
-                    raise GiveUp(
-                        f"{budget} {getattr(to, budget)}: the budget of {to.shown} is spent; raise it to go "
-                        "on",
-                        budget,
-                    )
-                await self.released.wait()  # requests in flight may use less than they reserved
-                self._go_on()
-            to.calls += 1
-            to._reserved += cost
-        try:
-            now = time.monotonic()
-            start = max(to._requests.book(now, 1), to._token_pace.book(now, cost))
-            await self._sleep(start - now)
-            while (pause := to._hold_until - time.monotonic()) > 0:
-                await self._sleep(pause)
-            self._go_on()
-        except BaseException:
-            to.calls -= 1
-            to._reserved -= cost
-            raise
+    async def _admit(self, cost: int, again: bool) -> None:
+        """Wait for rate limits, a server that asked for a pause, and budget; then count the call."""
+        to, settings = self.transport, self.transport.settings
+        now = time.monotonic()
+        start = max(to._requests.book(now, 1), to._token_pace.book(now, cost))
+        await self._sleep(start - now)
+        while (pause := to._hold_until - time.monotonic()) > 0:
+            await self._sleep(pause)
+        self._go_on()
+        while (budget := self.meter.book(settings, cost, again)) is not None:
+            if budget != "wait":
+                raise GiveUp(
+                    f"{budget} {getattr(settings, budget)}: the budget of {to.shown} is spent; raise it to "
+                    "go on",
+                    budget,
+                )
+            await self._sleep(_POLL_S)
+        to.calls += 1
+        to.retried += again
 
     def _go_on(self) -> None:
         if self.stopping.is_set():
@@ -391,10 +296,10 @@ class _Run(Generic[J]):
     async def _attempt(self, client: Any, call: Call[T]) -> tuple[T, int] | Problem:
         httpx = client_library()
         to, said, received = self.transport, self.secret.said, bytearray()
-        address, timeout = to.words["address"], to.words["timeout"]
+        address, timeout_s = to.words["address"], to.settings.timeout_s
         try:
             async with (
-                asyncio.timeout(to.timeout_s),
+                asyncio.timeout(timeout_s),
                 client.stream(
                     "POST", to.url, content=call.body, headers={"content-type": "application/json"}
                 ) as response,
@@ -405,7 +310,7 @@ class _Run(Generic[J]):
                         return Problem(f"response above {LARGEST} bytes; check {address}", True)
         except TimeoutError:
             return Problem(
-                f"no whole response within {timeout} {to.timeout_s}; raise it or check the server", True
+                f"no whole response within timeout_s {timeout_s}; raise it or check the server", True
             )
         except (httpx.ConnectError, httpx.UnsupportedProtocol) as error:
             return Problem(
@@ -423,13 +328,14 @@ class _Run(Generic[J]):
 
     def _refusal(self, response: Any, body: bytes) -> Problem:
         to, status = self.transport, response.status_code
+        key_env, most = to.settings.key_env, to.settings.max_wait_s
         said = self.secret.said(body.decode(errors="replace"))
         text = f"status {status} ({said or 'no text'})"
         if 300 <= status < 400:
             where = to.words["address"]
             return Problem(f"status {status}: it redirects; give the final address as {where}", False)
         if status in (401, 403):
-            remedy = f"check the key in {to.key_env}" if to.key_env else "name the key's variable in key_env"
+            remedy = f"check the key in {key_env}" if key_env else "name the key's variable in key_env"
             return Problem(f"{text}; {remedy}", False)
         if status == 404:
             return Problem(f"{text}; check {to.words['found']}", False)
@@ -440,10 +346,10 @@ class _Run(Generic[J]):
         wait = retry_after(response.headers.get("retry-after"))
         if wait is None:
             return Problem(f"{text}; try later", True, 0.0 if status == 429 else None)
-        if wait > to.max_wait_s and not to.patient:
+        if wait > most:
             asks = f"{text}; it asks to wait {wait:.0f} s: run again then, or raise max_wait_s"
             return Problem(asks, False)
-        return Problem(f"{text}; lower the rate limits or raise retries", True, min(wait, to.max_wait_s))
+        return Problem(f"{text}; lower the rate limits or raise retries", True, wait)
 
 
 def retry_after(value: str | None) -> float | None:

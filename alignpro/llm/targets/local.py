@@ -31,12 +31,12 @@ class LocalTarget:
     in bfloat16 most such answers differed: there, keep `batch_size` and the calls, or a cache.
 
     Args:
-        model: what `models.load_model` takes, or the (model, tokenizer) that it returned (or `models.prepare`
-            made ready). The weights must not change while this exists.
-        dtype, device: of a model named; bfloat16 halves memory and, on most machines, time.
+        model: a name or folder (`models.load_model`), or a (model, tokenizer) that it returned or that
+            `models.prepare` made ready. The weights must not change while this exists.
+        dtype, device: those of a model that is named here; bfloat16 halves memory and, mostly, time.
         batch_size: sequences at once; halved for good when CUDA runs out of memory.
         name: instead of the model's own, in caches and tables.
-        chat_template_kwargs: of a model named: further arguments of its chat template.
+        chat_template_kwargs: further arguments of the chat template of a model that is named here.
 
     Raises:
         AlignProError: a bad batch size; or a failure of `load_model`.
@@ -68,7 +68,6 @@ class LocalTarget:
         self.name = name or str(model)
         self.calls = 0
         self.retried = 0
-        self._stopping = False
         self._ends = end_tokens(self.model)
 
     @cached_property
@@ -99,7 +98,6 @@ class LocalTarget:
         ids = [target_ids(self.tokenizer, prompt) for prompt in prompts]
         self._check_room(ids, [sampling.max_tokens] * len(ids))
         answers: Answers = {}
-        self._stopping = False
 
         def run(batch: Sequence[tuple[int, int]]) -> list[list[int]]:
             keys = [stream_key(seed, sampling, prompts[p], i) for p, i in batch]
@@ -123,20 +121,10 @@ class LocalTarget:
                     answers[position, index] = answer
                     if on_answer:
                         on_answer(position, index, answer)
-                if self._stopping:
-                    break
         except torch.OutOfMemoryError:
             message = "one sequence alone exceeds the GPU's memory; use a smaller model, dtype or max_tokens"
-            reason = "failed"
-        else:
-            if len(answers) == len(asked):
-                return arrange(asked, answers, len(prompts))
-            message, reason = "stopped", "stopped"
-        raise Stopped(f"model {self.name!r}: {message}", reason, answers)
-
-    def stop(self) -> None:
-        """See `Target.stop`; the batch at work is finished first."""
-        self._stopping = True
+            raise Stopped(f"model {self.name!r}: {message}", "failed", answers) from None
+        return arrange(asked, answers, len(prompts))
 
     def log_probs(
         self,
@@ -153,7 +141,7 @@ class LocalTarget:
         those that a model would have drawn.
 
         Args:
-            sampling: of the processed distribution; temperature 1 and nothing truncated if None.
+            sampling: makes the distribution; None is temperature 1 with nothing truncated.
             drawn: the responses are answers to these prompts under `sampling`, so that none is impossible:
                 a token on the edge of what is kept stays in, though another batch rounds it out.
 

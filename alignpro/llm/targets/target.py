@@ -7,8 +7,7 @@ floating-point noise of batching; an endpoint is sent a seed per sample and does
 Answers are data: nothing in them is evaluated. This module, `endpoint` and `ledger` need no torch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -22,12 +21,13 @@ class Answer:
 
     text: str
     finish: Literal["stop", "length"]
-    """`stop` at the end token, `length` when cut off at `max_tokens`."""
+    """Why the text ends: `stop` at the end token, `length` when cut off at `max_tokens`."""
     prompt_tokens: int
     tokens: int
     """Tokens generated, the end token included where the backend counts it."""
     ids: tuple[int, ...] | None = None
-    """Those tokens, end token included; None from an endpoint. Cutting `text` afresh may give others."""
+    """Ids of the tokens generated, end token included; None from an endpoint. Cutting `text` afresh may give
+    others."""
     thought: bool = False
     """Whether a leading thought was taken off `text`; `ids` hold it."""
 
@@ -38,22 +38,22 @@ class Answer:
 
 Answers = dict[tuple[int, int], Answer]
 OnAnswer = Callable[[int, int, Answer], None]
+Known = Callable[[int, int], Answer | None]
+"""The answer at (position in prompts, sample index), where there is one."""
 
 
 class Stopped(AlignProError):
     """`respond` ended before everything was answered: a spent budget or a failing target.
 
     Attributes:
-        reason: `max_calls`, `max_tokens` (budgets), `failed` or `stopped` (by `Target.stop`).
+        reason: `max_calls`, `max_tokens` (budgets), `failed` or `stopped` (by an interrupt).
         answers: what was answered before, {(position in prompts, sample index): Answer}.
-        completed: from `respond_all`, the answers of the targets that finished.
     """
 
     def __init__(self, message: str, reason: str, answers: Answers) -> None:
         super().__init__(message)
         self.reason = reason
         self.answers = answers
-        self.completed: dict[str, list[list[Answer]]] = {}
 
 
 class Target(Protocol):
@@ -68,21 +68,18 @@ class Target(Protocol):
 
     @property
     def retried(self) -> int:
-        """How many of the calls repeated a failed one."""
+        """Calls that repeated a failed one."""
         ...
 
     @property
     def remote(self) -> bool:
-        """Whether it waits for another machine, so that several can run at once."""
+        """Whether another machine is asked, for money maybe. `respond` then takes the `known` and `meter` of
+        `Endpoint.respond` too."""
         ...
 
     @property
     def revision(self) -> str:
         """Changes whenever the answers' distribution may: part of the cache key."""
-        ...
-
-    def stop(self) -> None:
-        """Ends a `respond` that runs in another thread, soon; it raises Stopped."""
         ...
 
     def respond(
@@ -141,57 +138,3 @@ def arrange(asked: Sequence[tuple[int, int]], answers: Answers, prompts: int) ->
     for position, index in asked:
         out[position].append(answers[position, index])
     return out
-
-
-def respond_all(
-    targets: Mapping[str, Target],
-    prompts: Sequence[str],
-    sampling: Sampling | Mapping[str, Sampling],
-    *,
-    first: Sequence[int] | int = 0,
-    samples: int = 1,
-    seed: int = 0,
-) -> dict[str, list[list[Answer]]]:
-    """Every target's answers to every prompt; endpoints run at the same time, local models in turn.
-
-    Args:
-        targets: by the names that the answers get.
-        sampling: one for all, or one for each name.
-
-    Raises:
-        AlignProError: no targets, a name without sampling parameters; or a target's own error.
-        Stopped: a target stopped; the others ran to their ends, and are in its `completed`.
-    """
-    if not targets:
-        raise AlignProError("targets: name at least one")
-    each = dict.fromkeys(targets, sampling) if isinstance(sampling, Sampling) else dict(sampling)
-    if set(each) != set(targets):
-        raise AlignProError(f"sampling for {sorted(each)}: name exactly the targets, {sorted(targets)}")
-    jobs(prompts, first, samples, seed)
-
-    def ask(name: str) -> list[list[Answer]] | AlignProError:
-        try:
-            return targets[name].respond(prompts, each[name], first=first, samples=samples, seed=seed)
-        except AlignProError as error:
-            return error
-
-    remote = [name for name in targets if targets[name].remote]
-    with ThreadPoolExecutor(max(1, len(remote))) as pool:
-        futures = {name: pool.submit(ask, name) for name in remote}
-        try:
-            local = {name: ask(name) for name in targets if name not in futures}
-            results = {name: futures[name].result() if name in futures else local[name] for name in targets}
-        except BaseException:  # an interrupt: the pool would wait for the others' ends
-            for name in remote:
-                targets[name].stop()
-            raise
-    failed = {name: result for name, result in results.items() if isinstance(result, AlignProError)}
-    completed = {name: result for name, result in results.items() if not isinstance(result, AlignProError)}
-    for name, error in failed.items():
-        kept = error if isinstance(error, Stopped) else None
-        stopped = Stopped(
-            f"target {name!r}: {error}", kept.reason if kept else "failed", kept.answers if kept else {}
-        )
-        stopped.completed = completed
-        raise stopped from error
-    return completed

@@ -1,8 +1,10 @@
-"""What every run on TRL's trainers shares: whole checkpoints, resuming as it began, where metrics go."""
+"""Whole checkpoints, resuming from them, and the result: shared by every run on TRL's trainers."""
 
 import contextlib
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,27 @@ from safetensors import SafetensorError
 
 from alignpro.errors import AlignProError
 
+SETTINGS_FILE = "settings.json"
+METRICS_FILE = "metrics.jsonl"
+PROMPTER_FOLDER = "prompter"
 COMPLETE = "complete"
 """The last file of a checkpoint: one without it was cut short while being written."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Result of a training run, as its folder holds it."""
+
+    folder: Path
+    record: dict[str, Any]
+    """Settings and whatever else determined the run, as in settings.json."""
+    metrics: list[dict[str, Any]]
+    """The lines of its metrics file, in order of their `step`."""
 
 
 ROLLOUT_ARGUMENTS: dict[str, Any] = {
     "save_total_limit": 2,
     "bf16": False,
-    "gradient_checkpointing": False,  # TRL's default recomputes
     "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the other kind needs trained inputs
     "disable_tqdm": True,
     "shuffle_dataset": False,  # the order is given; a fixed one makes resuming bit-exact
@@ -26,22 +41,60 @@ ROLLOUT_ARGUMENTS: dict[str, Any] = {
     "disable_dropout": True,
     "log_completions": False,
 }
-"""Of TRL's configurations for training by rollouts, where ours differ from its defaults in every run."""
+"""Arguments of TRL's configurations for training by rollouts that differ from its defaults in every run."""
+
+
+def pair_arguments() -> dict[str, Any]:
+    """Arguments of TRL's configurations for training on pairs that differ from its defaults in every run."""
+    return {
+        "lr_scheduler_type": "cosine",
+        "max_length": None,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_total_limit": 2,
+        "disable_tqdm": not sys.stderr.isatty(),
+    }
+
+
+class WholeCheckpoints:
+    """Mixin for TRL's trainers: a checkpoint is whole or does not count, and TRL writes no model card."""
+
+    args: Any
+    state: Any
+
+    def save_more(self, folder: Path) -> None:
+        """Write into a checkpoint what the trainer does not know of."""
+
+    def load_more(self, folder: Path) -> None:
+        """Read what `save_more` wrote."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with completing(folder):
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            if self.args.should_save:
+                self.save_more(folder)
+                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
+                (folder / COMPLETE).touch()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        self.load_more(Path(resume_from_checkpoint))
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write none: TRL's card would credit another method, and what is trained here has one of its own."""
 
 
 @contextlib.contextmanager
-def completing(trainer: Any) -> Iterator[None]:
-    """Around the writing of a trainer's checkpoint: marks it as whole, or says in one sentence why it is not.
+def completing(folder: Path) -> Iterator[None]:
+    """Say in one sentence why a checkpoint's folder could not be written, where that is so.
 
     Raises:
         AlignProError: it could not be written; earlier checkpoints are as they were.
     """
-    folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
     try:
         yield
-        if trainer.args.should_save:
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
-            (folder / COMPLETE).touch()
     except (OSError, RuntimeError, SafetensorError) as error:  # of Python, torch and safetensors
         reason = str(error).split("\n")[0]
         raise AlignProError(
@@ -61,7 +114,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 REPORTERS = ("tensorboard", "wandb", "trackio")
-"""Where a trainer can report to; each is the package that it takes."""
+"""Services that a trainer can report to; each is the package that it takes."""
 
 
 def check_reporters(report_to: Sequence[str]) -> None:

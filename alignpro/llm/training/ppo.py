@@ -12,7 +12,7 @@ end then sees the share λ^distance of the score, and all of its own KL.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def shaped_rewards(
     log_probs: Tensor,
     ref_log_probs: Tensor,
     mask: Tensor,
-    kl_coef: float,
+    lam: float,
     estimator: str = "k1",
 ) -> Tensor:
     """Per-token rewards: −λ (log ρ_θ − log ρ_ref) at each token, the score added at the last one.
@@ -45,7 +45,7 @@ def shaped_rewards(
         score: [B] reward of each completion.
         log_probs, ref_log_probs: [B, T] token log-probabilities, in nats.
         mask: [B, T] 1 on the completion's tokens, which form a prefix of each row.
-        kl_coef: λ.
+        lam: λ.
         estimator: k1, the log-ratio; or k3, e^−k1 − 1 + k1, whose mean is the KL but whose gradient, in the
             reward, is not that of the KL.
 
@@ -53,7 +53,7 @@ def shaped_rewards(
         [B, T]; with k1 each row sums to score − λ·(log-ratio of the sequence).
     """
     ratio = log_probs - ref_log_probs
-    rewards = -kl_coef * (ratio if estimator == "k1" else torch.expm1(-ratio) + ratio) * mask
+    rewards = -lam * (ratio if estimator == "k1" else torch.expm1(-ratio) + ratio) * mask
     last = mask.sum(1).long().clamp(min=1) - 1
     return rewards.scatter_add(1, last[:, None], score[:, None].to(rewards.dtype))
 
@@ -129,19 +129,20 @@ class AdaptiveKL:
     """
 
     value: float
-    """λ now."""
+    """λ as it is now, in reward units."""
     target: float
-    """KL of a sequence, in nats."""
+    """KL of a sequence that λ is adapted to, in nats."""
     horizon: int
+    """Sequences over which λ adapts."""
 
     def update(self, kl: float, sequences: int) -> None:
-        """After a batch of that mean KL: λ ← λ (1 + clip(KL/target − 1, ±0.2)·sequences/horizon)."""
+        """Adapt λ after a batch of that mean KL: λ ← λ (1 + clip(KL/target − 1, ±0.2)·sequences/horizon)."""
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.value *= 1.0 + error * sequences / self.horizon
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Over the masked tokens."""
+    """The mean of `values` over the masked tokens."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -157,6 +158,15 @@ def explained_variance(
         return mean((x - mean(x, mask)).square(), mask)
 
     return 1 - variance(returns - values) / variance(returns).clamp(min=1e-12)
+
+
+def standard_error(values: Tensor, group: int) -> Tensor:
+    """Standard error of the mean of `values` [n], given the prompts: differences between them do not count.
+
+    Args:
+        group: values of each prompt, at least 2, which stand together.
+    """
+    return (values.view(-1, group).var(1).mean() / len(values)).sqrt()
 
 
 class Critic(nn.Module):
@@ -186,38 +196,40 @@ class Critic(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         return self.center + self.scale * self.body(features).squeeze(-1)
 
+    def loss(self, *arguments: Any) -> Tensor:
+        """`clipped_value_loss` in the critic's own units, so that one learning rate serves rewards of any."""
+        return clipped_value_loss(*arguments) / self.scale.square()
+
 
 # --- on TRL's rollouts ---------------------------------------------------------------------------------
 
 
 @dataclass
 class PPOConfig(GRPOConfig):
-    """Settings of `PPOTrainer`; those of `trl.GRPOConfig` besides. `num_iterations` are the PPO epochs."""
+    """Settings of `PPOTrainer` beside those of `trl.GRPOConfig`, whose `num_iterations` are PPO's epochs.
 
-    kl_coef: float = field(default=0.05, metadata={"help": "λ: weight of the KL to the reference prompter"})
-    kl_estimator: str = field(default="k1", metadata={"help": "of the KL in the reward: k1 or k3"})
-    target_kl: float | None = field(
-        default=None, metadata={"help": "adapt λ so that a sequence's KL nears this, in nats; None: λ fixed"}
-    )
-    kl_horizon: int = field(default=10_000, metadata={"help": "sequences over which λ adapts"})
-    gamma: float = field(default=1.0, metadata={"help": "discount; 1 keeps the optimum at ρ*"})
-    gae_lambda: float = field(
-        default=1.0, metadata={"help": "λ of generalized advantages; 1 keeps the optimum at ρ*"}
-    )
-    clip_range: float = field(default=0.2, metadata={"help": "ε of the clipped surrogate"})
-    value_clip_range: float | None = field(
-        default=None, metadata={"help": "clip of the value update; None: off"}
-    )
-    whiten_rewards: bool = field(default=False, metadata={"help": "divide a batch's rewards by their spread"})
-    whiten_advantages: bool = field(
-        default=False, metadata={"help": "divide a batch's advantages by their spread"}
-    )
-    vf_coef: float = field(default=1.0, metadata={"help": "weight of the value loss"})
-    critic_learning_rate: float = field(default=1e-3, metadata={"help": "learning rate of the critic"})
-    critic_width: int = field(default=128, metadata={"help": "hidden units of the critic"})
-    allow_moved_optimum: bool = field(
-        default=False, metadata={"help": "train even where a setting moves the optimum away from ρ*"}
-    )
+    Each means what it does in `TrainSettings`. `critic_width` is the number of the critic's hidden units.
+    """
+
+    beta: float = 0.05  # λ, by TRL's name
+    kl_estimator: str = "k1"
+    target_kl: float | None = None
+    kl_horizon: int = 10_000
+    gamma: float = 1.0
+    gae_lambda: float = 1.0
+    clip_range: float = 0.2
+    value_clip_range: float | None = None
+    whiten_rewards: bool = False
+    whiten_advantages: bool = False
+    vf_coef: float = 1.0
+    critic_learning_rate: float = 1e-3
+    critic_width: int = 128
+    allow_moved_optimum: bool = False
+
+    @property
+    def lam(self) -> float:
+        """λ, which TRL calls β."""
+        return self.beta
 
     def __post_init__(self) -> None:
         without_groups(self, super().__post_init__)
@@ -237,24 +249,20 @@ class PPOTrainer(OwnLoss):
         AlignProError: a setting that would move the optimum away from ρ*, unless `allow_moved_optimum`.
     """
 
+    reads_features = True
     _tag_names = ["trl", "ppo"]  # noqa: RUF012 - the base class declares a list
     _name = "PPO"
 
     def __init__(self, *positional: Any, args: PPOConfig, **named: Any) -> None:
-        if not args.kl_coef > 0:
-            raise AlignProError(f"kl_coef = {args.kl_coef}: λ must be positive")
+        if not args.lam > 0:
+            raise AlignProError(f"lam = {args.lam}: λ (beta of the configuration) must be positive")
         args.loss_type, args.scale_rewards = "dr_grpo", "none"  # of GRPO's loss, which PPO does not use
         refuse_moved_optimum(args)
-        args.beta = args.kl_coef  # makes GRPOTrainer compute the reference's log-probabilities
         super().__init__(*positional, **(named | {"args": args}))
         hidden = text_config(self.model).hidden_size
         self.critic = Critic(hidden, args.critic_width).to(self.accelerator.device)
         broadcast([p.data for p in self.critic.parameters()])  # alike in every process
-        self.kl = AdaptiveKL(args.kl_coef, args.target_kl or 0.0, args.kl_horizon)
-
-    def features(self, batch: dict[str, Tensor]) -> Tensor:
-        """[B, T, H] hidden states of the reference before each completion token, which the critic reads."""
-        raise NotImplementedError
+        self.kl = AdaptiveKL(args.lam, args.target_kl or 0.0, args.kl_horizon)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The policy's optimizer, with the critic's parameters at a learning rate of their own."""
@@ -313,10 +321,9 @@ class PPOTrainer(OwnLoss):
         self.note("ppo/lambda", torch.tensor(lam, device=scores.device))
         objective = scores - lam * log_ratio
         self.note("ppo/objective", objective.mean())
-        # Given the batch's prompts, whose samples stand together: differences between prompts do not count.
         every, each = self.accelerator.gather(objective), self.group()
         if each > 1:
-            self.note("ppo/objective_stderr", (every.view(-1, each).var(1).mean() / len(every)).sqrt())
+            self.note("ppo/objective_stderr", standard_error(every, each))
         self.note("ppo/explained_variance", explained_variance(values, returns, mask, self.mean))
         if args.target_kl and self.model.training:
             kl = self.accelerator.gather(log_ratio)
@@ -340,11 +347,8 @@ class PPOTrainer(OwnLoss):
         values = self.critic(batch["ppo_features"])
         # As many tokens as so many sequences of the round have on average: the parts of a step add up.
         tokens = batch["num_items_in_batch"] * (len(mask) / batch["ppo_sequences"])
-        value = clipped_value_loss(
-            values, batch["ppo_values"], batch["ppo_returns"], mask, args.value_clip_range, tokens
-        )
-        # The critic's own scale is divided out, so that one learning rate serves rewards of any unit.
-        value = value / self.critic.scale.square()
+        old_values, returns = batch["ppo_values"], batch["ppo_returns"]
+        value = self.critic.loss(values, old_values, returns, mask, args.value_clip_range, tokens)
         self.note("ppo/policy_loss", policy.detach())
         self.note("ppo/value_loss", value.detach())
         self.note("ppo/clip_fraction", clipped)
@@ -353,7 +357,7 @@ class PPOTrainer(OwnLoss):
         return policy + args.vf_coef * value
 
     def save_more(self, folder: Path) -> None:
-        """The critic and the controller of λ."""
+        """Write the critic and λ as the controller has it."""
         save_file(self.critic.state_dict(), folder / CRITIC_FILE)
         write_json(folder / KL_FILE, {"lambda": self.kl.value})
 

@@ -1,82 +1,61 @@
-"""Reward learning, eq. (1): a sequence-classification reward model from preference pairs, by TRL's
-RewardTrainer."""
+"""Reward learning, eq. (1): a reward model from preference pairs, by TRL's RewardTrainer."""
 
 import hashlib
 import json
-import math
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from safetensors import SafetensorError
+from transformers import PrinterCallback
+from trl import RewardConfig, RewardTrainer
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, writable_folder, write_json, write_text
+from alignpro.files import read_json, read_json_lines, writable_folder, write_json
 from alignpro.llm.data import packaged
 from alignpro.llm.data import split as data_split
-from alignpro.llm.data import split as packaged_split
-from alignpro.llm.models import catalogue, configure, resolve
+from alignpro.llm.data.own import read_pairs
+from alignpro.llm.data.split import normalised
+from alignpro.llm.models import catalogue, configure, libraries, resolve
 from alignpro.llm.models.forward import text_config
 from alignpro.llm.models.libraries import quiet
+from alignpro.llm.rewards.accuracy import accuracy, longer_wins
 from alignpro.llm.rewards.bounds import Bounded, Squash
 from alignpro.llm.rewards.classifier import REWARD_FILE, SequenceReward, loading, longest, public_name
-from alignpro.llm.rewards.minilm import accuracy, longer_wins
 from alignpro.llm.rewards.reward import check_scores, check_template, shown
-from alignpro.llm.training.checkpoints import completing, last_checkpoint
+from alignpro.llm.training.checkpoints import (
+    METRICS_FILE,
+    SETTINGS_FILE,
+    Trained,
+    WholeCheckpoints,
+    last_checkpoint,
+    pair_arguments,
+)
+from alignpro.llm.training.metrics import PairMetrics
 from alignpro.llm.training.settings import RewardSettings
 from alignpro.runs import refuse_other_settings
 
 Array = np.ndarray
 
-SETTINGS_FILE = "settings.json"
-METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 """Folder within a run's own that is removed at its end: optimizer states are no part of a reward."""
 
 _SQUASH_PAIRS = 1000  # training pairs from which the squash is chosen; more would not move it
 
 
-def read_pairs(path: str | Path) -> list[packaged.PreferencePair]:
-    """Preference pairs from JSON lines with the strings "prompt", "chosen" and "rejected"; more is ignored.
+@dataclass(frozen=True)
+class TrainedReward(Trained):
+    """Result of reward learning."""
 
-    Raises:
-        AlignProError: the file cannot be read, has no pair, or a line that is none, by its number.
-    """
-    path = Path(path).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise AlignProError(f"pairs {path}: cannot read it ({reason}); name a JSONL file") from error
-    pairs = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            texts = [row[name] for name in ("prompt", "chosen", "rejected")]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            texts = []
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise AlignProError(
-                f"{path.name}, line {number}: need a JSON object with the non-empty strings "
-                "prompt, chosen and rejected"
-            )
-        prompt, chosen, rejected = texts
-        if chosen == rejected:
-            raise AlignProError(f"{path.name}, line {number}: chosen equals rejected; remove the line")
-        pairs.append(
-            packaged.PreferencePair(prompt, chosen, rejected, path.stem, data_split.split_of(prompt))
-        )
-    if not pairs:
-        raise AlignProError(f"pairs {path}: it is empty; give JSON lines with prompt, chosen and rejected")
-    return pairs
+    reward: SequenceReward
+    """The reward; its `facts` say how good it is, as reward.json does."""
 
 
 def train_reward(
@@ -88,7 +67,7 @@ def train_reward(
     template: str | None = None,
     device: str = "auto",
     resume: bool = False,
-) -> SequenceReward:
+) -> TrainedReward:
     """Learn r(x, y) by eq. (1), −E log σ(r(x, y_u) − r(x, y_v)), with TRL's RewardTrainer; save it.
 
     Pairs of the split `train` are learned from; `validation` (tune on it) and `test` are only measured.
@@ -137,7 +116,8 @@ def train_reward(
         raise AlignProError(f"out {out}: it is not empty; name a new folder, or resume")
     if (out / REWARD_FILE).exists():
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-        return SequenceReward.load(out, device=device)
+        lines = read_json_lines(out / METRICS_FILE)
+        return TrainedReward(out, record, lines, SequenceReward.load(out, device=device))
     with torch.random.fork_rng():  # TRL seeds the process
         base, tokenizer = _base(model, settings.seed)
         reward = SequenceReward(
@@ -149,7 +129,8 @@ def train_reward(
             max_tokens=min(settings.max_tokens, longest(base, tokenizer)),
         )
         write_json(out / SETTINGS_FILE, record)
-        reward.model, train_loss = _fit(reward, split["train"], settings, where, out)
+        metrics = PairMetrics(out / METRICS_FILE)
+        reward.model = _fit(reward, split["train"], settings, where, out, metrics)
     reward.model.eval()
     train = split["train"]
     some = np.random.default_rng(settings.seed).permutation(len(train))[:_SQUASH_PAIRS]
@@ -163,7 +144,7 @@ def train_reward(
         "loss": "Bradley–Terry, eq. (1), by TRL's RewardTrainer; plus centre · (r(x,y_u) + r(x,y_v))²",
         "prompts": {part: len({p.prompt for p in found}) for part, found in split.items()},
         "truncated": dict(reward.counts),
-        "optimizer_loss": train_loss,
+        "optimizer_loss": float(np.mean([line["loss"] for line in metrics.lines])),
         **{f"{part}_loss": _loss(reward, found) for part, found in measured.items()},
         **{f"{part}_accuracy": accuracy(cast(Any, reward), found) for part, found in measured.items()},
         "test_accuracy_of_longer_wins": longer_wins(split["test"]),
@@ -179,12 +160,12 @@ def train_reward(
             reward.tokenizer.save_pretrained(out)
     except (OSError, RuntimeError, SafetensorError) as error:  # of Python, torch and safetensors
         raise AlignProError(
-            f"cannot write {out} ({configure._one_line(error)}); free space and resume: what "
+            f"cannot write {out} ({libraries.one_line(error)}); free space and resume: what "
             "was trained is kept"
         ) from error
     write_json(out / REWARD_FILE, reward.facts)  # last: without it the folder is not taken for a reward
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    return reward
+    return TrainedReward(out, record, metrics.lines, reward)
 
 
 def split_pairs(
@@ -197,7 +178,7 @@ def split_pairs(
     """
     home: dict[str, str] = {}
     for pair in pairs:
-        if home.setdefault(packaged_split._normalised(pair.prompt), pair.split) != pair.split:
+        if home.setdefault(normalised(pair.prompt), pair.split) != pair.split:
             raise AlignProError(
                 f"pairs: prompt {shown(pair.prompt)} is in the split {pair.split} and in another; "
                 f"give each prompt one, such as data.split_of(prompt)"
@@ -232,10 +213,14 @@ def _base(model: str | Path, seed: int) -> tuple[Any, Any]:
     body = sorted(key for key in report["missing_keys"] if key.startswith(f"{base.base_model_prefix}."))
     if body:
         raise AlignProError(f"model {str(model)!r} has no weights for {body[0]}; give a complete model")
-    configure._forget_quantizer(base)
+    configure.forget_quantizer(base)
     if report["missing_keys"]:
         text_config(base).pad_token_id = None  # a new head may choose one that ends nothing
     return base, tokenizer
+
+
+class _Trainer(WholeCheckpoints, RewardTrainer):  # type: ignore[misc]
+    pass
 
 
 def _fit(
@@ -244,43 +229,9 @@ def _fit(
     settings: RewardSettings,
     where: torch.device,
     out: Path,
-) -> tuple[Any, float]:
-    """The trained model, adapter merged, and the mean loss of its steps; from the last checkpoint on."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import PrinterCallback, TrainerCallback
-    from trl import RewardConfig, RewardTrainer
-
-    class Trainer(RewardTrainer):
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            with completing(self):
-                super()._save_checkpoint(model, trial)
-
-        def create_model_card(self, *_: Any, **__: Any) -> None:
-            """None: reward.json says what it would, and no path of this machine."""
-
-    class Metrics(TrainerCallback):
-        """metrics.jsonl: what the trainer logged, without clocks; and an end where the loss is lost."""
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if not math.isfinite((logs or {}).get("loss", 0.0)):
-                raise AlignProError(
-                    f"training diverged at step {state.global_step}: the loss is {logs['loss']}; "
-                    f"lower learning_rate (it is {settings.learning_rate:g})"
-                )
-            names = (
-                "step",
-                "epoch",
-                "loss",
-                "accuracy",
-                "margin",
-                "mean_reward",
-                "grad_norm",
-                "learning_rate",
-            )
-            kept = [{k: line[k] for k in names if k in line} for line in state.log_history if "loss" in line]
-            write_text(out / METRICS_FILE, "".join(json.dumps(k) + "\n" for k in kept))
-
+    metrics: PairMetrics,
+) -> Any:
+    """Train from the last checkpoint on; the model, its adapter merged."""
     # Written and cut as for scoring, so TRL is left nothing to tokenize or to drop.
     with quiet():
         columns = {
@@ -300,42 +251,35 @@ def _fit(
     folder = out / CHECKPOINTS
     with quiet():
         config = RewardConfig(
+            **pair_arguments(),
             output_dir=str(folder),
             per_device_train_batch_size=settings.batch_size,
             num_train_epochs=settings.epochs,
             learning_rate=settings.learning_rate,
-            lr_scheduler_type="cosine",
             center_rewards_coefficient=settings.centre or None,
-            max_length=None,
             seed=settings.seed,
             use_cpu=not cuda,
             bf16=cuda and torch.cuda.is_bf16_supported(),
-            gradient_checkpointing=False,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
             dataloader_pin_memory=cuda,
             save_steps=settings.save_every,
-            save_total_limit=2,
             report_to="none",
-            disable_tqdm=not sys.stderr.isatty(),
         )
-        trainer = Trainer(
+        trainer = _Trainer(
             model=reward.model,
             args=config,
             train_dataset=Dataset.from_dict(columns),
             processing_class=reward.tokenizer,
             peft_config=adapter,
-            callbacks=[Metrics()],
+            callbacks=[metrics],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         model = trainer.accelerator.unwrap_model(trainer.model)
-        return (model.merge_and_unload() if adapter else model), float(np.mean(losses))
+        return model.merge_and_unload() if adapter else model
 
 
 def _pair_logits(reward: SequenceReward, pairs: Sequence[packaged.PreferencePair]) -> tuple[Array, Array]:
-    """([n], [n]): the unbounded scores of the chosen and of the rejected answers, all finite."""
+    """The unbounded scores of the chosen and of the rejected answers, [n] each, all finite."""
     prompts = [pair.prompt for pair in pairs]
     chosen, rejected = ([getattr(pair, kind) for pair in pairs] for kind in ("chosen", "rejected"))
     return (
@@ -345,6 +289,6 @@ def _pair_logits(reward: SequenceReward, pairs: Sequence[packaged.PreferencePair
 
 
 def _loss(reward: SequenceReward, pairs: Sequence[packaged.PreferencePair]) -> float:
-    """Eq. (1) over the pairs, in nats; log 2 is that of a constant reward."""
+    """The loss of eq. (1), averaged over the pairs, in nats; a constant reward has log 2."""
     chosen, rejected = _pair_logits(reward, pairs)
     return float(np.mean(np.logaddexp(0.0, rejected - chosen)))

@@ -1,63 +1,132 @@
-"""Settings, apart from what they set so that they cost no import of torch."""
+"""Settings of every training, and which of them move its optimum. Nothing here needs torch or NumPy."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models.sampling import is_int
 
 ALGORITHM_NAMES = ("ppo", "rloo", "grpo")
+"""The rows of `algorithms.ALGORITHMS`, said here because that table needs torch."""
 TASK_NAMES = ("prompter", "rlhf")
 SCHEDULES: dict[str, dict[str, Any]] = {"cosine_with_min_lr": {"min_lr_rate": 0.1}, "constant": {}}
 
 
-def _check_whole(settings: Any, least: Mapping[str, int]) -> None:
+def check_whole(settings: Any, least: Mapping[str, int]) -> None:
     """Raise AlignProError unless each field named is a whole number of at least what `least` says."""
     for name, low in least.items():
         value = getattr(settings, name)
-        if not is_int(value) or value < low:
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise AlignProError(f"{name} {value!r}: give a whole number of at least {low}")
 
 
+def check_positive(settings: Any, names: Iterable[str]) -> None:
+    """Raise AlignProError unless each field named is a positive, finite number."""
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+            raise AlignProError(f"{name} {value}: give a positive, finite number")
+
+
 @dataclass(frozen=True)
-class TrainSettings:
-    """How to train. The defaults are faithful: they leave the optimum at ρ* (eq. 10)."""
+class FitSettings:
+    """Settings that every training has."""
+
+    learning_rate: float = 1e-3
+    """Step of the optimizer (Adam)."""
+    epochs: float = 1
+    """Passes over the training data."""
+    lora_rank: int = 16
+    """Rank of the adapter (LoRA): a larger one can learn more and takes more memory."""
+    seed: int = 0
+    """Determines the initial weights of what is trained and the order of the data."""
+
+    positive: ClassVar[tuple[str, ...]] = ("learning_rate",)
+    """Names of fields that must be positive and finite."""
+    least: ClassVar[dict[str, int]] = {"lora_rank": 1, "seed": 0}
+    """Names of fields that must be whole numbers, and the least that each may be."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, self.positive)
+        check_whole(self, self.least)
+        share = getattr(self, "lora_layers", 1.0)
+        if share > 1:
+            raise AlignProError(f"lora_layers {share}: give a share of the layers, at most 1")
+
+
+@dataclass(frozen=True)
+class PolicySettings(FitSettings):
+    """Settings that training by rollouts has, on open-ended text as on enumerated rewrites."""
 
     algorithm: str = "ppo"
-    """ppo, rloo or grpo."""
-    task: str = "prompter"
-    """prompter; or rlhf, which trains the frozen model itself (eq. 2), with lam as β."""
+    """How the policy is improved: ppo (with a critic), rloo or grpo (both compare rewrites of one prompt)."""
     lam: float = 0.05
-    """λ: weight of KL(ρ‖ρ_sft) in the objective (eq. 9), in units of the reward."""
+    """λ: weight of KL(ρ‖ρ_sft) in the objective (eq. 9), in units of the reward. Smaller lets the prompter
+    move further from ρ_sft."""
     iterations: int = 32
-    """Rounds of sampling."""
+    """Rounds, each of sampling and then learning from the samples."""
+    samples: int = 8
+    """Rewrites sampled of each prompt in each round."""
+    epochs: int = 4
+    """Passes over the samples of a round."""
+    learning_rate: float = 1e-3
+    """Step of the optimizer (Adam) for the adapter."""
+    lora_layers: float = 0.5
+    """Share of the layers, from the top, that carry the adapter. Fewer are faster."""
+    seed: int = 0
+    """Determines the adapter's initial values, the order of the prompts, and all samples."""
+
+    positive: ClassVar[tuple[str, ...]] = ("lam", "learning_rate", "lora_layers")
+    least = FitSettings.least | {"iterations": 1, "samples": 1, "epochs": 1}
+
+    def __post_init__(self) -> None:
+        self.choose("algorithm", ALGORITHM_NAMES)
+        super().__post_init__()
+        if self.algorithm != "ppo" and self.samples < 2:
+            raise AlignProError(
+                f"samples {self.samples}: {self.algorithm} compares rewrites of one prompt; give at least 2"
+            )
+
+    def choose(self, name: str, choices: Iterable[str]) -> None:
+        """Raise AlignProError unless the field `name` is one of the choices."""
+        if getattr(self, name) not in choices:
+            raise AlignProError(f"{name} {getattr(self, name)!r}: choose from {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class TreeSettings(PolicySettings):
+    """How to train on enumerated rewrites. Every prompt is in every round, and the optimum is ρ* (eq. 10)."""
+
+    iterations: int = 16
+    """Rounds, each of sampling and then `epochs` optimizer steps."""
+    samples: int = 64
+    """Rewrites sampled of each prompt in each round."""
+
+    least = PolicySettings.least | {"samples": 2}
+
+
+@dataclass(frozen=True)
+class TrainSettings(PolicySettings):
+    """How to train on open-ended text. The defaults are faithful: they leave the optimum at ρ* (eq. 10)."""
+
+    task: str = "prompter"
+    """Policy that is trained: prompter, or rlhf, the frozen model itself (eq. 2), with lam as β."""
     prompts: int = 8
     """User prompts in each round."""
-    samples: int = 8
-    """Rewrites of each of them."""
     responses: int = 1
     """Answers of the frozen model to each rewrite; the reward is their mean."""
-    epochs: int = 4
-    """Passes over a round's samples."""
     minibatches: int = 1
     """Optimizer steps in each pass."""
-    learning_rate: float = 1e-3
-    """Adam's step for the adapter."""
     schedule: str = "cosine_with_min_lr"
-    """Of the learning rate: cosine_with_min_lr (to a tenth) or constant."""
+    """How the learning rate falls: cosine_with_min_lr (to a tenth) or constant."""
     max_tokens: int = 48
-    """Tokens of a rewrite (rlhf: of an answer), its end token included."""
-    lora_rank: int = 16
-    """Rank of the adapter."""
-    lora_layers: float = 0.5
-    """Share of the layers, from the top, that carry the adapter."""
+    """Longest rewrite (with rlhf: answer), in tokens, its end token included."""
     policy_dtype: str = "float32"
     """Type of the weights under the adapter, which is trained in float32: float32, bfloat16 for half the
     memory, or 4bit for an eighth (bitsandbytes; the adapter is then in bfloat16, as TRL has it)."""
     critic_learning_rate: float = 3e-3
-    """PPO: Adam's step for the critic."""
+    """PPO: step of the optimizer (Adam) for the critic."""
     gae_lambda: float = 1.0
     """PPO: λ of generalized advantage estimation. Below 1 moves the optimum wherever the critic is not exact,
     the more the longer the rewrite."""
@@ -70,87 +139,67 @@ class TrainSettings:
     """Keep only each layer's input for the backward pass and compute the rest again: about a third more time
     for a fraction of the memory."""
     clip_range: float = 0.2
-    """PPO, GRPO: ε of the clipped surrogate."""
+    """How far a step may move the probability of a token before its gradient is cut: ε of the clipped
+    surrogate."""
     value_clip_range: float | None = None
-    """PPO: clip of the value update. Default: off."""
+    """PPO: how far a step may move the critic's value, in reward units. Left out: as far as it likes."""
     vf_coef: float = 1.0
     """PPO: weight of the value loss."""
     whiten_advantages: bool = False
-    """PPO: divide advantages by their spread."""
+    """PPO: divide a round's advantages by their spread."""
     temperature: float = 1.0
-    """Of the prompter while it is trained. Other than 1 moves the optimum: λ becomes about λ/temperature."""
+    """Temperature at which the prompter is sampled while it is trained. Other than 1 moves the optimum: λ
+    becomes about λ/temperature."""
     top_p: float = 1.0
-    """Likewise; below 1 moves the optimum."""
+    """Smallest probability mass of tokens that is sampled from (nucleus). Below 1 moves the optimum."""
     top_k: int = 0
-    """Likewise; other than 0 moves the optimum."""
+    """Number of likeliest tokens that are sampled from; 0 for all. Other than 0 moves the optimum."""
     gamma: float = 1.0
-    """PPO: discount. Other than 1 moves the optimum."""
+    """PPO: discount of later rewards. Other than 1 moves the optimum."""
     kl_estimator: str = "k1"
-    """PPO: of the KL in the reward. k3 moves the optimum."""
+    """PPO: estimator of the KL in the reward, k1 or k3. k3 moves the optimum."""
     whiten_rewards: bool = False
-    """PPO: divide rewards by their spread. Moves the optimum."""
+    """PPO: divide a round's rewards by their spread. Moves the optimum."""
     target_kl: float | None = None
     """PPO: adapt λ so that a rewrite's KL nears this, in nats. Moves the optimum: λ is not fixed."""
     kl_horizon: int = 10_000
-    """PPO: rewrites over which λ adapts."""
+    """PPO: rewrites over which λ adapts, where target_kl is given."""
     vllm: str | None = None
     """Draw rewrites with vLLM, through TRL: colocate (in the training processes) or server (`trl vllm-serve`
     on this machine). The draws then depend on more than the seed, and a resumed run repeats none."""
     allow_moved_optimum: bool = False
     """Train even where a setting moves the optimum away from ρ*."""
     save_every: int = 1
-    """Rounds between checkpoints."""
-    seed: int = 0
-    """Determines prompts' order, samples and training."""
+    """Rounds between checkpoints, which an interrupted run continues from."""
+
+    positive: ClassVar[tuple[str, ...]] = (
+        *PolicySettings.positive,
+        "critic_learning_rate",
+        "temperature",
+        "clip_range",
+        "vf_coef",
+    )
+    least = PolicySettings.least | {"prompts": 1, "responses": 1, "minibatches": 1, "microbatches": 1}
+    least |= {"max_tokens": 1, "top_k": 0, "kl_horizon": 1, "save_every": 1}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, choices in (
-            ("algorithm", ALGORITHM_NAMES),
             ("task", TASK_NAMES),
             ("schedule", SCHEDULES),
             ("kl_estimator", ("k1", "k3")),
             ("policy_dtype", ("float32", "bfloat16", "4bit")),
-            ("vllm", ("colocate", "server")),
         ):
-            if getattr(self, name) not in choices and (name, getattr(self, name)) != ("vllm", None):
-                raise AlignProError(f"{name} {getattr(self, name)!r}: choose from {', '.join(choices)}")
-        for name in (
-            "lam",
-            "learning_rate",
-            "critic_learning_rate",
-            "lora_layers",
-            "temperature",
-            "clip_range",
-            "vf_coef",
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not (math.isfinite(value) and value > 0):
-                raise AlignProError(f"{name} {value}: give a positive, finite number")
-        for name in ("top_p", "gamma", "gae_lambda", "lora_layers"):
+            self.choose(name, choices)
+        if self.vllm is not None:
+            self.choose("vllm", ("colocate", "server"))
+        for name in ("top_p", "gamma", "gae_lambda"):
             if not 0 < getattr(self, name) <= 1:
                 raise AlignProError(f"{name} {getattr(self, name)}: give a number above 0 and at most 1")
         for name in ("value_clip_range", "target_kl", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise AlignProError(f"{name} {value}: give a positive number, or leave it out")
-        least = {
-            "iterations": 1,
-            "prompts": 1,
-            "samples": 1,
-            "responses": 1,
-            "epochs": 1,
-            "minibatches": 1,
-            "microbatches": 1,
-            "max_tokens": 1,
-        }
-        least |= {"lora_rank": 1, "save_every": 1, "seed": 0, "top_k": 0, "kl_horizon": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise AlignProError(f"{name} {getattr(self, name)}: give at least {low}")
-        if self.algorithm != "ppo" and self.samples < 2:
-            raise AlignProError(
-                f"samples {self.samples}: {self.algorithm} compares rewrites of one prompt; give at least 2"
-            )
         if self.samples * self.prompts % (self.minibatches * self.microbatches):
             name = "minibatches" if self.samples * self.prompts % self.minibatches else "microbatches"
             raise AlignProError(
@@ -163,72 +212,64 @@ class TrainSettings:
 
     @property
     def steps_per_round(self) -> int:
+        """Optimizer steps of a round."""
         return self.epochs * self.minibatches
 
 
 @dataclass(frozen=True)
-class SFTSettings:
-    """How the prompter is fine-tuned."""
+class PairSettings(FitSettings):
+    """Settings that training on pairs of texts has."""
 
-    learning_rate: float = 2e-4
-    """AdamW's step for the adapter, decaying along a cosine."""
-    epochs: int = 3
-    """Passes over the training pairs."""
     batch_size: int = 16
-    """Pairs per optimizer step."""
-    max_tokens: int = 128
-    """Tokens of a rewrite, its end token included, here and when sampled later. Longer pairs are left out:
-    cut, they would teach never to end."""
-    lora_rank: int = 16
-    """Rank of the adapter."""
-    lora_layers: float = 1.0
-    """Share of the layers, from the top, that carry the adapter."""
+    """Pairs in each optimizer step."""
     save_every: int = 100
-    """Optimizer steps between checkpoints."""
-    seed: int = 0
-    """Of the adapter's initial values and the order of the pairs."""
+    """Optimizer steps between checkpoints, which an interrupted run continues from."""
 
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "lora_layers"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not (math.isfinite(value) and value > 0):
-                raise AlignProError(f"{name} {value}: give a positive, finite number")
-        if self.lora_layers > 1:
-            raise AlignProError(f"lora_layers {self.lora_layers}: give a share of the layers, at most 1")
-        least = {"epochs": 1, "batch_size": 1, "max_tokens": 2, "lora_rank": 1, "save_every": 1, "seed": 0}
-        _check_whole(self, least)
+    least = FitSettings.least | {"batch_size": 1, "save_every": 1}
 
 
 @dataclass(frozen=True)
-class RewardSettings:
-    """How a reward model is trained."""
+class SFTSettings(PairSettings):
+    """How the prompter is fine-tuned on pairs of a prompt and its rewrite."""
+
+    learning_rate: float = 2e-4
+    """Step of the optimizer (AdamW) for the adapter at first; it falls along a cosine."""
+    epochs: int = 3
+    """Passes over the training pairs."""
+    max_tokens: int = 128
+    """Longest rewrite in tokens, its end token included, here and when sampled later. Longer pairs are left
+    out: cut, they would teach never to end."""
+    lora_layers: float = 1.0
+    """Share of the layers, from the top, that carry the adapter."""
+
+    positive: ClassVar[tuple[str, ...]] = ("learning_rate", "lora_layers")
+    least = PairSettings.least | {"epochs": 1, "max_tokens": 2}
+
+
+@dataclass(frozen=True)
+class RewardSettings(PairSettings):
+    """How a reward model is trained on preference pairs."""
 
     learning_rate: float = 1e-4
-    """AdamW's step, decaying along a cosine. About 1e-5 where all weights are trained."""
+    """Step of the optimizer (AdamW) at first; it falls along a cosine. About 1e-5 suits training of all
+    weights."""
     epochs: float = 1.0
     """Passes over the training pairs. Reward models overfit after few."""
-    batch_size: int = 16
-    """Pairs per optimizer step."""
     max_tokens: int = 1024
-    """Of a sample, template included; longer ones lose the beginning of the prompt."""
+    """Longest sample in tokens, template included; longer ones lose the beginning of the prompt."""
     lora_rank: int = 16
-    """Rank of the adapter, which is merged before saving; 0 trains all weights."""
+    """Rank of the adapter (LoRA), which is merged before saving; 0 trains all weights."""
     centre: float = 0.01
-    """Weight of the mean of (r(x,y_u) + r(x,y_v))² (arXiv 2312.09244): eq. (1) leaves a term in x free."""
-    save_every: int = 100
-    """Optimizer steps between checkpoints."""
-    seed: int = 0
-    """Of the head's initial weights, the adapter's, and the order of the pairs."""
+    """Weight of the mean of (r(x,y_u) + r(x,y_v))² in the loss (arXiv 2312.09244): eq. (1) leaves a term in x
+    free."""
+
+    positive: ClassVar[tuple[str, ...]] = ("learning_rate", "epochs")
+    least = PairSettings.least | {"lora_rank": 0, "max_tokens": 1}
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise AlignProError(f"{name} {value}: give a positive, finite number")
+        super().__post_init__()
         if not (math.isfinite(self.centre) and self.centre >= 0):
             raise AlignProError(f"centre {self.centre}: give a finite number, at least 0")
-        least = {"batch_size": 1, "max_tokens": 1, "save_every": 1, "lora_rank": 0, "seed": 0}
-        _check_whole(self, least)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -257,71 +298,53 @@ PRESETS: dict[str, dict[str, Any]] = {
         "allow_moved_optimum": True,
     },
 }
-"""Named settings. `paper`: those of the notebook that the paper names, whose λ adapts and whose generalized
+"""Named settings. `paper` is the notebook that the paper names, whose λ adapts and whose generalized
 advantages have λ 0.95, so that its optimum is ρ* for no λ given in advance; see `moved_optimum`."""
+
+
+_OTHER_POLICY = "rewrites are drawn from another policy than the one that is scored"
+_UNLIKELY = "unlikely tokens are never drawn, so ρ loses part of the support of ρ_sft"
+_OPTIMUM: dict[str, tuple[tuple[Any, ...], str]] = {
+    "temperature": ((1.0,), f"{_OTHER_POLICY}, which changes λ to about λ/temperature; set it to 1.0"),
+    "top_p": ((1.0,), f"{_UNLIKELY}; set it to 1.0"),
+    "top_k": ((0,), f"{_UNLIKELY}; set it to 0"),
+    "min_p": ((0.0,), f"{_UNLIKELY}; set it to 0.0"),
+    "repetition_penalty": ((1.0,), f"{_OTHER_POLICY}; set it to 1.0"),
+    "kl_estimator": (("k1",), "in the reward only k1 has the gradient of the KL; set it to k1"),
+    "target_kl": ((0.0,), "λ follows the KL, so there is no fixed λ; leave it out"),
+    "gamma": ((1.0,), "the reward at the end weighs less than the KL of early tokens; set it to 1.0"),
+    "gae_lambda": (
+        (1.0,),
+        "where the critic does not explain the returns, early tokens see a share of the score and all of "
+        "their own KL; set it to 1.0",
+    ),
+    "whiten_rewards": ((False,), "every batch has a reward scale, and so a λ, of its own; set it to False"),
+    "loss_type": (
+        ("dr_grpo", "none"),
+        "tokens of long and of short rewrites weigh differently; set it to dr_grpo",
+    ),
+    "scale_rewards": (
+        ("none", False),
+        "prompts whose rewards differ little weigh more, against a fixed λ; set it to none",
+    ),
+    "normalize_advantages": ((False,), "every batch has a scale of its own; set it to False"),
+    "mask_truncated_completions": ((False,), "rewrites that were cut off do not count; set it to False"),
+}
+"""By setting: the values that leave the optimum at ρ*, and what any other does and its remedy."""
 
 
 def moved_optimum(args: Any) -> dict[str, str]:
     """The settings that move the optimum of training away from ρ* of eq. (10), and what each of them moves.
 
     Args:
-        args: a `PPOConfig`, or another of TRL's, of which those that it has are looked at.
+        args: `TrainSettings`, a `PPOConfig`, or another of TRL's, of which those that it has are looked at.
     """
-
-    def has(name: str, default: Any) -> Any:
-        value = getattr(args, name, default)
-        return default if value is None else value
-
-    found = {}
-    if has("temperature", 1.0) != 1.0:
-        found["temperature"] = (
-            f"{args.temperature}: rewrites are drawn from another policy than the one that is scored, which "
-            "changes λ to about λ/temperature; set it to 1.0"
-        )
-    for name, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-        if has(name, neutral) != neutral:
-            found[name] = (
-                f"{getattr(args, name)}: unlikely tokens are never drawn, so ρ loses part of the support of "
-                f"ρ_sft; set it to {neutral}"
-            )
-    if has("repetition_penalty", 1.0) != 1.0:
-        found["repetition_penalty"] = (
-            f"{args.repetition_penalty}: rewrites are drawn from another policy than the one that is scored; "
-            "set it to 1.0"
-        )
-    if has("kl_estimator", "k1") != "k1":
-        found["kl_estimator"] = (
-            f"{args.kl_estimator}: in the reward only k1 has the gradient of the KL; set it to k1"
-        )
-    if has("target_kl", 0.0):
-        found["target_kl"] = f"{args.target_kl}: λ follows the KL, so there is no fixed λ; leave it out"
-    if has("gamma", 1.0) != 1.0:
-        found["gamma"] = (
-            f"{args.gamma}: the reward at the end weighs less than the KL of early tokens; set it to 1.0"
-        )
-    if has("gae_lambda", 1.0) != 1.0:
-        found["gae_lambda"] = (
-            f"{args.gae_lambda}: where the critic does not explain the returns, early tokens see a share of "
-            "the score and all of their own KL; set it to 1.0"
-        )
-    if has("whiten_rewards", False):
-        found["whiten_rewards"] = (
-            "True: every batch has a reward scale, and so a λ, of its own; set it to False"
-        )
-    if has("loss_type", "dr_grpo") not in ("dr_grpo", "none"):
-        found["loss_type"] = (
-            f"{args.loss_type}: tokens of long and of short rewrites weigh differently; set it to dr_grpo"
-        )
-    if has("scale_rewards", "none") not in ("none", False):
-        found["scale_rewards"] = (
-            f"{args.scale_rewards}: prompts whose rewards differ little weigh more, against a fixed λ; "
-            "set it to none"
-        )
-    if has("normalize_advantages", False):
-        found["normalize_advantages"] = "True: every batch has a scale of its own; set it to False"
-    if has("mask_truncated_completions", False):
-        found["mask_truncated_completions"] = "True: rewrites that were cut off do not count; set it to False"
-    return found
+    values = {name: getattr(args, name, None) for name in _OPTIMUM}
+    return {
+        name: f"{value}: {_OPTIMUM[name][1]}"
+        for name, value in values.items()
+        if value is not None and value not in _OPTIMUM[name][0]
+    }
 
 
 def refuse_moved_optimum(args: Any) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,80 +16,59 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, writable_folder, write_json, write_text
+from alignpro.files import read_json, writable_folder, write_json
 from alignpro.llm.data import split as data
+from alignpro.llm.data.own import Rewrite
 from alignpro.llm.models.adapters import adapter_config
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import how_of, room
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.models.policy import log_probs
 from alignpro.llm.policies.prompter import Prompter
-from alignpro.llm.training.checkpoints import check_reporters, completing, last_checkpoint
+from alignpro.llm.training.checkpoints import (
+    METRICS_FILE,
+    PROMPTER_FOLDER,
+    SETTINGS_FILE,
+    Trained,
+    WholeCheckpoints,
+    check_reporters,
+    last_checkpoint,
+    pair_arguments,
+)
+from alignpro.llm.training.metrics import PairMetrics
 from alignpro.llm.training.settings import SFTSettings
 from alignpro.runs import refuse_other_settings
-
-METRICS_FILE = "metrics.jsonl"
-SETTINGS_FILE = "settings.json"
-PROMPTER_FOLDER = "prompter"
 
 Encoded = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt behind the template, and of its rewrite with the end token."""
 
 
 @dataclass(frozen=True)
-class Rewrite:
-    """A prompt x and the rewrite x′ to learn for it."""
+class HeldOut:
+    """Cost of rewrites that were not learned from, in nats per token, end tokens included."""
 
-    prompt: str
-    rewrite: str
+    pairs: int
+    before: float
+    """Before fine-tuning."""
+    after: float
+    """After it."""
 
 
-def read_rewrites(path: str | Path, *, prompt: str = "prompt", rewrite: str = "rewrite") -> list[Rewrite]:
-    """Pairs from JSON lines, or from one JSON list, of objects with two non-empty strings; more is ignored.
+@dataclass(frozen=True)
+class Tuned(Trained):
+    """Result of fine-tuning a prompter."""
 
-    Args:
-        prompt, rewrite: the fields' names; the second is "optimized_prompt" in BPO's data.
-
-    Raises:
-        AlignProError: the file cannot be read, has no pair, or one that lacks a field, by its number.
-    """
-    path = Path(path).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AlignProError(f"rewrites {path}: cannot read it ({error}); name a JSONL file") from None
-    unit, lines = "line", [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if text.lstrip().startswith("["):
-        try:
-            unit, lines = "item", [(i, json.dumps(row)) for i, row in enumerate(json.loads(text), 1)]
-        except ValueError as error:
-            raise AlignProError(f"rewrites {path}: no JSON list ({error}); mend it or use JSONL") from None
-    pairs = []
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise AlignProError(f"{path.name}, {unit} {number}: is no JSON object; mend or remove it")
-        for name in (prompt, rewrite):
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise AlignProError(
-                    f"{path.name}, {unit} {number}: field {name!r} is missing or no text; mend it, or name "
-                    f"the right field (it has {', '.join(map(repr, row)) or 'none'})"
-                )
-        pairs.append(Rewrite(row[prompt], row[rewrite].strip()))
-    if not pairs:
-        raise AlignProError(f"rewrites {path}: it is empty; give a JSON object for each pair")
-    return pairs
+    prompter: Prompter
+    held_out: dict[str, HeldOut]
+    """By split, `validation` and `test`, where there are pairs in it."""
 
 
 def nats_per_token(prompter: Prompter, pairs: Sequence[Encoded]) -> float:
-    """−Σ log ρ(x′|x) over pairs, divided by their rewrites' tokens, end tokens included."""
+    """Mean cost of the rewrites: −Σ log ρ(x′|x) over pairs, divided by their tokens, end tokens included."""
     with torch.no_grad():
         scores = log_probs(prompter.model, [p for p, _ in pairs], [said for _, said in pairs])
     return -float(scores.log_probs.double().sum()) / sum(len(said) for _, said in pairs)
@@ -105,12 +83,12 @@ def sft(
     resume: bool = False,
     merge: bool = True,
     report_to: Sequence[str] = (),
-) -> Prompter:
+) -> Tuned:
     """Fine-tune a copy of the prompter, which itself stays as it is, on the pairs of the split `train`.
 
-    A prompt's split is `data.split_of`. Of `validation` and `test` the nats per token before and after are in
-    the result's `facts["sft"]`. Into `out` go settings.json, metrics.jsonl, checkpoints, and prompter/, which
-    `Prompter.from_pretrained` opens.
+    A prompt's split is `data.split_of`. The nats per token of `validation` and `test`, before and after, are
+    in the result and in the prompter's `facts["sft"]`. Into `out` go settings.json, metrics.jsonl,
+    checkpoints, and prompter/, which `Prompter.from_pretrained` opens.
 
     Args:
         prompter: a language model without an adapter.
@@ -156,7 +134,8 @@ def sft(
         raise AlignProError(f"out {out}: it is not empty; name a new folder, or resume")
     before = {part: nats_per_token(prompter, found) for part, found in held.items()}
     with quiet(), torch.random.fork_rng():  # TRL seeds the process
-        trainer = _trainer(prompter, split["train"], settings, out, report_to)
+        metrics = PairMetrics(out / METRICS_FILE)
+        trainer = _trainer(prompter, split["train"], settings, out, report_to, metrics)
         if trainer.args.should_save:
             write_json(out / SETTINGS_FILE, record)
         trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
@@ -164,86 +143,69 @@ def sft(
         vars(model.get_base_model()).pop("forward", None)  # TRL's; one copied would call the original
         tuned = replace(prompter, model=(model.merge_and_unload() if merge else model).eval())
         tuned.max_tokens = settings.max_tokens
-        after = {part: nats_per_token(tuned, found) for part, found in held.items()}
-        measured = {part: {"before": before[part], "after": after[part]} for part in held}
+        held_out = {
+            part: HeldOut(len(found), before[part], nats_per_token(tuned, found))
+            for part, found in held.items()
+        }
+        measured = {part: {"before": e.before, "after": e.after} for part, e in held_out.items()}
         tuned.facts = {**prompter.facts, "sft": {**record, "nats_per_token": measured}}
         folder = out / PROMPTER_FOLDER
         if trainer.args.should_save:
             tuned.save(folder, whole=merge)
         trainer.accelerator.wait_for_everyone()
-    if not merge:
-        return tuned
-    # From its folder, as any later user has it: trainers find the reference by the model's path.
-    kind, device = str(model.dtype).removeprefix("torch."), str(model.device)
-    return Prompter.from_pretrained(folder, dtype=kind, device=device)
+    if merge:
+        # From its folder, as any later user has it: trainers find the reference by the model's path.
+        kind, device = str(model.dtype).removeprefix("torch."), str(model.device)
+        tuned = Prompter.from_pretrained(folder, dtype=kind, device=device)
+    return Tuned(out, record, metrics.lines, tuned, held_out)
 
 
 def encode(prompter: Prompter, pair: Rewrite) -> Encoded:
-    """The tokens of a pair exactly as the prompter reads and says them."""
+    """Encode a pair exactly as the prompter reads and says them."""
     template, tokenizer = prompter.template, prompter.tokenizer
     said = template.rewrite_ids(tokenizer, pair.prompt, pair.rewrite)
     return template.prompt_ids(tokenizer, pair.prompt), said
 
 
 def columns(pairs: Sequence[Encoded]) -> dict[str, list[list[int]]]:
-    """TRL's columns: `labels` is −100 where a token is no part of the loss."""
+    """The columns that TRL's trainer reads; `labels` is −100 where a token is no part of the loss."""
     return {
         "input_ids": [[*prompt, *said] for prompt, said in pairs],
         "labels": [[*[-100] * len(prompt), *said] for prompt, said in pairs],
     }
 
 
-class _Trainer(SFTTrainer):
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with completing(self):
-            super()._save_checkpoint(model, trial)
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: `Prompter.save` writes one."""
-
-
-class _Metrics(TrainerCallback):
-    """metrics.jsonl: what the trainer logged, without clocks; and an end where the loss is lost."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise AlignProError(
-                f"training diverged at step {state.global_step}: the loss is {logs['loss']}; "
-                f"lower learning_rate (it is {args.learning_rate:g})"
-            )
-        names = ("step", "epoch", "loss", "grad_norm", "learning_rate", "entropy", "mean_token_accuracy")
-        kept = [{k: line[k] for k in names if k in line} for line in state.log_history if "loss" in line]
-        if state.is_world_process_zero:
-            write_text(Path(args.output_dir) / METRICS_FILE, "".join(json.dumps(k) + "\n" for k in kept))
+class _Trainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc]
+    pass
 
 
 def _trainer(
-    prompter: Prompter, pairs: Sequence[Encoded], settings: SFTSettings, out: Path, report_to: Sequence[str]
-) -> _Trainer:
+    prompter: Prompter,
+    pairs: Sequence[Encoded],
+    settings: SFTSettings,
+    out: Path,
+    report_to: Sequence[str],
+    metrics: PairMetrics,
+) -> Any:
+    """TRL's trainer of an adapter on a copy of the prompter's model."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.batch_size % world:
         raise AlignProError(f"batch_size {settings.batch_size}: {world} processes do not divide it")
     model = copy.deepcopy(prompter.model)
     config = SFTConfig(
+        **pair_arguments(),
         output_dir=str(out),
         per_device_train_batch_size=settings.batch_size // world,
         gradient_accumulation_steps=1,
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        max_length=None,
         packing=False,
         seed=settings.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
         save_steps=settings.save_every,
-        save_total_limit=2,
         use_cpu=model.device.type == "cpu",
         bf16=False,
-        gradient_checkpointing=False,
         dataloader_pin_memory=model.device.type != "cpu",
         report_to=list(report_to),
-        disable_tqdm=not sys.stderr.isatty(),
     )
     trainer = _Trainer(
         model=model,
@@ -251,7 +213,7 @@ def _trainer(
         train_dataset=Dataset.from_dict(columns(pairs)),
         processing_class=prompter.tokenizer,
         peft_config=adapter_config(model, settings.lora_rank, settings.lora_layers),
-        callbacks=[_Metrics()],
+        callbacks=[metrics],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

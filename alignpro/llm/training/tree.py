@@ -1,10 +1,9 @@
 """Training a prompter on prefix trees, where ρ_θ, ρ* and every divergence between them are exact.
 
-`ALGORITHMS` names the trainers. Each runs TRL's own loop (data, optimizer, checkpoints, resume); only
-sampling and scoring are replaced, by the exact policy on the prompter's prefix trees.
+The algorithms and TRL's loop (data, optimizer, checkpoints, resume) are those of open-ended training; only
+sampling and scoring differ, by the exact policy on the prompter's prefix trees.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,58 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from trl import RLOOConfig
+from transformers import PreTrainedTokenizerBase
 
-from alignpro.errors import AlignProError
-from alignpro.files import read_json, read_json_lines, write_json, write_text
-from alignpro.llm.models.adapters import adapter_config
+from alignpro.files import read_json, write_json
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.policies.tree import TreeScores, TreeTask, tree_scores, tree_states
-from alignpro.llm.training.checkpoints import ROLLOUT_ARGUMENTS, last_checkpoint
-from alignpro.llm.training.ppo import PPOConfig, PPOTrainer
-from alignpro.llm.training.trl_adapter import Party, RLOORollouts, Rollouts, parts_of
+from alignpro.llm.training.algorithms import configured, trainer_on
+from alignpro.llm.training.checkpoints import SETTINGS_FILE, Trained, last_checkpoint
+from alignpro.llm.training.metrics import Metrics
+from alignpro.llm.training.settings import TrainSettings, TreeSettings
+from alignpro.llm.training.trl_adapter import Party, Rollouts, parts_of
 from alignpro.runs import refuse_other_settings
 
 CURVE_FILE = "curve.jsonl"
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How long and how hard to train. The defaults leave the optimum at ρ* (eq. 10)."""
-
-    algorithm: str = "ppo"
-    """ppo, or rloo (TRL's own)."""
-    lam: float = 0.05
-    """λ: weight of KL(ρ‖ρ_sft) in the prompter's objective (eq. 9), in units of the reward."""
-    iterations: int = 16
-    """Rounds of sampling; each is followed by `epochs` optimizer steps."""
-    samples: int = 64
-    """Rewrites sampled per prompt and iteration."""
-    epochs: int = 4
-    """Optimizer steps on each batch of samples."""
-    learning_rate: float = 1e-3
-    """Adam's step for the adapter, decaying to a tenth along a cosine."""
-    lora_rank: int = 16
-    """Rank of the adapter."""
-    lora_layers: float = 0.5
-    """Share of the layers, from the top, that carry the adapter. Fewer are faster."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.algorithm not in ALGORITHMS:
-            raise AlignProError(f"algorithm {self.algorithm!r}: choose from {', '.join(ALGORITHMS)}")
-        for name in ("lam", "learning_rate", "lora_layers"):
-            value = getattr(self, name)
-            if not (np.isfinite(value) and value > 0):
-                raise AlignProError(f"{name} = {value}: give a positive, finite number")
-        if self.lora_layers > 1:
-            raise AlignProError(f"lora_layers = {self.lora_layers}: a share of the layers, at most 1")
-        for name, least in (("iterations", 1), ("samples", 2), ("epochs", 1), ("lora_rank", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise AlignProError(f"{name} = {getattr(self, name)}: give at least {least}")
 
 
 class TreeRollouts(Rollouts):
@@ -149,13 +110,9 @@ class TreeRollouts(Rollouts):
             self._per_row(rows, leaves, lambda x, y: scores[x].step_entropies(y, steps)),
         )
 
-
-class TreePPOTrainer(TreeRollouts, PPOTrainer):
-    """PPO on prefix trees."""
-
     @torch.no_grad()
     def features(self, batch: dict[str, Tensor]) -> Tensor:
-        """See `PPOTrainer.features`."""
+        """See `Rollouts.features`."""
         if not hasattr(self, "_features"):  # the reference never changes: one pass serves all of training
             model = self.accelerator.unwrap_model(self.model)
             with model.disable_adapter():
@@ -171,29 +128,8 @@ class TreePPOTrainer(TreeRollouts, PPOTrainer):
         return self._per_row(rows, leaves, pick)
 
 
-class TreeRLOOTrainer(TreeRollouts, RLOORollouts):
-    """TRL's RLOO (arXiv 2402.14740) on prefix trees; its β is λ."""
-
-
-def _ppo(common: dict[str, Any], settings: TrainSettings) -> tuple[type, Any]:
-    config = PPOConfig(
-        **common, kl_coef=settings.lam, loss_type="dr_grpo", scale_rewards="none", critic_learning_rate=3e-3
-    )
-    return TreePPOTrainer, config
-
-
-def _rloo(common: dict[str, Any], settings: TrainSettings) -> tuple[type, Any]:
-    return TreeRLOOTrainer, RLOOConfig(**common, beta=settings.lam, normalize_advantages=False)
-
-
-ALGORITHMS: dict[str, Callable[[dict[str, Any], TrainSettings], tuple[type, Any]]] = {
-    "ppo": _ppo,
-    "rloo": _rloo,
-}
-
-
-class Curve(TrainerCallback):
-    """Writes one JSON line per iteration: exact quantities of ρ_θ, and the sampled ones beside them.
+class Curve(Metrics):
+    """The metrics by iteration: exact quantities of ρ_θ, and the sampled ones beside them.
 
     The line of step s describes ρ_θ after s optimizer steps. Its sampled values come from the batch drawn
     from that same ρ_θ; the last line has none.
@@ -206,19 +142,19 @@ class Curve(TrainerCallback):
         every: int,
         progress: Callable[[int, int, Mapping[str, float]], None] | None,
     ) -> None:
-        self.path, self.evaluate, self.every, self.progress = path, evaluate, every, progress
+        super().__init__(path)
+        self.evaluate, self.every, self.progress = evaluate, every, progress
         self.trainer: Any = None
-        self.lines: list[dict[str, Any]] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step and self.path.exists():
-            self.lines = [line for line in read_json_lines(self.path) if line["step"] < state.global_step]
+    def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        super().on_train_begin(args, state, control, **named)
+        self.lines = [line for line in self.lines if line["step"] < state.global_step]
         self.started = time.monotonic() - (self.lines[-1]["seconds"] if self.lines else 0.0)
-        self._add(state)
+        self._measure(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.every == 0:
-            self._add(state)
+            self._measure(state)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
@@ -227,44 +163,35 @@ class Curve(TrainerCallback):
         for line in self.lines:
             if line["step"] == state.global_step - self.every and "sampled" not in line:
                 line["sampled"] = sampled
-                self._write()
+                self.write()
 
-    def _add(self, state: Any) -> None:
+    def _measure(self, state: Any) -> None:
         exact = dict(self.evaluate(self.trainer.exact_policy()))
         seconds = time.monotonic() - self.started
-        self.lines.append({"step": state.global_step, "seconds": round(seconds, 3), "exact": exact})
-        self._write()
+        self.add({"step": state.global_step, "seconds": round(seconds, 3), "exact": exact})
         if self.progress:
             self.progress(state.global_step, state.max_steps, exact)
 
-    def _write(self) -> None:
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-
 
 @dataclass(frozen=True)
-class Trained:
-    """What training leaves.
-
-    Attributes:
-        policy: ρ_θ over the leaves of each prompt's tree, X arrays.
-        curve: the lines of `curve.jsonl`.
-    """
+class TrainedTree(Trained):
+    """Result of training on prefix trees; its metrics are the lines of `curve.jsonl`."""
 
     policy: list[np.ndarray]
-    curve: list[dict[str, Any]]
+    """ρ_θ over the leaves of each prompt's tree, X arrays."""
 
 
 def train(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     task: TreeTask,
-    settings: TrainSettings,
+    settings: TreeSettings,
     out: str | Path,
     *,
     evaluate: Callable[[list[np.ndarray]], Mapping[str, float]],
     resume: bool = False,
     progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
-) -> Trained:
+) -> TrainedTree:
     """Train a LoRA adapter of `model` on the task; every iteration is a checkpoint.
 
     Args:
@@ -272,41 +199,20 @@ def train(
         evaluate: called with the exact ρ_θ once per iteration; what it returns goes into the curve.
         out: folder for `curve.jsonl`, `settings.json`, checkpoints and the adapter.
         resume: continue from the last checkpoint in `out`, if there is one.
-        progress: called with (step, last step, exact quantities).
+        progress: called with (step, last step, exact quantities) once per iteration.
 
     Raises:
         AlignProError: a checkpoint made with other settings.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    record = out / "settings.json"
-    if resume and record.exists():
-        refuse_other_settings(out, read_json(record), asdict(settings))
-    write_json(record, asdict(settings))
+    begun, record = out / SETTINGS_FILE, asdict(settings)
+    if resume and begun.exists():
+        refuse_other_settings(out, read_json(begun), record)
+    write_json(begun, record)
 
-    batch = settings.samples * len(task.prompts)
-    common: dict[str, Any] = ROLLOUT_ARGUMENTS | {
-        "output_dir": str(out),
-        "per_device_train_batch_size": batch,
-        "num_generations": settings.samples,
-        "num_iterations": settings.epochs,
-        "steps_per_generation": 1,
-        "gradient_accumulation_steps": 1,
-        "max_grad_norm": 1.0,
-        "max_steps": settings.iterations * settings.epochs,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "max_completion_length": max(t.layout.leaf_edges.shape[1] for t in task.trees),
-        "logging_steps": settings.epochs,
-        "save_steps": settings.epochs,  # between two epochs of one batch, resuming would redraw the batch
-        "report_to": [],
-        "seed": settings.seed,
-        "use_cpu": next(model.parameters()).device.type == "cpu",
-    }
+    depth = max(t.layout.leaf_edges.shape[1] for t in task.trees)
+    full = TrainSettings(**record, prompts=len(task.prompts), max_tokens=depth)
 
     def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         rows = [trainer._row[p] for p in prompts]
@@ -320,20 +226,11 @@ def train(
 
     curve = Curve(out / CURVE_FILE, evaluate, settings.epochs, progress)
     with quiet():
-        kind, config = ALGORITHMS[settings.algorithm](common, settings)
-        torch.manual_seed(settings.seed)  # the adapter's initial values
-        trainer = kind(
-            model=model,
-            peft_config=adapter_config(model, settings.lora_rank, settings.lora_layers),
-            reward_funcs=reward,
-            args=config,
-            train_dataset=Dataset.from_dict({"prompt": list(task.prompts)}),
-            processing_class=tokenizer,
-            callbacks=[curve],
-            task=task,
+        config = configured(full, out, model)
+        trainer = trainer_on(
+            TreeRollouts, full, config, model, tokenizer, reward, task.prompts, curve, task=task
         )
-        trainer.remove_callback(PrinterCallback)
         curve.trainer = trainer
         trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
         trainer.model.save_pretrained(str(out / "adapter"), safe_serialization=True)
-    return Trained(trainer.exact_policy(), curve.lines)
+    return TrainedTree(out, record, curve.lines, trainer.exact_policy())

@@ -8,16 +8,15 @@ judged by one test and mended in this file.
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from alignpro.errors import AlignProError
-from alignpro.llm.training.checkpoints import completing
+from alignpro.llm.training.checkpoints import WholeCheckpoints
 
 Rows = list[list[int]]
 Party = Literal["policy", "behaviour", "reference"]
@@ -33,7 +32,6 @@ PRIVATE: dict[str, tuple[str, ...]] = {
     "_compute_loss": ("model", "inputs"),
     "_save_checkpoint": ("model", "trial"),
     "_load_from_checkpoint": ("resume_from_checkpoint",),
-    "_get_output_dir": ("trial",),
 }
 """Methods of `GRPOTrainer` and `RLOOTrainer` that are overridden or called here, and parameters relied on.
 
@@ -46,7 +44,7 @@ _UNTOUCHED = 1e-3
 """Nats a token that rounding may make of an adapter that changes nothing."""
 
 
-class Rollouts:
+class Rollouts(WholeCheckpoints):
     """Mixin for TRL's trainers. A subclass says how prompts become tokens, how rewrites are drawn and scored.
 
     What the behaviour policy said of its own rewrites is kept from drawing them (`draw`), so that nothing is
@@ -54,10 +52,8 @@ class Rollouts:
     """
 
     accelerator: Any
-    args: Any
     model: Any
     ref_model: Any
-    state: Any
     use_vllm: bool
     vllm_generation: Any
     num_generations: Any
@@ -67,8 +63,10 @@ class Rollouts:
     rescored = False
     """Whether each part of a round is scored once more, as its first step will score it: in low precision two
     ways to pack the same rewrites differ by more than a clip range."""
+    reads_features = False
+    """Whether the algorithm asks for `features`."""
 
-    # --- what a subclass says ---
+    # --- what rollouts of a kind say ---
 
     def tokens_of(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids that the policy continues, for each prompt."""
@@ -84,6 +82,12 @@ class Rollouts:
         """[B, steps] log-probabilities of the tokens that were said, and entropies before them, in nats; 0
         past the end."""
         raise NotImplementedError
+
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        """[B, T, H] hidden states of the reference before each completion token."""
+        raise NotImplementedError
+
+    # --- what an algorithm says ---
 
     def rewarded(self, rewards: Tensor) -> Tensor:
         """[B, 1] rewards of all processes' rewrites, as the algorithm takes them."""
@@ -132,8 +136,10 @@ class Rollouts:
         elif self.is_reference(model):
             party = "reference"
         values, entropies = self.score(party, model, *rows, logits_to_keep)
-        if party == "reference" and self.state.global_step == 0:
-            self._check_untouched(model, rows, values)
+        if party == "reference":
+            self._reference = rows, values
+            if self.state.global_step == 0:
+                self._check_untouched(model, rows, values)
         return values, entropies, None
 
     def is_reference(self, model: Any) -> bool:
@@ -176,13 +182,6 @@ class Rollouts:
         elif batch.get("old_per_token_logps") is not None:
             batch["old_per_token_logps"] = values
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with completing(self):
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: TRL's card would credit another method. What trains writes one of its own."""
-
 
 class GRPORollouts(Rollouts, GRPOTrainer):  # type: ignore[misc]
     """TRL's GRPO trainer on the hooks of `Rollouts`, without its KL in the loss.
@@ -199,8 +198,21 @@ class GRPORollouts(Rollouts, GRPOTrainer):  # type: ignore[misc]
             self.beta = beta
 
 
+class KLInReward(GRPORollouts):
+    """TRL's GRPO trainer with −λ log(ρ_θ/ρ_sft) in the reward."""
+
+    def rewarded(self, rewards: Tensor) -> Tensor:
+        """See `Rollouts.rewarded`."""
+        (prompts, said), reference = self._reference
+        with torch.no_grad():
+            behaviour, _ = self.score("behaviour", self.model, prompts, said, reference.shape[1])
+        ratio = (behaviour - reference).sum(1)  # the reference is 0 past the end
+        self.note("kl", ratio.mean())
+        return rewards - self.args.beta * self.accelerator.gather(ratio)[:, None]
+
+
 class RLOORollouts(Rollouts, RLOOTrainer):  # type: ignore[misc]
-    """TRL's RLOO trainer on the hooks of `Rollouts`."""
+    """TRL's RLOO trainer on the hooks of `Rollouts`; it has the KL in the reward as it is."""
 
 
 class OwnLoss(GRPORollouts):
@@ -222,12 +234,6 @@ class OwnLoss(GRPORollouts):
     def loss_of(self, model: Any, batch: dict[str, Any]) -> Tensor:
         """The loss of one part of the batch, a mean over its sequences."""
         raise NotImplementedError
-
-    def save_more(self, folder: Path) -> None:
-        """Write into a checkpoint what the trainer does not know of."""
-
-    def load_more(self, folder: Path) -> None:
-        """Read what `save_more` wrote."""
 
     def rewarded(self, rewards: Tensor) -> Tensor:
         """See `Rollouts.rewarded`."""
@@ -255,17 +261,6 @@ class OwnLoss(GRPORollouts):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         loss = self.loss_of(model, inputs)
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        with completing(self):
-            super(Rollouts, self)._save_checkpoint(model, trial)
-            if self.args.should_save:
-                self.save_more(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.load_more(Path(resume_from_checkpoint))
 
 
 def joined(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:

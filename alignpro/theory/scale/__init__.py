@@ -1,4 +1,4 @@
-"""Large instances and large batches."""
+"""Large instances, large batches, and files of instances."""
 
 from alignpro.theory.scale.routes import prompt_shift, route, solve_batch, solve_large
 

@@ -12,7 +12,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import jax
@@ -226,6 +226,22 @@ def solve_large(
     return jax.tree.map(lambda leaf: leaf[:prompts] if leaf.ndim else leaf, solved) if extra else solved
 
 
+_QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+
+@cache
+def quick_options() -> dict[str, Any] | None:
+    """Options for `jax.jit`: compiled in a third of the time, code takes two or three times as long.
+
+    None where this JAX does not know them.
+    """
+    try:
+        jax.jit(lambda x: x + 1.0, compiler_options=_QUICK)(0.0)
+    except Exception:
+        return None
+    return _QUICK
+
+
 def solve_batch(
     batch: Instance,
     beta: Float[Floats, "..."] | float,
@@ -234,8 +250,9 @@ def solve_batch(
     *,
     prompter: Float[Floats, "N X K"] | None = None,
     devices: Sequence[jax.Device] | None = None,
+    quick: bool = False,
 ) -> Any:
-    """One statement on each instance of a batch.
+    """Evaluate one statement on each instance of a batch.
 
     Args:
         batch: an Instance whose arrays have one leading axis N (as `FAMILIES` draws them).
@@ -245,6 +262,8 @@ def solve_batch(
             Statement or another pytree of arrays.
         prompter: one ρ(x′|x) for each instance; ρ* when None.
         devices: those that share the batch axis; all when None.
+        quick: compile in a third of the time, to code that takes two or three times as long. Worth it below
+            some millions of instances of each shape; results differ by rounding.
 
     Returns what the statement returns, as NumPy arrays with the leading axis N. Only what the statement
     uses is computed. Beside the batch and the result the memory does not grow with N; for a stream call it
@@ -271,9 +290,9 @@ def solve_batch(
     given = jax.tree.map(np.asarray, (arrays, *temperatures, prompter))
     leaves, structure = jax.tree.flatten(given)
     one = structure, tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves)
-    if _native(devices) and (in_lanes := _in_lanes(statement, one)):
+    if _native(devices) and (in_lanes := _in_lanes(statement, one, quick)):
         return in_lanes(*given)
-    run, inner = _batched(statement, one, -(-min(_CHUNK, count) // len(devices)), devices)
+    run, inner = _batched(statement, one, -(-min(_CHUNK, count) // len(devices)), devices, quick)
     unit = inner * len(devices)
     step = -(-min(_CHUNK, count) // unit) * unit
 
@@ -316,7 +335,7 @@ def _on_one(statement: Callable[[Solution], Any]) -> Callable[..., Any]:
 
 
 @lru_cache
-def _in_lanes(statement: Callable[[Solution], Any], batch: Any) -> Callable[..., Any] | None:
+def _in_lanes(statement: Callable[[Solution], Any], batch: Any, quick: bool) -> Callable[..., Any] | None:
     """The statement on a batch, compiled with an instance in each vector lane; None where that cannot be.
 
     `batch` is a pytree's structure with the shapes and dtypes of one instance.
@@ -326,14 +345,14 @@ def _in_lanes(statement: Callable[[Solution], Any], batch: Any) -> Callable[...,
     structure, leaves = batch
     example = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
     try:
-        return in_lanes(_on_one(statement), *example)
+        return in_lanes(_on_one(statement), *example, quick=quick)
     except NotImplementedError:
         return None
 
 
 @lru_cache
 def _batched(
-    statement: Callable[[Solution], Any], batch: Any, count: int, devices: tuple[Any, ...]
+    statement: Callable[[Solution], Any], batch: Any, count: int, devices: tuple[Any, ...], quick: bool
 ) -> tuple[Callable[..., Any], int]:
     """The statement on a chunk, and how many instances each device takes at a time.
 
@@ -350,4 +369,5 @@ def _batched(
     across = PartitionSpec("batch")
     mesh = Mesh(np.array(devices), ("batch",))
     mapped = jax.shard_map(chunk, mesh=mesh, in_specs=across, out_specs=across, check_vma=False)
-    return jax.jit(mapped), max(1, min(_CACHED // largest, count))
+    compiled = jax.jit(mapped, compiler_options=quick_options() if quick else None)
+    return compiled, max(1, min(_CACHED // largest, count))

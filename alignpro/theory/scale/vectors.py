@@ -32,9 +32,9 @@ class _Format(NamedTuple):
     bits: int
     info: Any
     exp_ends: tuple[float, float]
-    """Beyond these eˣ is 0 or ∞."""
+    """Arguments below and above which eˣ is 0 and ∞."""
     log2_bits: int
-    """So many bits of log 2 times an exponent is exact."""
+    """Bits of log 2 whose product with any exponent is exact."""
     exp_terms: int
     expm1_terms: int
     log_terms: int
@@ -98,7 +98,7 @@ class Vectors:
         return ir.Constant(self.vector(of), [ir.Constant(of, number)] * self.width)
 
     def everywhere(self, number: Any) -> Any:
-        """One number in every lane."""
+        """Repeat one number in every lane."""
         b, zero = self.builder, ir.Constant(ir.IntType(32), 0)
         alone = b.insert_element(ir.Constant(self.vector(number.type), ir.Undefined), number, zero)
         return b.shuffle_vector(
@@ -183,7 +183,7 @@ class Vectors:
         return self.builder.select(which, cases[1], cases[0])
 
     def convert(self, x: Any, old: Any, new: Any) -> Any:
-        """From one dtype to another."""
+        """Convert from one dtype to another."""
         b, to = self.builder, self.vector(element(new))
         old, new = np.dtype(old), np.dtype(new)
         if old == new:
@@ -202,7 +202,7 @@ class Vectors:
         return b.sext(x, to) if longer else b.trunc(x, to)
 
     def bits_as(self, x: Any, new: Any) -> Any:
-        """The same bits as another dtype of the same size."""
+        """Reinterpret the bits as another dtype of the same size."""
         return self.builder.bitcast(x, self.vector(element(new)))
 
     def _intrinsic(self, name: str, *args: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Looking for the worst case of a statement."""
+"""Searching instances: claims checked at random, hunted for the worst case, looked at one by one."""

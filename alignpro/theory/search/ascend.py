@@ -21,20 +21,21 @@ from jaxtyping import Array, Float, Int
 from alignpro.theory.divergences import Floats
 from alignpro.theory.families import FAMILIES, Shape, random_prompters
 from alignpro.theory.instance import KEYS, Instance, normalise, unchecked
-from alignpro.theory.search.found import FLOOR, TEMPERATURES, Found, Target, _options, evaluate
+from alignpro.theory.scale.routes import quick_options
+from alignpro.theory.search.found import FLOOR, TEMPERATURES, Found, Target, evaluate
 from alignpro.theory.search.shrink import simplify
 from alignpro.theory.solution import solution
 
 CHUNK = 50
-"""Steps between two looks at the clock."""
+"""How many steps are taken between two looks at the clock."""
 RESEEDS = (0.25, 0.5, 0.75)
-"""After these shares of the steps the worse half of the restarts begins again beside the best."""
+"""Shares of the steps after which the worse half of the restarts begins again beside the best."""
 FINALISTS = 8
-"""Of each aim, how many restarts end as validated instances."""
+"""How many restarts of each aim end as validated instances."""
 
 
 class Point(NamedTuple):
-    """What ascent moves: logits of the policies, rewards, log β, log λ; leading axis [restarts]."""
+    """Coordinates that ascent moves: logits of the policies, rewards, log β, log λ; first axis [restarts]."""
 
     p: Float[Floats, "... X"]
     prior: Float[Floats, "... X K"]
@@ -47,7 +48,7 @@ class Point(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What each restart keeps: which probabilities are exactly 0 (−∞, else 0), rows, reward range, aim."""
+    """Parts that a restart keeps: which probabilities are exactly 0 (−∞, else 0), rows, reward range, aim."""
 
     p: Float[Floats, "... X"]
     prior: Float[Floats, "... X K"]
@@ -55,7 +56,7 @@ class Fixed(NamedTuple):
     own: Int[Floats, "... X"]
     low: Float[Floats, "..."]
     aim: Int[Floats, "..."]
-    """0: the ratio lhs/rhs; 1: −slack."""
+    """0 to climb the ratio lhs/rhs, 1 to climb −slack."""
 
 
 class _State(NamedTuple):
@@ -144,7 +145,7 @@ def _climber(wanted: Target) -> Callable[..., _State]:
     def climb(state: _State, fixed: Fixed, steps: Array, count: Array) -> _State:
         return lax.fori_loop(0, count, lambda _, s: step(fixed, steps, s), state)
 
-    return jax.jit(climb, compiler_options=_options())
+    return jax.jit(climb, compiler_options=quick_options())
 
 
 def _starts(rng: np.random.Generator, restarts: int, shape: Shape, families) -> tuple[Point, Fixed]:
@@ -196,16 +197,16 @@ def _reseed(rng: np.random.Generator, state: _State, fixed: Fixed) -> tuple[_Sta
 
 @dataclass(frozen=True)
 class Ascent:
-    """What gradient ascent found."""
+    """The outcome of gradient ascent."""
 
     tightest: Found | None
-    """Of the largest ratio lhs/rhs where that counts (see `FLOOR`)."""
+    """The instance of the largest ratio lhs/rhs where that counts (see `FLOOR`); None where none does."""
     worst: Found | None
-    """Broken furthest, relative to the span; None where nothing is."""
+    """The instance on which it is broken furthest, relative to the span; None where nothing breaks it."""
     start: float
     """The largest ratio among the starts."""
     steps: int
-    """How many were taken."""
+    """How many steps were taken."""
     interrupted: bool = False
 
 

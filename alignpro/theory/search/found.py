@@ -1,4 +1,4 @@
-"""What is hunted, and instances found: evaluated again with the rounding bound of their statement."""
+"""Targets of a hunt, and instances found: evaluated again with the rounding bound of their statement."""
 
 import functools
 import math
@@ -9,27 +9,29 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from alignpro.claims import Verdict
 from alignpro.errors import AlignProError
-from alignpro.theory.bounds import STATEMENTS, Statement, Verdict, judge
+from alignpro.theory.bounds import STATEMENTS, Statement, judge
 from alignpro.theory.families import Shape
 from alignpro.theory.instance import KEYS, Instance, unchecked
+from alignpro.theory.scale.routes import quick_options
 from alignpro.theory.solution import Solution, solution
 
 FLOOR = 1e-3
 """A ratio lhs/rhs counts where rhs is at least this share of the reward span: 0/0 is not tight."""
 TEMPERATURES = (1e-3, 1e3)
-"""Between which β and λ are sought."""
+"""The least and the largest β and λ that are tried."""
 
 
 class Target(NamedTuple):
-    """What is hunted: a row of `bounds.STATEMENTS`, or a conjecture of your own."""
+    """A claim to hunt: a row of `bounds.STATEMENTS`, or a conjecture of your own."""
 
     name: str
     statement: Callable[[Solution], Statement]
     any_prompter: bool = False
-    """About any ρ, so to be evaluated on others than ρ*."""
+    """Whether it is about any ρ, so to be evaluated on others than ρ*."""
     equality: bool = False
-    """An identity: lhs = rhs."""
+    """Whether it claims lhs = rhs, rather than lhs ≤ rhs."""
 
 
 ALIASES = {"q2": "never_outperforms", "outperform": "never_outperforms"}
@@ -58,7 +60,7 @@ class Found:
     beta: float
     lam: float
     prompter: np.ndarray | None
-    """[X, K]; None for ρ*."""
+    """ρ(x′|x) [X, K] that was asked about; None for ρ*."""
     lhs: float
     rhs: float
     error: float
@@ -88,7 +90,7 @@ class Found:
 
     @property
     def violated(self) -> bool:
-        """Beyond rounding, with both sides finite."""
+        """Whether it is broken beyond rounding, with both sides finite."""
         return self.verdict == "violated" and math.isfinite(self.slack)
 
     @property
@@ -106,28 +108,14 @@ class Found:
         return -self.slack / (self.span if self.span > 0 else 1.0)
 
 
-# Compiling is nearly all the time a hunt takes: 1.4 s with these where it would be 4.8 s, for slower steps
-# that take a third of a second in all.
-_QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-
-
-@functools.cache
-def _options() -> dict[str, Any] | None:
-    """`_QUICK` where this JAX knows those options."""
-    try:
-        jax.jit(lambda x: x + 1.0, compiler_options=_QUICK)(0.0)
-    except Exception:
-        return None
-    return _QUICK
-
-
 @functools.lru_cache(maxsize=64)
 def _evaluator(statement: Callable[[Solution], Statement], any_prompter: bool) -> Callable[..., Any]:
     def one(instance: Instance, beta, lam, prompter):
         s = solution(instance, beta, lam, prompter if any_prompter else None)
         return statement(s), (s.rho_star, s.pi_star, s.rewrite_reward)
 
-    return jax.jit(one, compiler_options=_options())
+    # Compiling is nearly all the time a hunt takes.
+    return jax.jit(one, compiler_options=quick_options())
 
 
 def evaluate(

@@ -56,7 +56,7 @@ def _rounded(found: Found, digits: int, shape: Shape | None) -> Found | None:
 
 
 def simplify(found: Found, shape: Shape | None = None) -> Found:
-    """What matters of a find: without the prompts, rewrites and responses it can do without, in few digits.
+    """Reduce a find: drop the prompts, rewrites and responses it can do without, and digits.
 
     A counterexample stays one and keeps 99% of its excess; the ratio of a tight instance falls by no more
     than a tenth of its distance from 1 (1e-6 at least, 1e-3 at most).
@@ -87,7 +87,7 @@ def simplify(found: Found, shape: Shape | None = None) -> Found:
 
 @dataclass(frozen=True)
 class Smallest:
-    """What the search for a small counterexample found."""
+    """The outcome of the search for a small counterexample."""
 
     found: Found | None
     tried: int

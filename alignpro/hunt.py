@@ -1,0 +1,3 @@
+from alignpro.moved import moved
+
+__getattr__ = moved(__name__, tables="alignpro.commands.hunt")

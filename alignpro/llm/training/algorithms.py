@@ -1,0 +1,154 @@
+"""The algorithms that train a policy by rollouts: one table, for open-ended text and for enumerated rewrites.
+
+A row is a trainer on the hooks of `Rollouts` and its configuration; `trainer_on` puts beneath it the rollouts
+of either kind, which say how rewrites are drawn and scored. With the default, faithful settings the optimum
+of each is ρ* of eq. (10).
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import GRPOConfig, RLOOConfig
+
+from alignpro.errors import AlignProError
+from alignpro.llm.models.adapters import adapter_config
+from alignpro.llm.training.checkpoints import ROLLOUT_ARGUMENTS
+from alignpro.llm.training.metrics import Metrics
+from alignpro.llm.training.ppo import PPOConfig, PPOTrainer
+from alignpro.llm.training.settings import SCHEDULES, TrainSettings, refuse_moved_optimum
+from alignpro.llm.training.trl_adapter import KLInReward, RLOORollouts, Rollouts
+
+Arguments = dict[str, Any]
+
+
+class Algorithm(NamedTuple):
+    """How a policy is improved."""
+
+    trainer: type[Rollouts]
+    configure: Callable[[Arguments, TrainSettings], Any]
+    """TRL's configuration, from the arguments that all algorithms share and the settings."""
+
+
+_LOSS: Arguments = {
+    # Of GRPO's loss, which PPO does not use: a mean over sequences, in the rewards' own scale.
+    "loss_type": "dr_grpo",
+    "scale_rewards": "none",
+    "vllm_importance_sampling_correction": False,  # the ratio is to what vLLM said already
+}
+
+
+def _ppo(common: Arguments, s: TrainSettings) -> PPOConfig:
+    names = "kl_estimator target_kl kl_horizon gamma gae_lambda clip_range value_clip_range vf_coef"
+    names += " whiten_rewards whiten_advantages critic_learning_rate allow_moved_optimum"
+    return PPOConfig(**common, **_LOSS, **{name: getattr(s, name) for name in names.split()})
+
+
+def _rloo(common: Arguments, s: TrainSettings) -> RLOOConfig:
+    return RLOOConfig(**common, epsilon=s.clip_range, normalize_advantages=False)
+
+
+def _grpo(common: Arguments, s: TrainSettings) -> GRPOConfig:
+    return GRPOConfig(**common, **_LOSS, epsilon=s.clip_range)
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "ppo": Algorithm(PPOTrainer, _ppo),
+    "rloo": Algorithm(RLOORollouts, _rloo),
+    "grpo": Algorithm(KLInReward, _grpo),
+}
+"""PPO of our own on TRL's machinery (`ppo`), TRL's RLOO (arXiv 2402.14740), and TRL's GRPO (arXiv 2402.03300)
+with the KL moved into the reward. `settings.ALGORITHM_NAMES` lists the names where torch is not at hand."""
+
+
+def configured(settings: TrainSettings, out: Path, model: Any, report_to: Sequence[str] = ()) -> Any:
+    """TRL's configuration of the algorithm for training `model` into `out`.
+
+    Raises:
+        AlignProError: a setting that moves the optimum, unless that is allowed; processes that do not divide
+            a round; vLLM where it is not installed.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = settings.prompts * settings.samples
+    steps = settings.minibatches * settings.microbatches
+    if batch % (steps * world):
+        raise AlignProError(
+            f"prompts x samples = {batch}: {world} processes x {settings.minibatches} minibatches x "
+            f"{settings.microbatches} microbatches do not fit"
+        )
+    common: Arguments = ROLLOUT_ARGUMENTS | {
+        "output_dir": str(out),
+        "beta": settings.lam,  # TRL calls β what is λ here
+        "per_device_train_batch_size": batch // steps // world,
+        "gradient_accumulation_steps": settings.microbatches,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "max_grad_norm": settings.max_grad_norm or 0.0,  # 0: the Trainer cuts none
+        "num_generations": settings.samples,
+        "num_iterations": settings.epochs,
+        "steps_per_generation": steps,
+        "max_steps": settings.iterations * settings.steps_per_round,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.schedule,
+        "lr_scheduler_kwargs": SCHEDULES[settings.schedule],
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "max_completion_length": settings.max_tokens,
+        "logging_steps": settings.steps_per_round,
+        # Within a round the batch is in memory only: checkpoints fall between rounds.
+        "save_steps": settings.save_every * settings.steps_per_round,
+        "report_to": list(report_to),
+        "seed": settings.seed,
+        "use_cpu": next(model.parameters()).device.type == "cpu",
+    }
+    if settings.vllm is not None:
+        if find_spec("vllm") is None:
+            raise AlignProError(
+                f"vllm {settings.vllm}: the package vllm is missing; run pip install 'trl[vllm]', whose "
+                "version of it TRL supports, or leave it out"
+            )
+        common |= {"use_vllm": True, "vllm_mode": settings.vllm}
+    config = ALGORITHMS[settings.algorithm].configure(common, settings)
+    if not settings.allow_moved_optimum:
+        refuse_moved_optimum(config)
+    return config
+
+
+def trainer_on(
+    rollouts: type[Rollouts],
+    settings: TrainSettings,
+    config: Any,
+    model: Any,
+    tokenizer: Any,
+    reward: Callable[..., list[float]],
+    rows: Sequence[str],
+    metrics: Metrics,
+    **named: Any,
+) -> Any:
+    """The trainer of the algorithm with an adapter on `model`, drawing and scoring by `rollouts`.
+
+    Args:
+        config: what `configured` gave.
+        reward: rewards of prompts' completions, as TRL calls it.
+        rows: the prompts of each round in turn.
+        named: further arguments of `rollouts`.
+    """
+    kind = ALGORITHMS[settings.algorithm].trainer
+    torch.manual_seed(settings.seed)  # the adapter's initial values
+    trainer: Any = type(f"{rollouts.__name__}Of{kind.__name__}", (rollouts, kind), {})(
+        model=model,
+        peft_config=adapter_config(model, settings.lora_rank, settings.lora_layers),
+        reward_funcs=reward,
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": list(rows)}),
+        processing_class=tokenizer,
+        callbacks=[metrics],
+        **named,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
