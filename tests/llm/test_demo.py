@@ -153,7 +153,7 @@ def test_mistakes_are_one_line_and_leave_nothing(workplace, tmp_path, capsys, mo
         (["--out", str(tmp_path / "other"), *model], "choose an empty folder"),
         (["--out", str(tmp_path / "a"), "--prompts-file", str(tmp_path / "none.txt")], "No such file"),
         (["--out", str(tmp_path / "a"), "--prompts-file", str(tmp_path / "empty.txt")], "holds no prompts"),
-        (["--out", str(tmp_path / "a"), "--lam", "0"], "lam = 0.0"),
+        (["--out", str(tmp_path / "a"), "--lam", "0"], "lam 0.0"),
         (["--out", str(tmp_path / "a"), "--beta", "nan"], "beta = nan"),
         (["--out", str(tmp_path / "a"), "--algorithm", "sft"], "algorithm 'sft'"),
         (["--out", str(tmp_path / "a"), "--prompts", "0"], "prompts = 0"),
