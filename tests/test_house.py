@@ -5,6 +5,7 @@ import functools
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -192,6 +193,32 @@ def test_no_file_is_too_long():
     known = modules()
     assert not too_long(known)
     assert too_long(known | {"errors": "\n" * (LONGEST + 1)}) == {"errors": LONGEST + 1}
+
+
+def plan(known: Mapping[str, str]) -> str:
+    """The folders of the package with their modules, as docs/architecture.md shows them."""
+    folders: dict[str, list[str]] = {}
+    for name, source in sorted(known.items()):
+        if name and not is_old_path(source) and name not in DOORS:
+            folder, _, module = name.rpartition(".")
+            if any(other.startswith(f"{name}.") for other in known):
+                folders.setdefault(name, [])
+            else:
+                folders.setdefault(folder, []).append(module)
+    lines = []
+    for folder, names in folders.items():
+        head = f"{folder.replace('.', '/')}/" if folder else "(top)"
+        lines += textwrap.wrap(
+            f"{head:<20} {' '.join(names)}", 110, subsequent_indent=" " * 21, break_on_hyphens=False
+        )
+    return "\n".join(lines) + "\n"
+
+
+def test_the_architecture_page_names_every_module():
+    known = modules()
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert plan(known) in page, f"docs/architecture.md should show\n{plan(known)}"
+    assert plan(known | {"report.paint": ""}) not in page
 
 
 def test_docstrings_stand_alone():
