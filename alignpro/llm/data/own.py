@@ -28,8 +28,7 @@ class Rewrite:
 def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
     """Read prompts from one column of a .jsonl, .json, .csv, .tsv or .parquet file, else one from each line.
 
-    Equal prompts count once, and their order is kept. A file is taken whole: what it is for is its owner's
-    to say, and `split_of` splits it as everything else. Only a newline ends a line.
+    Equal prompts count once, and their order is kept. Only a newline ends a line.
 
     Args:
         path: any other suffix than these is that of a text file.
@@ -61,8 +60,6 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
 def read_pairs(path: str | Path) -> list[PreferencePair]:
     """Read preference pairs from JSON lines with the strings "prompt", "chosen" and "rejected".
 
-    More than these is ignored.
-
     Raises:
         AlignProError: the file cannot be read, has no pair, or a line that is none, by its number.
     """
@@ -89,8 +86,6 @@ def read_pairs(path: str | Path) -> list[PreferencePair]:
 
 def read_rewrites(path: str | Path, *, prompt: str = "prompt", rewrite: str = "rewrite") -> list[Rewrite]:
     """Read pairs from JSON lines, or from one JSON list, of objects with two non-empty strings.
-
-    More than these is ignored.
 
     Args:
         prompt, rewrite: the fields' names; the second is "optimized_prompt" in BPO's data.

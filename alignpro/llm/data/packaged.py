@@ -38,7 +38,6 @@ def instructions(n: int | None = None, seed: int = 0, max_words: int = 20) -> li
 
     Args:
         n: how many; all of them if None.
-        seed: fixes the order.
         max_words: most words of an instruction, separated by white space.
 
     Raises:
@@ -63,11 +62,7 @@ def mt_bench(n: int | None = None, seed: int = 0) -> list[str]:
 
 
 def preference_prompts(source: str, n: int | None = None, seed: int = 0, max_words: int = 40) -> list[str]:
-    """Read the distinct single-turn prompts of a row of `PREFERENCES`, in an order fixed by `seed`.
-
-    Raises:
-        AlignProError: see `instructions`.
-    """
+    """Read the distinct single-turn prompts of a row of `PREFERENCES`, in an order fixed by `seed`."""
     texts = _distinct(pair.prompt for pair in PREFERENCES[source]() if _EARLIER not in pair.prompt)
     kept = [text for text in texts if 2 <= len(text.split()) <= max_words and text.isascii()]
     return _take(kept, n, seed, f"prompts of {source} of at most {max_words} words")

@@ -16,11 +16,7 @@ _OTHER_TOWERS = ("vision", "visual", "audio", "image")
 
 
 def blocks_of(model: Any) -> tuple[str, Any]:
-    """The name and the list of the language model's layers, from the first to the last.
-
-    Raises:
-        AlignProError: the model has no list of as many layers as its configuration says.
-    """
+    """The name and the list of the language model's layers, from the first to the last."""
     causal, depth = unwrap(model), int(text_config(model).num_hidden_layers)
     found = [
         (name, module)
@@ -42,7 +38,6 @@ def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
     """A LoRA adapter (arXiv 2106.09685) on every linear map of the top layers; fresh, it changes nothing.
 
     Args:
-        rank: the adapter's rank.
         layers: share of the layers, from the top, that carry it.
 
     Raises:

@@ -25,11 +25,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def check_name(model: str | Path) -> None:
-    """Refuse what names no packaged model, folder, GGUF file or hub id, without reaching for the hub.
-
-    Raises:
-        AlignProError: so.
-    """
+    """Refuse what names no packaged model, folder, GGUF file or hub id, without reaching for the hub."""
     path = Path(model).expanduser()
     if str(model) in MODELS or (str(model) and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
         return
@@ -41,11 +37,7 @@ def check_name(model: str | Path) -> None:
 
 
 def checked_folder(folder: Path) -> Path:
-    """`folder`, which holds a model's configuration and safetensors, an adapter, or what a rehearsal draws.
-
-    Raises:
-        AlignProError: it does not; pickled weights are refused by name.
-    """
+    """`folder`, if it holds a configuration and safetensors, an adapter, or what a rehearsal draws."""
     if is_adapter(folder) or drawn_at_random(folder):
         return folder
     if not (folder / "config.json").is_file():
@@ -72,11 +64,7 @@ REHEARSAL = "ALIGNPRO_REHEARSAL"
 
 
 def drawn_at_random(folder: Path) -> bool:
-    """Whether the folder is one for rehearsals.
-
-    Raises:
-        AlignProError: it is, and this is no rehearsal.
-    """
+    """Whether the folder is one for rehearsals; refuse it where this is none."""
     if not (folder / RANDOM_FILE).is_file():
         return False
     if os.environ.get(REHEARSAL) != "1":

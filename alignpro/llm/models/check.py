@@ -1,14 +1,11 @@
 """A check of every model before it is used: sampled and scored log-probabilities are the model's own.
 
-A few short continuations (and, where attention has a window, some beyond it) are scored by a plain forward
-pass of one sequence, in the fast way that shares prefixes, sequence by sequence, and are drawn. The fastest
-way whose numbers are those of the plain pass is recorded on the model (`forward.How`); where none is, the
-model is refused. It costs eight passes over a handful of tokens.
+The fastest way to read the model (`forward.How`) that gives the numbers of a plain forward pass is recorded
+on it; where none does, the model is refused. It costs eight passes over a handful of tokens.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,10 +35,6 @@ class _Plain:
 def check_model(model: Any, tokenizer: Any, name: str = "model") -> How:
     """Find the fastest way to read and sample the model that gives a plain forward pass's numbers; record it.
 
-    Args:
-        model: a causal language model, ready to use (`models.prepare`).
-        name: shown in the error.
-
     Raises:
         AlignProError: no way agrees with a plain forward pass, or the model's numbers are not finite.
     """
@@ -51,7 +44,7 @@ def check_model(model: Any, tokenizer: Any, name: str = "model") -> How:
         found = How()
         for masks in masks_of(model):
             found = replace(found, masks=masks)
-            off = _off(_tried(partial(_scored, model, pairs, found)), plain)
+            off = _off(_tried(lambda how=found: _scored(model, pairs, how)), plain)
             if off <= plain.tolerance:
                 break
         else:

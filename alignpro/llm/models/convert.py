@@ -6,11 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models import packages

@@ -36,8 +36,6 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, ready to sample from, score with and train (see `prepare`).
 
-    `config._name_or_path` is the resolved folder, from which trainers reload the reference.
-
     Args:
         model: a name, folder, file or hub id (`resolve`), or the folder of an adapter that PEFT saved, which
             is merged into its base in memory.
@@ -47,8 +45,7 @@ def load_model(
         chat_template_kwargs: further arguments of the chat template, such as {"enable_thinking": False}.
 
     Raises:
-        AlignProError: an unknown dtype or device, a model that lacks weights, a folder that transformers
-            cannot read; or a failure of `resolve` or `prepare`.
+        AlignProError: an unknown dtype or device, one that lacks weights or cannot be read; see `prepare`.
     """
     where = device_of(device)
     check_dtype(dtype)
@@ -122,11 +119,7 @@ def read_weights(
 
 
 def attach_adapter(model: Any, folder: Path, name: str) -> Any:
-    """`model` with the adapter that PEFT saved in `folder`, every tensor of it in place.
-
-    Raises:
-        AlignProError: the adapter cannot be read, or does not fit the model.
-    """
+    """`model` with the adapter that PEFT saved in `folder`, every tensor of it in place."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 

@@ -1,9 +1,8 @@
 """A language model as a policy over token sequences: sampling, and log-probabilities without repetition.
 
-Rollouts repeat themselves: all prompts of a prompter begin with its template, and each is continued many
-times. `draw` reads each distinct prompt once. `log_probs` scores all continuations of all prompts on their
-prefix tree, where the model can be read so (`forward`): a shared prefix goes through it once, and gradients
-are those of the plain computation. Both process the model's scores by `Warper`.
+`draw` reads each distinct prompt once. `log_probs` scores all continuations on their prefix tree, where the
+model can be read so (`forward`): a shared prefix goes through it once, with the gradients of the plain
+computation.
 """
 
 import math
@@ -46,11 +45,7 @@ class Warper:
         self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
 
     def __call__(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[N, K] processed scores, −inf where excluded, and whose they are: tokens [N, K]; None: all of them.
-
-        Args:
-            scores: [N, V], float32.
-        """
+        """[N, K] processed scores of float32 [N, V], −inf if excluded, and their tokens [N, K]; None: all."""
         ids, tokens = torch.empty(0, dtype=torch.long), None  # no warper looks at what was said
         if self.scale != 1:
             scores = scores / self.scale
@@ -86,8 +81,7 @@ class Warper:
 
 class Draws:
     """A logits processor that draws each row's next token by inverse CDF from the row's own uniforms, and
-    leaves only that token, which greedy decoding then takes. `torch.multinomial` would share one stream
-    among the rows of a batch.
+    leaves only that token to greedy decoding. `torch.multinomial` would share one stream among the rows.
 
     Attributes:
         log_probs: of the tokens drawn, one [B] for each step, where they are kept.
@@ -215,11 +209,8 @@ def sample_and_score(
 ) -> list[list[Drawn]]:
     """[prompts][keys of the prompt] continuations, as `draw` gives them in batches of `batch_size`."""
     out: list[list[Any]] = [[None for _ in row] for row in keys]
-    jobs = [
-        (p, i)
-        for p in sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
-        for i in range(len(keys[p]))
-    ]
+    order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+    jobs = [(p, i) for p in order for i in range(len(keys[p]))]
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
         each = [keys[p][i] for p, i in batch]
@@ -268,21 +259,15 @@ class Pack:
 
     Attributes:
         rows: which sequences.
-        tokens, parents: [N] of the tree's nodes; parents come first, −1 is the root.
+        forest: the tree's nodes.
         states: [S] nodes after which some continuation goes on.
         edges: for each sequence, (index into `states`, token) of each token of its continuation.
     """
 
     rows: tuple[int, ...]
-    tokens: np.ndarray
-    parents: np.ndarray
+    forest: Forest
     states: np.ndarray
     edges: tuple[tuple[tuple[int, int], ...], ...]
-
-    @property
-    def forest(self) -> Forest:
-        """Its nodes."""
-        return Forest(self.tokens, self.parents)
 
     def table(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """[rows, steps]: `edges` as two arrays, and 1.0 where there is one."""
@@ -296,11 +281,7 @@ class Pack:
 
 
 def packs(prompts: Sequence[Ids], continuations: Sequence[Ids], most: int = 2048) -> list[Pack]:
-    """Sequences gathered into prefix trees of about `most` nodes, those that share a prefix together.
-
-    Raises:
-        AlignProError: an empty prompt.
-    """
+    """Sequences gathered into prefix trees of about `most` nodes, those that share a prefix together."""
     order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
     found: list[Pack] = []
     start = 0
@@ -330,9 +311,8 @@ def packs(prompts: Sequence[Ids], continuations: Sequence[Ids], most: int = 2048
             rows.append(i)
             edges.append(tuple(steps))
             start += 1
-        found.append(
-            Pack(tuple(rows), np.array(tokens), np.array(parents), np.array([*state], int), tuple(edges))
-        )
+        forest = Forest(np.array(tokens), np.array(parents))
+        found.append(Pack(tuple(rows), forest, np.array([*state], int), tuple(edges)))
     return found
 
 

@@ -143,11 +143,7 @@ PACKAGES: dict[str, Package] = {
 
 
 def package_of(name: str) -> Package:
-    """The row of `PACKAGES`.
-
-    Raises:
-        AlignProError: there is none of that name.
-    """
+    """The row of `PACKAGES`."""
     if name not in PACKAGES:
         raise AlignProError(f"unknown package {name!r}; choose from {', '.join(sorted(PACKAGES))}")
     return PACKAGES[name]

@@ -1,13 +1,8 @@
 """Language models restricted to a prefix tree: exactly enumerable policies.
 
-A finite, prefix-free set of token sequences is a tree. Restricting a language model to it, and
-renormalising its next-token distribution over the children of each node, gives a true policy: the
-probabilities of the leaves sum to one exactly, and each is a product of the model's own (renormalised)
-conditionals. A node with one child is *forced*: its step has probability one.
-
-All leaves of a tree are scored in one forward pass where the model can be read so (`forward`): the prompt is
-followed by every node whose hidden state decides between children, and each node sees its ancestors only.
-Tokens after the last decision of a path never reach the model, since their probability is one.
+A finite, prefix-free set of token sequences is a tree. Renormalising the model's next-token distribution over
+the children of each node gives a true policy: the probabilities of the leaves sum to one. A node with one
+child is *forced*: its step has probability one. Tokens after the last decision of a path never reach the model.
 """
 
 import itertools
@@ -21,19 +16,12 @@ import torch
 from torch import Tensor
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models.forward import Forest, Head, states
+from alignpro.llm.models.forward import Forest, Head, passes, states
 
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """The tree of a prefix-free set of token sequences.
-
-    Args:
-        sequences: Y distinct token sequences, none a prefix of another. The order fixes the leaves' order.
-
-    Raises:
-        AlignProError: no sequence, an empty one, or one that is a prefix of (or equal to) another.
-    """
+    """The tree of Y distinct token sequences, none empty or a prefix of another, in the leaves' order."""
 
     sequences: tuple[tuple[int, ...], ...]
 
@@ -42,11 +30,10 @@ class PrefixTree:
         if not self.sequences:
             raise AlignProError("prefix tree: no sequences; give at least one")
         ordered = sorted(range(len(self.sequences)), key=lambda i: self.sequences[i])
-        for i in ordered:
-            if not self.sequences[i]:
-                raise AlignProError(
-                    f"prefix tree: sequence {i} is empty; every sequence needs at least one token"
-                )
+        if not self.sequences[ordered[0]]:
+            raise AlignProError(
+                f"prefix tree: sequence {ordered[0]} is empty; every sequence needs at least one token"
+            )
         for i, j in itertools.pairwise(ordered):  # a prefix sorts right before its extensions
             if self.sequences[j][: len(self.sequences[i])] == self.sequences[i]:
                 raise AlignProError(
@@ -146,10 +133,8 @@ class TreeLayout:
     @staticmethod
     def fit(table: np.ndarray, steps: int) -> np.ndarray:
         """Cut a table [Y, T] to [Y, steps], or fill it with −1."""
-        fitted = np.full((len(table), steps), -1)
-        width = min(steps, table.shape[1])
-        fitted[:, :width] = table[:, :width]
-        return fitted
+        missing = max(0, steps - table.shape[1])
+        return np.pad(table[:, :steps], ((0, 0), (0, missing)), constant_values=-1)
 
 
 @dataclass(frozen=True)
@@ -191,9 +176,7 @@ def tree_states(model: Any, prompts: Sequence[Sequence[int]], layouts: Sequence[
     """Final hidden states at each tree's states, in one forward pass.
 
     Args:
-        model: a decoder-only causal language model of `transformers`, or a PEFT model around one.
         prompts: B prompts as token ids, none empty.
-        layouts: B layouts.
 
     Returns:
         B tensors [1 + S, H]: row 0 is the end of the prompt (state −1), row 1 + s is state s.
@@ -249,24 +232,15 @@ def leaf_probabilities(
 ) -> list[np.ndarray]:
     """The exact leaf probabilities of B prefix trees, as float64 rows that sum to one.
 
-    Rows are sorted by length and scored in passes of at most `tokens_per_pass` padded tokens.
-
     Args:
+        tokens_per_pass: most padded tokens of one forward pass.
         progress: called with the number of rows just scored.
-
-    Returns:
-        B arrays [Y_b].
     """
     sizes = [len(p) + len(t.layout.tokens) for p, t in zip(prompts, trees, strict=True)]
-    order = sorted(range(len(prompts)), key=lambda i: -sizes[i])
     out: list[np.ndarray] = [np.empty(0)] * len(prompts)
-    start = 0
-    while start < len(order):
-        rows = order[start : start + max(1, tokens_per_pass // sizes[order[start]])]
-        start += len(rows)
-        for i, score in zip(
-            rows, tree_scores(model, [prompts[i] for i in rows], [trees[i] for i in rows]), strict=True
-        ):
+    for rows in passes(sizes, tokens_per_pass):
+        scores = tree_scores(model, [prompts[i] for i in rows], [trees[i] for i in rows])
+        for i, score in zip(rows, scores, strict=True):
             out[i] = score.probabilities()
         if progress:
             progress(len(rows))
