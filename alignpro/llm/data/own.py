@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def _parsed(text: str) -> Any:
 
 def _text(path: Path, where: str, row: Row, column: str) -> str:
     if column not in row:
-        has = ", ".join(str(name) for name in row) or "none"
+        has = ", ".join(map(str, row)) or "none"
         raise AlignProError(
             f"{path.name}, {where}: no column {column!r}; name one with --prompt-column (it has {has})"
         )
@@ -153,23 +153,22 @@ def _text(path: Path, where: str, row: Row, column: str) -> str:
     return text.strip()
 
 
-def _object(path: Path, where: str, said: Any) -> Row:
-    if not isinstance(said, dict):
-        raise AlignProError(f"{path.name}, {where}: is no JSON object; mend or remove it")
-    return said
+def _objects(path: Path, said: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Row]]:
+    for where, row in said:
+        if not isinstance(row, dict):
+            raise AlignProError(f"{path.name}, {where}: is no JSON object; mend or remove it")
+        yield where, row
 
 
 def _jsonl(path: Path, _column: str) -> Iterator[tuple[str, Row]]:
-    for number, line in _lines(path):
-        yield f"line {number}", _object(path, f"line {number}", _parsed(line))
+    return _objects(path, ((f"line {number}", _parsed(line)) for number, line in _lines(path)))
 
 
 def _json(path: Path, _column: str) -> Iterator[tuple[str, Row]]:
     rows = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(rows, list):
         raise _NoList(f"it is of type {type(rows).__name__}")
-    for number, row in enumerate(rows, 1):
-        yield f"item {number}", _object(path, f"item {number}", row)
+    return _objects(path, ((f"item {number}", row) for number, row in enumerate(rows, 1)))
 
 
 def _csv(path: Path, _column: str) -> Iterator[tuple[str, Row]]:

@@ -2,14 +2,13 @@
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from alignpro.errors import AlignProError
 
 
-@dataclass(frozen=True)
-class PackagedModel:
+class PackagedModel(NamedTuple):
     """A GGUF or ONNX inside a package: the row of `PACKAGES` and the file's name there."""
 
     package: str
@@ -44,17 +43,14 @@ def checked_folder(folder: Path) -> Path:
         raise AlignProError(
             f"model folder {folder} has no config.json; name the folder that save_pretrained wrote"
         )
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(p.name for suffix in ("bin", "pt", "pth") for p in folder.glob(f"*.{suffix}"))
-        if pickles:
-            raise AlignProError(
-                f"model folder {folder} has only pickled weights ({pickles[0]}), and unpickling can run "
-                "code; convert it with save_pretrained(..., safe_serialization=True) where you trust it"
-            )
+    if any(folder.glob("*.safetensors")):
+        return folder
+    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
         raise AlignProError(
-            f"model folder {folder} has no *.safetensors; save the model with save_pretrained"
+            f"model folder {folder} has only pickled weights ({pickles[0]}), and unpickling can run "
+            "code; convert it with save_pretrained(..., safe_serialization=True) where you trust it"
         )
-    return folder
+    raise AlignProError(f"model folder {folder} has no *.safetensors; save the model with save_pretrained")
 
 
 RANDOM_FILE = "random_weights.json"

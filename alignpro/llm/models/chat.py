@@ -34,15 +34,12 @@ _PRIVATE = ("\U000f0000", "\U000f0001", "\U000f0002")
 
 @dataclass(frozen=True)
 class Said:
-    """The text that a continuation's tokens stand for.
-
-    Attributes:
-        text: without special tokens, and without a leading thought.
-        thought: whether there was one. A thought that was cut off leaves an empty text.
-    """
+    """The text that a continuation's tokens stand for."""
 
     text: str
+    """Without special tokens and a leading thought; empty where the thought was cut off."""
     thought: bool = False
+    """Whether there was a thought."""
 
 
 @dataclass(eq=False)
@@ -62,9 +59,6 @@ class Chat:
 
         What the messages say is encoded as text, whatever it spells. Where the template opens a thought,
         opening words follow an empty one.
-
-        Raises:
-            AlignProError: the template fails.
         """
         messages = self._merged(messages)
         held, contents = [], []
@@ -98,7 +92,7 @@ class Chat:
         return tuple(backend.encode(text, add_special_tokens=False).ids)
 
     def render(self, messages: Sequence[Message], *, generate: bool = True) -> str:
-        """The conversation as the template writes it on the pinned date; `generate`: and the next turn's head.
+        """The conversation as the template writes it on the pinned date; `generate`: and the turn's head.
 
         Raises:
             AlignProError: the template fails.

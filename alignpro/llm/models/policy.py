@@ -318,13 +318,12 @@ def packs(prompts: Sequence[Ids], continuations: Sequence[Ids], most: int = 2048
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores that `log_probs` finds of B continuations of at most T tokens.
+    """Scores of B continuations of at most T tokens; 0 past the end.
 
     Attributes:
-        log_probs: [B, T] of each token, in nats; 0 past the end.
-        entropies: [B, T] of the model's own distribution before each token, in nats; 0 past the end. No
-            gradient.
-        hidden: [B, T, H] final hidden state before each token, or None; 0 past the end. No gradient.
+        log_probs: [B, T] of each token, in nats.
+        entropies: [B, T] of the model's own distribution before each token, in nats. No gradient.
+        hidden: [B, T, H] final hidden state before each token, or None. No gradient.
     """
 
     log_probs: Tensor

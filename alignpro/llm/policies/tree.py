@@ -2,7 +2,7 @@
 
 A finite, prefix-free set of token sequences is a tree. Renormalising the model's next-token distribution over
 the children of each node gives a true policy: the probabilities of the leaves sum to one. A node with one
-child is *forced*: its step has probability one. Tokens after the last decision of a path never reach the model.
+child is *forced*: its step has probability one. Tokens after a path's last decision never reach the model.
 """
 
 import itertools
@@ -41,9 +41,9 @@ class PrefixTree:
                 )
 
     @cached_property
-    def _nodes(self) -> tuple[list[int], list[int], list[list[int]]]:
-        """(token, parent, path of nodes per leaf); node 0 is the root, parents precede children."""
-        token, parent, index = [-1], [-1], {}
+    def layout(self) -> "TreeLayout":
+        """The tree as arrays, for one forward pass."""
+        token, parent, index = [-1], [-1], {}  # node 0 is the root, parents precede children
         paths = []
         for sequence in self.sequences:
             node, path = 0, []
@@ -55,12 +55,6 @@ class PrefixTree:
                 node = index[node, t]
                 path.append(node)
             paths.append(path)
-        return token, parent, paths
-
-    @cached_property
-    def layout(self) -> "TreeLayout":
-        """The tree as arrays, for one forward pass."""
-        token, parent, paths = self._nodes
         children: list[list[int]] = [[] for _ in token]
         for node in range(1, len(token)):
             children[parent[node]].append(node)
@@ -70,18 +64,9 @@ class PrefixTree:
         nodes = [n for n in range(1, len(token)) if kept[n]]
         slot = {0: -1} | {n: i for i, n in enumerate(nodes)}  # -1 is the last token of the prompt
 
-        edge_of: dict[int, int] = {}
-        edge_state: list[int] = []
-        edge_token: list[int] = []
-        edge_group: list[int] = []
         groups = [n for n in range(len(token)) if len(children[n]) > 1]
-        for g, node in enumerate(groups):
-            for child in children[node]:
-                edge_of[child] = len(edge_state)
-                edge_state.append(slot[node])
-                edge_token.append(token[child])
-                edge_group.append(g)
-
+        taken = [(g, node, child) for g, node in enumerate(groups) for child in children[node]]
+        edge_of = {child: e for e, (_, _, child) in enumerate(taken)}
         edges = [[edge_of.get(n, -1) for n in path] for path in paths]
         # The last decision settles the leaf: at least one token is kept, so that no action is empty.
         lengths = [max((t + 1 for t, e in enumerate(row) if e >= 0), default=1) for row in edges]
@@ -94,9 +79,9 @@ class PrefixTree:
         return TreeLayout(
             tokens=np.array([token[n] for n in nodes], int),
             parents=np.array([slot[parent[n]] for n in nodes], int),
-            edge_state=np.array(edge_state, int),
-            edge_token=np.array(edge_token, int),
-            edge_group=np.array(edge_group, int),
+            edge_state=np.array([slot[node] for _, node, _ in taken], int),
+            edge_token=np.array([token[child] for _, _, child in taken], int),
+            edge_group=np.array([g for g, _, _ in taken], int),
             leaf_edges=leaf_edges,
             leaf_states=leaf_states,
             actions=tuple(s[:n] for s, n in zip(self.sequences, lengths, strict=True)),
