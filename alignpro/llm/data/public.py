@@ -75,9 +75,7 @@ DATASETS: dict[str, Callable[..., list[str]] | Source] = {
         prompt="prompt",
         splits=("train_prefs", "test_prefs"),
         answers=("chosen", "rejected", "score_chosen", "score_rejected"),
-        grades=lambda row: [
-            (row[f"score_{kind}"], row[kind][-1]["content"]) for kind in ("chosen", "rejected")
-        ],
+        grades=lambda row: [(row[f"score_{x}"], row[x][-1]["content"]) for x in ("chosen", "rejected")],
     ),
     # A row is one answer; up to four of them answer the same prompt. Attributes are whole numbers, 0 to 4.
     "helpsteer": Source(
@@ -145,8 +143,8 @@ def prompts(
         fits: says of a prompt whether to keep it, such as `shorter(...)`.
 
     Raises:
-        AlignProError: an unknown name or split, more prompts asked for than there are, a package or hub out
-            of reach, a licence to accept first, or files of another schema.
+        AlignProError: an unknown name or split, too few prompts, a package or hub out of reach, a licence to
+            accept first, or files of another schema.
     """
     check_dataset(name, folder, split)
     if n is not None and n < 1:
@@ -174,8 +172,6 @@ def pairs(
     """Read the preference pairs of a row of `DATASETS`: every two answers to a prompt with different grades.
 
     Their order follows that of `prompts`, so the first pairs are those of a random sample of prompts.
-    UltraFeedback: completions by `overall_score`, up to six pairs a prompt. HelpSteer: responses by
-    `helpfulness`, up to six pairs too. The others have one pair a row.
 
     Raises:
         AlignProError: a data set without graded answers, or without any of different grades; see `prompts`.
@@ -271,9 +267,8 @@ def _rows(
     try:
         import datasets as library
     except ModuleNotFoundError:
-        raise AlignProError(
-            f"dataset {name}: the package datasets is missing; run pip install 'alignpro[llm]'"
-        ) from None
+        missing = f"dataset {name}: the package datasets is missing; run pip install 'alignpro[llm]'"
+        raise AlignProError(missing) from None
     needed = tuple(dict.fromkeys((source.prompt, *columns)))
     packages.note(f"reading {source.repository} ({source.licence}) from {folder or 'the hub or its cache'}")
     try:

@@ -149,11 +149,9 @@ class Chat:
     @cached_property
     def takes_system(self) -> bool:
         """Whether a system message is written; Gemma's template refuses one."""
-        mark = _PRIVATE[2]
+        messages = [{"role": "system", "content": _PRIVATE[2]}, {"role": "user", "content": "?"}]
         try:
-            return mark in self._apply(
-                [{"role": "system", "content": mark}, {"role": "user", "content": "?"}], True
-            )
+            return _PRIVATE[2] in self._apply(messages, True)
         except Exception:
             return False
 
@@ -279,9 +277,8 @@ class Chat:
 
     def sample(self) -> str:
         """A short conversation as the model reads it: changes whenever the format does."""
-        return self.render(
-            self._merged([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])
-        )
+        messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+        return self.render(self._merged(messages))
 
 
 def chat_of(tokenizer: Any) -> Chat:

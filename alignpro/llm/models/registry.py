@@ -13,7 +13,6 @@ class Package:
 
     Args:
         name: the project's name on the index.
-        version: the exact version.
         kind: `wheel` or `sdist` (by pip), or `npm`.
         filename: the archive's own file name.
         sha256: checksum of the archive; nothing is unpacked unless it matches.

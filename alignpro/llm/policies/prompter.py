@@ -21,7 +21,7 @@ from alignpro.llm.models import adapters, catalogue, load
 from alignpro.llm.models.chat import Message, Said, chat_of
 from alignpro.llm.models.forward import room
 from alignpro.llm.models.libraries import quiet
-from alignpro.llm.models.policy import log_probs, sample, sample_key
+from alignpro.llm.models.policy import log_probs, sample_and_score, sample_key
 from alignpro.llm.models.sampling import Sampling
 
 PROMPTER_FILE = "prompter.json"
@@ -143,7 +143,6 @@ class Prompter:
 
         Args:
             template: a row of `TEMPLATES`, for a model that has none of its own; `rewrite` when None.
-            dtype, device: see `load_model`.
             chat_template_kwargs: further arguments of the chat template; as the prompter was saved if None.
             merged: merge its adapter into the language model, so that it can be trained on from there.
 
@@ -266,16 +265,17 @@ class Prompter:
             raise AlignProError("prompts: give a list of strings that are not empty")
         if samples < 1:
             raise AlignProError(f"samples {samples}: give at least 1")
-        drawn = sample(
+        drawn = sample_and_score(
             self.model,
             self.tokenizer.pad_token_id,
             self.prompt_ids(prompts),
             [[sample_key("rewrite", seed, x, i) for i in range(first, first + samples)] for x in prompts],
             Sampling(max_tokens=self.max_tokens),
             batch_size=batch_size,
+            score=False,
         )
         return [
-            [self.template.rewrite(self.tokenizer, x, tuple(ids)) for ids in row]
+            [self.template.rewrite(self.tokenizer, x, tuple(ids)) for ids, _ in row]
             for x, row in zip(prompts, drawn, strict=True)
         ]
 

@@ -238,13 +238,10 @@ class TreeTask:
 
     Attributes:
         prompts: X distinct texts, the rows' keys.
-        prompt_ids: for each prompt, the token ids that the prompter continues (its template applied).
+        prompt_ids: for each prompt, distinct token ids that the prompter continues.
         trees: for each prompt, the prefix tree of its rewrites.
         reward: called with the number x of a prompt and some of its leaves, gives their rewards. Exact,
             R(x, x′), or a fresh draw r(x, y) with y ~ π_F(·|x′) from torch's global generator.
-
-    Raises:
-        AlignProError: two prompts have the same token ids.
     """
 
     prompts: tuple[str, ...]
