@@ -39,9 +39,6 @@ def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
 
     Args:
         layers: share of the layers, from the top, that carry it.
-
-    Raises:
-        AlignProError: no layers, or no linear maps in them, were found.
     """
     name, blocks = blocks_of(model)
     first = len(blocks) - max(1, round(layers * len(blocks)))
@@ -67,11 +64,7 @@ def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
 
 
 def adapter_base(folder: Path) -> str:
-    """The name of the model that an adapter's folder rests on, found from any working folder.
-
-    Raises:
-        AlignProError: the folder does not say, or what it names is not there.
-    """
+    """The name of the model that an adapter's folder rests on, found from any working folder."""
     said: Any = {}
     for file, key in (("prompter.json", "base"), (ADAPTER_CONFIG, "base_model_name_or_path")):
         if (folder / file).is_file():
@@ -83,11 +76,7 @@ def adapter_base(folder: Path) -> str:
 
 def find_base(base: str, folder: Path) -> str:
     """`base` as a name that can be opened now: a relative path is looked for from the working folder, then
-    from `folder` and each folder above it.
-
-    Raises:
-        AlignProError: it is a path, and nothing is there.
-    """
+    from `folder` and each folder above it."""
     path = Path(base).expanduser()
     if base in MODELS or path.exists():
         return base

@@ -92,11 +92,7 @@ class Chat:
         return tuple(backend.encode(text, add_special_tokens=False).ids)
 
     def render(self, messages: Sequence[Message], *, generate: bool = True) -> str:
-        """The conversation as the template writes it on the pinned date; `generate`: and the turn's head.
-
-        Raises:
-            AlignProError: the template fails.
-        """
+        """The conversation as the template writes it on the pinned date; `generate`: and the turn's head."""
         try:
             return str(self._apply(messages, generate))
         except Exception as error:  # a template raises what it likes

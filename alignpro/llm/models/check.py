@@ -34,8 +34,7 @@ class _Plain(NamedTuple):
 def check_model(model: Any, tokenizer: Any, name: str = "model") -> How:
     """Find the fastest way to read and sample the model that gives a plain forward pass's numbers; record it.
 
-    Raises:
-        AlignProError: no way agrees with a plain forward pass, or the model's numbers are not finite.
+    Raises AlignProError where no way agrees with a plain forward pass, or numbers are not finite.
     """
     with quiet(), torch.inference_mode():
         pairs = _pairs(model, tokenizer)

@@ -44,7 +44,7 @@ def load_model(
         chat_template_kwargs: further arguments of the chat template, such as {"enable_thinking": False}.
 
     Raises:
-        AlignProError: an unknown dtype or device, one that lacks weights or cannot be read; see `prepare`.
+        AlignProError: unknown dtype or device, a model without weights or unreadable; see `prepare`.
     """
     where = device_of(device)
     check_dtype(dtype)

@@ -17,9 +17,6 @@ def resolve(model: str | Path) -> Path:
     Args:
         model: a key of `MODELS` (fetched and converted at first use), a folder, a `.gguf` file (converted
             once into the cache), or a hub id `owner/name` (safetensors only).
-
-    Raises:
-        AlignProError: nothing has that name, a folder without safetensors, a hub out of reach.
     """
     check_name(model)
     if str(model) in MODELS:

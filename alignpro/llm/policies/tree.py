@@ -238,7 +238,7 @@ class TreeTask:
 
     Attributes:
         prompts: X distinct texts, the rows' keys.
-        prompt_ids: for each prompt, distinct token ids that the prompter continues.
+        prompt_ids: for each prompt, token ids that the prompter continues; no two are equal.
         trees: for each prompt, the prefix tree of its rewrites.
         reward: called with the number x of a prompt and some of its leaves, gives their rewards. Exact,
             R(x, x′), or a fresh draw r(x, y) with y ~ π_F(·|x′) from torch's global generator.
