@@ -6,6 +6,7 @@ on it; where none does, the model is refused. It costs eight passes over a handf
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -42,7 +43,7 @@ def check_model(model: Any, tokenizer: Any, name: str = "model") -> How:
         found = How()
         for masks in masks_of(model):
             found = replace(found, masks=masks)
-            off = _off(_tried(lambda how=found: _scored(model, pairs, how)), plain)
+            off = _off(_tried(partial(_scored, model, pairs, found)), plain)
             if off <= plain.tolerance:
                 break
         else:
