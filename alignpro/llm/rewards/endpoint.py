@@ -20,7 +20,7 @@ from alignpro.llm.rewards.reward import (
     fill,
 )
 from alignpro.llm.targets import http
-from alignpro.llm.targets.keys import Secret, check_address, read_key
+from alignpro.llm.targets.settings import Secret, check_address, read_key
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Stopped
 

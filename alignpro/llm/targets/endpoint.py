@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from alignpro.errors import AlignProError
 from alignpro.llm.models.sampling import Sampling, digest, is_int, stream_key
 from alignpro.llm.targets import http
-from alignpro.llm.targets.keys import Secret, check_address, read_key
+from alignpro.llm.targets.settings import Secret, check_address, read_key
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Answer, Answers, Known, OnAnswer, Stopped, arrange, jobs
 

@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from alignpro.errors import AlignProError
-from alignpro.llm.targets.keys import Secret
+from alignpro.llm.targets.settings import Secret
 from alignpro.llm.targets.settings import EndpointSettings
 
 T = TypeVar("T")
