@@ -9,12 +9,18 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.sampling import is_int
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,15 @@ class EndpointSettings:
             value = getattr(self, name)
             if (value is None and name.endswith("minute")) or (value == 0 and name == "backoff_s"):
                 continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 < value < math.inf:
+            if not is_number(value) or not 0 < value < math.inf:
                 raise AlignProError(f"{name} {value!r}: choose a positive number")
+
+    def chosen(self, dialects: Iterable[str]) -> str:
+        """The dialect: a row of `dialects`, whose first is the default."""
+        dialects = list(dialects)
+        if self.dialect and self.dialect not in dialects:
+            raise AlignProError(f"dialect {self.dialect!r}: choose from {', '.join(dialects)}")
+        return self.dialect or dialects[0]
 
     def given(self) -> list[str]:
         """Names of the fields that are not at their defaults: a model in this process has none."""
@@ -131,7 +143,7 @@ class Secret:
 
 
 def read_key(name: str | None, address: str = "") -> Secret:
-    """The key in the environment variable `name`, and what `address` hides. Refuses what is not set, or no key."""
+    """The key in the environment variable `name`, and what `address` hides; refuses what is no key."""
     if name is None:
         return Secret("", address)
     value = os.environ.get(name, "").strip()
