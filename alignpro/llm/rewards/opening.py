@@ -90,7 +90,7 @@ def load_reward(name: str = "minilm-bt", **options: Any) -> Reward:
 
 
 def read_spec(name: str) -> Spec:
-    """Read the name of a reward (see `load_reward`), with no download and no request. A module is imported."""
+    """Read the name of a reward (see `load_reward`), with no download or request. A module is imported."""
     if name in REWARDS:
         return Spec("packaged", name, None, name)
     folder = Path(name).expanduser()
