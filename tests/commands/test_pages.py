@@ -248,7 +248,7 @@ def test_numbers_of_headroom_compare_and_judge(ran):
     run = ran("headroom")
     found, rows = json.loads((run.out / "headroom.json").read_text()), run.page.rows()
     assert json.loads(run.said.out) == found
-    assert found["answer"] in run.page.text
+    assert text.typographic(found["answer"]) in run.page.text
     for at in found["at"]:
         cells = [limits(at[key]) for key in ("over_reference", "net", "over_none")]
         assert rows[f"λ = {at['lam']:g}"][1:] == cells
