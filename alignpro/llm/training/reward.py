@@ -18,7 +18,7 @@ from transformers import PrinterCallback
 from trl import RewardConfig, RewardTrainer
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, read_json_lines, writable_folder, write_json
+from alignpro.files import read_json_lines, writable_folder, write_json
 from alignpro.llm.data import packaged
 from alignpro.llm.data import split as data_split
 from alignpro.llm.data.own import read_pairs
@@ -33,14 +33,14 @@ from alignpro.llm.rewards.reward import check_scores, check_template, shown
 from alignpro.llm.training.checkpoints import (
     METRICS_FILE,
     SETTINGS_FILE,
+    PairMetrics,
     Trained,
     WholeCheckpoints,
+    check_begun,
     last_checkpoint,
     pair_arguments,
 )
-from alignpro.llm.training.metrics import PairMetrics
 from alignpro.llm.training.settings import RewardSettings
-from alignpro.runs import refuse_other_settings
 
 Array = np.ndarray
 
@@ -83,11 +83,6 @@ def train_reward(
         device: `auto`, `cpu` or `cuda`.
         resume: continue from the last checkpoint in `out`, if there is one. On a CPU the result is that of an
             uninterrupted run to the bit.
-
-    Raises:
-        AlignProError: before any long work: pairs that cannot be read or split, values that do not fit, a
-            folder in use, a run begun with other settings, pairs or another base; later: a base that cannot
-            be loaded, training that diverges, or a full disk.
     """
     settings = settings or RewardSettings()
     pairs = read_pairs(pairs) if isinstance(pairs, str | Path) else list(pairs)
@@ -110,10 +105,7 @@ def train_reward(
         "pairs": {f"{source} {part}": n for (source, part), n in sorted(counts.items())},
         "pairs_sha256": hashlib.sha256(texts.encode()).hexdigest(),
     }
-    if resume and (out / SETTINGS_FILE).exists():
-        refuse_other_settings(out, read_json(out / SETTINGS_FILE), record)
-    elif any(out.iterdir()):
-        raise AlignProError(f"out {out}: it is not empty; name a new folder, or resume")
+    check_begun(out, record, resume)
     if (out / REWARD_FILE).exists():
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
         lines = read_json_lines(out / METRICS_FILE)
@@ -171,11 +163,7 @@ def train_reward(
 def split_pairs(
     pairs: Sequence[packaged.PreferencePair],
 ) -> dict[data_split.Split, list[packaged.PreferencePair]]:
-    """The pairs of each split.
-
-    Raises:
-        AlignProError: a prompt is in two, or `train` or `test` is empty.
-    """
+    """The pairs of each split; refuses a prompt in two, and an empty `train` or `test`."""
     home: dict[str, str] = {}
     for pair in pairs:
         if home.setdefault(normalised(pair.prompt), pair.split) != pair.split:
@@ -281,11 +269,9 @@ def _fit(
 def _pair_logits(reward: SequenceReward, pairs: Sequence[packaged.PreferencePair]) -> tuple[Array, Array]:
     """The unbounded scores of the chosen and of the rejected answers, [n] each, all finite."""
     prompts = [pair.prompt for pair in pairs]
-    chosen, rejected = ([getattr(pair, kind) for pair in pairs] for kind in ("chosen", "rejected"))
-    return (
-        check_scores(prompts, chosen, reward.logits(prompts, chosen)),
-        check_scores(prompts, rejected, reward.logits(prompts, rejected)),
-    )
+    chosen, rejected = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+    scored = (check_scores(prompts, texts, reward.logits(prompts, texts)) for texts in (chosen, rejected))
+    return next(scored), next(scored)
 
 
 def _loss(reward: SequenceReward, pairs: Sequence[packaged.PreferencePair]) -> float:

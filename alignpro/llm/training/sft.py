@@ -20,7 +20,7 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, writable_folder, write_json
+from alignpro.files import writable_folder, write_json
 from alignpro.llm.data import split as data
 from alignpro.llm.data.own import Rewrite
 from alignpro.llm.models.adapters import adapter_config
@@ -33,15 +33,14 @@ from alignpro.llm.training.checkpoints import (
     METRICS_FILE,
     PROMPTER_FOLDER,
     SETTINGS_FILE,
+    PairMetrics,
     Trained,
     WholeCheckpoints,
-    check_reporters,
+    check_begun,
     last_checkpoint,
     pair_arguments,
 )
-from alignpro.llm.training.metrics import PairMetrics
-from alignpro.llm.training.settings import SFTSettings
-from alignpro.runs import refuse_other_settings
+from alignpro.llm.training.settings import SFTSettings, check_reporters
 
 Encoded = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt behind the template, and of its rewrite with the end token."""
@@ -98,10 +97,6 @@ def sft(
         merge: merge the adapter into the language model, so that the result can be the reference ρ_sft of
             `train`; otherwise the folder holds the adapter alone.
         report_to: tensorboard, wandb, trackio.
-
-    Raises:
-        AlignProError: an adapter, no pairs to learn from or to measure on, a folder in use, a checkpoint made
-            with other settings or pairs; training that diverges.
     """
     check_reporters(report_to)
     if hasattr(prompter.model, "peft_config"):
@@ -128,10 +123,7 @@ def sft(
         "left_out": len(pairs) - sum(map(len, split.values())),
         "tokens_sha256": hashlib.sha256(json.dumps(split).encode()).hexdigest(),
     }
-    if resume and (out / SETTINGS_FILE).exists():
-        refuse_other_settings(out, read_json(out / SETTINGS_FILE), record)
-    elif any(out.iterdir()):
-        raise AlignProError(f"out {out}: it is not empty; name a new folder, or resume")
+    check_begun(out, record, resume)
     before = {part: nats_per_token(prompter, found) for part, found in held.items()}
     with quiet(), torch.random.fork_rng():  # TRL seeds the process
         metrics = PairMetrics(out / METRICS_FILE)
