@@ -383,7 +383,7 @@ class Evaluation:
 def evaluate(
     proposals: Sequence[Proposals],
     choices: Sequence[Array],
-    environment: Environment,
+    environment: "Environment",
     draws: int = 1,
     *,
     seed: int = 0,

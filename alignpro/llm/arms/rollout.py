@@ -11,6 +11,7 @@ ratio carries no more than that dtype's noise. Where the backend has none they a
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,23 +253,20 @@ def _append(path: Path, data: bytes) -> None:
 Key = tuple[str, int, str]
 
 
-def _lines(folder: Path) -> tuple[list[tuple[Key, bytes]], dict[Key, int]]:
+def _lines(folder: Path) -> tuple[list[tuple[Key, bytes]], Counter[Key]]:
     """The lines on file by (arm, seed, prompt_id), and how many there are of each. A torn one is left out."""
     path = folder / PARTIAL
     path = path if path.exists() else folder / FILE
     found: list[tuple[Key, bytes]] = []
-    counts: dict[Key, int] = {}
     if path.exists():
         with open(path, "rb") as file:
             for line in file:
                 try:
                     row = json.loads(line)
-                    key = row["arm"], row["seed"], row["prompt_id"]
+                    found.append(((row["arm"], row["seed"], row["prompt_id"]), line))
                 except (ValueError, KeyError, TypeError):
                     continue
-                found.append((key, line))
-                counts[key] = counts.get(key, 0) + 1
-    return found, counts
+    return found, Counter(key for key, _ in found)
 
 
 @dataclass(frozen=True)

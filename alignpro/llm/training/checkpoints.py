@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, read_json_lines, write_text
+from alignpro.llm.training.settings import PairSettings
 from alignpro.runs import refuse_other_settings
 
 SETTINGS_FILE = "settings.json"
@@ -35,9 +36,15 @@ class Trained:
     """The lines of its metrics file, in order of their `step`."""
 
 
-def pair_arguments() -> dict[str, Any]:
-    """Arguments of TRL's configurations for training on pairs that differ from its defaults in every run."""
+def pair_arguments(settings: PairSettings, folder: Path, processes: int = 1) -> dict[str, Any]:
+    """Arguments of TRL's configurations for training on pairs, into `folder`."""
     return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": settings.batch_size // processes,
+        "num_train_epochs": settings.epochs,
+        "learning_rate": settings.learning_rate,
+        "seed": settings.seed,
+        "save_steps": settings.save_every,
         "lr_scheduler_type": "cosine",
         "max_length": None,
         "gradient_checkpointing": False,

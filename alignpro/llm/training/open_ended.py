@@ -184,8 +184,7 @@ def train(
         environment: what rewrites are worth.
         prompts: the users' prompts, gone through in random order, again and again.
         out: folder for metrics.jsonl, settings.json, checkpoints, and prompter/, the trained one.
-        resume: continue from the last checkpoint in `out`, if there is one. On a CPU the metrics are those of
-            an uninterrupted run to the bit.
+        resume: continue from the last checkpoint in `out`, if there is one; on a CPU to the bit.
         report_to: tensorboard, wandb, trackio.
         facts: for the model card and settings.json.
         progress: whether a terminal sees a bar.

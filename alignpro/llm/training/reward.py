@@ -19,10 +19,9 @@ from trl import RewardConfig, RewardTrainer
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json_lines, writable_folder, write_json
-from alignpro.llm.data import packaged
-from alignpro.llm.data import split as data_split
 from alignpro.llm.data.own import read_pairs
-from alignpro.llm.data.split import normalised
+from alignpro.llm.data.packaged import PreferencePair
+from alignpro.llm.data.split import SPLITS, Split, normalised
 from alignpro.llm.models import catalogue, configure, libraries, resolve
 from alignpro.llm.models.forward import text_config
 from alignpro.llm.models.libraries import quiet
@@ -59,7 +58,7 @@ class TrainedReward(Trained):
 
 
 def train_reward(
-    pairs: Sequence[packaged.PreferencePair] | str | Path,
+    pairs: Sequence[PreferencePair] | str | Path,
     model: str | Path,
     out: str | Path,
     settings: RewardSettings | None = None,
@@ -81,8 +80,7 @@ def train_reward(
             besides them settings.json, metrics.jsonl and, until it is finished, checkpoints.
         template: see `SequenceReward`; not `pair`.
         device: `auto`, `cpu` or `cuda`.
-        resume: continue from the last checkpoint in `out`, if there is one. On a CPU the result is that of an
-            uninterrupted run to the bit.
+        resume: continue from the last checkpoint in `out`, if there is one; on a CPU to the bit.
     """
     settings = settings or RewardSettings()
     pairs = read_pairs(pairs) if isinstance(pairs, str | Path) else list(pairs)
@@ -112,13 +110,9 @@ def train_reward(
         return TrainedReward(out, record, lines, SequenceReward.load(out, device=device))
     with torch.random.fork_rng():  # TRL seeds the process
         base, tokenizer = _base(model, settings.seed)
+        most, name = min(settings.max_tokens, longest(base, tokenizer)), public_name(out)
         reward = SequenceReward(
-            base,
-            tokenizer,
-            Squash(0.0, 1.0),
-            name=public_name(out),
-            template=template,
-            max_tokens=min(settings.max_tokens, longest(base, tokenizer)),
+            base, tokenizer, Squash(0.0, 1.0), name=name, template=template, max_tokens=most
         )
         write_json(out / SETTINGS_FILE, record)
         metrics = PairMetrics(out / METRICS_FILE)
@@ -161,8 +155,8 @@ def train_reward(
 
 
 def split_pairs(
-    pairs: Sequence[packaged.PreferencePair],
-) -> dict[data_split.Split, list[packaged.PreferencePair]]:
+    pairs: Sequence[PreferencePair],
+) -> dict[Split, list[PreferencePair]]:
     """The pairs of each split; refuses a prompt in two, and an empty `train` or `test`."""
     home: dict[str, str] = {}
     for pair in pairs:
@@ -171,8 +165,8 @@ def split_pairs(
                 f"pairs: prompt {shown(pair.prompt)} is in the split {pair.split} and in another; "
                 f"give each prompt one, such as data.split_of(prompt)"
             )
-    split: dict[data_split.Split, list[packaged.PreferencePair]] = {
-        part: [pair for pair in pairs if pair.split == part] for part in data_split.SPLITS
+    split: dict[Split, list[PreferencePair]] = {
+        part: [pair for pair in pairs if pair.split == part] for part in SPLITS
     }
     for part in ("train", "test"):
         if not split[part]:
@@ -213,7 +207,7 @@ class _Trainer(WholeCheckpoints, RewardTrainer):  # type: ignore[misc]
 
 def _fit(
     reward: SequenceReward,
-    pairs: Sequence[packaged.PreferencePair],
+    pairs: Sequence[PreferencePair],
     settings: RewardSettings,
     where: torch.device,
     out: Path,
@@ -228,28 +222,17 @@ def _fit(
         }
     adapter = None
     if settings.lora_rank:
-        adapter = LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=2 * settings.lora_rank,
-            lora_dropout=0.0,
-            target_modules="all-linear",
-            task_type="SEQ_CLS",  # trains the head besides
-        )
+        rank, kind = settings.lora_rank, "SEQ_CLS"  # which trains the head besides
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=kind)
     cuda = where.type == "cuda"
     folder = out / CHECKPOINTS
     with quiet():
         config = RewardConfig(
-            **pair_arguments(),
-            output_dir=str(folder),
-            per_device_train_batch_size=settings.batch_size,
-            num_train_epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
+            **pair_arguments(settings, folder),
             center_rewards_coefficient=settings.centre or None,
-            seed=settings.seed,
             use_cpu=not cuda,
             bf16=cuda and torch.cuda.is_bf16_supported(),
             dataloader_pin_memory=cuda,
-            save_steps=settings.save_every,
             report_to="none",
         )
         trainer = _Trainer(
@@ -266,7 +249,7 @@ def _fit(
         return model.merge_and_unload() if adapter else model
 
 
-def _pair_logits(reward: SequenceReward, pairs: Sequence[packaged.PreferencePair]) -> tuple[Array, Array]:
+def _pair_logits(reward: SequenceReward, pairs: Sequence[PreferencePair]) -> tuple[Array, Array]:
     """The unbounded scores of the chosen and of the rejected answers, [n] each, all finite."""
     prompts = [pair.prompt for pair in pairs]
     chosen, rejected = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
@@ -274,7 +257,7 @@ def _pair_logits(reward: SequenceReward, pairs: Sequence[packaged.PreferencePair
     return next(scored), next(scored)
 
 
-def _loss(reward: SequenceReward, pairs: Sequence[packaged.PreferencePair]) -> float:
+def _loss(reward: SequenceReward, pairs: Sequence[PreferencePair]) -> float:
     """The loss of eq. (1), averaged over the pairs, in nats; a constant reward has log 2."""
     chosen, rejected = _pair_logits(reward, pairs)
     return float(np.mean(np.logaddexp(0.0, rejected - chosen)))

@@ -1,7 +1,6 @@
 """Supervised fine-tuning of the prompter into ρ_sft, from pairs of prompt and rewrite, by TRL's SFTTrainer.
 
-The loss is −Σ log ρ(x′|x) over the rewrite's tokens and the end of its turn, nothing of the prompt: the very
-quantity that `Prompter.log_probs` reports, on the very tokens from which the prompter samples.
+The loss is −Σ log ρ(x′|x) over the rewrite's tokens and the end of its turn, as `Prompter.log_probs` has it.
 """
 
 import copy
@@ -92,8 +91,7 @@ def sft(
     Args:
         prompter: a language model without an adapter.
         out: a new or empty folder.
-        resume: continue from the last checkpoint in `out`, if there is one. On a CPU the result is that of an
-            uninterrupted run to the bit.
+        resume: continue from the last checkpoint in `out`, if there is one; on a CPU to the bit.
         merge: merge the adapter into the language model, so that the result can be the reference ρ_sft of
             `train`; otherwise the folder holds the adapter alone.
         report_to: tensorboard, wandb, trackio.
@@ -185,15 +183,9 @@ def _trainer(
         raise AlignProError(f"batch_size {settings.batch_size}: {world} processes do not divide it")
     model = copy.deepcopy(prompter.model)
     config = SFTConfig(
-        **pair_arguments(),
-        output_dir=str(out),
-        per_device_train_batch_size=settings.batch_size // world,
+        **pair_arguments(settings, out, world),
         gradient_accumulation_steps=1,
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
         packing=False,
-        seed=settings.seed,
-        save_steps=settings.save_every,
         use_cpu=model.device.type == "cpu",
         bf16=False,
         dataloader_pin_memory=model.device.type != "cpu",
