@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from open_ppo import MODEL, REWARD, VARIANTS, by_prompt, interval
 
-from alignpro.commands.demo import environment
 from alignpro.files import read_json_lines, write_json
 from alignpro.llm.arms.resample import best_of_n, evaluate, load_proposals, propose, save_proposals, star
 from alignpro.llm.data import packaged, split
@@ -25,6 +24,7 @@ from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.targets.ledger import Cached
 from alignpro.llm.targets.local import LocalTarget
 from alignpro.llm.training.open_ended import Environment
+from alignpro.runs import environment
 
 
 def main():
