@@ -36,7 +36,7 @@ class Arm:
     seed: int = 0
     """Determines its draws and answers."""
     folder: str = ""
-    """Where the trained prompter or policy is."""
+    """Folder of the trained prompter or policy."""
 
     def __str__(self) -> str:
         return f"{self.name} (seed {self.seed})"
