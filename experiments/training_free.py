@@ -17,8 +17,7 @@ import torch
 from open_ppo import MODEL, REWARD, VARIANTS, by_prompt, interval
 
 from alignpro.files import read_json_lines, write_json
-from alignpro.llm.arms.evaluate import evaluate
-from alignpro.llm.arms.resample import best_of_n, load_proposals, propose, save_proposals, star
+from alignpro.llm.arms.resample import best_of_n, evaluate, load_proposals, propose, save_proposals, star
 from alignpro.llm.data import packaged, split
 from alignpro.llm.policies.prompter import Prompter
 from alignpro.llm.rewards.opening import load_reward

@@ -11,7 +11,7 @@ from alignpro.commands.help import Prefixed
 from alignpro.commands.options import RunOptions
 from alignpro.commands.shared import tell
 from alignpro.files import read_json
-from alignpro.llm.arms.judge_settings import JudgeSettings
+from alignpro.llm.arms.settings import JudgeSettings
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.report import keep
 from alignpro.report.numbers import columns, interval, limits, number, plain

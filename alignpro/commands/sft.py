@@ -41,7 +41,7 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
         from alignpro.commands.opening import check_prompter, trained_home
         from alignpro.llm.data import own, split
         from alignpro.llm.models import packages
-        from alignpro.llm.training.checkpoints import check_reporters
+        from alignpro.llm.training.settings import check_reporters
 
         settings, prompter = self.settings, trained_home(self.prompter)
         check_prompter(prompter, self.template)

@@ -44,7 +44,7 @@ class Train(PrompterOptions, ReportedRun):
         """Check everything before anything is loaded, train, tell."""
         from alignpro.commands.opening import World, check_prompter, trained_home, user_prompts
         from alignpro.llm.models import configure, packages
-        from alignpro.llm.training.checkpoints import check_reporters
+        from alignpro.llm.training.settings import check_reporters
 
         if self.preset not in PRESETS:
             raise AlignProError(f"--preset {self.preset}: choose from {', '.join(PRESETS)}")

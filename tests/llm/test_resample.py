@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from alignpro.errors import AlignProError
-from alignpro.llm.arms.evaluate import evaluate
 from alignpro.llm.arms.resample import (
     Proposals,
     best_of_n,
+    evaluate,
     load_proposals,
     propose,
     resample,

@@ -29,17 +29,14 @@ Scorer = Callable[..., Array]
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm and seed of an experiment.
-
-    Args:
-        name: a row of `ARMS`, rlhf, or any other name of a trained prompter's.
-        seed: determines its draws and answers, and is that of its rows.
-        folder: where the trained prompter or policy is.
-    """
+    """One arm and seed of an experiment."""
 
     name: str
+    """A row of `ARMS`, rlhf, or any other name of a trained prompter's."""
     seed: int = 0
+    """Determines its draws and answers."""
     folder: str = ""
+    """Folder of the trained prompter or policy."""
 
     def __str__(self) -> str:
         return f"{self.name} (seed {self.seed})"
@@ -55,16 +52,11 @@ class Draw:
 
 
 def arms_of(settings: RolloutSettings) -> list[Arm]:
-    """The arms that the settings name, in order.
-
-    Raises:
-        AlignProError: an unknown arm, one named twice, or none.
-    """
+    """The arms that the settings name, in order; refuses an unknown one, one named twice, and none."""
     named = list(settings.arms)
     for name in named:
         if name not in ARMS:
-            given = "; name its folder in trained" if name == "trained" else ""
-            given = "; name its folder in rlhf" if name == "rlhf" else given
+            given = f"; name its folder in {name}" if name in ("trained", "rlhf") else ""
             raise AlignProError(f"arms {name!r}: choose from {', '.join(ARMS)}{given}")
     if len(set(named)) != len(named):
         raise AlignProError(f"arms {' '.join(named)}: name each once")
@@ -83,26 +75,20 @@ def arms_of(settings: RolloutSettings) -> list[Arm]:
 
 @dataclass
 class Work:
-    """Models, reward and settings that rollouts need; the models are opened when they are first used.
-
-    Args:
-        settings: draws, answers and the rest.
-        reward: r(x, y).
-        target: π_F, behind a cache.
-        scorer: π_F's `log_probs`, or None where it has none.
-        sampling: how π_F, and a tuned policy in its place, decode.
-        open_prompter: opens a trained prompter by its folder, ρ_sft by "".
-        open_policy: opens an rlhf policy by its folder: the policy behind a cache, and its scorer.
-        batch_size: rewrites drawn at once.
-    """
+    """Models, reward and settings that rollouts need; the models are opened when they are first used."""
 
     settings: RolloutSettings
     reward: Reward
     target: Target
+    """π_F, behind a cache."""
     scorer: Scorer | None
+    """Log-probabilities by π_F, where it has them."""
     sampling: Sampling
+    """How π_F, and a tuned policy in its place, decode."""
     open_prompter: Callable[[str], Prompter]
+    """Opens a trained prompter by its folder, ρ_sft by ""."""
     open_policy: Callable[[str], tuple[Target, Scorer]]
+    """Opens an rlhf policy by its folder: the policy behind a cache, and its scorer."""
     batch_size: int = 64
 
     def __post_init__(self) -> None:
@@ -141,22 +127,17 @@ def _keeping_last(open_one: Callable[[str], T]) -> Callable[[str], T]:
     return get
 
 
-# --- arms: how each draws its rewrites -------------------------------------------------------------------
-
 Rewrites = list[list[tuple[tuple[int, ...], float]]]
 
 
-def _sample(prompter: Prompter, prompts: Sequence[str], keys: list[list[int]], batch_size: int) -> Rewrites:
-    """[prompts][keys] token ids x′ ~ ρ(·|x) and log ρ(x′|x), kept from sampling."""
+def _sample(work: Work, prompter: Prompter, prompts: Sequence[str], kind: str, seed: int, n: int) -> Rewrites:
+    """[prompts][n] token ids x′ ~ ρ(·|x) and log ρ(x′|x), kept from sampling."""
+    keys = [[sample_key(kind, seed, x, i) for i in range(n)] for x in prompts]
     ids = prompter.prompt_ids(prompts)
     sampling = Sampling(max_tokens=prompter.max_tokens)
     pad = prompter.tokenizer.pad_token_id
-    drawn = sample_and_score(prompter.model, pad, ids, keys, sampling, batch_size=batch_size)
+    drawn = sample_and_score(prompter.model, pad, ids, keys, sampling, batch_size=work.batch_size)
     return [[(tuple(said), math.fsum(values)) for said, values in row] for row in drawn]
-
-
-def _keys(kind: str, seed: int, prompts: Sequence[str], n: int) -> list[list[int]]:
-    return [[sample_key(kind, seed, x, i) for i in range(n)] for x in prompts]
 
 
 def _text(prompter: Prompter, x: str, ids: tuple[int, ...]) -> str:
@@ -170,8 +151,7 @@ def _none(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
 
 def _sft(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
     """Draw x′ ~ ρ_sft."""
-    keys = _keys("rollout", arm.seed, prompts, work.settings.draws)
-    rows = _sample(work.reference, prompts, keys, work.batch_size)
+    rows = _sample(work, work.reference, prompts, "rollout", arm.seed, work.settings.draws)
     return [
         [Draw(_text(work.reference, x, ids), value, value) for ids, value in row]
         for x, row in zip(prompts, rows, strict=True)
@@ -181,8 +161,7 @@ def _sft(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
 def _trained(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
     """Draw x′ ~ ρ_θ, and score it by ρ_sft too."""
     prompter, reference = work.prompter(arm.folder), work.reference
-    keys = _keys("rollout", arm.seed, prompts, work.settings.draws)
-    rows = _sample(prompter, prompts, keys, work.batch_size)
+    rows = _sample(work, prompter, prompts, "rollout", arm.seed, work.settings.draws)
     given = reference.prompt_ids(prompts)
     pairs = [(start, ids) for start, row in zip(given, rows, strict=True) for ids, _ in row]
     with torch.inference_mode():
@@ -202,8 +181,7 @@ def _resampled(weigh: Callable[..., Array]) -> Callable[..., list[list[Draw]]]:
 
     def arm_draws(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
         settings, reference = work.settings, work.reference
-        keys = _keys("proposals", arm.seed, prompts, settings.proposals)
-        rows = _sample(reference, prompts, keys, work.batch_size)
+        rows = _sample(work, reference, prompts, "proposals", arm.seed, settings.proposals)
         texts = [[_text(reference, x, ids) for ids, _ in row] for x, row in zip(prompts, rows, strict=True)]
         environment = Environment(work.reward, work.target, work.sampling, seed=stream("proposals", arm.seed))
         found = appraise(environment, prompts, texts, responses=settings.proposal_answers)

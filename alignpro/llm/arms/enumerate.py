@@ -2,12 +2,9 @@
 
 For each user prompt x, rewrites are sampled from the prompter and responses from the frozen model under
 every rewrite. Both models are then restricted to the prefix trees of what was sampled
-(`alignpro.llm.policies.tree`), which makes them true policies on finite sets: ρ_sft(x′|x), π_F(y|x′),
-R(x, x′), ρ* and all of the theory are exact for them. Restriction is the only approximation; the report
-says so.
-
-Each prompt has its own rewrites and responses. In the instance they are the diagonal blocks of `prior` and
-`frozen`; the rewards are real on every pair (x, y), reachable or not.
+(`alignpro.llm.policies.tree`), which makes them true policies on finite sets, exact for all of the theory.
+Restriction is the only approximation. In the instance the rewrites and responses of each prompt are the
+diagonal blocks of `prior` and `frozen`; the rewards are real on every pair (x, y), reachable or not.
 """
 
 import json
@@ -53,10 +50,7 @@ def sample(
 ) -> list[Tokens]:
     """One continuation of each prompt, up to and including its end token (or cut at `max_new_tokens`).
 
-    Args:
-        prompts: token ids; rows of similar length are batched together.
-        seed: of a generator of its own; the global random state is left alone.
-        progress: called with the number of continuations just finished.
+    The global random state is left alone; `progress` is called with the number just finished.
     """
     stop = {*end_tokens(model)}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -96,11 +90,7 @@ def sample_rewrites(
     settings: EnumerationSettings,
     progress: Progress = _silent,
 ) -> list[list[Tokens]]:
-    """Draw token sequences of distinct rewrites for each prompt; the first is the prompt itself.
-
-    Raises:
-        AlignProError: no candidate of some prompt was usable.
-    """
+    """Draw token sequences of distinct rewrites for each prompt; the first is the prompt itself."""
     found: list[dict[str, Tokens]] = [{x: template.rewrite_ids(tokenizer, x, x)} for x in prompts]
     ends = {*end_tokens(model)}
     drawn_of = {x: [0, 0] for x in prompts}
@@ -148,10 +138,8 @@ def sample_responses(
     """Draw token sequences of distinct responses for each prompt, evenly under all of its rewrites."""
     found: list[dict[Tokens, None]] = [{} for _ in rewrites]
     for attempt in range(4):
-        rows = []
-        for i, texts in enumerate(rewrites):
-            missing = settings.responses - len(found[i])
-            rows += [(i, k % len(texts)) for k in range(missing)]
+        missing = [settings.responses - len(have) for have in found]
+        rows = [(i, k % len(texts)) for i, texts in enumerate(rewrites) for k in range(missing[i])]
         if not rows:
             break
         drawn = sample(
@@ -169,34 +157,26 @@ def sample_responses(
 
 @dataclass(frozen=True)
 class Enumeration:
-    """A prompter and a frozen model on finite sets, and the exact instance they form.
-
-    Attributes:
-        prompts: X user prompts.
-        prompt_ids: for each prompt, the token ids that the prompter continues.
-        rewrite_ids, response_ids: for each prompt, the leaves of its two trees, as tokens.
-        rewrites, responses: for each prompt, the leaves as texts.
-        instance: rows of `frozen` and columns of `prior` are all rewrites, prompt by prompt; columns of
-            `frozen` and `reward` all responses, prompt by prompt.
-    """
+    """A prompter and a frozen model on finite sets, and the exact instance they form."""
 
     prompts: tuple[str, ...]
     prompt_ids: tuple[Tokens, ...]
+    """For each prompt, the tokens that the prompter continues."""
     rewrite_ids: tuple[tuple[Tokens, ...], ...]
+    """For each prompt, the leaves of its tree of rewrites, as tokens."""
     response_ids: tuple[tuple[Tokens, ...], ...]
     rewrites: tuple[tuple[str, ...], ...]
     responses: tuple[tuple[str, ...], ...]
     instance: Instance
+    """Rewrites and responses are in it prompt by prompt."""
 
     def rows(self, x: int) -> slice:
         """The rewrites of prompt x among the K of the instance."""
-        start = sum(len(r) for r in self.rewrites[:x])
-        return slice(start, start + len(self.rewrites[x]))
+        return _block(self.rewrites, x)
 
     def columns(self, x: int) -> slice:
         """The responses of prompt x among the Y of the instance."""
-        start = sum(len(r) for r in self.responses[:x])
-        return slice(start, start + len(self.responses[x]))
+        return _block(self.responses, x)
 
     def prompter(self, policy: Sequence[np.ndarray]) -> np.ndarray:
         """Leaf probabilities per prompt as ρ(x′|x), [X, K]."""
@@ -206,11 +186,7 @@ class Enumeration:
         return rho
 
     def task(self, *, exact_rewards: bool = True) -> TreeTask:
-        """The prompter's environment on its trees.
-
-        Args:
-            exact_rewards: reward a rewrite x′ with R(x, x′); otherwise with r(x, y) of one sampled response.
-        """
+        """The prompter's environment on its trees; rewarded by R(x, x′), or by r(x, y) of one response."""
         reward, frozen = np.asarray(self.instance.reward), np.asarray(self.instance.frozen)
         expected = reward @ frozen.T
         starts = [self.rows(x).start for x in range(len(self.prompts))]
@@ -252,6 +228,11 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
+def _block(rows: Sequence[Sequence[Any]], x: int) -> slice:
+    start = sum(map(len, rows[:x]))
+    return slice(start, start + len(rows[x]))
+
+
 def enumerate_models(
     prompter: Any,
     prompter_tokenizer: PreTrainedTokenizerBase,
@@ -264,15 +245,9 @@ def enumerate_models(
     template: Template | None = None,
     progress: Callable[[str, int], Progress] | None = None,
 ) -> Enumeration:
-    """Sample the finite sets, score them exactly, and assemble the instance.
+    """Sample the finite sets, score them exactly, and assemble the instance; prompts are equally likely.
 
-    Args:
-        prompts: X distinct user prompts, each as likely as the others.
-        reward: scores (original prompt, response).
-        progress: called with a stage's name and its number of units; returns what reports finished ones.
-
-    Raises:
-        AlignProError: repeated prompts, a prompt without usable rewrites, or rewards out of their range.
+    `progress` is called with a stage's name and its number of units, and returns what reports finished ones.
     """
     if len(set(prompts)) != len(prompts):
         raise AlignProError("prompts: some are repeated; give each once")
@@ -286,14 +261,8 @@ def enumerate_models(
     plain = [target_ids(frozen_tokenizer, x) for x in prompts]
     check_room(frozen, prompts, plain, settings.response_tokens, "the frozen model")
 
-    rewrite_ids = sample_rewrites(
-        prompter,
-        prompter_tokenizer,
-        prompts,
-        template,
-        settings,
-        stage("sampling rewrites", count * (settings.rewrites * 5 // 4 + 1)),
-    )
+    drawing = stage("sampling rewrites", count * (settings.rewrites * 5 // 4 + 1))
+    rewrite_ids = sample_rewrites(prompter, prompter_tokenizer, prompts, template, settings, drawing)
     rewrites = [
         [x, *(template.rewrite(prompter_tokenizer, x, t) for t in ids[1:])]
         for x, ids in zip(prompts, rewrite_ids, strict=True)
@@ -304,12 +273,8 @@ def enumerate_models(
     frozen_chat = chat_of(frozen_tokenizer)
     responses = [[frozen_chat.said(ids).text.strip() for ids in row] for row in response_ids]
 
-    prior_rows = leaf_probabilities(
-        prompter,
-        prompt_ids,
-        [PrefixTree(tuple(ids)) for ids in rewrite_ids],
-        progress=stage("scoring rewrites", count),
-    )
+    trees = [PrefixTree(tuple(ids)) for ids in rewrite_ids]
+    prior_rows = leaf_probabilities(prompter, prompt_ids, trees, progress=stage("scoring rewrites", count))
     response_trees = [PrefixTree(tuple(ids)) for ids in response_ids]
     pairs = [(x, text) for x, row in enumerate(rewrites) for text in row]
     frozen_rows = leaf_probabilities(
@@ -324,25 +289,14 @@ def enumerate_models(
     scores = np.empty((count, len(all_responses)))
     for x, prompt in enumerate(prompts):
         asked = [prompt] * len(all_responses)
-        scores[x] = check_scores(
-            asked, all_responses, reward.score(asked, all_responses), reward.low, reward.high
-        )
+        given = reward.score(asked, all_responses)
+        scores[x] = check_scores(asked, all_responses, given, reward.low, reward.high)
         tick(1)
 
     instance = assemble(prior_rows, frozen_rows, scores, prompts, rewrites, responses)
-    return Enumeration(
-        prompts=tuple(prompts),
-        prompt_ids=tuple(prompt_ids),
-        rewrite_ids=_nested(rewrite_ids),
-        response_ids=_nested(response_ids),
-        rewrites=_nested(rewrites),
-        responses=_nested(responses),
-        instance=instance,
-    )
-
-
-def _nested(rows: Sequence[Sequence[Any]]) -> tuple[tuple[Any, ...], ...]:
-    return tuple(tuple(row) for row in rows)
+    texts = ([*prompts], prompt_ids, rewrite_ids, response_ids, rewrites, responses)
+    fields = dict(zip(_TEXT_FIELDS, map(_tuples, texts), strict=True))
+    return Enumeration(**fields, instance=instance)
 
 
 def assemble(

@@ -59,11 +59,7 @@ class ForcedChoice:
         return float(of_a - of_b)
 
     def log_odds(self, questions: Sequence[str]) -> np.ndarray:
-        """[n] log π(A | question) − log π(B | question) in nats, as the model has it, not calibrated.
-
-        Raises:
-            AlignProError: a question is too long for the model or its memory.
-        """
+        """[n] log π(A | question) − log π(B | question) in nats, as the model has it, not calibrated."""
         each = [text for text in questions for _ in CANDIDATES]
         scores = self.target.log_probs(each, CANDIDATES * len(questions))
         return scores[::2] - scores[1::2]

@@ -16,8 +16,8 @@ from alignpro import rollouts
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.llm.arms.forced import ForcedChoice
-from alignpro.llm.arms.judge_settings import JudgeSettings
 from alignpro.llm.arms.question import Reading, control_tokens, question, read_verdict
+from alignpro.llm.arms.settings import JudgeSettings
 from alignpro.llm.models.chat import parse_options
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.targets.settings import EndpointSettings
@@ -85,10 +85,6 @@ def pairs(
     A prompt's rollouts are taken by answer, then draw, then seed, and paired in turn; prompt number i begins
     at the i-th, so that even one pair a prompt meets every seed. With k pairs no rollout of either arm comes
     up again before all of that arm have; k is at most the number of rollouts of the larger arm.
-
-    Raises:
-        AlignProError: a bad file, not two arms that it has, a prompt without rollouts of one, or more prompts
-            than there are.
     """
     if len(arms) != 2 or arms[0] == arms[1]:
         raise AlignProError(f"--arms {' '.join(arms)}: name two different arms, the one of interest first")
@@ -117,15 +113,13 @@ def pairs(
     texts: dict[tuple[str, str, Row], str] = {}
     asked: dict[str, str] = {}
     with open(path, "rb") as file:
-        for line in file:
-            if line.isspace():
-                continue
-            row = json.loads(line)
+        for row in (json.loads(line) for line in file if not line.isspace()):
             key_ = row["prompt_id"], row["arm"], (row["seed"], row["draw"], row["answer"])
             if key_ in wanted:
                 texts[key_], asked[row["prompt_id"]] = row["response"], row["x"]
+    a, b = arms
     return [
-        Pair(name, asked[name], (texts[name, arms[0], rows[0]], texts[name, arms[1], rows[1]]), rows)
+        Pair(name, asked[name], (texts[name, a, rows[0]], texts[name, b, rows[1]]), rows)
         for name, rows in chosen
     ]
 
@@ -144,9 +138,6 @@ def judge(
         target: the judge; a `ledger.Cached` one pays for no reply twice.
         sampling: how the judge decodes. Left out: temperature 0 and at most 256 tokens.
         on_reply: called as each reply arrives.
-
-    Raises:
-        AlignProError: from the target; `Stopped` where a budget is spent, its replies kept by the cache.
     """
     asked = [i for i, pair in enumerate(compared) if pair.answers[0] != pair.answers[1]]
     control = control_tokens(target)
@@ -163,12 +154,7 @@ def judge(
 
 
 def opening(settings: JudgeSettings, endpoint: EndpointSettings) -> Callable[[], Target]:
-    """Check how the judge is named, and return what opens it: a model in this process is loaded only then.
-
-    Raises:
-        AlignProError: an endpoint without the name of its model or forced to choose, a model with an
-            endpoint's settings, or a name that is no model's.
-    """
+    """Check how the judge is named, and return what opens it: a model in this process is loaded only then."""
     given, options = endpoint.given(), parse_options(settings.chat_template_kwargs)
     if settings.judge.startswith(("http://", "https://")):
         if settings.forced:
@@ -194,11 +180,9 @@ def opening(settings: JudgeSettings, endpoint: EndpointSettings) -> Callable[[],
     def load() -> Target:
         from alignpro.llm.targets.local import LocalTarget
 
+        size = settings.batch_size
         target = LocalTarget(
-            settings.judge,
-            dtype=settings.dtype,
-            batch_size=settings.batch_size,
-            chat_template_kwargs=options,
+            settings.judge, dtype=settings.dtype, batch_size=size, chat_template_kwargs=options
         )
         return ForcedChoice(target) if settings.forced else target
 
@@ -211,13 +195,8 @@ def judge_file(
     """Judge a rollout file into `out`: settings.json, answers/ (replies paid for), judgements.jsonl.
 
     Everything is checked before the judge is loaded; what is to be asked is estimated before it is asked. The
-    same call goes on after an interruption, and further prompts can be added.
-
-    Returns:
-        The rows of judgements.jsonl, for `alignpro.estimation.winrate.collect`.
-
-    Raises:
-        AlignProError: bad settings or files, another comparison in `out`, or the judge's own errors.
+    same call goes on after an interruption, and further prompts can be added. The rows of judgements.jsonl
+    come back, for `alignpro.estimation.winrate.collect`.
     """
     from tqdm import tqdm
 
@@ -228,15 +207,9 @@ def judge_file(
     opened = opening(settings, endpoint)
     compared = pairs(file, arms, settings.per_prompt, settings.prompts)
     folder = writable_folder(out)
-    record = {
-        "arms": list(arms),
-        "judge": settings.judge,
-        "judge_model": endpoint.model,
-        "temperature": settings.temperature,
-        "reply_tokens": settings.reply_tokens,
-        "seed": settings.seed,
-        **({"forced": True} if settings.forced else {}),
-    }
+    record: dict[str, Any] = {"arms": list(arms), "judge": settings.judge, "judge_model": endpoint.model}
+    record |= {name: getattr(settings, name) for name in ("temperature", "reply_tokens", "seed")}
+    record |= {"forced": True} if settings.forced else {}
     begun = folder / SETTINGS_FILE
     before = read_json(begun) if begun.exists() else record
     if not isinstance(before, dict) or before.keys() != record.keys():
@@ -261,16 +234,13 @@ def judge_file(
     return rows
 
 
-def _end(text: str) -> str:
-    return text if len(text) <= 120 else "..." + text[-117:]  # where the verdict should be
-
-
 def failed_replies(rows: Sequence[dict[str, Any]], most: int = 3) -> list[str]:
     """Show the first `most` replies without a verdict, one a line, cut and escaped for a terminal."""
     found = [
-        (row["prompt_id"], kind, text)
+        # The end of a long reply, where the verdict should be.
+        f"{kind}, prompt {row['prompt_id']}: {text if len(text) <= 120 else '...' + text[-117:]!a}"
         for row in rows
         for kind, text in zip(row["failures"], row["replies"], strict=True)
         if kind is not None
     ]
-    return [f"{kind}, prompt {name}: {_end(text)!a}" for name, kind, text in found[:most]]
+    return found[:most]

@@ -1,11 +1,8 @@
 """The question that a judge is asked about two answers, and how its reply is read.
 
-Question and answers are data. They stand between lines with a code that is in none of them, every line of
-theirs behind a bar; what could end a chat turn, or pass for a verdict, is broken up visibly first (`quoted`).
-So nothing in an answer can close its quotation or give the verdict itself. Whether a judge is talked round by
-what it reads is another matter: `docs/judging.md`.
-
-A reply counts only with exactly one verdict; what else it says is kept, and counted by kind (`FAILURES`).
+Question and answers stand between lines with a code that is in none of them, every line of theirs behind a
+bar; what could end a chat turn, or pass for a verdict, is broken up visibly first (`quoted`). So nothing in
+an answer can close its quotation or give the verdict itself. A reply counts only with exactly one verdict.
 """
 
 import re
@@ -40,11 +37,8 @@ _UNPRINTED = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\U00
 def quoted(text: str, control: Sequence[str] = ()) -> str:
     """Quote `text` as material to judge, every line behind a bar.
 
-    Control tokens, verdict markers and line breaks other than newlines are undone; what is changed stays
-    visible.
-
-    Args:
-        control: the judge's own control tokens (`control_tokens`), beside those that are widely used.
+    Control tokens (those widely used, and the judge's own in `control`), verdict markers and line breaks
+    other than newlines are undone; what is changed stays visible.
     """
     text = _UNPRINTED.sub("\ufffd", "\n".join(re.split(r"\r\n|[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", text)))
     tokens = sorted({t for token in control if len(t := token.strip()) > 1}, key=len, reverse=True)
@@ -73,11 +67,7 @@ def boundary(*texts: str) -> str:
 
 
 def question(x: str, first: str, second: str, control: Sequence[str] = ()) -> str:
-    """The text that asks a judge whether `first` (A) or `second` (B) answers `x` better.
-
-    Args:
-        control: the judge's own control tokens, for `quoted`.
-    """
+    """The text that asks a judge whether `first` (A) or `second` (B) answers `x` better; see `quoted`."""
     texts = {"QUESTION": x, "ANSWER A": first, "ANSWER B": second}
     quotes = {name: quoted(text, control) for name, text in texts.items()}
     code = boundary(*quotes.values())
@@ -119,17 +109,13 @@ class Reading:
 
 
 def read_verdict(text: str, finish: str = "stop") -> Reading:
-    """Find the one verdict in a reply, or why there is none; a leading <think> block is not read.
-
-    Args:
-        finish: how the reply ended, as `Answer.finish` says: stop, or length where it was cut off.
-    """
+    """Find the one verdict in a reply that ended by `finish` (see `Answer`); a <think> block is not read."""
     said = "\n".join(_THOUGHTS.sub("", text).splitlines())
     lines: list[str] = _LINE.findall(said)
-    if not said.strip():
-        failure = "cut_off" if finish == "length" else "empty"
-    elif finish == "length":
+    if finish == "length":
         failure = "cut_off"
+    elif not said.strip():
+        failure = "empty"
     elif not (markers := len(_ANY.findall(said))):
         failure = "none"
     elif markers > len(lines):

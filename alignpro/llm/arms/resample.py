@@ -1,13 +1,7 @@
 """The training-free prompter: rewrites drawn from ρ_sft, reweighted to ρ* (eq. 10) or cut to the best of n.
 
-proposals = propose(prompter, environment, prompts, 64, responses=2)
-found = star(proposals[0], lam=0.05)
-rewrites = resample(proposals[0], lam=0.05, draws=8)
-
-What any training must beat at equal `calls`. Nothing here needs torch.
-
 The winner's curse: a reward R̂ that chose a rewrite is optimistic for it, since luck was chosen too. The
-values of `star` and `best_of_n` are too high where R̂ is noisy; report those of `evaluate.evaluate`.
+values of `star` and `best_of_n` are too high where R̂ is noisy; report those of `evaluate`. Needs no torch.
 """
 
 import json
@@ -35,11 +29,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Proposals:
-    """Rewrites of one prompt and what they are worth. Its fields are JSON values.
-
-    Raises:
-        AlignProError: no rewrites, not one finite reward for each, or counts out of range.
-    """
+    """Rewrites of one prompt and what they are worth. Its fields are JSON values."""
 
     prompt: str
     """The user's prompt x."""
@@ -74,18 +64,14 @@ def propose(
     include_original: bool = False,
     seed: int = 0,
 ) -> list[Proposals]:
-    """n rewrites of each prompt from ρ_sft, and their estimated rewards R̂.
+    """n rewrites of each of some distinct prompts from ρ_sft, and their estimated rewards R̂.
 
     Args:
         prompter: ρ_sft, as it is (one with an adapter proposes from ρ_θ).
         environment: what rewrites are worth; its seed determines the answers.
-        prompts: distinct, not empty.
         responses: answers to each distinct rewrite; the environment's if None.
         include_original: estimate R̂(x, x) too.
         seed: of the rewrites.
-
-    Raises:
-        AlignProError: arguments out of range; or from the prompter, π_F or the reward.
     """
     responses = environment.responses if responses is None else responses
     check_counts(1, n=n, responses=responses)
@@ -128,14 +114,8 @@ def answers(environment: "Environment", prompts: Sequence[str], n: int) -> list[
     π* ∝ π_F exp(r/β) is ρ* with answers in the place of rewrites, so `star(p, beta)` of what comes back
     estimates J(π*) (`value`), β log Z* (`free_energy`) and KL(π*‖π_F) (`kl`), and `resample` draws from π*.
     β log Z* bounds the objective J − β·KL of every policy, and one falls short of it by β·KL(π‖π*): what a
-    trained policy is checked by. r is exact, so `value` and `free_energy` are biased down only.
-
-    Args:
-        environment: its seed determines the answers: samples 0 … n−1 of π_F; `responses` plays no part.
-        prompts: distinct, not empty.
-
-    Raises:
-        AlignProError: arguments out of range, no target; or from π_F or the reward.
+    trained policy is checked by. r is exact, so `value` and `free_energy` are biased down only. The answers
+    are samples 0 … n−1 of π_F by the environment's seed, to distinct prompts.
     """
     check_counts(1, n=n)
     _distinct(prompts)
@@ -158,11 +138,7 @@ def save_proposals(path: str | Path, proposals: Sequence[Proposals]) -> None:
 
 
 def load_proposals(path: str | Path) -> list[Proposals]:
-    """Read what `save_proposals` wrote.
-
-    Raises:
-        AlignProError: the file cannot be read (line 0), or a line that is none, by its number.
-    """
+    """Read what `save_proposals` wrote."""
     number, found = 0, []
     try:
         for line in Path(path).read_text(encoding="utf-8").split("\n"):
@@ -203,14 +179,7 @@ class Star:
 def star(proposals: Proposals, lam: float, *, share: float = 0.1) -> Star:
     """ρ* of eq. (10) over one prompt's draws, in log space: λ from 1e-6 to 1e6 of the rewards' unit is safe.
 
-    `original` plays no part: it is no draw from ρ_sft.
-
-    Args:
-        lam: λ > 0, reward units.
-        share: of n; a smaller effective sample size is warned of.
-
-    Raises:
-        AlignProError: λ out of range.
+    An effective sample size below `share` of n is warned of. `original` is no draw, and plays no part.
     """
     if not (math.isfinite(lam) and lam > 0):
         raise AlignProError(f"lam {lam}: give a positive, finite number")
@@ -303,11 +272,7 @@ class Resampled:
 
 
 def resampled(proposals: Sequence[Proposals], lams: Sequence[float]) -> Resampled:
-    """Weigh resampling at each λ, and best-of-n, against ρ_sft.
-
-    Raises:
-        AlignProError: λ out of range.
-    """
+    """Weigh resampling at each λ, and best-of-n, against ρ_sft."""
     n = min(len(p.rewrites) for p in proposals)
     prior = np.array([np.mean(p.rewards) for p in proposals])
 
@@ -335,11 +300,7 @@ def resampled(proposals: Sequence[Proposals], lams: Sequence[float]) -> Resample
 
 
 def resample(proposals: Proposals, lam: float, draws: int = 1, *, seed: int = 0) -> list[str]:
-    """[draws] rewrites from ρ* up to sampling error, with replacement; equal arguments, equal rewrites.
-
-    Raises:
-        AlignProError: λ out of range, or draws below 1.
-    """
+    """[draws] rewrites from ρ* up to sampling error, with replacement; equal arguments, equal rewrites."""
     check_counts(1, draws=draws)
     chosen = choose(star(proposals, lam).weights, draws, "resample", seed, proposals.prompt)
     return [proposals.rewrites[i] for i in chosen]
@@ -364,12 +325,6 @@ def best_of_n(proposals: Proposals, n: int | None = None) -> Best:
     """The best of n by R̂, and its expected R̂ for every n' ≤ n, by order statistics.
 
     Of n' draws without replacement from N the k-th smallest is the largest with chance C(k−1, n'−1)/C(N, n').
-
-    Args:
-        n: from 1 to N; N if None.
-
-    Raises:
-        AlignProError: n out of range.
     """
     r = np.array(proposals.rewards)
     size = len(r)
@@ -409,3 +364,51 @@ def check_counts(least: int, **values: int) -> None:
     for name, value in values.items():
         if not is_int(value) or value < least:
             raise AlignProError(f"{name} {value!r}: choose a whole number of at least {least}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A choice's rewards on answers that had no part in it."""
+
+    values: Array
+    """Mean reward of each prompt's choice, [X]; unbiased given the proposals."""
+    value: float
+    """Mean reward over prompts, Ĵ."""
+    standard_error: float
+    """Standard error of `value` over prompts, whose draws are no independent evidence; nan with one."""
+    calls: int
+    """Answers asked of π_F."""
+
+
+def evaluate(
+    proposals: Sequence[Proposals],
+    choices: Sequence[Array],
+    environment: "Environment",
+    draws: int = 1,
+    *,
+    seed: int = 0,
+) -> Evaluation:
+    """J of chosen rewrites on fresh answers: x′ ~ choice, y ~ π_F(·|x′), `draws` times for each prompt.
+
+    Free of the winner's curse: the answers are samples of π_F beyond those that R̂ was made of, also where the
+    environment is the one that proposed. `choices` are, for each prompt, the `weights` of `star` or
+    `best_of_n`, or others that sum to 1; `seed` is that of the draws from them.
+    """
+    check_counts(1, draws=draws)
+    if not proposals or len(choices) != len(proposals):
+        raise AlignProError(f"choices: {len(choices)} for {len(proposals)} prompts; give one for each")
+    rewrites: list[str] = []
+    for p, choice in zip(proposals, choices, strict=True):
+        w = np.asarray(choice, float)
+        if w.shape != (len(p.rewrites),) or not (w >= 0).all() or not abs(w.sum() - 1) < 1e-6:
+            raise AlignProError(
+                f"choices: that of {p.prompt!r} must be {len(p.rewrites)} weights of sum 1; take a `weights`"
+            )
+        rewrites += [p.rewrites[i] for i in choose(w, draws, "evaluate", seed, p.prompt)]
+    asked = [p.prompt for p in proposals for _ in range(draws)]
+    places = [p.responses + i for p in proposals for i in range(draws)]
+    scores = replace(environment, responses=1).score(asked, rewrites, places)
+    values = np.asarray(scores, float).reshape(len(proposals), draws).mean(1)
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    calls = 0 if environment.target is None else len(rewrites)
+    return Evaluation(values, float(values.mean()), error, calls)

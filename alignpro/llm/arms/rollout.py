@@ -3,15 +3,15 @@
 All that needs a GPU ends here: `rollouts.jsonl` holds one `alignpro.rollouts.Rollout` a line, and everything
 after runs anywhere. How an arm draws its rewrites is in `draws`.
 
-Log-probabilities are of token sequences, end tokens included, under the sampler that drew them: the model's
-own distribution at temperature 1 with nothing truncated, the processed one otherwise, where what the sampler
-cannot give has −inf. Both of log π_F(y|x) and log π_F(y|x′) come from one scorer at one dtype, so that their
+Log-probabilities are of token sequences, end tokens included, under the sampler that drew them, and −inf for
+what it cannot give. Both of log π_F(y|x) and log π_F(y|x′) come from one scorer at one dtype, so that their
 ratio carries no more than that dtype's noise. Where the backend has none they are null.
 """
 
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +46,6 @@ def prompt_id(x: str) -> str:
     return digest("prompt", x).hex()[:16]
 
 
-# --- rows ------------------------------------------------------------------------------------------------
-
-
 def block_rows(
     work: Work,
     arm: Arm,
@@ -58,12 +55,7 @@ def block_rows(
 ) -> list[Rollout]:
     """The rows of one arm and some prompts, by prompt, draw and answer.
 
-    Args:
-        parties: the row's frozen, prompter, reward_model and sampling.
-        on_answer: called as each answer arrives.
-
-    Raises:
-        AlignProError: from the prompter, π_F or the reward; `Stopped` where a budget is spent.
+    `parties` are the rows' frozen, prompter, reward_model and sampling.
     """
     n = work.settings.answers
     rlhf = arm.name == "rlhf"
@@ -73,13 +65,9 @@ def block_rows(
     # Something, even where the rewrite is empty: as in training.
     said = [x if draw.rewrite is None else draw.rewrite for x, _, draw in flat]
     asked = [text if text.strip() else " " for text in said]
+    first, seed = [d * n for _, d, _ in flat], stream("answers", arm.seed)
     answered = target.respond(
-        asked,
-        work.sampling,
-        first=[d * n for _, d, _ in flat],
-        samples=n,
-        seed=stream("answers", arm.seed),
-        on_answer=lambda *_: on_answer(),
+        asked, work.sampling, first=first, samples=n, seed=seed, on_answer=lambda *_: on_answer()
     )
     answers = [answer for row in answered for answer in row]
     xs = [x for x, _, _ in flat for _ in range(n)]
@@ -136,24 +124,18 @@ def _frozen_scores(
     return of_x, of_rewrite
 
 
-# --- the run ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Plan:
-    """The rollouts that a folder is to hold, and those that it holds already.
-
-    Attributes:
-        todo: arms and blocks of prompts, in order.
-        kept: lines that are done, whole blocks only.
-    """
+    """The rollouts that a folder is to hold, and those that it holds already."""
 
     folder: Path
     prompts: tuple[str, ...]
     arms: tuple[Arm, ...]
     settings: RolloutSettings
     todo: tuple[tuple[Arm, tuple[str, ...]], ...]
+    """Arms and blocks of prompts, in order."""
     kept: tuple[bytes, ...]
+    """Lines that are done, whole blocks only."""
 
     @property
     def rows(self) -> int:
@@ -192,11 +174,7 @@ def plan(
 ) -> Plan:
     """Compare with what the folder holds, and write down what is to be done.
 
-    Args:
-        record: what the rows depend on, as JSON values; its "arms" may grow from run to run.
-
-    Raises:
-        AlignProError: the folder was begun with other settings, or cannot be written to.
+    `record` is all that the rows depend on, as JSON values; its "arms" may grow from run to run.
     """
     folder = writable_folder(folder)
     arms = arms_of(settings)
@@ -234,17 +212,13 @@ def roll_out(
     Each block of prompts is on file before the next begins, so the same call after an interruption goes on
     from there; answers within a block are the target's cache's. In float32 on a CPU the file is that of an
     uninterrupted run to the byte.
-
-    Raises:
-        AlignProError: from the prompters, the target or the reward, or a full disk; all before it is kept.
     """
     final, partial = plan.folder / FILE, plan.folder / PARTIAL
     if not plan.todo and final.exists() and not partial.exists():
         return final
-    shared = ("frozen", "reward_model", "sampling")
     before = json.loads(plan.kept[0]) if plan.kept else {}
     for arm in {arm for arm, _ in plan.todo}:
-        for name in shared:
+        for name in ("frozen", "reward_model", "sampling"):
             if before.get(name, (now := parties(arm)[name])) != now:
                 raise AlignProError(
                     f"--out {plan.folder}: holds rollouts of {name} {before[name]!r}, not {now!r}; choose "
@@ -252,12 +226,8 @@ def roll_out(
                 )
     with atomic_write(partial) as file:
         file.writelines(plan.kept)
-    with tqdm(
-        total=plan.rows + len(plan.kept),
-        initial=len(plan.kept),
-        unit="rollout",
-        disable=None if progress else True,
-    ) as bar:
+    done, hidden = len(plan.kept), None if progress else True
+    with tqdm(total=plan.rows + done, initial=done, unit="rollout", disable=hidden) as bar:
         for arm, block in plan.todo:
             bar.set_postfix_str(str(arm))
             rows = block_rows(work, arm, block, parties(arm), bar.update)
@@ -283,26 +253,20 @@ def _append(path: Path, data: bytes) -> None:
 Key = tuple[str, int, str]
 
 
-def _lines(folder: Path) -> tuple[list[tuple[Key, bytes]], dict[Key, int]]:
+def _lines(folder: Path) -> tuple[list[tuple[Key, bytes]], Counter[Key]]:
     """The lines on file by (arm, seed, prompt_id), and how many there are of each. A torn one is left out."""
     path = folder / PARTIAL
     path = path if path.exists() else folder / FILE
     found: list[tuple[Key, bytes]] = []
-    counts: dict[Key, int] = {}
     if path.exists():
         with open(path, "rb") as file:
             for line in file:
                 try:
                     row = json.loads(line)
-                    key = row["arm"], row["seed"], row["prompt_id"]
+                    found.append(((row["arm"], row["seed"], row["prompt_id"]), line))
                 except (ValueError, KeyError, TypeError):
                     continue
-                found.append((key, line))
-                counts[key] = counts.get(key, 0) + 1
-    return found, counts
-
-
-# --- what was rolled out ---------------------------------------------------------------------------------
+    return found, Counter(key for key, _ in found)
 
 
 @dataclass(frozen=True)
@@ -332,11 +296,7 @@ class RolloutSummary:
 
 
 def summarise(path: Path, texts: int = 0) -> RolloutSummary:
-    """Read rollouts: the mean reward of each arm, and the texts of the first `texts` prompts.
-
-    Raises:
-        AlignProError: from `rollouts.read`.
-    """
+    """Read rollouts: the mean reward of each arm, and the texts of the first `texts` prompts."""
     found = rollouts.read(path)
     arms = []
     for name in found.arms:
@@ -354,15 +314,9 @@ def summarise(path: Path, texts: int = 0) -> RolloutSummary:
         if row["draw"] == row["answer"] == 0 and (row["prompt_id"] in first or len(first) < texts):
             row = Rollout(**{name: row[name] for name in rollouts.FIELDS})
             first.setdefault(row.prompt_id, {}).setdefault(row.arm, row)
-    return RolloutSummary(
-        path,
-        len(found),
-        len(found.prompt_ids),
-        found.low,
-        found.high,
-        tuple(arms),
-        tuple(row for rows in first.values() for row in rows.values()),
-    )
+    shown = tuple(row for rows in first.values() for row in rows.values())
+    size = len(found), len(found.prompt_ids)
+    return RolloutSummary(path, *size, found.low, found.high, tuple(arms), shown)
 
 
 def sha256(path: Path) -> str:

@@ -1,8 +1,9 @@
-"""Settings of rollouts and of enumeration. Nothing here needs torch or NumPy."""
+"""Settings of rollouts, judging and enumeration. Nothing here needs torch."""
 
 from dataclasses import dataclass
 
 from alignpro.errors import AlignProError
+from alignpro.llm.models.sampling import Sampling, is_int
 from alignpro.llm.training.settings import check_positive, check_whole
 
 
@@ -68,3 +69,50 @@ class EnumerationSettings:
         least = {"rewrites": 2, "responses": 2, "rewrite_tokens": 2, "response_tokens": 1, "seed": 0}
         check_whole(self, least)
         check_positive(self, ("candidate_temperature",))
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """The judge model, and which pairs of answers it compares."""
+
+    judge: str
+    """Model that judges: a packaged name, a local folder or a hub id, or the http(s) address of an
+    OpenAI-compatible endpoint."""
+    prices: tuple[float, float] | None = None
+    """Money per million prompt tokens and per million reply tokens, to print the cost before it arises."""
+    temperature: float = 0.0
+    """How freely the judge draws its reply; 0 takes the likeliest token each time."""
+    reply_tokens: int = 256
+    """Tokens of a reply, at most; one that reaches them counts as failed. A judge that reasons first needs
+    more."""
+    forced: bool = False
+    """Take the verdict that the judge finds likelier, instead of having it write one: for a judge in this
+    process that is too small to keep to the format."""
+    prompts: int | None = None
+    """How many prompts, from the first. Left out: all of them."""
+    per_prompt: int = 1
+    """Pairs of answers to each prompt, at most."""
+    seed: int = 0
+    """Seed of the judge's draws, where its temperature is not 0."""
+    dtype: str = "bfloat16"
+    """Type of the weights of a judge in this process: bfloat16, float32 or 4bit."""
+    batch_size: int = 8
+    """Pairs that a judge in this process reads at once; fewer need less memory."""
+    chat_template_kwargs: str | None = None
+    """Further arguments of the chat template of a judge in this process, as a JSON object. Left out: none."""
+
+    def __post_init__(self) -> None:
+        check_whole(self, {"reply_tokens": 1, "per_prompt": 1, "batch_size": 1})
+        if self.prompts is not None and (not is_int(self.prompts) or self.prompts < 1):
+            raise AlignProError(f"prompts {self.prompts!r}: give a whole number of at least 1")
+        if not is_int(self.seed):
+            raise AlignProError(f"seed {self.seed!r}: give a whole number")
+        if self.sampling().temperature and self.forced:
+            raise AlignProError(
+                f"temperature {self.temperature}: a forced choice draws nothing; leave it at 0, or leave out "
+                "--forced"
+            )
+
+    def sampling(self) -> Sampling:
+        """How the judge decodes."""
+        return Sampling(temperature=self.temperature, max_tokens=self.reply_tokens)

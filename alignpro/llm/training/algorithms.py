@@ -1,9 +1,4 @@
-"""The algorithms that train a policy by rollouts: one table, for open-ended text and for enumerated rewrites.
-
-A row is a trainer on the hooks of `Rollouts` and its configuration; `trainer_on` puts beneath it the rollouts
-of either kind, which say how rewrites are drawn and scored. With the default, faithful settings the optimum
-of each is ρ* of eq. (10).
-"""
+"""The algorithms that train a policy by rollouts, in one table. Faithful settings leave the optimum at ρ*."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -18,8 +13,7 @@ from trl import GRPOConfig, RLOOConfig
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.adapters import adapter_config
-from alignpro.llm.training.checkpoints import ROLLOUT_ARGUMENTS
-from alignpro.llm.training.metrics import Metrics
+from alignpro.llm.training.checkpoints import Metrics
 from alignpro.llm.training.ppo import PPOConfig, PPOTrainer
 from alignpro.llm.training.settings import SCHEDULES, TrainSettings, refuse_moved_optimum
 from alignpro.llm.training.trl_adapter import KLInReward, RLOORollouts, Rollouts
@@ -67,12 +61,7 @@ with the KL moved into the reward. `settings.ALGORITHM_NAMES` lists the names wh
 
 
 def configured(settings: TrainSettings, out: Path, model: Any, report_to: Sequence[str] = ()) -> Any:
-    """TRL's configuration of the algorithm for training `model` into `out`.
-
-    Raises:
-        AlignProError: a setting that moves the optimum, unless that is allowed; processes that do not divide
-            a round; vLLM where it is not installed.
-    """
+    """TRL's configuration of the algorithm for training `model` into `out`."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     batch = settings.prompts * settings.samples
     steps = settings.minibatches * settings.microbatches
@@ -81,7 +70,15 @@ def configured(settings: TrainSettings, out: Path, model: Any, report_to: Sequen
             f"prompts x samples = {batch}: {world} processes x {settings.minibatches} minibatches x "
             f"{settings.microbatches} microbatches do not fit"
         )
-    common: Arguments = ROLLOUT_ARGUMENTS | {
+    common: Arguments = {
+        "save_total_limit": 2,
+        "bf16": False,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the other kind needs trained inputs
+        "disable_tqdm": True,
+        "shuffle_dataset": False,  # the order is given; a fixed one makes resuming bit-exact
+        "remove_unused_columns": False,
+        "disable_dropout": True,
+        "log_completions": False,
         "output_dir": str(out),
         "beta": settings.lam,  # TRL calls β what is λ here
         "per_device_train_batch_size": batch // steps // world,
@@ -132,11 +129,7 @@ def trainer_on(
 ) -> Any:
     """The trainer of the algorithm with an adapter on `model`, drawing and scoring by `rollouts`.
 
-    Args:
-        config: what `configured` gave.
-        reward: rewards of prompts' completions, as TRL calls it.
-        rows: the prompts of each round in turn.
-        named: further arguments of `rollouts`.
+    `rows` are the prompts of each round in turn; `named` are further arguments of `rollouts`.
     """
     kind = ALGORITHMS[settings.algorithm].trainer
     torch.manual_seed(settings.seed)  # the adapter's initial values

@@ -1,17 +1,22 @@
-"""Whole checkpoints, resuming from them, and the result: shared by every run on TRL's trainers."""
+"""Whole checkpoints, resuming from them, metrics and the result: shared by every run on TRL's trainers."""
 
 import contextlib
+import json
+import math
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import TrainerCallback
 
 from alignpro.errors import AlignProError
+from alignpro.files import read_json, read_json_lines, write_text
+from alignpro.llm.training.settings import PairSettings
+from alignpro.runs import refuse_other_settings
 
 SETTINGS_FILE = "settings.json"
 METRICS_FILE = "metrics.jsonl"
@@ -31,22 +36,15 @@ class Trained:
     """The lines of its metrics file, in order of their `step`."""
 
 
-ROLLOUT_ARGUMENTS: dict[str, Any] = {
-    "save_total_limit": 2,
-    "bf16": False,
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the other kind needs trained inputs
-    "disable_tqdm": True,
-    "shuffle_dataset": False,  # the order is given; a fixed one makes resuming bit-exact
-    "remove_unused_columns": False,
-    "disable_dropout": True,
-    "log_completions": False,
-}
-"""Arguments of TRL's configurations for training by rollouts that differ from its defaults in every run."""
-
-
-def pair_arguments() -> dict[str, Any]:
-    """Arguments of TRL's configurations for training on pairs that differ from its defaults in every run."""
+def pair_arguments(settings: PairSettings, folder: Path, processes: int = 1) -> dict[str, Any]:
+    """Arguments of TRL's configurations for training on pairs, into `folder`."""
     return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": settings.batch_size // processes,
+        "num_train_epochs": settings.epochs,
+        "learning_rate": settings.learning_rate,
+        "seed": settings.seed,
+        "save_steps": settings.save_every,
         "lr_scheduler_type": "cosine",
         "max_length": None,
         "gradient_checkpointing": False,
@@ -64,7 +62,7 @@ class WholeCheckpoints:
     state: Any
 
     def save_more(self, folder: Path) -> None:
-        """Write into a checkpoint what the trainer does not know of."""
+        """Write into a checkpoint what the trainer does not know of, for `load_more`."""
 
     def load_more(self, folder: Path) -> None:
         """Read what `save_more` wrote."""
@@ -88,11 +86,7 @@ class WholeCheckpoints:
 
 @contextlib.contextmanager
 def completing(folder: Path) -> Iterator[None]:
-    """Say in one sentence why a checkpoint's folder could not be written, where that is so.
-
-    Raises:
-        AlignProError: it could not be written; earlier checkpoints are as they were.
-    """
+    """Raise AlignProError, in one sentence, where a checkpoint's folder could not be written."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # of Python, torch and safetensors
@@ -113,14 +107,69 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(found[max(found)]) if found else None
 
 
-REPORTERS = ("tensorboard", "wandb", "trackio")
-"""Services that a trainer can report to; each is the package that it takes."""
+def check_begun(out: Path, record: dict[str, Any], resume: bool) -> None:
+    """Raise AlignProError unless `out` is empty, or holds a run with that record which is to be resumed."""
+    if resume and (out / SETTINGS_FILE).exists():
+        refuse_other_settings(out, read_json(out / SETTINGS_FILE), record)
+    elif any(out.iterdir()):
+        raise AlignProError(f"out {out}: it is not empty; name a new folder, or resume")
 
 
-def check_reporters(report_to: Sequence[str]) -> None:
-    """Raise AlignProError for a name that is not in `REPORTERS`, or whose package is not installed."""
-    for name in report_to:
-        if name not in REPORTERS:
-            raise AlignProError(f"report_to {name}: choose from {', '.join(REPORTERS)}")
-        if find_spec(name) is None:
-            raise AlignProError(f"report_to {name}: the package is missing; run pip install {name}")
+Line = dict[str, Any]
+
+
+class Metrics(TrainerCallback):
+    """Writes what the trainer logs, but for clocks: a resumed run goes on after its checkpoint's line.
+
+    Each line is written atomically with all before it, by the first of several processes.
+    """
+
+    clocks = ("time", "runtime", "per_second", "num_tokens")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[Line] = []
+
+    def kept(self, logs: Line) -> Line:
+        return {k: v for k, v in logs.items() if not any(clock in k for clock in self.clocks)}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero and state.global_step and self.path.exists():
+            self.lines = [line for line in read_json_lines(self.path) if line["step"] <= state.global_step]
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        if state.is_world_process_zero and "loss" in (logs or {}):
+            self.add({"step": state.global_step, **self.kept(logs or {})})
+
+    def add(self, line: Line) -> None:
+        """Append a line to the file."""
+        self.lines.append(line)
+        self.write()
+
+    def write(self) -> None:
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+
+class PairMetrics(Metrics):
+    """The metrics of training on pairs, which ends where the loss is lost."""
+
+    names = (
+        *("epoch", "loss", "accuracy", "margin", "mean_reward"),
+        *("grad_norm", "learning_rate", "entropy", "mean_token_accuracy"),
+    )
+
+    def kept(self, logs: Line) -> Line:
+        return {name: logs[name] for name in self.names if name in logs}
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **named: Any
+    ) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise AlignProError(
+                f"training diverged at step {state.global_step}: the loss is {loss}; "
+                f"lower learning_rate (it is {args.learning_rate:g})"
+            )
+        super().on_log(args, state, control, logs, **named)

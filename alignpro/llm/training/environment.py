@@ -12,31 +12,21 @@ from alignpro.llm.targets.target import Target
 
 @dataclass
 class Environment:
-    """Judges rewrites (or, without a frozen model, answers) by the reward of the answers that they get.
-
-    Args:
-        reward: r(x, y).
-        target: π_F; None where the action is the answer itself (rlhf).
-        sampling: how π_F decodes.
-        responses: answers per rewrite.
-        seed: determines the samples of π_F.
-    """
+    """Judges rewrites (or, without a frozen model, answers) by the reward of the answers that they get."""
 
     reward: Reward
     target: Target | None
+    """π_F; None where the action is the answer itself (rlhf)."""
     sampling: Sampling = field(default_factory=Sampling)
     responses: int = 1
+    """Answers to each rewrite."""
     seed: int = 0
+    """Determines the samples of π_F."""
 
     def score(self, prompts: Sequence[str], actions: Sequence[str], draws: Sequence[int]) -> np.ndarray:
         """[n] mean rewards of actions as rewrites of (or answers to) the prompts.
 
-        Args:
-            draws: which draw of π_F each action gets: equal draws of equal rewrites are the same answers.
-
-        Raises:
-            AlignProError: a reward that is not finite or not in its declared range, with the sample; or from
-                the target.
+        `draws` says which draw of π_F each action gets: equal draws of equal rewrites are the same answers.
         """
         if self.target is None:
             return self._checked(prompts, actions)

@@ -1,8 +1,7 @@
 """Training a prompter on open-ended rewrites: real prompts, a real frozen model, a real reward.
 
-The algorithms are those of `algorithms`; here is how they draw and score open-ended text: by one sampler and
-one scorer (`policy`), which read every shared prefix once. The same code trains the RLHF oracle of eq. (2):
-`task = "rlhf"` makes the policy the frozen model itself, its action the answer y, and λ plays β.
+The same code trains the RLHF oracle of eq. (2): `task = "rlhf"` makes the policy the frozen model itself, its
+action the answer y, and λ plays β.
 """
 
 import json
@@ -32,13 +31,13 @@ from alignpro.llm.training.checkpoints import (
     METRICS_FILE,
     PROMPTER_FOLDER,
     SETTINGS_FILE,
+    Line,
+    Metrics,
     Trained,
-    check_reporters,
     last_checkpoint,
 )
 from alignpro.llm.training.environment import Environment
-from alignpro.llm.training.metrics import Line, Metrics
-from alignpro.llm.training.settings import TrainSettings
+from alignpro.llm.training.settings import TrainSettings, check_reporters
 from alignpro.llm.training.trl_adapter import Party, Rollouts
 from alignpro.runs import refuse_other_settings
 
@@ -59,9 +58,6 @@ TASKS: dict[str, Callable[[Template], Task]] = {
 }
 
 
-# --- on TRL's trainers ---------------------------------------------------------------------------------
-
-
 class OpenRollouts(Rollouts):
     """Rewrites of open-ended text: one sampler and one scorer, which read shared prefixes once.
 
@@ -75,17 +71,14 @@ class OpenRollouts(Rollouts):
         self._drawn: list[list[float]] = []
         self._hidden: Tensor | None = None
         super().__init__(*positional, **named)
-        causal = unwrap(self.model)
-        self.rescored = self.use_vllm or causal.dtype != torch.float32
+        self.rescored = self.use_vllm or unwrap(self.model).dtype != torch.float32
 
     def tokens_of(self, prompts: Sequence[str]) -> list[list[int]]:
-        """See `Rollouts.tokens_of`."""
         tokenizer = self.processing_class  # type: ignore[attr-defined]
         ids = {x: list(self._task.prompt_ids(tokenizer, x)) for x in dict.fromkeys(prompts)}
         return [ids[x] for x in prompts]
 
     def draw(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """See `Rollouts.draw`."""
         said = self.draw_by_vllm(prompt_ids) if self.use_vllm else self._sample(prompt_ids)
         if self.rescored:
             sampled = self._drawn
@@ -125,9 +118,10 @@ class OpenRollouts(Rollouts):
     def score(
         self, party: Party, model: Any, prompts: list[list[int]], said: list[list[int]], steps: int
     ) -> tuple[Tensor, Tensor]:
-        """See `Rollouts.score`."""
         if party == "behaviour":
-            kept = self._kept_log_probs(steps)
+            kept = torch.zeros(len(self._drawn), steps, device=self.accelerator.device)
+            for i, values in enumerate(self._drawn):
+                kept[i, : len(values)] = torch.tensor(values)
             return kept, torch.zeros_like(kept)
         hidden = party == "reference" and self.reads_features
         scores = log_probs(model, prompts, said, steps=steps, hidden=hidden)
@@ -135,20 +129,9 @@ class OpenRollouts(Rollouts):
             self._hidden = scores.hidden
         return scores.log_probs, scores.entropies
 
-    def _kept_log_probs(self, steps: int) -> Tensor:
-        """[B, steps] log-probabilities of the batch last drawn by the policy that drew it; 0 past the end."""
-        kept = torch.zeros(len(self._drawn), steps, device=self.accelerator.device)
-        for i, values in enumerate(self._drawn):
-            kept[i, : len(values)] = torch.tensor(values)
-        return kept
-
     def features(self, batch: dict[str, Tensor]) -> Tensor:
-        """See `Rollouts.features`: kept from scoring the reference."""
-        assert self._hidden is not None
+        assert self._hidden is not None  # kept from scoring the reference
         return self._hidden
-
-
-# --- training ------------------------------------------------------------------------------------------
 
 
 class _Rounds(Metrics):
@@ -162,12 +145,8 @@ class _Rounds(Metrics):
     def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         super().on_train_begin(args, state, control, **named)
         if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=self.settings.iterations,
-                initial=state.global_step // self.settings.steps_per_round,
-                unit="round",
-                disable=None if self.progress else True,
-            )
+            done, hidden = state.global_step // self.settings.steps_per_round, None if self.progress else True
+            self.bar = tqdm(total=self.settings.iterations, initial=done, unit="round", disable=hidden)
 
     def add(self, line: Line) -> None:
         super().add(line)
@@ -205,15 +184,10 @@ def train(
         environment: what rewrites are worth.
         prompts: the users' prompts, gone through in random order, again and again.
         out: folder for metrics.jsonl, settings.json, checkpoints, and prompter/, the trained one.
-        resume: continue from the last checkpoint in `out`, if there is one. On a CPU the metrics are those of
-            an uninterrupted run to the bit.
+        resume: continue from the last checkpoint in `out`, if there is one; on a CPU to the bit.
         report_to: tensorboard, wandb, trackio.
         facts: for the model card and settings.json.
         progress: whether a terminal sees a bar.
-
-    Raises:
-        AlignProError: a setting that moves the optimum, no prompts, a checkpoint made with other settings; a
-            reward that is not finite; rewrites that do not fit into what the prompter reads.
     """
     out = Path(out)
     check_reporters(report_to)
@@ -246,30 +220,17 @@ def train(
         config = configured(settings, out, prompter.model, report_to)
         out.mkdir(parents=True, exist_ok=True)
         facts = dict(facts or {})
-        record = {
-            "settings": asdict(settings),
-            "prompts": len(prompts),
-            "chat": chat_of(tokenizer).describe(),
-            "read": how_of(prompter.model).describe(),
-            **facts,
-        }
+        record = {"settings": asdict(settings), "prompts": len(prompts)}
+        record |= {"chat": chat_of(tokenizer).describe(), "read": how_of(prompter.model).describe(), **facts}
         record = json.loads(json.dumps(record))
         if resume and (out / SETTINGS_FILE).exists():
             refuse_other_settings(out, read_json(out / SETTINGS_FILE), record)
         if int(os.environ.get("RANK", "0")) == 0:
             write_json(out / SETTINGS_FILE, record)
         metrics = _Rounds(out / METRICS_FILE, settings, progress)
+        how: dict[str, Any] = {"task": task, "draws_seed": settings.seed}
         trainer = trainer_on(
-            OpenRollouts,
-            settings,
-            config,
-            prompter.model,
-            tokenizer,
-            reward,
-            rows,
-            metrics,
-            task=task,
-            draws_seed=settings.seed,
+            OpenRollouts, settings, config, prompter.model, tokenizer, reward, rows, metrics, **how
         )
         _refuse_sharded(trainer.accelerator)
         trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)

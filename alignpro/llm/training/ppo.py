@@ -1,14 +1,8 @@
 """Proximal policy optimization of a prompter (Schulman et al., arXiv 1707.06347), whose optimum is ρ*.
 
-TRL no longer ships PPO. The mathematics is here, in plain torch, and `PPOTrainer`, which says of a round what
-its tokens are worth and what its loss is; the rest is TRL's loop (`trl_adapter`).
-
 With γ = 1 and the penalty −λ (log ρ_θ − log ρ_sft) added to the reward of every token (the k1 estimator),
 the expected return of a rewrite is R(x, x′) − λ log ρ_θ(x′|x)/ρ_sft(x′|x): PPO ascends the prompter's
-objective (eq. 9), whose only maximiser is ρ* (eq. 10). Putting a k3 estimate in the reward, whitening it,
-sampling at a temperature other than 1, or normalising by sequence length would move that optimum; so would
-generalized advantages with λ below 1, wherever the critic does not explain the returns: a token far from the
-end then sees the share λ^distance of the score, and all of its own KL.
+objective (eq. 9), whose only maximiser is ρ* (eq. 10). `settings.moved_optimum` says what would move it.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,8 +22,6 @@ from alignpro.llm.models.forward import text_config
 from alignpro.llm.training.settings import refuse_moved_optimum
 from alignpro.llm.training.trl_adapter import OwnLoss, without_groups
 
-# --- the mathematics -----------------------------------------------------------------------------------
-
 
 def shaped_rewards(
     score: Tensor,
@@ -39,18 +31,11 @@ def shaped_rewards(
     lam: float,
     estimator: str = "k1",
 ) -> Tensor:
-    """Per-token rewards: −λ (log ρ_θ − log ρ_ref) at each token, the score added at the last one.
+    """[B, T] rewards: −λ (log ρ_θ − log ρ_ref) at each token, in nats, the score [B] added at the last one.
 
-    Args:
-        score: [B] reward of each completion.
-        log_probs, ref_log_probs: [B, T] token log-probabilities, in nats.
-        mask: [B, T] 1 on the completion's tokens, which form a prefix of each row.
-        lam: λ.
-        estimator: k1, the log-ratio; or k3, e^−k1 − 1 + k1, whose mean is the KL but whose gradient, in the
-            reward, is not that of the KL.
-
-    Returns:
-        [B, T]; with k1 each row sums to score − λ·(log-ratio of the sequence).
+    `mask` [B, T] is 1 on the completion's tokens, a prefix of each row. With the estimator k1 a row sums to
+    score − λ·(log-ratio of the sequence); k3 puts e^−k1 − 1 + k1 in the place of k1, whose mean is the KL but
+    whose gradient, in the reward, is not that of the KL.
     """
     ratio = log_probs - ref_log_probs
     rewards = -lam * (ratio if estimator == "k1" else torch.expm1(-ratio) + ratio) * mask
@@ -61,15 +46,9 @@ def shaped_rewards(
 def generalized_advantages(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation (arXiv 1506.02438).
+    """Generalized advantages (arXiv 1506.02438) and returns (advantages + values), [B, T], 0 past the end.
 
-    A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t.
-
-    Args:
-        rewards, values, mask: [B, T]; the value after the last token is 0.
-
-    Returns:
-        advantages and returns (advantages + values), [B, T], 0 outside the mask.
+    A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t; the value after the last token is 0.
     """
     mask = mask.to(values.dtype)
     values = values * mask
@@ -77,9 +56,8 @@ def generalized_advantages(
     running = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         following = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(running)
-        running = (rewards[:, t] + gamma * following - values[:, t] + gamma * gae_lambda * running) * mask[
-            :, t
-        ]
+        running = rewards[:, t] + gamma * following - values[:, t] + gamma * gae_lambda * running
+        running = running * mask[:, t]
         advantages[:, t] = running
     return advantages, advantages + values
 
@@ -90,10 +68,8 @@ def clipped_surrogate(
     """The negated clipped objective, −min(w A, clip(w, 1 ± ε) A) with w = ρ_θ/ρ_old, summed over tokens.
 
     Summing over a sequence's tokens and averaging over the batch gives every sequence the weight that the
-    policy gradient gives it; averaging over tokens would favour short ones.
-
-    Returns:
-        the loss (scalar) and the share of tokens whose gradient the clip removes.
+    policy gradient gives it; averaging over tokens would favour short ones. Beside the loss, a scalar, comes
+    the share of tokens whose gradient the clip removes.
     """
     ratio = torch.exp(log_probs - old_log_probs)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -147,10 +123,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def explained_variance(
-    values: Tensor,
-    returns: Tensor,
-    mask: Tensor,
-    mean: Callable[[Tensor, Tensor], Tensor] = masked_mean,
+    values: Tensor, returns: Tensor, mask: Tensor, mean: Callable[[Tensor, Tensor], Tensor] = masked_mean
 ) -> Tensor:
     """1 − Var(G − V)/Var(G) over the masked tokens: 1 for a perfect critic, 0 for a constant one."""
 
@@ -161,11 +134,7 @@ def explained_variance(
 
 
 def standard_error(values: Tensor, group: int) -> Tensor:
-    """Standard error of the mean of `values` [n], given the prompts: differences between them do not count.
-
-    Args:
-        group: values of each prompt, at least 2, which stand together.
-    """
+    """Standard error of the mean of `values` [n] within prompts, the `group` ≥ 2 values of each together."""
     return (values.view(-1, group).var(1).mean() / len(values)).sqrt()
 
 
@@ -201,9 +170,6 @@ class Critic(nn.Module):
         return clipped_value_loss(*arguments) / self.scale.square()
 
 
-# --- on TRL's rollouts ---------------------------------------------------------------------------------
-
-
 @dataclass
 class PPOConfig(GRPOConfig):
     """Settings of `PPOTrainer` beside those of `trl.GRPOConfig`, whose `num_iterations` are PPO's epochs.
@@ -226,11 +192,6 @@ class PPOConfig(GRPOConfig):
     critic_width: int = 128
     allow_moved_optimum: bool = False
 
-    @property
-    def lam(self) -> float:
-        """λ, which TRL calls β."""
-        return self.beta
-
     def __post_init__(self) -> None:
         without_groups(self, super().__post_init__)
 
@@ -244,9 +205,6 @@ class PPOTrainer(OwnLoss):
 
     Several processes (DDP) train as one with their batches joined: means and the critic's gradients are taken
     over all of them.
-
-    Raises:
-        AlignProError: a setting that would move the optimum away from ρ*, unless `allow_moved_optimum`.
     """
 
     reads_features = True
@@ -254,15 +212,15 @@ class PPOTrainer(OwnLoss):
     _name = "PPO"
 
     def __init__(self, *positional: Any, args: PPOConfig, **named: Any) -> None:
-        if not args.lam > 0:
-            raise AlignProError(f"lam = {args.lam}: λ (beta of the configuration) must be positive")
+        if not args.beta > 0:
+            raise AlignProError(f"lam = {args.beta}: λ (beta of the configuration) must be positive")
         args.loss_type, args.scale_rewards = "dr_grpo", "none"  # of GRPO's loss, which PPO does not use
         refuse_moved_optimum(args)
         super().__init__(*positional, **(named | {"args": args}))
         hidden = text_config(self.model).hidden_size
         self.critic = Critic(hidden, args.critic_width).to(self.accelerator.device)
         broadcast([p.data for p in self.critic.parameters()])  # alike in every process
-        self.kl = AdaptiveKL(args.lam, args.target_kl or 0.0, args.kl_horizon)
+        self.kl = AdaptiveKL(args.beta, args.target_kl or 0.0, args.kl_horizon)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The policy's optimizer, with the critic's parameters at a learning rate of their own."""
@@ -290,11 +248,6 @@ class PPOTrainer(OwnLoss):
         return total / count.clamp(min=1)
 
     def appraised(self, batch: dict[str, Any], scores: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
-        """The batch with advantages, returns and what the critic reads; see `OwnLoss.appraised`.
-
-        Raises:
-            AlignProError: a reward that is not finite.
-        """
         args, mask = self.args, batch["completion_mask"].float()
         old, reference = batch["old_per_token_logps"], batch["ref_per_token_logps"]
         if not torch.isfinite(scores).all():
@@ -338,9 +291,8 @@ class PPOTrainer(OwnLoss):
         }
 
     def loss_of(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """The clipped surrogate and the critic's loss; see `OwnLoss.loss_of`."""
         mask, args = batch["completion_mask"].float(), self.args
-        log_probs, entropies = self.policy_scores(model, batch)
+        log_probs, entropies = self.token_scores(model, batch)
         policy, clipped = clipped_surrogate(
             log_probs, batch["old_per_token_logps"], batch["advantages"], mask, args.clip_range
         )
@@ -357,11 +309,9 @@ class PPOTrainer(OwnLoss):
         return policy + args.vf_coef * value
 
     def save_more(self, folder: Path) -> None:
-        """Write the critic and λ as the controller has it."""
         save_file(self.critic.state_dict(), folder / CRITIC_FILE)
         write_json(folder / KL_FILE, {"lambda": self.kl.value})
 
     def load_more(self, folder: Path) -> None:
-        """See `save_more`."""
         self.critic.load_state_dict(load_file(folder / CRITIC_FILE))
         self.kl.value = float(read_json(folder / KL_FILE)["lambda"])

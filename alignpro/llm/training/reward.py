@@ -18,11 +18,10 @@ from transformers import PrinterCallback
 from trl import RewardConfig, RewardTrainer
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, read_json_lines, writable_folder, write_json
-from alignpro.llm.data import packaged
-from alignpro.llm.data import split as data_split
+from alignpro.files import read_json_lines, writable_folder, write_json
 from alignpro.llm.data.own import read_pairs
-from alignpro.llm.data.split import normalised
+from alignpro.llm.data.packaged import PreferencePair
+from alignpro.llm.data.split import SPLITS, Split, normalised
 from alignpro.llm.models import catalogue, configure, libraries, resolve
 from alignpro.llm.models.forward import text_config
 from alignpro.llm.models.libraries import quiet
@@ -33,14 +32,14 @@ from alignpro.llm.rewards.reward import check_scores, check_template, shown
 from alignpro.llm.training.checkpoints import (
     METRICS_FILE,
     SETTINGS_FILE,
+    PairMetrics,
     Trained,
     WholeCheckpoints,
+    check_begun,
     last_checkpoint,
     pair_arguments,
 )
-from alignpro.llm.training.metrics import PairMetrics
 from alignpro.llm.training.settings import RewardSettings
-from alignpro.runs import refuse_other_settings
 
 Array = np.ndarray
 
@@ -59,7 +58,7 @@ class TrainedReward(Trained):
 
 
 def train_reward(
-    pairs: Sequence[packaged.PreferencePair] | str | Path,
+    pairs: Sequence[PreferencePair] | str | Path,
     model: str | Path,
     out: str | Path,
     settings: RewardSettings | None = None,
@@ -81,13 +80,7 @@ def train_reward(
             besides them settings.json, metrics.jsonl and, until it is finished, checkpoints.
         template: see `SequenceReward`; not `pair`.
         device: `auto`, `cpu` or `cuda`.
-        resume: continue from the last checkpoint in `out`, if there is one. On a CPU the result is that of an
-            uninterrupted run to the bit.
-
-    Raises:
-        AlignProError: before any long work: pairs that cannot be read or split, values that do not fit, a
-            folder in use, a run begun with other settings, pairs or another base; later: a base that cannot
-            be loaded, training that diverges, or a full disk.
+        resume: continue from the last checkpoint in `out`, if there is one; on a CPU to the bit.
     """
     settings = settings or RewardSettings()
     pairs = read_pairs(pairs) if isinstance(pairs, str | Path) else list(pairs)
@@ -110,23 +103,16 @@ def train_reward(
         "pairs": {f"{source} {part}": n for (source, part), n in sorted(counts.items())},
         "pairs_sha256": hashlib.sha256(texts.encode()).hexdigest(),
     }
-    if resume and (out / SETTINGS_FILE).exists():
-        refuse_other_settings(out, read_json(out / SETTINGS_FILE), record)
-    elif any(out.iterdir()):
-        raise AlignProError(f"out {out}: it is not empty; name a new folder, or resume")
+    check_begun(out, record, resume)
     if (out / REWARD_FILE).exists():
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
         lines = read_json_lines(out / METRICS_FILE)
         return TrainedReward(out, record, lines, SequenceReward.load(out, device=device))
     with torch.random.fork_rng():  # TRL seeds the process
         base, tokenizer = _base(model, settings.seed)
+        most, name = min(settings.max_tokens, longest(base, tokenizer)), public_name(out)
         reward = SequenceReward(
-            base,
-            tokenizer,
-            Squash(0.0, 1.0),
-            name=public_name(out),
-            template=template,
-            max_tokens=min(settings.max_tokens, longest(base, tokenizer)),
+            base, tokenizer, Squash(0.0, 1.0), name=name, template=template, max_tokens=most
         )
         write_json(out / SETTINGS_FILE, record)
         metrics = PairMetrics(out / METRICS_FILE)
@@ -169,13 +155,9 @@ def train_reward(
 
 
 def split_pairs(
-    pairs: Sequence[packaged.PreferencePair],
-) -> dict[data_split.Split, list[packaged.PreferencePair]]:
-    """The pairs of each split.
-
-    Raises:
-        AlignProError: a prompt is in two, or `train` or `test` is empty.
-    """
+    pairs: Sequence[PreferencePair],
+) -> dict[Split, list[PreferencePair]]:
+    """The pairs of each split; refuses a prompt in two, and an empty `train` or `test`."""
     home: dict[str, str] = {}
     for pair in pairs:
         if home.setdefault(normalised(pair.prompt), pair.split) != pair.split:
@@ -183,8 +165,8 @@ def split_pairs(
                 f"pairs: prompt {shown(pair.prompt)} is in the split {pair.split} and in another; "
                 f"give each prompt one, such as data.split_of(prompt)"
             )
-    split: dict[data_split.Split, list[packaged.PreferencePair]] = {
-        part: [pair for pair in pairs if pair.split == part] for part in data_split.SPLITS
+    split: dict[Split, list[PreferencePair]] = {
+        part: [pair for pair in pairs if pair.split == part] for part in SPLITS
     }
     for part in ("train", "test"):
         if not split[part]:
@@ -225,7 +207,7 @@ class _Trainer(WholeCheckpoints, RewardTrainer):  # type: ignore[misc]
 
 def _fit(
     reward: SequenceReward,
-    pairs: Sequence[packaged.PreferencePair],
+    pairs: Sequence[PreferencePair],
     settings: RewardSettings,
     where: torch.device,
     out: Path,
@@ -240,28 +222,17 @@ def _fit(
         }
     adapter = None
     if settings.lora_rank:
-        adapter = LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=2 * settings.lora_rank,
-            lora_dropout=0.0,
-            target_modules="all-linear",
-            task_type="SEQ_CLS",  # trains the head besides
-        )
+        rank, kind = settings.lora_rank, "SEQ_CLS"  # which trains the head besides
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=kind)
     cuda = where.type == "cuda"
     folder = out / CHECKPOINTS
     with quiet():
         config = RewardConfig(
-            **pair_arguments(),
-            output_dir=str(folder),
-            per_device_train_batch_size=settings.batch_size,
-            num_train_epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
+            **pair_arguments(settings, folder),
             center_rewards_coefficient=settings.centre or None,
-            seed=settings.seed,
             use_cpu=not cuda,
             bf16=cuda and torch.cuda.is_bf16_supported(),
             dataloader_pin_memory=cuda,
-            save_steps=settings.save_every,
             report_to="none",
         )
         trainer = _Trainer(
@@ -278,17 +249,15 @@ def _fit(
         return model.merge_and_unload() if adapter else model
 
 
-def _pair_logits(reward: SequenceReward, pairs: Sequence[packaged.PreferencePair]) -> tuple[Array, Array]:
+def _pair_logits(reward: SequenceReward, pairs: Sequence[PreferencePair]) -> tuple[Array, Array]:
     """The unbounded scores of the chosen and of the rejected answers, [n] each, all finite."""
     prompts = [pair.prompt for pair in pairs]
-    chosen, rejected = ([getattr(pair, kind) for pair in pairs] for kind in ("chosen", "rejected"))
-    return (
-        check_scores(prompts, chosen, reward.logits(prompts, chosen)),
-        check_scores(prompts, rejected, reward.logits(prompts, rejected)),
-    )
+    chosen, rejected = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+    scored = (check_scores(prompts, texts, reward.logits(prompts, texts)) for texts in (chosen, rejected))
+    return next(scored), next(scored)
 
 
-def _loss(reward: SequenceReward, pairs: Sequence[packaged.PreferencePair]) -> float:
+def _loss(reward: SequenceReward, pairs: Sequence[PreferencePair]) -> float:
     """The loss of eq. (1), averaged over the pairs, in nats; a constant reward has log 2."""
     chosen, rejected = _pair_logits(reward, pairs)
     return float(np.mean(np.logaddexp(0.0, rejected - chosen)))

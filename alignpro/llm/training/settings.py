@@ -1,8 +1,9 @@
 """Settings of every training, and which of them move its optimum. Nothing here needs torch or NumPy."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from alignpro.errors import AlignProError
@@ -172,13 +173,7 @@ class TrainSettings(PolicySettings):
     save_every: int = 1
     """Rounds between checkpoints, which an interrupted run continues from."""
 
-    positive: ClassVar[tuple[str, ...]] = (
-        *PolicySettings.positive,
-        "critic_learning_rate",
-        "temperature",
-        "clip_range",
-        "vf_coef",
-    )
+    positive = (*PolicySettings.positive, "critic_learning_rate", "temperature", "clip_range", "vf_coef")
     least = PolicySettings.least | {"prompts": 1, "responses": 1, "minibatches": 1, "microbatches": 1}
     least |= {"max_tokens": 1, "top_k": 0, "kl_horizon": 1, "save_every": 1}
 
@@ -303,7 +298,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Named settings. `paper` is the notebook that the paper names, whose λ adapts and whose generalized
 advantages have λ 0.95, so that its optimum is ρ* for no λ given in advance; see `moved_optimum`."""
 
-
 _OTHER_POLICY = "rewrites are drawn from another policy than the one that is scored"
 _UNLIKELY = "unlikely tokens are never drawn, so ρ loses part of the support of ρ_sft"
 _OPTIMUM: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -336,11 +330,7 @@ _OPTIMUM: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def moved_optimum(args: Any) -> dict[str, str]:
-    """The settings that move the optimum of training away from ρ* of eq. (10), and what each of them moves.
-
-    Args:
-        args: `TrainSettings`, a `PPOConfig`, or another of TRL's, of which those that it has are looked at.
-    """
+    """The settings among `args`, ours or TRL's, that move the optimum away from ρ* (eq. 10), and why."""
     values = {name: getattr(args, name, None) for name in _OPTIMUM}
     return {
         name: f"{value}: {_OPTIMUM[name][1]}"
@@ -359,3 +349,16 @@ def refuse_moved_optimum(args: Any) -> None:
             f"{name} = {why}. It moves PPO's optimum away from ρ*{others}; allow_moved_optimum trains all "
             "the same"
         )
+
+
+REPORTERS = ("tensorboard", "wandb", "trackio")
+"""Services that a trainer can report to; each is the package that it takes."""
+
+
+def check_reporters(report_to: Sequence[str]) -> None:
+    """Raise AlignProError for a name that is not in `REPORTERS`, or whose package is not installed."""
+    for name in report_to:
+        if name not in REPORTERS:
+            raise AlignProError(f"report_to {name}: choose from {', '.join(REPORTERS)}")
+        if find_spec(name) is None:
+            raise AlignProError(f"report_to {name}: the package is missing; run pip install {name}")

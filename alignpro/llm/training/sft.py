@@ -1,7 +1,6 @@
 """Supervised fine-tuning of the prompter into ρ_sft, from pairs of prompt and rewrite, by TRL's SFTTrainer.
 
-The loss is −Σ log ρ(x′|x) over the rewrite's tokens and the end of its turn, nothing of the prompt: the very
-quantity that `Prompter.log_probs` reports, on the very tokens from which the prompter samples.
+The loss is −Σ log ρ(x′|x) over the rewrite's tokens and the end of its turn, as `Prompter.log_probs` has it.
 """
 
 import copy
@@ -20,7 +19,7 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, writable_folder, write_json
+from alignpro.files import writable_folder, write_json
 from alignpro.llm.data import split as data
 from alignpro.llm.data.own import Rewrite
 from alignpro.llm.models.adapters import adapter_config
@@ -33,15 +32,14 @@ from alignpro.llm.training.checkpoints import (
     METRICS_FILE,
     PROMPTER_FOLDER,
     SETTINGS_FILE,
+    PairMetrics,
     Trained,
     WholeCheckpoints,
-    check_reporters,
+    check_begun,
     last_checkpoint,
     pair_arguments,
 )
-from alignpro.llm.training.metrics import PairMetrics
-from alignpro.llm.training.settings import SFTSettings
-from alignpro.runs import refuse_other_settings
+from alignpro.llm.training.settings import SFTSettings, check_reporters
 
 Encoded = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt behind the template, and of its rewrite with the end token."""
@@ -93,15 +91,10 @@ def sft(
     Args:
         prompter: a language model without an adapter.
         out: a new or empty folder.
-        resume: continue from the last checkpoint in `out`, if there is one. On a CPU the result is that of an
-            uninterrupted run to the bit.
+        resume: continue from the last checkpoint in `out`, if there is one; on a CPU to the bit.
         merge: merge the adapter into the language model, so that the result can be the reference ρ_sft of
             `train`; otherwise the folder holds the adapter alone.
         report_to: tensorboard, wandb, trackio.
-
-    Raises:
-        AlignProError: an adapter, no pairs to learn from or to measure on, a folder in use, a checkpoint made
-            with other settings or pairs; training that diverges.
     """
     check_reporters(report_to)
     if hasattr(prompter.model, "peft_config"):
@@ -128,10 +121,7 @@ def sft(
         "left_out": len(pairs) - sum(map(len, split.values())),
         "tokens_sha256": hashlib.sha256(json.dumps(split).encode()).hexdigest(),
     }
-    if resume and (out / SETTINGS_FILE).exists():
-        refuse_other_settings(out, read_json(out / SETTINGS_FILE), record)
-    elif any(out.iterdir()):
-        raise AlignProError(f"out {out}: it is not empty; name a new folder, or resume")
+    check_begun(out, record, resume)
     before = {part: nats_per_token(prompter, found) for part, found in held.items()}
     with quiet(), torch.random.fork_rng():  # TRL seeds the process
         metrics = PairMetrics(out / METRICS_FILE)
@@ -193,15 +183,9 @@ def _trainer(
         raise AlignProError(f"batch_size {settings.batch_size}: {world} processes do not divide it")
     model = copy.deepcopy(prompter.model)
     config = SFTConfig(
-        **pair_arguments(),
-        output_dir=str(out),
-        per_device_train_batch_size=settings.batch_size // world,
+        **pair_arguments(settings, out, world),
         gradient_accumulation_steps=1,
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
         packing=False,
-        seed=settings.seed,
-        save_steps=settings.save_every,
         use_cpu=model.device.type == "cpu",
         bf16=False,
         dataloader_pin_memory=model.device.type != "cpu",

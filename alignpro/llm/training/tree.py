@@ -1,8 +1,4 @@
-"""Training a prompter on prefix trees, where ρ_θ, ρ* and every divergence between them are exact.
-
-The algorithms and TRL's loop (data, optimizer, checkpoints, resume) are those of open-ended training; only
-sampling and scoring differ, by the exact policy on the prompter's prefix trees.
-"""
+"""Training a prompter on prefix trees, where ρ_θ, ρ* and every divergence between them are exact."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +15,7 @@ from alignpro.files import read_json, write_json
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.policies.tree import TreeScores, TreeTask, tree_scores, tree_states
 from alignpro.llm.training.algorithms import configured, trainer_on
-from alignpro.llm.training.checkpoints import SETTINGS_FILE, Trained, last_checkpoint
-from alignpro.llm.training.metrics import Metrics
+from alignpro.llm.training.checkpoints import SETTINGS_FILE, Metrics, Trained, last_checkpoint
 from alignpro.llm.training.settings import TrainSettings, TreeSettings
 from alignpro.llm.training.trl_adapter import Party, Rollouts, parts_of
 from alignpro.runs import refuse_other_settings
@@ -46,16 +41,17 @@ class TreeRollouts(Rollouts):
     # Log-probabilities without gradient are constant between optimizer steps (the reference's for ever), so
     # sampling, PPO's old log-probabilities and the exact curve share one forward pass.
     def _tree_scores(self, party: Party, model: nn.Module, rows: Sequence[int]) -> list[TreeScores]:
-        task = self.task
-        if party == "policy":
-            model = self.accelerator.unwrap_model(model)
+        task, model = self.task, self.accelerator.unwrap_model(model)
+
+        def fresh(rows: Sequence[int]) -> list[TreeScores]:
             return tree_scores(model, [task.prompt_ids[x] for x in rows], [task.trees[x] for x in rows])
+
+        if party == "policy":
+            return fresh(rows)
         kind, version = (party, 0) if party == "reference" else (party, self.state.global_step)
         stale = [x for x in rows if self._cache.get((kind, x), (-1, None))[0] != version]
         if stale:
-            model = self.accelerator.unwrap_model(model)
-            fresh = tree_scores(model, [task.prompt_ids[x] for x in stale], [task.trees[x] for x in stale])
-            self._cache.update({(kind, x): (version, s) for x, s in zip(stale, fresh, strict=True)})
+            self._cache |= {(kind, x): (version, s) for x, s in zip(stale, fresh(stale), strict=True)}
         return [self._cache[kind, x][1] for x in rows]
 
     @torch.no_grad()
@@ -65,12 +61,10 @@ class TreeRollouts(Rollouts):
         return [s.probabilities() for s in scores]
 
     def tokens_of(self, prompts: Sequence[str]) -> list[list[int]]:
-        """See `Rollouts.tokens_of`."""
         return [list(self.task.prompt_ids[self._row[p]]) for p in prompts]
 
     @torch.no_grad()
     def draw(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """See `Rollouts.draw`."""
         rows = [self._row_of_ids[tuple(ids)] for ids in prompt_ids]
         unique = sorted(set(rows))
         scores = dict(zip(unique, self._tree_scores("behaviour", self.model, unique), strict=True))
@@ -78,9 +72,8 @@ class TreeRollouts(Rollouts):
         for x in unique:
             places = [i for i, row in enumerate(rows) if row == x]
             probabilities = scores[x].leaf_log_probs.exp().cpu()
-            for i, leaf in zip(
-                places, torch.multinomial(probabilities, len(places), replacement=True), strict=True
-            ):
+            drawn = torch.multinomial(probabilities, len(places), replacement=True)
+            for i, leaf in zip(places, drawn, strict=True):
                 actions[i] = list(self.task.trees[x].layout.actions[leaf])
         return actions
 
@@ -101,7 +94,6 @@ class TreeRollouts(Rollouts):
     def score(
         self, party: Party, model: Any, prompts: list[list[int]], said: list[list[int]], steps: int
     ) -> tuple[Tensor, Tensor]:
-        """See `Rollouts.score`."""
         rows, leaves = self.leaves(prompts, said)
         unique = sorted(set(rows))
         scores = dict(zip(unique, self._tree_scores(party, model, unique), strict=True))
@@ -112,7 +104,6 @@ class TreeRollouts(Rollouts):
 
     @torch.no_grad()
     def features(self, batch: dict[str, Tensor]) -> Tensor:
-        """See `Rollouts.features`."""
         if not hasattr(self, "_features"):  # the reference never changes: one pass serves all of training
             model = self.accelerator.unwrap_model(self.model)
             with model.disable_adapter():
@@ -200,9 +191,6 @@ def train(
         out: folder for `curve.jsonl`, `settings.json`, checkpoints and the adapter.
         resume: continue from the last checkpoint in `out`, if there is one.
         progress: called with (step, last step, exact quantities) once per iteration.
-
-    Raises:
-        AlignProError: a checkpoint made with other settings.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,7 @@
 """All that is used of TRL's inside, in one place: training by rollouts as four questions to a subclass.
 
-TRL's RLOO and GRPO trainers bring data order, accelerate, optimizer, schedule, checkpoints, resume and
-reporters; how prompts become tokens, how rewrites are drawn and how they are scored is ours, and hooks into
-methods that TRL does not promise to keep. `PRIVATE` names every one of them, so that a new version of TRL is
-judged by one test and mended in this file.
+The hooks are methods that TRL does not promise to keep. `PRIVATE` names every one of them, so that a new
+version of TRL is judged by one test and mended in this file.
 """
 
 import os
@@ -45,11 +43,7 @@ _UNTOUCHED = 1e-3
 
 
 class Rollouts(WholeCheckpoints):
-    """Mixin for TRL's trainers. A subclass says how prompts become tokens, how rewrites are drawn and scored.
-
-    What the behaviour policy said of its own rewrites is kept from drawing them (`draw`), so that nothing is
-    scored twice.
-    """
+    """Mixin for TRL's trainers. A subclass says how prompts become tokens, how rewrites are drawn, scored."""
 
     accelerator: Any
     model: Any
@@ -65,8 +59,6 @@ class Rollouts(WholeCheckpoints):
     ways to pack the same rewrites differ by more than a clip range."""
     reads_features = False
     """Whether the algorithm asks for `features`."""
-
-    # --- what rollouts of a kind say ---
 
     def tokens_of(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids that the policy continues, for each prompt."""
@@ -87,13 +79,9 @@ class Rollouts(WholeCheckpoints):
         """[B, T, H] hidden states of the reference before each completion token."""
         raise NotImplementedError
 
-    # --- what an algorithm says ---
-
     def rewarded(self, rewards: Tensor) -> Tensor:
         """[B, 1] rewards of all processes' rewrites, as the algorithm takes them."""
         return rewards
-
-    # --- what a subclass may use ---
 
     def note(self, name: str, value: Tensor) -> None:
         """Log the mean of `value` over all processes, averaged over the round."""
@@ -116,8 +104,6 @@ class Rollouts(WholeCheckpoints):
             self.vllm_generation.sync_weights()
             self._last_loaded_step: int = step
         return self.vllm_generation.generate(prompts=prompt_ids, images=None, num_generations=self.group())[1]
-
-    # --- TRL's side ---
 
     def _tokenize_prompts(self, prompts: list[str]) -> Any:
         return self.tokens_of(prompts), None, {}
@@ -172,15 +158,12 @@ class Rollouts(WholeCheckpoints):
         if fresh and self.rescored and self.args.steps_per_generation > 1:
             for batch in self._buffered_inputs:  # type: ignore[attr-defined]
                 with torch.no_grad():
-                    self._score_again(batch)
+                    values, _ = self.score("policy", self.model, *parts_of(batch))
+                if "old_logps" in batch:  # RLOO: of whole sequences
+                    batch["old_logps"] = values.sum(1)
+                elif batch.get("old_per_token_logps") is not None:
+                    batch["old_per_token_logps"] = values
         return inputs
-
-    def _score_again(self, batch: dict[str, Any]) -> None:
-        values, _ = self.score("policy", self.model, *parts_of(batch))
-        if "old_logps" in batch:  # RLOO: of whole sequences
-            batch["old_logps"] = values.sum(1)
-        elif batch.get("old_per_token_logps") is not None:
-            batch["old_per_token_logps"] = values
 
 
 class GRPORollouts(Rollouts, GRPOTrainer):  # type: ignore[misc]
@@ -202,7 +185,6 @@ class KLInReward(GRPORollouts):
     """TRL's GRPO trainer with −λ log(ρ_θ/ρ_sft) in the reward."""
 
     def rewarded(self, rewards: Tensor) -> Tensor:
-        """See `Rollouts.rewarded`."""
         (prompts, said), reference = self._reference
         with torch.no_grad():
             behaviour, _ = self.score("behaviour", self.model, prompts, said, reference.shape[1])
@@ -222,12 +204,9 @@ class OwnLoss(GRPORollouts):
     """
 
     def appraised(self, batch: dict[str, Any], scores: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
-        """The batch with what the loss needs.
+        """The batch, with old and reference log-probabilities in it, and what the loss needs besides.
 
-        Args:
-            batch: prompts and completions with their masks, `old_per_token_logps` and `ref_per_token_logps`.
-            scores: [B] rewards of this process's completions.
-            prompts: their prompts.
+        `scores` are the [B] rewards of this process's completions, `prompts` their prompts.
         """
         raise NotImplementedError
 
@@ -236,7 +215,6 @@ class OwnLoss(GRPORollouts):
         raise NotImplementedError
 
     def rewarded(self, rewards: Tensor) -> Tensor:
-        """See `Rollouts.rewarded`."""
         self._raw_rewards = rewards
         return rewards
 
@@ -244,19 +222,15 @@ class OwnLoss(GRPORollouts):
         batch = super()._generate_and_score_completions(inputs)
         if batch.get("old_per_token_logps") is None:  # left out where the first loss would compute the same
             with torch.no_grad():
-                ids, attention, keep = joined(batch)
-                batch["old_per_token_logps"] = self._get_per_token_logps_and_entropies(
-                    self.model, ids, attention, keep
-                )[0]
+                batch["old_per_token_logps"] = self.token_scores(self.model, batch)[0]
         count = len(batch["completion_mask"])
         mine = slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
         scores = (self._raw_rewards * self.reward_weights.to(self._raw_rewards.device)).sum(1)[mine]
         return self.appraised(batch, scores, [row["prompt"] for row in inputs])
 
-    def policy_scores(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """[B, T] log-probabilities with gradients, and entropies, of the batch's completions."""
-        values, entropies, _ = self._get_per_token_logps_and_entropies(model, *joined(batch))
-        return values, entropies
+    def token_scores(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """[B, T] log-probabilities of the batch's completions, and entropies before their tokens, in nats."""
+        return self._get_per_token_logps_and_entropies(model, *joined(batch))[:2]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         loss = self.loss_of(model, inputs)
@@ -290,9 +264,6 @@ def without_groups(config: GRPOConfig, check: Callable[[], None]) -> None:
     """Run TRL's own `check` of a configuration whose algorithm compares no rewrites of one prompt.
 
     TRL refuses `num_generations` 1, which its trainer handles; for the check the group is the whole batch.
-
-    Raises:
-        AlignProError: a batch of one rewrite.
     """
     group = config.num_generations
     if group != 1:
