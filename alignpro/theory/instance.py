@@ -108,7 +108,12 @@ def unchecked(p: Any, prior: Any, frozen: Any, own: Any, reward: Any) -> Instanc
 
 def bare(instance: Instance) -> Instance:
     """An instance of the same arrays without names, which are static: other names would compile anew."""
-    return unchecked(*(getattr(instance, key) for key in KEYS))
+    return replaced(instance)
+
+
+def replaced(instance: Instance, **arrays: Any) -> Instance:
+    """The instance with some arrays replaced, without names: no validation."""
+    return unchecked(*(arrays.get(key, getattr(instance, key)) for key in KEYS))
 
 
 def load(path: str | os.PathLike[str]) -> Instance:
@@ -189,17 +194,12 @@ def _validated(fields: dict[str, Any], names: Names | None) -> dict[str, np.ndar
                 f"{key}: has shape {array.shape}; give [{', '.join(AXES[key])}], {len(AXES[key])} "
                 f"{'axis' if len(AXES[key]) == 1 else 'axes'}"
             )
-        wanted = "iu" if key == "own" else "fiu"
-        if array.dtype.kind not in wanted or array.dtype.itemsize > 8:
-            # bfloat16 and the like are registered with kind V.
-            if key != "own" and array.dtype.name in ("bfloat16", "float16"):
-                pass
-            else:
-                kind = "integers (rows of frozen)" if key == "own" else "real numbers"
-                raise AlignProError(f"{key}: has dtype {array.dtype}; save it as {kind}")
         if key != "own" and array.dtype.name in ("bfloat16", "float16"):
             raise AlignProError(f"{key}: has dtype {array.dtype}, too coarse; save it as float64 or float32")
-        tolerance[key] = ROW_SUM_TOLERANCE_SINGLE if array.dtype == np.float32 else ROW_SUM_TOLERANCE
+        if array.dtype.kind not in ("iu" if key == "own" else "fiu") or array.dtype.itemsize > 8:
+            kind = "integers (rows of frozen)" if key == "own" else "real numbers"
+            raise AlignProError(f"{key}: has dtype {array.dtype}; save it as {kind}")
+        tolerance[key] = _tolerance(array)
         arrays[key] = array.astype(np.int64 if key == "own" else np.float64)
 
     sizes: dict[str, tuple[str, int]] = {}
@@ -216,17 +216,13 @@ def _validated(fields: dict[str, Any], names: Names | None) -> dict[str, np.ndar
                     f"{key}: has {size} {_AXIS_NAMES[axis]} (axis {position} of shape {arrays[key].shape}) "
                     f"but {first} has {known}; make them equal"
                 )
-    for key in ("p", "prior", "frozen", "reward"):
-        array = arrays[key]
-        _refuse(key, array, ~np.isfinite(array), "is not finite; replace it by a finite number")
-        if key != "reward":
-            _refuse(key, array, array < 0, "is negative; probabilities are at least 0")
-            arrays[key] = _normalised(key, array, tolerance[key])
-    count = sizes["K"][1]
-    own = arrays["own"]
+    for key in ("p", "prior", "frozen"):
+        arrays[key] = _normalised(key, arrays[key], tolerance[key])
+    _finite("reward", arrays["reward"])
+    count, own = sizes["K"][1], arrays["own"]
     _refuse("own", own, (own < 0) | (own >= count), f"is no row of frozen; give 0 to {count - 1}")
     if names is not None:
-        for axis, letter in (("prompts", "X"), ("rewrites", "K"), ("responses", "Y")):
+        for letter, axis in _AXIS_NAMES.items():
             labels = getattr(names, axis)
             if labels and len(labels) != sizes[letter][1]:
                 raise AlignProError(
@@ -254,14 +250,20 @@ def probabilities(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
         raise AlignProError(
             f"{name}: has shape {array.shape} and dtype {array.dtype}; give real numbers of shape {shape}"
         )
-    tolerance = ROW_SUM_TOLERANCE_SINGLE if array.dtype == np.float32 else ROW_SUM_TOLERANCE
-    array = array.astype(np.float64)
-    _refuse(name, array, ~np.isfinite(array), "is not finite; replace it by a finite number")
-    _refuse(name, array, array < 0, "is negative; probabilities are at least 0")
-    return _normalised(name, array, tolerance)
+    return _normalised(name, array.astype(np.float64), _tolerance(array))
+
+
+def _finite(key: str, array: np.ndarray) -> None:
+    _refuse(key, array, ~np.isfinite(array), "is not finite; replace it by a finite number")
+
+
+def _tolerance(given: np.ndarray) -> float:
+    return ROW_SUM_TOLERANCE_SINGLE if given.dtype == np.float32 else ROW_SUM_TOLERANCE
 
 
 def _normalised(key: str, array: np.ndarray, tolerance: float) -> np.ndarray:
+    _finite(key, array)
+    _refuse(key, array, array < 0, "is negative; probabilities are at least 0")
     totals = array.sum(-1, keepdims=True)
     off = np.abs(totals - 1)
     if (off > tolerance).any():

@@ -2,9 +2,9 @@
 
 The public functions and records of `reach`, `cost`, `derivatives` and `readings` are here by name.
 
-All logarithms are natural; TV is half the L1 distance; "reward units" are those of the rewards. Functions are
-pure, and safe under jit and vmap, but for `lam_for_kl`, which checks its input on the host. Rewards enter
-differences measured from a reachable response, so that a large common offset costs no accuracy.
+All logarithms are natural; TV is half the L1 distance; "reward units" are those of the rewards. β and λ are
+positive and finite, in reward units; any other is an `AlignProError`. Functions are pure, and safe under jit
+and vmap, but for `lam_for_kl`. Results are per prompt [X] unless said otherwise. Proofs: `docs/limits.md`.
 """
 
 from alignpro.theory.results.cost import (
