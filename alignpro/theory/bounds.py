@@ -119,8 +119,7 @@ def check(
         r_max: override of Theorem 1's r_max; "inapplicable" when rewards leave [0, r_max].
 
     Raises:
-        AlignProError: β or λ is not positive and finite, the bound is unknown, or the prompter is no
-            matrix of probabilities of the shape of `instance.prior`.
+        AlignProError: a bad β or λ, an unknown bound, or a prompter that is no matrix of probabilities.
     """
     beta, lam = check_temperature("beta", beta), check_temperature("lam", lam)
     if bound not in STATEMENTS:

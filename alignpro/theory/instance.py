@@ -116,6 +116,20 @@ def replaced(instance: Instance, **arrays: Any) -> Instance:
     return unchecked(*(arrays.get(key, getattr(instance, key)) for key in KEYS))
 
 
+def padded(instance: Instance, shape: tuple[int, int, int]) -> Instance:
+    """The problem with more prompts, rewrites and responses, copies of probability 0: no quantity changes."""
+    more = {axis: (0, n - m) for axis, n, m in zip("XKY", shape, instance.shape, strict=True)}
+
+    def pad(key: str) -> np.ndarray:
+        array, wider = np.asarray(getattr(instance, key)), [more[axis] for axis in AXES[key]]
+        if key in ("own", "reward"):
+            return np.pad(array, wider, mode="edge")
+        rows = np.pad(array, [*wider[:-1], (0, 0)], mode="edge")
+        return np.pad(rows, [*[(0, 0)] * (array.ndim - 1), wider[-1]])
+
+    return unchecked(*map(pad, KEYS))
+
+
 def load(path: str | os.PathLike[str]) -> Instance:
     """Read an instance that `Instance.save` (or `numpy.savez`) wrote.
 

@@ -7,6 +7,7 @@ positive and finite, in reward units; any other is an `AlignProError`. Functions
 and vmap, but for `lam_for_kl`. Results are per prompt [X] unless said otherwise. Proofs: `docs/limits.md`.
 """
 
+# ruff: noqa: F401
 from alignpro.theory.results.cost import (
     BestOfN,
     Frontier,
@@ -42,33 +43,3 @@ from alignpro.theory.results.readings import (
     critical_lam,
     limit_readings,
 )
-
-__all__ = [
-    "BestOfN",
-    "Ceiling",
-    "Critical",
-    "Frontier",
-    "Headroom",
-    "KLBudget",
-    "KLPrice",
-    "LimitReadings",
-    "Projection",
-    "ResponseValue",
-    "Sensitivity",
-    "VarianceSplit",
-    "best_of_n",
-    "best_of_n_rewrites",
-    "critical_beta",
-    "critical_lam",
-    "frontier",
-    "headroom",
-    "information_projection",
-    "kl_budget",
-    "kl_price",
-    "lam_for_kl",
-    "limit_readings",
-    "prompting_ceiling",
-    "response_value",
-    "sensitivity",
-    "variance_split",
-]

@@ -11,8 +11,6 @@ whole proofs.
 """
 
 import functools
-import functools
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""The best that prompting can reach: its ceiling in reward, and the projection of π* on what it can induce."""
+"""The best that prompting can reach: its reward ceiling, and the projection of π* on what it can induce."""
 
 from typing import NamedTuple
 

@@ -14,7 +14,7 @@ import numpy as np
 from alignpro.claims import of_kind
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.bounds import STATEMENTS, BoundReport, Statement, paper_r_max, report, theorem1
-from alignpro.theory.instance import Instance, load, unchecked
+from alignpro.theory.instance import Instance, load, padded
 from alignpro.theory.solution import solution
 
 # A new shape costs a second of compilation, so sizes are rounded up to these; beyond them, kept as is.
@@ -114,13 +114,8 @@ def solve_files(
 ) -> Solutions:
     """Solve every file, in order; all are validated before any is computed.
 
-    Args:
-        files: .npz instances.
-        beta: β > 0, in reward units.
-        lam: λ > 0, in reward units.
-        bounds: keys of `CHOICES`, or "all".
-        r_max: override of Theorem 1's r_max.
-        progress: called with the number of instances just finished.
+    `bounds` are keys of `CHOICES`, or "all"; `r_max` overrides that of Theorem 1; `progress` is called with
+    the number of instances just finished.
 
     Raises:
         AlignProError: a bad parameter, or bad files (one line each).
@@ -162,7 +157,7 @@ def solve_instances(
         for start in range(0, len(members), batch):
             chunk = members[start : start + batch]
             # A short last chunk repeats its first member: one compilation serves all chunks.
-            padded = [_pad(instances[i], shape) for i in chunk]
+            padded = [padded(instances[i], shape) for i in chunk]
             padded += [padded[0]] * (batch - len(chunk))
             stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *padded)
             values = jax.tree.map(np.asarray, evaluate(stacked, beta, lam))
@@ -208,25 +203,6 @@ def _padded_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
         return shape
     x, k, y = (next(size for size in _SIZES if n <= size) for n in shape)
     return x, k, y
-
-
-def _pad(instance: Instance, shape: tuple[int, int, int]) -> Instance:
-    """Pad a problem with prompts, rewrites and responses of probability 0, which changes no quantity."""
-    x, k, y = instance.shape
-    to_x, to_k, to_y = shape
-    p = np.zeros(to_x)
-    p[:x] = instance.p
-    prior = np.zeros((to_x, to_k))
-    prior[:x, :k] = instance.prior
-    prior[x:, 0] = 1.0
-    frozen = np.zeros((to_k, to_y))
-    frozen[:k, :y] = instance.frozen
-    frozen[k:, 0] = 1.0
-    own = np.zeros(to_x, dtype=np.int64)
-    own[:x] = instance.own
-    reward = np.full((to_x, to_y), np.min(np.asarray(instance.reward)))
-    reward[:x, :y] = instance.reward
-    return unchecked(p, prior, frozen, own, reward)
 
 
 def _solved(

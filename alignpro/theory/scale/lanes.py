@@ -1,12 +1,8 @@
 """Very many small instances: a function compiled to machine code that takes an instance in each vector lane.
 
-XLA's CPU code for arrays whose last axis has 4 or 8 entries is scalar or goes through memory between steps.
 `in_lanes` traces a function of one instance with JAX and writes its every operation as one instruction on
-vectors of 8 instances (16 in float32), in registers as far as they last; `llvmlite` compiles that. Arrays
-over the short axes exist only while the code is written, as NumPy arrays of instructions: a transpose or a
-slice costs nothing.
-
-Needs llvmlite (`pip install 'alignpro[native]'`). `scale.solve_batch` is what uses it.
+vectors of 8 instances (16 in float32); `llvmlite` compiles that. Arrays over the short axes exist only while
+the code is written, as NumPy arrays of instructions: a transpose or a slice costs nothing. See docs/scale.md.
 """
 
 import math

@@ -49,11 +49,7 @@ def _format(x: Any) -> _Format:
 
 
 def element(dtype: Any) -> Any:
-    """The LLVM type of one number.
-
-    Raises:
-        NotImplementedError: numbers of that kind have none here.
-    """
+    """The LLVM type of one number; NotImplementedError where there is none."""
     name = np.dtype(dtype).name
     if name not in _TYPES:
         raise NotImplementedError(f"numbers of type {name} have no vectors here")

@@ -224,9 +224,8 @@ def ascend(
     """Gradient ascent (Adam) over instances, β, λ and, where the statement is about any, the prompter.
 
     Half of the restarts climb the ratio lhs/max(rhs, FLOOR·span), half −slack relative to what was compared;
-    half hold rewards in [0, 1], half in [−1, 1]. Policies are softmaxes on the support of their start, a
-    random instance of one of the families. One compilation per statement and shape; determined by the seed,
-    unless it is stopped by the clock.
+    half hold rewards in [0, 1], half in [−1, 1]. Policies are softmaxes on the support of their start. One
+    compilation per statement and shape; determined by the seed, unless the clock stops it.
 
     Args:
         wanted: the statement.

@@ -178,12 +178,7 @@ class Hunting:
 
 
 def validate(bounds: Sequence[str], budget: Budget) -> list[Target]:
-    """The claims asked for; refuses what cannot be run, before anything is written or computed.
-
-    Raises:
-        AlignProError: no or an unknown claim, a size, count or time that is not positive, a negative
-            seed, or Hypothesis is not installed.
-    """
+    """The claims asked for; an AlignProError for what cannot be run, before anything is computed."""
     if not bounds:
         raise AlignProError(f"BOUND: none given; name at least one of {', '.join(STATEMENTS)}")
     wanted = list(dict.fromkeys(target(name) for name in bounds))
