@@ -1,7 +1,6 @@
 """Every claim about the gap by name, and the check of one on an instance.
 
-A claim is one function and one row in a file of `alignpro.theory.statements`: `upper`, `lower`, `lemmas` or
-`wrong`. All logarithms are natural; TV is half the L1 distance; "reward units" are those of the rewards.
+A claim is one function and one row in `upper`, `lower`, `lemmas` or `wrong` of `alignpro.theory.statements`.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
 """Families of random instances, each built to stress one part of the theory.
 
 `FAMILIES[name](rng, count, (X, K, Y))` draws `count` instances at once: an `Instance` whose arrays have one
-leading axis, for vmap. The draw is determined by the generator's state. A new family is one function and
-one row.
+leading axis, for vmap. A new family is one function and one row.
 """
 
 from collections.abc import Callable
@@ -205,11 +204,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def draw(family: str, seed: int, shape: Shape, count: int = 1) -> list[Instance]:
-    """`count` validated instances of a family, determined by the seed.
-
-    Raises:
-        AlignProError: the family is unknown or the shape (X, K, Y) is not positive.
-    """
+    """`count` validated instances of a family, determined by the seed."""
     if family not in FAMILIES:
         raise AlignProError(f"family {family!r} is unknown; give one of {', '.join(FAMILIES)}")
     if min(shape) < 1 or count < 0:

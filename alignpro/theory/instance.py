@@ -39,12 +39,9 @@ class Instance:
     """A prompt-optimization problem on finite spaces: X user prompts, K prompts the frozen model can be
     given, Y responses. K and X are independent. A JAX pytree, so that jit and vmap take it whole.
 
-    Building one validates it; rows within `ROW_SUM_TOLERANCE` of 1 (`ROW_SUM_TOLERANCE_SINGLE` for
-    float32) but further than rounding are divided by their sum once, and probabilities below 2.2e-308
-    count as 0. λ and β are not part of it: they are arguments of what is computed from it.
-
-    Raises:
-        AlignProError: one line that names the field, the index, the value and the remedy.
+    Building one validates it, or raises an `AlignProError`; rows within `ROW_SUM_TOLERANCE` of 1
+    (`ROW_SUM_TOLERANCE_SINGLE` for float32) are divided by their sum once, and probabilities below 2.2e-308
+    count as 0. λ and β are arguments of what is computed from it.
     """
 
     p: Float[Array, " X"] | Float[np.ndarray, " X"]
@@ -81,10 +78,6 @@ class Instance:
             np.savez(file, **content)
 
 
-def _flatten(instance: Instance) -> tuple[tuple[Any, ...], Names | None]:
-    return tuple(getattr(instance, key) for key in KEYS), instance.names
-
-
 def _flatten_with_keys(instance: Instance) -> tuple[tuple[Any, ...], Names | None]:
     return tuple((jax.tree_util.GetAttrKey(key), getattr(instance, key)) for key in KEYS), instance.names
 
@@ -98,7 +91,7 @@ def _unflatten(names: Names | None, children: Any) -> Instance:
     return instance
 
 
-jax.tree_util.register_pytree_with_keys(Instance, _flatten_with_keys, _unflatten, _flatten)
+jax.tree_util.register_pytree_with_keys(Instance, _flatten_with_keys, _unflatten)
 
 
 def unchecked(p: Any, prior: Any, frozen: Any, own: Any, reward: Any) -> Instance:
@@ -134,8 +127,8 @@ def load(path: str | os.PathLike[str]) -> Instance:
     """Read an instance that `Instance.save` (or `numpy.savez`) wrote.
 
     Raises:
-        AlignProError: the file is missing, is no .npz, is cut short, holds pickled objects, lacks a key,
-            has one too many, or its arrays are no valid instance; one line that begins with the path.
+        AlignProError: no such file, a damaged or pickled one, bad keys, or no valid instance;
+            one line that begins with the path.
     """
     remedy = "write it with alignpro's Instance.save or numpy.savez"
     try:
@@ -254,11 +247,7 @@ def _refuse(key: str, array: np.ndarray, bad: np.ndarray, why: str) -> None:
 
 
 def probabilities(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Check `value`, and give it as float64 rows of probabilities of this shape, under `Instance`'s rules.
-
-    Raises:
-        AlignProError: a wrong shape, a non-finite or negative entry, or a row that does not sum to 1.
-    """
+    """`value` as float64 rows of probabilities of this shape, under `Instance`'s rules."""
     array = np.asarray(value)
     if array.shape != shape or array.dtype.kind not in "fiu":
         raise AlignProError(

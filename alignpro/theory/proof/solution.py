@@ -43,9 +43,7 @@ class _Tilt(NamedTuple):
 def _tilt(base: np.ndarray, energy: np.ndarray, temperature: Ball) -> _Tilt:
     """Rows of balls `base` [X, n] tilted by rational rows `energy` [X, n]; 0 log 0 = 0 off the support.
 
-    log p/base = energy/temperature − log Z, the logarithm of the definition. Energies are measured from their
-    exact maximum over the support, which changes nothing in p, keeps a point mass exact, and is added again
-    to log Z.
+    Energies are measured from their exact maximum over the support, which keeps a point mass exact.
     """
     support = base > 0
     top = _over(max, energy, support)

@@ -1,10 +1,8 @@
 """Results beside the bounds: what prompting can reach, at what cost, under what errors.
 
-The public functions and records of `reach`, `cost`, `derivatives` and `readings` are here by name.
-
-All logarithms are natural; TV is half the L1 distance; "reward units" are those of the rewards. β and λ are
-positive and finite, in reward units; any other is an `AlignProError`. Functions are pure, and safe under jit
-and vmap, but for `lam_for_kl`. Results are per prompt [X] unless said otherwise. Proofs: `docs/limits.md`.
+The public functions and records of `reach`, `cost`, `derivatives` and `readings` are here by name. They are
+pure, and safe under jit and vmap, but for `lam_for_kl`; per prompt [X] unless said otherwise. A β or λ that
+is not positive and finite is an `AlignProError`. Proofs: `docs/limits.md`.
 """
 
 # ruff: noqa: F401

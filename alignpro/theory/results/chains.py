@@ -1,13 +1,8 @@
 """n prompters in sequence, each with its own reference and its own λ, by backward induction.
 
 A chain rewrites x = x₀ to x₁, …, x_n with prompters ρ_i(x_i | x, x_{i−1}); the frozen model answers x_n, and
-the reward judges the answer to the ORIGINAL prompt x, which is why policies and values depend on x too.
-The objective is
-
-    F(ρ) = E R(x, x_n) − Σ_i λ_i E KL(ρ_i(·|x, x_{i−1}) ‖ ρ_sft,i(·|x_{i−1})).
-
-All logarithms are natural; values and divergences times λ_i are in reward units. `docs/chains.md` has the
-whole proofs.
+the reward judges the answer to the ORIGINAL prompt x. The objective, in reward units (`docs/chains.md`), is
+F(ρ) = E R(x, x_n) − Σ_i λ_i E KL(ρ_i(·|x, x_{i−1}) ‖ ρ_sft,i(·|x_{i−1})).
 """
 
 import functools
@@ -30,12 +25,7 @@ from alignpro.theory.solution import Solution, solution
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """Prompters in sequence in front of a frozen model, on finite spaces; validated when built.
-
-    Raises:
-        AlignProError: no stage, a stage whose size does not fit the one before, or anything `Instance`
-            refuses (`frozen`, `own` and `reward` are about the last stage's prompts).
-    """
+    """Prompters in sequence in front of a frozen model, on finite spaces; validated when built."""
 
     p: Any
     """P(x) [X]."""

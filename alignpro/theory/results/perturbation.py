@@ -1,11 +1,7 @@
 """A Gibbs policy built from wrong energies, judged by the true ones: its loss exactly and at worst.
 
 The policy p ∝ base·exp(e/t) is optimal for the true energies e, and p̂ ∝ base·exp(ê/t) was built from
-ê = e + δ. Then p̂ ∝ p·exp(δ/t), so p̂ is itself a tilt of p, by the error. All follows from that one line;
-`docs/robustness.md` has the whole proofs.
-
-Nats, probabilities and reward units as everywhere; s = span(δ) = max δ − min δ over the base's support,
-which a shift of δ per prompt does not change.
+ê = e + δ; s = span(δ) over the base's support. Proofs: `docs/robustness.md`.
 """
 
 from typing import Any, NamedTuple
@@ -24,8 +20,7 @@ _FAR = 500.0
 class Perturbation(NamedTuple):
     """The loss of p̂, built from ê = e + δ, against the optimal p; reward units unless said otherwise.
 
-    F(q) = E_q e − t KL(q‖base). The assumption behind each bound is a number here (`error`, `span_error`), to
-    be looked at rather than believed.
+    F(q) = E_q e − t KL(q‖base). The assumption behind each bound is a number here (`error`, `span_error`).
     """
 
     probs: Float[Array, "... K"]

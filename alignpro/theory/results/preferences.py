@@ -1,7 +1,6 @@
 """Reward learning (equation 1) on finite spaces: Bradley–Terry maximum likelihood from counted preferences.
 
-P(u ≻ v | x) = σ(r(x,u) − r(x,v)). Each prompt has rewards of its own, so the fit is one small convex problem
-per prompt. Rewards are in nats of log-odds; `docs/preferences.md` has the whole proofs.
+P(u ≻ v | x) = σ(r(x,u) − r(x,v)), one convex problem per prompt; rewards in nats. `docs/preferences.md`.
 """
 
 from typing import Any, NamedTuple

@@ -1,9 +1,4 @@
-"""Hunting a statement: the worst instance by gradient ascent, the smallest counterexample by shrinking.
-
-A statement is `lhs ≤ rhs` (`bounds.Statement`). `ascend` looks where it is tightest, or broken furthest;
-`smallest` for the simplest instance that breaks it. Neither proves anything by finding nothing; what they
-find is evaluated again as a validated `Instance`, with the rounding bound of its statement.
-"""
+"""Gradient ascent to the instance where a statement is tightest, or broken furthest."""
 
 import functools
 import math

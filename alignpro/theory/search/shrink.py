@@ -1,4 +1,4 @@
-"""Looks for the simplest instance that breaks a statement."""
+"""The simplest instance that breaks a statement."""
 
 import time
 from collections.abc import Callable
