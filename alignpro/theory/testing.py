@@ -2,8 +2,8 @@
 
 Every strategy yields valid objects only, meets the awkward ones often (zeros, point masses, ties, extreme
 probabilities and temperatures), and shrinks towards few prompts, rewrites and responses with numbers one can
-read: probabilities are small whole weights over their sum, rewards short decimals, temperatures one digit and
-a power of ten. Needs the extra: pip install 'alignpro[testing]'.
+read. A size below 1, an empty range or an unknown option is an `AlignProError`. Needs the extra: pip install
+'alignpro[testing]'.
 """
 
 import functools

@@ -57,9 +57,10 @@ class Perturbation(NamedTuple):
     """tanh(s/4t) ≥ `tv` (probability)."""
 
 
-def worst_tv(
-    width: Float[Floats, "..."] | float, temperature: Float[Floats, "..."] | float
-) -> Float[Array, "..."]:
+Numbers = Float[Floats, "..."] | float
+
+
+def worst_tv(width: Numbers, temperature: Numbers) -> Float[Array, "..."]:
     """tanh(s/4t): the largest total variation between two Gibbs policies whose energies differ by span s.
 
     Attained by two outcomes.
@@ -67,9 +68,7 @@ def worst_tv(
     return jnp.tanh(jnp.asarray(width, float) / (4.0 * jnp.asarray(temperature, float)))
 
 
-def worst_loss(
-    width: Float[Floats, "..."] | float, temperature: Float[Floats, "..."] | float
-) -> Float[Array, "..."]:
+def worst_loss(width: Numbers, temperature: Numbers) -> Float[Array, "..."]:
     """t (κ − 1 − log κ), κ = (s/t)/(1 − e^{−s/t}): the largest t KL(p̂‖p) at span(δ) = s. In reward units.
 
     At most s²/(8t) (approached for s ≪ t) and at most s (for s ≫ t); attained by two outcomes.

@@ -249,12 +249,8 @@ def expected_preferences(instance: Instance, pairs: Any = None, n: Any = 1.0) ->
         AlignProError: a pair that is not two different responses, or a negative n.
     """
     checked, number = _pairs(instance, pairs, n)
-    return _scattered(
-        instance,
-        checked,
-        number * _win_probability(instance, checked),
-        number * _win_probability(instance, checked[:, ::-1]),
-    )
+    won, lost = (number * _win_probability(instance, both) for both in (checked, checked[:, ::-1]))
+    return _scattered(instance, checked, won, lost)
 
 
 def sample_preferences(

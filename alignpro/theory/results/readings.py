@@ -13,13 +13,7 @@ from alignpro.theory.elementwise import average
 from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance
 from alignpro.theory.pairwise import pairwise_tv
-from alignpro.theory.results.rewards import (
-    Temperature,
-    as_temperature,
-    extremes,
-    rewards_of,
-    variance,
-)
+from alignpro.theory.results.rewards import Temperature, as_temperature, extremes, rewards_of, variance
 from alignpro.theory.results.solvers import root_of
 
 
@@ -139,9 +133,8 @@ def critical_lam(instance: Instance, beta: Temperature, *, per_prompt: bool = Fa
     r = rewards_of(instance)
     model = tilt(r.own, r.response, as_temperature("beta", beta))
     target = jnp.sum(model.probs * r.response, -1)
-    return _critical(
-        r.prior, r.rewrite, target, r.tie, r.tie, None if per_prompt else jnp.asarray(instance.p, float)
-    )
+    p = None if per_prompt else jnp.asarray(instance.p, float)
+    return _critical(r.prior, r.rewrite, target, r.tie, r.tie, p)
 
 
 def critical_beta(instance: Instance, lam: Temperature, *, per_prompt: bool = False) -> Critical:

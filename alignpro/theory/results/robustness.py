@@ -218,6 +218,7 @@ def _frozen_noise(instance: Instance, estimate: Array, beta: Array, lam: Array) 
     )
     reward_bound = (own_high - own_low) * bound
     true, noisy = _solutions(instance, noisy_instance, beta, lam)
+    gap, tvs = reward_bound + prompter.error + prompter.reward_bound, jnp.sum(prior * rows[None, :], -1)
     return FrozenNoise(
         tv_rows=rows,
         tv=worst,
@@ -230,13 +231,7 @@ def _frozen_noise(instance: Instance, estimate: Array, beta: Array, lam: Array) 
         model_loss=model_loss,
         model_reward_loss=jnp.sum((star.probs - hat.probs) * d, -1),
         model_reward_bound=reward_bound,
-        sides=_sides(
-            true,
-            noisy,
-            prompter,
-            reward_bound + prompter.error + prompter.reward_bound,
-            bound + 2.0 * own_tv + jnp.sum(prior * rows[None, :], -1),
-        ),
+        sides=_sides(true, noisy, prompter, gap, bound + 2.0 * own_tv + tvs),
     )
 
 

@@ -13,8 +13,17 @@ import numpy as np
 from jaxtyping import Float, Int
 from llvmlite import ir
 
-from alignpro.theory.scale.native import INDEX, POINTER, Code, function, index, loop, register_bytes
-from alignpro.theory.scale.vectors import Vectors, element
+from alignpro.theory.scale.vectors import (
+    INDEX,
+    POINTER,
+    Code,
+    Vectors,
+    element,
+    function,
+    index,
+    loop,
+    register_bytes,
+)
 
 _ROWS, _STRIP = 4, 128
 

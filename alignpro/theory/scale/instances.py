@@ -91,19 +91,6 @@ class Solutions:
         return f"{bad or 'None'} of {len(self.checks)} bounds {'are' if bad > 1 else 'is'} violated."
 
 
-def load_all(files: Sequence[str | os.PathLike[str]]) -> list[Instance]:
-    """Every file, or an AlignProError whose message has one line per bad file."""
-    instances, wrong = [], []
-    for file in files:
-        try:
-            instances.append(load(file))
-        except AlignProError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise AlignProError("\n".join(wrong))
-    return instances
-
-
 def solve_files(
     files: Sequence[str | os.PathLike[str]],
     beta: float,
@@ -131,7 +118,14 @@ def solve_files(
     for name in names:
         if name not in CHOICES:
             raise AlignProError(f"--bounds {name}: is unknown; give one of {', '.join(CHOICES)} or all")
-    instances = load_all(files)
+    instances, wrong = [], []
+    for file in files:
+        try:
+            instances.append(load(file))
+        except AlignProError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise AlignProError("\n".join(wrong))
     solved = solve_instances(instances, beta, lam, names, r_max, progress)
     return Solutions([replace(one, file=str(file)) for file, one in zip(files, solved, strict=True)])
 
@@ -195,10 +189,9 @@ def _evaluator(bounds: tuple[str, ...], r_max: float | None) -> Callable[..., An
 
 
 def _padded_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    if max(shape) <= _SMALL:
-        return (_SMALL,) * 3
-    if max(shape) <= _SIZES[0]:
-        return (_SIZES[0],) * 3
+    for size in (_SMALL, _SIZES[0]):
+        if max(shape) <= size:
+            return (size,) * 3
     if max(shape) > _SIZES[-1]:
         return shape
     x, k, y = (next(size for size in _SIZES if n <= size) for n in shape)

@@ -196,15 +196,14 @@ def solve_large(
     extra = -prompts % len(devices)
 
     # Copies of the first prompt, of probability 0, make the prompts divide evenly.
-    def spread(array: Any, fill: str = "copy") -> Any:
+    def spread(array: Any, copied: bool = True) -> Any:
         array = np.asarray(array)
-        more = np.zeros_like(array[:1]) if fill == "zero" else array[:1]
-        return jax.device_put(np.concatenate([array, *[more] * extra]), across)
+        return jax.device_put(np.concatenate([array, *[array[:1] * copied] * extra]), across)
 
     mesh = Mesh(np.array(devices), ("x",))
     across, everywhere = NamedSharding(mesh, PartitionSpec("x")), NamedSharding(mesh, PartitionSpec())
     arrays = unchecked(
-        spread(instance.p, "zero"),
+        spread(instance.p, copied=False),
         spread(instance.prior),
         jax.device_put(instance.frozen, everywhere),
         spread(instance.own),
@@ -312,12 +311,7 @@ def _temperatures(name: str, value: Any, count: int) -> np.ndarray:
 
 
 def _on_one(statement: Callable[[Solution], Any]) -> Callable[..., Any]:
-    """The statement on one instance."""
-
-    def one(instance: Instance, beta: Any, lam: Any, prompter: Any) -> Any:
-        return statement(solution(instance, beta, lam, prompter))
-
-    return one
+    return lambda *instance: statement(solution(*instance))
 
 
 @lru_cache

@@ -153,9 +153,7 @@ class Tally:
         """Count a batch of evaluated statements, and keep what refutes or is doubtful."""
         lhs, rhs, error, ceiling = (np.asarray(v) for v in found[:4])
         slack, equality = rhs - lhs, self.claim.relation == "="
-        applicable = np.ones(slack.shape, dtype=bool)
-        for assumption in found.assumptions.values():
-            applicable &= assumption
+        applicable = np.logical_and.reduce([np.full(slack.shape, True), *found.assumptions.values()])
         known = ~(np.isnan(slack) | np.isnan(error))
         if equality:
             violated = applicable & known & (np.abs(slack) > error)

@@ -353,13 +353,11 @@ def _certify(result: Verification, quiet: bool) -> None:
     from alignpro.theory.proof.certify import Case, certify_many
 
     kept = [(tally, case) for tally in result.tallies if tally.doubtful for _, case in tally.doubtful.kept]
-    cases = [Case(instance, beta, lam, t.statement, rho) for t, (instance, beta, lam, rho) in kept]
+    cases = [Case(*case[:3], tally.statement, case[3]) for tally, case in kept]
     for tally in result.tallies:
         tally.worst = None
-    for (tally, (instance, beta, lam, rho)), found in zip(
-        kept, certify_many(cases, quiet=quiet), strict=True
-    ):
+    for (tally, case), found in zip(kept, certify_many(cases, quiet=quiet), strict=True):
         tally.certificates.append(found)
-        worst = Worst(instance, beta, lam, rho, found.within, tally.family)
+        worst = Worst(*case, found.within, tally.family)
         if found.verdict == "violated" and worst.better_than(tally.worst):
             tally.worst = worst
