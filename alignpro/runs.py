@@ -1,6 +1,10 @@
-"""Decides whether a run in a folder can be continued."""
+"""A run in a folder: whether it can be continued with these settings, and on what machine it was made."""
 
+import os
+import platform
+import sys
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +28,21 @@ def refuse_other_settings(
             f"{option}: {folder} was started with {name} = {old}, not {new}; "
             "repeat that setting or choose another folder"
         )
+
+
+def environment() -> dict[str, Any]:
+    """Machine and library versions, for the record: no user name, host name or path.
+
+    Raises:
+        PackageNotFoundError: the libraries of language models are not installed.
+    """
+    torch = sys.modules.get("torch")
+    cuda = torch is not None and torch.cuda.is_available()
+    packages = ("alignpro", "torch", "transformers", "trl", "peft", "jax", "numpy")
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch is not None and cuda else "cpu",
+        "packages": {name: version(name) for name in packages},
+    }

@@ -144,24 +144,25 @@ def main() -> int:
     with tqdm(total=len(FAMILIES) * options.instances, unit="instance") as bar:
         for family, draw in FAMILIES.items():
             rng = np.random.default_rng([options.seed, *family.encode()])
-            for _ in range(0, options.instances, CHUNK):
-                batch = draw(rng, CHUNK, SHAPE)
+            for done in range(0, options.instances, CHUNK):
+                count = min(CHUNK, options.instances - done)
+                batch = draw(rng, count, SHAPE)
                 scale = np.maximum(np.ptp(batch.reward, axis=(1, 2)), 1e-12)
-                beta, lam = scale * 10.0 ** rng.uniform(-3, 3, (2, CHUNK))
+                beta, lam = scale * 10.0 ** rng.uniform(-3, 3, (2, count))
                 rho = random_prompters(rng, batch.prior)
-                wide = (scale * 10.0 ** rng.uniform(-3, 1, CHUNK))[:, None, None]
+                wide = (scale * 10.0 ** rng.uniform(-3, 1, count))[:, None, None]
                 estimate = batch.reward + wide * rng.standard_normal(batch.reward.shape)
                 found = of_limits(batch, beta, lam, rho) | of_robustness(batch, estimate, lam, beta)
                 x, k, _ = SHAPE
-                first = rng.dirichlet(np.ones(k), (CHUNK, x))
-                second = np.take_along_axis(batch.prior, rng.integers(x, size=(CHUNK, k, 1)), 1)
-                lams = scale[:, None] * 10.0 ** rng.uniform(-2, 2, (CHUNK, 2))
+                first = rng.dirichlet(np.ones(k), (count, x))
+                second = np.take_along_axis(batch.prior, rng.integers(x, size=(count, k, 1)), 1)
+                lams = scale[:, None] * 10.0 ** rng.uniform(-2, 2, (count, 2))
                 rhos = random_prompters(rng, first)[:, :, None], random_prompters(rng, second)[:, None]
-                rhos = rhos[0], np.broadcast_to(rhos[1], (CHUNK, x, k, k))
+                rhos = rhos[0], np.broadcast_to(rhos[1], (count, x, k, k))
                 found |= of_chains(batch, first, second, beta, lams, rhos)
                 for name, amounts in found.items():
                     note(name, float(np.max(amounts)), family)
-                bar.update(CHUNK)
+                bar.update(count)
     each = f"{options.instances} instances of each of {len(FAMILIES)} families"
     print(f"{each}, seed {options.seed}\n")
     print("| statement | worst | family |\n|---|---|---|")

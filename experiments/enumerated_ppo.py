@@ -15,11 +15,12 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from alignpro.commands.demo import DemoSettings, Judge, enumerated, environment, fit, user_prompts
 from alignpro.files import writable_folder, write_json
+from alignpro.llm.arms.demo import DemoSettings, Measures, enumerated, fit, user_prompts
 from alignpro.llm.models.load import load_model
 from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.training.settings import TreeSettings
+from alignpro.runs import environment
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
     reward = load_reward(settings.reward)
     model, tokenizer = load_model(settings.model)
     enumeration = enumerated(out, settings, prompts, model, tokenizer, reward)
-    judge = Judge(enumeration.instance, settings.beta, settings.training.lam)
+    measures = Measures(enumeration.instance, settings.beta, settings.training.lam)
     curves = {}
     for seed in experiment.seeds:
         training = replace(settings.training, seed=seed)
@@ -44,7 +45,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
         model, tokenizer = load_model(settings.model)  # training wraps the model in place
         curves[seed] = fit(
             enumeration,
-            judge,
+            measures,
             training,
             model,
             tokenizer,
@@ -59,8 +60,8 @@ def run(experiment: Experiment) -> dict[str, Any]:
         "settings": asdict(settings),
         "environment": environment(),
         "reward_model": reward.describe()["test_accuracy"],
-        "optimal_objective": judge.reference["objective"] + judge.reference["shortfall"],
-        "reference": judge.reference,
+        "optimal_objective": measures.reference["objective"] + measures.reference["shortfall"],
+        "reference": measures.reference,
         "last": last,
         "closed": {
             "mean": closed.mean(),

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alignpro.commands.demo import environment
 from alignpro.files import read_json_lines, write_json, write_text
 from alignpro.llm.data import packaged, split
 from alignpro.llm.models.sampling import EVALUATION, Sampling
@@ -31,6 +30,7 @@ from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.targets.ledger import Cached
 from alignpro.llm.targets.local import LocalTarget
 from alignpro.llm.training.open_ended import PROMPTER_FOLDER, Environment, TrainSettings, train
+from alignpro.runs import environment
 
 MODEL, REWARD = "smollm2-135m-instruct", "minilm-bt"
 SETTINGS = TrainSettings(

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from open_ppo import MODEL, REWARD, VARIANTS, by_prompt, interval
 
-from alignpro.commands.demo import environment
 from alignpro.files import read_json_lines, write_json
 from alignpro.llm.arms.evaluate import evaluate
 from alignpro.llm.arms.resample import best_of_n, load_proposals, propose, save_proposals, star
@@ -26,6 +25,7 @@ from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.targets.ledger import Cached
 from alignpro.llm.targets.local import LocalTarget
 from alignpro.llm.training.open_ended import Environment
+from alignpro.runs import environment
 
 
 def main():

@@ -1,12 +1,9 @@
 """What the documents say is so: blocks run, commands parse, tutorials print what they show, links lead
-somewhere, the site builds without a warning, and the picture of the architecture is that of the code."""
+somewhere, and the site builds without a warning."""
 
-import ast
 import contextlib
-import functools
 import importlib.util
 import io
-import itertools
 import re
 import runpy
 import shlex
@@ -243,70 +240,3 @@ def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)", prose):
         if not link.startswith("http"):
             assert (page.parent / link).exists(), link
-
-
-# --- the architecture ---
-
-
-def modules() -> dict[str, Path]:
-    """Dotted names below alignpro."""
-    found = {}
-    for path in (ROOT / "alignpro").rglob("*.py"):
-        parts = path.relative_to(ROOT / "alignpro").with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-@functools.cache
-def imported(source: str) -> set[str]:
-    """All that a module imports, inside functions too: dotted names of modules and of what is in them."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
-
-
-def wrong_arrows(picture: str) -> list[str]:
-    known = modules()
-    found = []
-    for line in re.findall(r"^│(.*)│$", picture, re.MULTILINE):
-        for chain in re.findall(r"\w[\w.]*(?: ─▶ \w[\w.]*)+", line):
-            names = chain.split(" ─▶ ")
-            found += [name for name in names if name not in known]
-            for a, b in itertools.pairwise(names):
-                if a in known and f"alignpro.{b}" not in imported(known[a].read_text()):
-                    found.append(f"{a} ─▶ {b}")
-    return found
-
-
-def test_the_picture_of_the_architecture():
-    page = (DOCS / "architecture.md").read_text()
-    assert page.count("─▶") > 60
-    assert not wrong_arrows(page)
-    assert wrong_arrows(page.replace("hunt ─▶ theory.hunt", "theory.hunt ─▶ hunt")) == ["theory.hunt ─▶ hunt"]
-    assert wrong_arrows("│ solve ─▶ theory.gone │") == ["theory.gone", "solve ─▶ theory.gone"]
-    places = {name.split("/")[-1].removesuffix(".py") for name in re.findall(r"[\w/]+\.py", page)}
-    drawn = {name.split(".")[-1] for name in re.findall(r"\w[\w.]*", page)}
-    assert {name.split(".")[-1] for name in modules()} - {"", "errors", "files"} <= places | drawn
-
-
-TORCH = {"torch", "transformers", "trl", "peft", "accelerate", "alignpro.llm"}
-FORBIDDEN = {"theory": TORCH} | dict.fromkeys(("estimation", "rollouts", "winrate"), TORCH | {"jax"})
-
-
-def trespasses(source: str, forbidden: set[str]) -> set[str]:
-    return {name for name in imported(source) for f in forbidden if name == f or name.startswith(f"{f}.")}
-
-
-@pytest.mark.parametrize("part", FORBIDDEN)
-def test_what_must_not_be_imported(part):
-    inside = {name: path for name, path in modules().items() if name.split(".")[0] == part}
-    assert inside
-    for name, path in inside.items():
-        assert not trespasses(path.read_text(), FORBIDDEN[part]), name
-    for mutant in ("import torch.nn", "def f():\n    from alignpro.llm import tree"):
-        assert trespasses(mutant, FORBIDDEN[part])

@@ -1,4 +1,4 @@
-"""What is installed, what this machine has, what is cached, and the command that gets what is missing.
+"""`alignpro doctor`: what is installed, what this machine has, what is cached, and how to get the rest.
 
 Nothing is fetched and no network is asked. Names no user, host or folder but the cache's.
 """
@@ -182,7 +182,6 @@ class Doctor:
     """One JSON object, instead of a table."""
 
     def run(self) -> int:
-
         found = examine()
         tell("doctor", found, table(found), self.json, None)
         return int(found["extras"][0]["remedy"] is not None)

@@ -14,18 +14,18 @@ import sys
 import webbrowser
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
 from alignpro.commands.exploring import App
 from alignpro.errors import AlignProError
+from alignpro.report import theme
 
 
 @functools.cache
 def html() -> tuple[bytes, str]:
     """The page, and its Content-Security-Policy: its own script and style, by hash, and no others."""
-    text = files("alignpro.report").joinpath("templates/explore.html").read_text(encoding="utf-8")
+    text = theme.template("explore.html")
     sources = []
     for tag in ("script", "style"):
         (inline,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)

@@ -35,9 +35,6 @@ from alignpro.commands.solve import Solve
 from alignpro.commands.train import Train
 from alignpro.commands.verify import Verify
 from alignpro.errors import AlignProError
-from alignpro.llm.training.settings import (
-    PRESETS,
-)
 from alignpro.report import keep
 
 VERBS: dict[str, type[Verb]] = {
@@ -67,6 +64,8 @@ def _expanded(arguments: Sequence[str]) -> list[str]:
     Raises:
         AlignProError: the preset is unknown, the file unreadable, or no mapping of options to plain values.
     """
+    from alignpro.llm.training.settings import PRESETS
+
     verb, *rest = arguments
     given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in rest if a.startswith("--")}
 
@@ -96,6 +95,7 @@ def _expanded(arguments: Sequence[str]) -> list[str]:
 
 
 def _yaml(path: str) -> dict[str, Any]:
+    """The options in a file of YAML. Raises AlignProError where it holds anything else."""
     try:
         import yaml
 
@@ -150,21 +150,13 @@ def _parse(arguments: Sequence[str]) -> Verb:
 
 
 def _one_line(box: str, arguments: Sequence[str]) -> str:
-    """The parser's framed complaint as one line, whether framed in Unicode or in ASCII."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│| \t") for line in box.splitlines()]
-    paragraphs: list[list[str]] = [[]]
-    for line in lines:
-        if line.startswith(("╭", "╰")):
-            continue
-        if re.fullmatch("[─-]{5,}", line):
-            paragraphs.append([])
-        elif line:
-            paragraphs[-1].append(line)
-    if "╭" not in box and len(paragraphs) > 1:
-        del paragraphs[0]  # the title, which the Unicode frame holds in its border
-    said = re.sub(r"^Error parsing (?!--)\S+: ", "", " ".join(paragraphs[0]).rstrip("."))
-    if len(paragraphs) > 1 and paragraphs[1] and paragraphs[1][0].startswith("Perhaps you meant"):
-        said += f"; perhaps {paragraphs[1][1]}"
+    """tyro's complaint as one line: it gives none but in a frame, of Unicode or of ASCII."""
+    parts = re.split("[─-]{5,}", re.sub(r"\x1b\[[0-9;]*m", "", box))
+    lines = [[line.strip("│|╭╮╰╯ \t") for line in part.splitlines()] for part in parts]
+    _, complaint, more, *_ = [[*filter(None, part)] for part in lines if any(part)] + [[], [], []]
+    said = re.sub(r"^Error parsing (?!--)\S+: ", "", " ".join(complaint).rstrip("."))
+    if more and more[0].startswith("Perhaps you meant"):
+        said += f"; perhaps {more[1]}"
     verb = f" {arguments[0]}" if arguments and arguments[0] in VERBS else ""
     return f"{said or 'cannot read the arguments'}; see alignpro{verb} --help"
 
@@ -173,7 +165,7 @@ _SHELLS = ("bash", "zsh", "fish")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; its exit status.
+    """Run the command line, and give its exit status.
 
     0 done; 1 a finding (a violated bound); 2 a mistake in the input, told in one line on stderr; 130
     interrupted.
@@ -193,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except AlignProError as error:
-        for line in str(error).splitlines():
+        for line in str(error).split("\n"):
             print(f"alignpro: error: {line}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:

@@ -10,14 +10,10 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alignpro.errors import AlignProError
-from alignpro.files import writable_folder, write_text
-
-if TYPE_CHECKING:
-    pass
-
+from alignpro.files import atomic_write, writable_folder, write_text
 from alignpro.report.numbers import unplaced
 from alignpro.report.page import Page
 
@@ -40,8 +36,9 @@ def check_file(path: str) -> None:
 def keep(page: Page, place: str | os.PathLike[str]) -> Path | None:
     """Write `page` to `place`, a file that ends in .html or a folder, and say so on stderr; its path.
 
-    In a folder it is report.html, or VERB-report.html where another verb's report.html is. Where the extra
-    `report` is not installed nothing is written, and one line on stderr says what to install.
+    In a folder it is report.html, or VERB-report.html where another verb's report.html is. Figures that are
+    files of their own are written beside it. Where the extra `report` is not installed nothing is written,
+    and one line on stderr says what to install.
 
     Raises:
         AlignProError: the file cannot be written.
@@ -58,13 +55,20 @@ def keep(page: Page, place: str | os.PathLike[str]) -> Path | None:
     except ImportError as error:
         print(f"alignpro: {path.name} is not written: {error}", file=sys.stderr)
         return None
-    write_text(path, render.page(page, facts()))
+    html, pictures = render.page(page, facts())
+    for name, png in pictures.items():
+        if png is None:
+            path.with_name(name).unlink(missing_ok=True)  # an earlier run's would pass for this one's
+            continue
+        with atomic_write(path.with_name(name)) as file:
+            file.write(png)
+    write_text(path, html)
     print(f"wrote {path}", file=sys.stderr)
     return path
 
 
 def _verb_of(path: Path) -> str | None:
-    """The verb whose page it is; None of the demo's, and of any other file."""
+    """The verb whose page the file is; None for any other file."""
     found = re.search(
         r'<meta name="generator" content="alignpro ([\w-]+)',
         path.read_bytes()[:2000].decode(errors="replace"),
@@ -73,7 +77,7 @@ def _verb_of(path: Path) -> str | None:
 
 
 def facts() -> dict[str, Any]:
-    """What was run, when, and with what versions of the packages that it loaded."""
+    """The command, the time, and the versions of the packages that were loaded, for `render.page`."""
     packages = {}
     for name in ("alignpro", *(name for name in PACKAGES if name in sys.modules)):
         try:

@@ -4,33 +4,86 @@ Texts in it were written by strangers and by language models: they are data ever
 mathtext or a formula.
 """
 
-from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from typing import Any
+import base64
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+from alignpro.report import theme
 from alignpro.report.numbers import unplaced
-from alignpro.report.page import Page, Table
+from alignpro.report.page import Page, Section, Table
+from alignpro.report.text import typographic, visible
 
 try:
     import jinja2
-    from matplotlib import style
 except ImportError as error:
     raise ImportError(f"{error.name} is missing: pip install 'alignpro[report]'") from error
 
-from alignpro.report.figures import _STYLE, _figure_of, visible
+from alignpro.report import figures
 
-# --- the page ---------------------------------------------------------------------------------------------
-
-
-def _number(value: Any, digits: int = 3) -> str:
-    if value is None:
-        return "–"
-    text = f"{value:.{digits}f}"
-    return "0." + "0" * digits if text.startswith("-0.") and not text.strip("-0.") else text.replace("-", "−")
+_MARKED = {"holds": "holds", "reproduced": "holds", "violated": "violated", "REFUTED": "violated"}
+_SHORT = ("words", "n")
+_KINDS = {"w": "words", "n": "n", "t": "texts"}
 
 
-def _percent(value: Any, digits: int = 1) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f}%".replace("-", "−")
+class Rendered(NamedTuple):
+    """A page as files."""
+
+    html: str
+    pictures: dict[str, bytes | None]
+    """PNG files to stand beside the page, by name; None where the figure had nothing to draw."""
+
+
+def page(content: Page, made: Mapping[str, Any]) -> Rendered:
+    """A verb's page as self-contained HTML, and its figures that are files of their own.
+
+    Absolute paths and keys in addresses are cut from all its texts but those in cells of kind t and in what
+    is quoted, which stay as others wrote them.
+
+    Args:
+        content: what it says.
+        made: `alignpro.report.keep.facts()`.
+    """
+    pictures: dict[str, bytes | None] = {}
+    html = _environment().get_template("page.html.j2")
+    text = html.render(
+        verb=content.verb,
+        title=_set(content.title),
+        lead=_paragraphs(content.lead),
+        key_numbers=[{name: _set(text) for name, text in key._asdict().items()} for key in content.keys],
+        sections=[_section(section, pictures) for section in content.sections],
+        settings=content.settings,
+        made=made,
+        marked=_MARKED,
+    )
+    return Rendered(text, pictures)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(theme.template),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["flat"] = _flat
+    return environment
+
+
+def _finalize(value: Any) -> Any:
+    # Every expression of the template passes here, so no text reaches the page without `visible`. Exactly
+    # `str`: what a macro returns is markup of the template's own.
+    return visible(value) if type(value) is str else value
+
+
+def _set(text: str) -> str:
+    """A text of the verb's own: without folders, its numbers set in type."""
+    return typographic(unplaced(text))
+
+
+def _paragraphs(text: str) -> list[str]:
+    return _set(text).split("\n\n")
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -46,84 +99,34 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, f"{value:.6g}" if isinstance(value, float) else unplaced(str(value)))]
 
 
-def _range(sizes: Sequence[int] | int) -> str:
-    sizes = [sizes] if isinstance(sizes, int) else list(sizes)
-    if not sizes:
-        return "0"
-    return str(sizes[0]) if min(sizes) == max(sizes) else f"{min(sizes)}–{max(sizes)}"
-
-
-def _finalize(value: Any) -> Any:
-    # Every expression of the template passes here, so no text reaches the page without `visible`. Exactly
-    # `str`: what a macro returns is markup of the template's own.
-    return visible(value) if type(value) is str else value
-
-
-def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(
-            lambda file: files("alignpro.report").joinpath("templates", file).read_text(encoding="utf-8")
-        ),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_finalize,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "num": _number,
-        "pct": _percent,
-        "flat": _flat,
-        "range": _range,
-        "unplaced": unplaced,
+def _section(section: Section, pictures: dict[str, bytes | None]) -> dict[str, Any]:
+    """Values of a section for the template; adds the figure's own file to `pictures`."""
+    drawing = None if section.figure is None else figures.draw(section.figure)
+    png = None if drawing is None else figures.png(drawing)
+    if section.file:
+        pictures[section.file] = png
+    plot = None
+    if drawing is not None and png is not None:
+        source = "data:image/png;base64," + base64.b64encode(png).decode()
+        plot = {"src": source, "alt": drawing.alt, "tall": drawing.tall, "more": drawing.more}
+    return {
+        "heading": _set(section.heading),
+        "quoted": section.quoted,
+        "paragraphs": _paragraphs(section.sentence) if section.sentence else [],
+        "points": [_set(point) for point in section.points],
+        "plot": plot,
+        "lacks": section.figure is not None and plot is None,
+        "file": section.file,
+        "tables": [_cells(table) for table in section.tables],
+        "facts": section.facts,
+        "folded": section.folded,
     }
-    return environment.get_template(name)
 
 
-_MARKED = {"holds": "holds", "reproduced": "holds", "violated": "violated", "REFUTED": "violated"}
-_SHORT = ("words", "n")
-_KINDS = {"w": "words", "n": "n", "t": "texts"}
-
-
-def page(content: Page, made: Mapping[str, Any]) -> str:
-    """A verb's page as self-contained HTML.
-
-    Absolute paths and keys in addresses are cut from all its texts but those in cells of kind t, which stay
-    as others wrote them.
-
-    Args:
-        content: what it says.
-        made: `alignpro.report.keep.facts()`.
-    """
-    with style.context(["default", _STYLE]):  # whatever the user's matplotlibrc says
-        sections = [
-            {
-                "heading": unplaced(s.heading),
-                "sentence": unplaced(s.sentence),
-                **_figure_of(s.figure),
-                **_cells(s.table),
-            }
-            for s in content.sections
-        ]
-    keys = [{name: unplaced(text) for name, text in key._asdict().items()} for key in content.keys]
-    return _template("page.html.j2").render(
-        verb=content.verb,
-        title=unplaced(content.title),
-        lead=unplaced(content.lead),
-        key_numbers=keys,
-        sections=sections,
-        settings=content.settings,
-        made=made,
-        marked=_MARKED,
-    )
-
-
-def _cells(table: Table | None) -> dict[str, Any]:
-    if table is None:
-        return {"head": None, "rows": None}
+def _cells(table: Table) -> dict[str, Any]:
     head = table.head.split("|") if isinstance(table.head, str) else table.head
     rows = [
-        [cell if kind == "t" else unplaced(cell) for kind, cell in zip(table.kinds, row, strict=True)]
+        [cell if kind == "t" else _set(cell) for kind, cell in zip(table.kinds, row, strict=True)]
         for row in table.rows
     ]
     kinds = [_KINDS[kind] for kind in table.kinds]
@@ -136,8 +139,9 @@ def _cells(table: Table | None) -> dict[str, Any]:
         > 90
     )
     return {
-        "head": [unplaced(name.strip()) for name in head],
+        "head": [_set(name.strip()) for name in head],
         "rows": rows,
         "kinds": kinds,
         "dense": dense,
+        "best": set(table.best),
     }

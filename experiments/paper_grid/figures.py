@@ -8,17 +8,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from alignpro.files import atomic_write, write_text
-from alignpro.report.figures import visible
+from alignpro.report import theme
+from alignpro.report.text import visible
 from paper_grid.summary import PAPER_DATASETS, PAPER_TABLE_1, interval
 
-# Okabe–Ito, and a marker each: told apart with every common colour blindness, and in print.
+# A marker each: told apart in print, too.
 STYLE = {
-    "none": ("no fine-tuning", "#6b6b6b", "s"),
-    "sft": ("untrained prompter", "#E69F00", "v"),
-    "trained": ("Align-Pro", "#0072B2", "o"),
-    "rlhf": ("RLHF", "#D55E00", "D"),
+    "none": ("no fine-tuning", theme.MUTED, "s"),
+    "sft": ("untrained prompter", theme.ORANGE, "v"),
+    "trained": ("Align-Pro", theme.BLUE, "o"),
+    "rlhf": ("RLHF", theme.VERMILLION, "D"),
 }
-FONT = "DejaVu Sans"
 Results = Mapping[str, Any]
 
 
@@ -68,14 +68,16 @@ def _figure(results: Results, key: str, label: str, path: Path) -> None:
             handles[name] = axes.errorbar(
                 at, values, errors, fmt=marker, color=colour, markersize=5, capsize=2, linewidth=1.2
             )
-        axes.set_xticks(range(len(each)), [e["dataset"] for e in each], fontfamily=FONT)
+        axes.set_xticks(range(len(each)), [e["dataset"] for e in each], fontfamily=theme.FONT)
         axes.set_xlim(-0.5, len(each) - 0.5)
-        axes.set_title(f"{architecture[0]} → {architecture[1]}", loc="left", fontsize=9.5, fontfamily=FONT)
+        axes.set_title(
+            f"{architecture[0]} → {architecture[1]}", loc="left", fontsize=9.5, fontfamily=theme.FONT
+        )
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
+        axes.grid(axis="y", color=theme.GRID, linewidth=0.6)
         axes.set_axisbelow(True)
     for axes in grid[:, 0]:
-        axes.set_ylabel(label, fontfamily=FONT)
+        axes.set_ylabel(label, fontfamily=theme.FONT)
     columns = 4 if columns > 1 else 2
     figure.legend(
         handles.values(), handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9

@@ -147,7 +147,7 @@ def write_model(model: Model, folder: Path, scale: str) -> Path:
     """Configuration, tokenizer and chat template, and the mark by which weights are drawn at loading."""
     import transformers
     import trl
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     from alignpro.llm.models.catalogue import RANDOM_FILE
 
@@ -159,7 +159,7 @@ def write_model(model: Model, folder: Path, scale: str) -> Path:
         values |= {"head_dim": 16} if "head_dim" in values else {}
         values["original_max_position_embeddings"] = values["max_position_embeddings"]
     vocabulary, merges = _words(model.specials, values["vocab_size"])
-    backend = Tokenizer(models_load_load.BPE(vocabulary, merges))
+    backend = Tokenizer(models.BPE(vocabulary, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     named = {f"{role}_token": token for role, token in model.roles.items()}
@@ -347,7 +347,6 @@ def rehearse(preset: Preset, out: Path, scale: str, only: str = "") -> dict[str,
     import torch
 
     from alignpro.llm.models import catalogue
-    from alignpro.llm.models import catalogue as models_load_catalogue
     from alignpro.llm.rewards.opening import REWARDS
 
     if scale not in SCALES:
@@ -364,7 +363,7 @@ def rehearse(preset: Preset, out: Path, scale: str, only: str = "") -> dict[str,
     small = shrunk(preset, scale)
     arithmetic = {job.name: cost.of_job(job, small) for job in plan.jobs(small)}
     jobs = plan.chosen(plan.jobs(renamed(small, folders)), only)
-    os.environ[models_load_catalogue.REHEARSAL] = "1"
+    os.environ[catalogue.REHEARSAL] = "1"
     found: dict[str, Any] = {}
     count = sum(job.verb != "prompts" for job in jobs)
     packages.note(f"rehearsal at scale {scale}: {count} jobs of one round, on random weights")

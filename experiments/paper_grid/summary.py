@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from alignpro import rollouts
-from alignpro.commands.demo import environment
 from alignpro.errors import AlignProError
 from alignpro.estimation import winrate
 from alignpro.estimation.arm import Arm
@@ -29,6 +28,7 @@ from alignpro.llm.arms.judge import FILE as JUDGEMENTS
 from alignpro.llm.arms.rollout import FILE as ROLLOUTS
 from alignpro.llm.targets.ledger import spent
 from alignpro.llm.training.open_ended import METRICS_FILE
+from alignpro.runs import environment
 from paper_grid import plan
 from paper_grid.plan import Preset
 from paper_grid.work import FINISHED

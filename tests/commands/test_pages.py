@@ -26,7 +26,7 @@ from alignpro.commands import main
 from alignpro.errors import AlignProError
 from alignpro.estimation.simulate import Size, simulated_rows
 from alignpro.report import figures as report_figures
-from alignpro.report import keep, numbers, render
+from alignpro.report import keep, numbers, render, text
 from alignpro.report.page import Curve, Curves, Dot, Dots, Page, Table
 from alignpro.theory.families import draw
 
@@ -248,7 +248,7 @@ def test_numbers_of_headroom_compare_and_judge(ran):
     run = ran("headroom")
     found, rows = json.loads((run.out / "headroom.json").read_text()), run.page.rows()
     assert json.loads(run.said.out) == found
-    assert found["answer"] in run.page.text
+    assert text.typographic(found["answer"]) in run.page.text
     for at in found["at"]:
         cells = [limits(at[key]) for key in ("over_reference", "net", "over_none")]
         assert rows[f"λ = {at['lam']:g}"][1:] == cells
@@ -361,7 +361,7 @@ def test_numbers_of_the_language_models(ran):
     first = [row for row in rows if row["draw"] == row["answer"] == 0]
     assert len(texts) == len(first) == 10
     for row in first:
-        assert (row["x"], row["arm"], report_figures.visible(row["response"])) in texts
+        assert (row["x"], row["arm"], text.visible(row["response"])) in texts
 
     run = ran("resample")
     proposals = [json.loads(line) for line in (run.out / "proposals.jsonl").read_text().splitlines()]
@@ -440,7 +440,7 @@ def test_the_grid_has_a_page_too(grid, tmp_path):
     assert "script" not in page.tags
     assert any(HOSTILE in cell and "⟨U+202E⟩gnp.exe⟨U+2066⟩⟨U+200B⟩" in cell for cell in every)
     grid["combinations"], grid["claims"][0]["cells"] = [], []
-    Strict(render.page(grid_page.report_of_grid(grid), keep.facts()))
+    Strict(render.page(grid_page.report_of_grid(grid), keep.facts()).html)
 
 
 # --- strangers' text ---
@@ -458,17 +458,17 @@ def a_page(text, **changes):
 
 
 def rendered(page):
-    return render.page(page, {**keep.facts(), "command": f"alignpro {HOSTILE}{HIDDEN}"})
+    return render.page(page, {**keep.facts(), "command": f"alignpro {HOSTILE}{HIDDEN}"}).html
 
 
 def test_text_from_outside_stays_text():
-    text = rendered(a_page(HOSTILE + HIDDEN))
-    page = Strict(text)
+    said = rendered(a_page(HOSTILE + HIDDEN))
+    page = Strict(said)
     assert "script" not in page.tags
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert not [value for value in page.of("img", "src") if not value.startswith("data:image/png")]
     assert page.text.count(" ".join(HOSTILE.split())) > 12
-    assert not set(HIDDEN) & set(text) - set("gnp.exe")
+    assert not set(HIDDEN) & set(said) - set("gnp.exe")
     assert "⟨U+202E⟩" in page.of("img", "alt")[0]
     assert str(98765 * 43211) not in page.text  # a template in a text is not run
 
@@ -477,8 +477,8 @@ def test_without_escaping_it_would_not(monkeypatch):
     """The mutant."""
     whole = render.jinja2.Environment
     monkeypatch.setattr(render.jinja2, "Environment", lambda **said: whole(**{**said, "autoescape": False}))
-    text = render.page(a_page("<script>alert(1)</script>"), keep.facts())
-    assert "script" in Strict(text).tags
+    said = render.page(a_page("<script>alert(1)</script>"), keep.facts()).html
+    assert "script" in Strict(said).tags
     with pytest.raises(AssertionError):
         Strict(rendered(a_page(HOSTILE)))
 
@@ -525,49 +525,44 @@ def test_the_command_is_as_typed_but_for_folders():
 # --- what is drawn ---
 
 
-def test_dots_are_where_the_numbers_are(monkeypatch):
-    figures = []
-    monkeypatch.setattr(report_figures, "_png", lambda figure: figures.append(figure) or b"")
+def test_dots_are_where_the_numbers_are():
     dots = [
         Dot("$a$", 0.25, 0.125, 0.5, "x"),
         Dot("$a$", 0.75, None, None, "y"),
         Dot("b", -0.5, -1.7e308, 0.0, "x"),
     ]
     dots += [Dot("none", None), Dot("nan", float("nan"))]
-    plot = report_figures._dots(Dots("T", "units", dots, [(1.0, "here")]))
-    [axes] = figures[0].axes
+    drawing = report_figures.draw(Dots("T", "units", dots, [(1.0, "here")]))
+    [axes] = drawing.canvas.axes
     drawn = [line for line in axes.lines if line.get_marker() in ("o", "s")]
     assert [line.get_xdata()[0] for line in drawn] == [0.25, 0.75, -0.5]
     assert [line.get_marker() for line in drawn] == ["o", "s", "o"]  # never colour alone
     bars = [list(line.get_xdata()) for line in axes.lines if line.get_linewidth() == 2]
     assert bars == [[0.125, 0.5], [axes.get_xlim()[0], 0.0]]  # one without an end leaves the axes
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["$a$", "b"]
-    assert plot.alt == ("T, units. $a$, x: 0.25 [0.125, 0.5]; $a$, y: 0.75; b, x: −0.5 [−∞, 0]; here at 1.")
-    assert report_figures._dots(Dots("T", "units", [Dot("a", None)])) is None
+    assert drawing.alt == (
+        "T, units. $a$, x: 0.25 [0.125, 0.5]; $a$, y: 0.75; b, x: −0.5 [−∞, 0]; here at 1."
+    )
+    assert report_figures.draw(Dots("T", "units", [Dot("a", None)])) is None
 
 
-def test_one_far_number_does_not_crush_the_others(monkeypatch):
-    figures = []
-    monkeypatch.setattr(report_figures, "_png", lambda figure: figures.append(figure) or b"")
+def test_one_far_number_does_not_crush_the_others():
     for far, scale in ((2.0, "linear"), (1e6, "symlog")):
-        report_figures._dots(
-            Dots("T", "units", [*(Dot(str(i), 0.1 * i) for i in range(1, 9)), Dot("far", far)])
-        )
-        assert figures[-1].axes[0].get_xscale() == scale
+        near = (Dot(str(i), 0.1 * i) for i in range(1, 9))
+        drawing = report_figures.draw(Dots("T", "units", [*near, Dot("far", far)]))
+        assert drawing.canvas.axes[0].get_xscale() == scale
 
 
-def test_curves_are_the_numbers(monkeypatch):
-    figures = []
-    monkeypatch.setattr(report_figures, "_png", lambda figure: figures.append(figure) or b"")
+def test_curves_are_the_numbers():
     curves = [Curve("a", [0.1, None, 0.4], [0.05, None, 0.05]), Curve("b", [1.0, 2.0, 3.0])]
-    plot = report_figures._panels(Curves([1, 2, 3], "steps", [("u", curves)]))
-    [axes] = figures[0].axes
+    drawing = report_figures.draw(Curves([1, 2, 3], "steps", [("u", curves)]))
+    [axes] = drawing.canvas.axes
     first, second = axes.lines
     np.testing.assert_array_equal(first.get_ydata(), [0.1, np.nan, 0.4])
     np.testing.assert_array_equal(second.get_ydata(), [1, 2, 3])
     assert (first.get_marker(), first.get_linestyle()) != (second.get_marker(), second.get_linestyle())
     assert (
-        plot.alt
+        drawing.alt
         == "Curves over 1 to 3 steps. u, a: 0.1 → 0.4, between 0.1 and 0.4; u, b: 1 → 3, between 1 and 3."
     )
 

@@ -14,14 +14,13 @@ from scipy import stats
 
 from alignpro.claims import Claim
 from alignpro.commands import main
-from alignpro.errors import AlignProError
+from alignpro.errors import AlignProError, check_temperature
 from alignpro.estimation import compare, estimate, headroom, statements
 from alignpro.estimation.intervals import bootstrap_t
 from alignpro.estimation.paired import Term, estimates
 from alignpro.estimation.simulate import Size, simulate, simulated_rows
 from alignpro.estimation.terms import Terms
 from alignpro.rollouts import LOGPS, collect
-from alignpro.theory import check
 
 BETA, LAM = 0.25, 0.2
 SIZE = Size(60, 24, 12, 4)
@@ -405,8 +404,7 @@ def test_theory_and_estimation_take_the_same_temperatures():
         return all(len({answer(way, value) for way in (theory, *ways)}) == 1 for value in GOOD + NOT_SO)
 
     def theory(value):
-        check(instance(3), 0.5, value)
-        return float(value)
+        return check_temperature("lam", value)
 
     assert same(*estimation)
     assert not same(own_numbers)

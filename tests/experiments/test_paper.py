@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -210,6 +211,23 @@ def test_pictures_and_page(whole):
     assert "\n    # A heading" in page
     assert "\n# A heading" not in page
     assert "\u202e" not in page
+
+
+def test_line_separators_in_texts_pass_through_the_summary(home, whole, tmp_path):
+    """U+2028, U+0085 and their kind are text, though `str.splitlines` ends lines there."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    file = out / plan.combination("P", "F", "one") / "rollout" / "rollouts.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    rows[0]["response"] = "one\u2028two\u0085three\x0bfour"
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file.write_text(text, encoding="utf-8")
+    said = summary.summarise(plan.load(str(home / "tiny.yaml")), out)
+    first = said["combinations"][0]["examples"][0]
+    assert first["arms"][rows[0]["arm"]]["response"] == rows[0]["response"]
+    assert "one⟨U+2028⟩two⟨U+0085⟩three" in figures.page(said)
+    with pytest.raises(ValueError, match="Unterminated string"):  # the mutant
+        [json.loads(line) for line in text.splitlines()]
 
 
 def test_a_second_time_does_nothing(home, whole):

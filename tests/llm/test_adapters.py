@@ -184,7 +184,7 @@ def test_every_process_has_a_device_of_its_own(monkeypatch):
 
 
 def test_four_bits_need_their_package(home, monkeypatch, capsys):
-    monkeypatch.setattr(load, "find_spec", lambda name: None)
+    monkeypatch.setattr(configure, "find_spec", lambda name: None)
     with pytest.raises(AlignProError, match=r"^dtype '4bit': the package bitsandbytes is missing; run pip"):
         load.load_model(home / "llama3_2", "4bit")
     arguments = ["train", "--out", str(home / "none"), "--prompter", str(home / "llama3_2")]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import zoo
 
-from alignpro.commands import demo, main
+from alignpro.commands import main
+from alignpro.llm.arms import demo
 from alignpro.llm.arms.enumerate import Enumeration, enumerate_models
 from alignpro.llm.arms.settings import EnumerationSettings
 from alignpro.llm.models.load import load_model
@@ -155,8 +156,8 @@ def test_the_whole_demo(name, animals, tmp_path, monkeypatch):
         training=replace(demo.QUICK.training, iterations=1, samples=8),
     )
     content = demo.run(tmp_path / "demo", settings)
-    assert content["curve"][0]["exact"]["kl_to_sft"] == pytest.approx(0, abs=1e-6)
-    assert content["bounds"]["theorem1"]["star"]["verdict"] == "holds"
+    assert content.curve[0]["exact"]["kl_to_sft"] == pytest.approx(0, abs=1e-6)
+    assert content.bounds["theorem1"]["star"]["verdict"] == "holds"
     assert Enumeration.load(tmp_path / "demo").prompts == tuple(PROMPTS)
 
 

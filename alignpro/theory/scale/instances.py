@@ -151,9 +151,9 @@ def solve_instances(
         for start in range(0, len(members), batch):
             chunk = members[start : start + batch]
             # A short last chunk repeats its first member: one compilation serves all chunks.
-            padded = [padded(instances[i], shape) for i in chunk]
-            padded += [padded[0]] * (batch - len(chunk))
-            stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *padded)
+            filled = [padded(instances[i], shape) for i in chunk]
+            filled += [filled[0]] * (batch - len(chunk))
+            stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *filled)
             values = jax.tree.map(np.asarray, evaluate(stacked, beta, lam))
             for row, index in enumerate(chunk):
                 parts, checks = jax.tree.map(lambda leaf, row=row: leaf[row], values)

@@ -1,14 +1,11 @@
-"""The report shows the content's numbers, and shows strangers' text as text."""
+"""The demo's page shows the result's numbers, and shows strangers' text as text."""
 
 import base64
 import copy
 import csv
 import html
 import io
-import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,13 +13,18 @@ import pytest
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
+pytest.importorskip("torch", reason="needs torch: pip install 'alignpro[llm]'")
 
 from matplotlib.image import imread
 
-from alignpro.commands.demo_report import FIGURES, folded, render
-from alignpro.errors import AlignProError
-from alignpro.report import figures as report
-from alignpro.report.figures import shorten, visible
+from alignpro.commands.demo import examples
+from alignpro.commands.demo_page import folded, page
+from alignpro.llm.arms.demo import DemoResult
+from alignpro.report import figures, keep, render
+from alignpro.report.text import shorten, visible
+
+FIGURES = ("rewards.png", "bound.png", "curves.png", "policies.png")
+MADE = keep.facts()
 
 # Every number is different, so that a swapped column cannot pass.
 BOUND = {"assumptions": {"prompter is optimal": True}, "verdict": "holds", "vacuous": False, "error": 1e-12}
@@ -32,7 +34,7 @@ def bound(gap, model, shift, kl, shortfall=None, **changes):
     terms = {"model": model, "prompt_shift": shift, "prompter_kl": -kl}
     if shortfall is not None:
         terms["shortfall"] = shortfall
-    rhs = model + shift + (shortfall or 0) - kl
+    rhs = sum(terms.values())
     return {**BOUND, "gap": gap, "rhs": rhs, "slack": rhs - gap, "terms": terms, **changes}
 
 
@@ -113,7 +115,15 @@ def content():
         },
         "prompts": [a_prompt(), a_prompt("Name a metal", ("Which metal?", "A metal, please", "Iron?"))],
         "curve": curve,
-        "settings": {"model": "toy-model", "training": {"algorithm": "ppo", "iterations": 2, "epochs": 4}},
+        "created": "2026-11-29T00:00:00+00:00",
+        "settings": {
+            "model": "toy-model",
+            "reward": "toy-reward",
+            "seed": 3,
+            "exact_rewards": True,
+            "enumeration": {"response_tokens": 24},
+            "training": {"algorithm": "ppo", "iterations": 2, "epochs": 4},
+        },
         "reward_model": {
             "test_accuracy": {"value": 0.6768, "lo": 0.5747, "hi": 0.7646, "pairs": 203},
             "limits": ["Weak: use it to study optimization."],
@@ -126,10 +136,14 @@ def content():
 @pytest.fixture
 def unpainted(monkeypatch):
     """Figures are laid out but not painted: what is tested is text."""
-    monkeypatch.setattr(report, "_png", lambda figure: b"painted elsewhere")
+    monkeypatch.setattr(figures, "png", lambda drawing: b"painted elsewhere")
 
 
-class Page(HTMLParser):
+def rendered(content):
+    return render.page(page(DemoResult(**content)), MADE)
+
+
+class Read(HTMLParser):
     """Tags, attributes, text and table cells, as a browser's parser would find them."""
 
     def __init__(self, text):
@@ -159,12 +173,12 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def page(content, folder):
-    return Page(render(content, folder).read_text(encoding="utf-8"))
+def read(content):
+    return Read(rendered(content).html)
 
 
-def test_the_summary_states_the_contents_numbers(content, tmp_path, unpainted):
-    text = page(content, tmp_path).text
+def test_the_summary_states_the_contents_numbers(content, unpainted):
+    text = read(content).text
     assert "82.2%" in text
     assert "0.520 → 0.630" in text
     assert "0.230 → 0.120" in text
@@ -172,32 +186,33 @@ def test_the_summary_states_the_contents_numbers(content, tmp_path, unpainted):
     assert "cannot exceed 0.691 on these rewrites, so a gap of 0.060 to the RLHF optimum (0.751)" in text
     assert "holds 5, vacuous 0" in text
     assert "PPO training of 8 optimizer steps" in text
-    assert "67.7% (95% interval 57.5% to 76.5%, 203 pairs)" in text
+    assert "67.7% [57.5%, 76.5%] of 203 pairs" in text
     assert "Weak: use it to study optimization." in text
     assert "One training seed" in text
     assert "4–5 responses" in text
 
 
-def test_columns_of_the_bounds_are_not_swapped(content, tmp_path, unpainted):
-    found = page(content, tmp_path)
-    assert found.row("Trained form", "ρ θ".replace(" ", "")) == [
-        *("Trained form", "ρθ", "0.1203", "0.3511", "0.2522", "0.0155", "−0.0105", "0.6083", "0.4880"),
+def test_columns_of_the_bounds_are_not_swapped(content, unpainted):
+    found = read(content)
+    assert found.row("Trained form", "ρ_θ") == [
+        *("Trained form", "ρ_θ", "0.1203", "0.3511", "0.2522", "0.0155", "−0.0105", "0.6083", "0.4880"),
         *("19.8%", "holds", "no"),
     ]
     assert found.row("Theorem 1")[5:8] == ["–", "−0.0205", "0.6828"]
-    assert found.row("Trained form", "ρsft")[2] == "0.2304"
+    assert found.row("Trained form", "ρ_sft")[2] == "0.2304"
     assert found.row("Tight form", "ρ*")[6] == "−0.0602"
 
 
-def test_columns_of_the_rewrites_are_not_swapped(content, tmp_path, unpainted):
-    found = page(content, tmp_path)
-    assert found.row("Explain tides.") == ["Explain tides.", "20.3%", "60.4%", "70.5%", "0.711"]
-    assert "ρsft 0.522, ρθ 0.633, ρ* 0.644" in found.text.replace("ρ sft", "ρsft").replace(
-        "ρ θ", "ρθ"
-    ).replace("ρ *", "ρ*")
+def test_columns_of_the_rewrites_are_not_swapped(content, unpainted):
+    found = read(content)
+    assert found.row("Explain tides.", "20.3%") == ["Explain tides.", "20.3%", "60.4%", "70.5%", "0.711"]
+    assert "ρ_sft 0.522, ρ_θ 0.633, ρ* 0.644" in found.text
     # Only a response that was cut ends in an ellipsis.
-    assert "The moon pulls …" in found.text or "The moon pulls…" in found.text
-    assert "Gravity. reward 0.702, probability 60.6%" in found.text
+    assert found.row("How do tides work?", "the frozen model")[2:] == ["The moon pulls…", "0.501", "40.5%"]
+    [asked] = [
+        row for row in found.rows if row[:1] == ["Explain tides."] and len(row) == 5 and "ρ_θ" in row[1]
+    ]
+    assert asked[2:] == ["Gravity.", "0.702", "60.6%"]
 
 
 @pytest.mark.parametrize(
@@ -209,9 +224,9 @@ def test_columns_of_the_rewrites_are_not_swapped(content, tmp_path, unpainted):
         ("inapplicable", False, "does not apply"),
     ],
 )
-def test_a_bad_verdict_is_said(content, tmp_path, unpainted, verdict, vacuous, said):
+def test_a_bad_verdict_is_said(content, unpainted, verdict, vacuous, said):
     content["bounds"]["theorem1"]["star"] |= {"verdict": verdict, "vacuous": vacuous}
-    text = page(content, tmp_path).text
+    text = read(content).text
     assert said in text
     assert ("vacuous 1" in text) == vacuous
 
@@ -226,12 +241,12 @@ ATTACKS = [
 ]
 
 
-def test_text_of_strangers_stays_text(content, tmp_path):
-    clean = page(content, tmp_path / "clean")
+def test_text_of_strangers_stays_text(content):
+    clean = read(content)
     attacked = copy.deepcopy(content)
     attacked["title"] = attacked["command"] = attacked["settings"]["model"] = ATTACKS[0]
     attacked["reward_model"]["limits"] = [ATTACKS[1]]
-    attacked["environment"][ATTACKS[2]] = ATTACKS[0]
+    attacked["seconds"][ATTACKS[2]] = ATTACKS[0]
     attacked["bounds"]["theorem1"]["star"]["assumptions"] = {ATTACKS[0]: False}
     p = attacked["prompts"][0]
     p["prompt"] = ATTACKS[4]
@@ -240,7 +255,7 @@ def test_text_of_strangers_stays_text(content, tmp_path):
     p["answers"]["theta"]["rewrite"] = ATTACKS[0]
     p["answers"]["no_prompter"][0]["text"] = ATTACKS[3]
     p["answers"]["rlhf"][0]["text"] = ATTACKS[1]
-    found = page(attacked, tmp_path / "attacked")
+    found = read(attacked)
     assert set(found.tags) == set(clean.tags)
     assert not {"script", "iframe", "object", "form", "link", "base"} & set(found.tags)
     assert {name for _, name, _ in found.attributes} == {name for _, name, _ in clean.attributes}
@@ -248,40 +263,36 @@ def test_text_of_strangers_stays_text(content, tmp_path):
         assert " ".join(attack.split()) in found.text
 
 
-def test_hidden_and_bidirectional_characters_are_spelled_out(content, tmp_path, unpainted):
+def test_hidden_and_bidirectional_characters_are_spelled_out(content, unpainted):
     hidden = "\u202egnp.exe\u2066 \u200b \x00 \x1b[31m \ufeff \u2028 \ud800 \u061c"
     content["prompts"][0]["prompt"] = hidden
     content["prompts"][0]["rewrites"][0]["text"] = hidden
     content["prompts"][0]["answers"]["rlhf"][0]["text"] = hidden
-    raw = render(content, tmp_path).read_text(encoding="utf-8")
-    table = (tmp_path / "examples.csv").read_text(encoding="utf-8")
+    raw, table = rendered(content).html, examples(content["prompts"])
     for text in (raw, html.unescape(raw), table):
         assert not set(hidden) & set(text) - set("gnp.exe[31m ")
         assert "⟨U+202E⟩gnp.exe⟨U+2066⟩" in text
     assert visible("tab\tline\nnaïve 漢字 e\u0301 a\u00a0b") == "tab\tline\nnaïve 漢字 e\u0301 a\u00a0b"
 
 
-def test_the_page_needs_nothing_from_outside(content, tmp_path):
-    text = render(content, tmp_path).read_text(encoding="utf-8")
-    found = Page(text)
+def test_the_page_needs_nothing_from_outside(content):
+    text, pictures = rendered(content)
+    found = Read(text)
     sources = [value for _, name, value in found.attributes if name in ("src", "href", "srcset", "data")]
-    assert len(sources) == len(FIGURES)
-    for name, source in zip(("rewards.png", "bound.png", "curves.png", "policies.png"), sources, strict=True):
-        assert (
-            base64.b64decode(source.removeprefix("data:image/png;base64,")) == (tmp_path / name).read_bytes()
-        )
+    assert list(pictures) == list(FIGURES)
+    for name, source in zip(FIGURES, sources, strict=True):
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == pictures[name]
     assert not re.search(r"https?:|@import|url\(", text)
     assert "script" not in found.tags
     alts = [value for tag, name, value in found.attributes if (tag, name) == ("img", "alt")]
     assert len(alts) == len(FIGURES)
     assert all(len(alt) > 30 for alt in alts)
-    assert "theta: right side 0.608, gap 0.120" in alts[1]
+    assert "Trained form, ρ_θ: right side of the bound 0.608, true gap 0.120" in alts[1]
 
 
-def test_figures_are_pictures_of_something(content, tmp_path):
-    render(content, tmp_path)
-    for name in FIGURES:
-        pixels = imread(tmp_path / name)
+def test_figures_are_pictures_of_something(content):
+    for name, png in rendered(content).pictures.items():
+        pixels = imread(io.BytesIO(png))
         assert pixels.shape[1] > 1000
         ink = (pixels[..., :3] < 0.9).any(-1)
         assert 0.01 < ink.mean() < 0.6, name
@@ -289,18 +300,10 @@ def test_figures_are_pictures_of_something(content, tmp_path):
         assert len(colours) > 50, name
 
 
-def test_the_same_content_gives_the_same_bytes(content, tmp_path):
-    for name in ("one", "two"):
-        render(json.loads(json.dumps(content)), tmp_path / name)
-    files = sorted(p.name for p in (tmp_path / "one").iterdir())
-    assert files == sorted(["report.html", "examples.csv", *FIGURES])
-    for name in files:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-
-
-def test_figures_follow_the_content(content, tmp_path):
-    """A figure that ignored a quantity would not change with it."""
-    render(content, tmp_path / "before")
+def test_figures_follow_the_content(content):
+    """The same content gives the same bytes; a figure that ignored a quantity would not change with it."""
+    before = rendered(content)
+    assert rendered(copy.deepcopy(content)) == before
     changes = {
         "bound.png": ("bounds", "trained", "sft", "gap"),
         "rewards.png": ("rewards", "rlhf"),
@@ -313,47 +316,35 @@ def test_figures_follow_the_content(content, tmp_path):
         for key in path[:-1]:
             place = place[key]
         place[path[-1]] *= 0.7
-        render(changed, tmp_path / "after")
-        for figure in FIGURES:
-            same = (tmp_path / "before" / figure).read_bytes() == (tmp_path / "after" / figure).read_bytes()
-            assert same == (figure != name), (figure, path)
+        after = rendered(changed).pictures
+        assert [figure for figure in FIGURES if after[figure] != before.pictures[figure]] == [name]
 
 
 @pytest.fixture
-def drawn(content, tmp_path, monkeypatch):
+def drawn(content):
     """The figures themselves, by file name."""
-    figures = []
-    monkeypatch.setattr(report, "_png", lambda figure: figures.append(figure) or b"")
-    render(content, tmp_path)
-    return dict(zip(FIGURES, sorted(figures, key=lambda f: FIGURES.index(name_of(f))), strict=True))
-
-
-def name_of(figure):
-    first = figure.axes[0].get_title(loc="left")
-    starts = {"Theorem 1": "bound.png", "Training": "rewards.png", "Objective": "curves.png"}
-    return next((name for start, name in starts.items() if first.startswith(start)), "policies.png")
+    sections = page(DemoResult(**content)).sections
+    return {s.file: figures.draw(s.figure).canvas for s in sections if s.file}
 
 
 def test_bars_are_as_long_as_the_terms(content, drawn):
     [axes] = drawn["bound.png"].axes
-    ticks = [t.get_text().split("\n") for t in axes.get_yticklabels()]
-    bars = [(bar, bar.get_x(), bar.get_width(), bar.get_y() + bar.get_height() / 2) for bar in axes.patches]
+    bars = [(bar, bar.get_width(), bar.get_y() + bar.get_height() / 2) for bar in axes.patches]
     marks = [
         line.get_xdata()[0] for line in axes.lines if line.get_linewidth() == 3 and len(line.get_xdata())
     ]
     names = {"Theorem 1": "theorem1", "Tight form": "tight", "Trained form": "trained"}
-    who = {"sft}": "sft", "theta$": "theta", "rho^*$": "star"}
+    who = {"ρ_sft": "sft", "ρ_θ": "theta", "ρ*": "star"}
+    ticks = [tick.get_text().split(", ") for tick in axes.get_yticklabels()]
     assert len(ticks) == 5
     for i, (label, symbol) in enumerate(ticks):
-        key = next(v for k, v in who.items() if k in symbol)
-        expected = content["bounds"][names[label]][key]
-        here = [(bar, x, w) for bar, x, w, y in bars if abs(y - i) < 0.5]
-        hatched = [w for bar, _, w in here if bar.get_hatch()]
-        solid = {bar.get_facecolor(): (x, w) for bar, x, w in here if not bar.get_hatch()}
-        terms = expected["terms"]
-        assert hatched == pytest.approx([terms["prompter_kl"]] if terms["prompter_kl"] else [])
-        added = [terms[k] for k in ("model", "prompt_shift", "shortfall") if k in terms]
-        assert sorted(w for _, w in solid.values()) == pytest.approx(sorted([*added, expected["gap"]]))
+        expected = content["bounds"][names[label]][who[symbol]]
+        here = [(bar, w) for bar, w, y in bars if abs(y - i) < 0.5]
+        taken = [v for v in expected["terms"].values() if v < 0]
+        assert [w for bar, w in here if bar.get_hatch()] == pytest.approx(taken)
+        added = [v for v in expected["terms"].values() if v > 0]
+        solid = sorted(w for bar, w in here if not bar.get_hatch())
+        assert solid == pytest.approx(sorted([*added, expected["gap"]]))
         assert marks[i] == pytest.approx(expected["rhs"])
 
 
@@ -361,10 +352,10 @@ def test_points_of_the_curves_are_the_contents(content, drawn):
     top, middle, bottom = drawn["curves.png"].axes
     lines = {line.get_label(): line for axes in (top, middle) for line in axes.lines}
     expected = {
-        r"J($\rho_\theta$), exact": "reward",
-        r"F($\rho_\theta$), exact": "objective",
-        r"KL($\rho_\theta$ ‖ $\rho^*$)": "kl_to_star",
-        r"KL($\rho_\theta$ ‖ $\rho_{\mathrm{sft}}$)": "kl_to_sft",
+        "J(ρ_θ), exact": "reward",
+        "F(ρ_θ), exact": "objective",
+        "KL(ρ_θ ‖ ρ*)": "kl_to_star",
+        "KL(ρ_θ ‖ ρ_sft)": "kl_to_sft",
     }
     for label, key in expected.items():
         assert list(lines[label].get_ydata()) == [line["exact"][key] for line in content["curve"]]
@@ -377,7 +368,7 @@ def test_points_of_the_curves_are_the_contents(content, drawn):
     heights = {round(line.get_ydata()[0], 4) for line in top.lines if list(line.get_xdata()) == [0, 1]}
     assert heights == {0.6404, 0.5939, 0.5101, 0.6905}
     said = {text.get_text() for text in top.texts}
-    assert {r"F($\rho^*$) 0.594", r"J($\rho^*$) 0.640", "no prompter 0.510", "ceiling 0.691"} <= said
+    assert {"F(ρ*) 0.594", "J(ρ*) 0.640", "no prompter 0.510", "ceiling 0.691"} <= said
 
 
 def test_bars_of_the_policies_are_the_contents(content, drawn):
@@ -394,12 +385,16 @@ def test_dots_of_the_rewards_are_the_contents(content, drawn):
     [axes] = drawn["rewards.png"].axes
     dots = [line for line in axes.lines if line.get_marker() == "o"]
     assert [dot.get_xdata()[0] for dot in dots] == list(content["rewards"].values())
-    gaps = [list(line.get_xdata()) for line in axes.lines if line.get_linewidth() == 2.5]
-    assert gaps == [[content["rewards"][who], 0.7506] for who in ("sft", "theta", "star")]
-    assert {"gap 0.230", "gap 0.120", "gap 0.110"} <= {text.get_text() for text in axes.texts}
+    labels = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert labels[1:4] == [
+        "ρ_sft, untrained (gap 0.230)",
+        "ρ_θ, trained (gap 0.120)",
+        "ρ*, optimal (gap 0.110)",
+    ]
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [0.7506]
 
 
-def test_the_table_of_examples(content, tmp_path, unpainted):
+def test_the_table_of_examples(content):
     p = content["prompts"][0]
     p["prompt"] = "=1+1"
     p["rewrites"][0]["text"] = " +cmd|' /C calc'!A0"
@@ -407,8 +402,7 @@ def test_the_table_of_examples(content, tmp_path, unpainted):
     p["answers"]["rlhf"][0]["text"] = "-2+3"
     p["answers"]["no_prompter"][0]["text"] = '\tsaid "so",\nthen left'
     p["gap"] = -0.25
-    render(content, tmp_path)
-    text = (tmp_path / "examples.csv").read_text(encoding="utf-8")
+    text = examples(content["prompts"])
     first, second = csv.DictReader(io.StringIO(text, newline=""))
     assert first["prompt"] == "'=1+1"
     assert first["rewrite_theta"] == first["best_rewrite"] == "' +cmd|' /C calc'!A0"
@@ -421,29 +415,34 @@ def test_the_table_of_examples(content, tmp_path, unpainted):
     assert (second["prompt"], second["response_theta"]) == ("Name a metal", "Gravity.")
 
 
-def test_a_curve_without_ppos_own_keys(content, tmp_path):
-    render(content, tmp_path / "ppo")
+def test_a_curve_without_ppos_own_keys(content):
+    before = rendered(content).pictures["curves.png"]
     for line in content["curve"]:
         line["sampled"] = {"reward": 0.5, "kl": 0.1}
     content["curve"][-1].pop("sampled")
     content["settings"]["training"]["algorithm"] = "rloo"
-    assert "RLOO training" in page(content, tmp_path / "rloo").text
-    assert (tmp_path / "rloo" / "curves.png").read_bytes() != (tmp_path / "ppo" / "curves.png").read_bytes()
+    after = rendered(content)
+    assert "RLOO training" in Read(after.html).text
+    assert after.pictures["curves.png"] != before
 
 
-def test_what_is_absent_is_said_and_no_stale_figure_stays(content, tmp_path, unpainted):
-    render(content, tmp_path)
-    optional = ("title", "command", "curve", "settings", "reward_model", "environment", "seconds")
-    text = page({k: v for k, v in content.items() if k not in optional}, tmp_path).text
-    assert "Figure 3 (curves.png) is left out" in text
-    assert not (tmp_path / "curves.png").exists()
-    assert "its accuracy is unknown here" in text
-    for name in ("Command", "Settings", "Environment", "Time in seconds", "Reward model"):
-        assert f"{name}: not in the content." in text
-    assert "before, during" not in text
+def test_no_stale_figure_stays(content, tmp_path, unpainted):
+    content["command"] = None
+    keep.keep(page(DemoResult(**content)), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["report.html", *FIGURES])
+    content["prompts"] = []
+    keep.keep(page(DemoResult(**content)), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["report.html", *set(FIGURES) - {"policies.png"}]
+    )
 
 
-def test_many_prompts_and_odd_sizes(content, tmp_path):
+def test_a_reward_that_states_no_accuracy(content, unpainted):
+    content["reward_model"] = {"name": "letters"}
+    assert "It states no accuracy." in read(content).text
+
+
+def test_many_prompts_and_odd_sizes(content, unpainted):
     content["prompts"] = [a_prompt(f"Prompt {i}") for i in range(10)]
     content["prompts"][1]["rewrites"] = content["prompts"][1]["rewrites"][:1]
     content["prompts"][2]["answers"] = {
@@ -452,10 +451,10 @@ def test_many_prompts_and_odd_sizes(content, tmp_path):
         "rlhf": [],
     }
     content["curve"] = content["curve"][:1]
-    text = page(content, tmp_path).text
+    text = read(content).text
     assert "8 of 10 prompts" in text
     assert "10. Prompt 9" in text
-    assert text.count("No response in the content.") == 3
+    assert text.count("None.") == 1
 
 
 def test_rewrites_no_prompter_uses_are_folded_not_dropped():
@@ -479,40 +478,3 @@ def test_shortened_text_keeps_both_ends():
     assert short.endswith("thing?")
     assert shorten("a\n b", 40) == "a b"
     assert len(shorten("x" * 100, 40)) == 40
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        ("lam",),
-        ("rewards", "ceiling"),
-        ("policies", "theta", "closed"),
-        ("bounds", "theorem1"),
-        ("bounds", "trained", "sft", "rhs"),
-        ("prompts",),
-    ],
-)
-def test_a_missing_key_is_named(content, tmp_path, path):
-    place = content
-    for key in path[:-1]:
-        place = place[key]
-    del place[path[-1]]
-    with pytest.raises(AlignProError, match=re.escape(".".join(path)) + ".* is missing"):
-        render(content, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_missing_parts_of_lists_are_named(content, tmp_path):
-    del content["prompts"][1]["rewrites"][2]["star"]
-    with pytest.raises(AlignProError, match=re.escape("prompts[1].rewrites[2].star is missing")):
-        render(content, tmp_path)
-    content["prompts"].pop()
-    del content["curve"][2]["exact"]["kl_to_star"]
-    with pytest.raises(AlignProError, match=re.escape("curve[2].exact.kl_to_star is missing")):
-        render(content, tmp_path)
-
-
-def test_importing_it_loads_neither_torch_nor_jax():
-    check = "import alignpro.report.render, sys; "
-    check += "assert not {'torch', 'jax', 'matplotlib.pyplot'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", check], check=True)
