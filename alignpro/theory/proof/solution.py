@@ -140,7 +140,7 @@ def solution_balls(
     log_induced: Any = b * _log_quotient(induced, own_frozen, has_induced & has_own)
     uncovered = has_induced & ~has_own
 
-    errors = {name: zero for name in Solution._fields if name.endswith("_error")}
+    errors: dict[str, Any] = {name: zero for name in Solution._fields if name.endswith("_error")}
     fields: dict[str, Any] = {
         "p": p,
         "beta": _scalar(b),
