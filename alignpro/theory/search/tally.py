@@ -153,7 +153,9 @@ class Tally:
         """Count a batch of evaluated statements, and keep what refutes or is doubtful."""
         lhs, rhs, error, ceiling = (np.asarray(v) for v in found[:4])
         slack, equality = rhs - lhs, self.claim.relation == "="
-        applicable = np.logical_and.reduce([np.full(slack.shape, True), *found.assumptions.values()])
+        applicable = np.ones(slack.shape, dtype=bool)
+        for assumption in found.assumptions.values():
+            applicable &= assumption
         known = ~(np.isnan(slack) | np.isnan(error))
         if equality:
             violated = applicable & known & (np.abs(slack) > error)

@@ -176,8 +176,8 @@ class Verification:
         def summary(name: str) -> FamilySummary:
             mine = [tally for tally in self.tallies if tally.family == name]
             counts = ("checked", "violations", "inconclusive", "inapplicable")
-            totals = (sum(getattr(tally, count) for tally in mine) for count in counts)
-            return FamilySummary(name, *totals, seconds=self.family_seconds[name])
+            totals: Any = {count: sum(getattr(tally, count) for tally in mine) for count in counts}
+            return FamilySummary(name, seconds=self.family_seconds[name], **totals)
 
         return [summary(name) for name in self.families]
 
@@ -353,11 +353,12 @@ def _certify(result: Verification, quiet: bool) -> None:
     from alignpro.theory.proof.certify import Case, certify_many
 
     kept = [(tally, case) for tally in result.tallies if tally.doubtful for _, case in tally.doubtful.kept]
-    cases = [Case(*case[:3], tally.statement, case[3]) for tally, case in kept]
+    cases = [Case(instance, beta, lam, t.statement, rho) for t, (instance, beta, lam, rho) in kept]
     for tally in result.tallies:
         tally.worst = None
-    for (tally, case), found in zip(kept, certify_many(cases, quiet=quiet), strict=True):
+    certificates = certify_many(cases, quiet=quiet)
+    for (tally, (instance, beta, lam, rho)), found in zip(kept, certificates, strict=True):
         tally.certificates.append(found)
-        worst = Worst(*case, found.within, tally.family)
+        worst = Worst(instance, beta, lam, rho, found.within, tally.family)
         if found.verdict == "violated" and worst.better_than(tally.worst):
             tally.worst = worst
