@@ -1,8 +1,4 @@
-"""Claims: the statements about the gap that can be checked, and what a check may find.
-
-The exact theory evaluates a claim on an instance, estimation evaluates one on rollouts; both keep theirs in a
-plain dict of `Claim`s by name, and nothing else says which is an upper bound or is about any prompter.
-"""
+"""Claims: statements about the gap that exact theory and estimation check, and what a check may find."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,14 +23,11 @@ class Claim:
     function: Callable[..., Any]
     """Evaluates it: a `Statement` of the exact theory from a `Solution`, or of estimation from `Terms`."""
     kind: Kind
-    """The sort of statement: a bound on the gap, an equality, a lemma, or a known-wrong reading."""
     relation: Relation = "<="
-    """How the gap (or a lemma's left side) stands to the bound: `<=`, `>=` or `=`."""
     any_prompter: bool = False
     """Whether it is about every prompter ρ, rather than about the optimal ρ* alone."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Evaluate the claim's statement."""
         return self.function(*arguments, **named)
 
     @property

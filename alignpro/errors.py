@@ -16,11 +16,7 @@ class AlignProError(ValueError):
 
 
 def check_temperature(name: str, value: object) -> float:
-    """Give `value` as a float usable as β or λ; NumPy's numbers are numbers too.
-
-    Raises:
-        AlignProError: not a number, not finite, or not positive; `name` (a flag, say) heads the message.
-    """
+    """Give `value` as a float usable as β or λ, or raise AlignProError; `name` (a flag, say) heads it."""
     number = math.nan
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):
@@ -31,7 +27,6 @@ def check_temperature(name: str, value: object) -> float:
             "(use a small positive value for the greedy limit)"
         )
     if not LEAST <= number <= MOST:
-        raise AlignProError(
-            f"{name} {value}: is outside 1e-18 to 1e18; divide rewards, beta and lam by a common factor"
-        )
+        remedy = "divide rewards, beta and lam by a common factor"
+        raise AlignProError(f"{name} {value}: is outside 1e-18 to 1e18; {remedy}")
     return number

@@ -15,8 +15,7 @@ from alignpro.errors import AlignProError
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` and move it over `path` only once the block succeeds.
 
-    Raises:
-        AlignProError: the folder is missing, not writable, or the disk is full.
+    Raises AlignProError where the folder is missing or not writable, or the disk is full.
     """
     path = Path(path)
     try:
@@ -28,22 +27,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
-        raise AlignProError(
-            f"cannot write {path}: {error.strerror}; free space or choose another path"
-        ) from error
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        if not isinstance(error, OSError):
+            raise
+        remedy = "free space or choose another path"
+        raise AlignProError(f"cannot write {path}: {error.strerror}; {remedy}") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -66,10 +59,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
-    """One JSON value for each line of `path`. Only a newline ends a line: U+2028 and its kind are text.
+    """One JSON value for each line of `path`. Raises AlignProError if it is missing, or names the bad line.
 
-    Raises:
-        AlignProError: the file cannot be read, or a line holds no JSON; names the line.
+    Only a newline ends a line: U+2028 and its kind are text.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -80,30 +72,21 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
         try:
             values.append(json.loads(line))
         except ValueError as error:
-            raise AlignProError(
-                f"{path}: line {i} is no JSON; remove that line or choose another file"
-            ) from error
+            remedy = "remove that line or choose another file"
+            raise AlignProError(f"{path}: line {i} is no JSON; {remedy}") from error
     return values
 
 
 def writable_folder(path: str | os.PathLike[str], field: str = "--out") -> Path:
-    """Create `path` if need be and prove that a file can be written there, before any long work.
-
-    Raises:
-        AlignProError: it is a file, cannot be created, or cannot be written to.
-    """
+    """Create `path` if need be. Raises AlignProError, before any long work, where no file can be written."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        reason = (
-            "a file is in the way"
-            if isinstance(error, FileExistsError | NotADirectoryError)
-            else error.strerror
-        )
-        raise AlignProError(
-            f"{field} {folder}: cannot write there ({reason}); name a folder you can write to"
-        ) from error
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        why = "a file is in the way" if in_the_way else error.strerror
+        remedy = "name a folder you can write to"
+        raise AlignProError(f"{field} {folder}: cannot write there ({why}); {remedy}") from error
     return folder

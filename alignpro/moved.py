@@ -7,12 +7,7 @@ from typing import Any
 
 
 def moved(old: str, *homes: str, **names: str) -> Callable[[str], Any]:
-    """The `__getattr__` of the module `old`, whose contents now live elsewhere.
-
-    Args:
-        homes: modules that hold all that `old` held.
-        names: of single names, the modules that hold them now.
-    """
+    """The `__getattr__` of the module `old`; `homes` hold all that it held, `names` say where one name is."""
 
     def find(name: str) -> Any:
         places = (names[name],) if name in names else () if name.startswith("_") else homes

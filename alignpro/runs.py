@@ -31,18 +31,13 @@ def refuse_other_settings(
 
 
 def environment() -> dict[str, Any]:
-    """Machine and library versions, for the record: no user name, host name or path.
-
-    Raises:
-        PackageNotFoundError: the libraries of language models are not installed.
-    """
+    """Machine and library versions, for the record: no user name, host name or path."""
     torch = sys.modules.get("torch")
-    cuda = torch is not None and torch.cuda.is_available()
     packages = ("alignpro", "torch", "transformers", "trl", "peft", "jax", "numpy")
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if torch is not None and cuda else "cpu",
+        "device": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else "cpu",
         "packages": {name: version(name) for name in packages},
     }

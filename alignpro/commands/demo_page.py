@@ -49,11 +49,7 @@ _VERDICTS = {"inconclusive": "is inconclusive", "inapplicable": "does not apply"
 _MOST_REWRITES, _FOLD, _BEST = 8, 0.02, 3
 
 
-def _n(value: float, form: str = "z.3f") -> str:
-    return number(value, form)
-
-
-def _share(value: float | None, form: str = "z.1%") -> str:
+def _n(value: float | None, form: str = "z.3f") -> str:
     return number(value, form)
 
 
@@ -102,7 +98,7 @@ def page(result: "DemoResult") -> Page:
     )
     page.key(
         "Share of the possible gain that training closed",
-        _share(theta["closed"]),
+        _n(theta["closed"], "z.1%"),
         f"of F(ρ*) − F(ρ_sft) = {_n(star['objective'] - sft['objective'], 'z.4f')}",
     )
     page.key(
@@ -120,9 +116,8 @@ def page(result: "DemoResult") -> Page:
     page.add("How to read it", "What is exact, and what is not.", points=_caveats(result))
     _add_figures(page, result)
     _add_prompts(page, result)
-    page.add(
-        "The reward model", "The reward, as it describes itself.", facts=result.reward_model, folded=True
-    )
+    described = "The reward, as it describes itself."
+    page.add("The reward model", described, facts=result.reward_model, folded=True)
     page.add("Time", "Seconds of each stage.", facts=result.seconds)
     return page
 
@@ -146,7 +141,7 @@ def _findings(result: "DemoResult") -> list[str]:
     said, ratio = f"Theorem 1, a statement about ρ*, {_verdict(theorem)}. ", _ratio(theorem)
     if ratio:
         the = "It is loose: the" if ratio < 0.5 else "The"
-        said += f"{the} gap is {_share(ratio)} of its right side. "
+        said += f"{the} gap is {_n(ratio, 'z.1%')} of its right side. "
     if theorem["vacuous"]:
         said += f"It is vacuous: its right side {_n(theorem['rhs'])} is no smaller than the span of the "
         said += f"rewards, {span}, so it would hold whatever the policies."
@@ -239,7 +234,7 @@ def _add_figures(page: Page, result: "DemoResult") -> None:
             _n(b["gap"], "z.4f"),
             *(number(b["terms"].get(term), "z.4f") for term in _TERMS),
             *(_n(b[key], "z.4f") for key in ("rhs", "slack")),
-            _share(_ratio(b)),
+            _n(_ratio(b), "z.1%"),
             b["verdict"],
             "yes" if b["vacuous"] else "no",
         )
@@ -269,14 +264,10 @@ def _add_figures(page: Page, result: "DemoResult") -> None:
         ),
         file="bound.png",
     )
-    assumed = [
-        f"{name}, {PROMPTERS[who]}: "
-        + (
-            ", ".join(f"{'✓' if met else '✗ not met:'} {what}" for what, met in b["assumptions"].items())
-            or "nothing"
-        )
-        for name, who, b in rows
-    ]
+    assumed = []
+    for name, who, b in rows:
+        met = [f"{'✓' if so else '✗ not met:'} {what}" for what, so in b["assumptions"].items()]
+        assumed.append(f"{name}, {PROMPTERS[who]}: {', '.join(met) or 'nothing'}")
     page.add("Assumptions", "What each bound assumes, and whether it is so here.", points=assumed)
     page.add(
         "Learning curves",
@@ -289,7 +280,7 @@ def _add_figures(page: Page, result: "DemoResult") -> None:
     page.add(
         "Policies",
         f"Probability of the rewrites of {drawn}{f' of {every}' * (drawn < every)} prompts, best R(x, x′) "
-        f"first; that reward stands after the text. Rewrites below {_share(_FOLD, '.0%')} under all three "
+        f"first; that reward stands after the text. Rewrites below {_n(_FOLD, '.0%')} under all three "
         "prompters, and any beyond eight, are summed in one row.",
         figure=Bars(
             "probability (after each rewrite: its R)", list(PROMPTERS.values()), list(_panels(result.prompts))
@@ -403,19 +394,15 @@ def _add_prompts(page: Page, result: "DemoResult") -> None:
         top = {key: max((r[key] for r in p["rewrites"]), default=None) for key in columns}
         rewrites = Table(
             [f"rewrite ({len(best)} of {len(p['rewrites'])})", *PROMPTERS.values(), "R"],
-            [(r["text"], *(_share(r[who]) for who in PROMPTERS), _n(r["reward"])) for r in best],
+            [(r["text"], *(_n(r[who], "z.1%") for who in PROMPTERS), _n(r["reward"])) for r in best],
             "tnnnn",
             {(i, j) for i, r in enumerate(best) for j, key in enumerate(columns, 1) if r[key] == top[key]},
         )
-        asked: dict[str, str] = {"theta": p["answers"]["theta"]["rewrite"]}
+        asked: dict[str, str] = dict.fromkeys(_ANSWERS, str(p["prompt"])) | {
+            "theta": p["answers"]["theta"]["rewrite"]
+        }
         said = [
-            (
-                str(asked.get(who, p["prompt"])),
-                _ANSWERS[who],
-                shown(a),
-                _n(a["reward"]),
-                _share(a["probability"]),
-            )
+            (asked[who], _ANSWERS[who], shown(a), _n(a["reward"]), _n(a["probability"], "z.1%"))
             for who, answers in answers_of(p).items()
             for a in answers[:1]
         ]

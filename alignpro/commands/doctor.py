@@ -67,25 +67,15 @@ def _packages() -> list[dict[str, Any]]:
         missing = [p["package"] for p in parts if p["version"] is None]
         old = [p["package"] for p in parts if p["version"] and not _fits(str(p["version"]), str(p["wants"]))]
         what = f"'alignpro[{extra}]'" if extra else "alignpro"
-        rows.append(
-            {
-                "extra": extra or "alignpro",
-                "for": EXTRAS[extra],
-                "packages": parts,
-                "missing": missing,
-                "unfit": old,
-                "remedy": f"pip install {what}" if missing or old else None,
-            }
-        )
+        remedy = f"pip install {what}" if missing or old else None
+        about = {"extra": extra or "alignpro", "for": EXTRAS[extra], "packages": parts}
+        rows.append(about | {"missing": missing, "unfit": old, "remedy": remedy})
     return rows
 
 
 def _devices() -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": None,
-        "cuda": None,
-    }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {"cores": cores, "memory_gb": None, "cuda": None}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
     if find_spec("torch") is not None:
@@ -103,24 +93,9 @@ def _devices() -> dict[str, Any]:
     return found
 
 
-def _cache() -> list[dict[str, Any]]:
-    """Packaged models and data, whether here, and what fetches them."""
-    from alignpro.llm.models import packages, registry
-
-    return [
-        {
-            "package": name,
-            "size_mb": package.size_mb,
-            "cached": packages.cached(name),
-            "from": "npm" if package.kind == "npm" else "the Python package index",
-        }
-        for name, package in registry.PACKAGES.items()
-    ]
-
-
 def examine() -> dict[str, Any]:
     """Everything, as JSON values."""
-    from alignpro.llm.models import packages
+    from alignpro.llm.models import packages, registry
 
     folder = packages.cache_folder()
     there = next(path for path in (folder, *folder.parents) if path.exists())
@@ -134,9 +109,17 @@ def examine() -> dict[str, Any]:
             "folder": str(folder),
             "free_gb": round(shutil.disk_usage(there).free / 1e9, 1),
             "writable": os.access(there, os.W_OK),
-            "packages": _cache(),
+            "packages": [
+                {
+                    "package": name,
+                    "size_mb": package.size_mb,
+                    "cached": packages.cached(name),
+                    "from": "npm" if package.kind == "npm" else "the Python package index",
+                }
+                for name, package in registry.PACKAGES.items()
+            ],
         },
-        "programs": {name: shutil.which(name) is not None for name in ("npm",)},
+        "programs": {"npm": shutil.which("npm") is not None},
     }
 
 
@@ -166,9 +149,8 @@ def table(found: dict[str, Any]) -> str:
         todo.append("export ALIGNPRO_CACHE=FOLDER    # the cache cannot be written to")
     if not found["programs"]["npm"]:
         lines.append("    npm is not installed: minimind2-small cannot be fetched")
-    return "\n".join(
-        [*lines, "", *(["to do:", *(f"  {line}" for line in todo)] if todo else ["Nothing is missing."])]
-    )
+    lines += ["", "to do:", *(f"  {line}" for line in todo)] if todo else ["", "Nothing is missing."]
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,4 @@
-"""`alignpro <verb>`: each verb is a dataclass whose docstrings are its --help and whose `run` does it.
-
-To add one, write the dataclass and its row in `VERBS`. Import what it needs inside `run`, so that no verb
-waits for another's libraries.
-"""
+"""`alignpro <verb>`: each verb is a dataclass in `VERBS`; its docstrings are --help, its `run` does it."""
 
 import contextlib
 import io
@@ -59,11 +55,7 @@ VERBS: dict[str, type[Verb]] = {
 
 
 def _expanded(arguments: Sequence[str]) -> list[str]:
-    """The arguments with what --preset and --config stand for in front; what is given outright wins.
-
-    Raises:
-        AlignProError: the preset is unknown, the file unreadable, or no mapping of options to plain values.
-    """
+    """The arguments with what --preset and --config stand for in front; what is given outright wins."""
     from alignpro.llm.training.settings import PRESETS
 
     verb, *rest = arguments
@@ -108,17 +100,14 @@ def _yaml(path: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         place = f" at line {where.line + 1}" if where else ""
-        raise AlignProError(
-            f"--config {path}: is not valid YAML{place}; write lines such as lam: 0.05"
-        ) from None
+        remedy = "write lines such as lam: 0.05"
+        raise AlignProError(f"--config {path}: is not valid YAML{place}; {remedy}") from None
     if not isinstance(said, dict):
         raise AlignProError(f"--config {path}: holds no options; write lines such as lam: 0.05")
     options: dict[str, Any] = {}
     for name, value in said.items():
-        plain = isinstance(value, bool | int | float | str) or value is None
-        if not plain and not (
-            isinstance(value, list) and all(isinstance(v, int | float | str) for v in value)
-        ):
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(v, int | float | str) for v in values):
             raise AlignProError(f"--config {path}: {name} is neither a value nor a list of values")
         options[str(name).replace("-", "_")] = value
     return options
@@ -161,15 +150,8 @@ def _one_line(box: str, arguments: Sequence[str]) -> str:
     return f"{said or 'cannot read the arguments'}; see alignpro{verb} --help"
 
 
-_SHELLS = ("bash", "zsh", "fish")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, and give its exit status.
-
-    0 done; 1 a finding (a violated bound); 2 a mistake in the input, told in one line on stderr; 130
-    interrupted.
-    """
+    """Run the command line, and give its exit status: 0 done, 1 a finding, 2 a mistake, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     typed = keep.TYPED.set(tuple(arguments))
     try:
@@ -178,8 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if list(arguments[:1]) == ["--completion"]:
             shell = (*arguments[1:], "")[0]
-            if shell not in _SHELLS:
-                raise AlignProError(f"--completion {shell}: choose from {', '.join(_SHELLS)}")
+            if shell not in ("bash", "zsh", "fish"):
+                raise AlignProError(f"--completion {shell}: choose from bash, zsh, fish")
             arguments = ["--tyro-print-completion", shell]
         status = _parse(arguments).run()
         sys.stdout.flush()

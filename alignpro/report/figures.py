@@ -57,9 +57,6 @@ def png(drawing: Drawing) -> bytes:
     return file.getvalue()
 
 
-# --- parts that all share ---------------------------------------------------------------------------------
-
-
 def _canvas(height: float) -> Canvas:
     canvas = Canvas(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained", facecolor=theme.PAPER)
     FigureCanvasAgg(canvas)
@@ -94,14 +91,17 @@ def _finite(value: float | None) -> TypeGuard[float]:
     return value is not None and abs(value) < 1e300  # False for NaN
 
 
+def _note(axes: Axes, text: str, at: Any, offset: Any, coordinates: Any = "data", **look: Any) -> None:
+    """Small words beside a place, moved from it by points; a dollar sign in them is a dollar sign."""
+    look = dict[str, Any](textcoords="offset points", fontsize=9) | look
+    axes.annotate(text, at, xycoords=coordinates, xytext=offset, parse_math=False, **look)
+
+
 def _name_rows(axes: Axes, places: Sequence[float], labels: Sequence[str]) -> None:
     axes.set_yticks(places, labels)
     for tick in axes.get_yticklabels():
         tick.set_parse_math(False)  # a dollar sign in a name is a dollar sign
     axes.tick_params(axis="y", length=0)
-
-
-# --- dots and their intervals -----------------------------------------------------------------------------
 
 
 def _dots(chart: Dots) -> Drawing | None:
@@ -125,16 +125,8 @@ def _dots(chart: Dots) -> Drawing | None:
     for x, words in chart.marks:
         axes.axvline(x, color=theme.INK, lw=1, ls=(0, (4, 3)), zorder=0)
         nearer = x > left + 0.6 * (right - left) and axes.get_xscale() == "linear"
-        axes.annotate(
-            _label(words, 24),
-            (x, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(-3 if nearer else 3, 2),
-            textcoords="offset points",
-            ha="right" if nearer else "left",
-            fontsize=9,
-            parse_math=False,
-        )
+        side, shift = ("right", -3) if nearer else ("left", 3)
+        _note(axes, _label(words, 24), (x, 1), (shift, 2), ("data", "axes fraction"), ha=side)
     ticks = [sum(places) / len(places) for places in labels.values()]
     _name_rows(axes, ticks, [_label(label, 38) for label in labels])
     for places in labels.values():
@@ -145,7 +137,7 @@ def _dots(chart: Dots) -> Drawing | None:
     if len(groups) > 1:
         entries = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
         canvas.legend(entries.values(), map(_entry, entries), loc="outside lower center", ncols=3)
-    said = [f"{d.label}{f', {d.group}' if d.group else ''}: {_interval(d)}" for d, _ in dots]
+    said = [f"{d.label}{f', {d.group}' if d.group else ''}: {interval(d)}" for d, _ in dots]
     said += [f"{words} at {number(x)}" for x, words in chart.marks]
     more = len(chart.dots) - MOST_DOTS
     return Drawing(
@@ -165,20 +157,10 @@ def _draw_dot(axes: Axes, dot: Dot, value: float, y: float, look: tuple[str, str
         limits = [max(dot.lo, left), min(dot.hi, right)]  # an interval without an end leaves the axes
         axes.plot(limits, [y, y], color=colour, lw=2, solid_capstyle="butt", alpha=0.6)
     axes.plot(value, y, marker, ms=6, color=colour, label=dot.group)
-    axes.annotate(
-        _said(value, ".3g"),
-        (min(end, right), y),
-        xytext=(6, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=9,
-        bbox=_PLAIN | {"pad": 0.5},
-        annotation_clip=False,
+    box = _PLAIN | {"pad": 0.5}
+    _note(
+        axes, _said(value, ".3g"), (min(end, right), y), (6, 0), va="center", bbox=box, annotation_clip=False
     )
-
-
-def _interval(dot: Dot) -> str:
-    return interval({"value": dot.value, "lo": dot.lo, "hi": None if dot.lo is None else dot.hi})
 
 
 def _scale(axes: Axes, values: Sequence[float | None]) -> tuple[float, float]:
@@ -195,11 +177,7 @@ def _scale(axes: Axes, values: Sequence[float | None]) -> tuple[float, float]:
     return axes.get_xlim()
 
 
-# --- curves over steps ------------------------------------------------------------------------------------
-
-
 def _curves(chart: Curves) -> Drawing | None:
-    """Curves over steps, in panels one below the other."""
     if not chart.steps or not chart.panels:
         return None
     panels = [Panel(*panel) for panel in chart.panels]
@@ -255,11 +233,7 @@ def _draw_curve(axes: Axes, steps: Sequence[int], curve: Curve, i: int) -> list[
 
 
 def _mark_sides(axes: Axes, marks: Sequence[tuple[float, str]], inches: float) -> None:
-    """Name level lines right of the axes, each at its line's height unless names would overlap.
-
-    Args:
-        inches: the height of the axes, about.
-    """
+    """Name level lines right of the axes (`inches` high), at their heights unless names would overlap."""
     low, high = axes.get_ylim()
     least = 14 / 72 / inches * (high - low)  # lines of 14 points
     order = sorted(marks)
@@ -267,22 +241,16 @@ def _mark_sides(axes: Axes, marks: Sequence[tuple[float, str]], inches: float) -
     for before, i in pairwise(range(len(places))):
         places[i] = max(places[i], places[before] + least)
     shift = sum(p - y for p, (y, _) in zip(places, order, strict=True)) / len(places)
+    beside = ("axes fraction", "data")
+    line = {"arrowstyle": "-", "color": theme.MUTED, "lw": 0.7, "shrinkA": 1, "shrinkB": 0}
     for (y, words), place in zip(order, places, strict=True):
-        axes.annotate(
-            _label(words, 32),
-            (1, y),
-            xycoords=("axes fraction", "data"),
-            xytext=(1.03, place - shift),
-            textcoords=("axes fraction", "data"),
-            va="center",
-            fontsize=9.5,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": theme.MUTED, "lw": 0.7, "shrinkA": 1, "shrinkB": 0},
-            parse_math=False,
-        )
-
-
-# --- sums of signed terms ---------------------------------------------------------------------------------
+        look: dict[str, Any] = {
+            "textcoords": beside,
+            "fontsize": 9.5,
+            "annotation_clip": False,
+            "arrowprops": line,
+        }
+        _note(axes, _label(words, 32), (1, y), (1.03, place - shift), beside, va="center", **look)
 
 
 def _stacks(chart: Stacks) -> Drawing | None:
@@ -347,9 +315,6 @@ def _draw_stack(axes: Axes, i: int, stack: Stack, right: float, colours: dict[st
     axes.text(place, middle, _said(stack.against, ".3f"), va="center", fontsize=9.5, bbox=_PLAIN)
 
 
-# --- bars of several series -------------------------------------------------------------------------------
-
-
 def _bars(chart: Bars) -> Drawing | None:
     """Rows of bars, one for each series; titles and labels are others' texts, drawn as they are."""
     if not chart.panels:
@@ -381,27 +346,9 @@ def _draw_bars(axes: Axes, panel: BarPanel, colours: Sequence[str]) -> None:
     axes.tick_params(axis="y", pad=31, labelsize=9)
     axes.tick_params(axis="x", labelbottom=True)
     for i, (_, remark, _) in enumerate(panel.rows):  # beside the label: a right-to-left text would move it
-        axes.annotate(
-            _label(remark, 12),
-            (0, i),
-            xycoords=("axes fraction", "data"),
-            xytext=(-5, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            fontsize=9,
-            parse_math=False,
-        )
+        _note(axes, _label(remark, 12), (0, i), (-5, 0), ("axes fraction", "data"), ha="right", va="center")
     axes.set_ylim(len(panel.rows) - 0.45, -0.55)
     axes.grid(axis="x", color=theme.GRID, lw=0.6)
     axes.set_axisbelow(True)
-    axes.annotate(
-        _drawable(panel.title, 80),
-        (0, 1),
-        xycoords=("figure fraction", "axes fraction"),
-        xytext=(6, 5),
-        textcoords="offset points",
-        fontsize=10,
-        fontweight="bold",
-        parse_math=False,
-    )
+    heading, place = _drawable(panel.title, 80), ("figure fraction", "axes fraction")
+    _note(axes, heading, (0, 1), (6, 5), place, fontsize=10, fontweight="bold")

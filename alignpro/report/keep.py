@@ -1,5 +1,6 @@
 """Keeping a page: where it is written, and what is said of the run that it is about."""
 
+import contextlib
 import os
 import platform
 import re
@@ -19,15 +20,10 @@ from alignpro.report.page import Page
 
 TYPED: ContextVar[Sequence[str] | None] = ContextVar("TYPED", default=None)
 """The command line's arguments, for the page of what they run; None outside of it."""
-PACKAGES = ("numpy", "scipy", "jax", "torch", "transformers", "trl", "peft")
 
 
 def check_file(path: str) -> None:
-    """Refuse a --report that cannot be written, before any long work.
-
-    Raises:
-        AlignProError: it does not end in .html, is a folder, or its folder cannot be written to.
-    """
+    """Refuse, before any long work, a --report that is no .html file or cannot be written."""
     if Path(path).suffix != ".html" or Path(path).is_dir():
         raise AlignProError(f"--report {path}: name a file that ends in .html")
     writable_folder(Path(path).parent, "--report")
@@ -38,17 +34,17 @@ def keep(page: Page, place: str | os.PathLike[str]) -> Path | None:
 
     In a folder it is report.html, or VERB-report.html where another verb's report.html is. Figures that are
     files of their own are written beside it. Where the extra `report` is not installed nothing is written,
-    and one line on stderr says what to install.
-
-    Raises:
-        AlignProError: the file cannot be written.
+    and one line on stderr says what to install. Raises AlignProError where the file cannot be written.
     """
     if os.environ.get("RANK", "0") != "0":  # one process of several writes
         return None
     path = Path(place)
     if path.suffix != ".html" or path.is_dir():
         path = path / "report.html"
-        if path.exists() and _verb_of(path) != page.verb:
+        head = path.read_bytes()[:2000].decode(errors="replace") if path.exists() else None
+        if head is not None and not re.search(
+            rf'<meta name="generator" content="alignpro {page.verb}"', head
+        ):
             path = path.with_name(f"{page.verb}-report.html")
     try:
         from alignpro.report import render
@@ -67,32 +63,18 @@ def keep(page: Page, place: str | os.PathLike[str]) -> Path | None:
     return path
 
 
-def _verb_of(path: Path) -> str | None:
-    """The verb whose page the file is; None for any other file."""
-    found = re.search(
-        r'<meta name="generator" content="alignpro ([\w-]+)',
-        path.read_bytes()[:2000].decode(errors="replace"),
-    )
-    return found[1] if found else None
-
-
 def facts() -> dict[str, Any]:
     """The command, the time, and the versions of the packages that were loaded, for `render.page`."""
-    packages = {}
-    for name in ("alignpro", *(name for name in PACKAGES if name in sys.modules)):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree
-            continue
+    packages: dict[str, str] = {}
+    for name in ("alignpro", "numpy", "scipy", "jax", "torch", "transformers", "trl", "peft"):
+        with contextlib.suppress(PackageNotFoundError):  # run from a source tree
+            packages |= {name: version(name)} if name in sys.modules else {}
     typed = TYPED.get()
+    system = f"{platform.system()} {platform.machine()}"
     return {
         "command": None if typed is None else " ".join(["alignpro", *map(_argument, typed)]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.machine()}",
-            **packages,
-        },
+        "versions": {"python": platform.python_version(), "system": system, **packages},
     }
 
 

@@ -42,20 +42,14 @@ def ends(e: Any) -> tuple[float | None, float | None, float | None]:
 
 
 def columns(rows: Sequence[Sequence[str]], kinds: str = "", indent: str = "  ") -> str:
-    """Rows of text as aligned lines.
-
-    Args:
-        kinds: one letter a column; n for numbers, which stand to the right.
-    """
+    """Rows of text as aligned lines; `kinds` has a letter a column, n for numbers: these stand right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    right = [kind == "n" for kind in kinds.ljust(len(widths), "w")]
-    return "\n".join(
-        indent
-        + "  ".join(
-            cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in rows
-    )
+    sides = [str.rjust if kind == "n" else str.ljust for kind in kinds.ljust(len(widths), "w")]
+    lines = []
+    for row in rows:
+        cells = [side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)]
+        lines.append(indent + "  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def plain(value: Any) -> Any:

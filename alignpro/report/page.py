@@ -1,8 +1,4 @@
-"""The page of a verb as plain data: sections of texts, tables and figures.
-
-`alignpro.report.keep` writes a `Page` as self-contained HTML, which `alignpro.report.render` makes. Importing
-this needs the standard library alone, and draws nothing.
-"""
+"""The page of a verb as plain data, which needs the standard library alone; `keep` writes it as HTML."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,11 +23,10 @@ class Dot(NamedTuple):
 
 
 class Dots(NamedTuple):
-    """Numbers with intervals, one row for each label."""
+    """Numbers with intervals, one row for each label. A figure's axis names the numbers and their unit."""
 
     title: str
     axis: str
-    """Name of the numbers, with their unit."""
     dots: Sequence[Dot]
     marks: Sequence[tuple[float, str]] = ()
     """Dashed lines: where, and what is there."""
@@ -55,7 +50,6 @@ class Panel(NamedTuple):
     """The curves that share one axis."""
 
     axis: str
-    """Name of the numbers, with their unit."""
     curves: Sequence[Curve]
     marks: Sequence[tuple[float, str]] = ()
     """Level dashed lines: at what height, and what is there."""
@@ -78,7 +72,6 @@ class Stack(NamedTuple):
     terms: Mapping[str, float]
     """Numbers to add (positive) and to subtract (negative), by the name that the legend shows."""
     total: float
-    """The sum of the terms."""
     against: float
     note: str = ""
     """A remark beside the sum, such as vacuous."""
@@ -89,14 +82,11 @@ class Stacks(NamedTuple):
 
     title: str
     axis: str
-    """Name of the numbers, with their unit."""
     stacks: Sequence[Stack]
     total: str
-    """Name of the sums."""
     against: str
-    """Name of the numbers that they are compared with."""
+    """Names of the sums, and of the numbers that they are compared with."""
     mark: tuple[float, str] | None = None
-    """A dashed line: where, and what is there."""
 
 
 class BarPanel(NamedTuple):
@@ -111,7 +101,6 @@ class Bars(NamedTuple):
     """Bars side by side, one for each series, in panels one below the other."""
 
     axis: str
-    """Name of the numbers, with their unit."""
     series: Sequence[str]
     panels: Sequence[BarPanel]
 

@@ -1,8 +1,4 @@
-"""Self-contained HTML from a `Page`.
-
-Texts in it were written by strangers and by language models: they are data everywhere, never markup,
-mathtext or a formula.
-"""
+"""Self-contained HTML from a `Page`, whose texts by strangers and models are data, never markup."""
 
 import base64
 from collections.abc import Mapping
@@ -21,7 +17,6 @@ except ImportError as error:
 from alignpro.report import figures
 
 _MARKED = {"holds": "holds", "reproduced": "holds", "violated": "violated", "REFUTED": "violated"}
-_SHORT = ("words", "n")
 _KINDS = {"w": "words", "n": "n", "t": "texts"}
 
 
@@ -37,15 +32,21 @@ def page(content: Page, made: Mapping[str, Any]) -> Rendered:
     """A verb's page as self-contained HTML, and its figures that are files of their own.
 
     Absolute paths and keys in addresses are cut from all its texts but those in cells of kind t and in what
-    is quoted, which stay as others wrote them.
-
-    Args:
-        content: what it says.
-        made: `alignpro.report.keep.facts()`.
+    is quoted, which stay as others wrote them. `made` is `alignpro.report.keep.facts()`.
     """
     pictures: dict[str, bytes | None] = {}
-    html = _environment().get_template("page.html.j2")
-    text = html.render(
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(theme.template),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        # Every expression of the template passes here, so no text reaches the page without `visible`. Exactly
+        # `str`: what a macro returns is markup of the template's own.
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["flat"] = _flat
+    text = environment.get_template("page.html.j2").render(
         verb=content.verb,
         title=_set(content.title),
         lead=_paragraphs(content.lead),
@@ -56,25 +57,6 @@ def page(content: Page, made: Mapping[str, Any]) -> Rendered:
         marked=_MARKED,
     )
     return Rendered(text, pictures)
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(theme.template),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_finalize,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["flat"] = _flat
-    return environment
-
-
-def _finalize(value: Any) -> Any:
-    # Every expression of the template passes here, so no text reaches the page without `visible`. Exactly
-    # `str`: what a macro returns is markup of the template's own.
-    return visible(value) if type(value) is str else value
 
 
 def _set(text: str) -> str:
@@ -110,16 +92,13 @@ def _section(section: Section, pictures: dict[str, bytes | None]) -> dict[str, A
         source = "data:image/png;base64," + base64.b64encode(png).decode()
         plot = {"src": source, "alt": drawing.alt, "tall": drawing.tall, "more": drawing.more}
     return {
+        **vars(section),
         "heading": _set(section.heading),
-        "quoted": section.quoted,
         "paragraphs": _paragraphs(section.sentence) if section.sentence else [],
         "points": [_set(point) for point in section.points],
         "plot": plot,
         "lacks": section.figure is not None and plot is None,
-        "file": section.file,
         "tables": [_cells(table) for table in section.tables],
-        "facts": section.facts,
-        "folded": section.folded,
     }
 
 
@@ -133,15 +112,12 @@ def _cells(table: Table) -> dict[str, Any]:
     for i, kind in enumerate(kinds):
         if kind == "words" and any(len(row[i]) > 26 for row in rows):
             kinds[i] = "long" if all(len(row[i]) < 100 for row in rows) else "longest"
-    # Of the characters that a sheet of paper has room for.
-    dense = (
-        sum(max((len(row[i]) + 3 for row in rows), default=0) for i, k in enumerate(kinds) if k in _SHORT)
-        > 90
-    )
+    short = [i for i, kind in enumerate(kinds) if kind in ("words", "n")]
     return {
         "head": [_set(name.strip()) for name in head],
         "rows": rows,
         "kinds": kinds,
-        "dense": dense,
+        # More characters than a sheet of paper has room for.
+        "dense": sum(max((len(row[i]) + 3 for row in rows), default=0) for i in short) > 90,
         "best": set(table.best),
     }

@@ -40,25 +40,28 @@ _PRINT = ("#000", "#444", "#fff", "#f4f4f4", "#bbb", "#777", "#00507d", "#00523c
 _FONTS = 'system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", "DejaVu Sans", sans-serif'
 
 
-def _variables(colours: tuple[str, ...]) -> str:
-    return " ".join(f"--{name}: {colour};" for name, colour in zip(_NAMES, colours, strict=True))
-
-
-def _css() -> str:
-    return (
-        f":root {{ {_variables(_LIGHT)} --paper: {PAPER}; --font: {_FONTS}; }}\n"
-        f"@media (prefers-color-scheme: dark) {{ :root {{ {_variables(_DARK)} }} }}\n"
-        f"@media print {{ :root {{ {_variables(_PRINT)} }} }}"
-    )
-
-
-def _palette() -> str:
-    colours = {"INK": INK, "PAPER": PAPER, "ORANGE": ORANGE, "BLUE": BLUE, "GREEN": GREEN, "SKY": SKY}
-    colours["PURPLE"] = PURPLE
-    return "const " + ", ".join(f'{name} = "{colour}"' for name, colour in colours.items()) + ";"
+_SCRIPT = {
+    "INK": INK,
+    "PAPER": PAPER,
+    "ORANGE": ORANGE,
+    "BLUE": BLUE,
+    "GREEN": GREEN,
+    "SKY": SKY,
+    "PURPLE": PURPLE,
+}
 
 
 def template(name: str) -> str:
     """The text of a file in `templates`, its `/* theme */` and `/* palette */` (of a script) filled in."""
     text = files("alignpro.report").joinpath("templates", name).read_text(encoding="utf-8")
-    return text.replace("/* theme */", _css()).replace("/* palette */", _palette())
+    light, dark, paper = (
+        " ".join(f"--{name}: {colour};" for name, colour in zip(_NAMES, colours, strict=True))
+        for colours in (_LIGHT, _DARK, _PRINT)
+    )
+    css = (
+        f":root {{ {light} --paper: {PAPER}; --font: {_FONTS}; }}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+        f"@media print {{ :root {{ {paper} }} }}"
+    )
+    palette = "const " + ", ".join(f'{name} = "{colour}"' for name, colour in _SCRIPT.items()) + ";"
+    return text.replace("/* theme */", css).replace("/* palette */", palette)

@@ -43,28 +43,24 @@ RUN_FILE = "run.json"
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """The sets to enumerate and the training on them; together with the seed they determine the run."""
+    """The sets to enumerate and the training on them, which with the seed determine the run.
+
+    The fields are the options of `alignpro demo`, where they are explained.
+    """
 
     model: str = "smollm2-135m-instruct"
-    """Prompter and frozen model: a packaged model, a local folder or a hub id."""
     reward: str = "minilm-bt"
-    """r(x, y): a packaged reward or the folder of a saved one."""
     chat_template_kwargs: str | None = None
-    """Further arguments of the model's chat template, as a JSON object."""
     prompts: int = 8
-    """User prompts: real instructions."""
     prompt_words: int = 12
     """Longest user prompt, in words."""
     prompts_file: str | None = None
-    """User prompts of your own, one per line, instead of the packaged ones."""
     beta: float = 0.1
-    """β of the RLHF optimum π* (eq. 4), in units of the reward."""
     exact_rewards: bool = True
     """Reward a rewrite with R(x, x′); otherwise with r(x, y) of one sampled response."""
     enumeration: EnumerationSettings = field(default_factory=EnumerationSettings)
     training: TreeSettings = field(default_factory=TreeSettings)
     seed: int = 0
-    """Determines the prompts, the samples and the training."""
 
     def __post_init__(self) -> None:
         if self.prompts < 1:
@@ -111,9 +107,6 @@ class Measures:
         }
 
 
-# --- stages -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class DemoResult:
     """The demo's finding, which report.json holds: Theorem 1 before and after a real training, exactly.
@@ -154,11 +147,7 @@ class DemoResult:
 def run(
     out: str | Path, settings: DemoSettings, *, resume: bool = False, command: str | None = None
 ) -> DemoResult:
-    """Enumerate, train and analyse in `out`, with report.json at the end.
-
-    Raises:
-        AlignProError: `out` holds another run, or cannot be written; a bad setting; no network at first use.
-    """
+    """Enumerate, train and analyse in `out`, with report.json at the end."""
     out = writable_folder(out)
     try:
         return _run(out, settings, resume, command)
@@ -184,24 +173,15 @@ def _run(out: Path, settings: DemoSettings, resume: bool, command: str | None) -
     with stage("load"):
         prompts = user_prompts(settings)
         reward = load_reward(settings.reward)
-        model, tokenizer = load_model(
-            settings.model, chat_template_kwargs=parse_options(settings.chat_template_kwargs)
-        )
+        options = parse_options(settings.chat_template_kwargs)
+        model, tokenizer = load_model(settings.model, chat_template_kwargs=options)
         _say(_cost(model, settings, skip_enumeration=(out / "texts.json").exists()))
     with stage("enumerate"):
         enumeration = enumerated(out, settings, prompts, model, tokenizer, reward)
     measures = Measures(enumeration.instance, settings.beta, settings.training.lam)
     with stage("train"):
-        trained = fit(
-            enumeration,
-            measures,
-            settings.training,
-            model,
-            tokenizer,
-            out / "training",
-            exact_rewards=settings.exact_rewards,
-            resume=resume,
-        )
+        how: dict[str, Any] = {"exact_rewards": settings.exact_rewards, "resume": resume}
+        trained = fit(enumeration, measures, settings.training, model, tokenizer, out / "training", **how)
     result = DemoResult(
         **analyse(enumeration, measures, settings, trained.policy),
         title="Align-Pro on an enumerated language model",
@@ -230,10 +210,9 @@ def enumerated(
     """The enumeration saved in `out`, made first if it is not there."""
     if (out / "texts.json").exists():
         return Enumeration.load(out)
+    models = (model, tokenizer, model, tokenizer)
     with _bars() as stage:
-        made = enumerate_models(
-            model, tokenizer, model, tokenizer, prompts, reward, settings.enumeration, progress=stage
-        )
+        made = enumerate_models(*models, prompts, reward, settings.enumeration, progress=stage)
     made.save(out)
     return made
 
@@ -250,12 +229,8 @@ def fit(
     resume: bool,
 ) -> tree.TrainedTree:
     """Train on the enumeration into `folder`, with a progress bar that shows how near ρ* is."""
-    with tqdm(
-        total=training.iterations * training.epochs,
-        desc=f"{training.algorithm} steps, seed {training.seed}",
-        unit="step",
-        dynamic_ncols=True,
-    ) as bar:
+    total, title = training.iterations * training.epochs, f"{training.algorithm} steps, seed {training.seed}"
+    with tqdm(total=total, desc=title, unit="step", dynamic_ncols=True) as bar:
 
         def show(step: int, _total: int, exact: Mapping[str, float]) -> None:
             said = f"closed {exact['closed']:.1%}, KL(ρ_θ‖ρ*) {exact['kl_to_star']:.3f}"
@@ -278,18 +253,13 @@ def _open_run(out: Path, settings: DemoSettings, resume: bool) -> dict[str, Any]
     path = out / RUN_FILE
     wanted = asdict(settings)
     if not path.exists():
-        clash = [
-            name
-            for name in ("texts.json", "instance.npz", "report.json", "training")
-            if (out / name).exists()
-        ]
-        if clash:
-            raise AlignProError(f"--out {out}: {clash[0]} is there but no {RUN_FILE}; choose an empty folder")
+        for name in ("texts.json", "instance.npz", "report.json", "training"):
+            if (out / name).exists():
+                raise AlignProError(f"--out {out}: {name} is there but no {RUN_FILE}; choose an empty folder")
         return {"settings": wanted, "seconds": {}}
     if not resume:
-        raise AlignProError(
-            f"--out {out}: holds a run already; add --resume to continue it, or choose another folder"
-        )
+        remedy = "add --resume to continue it, or choose another folder"
+        raise AlignProError(f"--out {out}: holds a run already; {remedy}")
     state = read_json(path)
     refuse_other_settings(out, state.get("settings"), wanted)
     return state
@@ -302,25 +272,19 @@ def _say(text: str) -> None:
 @contextlib.contextmanager
 def _bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """A progress bar with time left per stage; the previous one is closed when the next begins."""
-    open_bars: list[tqdm] = []
+    with contextlib.ExitStack() as last:
 
-    def stage(name: str, total: int) -> Callable[[int], None]:
-        for bar in open_bars:
-            bar.close()
-        open_bars.append(tqdm(total=total, desc=name, dynamic_ncols=True))
+        def stage(name: str, total: int) -> Callable[[int], None]:
+            last.close()
+            bar = last.enter_context(tqdm(total=total, desc=name, dynamic_ncols=True))
 
-        def tick(n: int) -> None:
-            bar = open_bars[-1]
-            bar.total = max(bar.total, bar.n + n)  # repeated candidates are drawn again
-            bar.update(n)
+            def tick(n: int) -> None:
+                bar.total = max(bar.total, bar.n + n)  # repeated candidates are drawn again
+                bar.update(n)
 
-        return tick
+            return tick
 
-    try:
         yield stage
-    finally:
-        for bar in open_bars:
-            bar.close()
 
 
 @torch.no_grad()
@@ -346,9 +310,6 @@ def _cost(model: Any, settings: DemoSettings, skip_enumeration: bool) -> str:
     )
 
 
-# --- what came out ----------------------------------------------------------------------------------------
-
-
 FORMS = ("theorem1", "span", "tight", "trained")
 """The bounds that are checked; `alignpro solve` has the rest, on the instance that is saved."""
 
@@ -364,13 +325,12 @@ def analyse(
     prior = np.asarray(instance.prior)
     policies = {"sft": prior, "theta": theta, "star": star}
     facts = {name: measures.of(rho) for name, rho in policies.items()}
-    bounds: dict[str, dict[str, Any]] = {}
-    for name in FORMS:
-        bounds[name] = {"star": plain(check(instance, beta, lam, name))}
-        if name == "trained":
-            bounds[name] |= {
-                k: plain(check(instance, beta, lam, name, prompter=policies[k])) for k in ("sft", "theta")
-            }
+    bounds = {name: {"star": plain(check(instance, beta, lam, name))} for name in FORMS}
+    for who in ("sft", "theta"):
+        bounds["trained"][who] = plain(check(instance, beta, lam, "trained", prompter=policies[who]))
+    limit = settings.enumeration.response_tokens
+    # The best of all prompters is E_x max_x′ R(x, x′) over the support of ρ_sft.
+    reachable = np.where(prior > 0, np.asarray(s.rewrite_reward), -np.inf)
     return {
         "beta": beta,
         "lam": lam,
@@ -386,22 +346,13 @@ def analyse(
             "sft": float(s.average(s.reference)),
             "theta": float(s.j_rho),
             "star": facts["star"]["reward"],
-            "ceiling": _ceiling(enumeration, np.asarray(s.rewrite_reward)),
+            "ceiling": float(np.asarray(instance.p) @ reachable.max(1)),
             "rlhf": float(s.j_star),
         },
         "policies": facts,
         "bounds": bounds,
-        "prompts": [
-            _prompt(enumeration, x, s, policies, settings.enumeration.response_tokens)
-            for x in range(len(enumeration.prompts))
-        ],
+        "prompts": [_prompt(enumeration, x, s, policies, limit) for x in range(len(enumeration.prompts))],
     }
-
-
-def _ceiling(enumeration: Enumeration, rewrite_reward: np.ndarray) -> float:
-    """E_x max_x′ R(x, x′) over the support of ρ_sft: no prompter does better."""
-    reachable = np.where(np.asarray(enumeration.instance.prior) > 0, rewrite_reward, -np.inf)
-    return float(np.asarray(enumeration.instance.p) @ reachable.max(1))
 
 
 def _prompt(
