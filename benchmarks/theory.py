@@ -277,8 +277,17 @@ def peak(dtype: str) -> float:
 
     from llvmlite import ir
 
-    from alignpro.theory.scale.native import INDEX, POINTER, Code, function, index, loop, register_bytes
-    from alignpro.theory.scale.vectors import Vectors, element
+    from alignpro.theory.scale.vectors import (
+        INDEX,
+        POINTER,
+        Code,
+        Vectors,
+        element,
+        function,
+        index,
+        loop,
+        register_bytes,
+    )
 
     sums, size, of = 8, register_bytes(), element(dtype)
     written = function(INDEX, POINTER)

@@ -49,9 +49,7 @@ def page(result: "estimation.Comparison") -> Page:
         "jointly over the arms. Win rate: how often an answer earns more than the baseline's, ties a half.",
         Table(head, _rows(result, "-"), "wnnnnn"),
         Dots(
-            "Mean reward of each arm",
-            f"reward units, {level}",
-            [dot(*item) for item in result.mean.items()],
+            "Mean reward of each arm", f"reward units, {level}", [dot(*item) for item in result.mean.items()]
         ),
     )
     page.add(

@@ -1,5 +1,6 @@
 """`alignpro headroom`: the gain that prompt optimization could reach, before any training."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,15 +14,19 @@ from alignpro.report.page import Dots, Page, Table, dot
 
 if TYPE_CHECKING:
     from alignpro import estimation
+    from alignpro.estimation import Estimate as Number
+
+
+def _basis(result: "estimation.Headroom", best: "Mapping[str, Number]") -> "dict[str, Number]":
+    """Estimates that the gains rest on, by name; those of the best of n have the names in `best`."""
+    found = {f"J({name})": e for name, e in result.means.items()}
+    found |= {"variance within rewrites": result.within, "variance between rewrites": result.between, **best}
+    return found if result.ceiling is None else found | {"best rewrite drawn, over none": result.ceiling}
 
 
 def text(result: "estimation.Headroom") -> str:
     """The gain at each λ, and the answer."""
-    found = {f"J({name})": e for name, e in result.means.items()}
-    found |= {"variance within rewrites": result.within, "variance between rewrites": result.between}
-    found |= {f"best of {n} rewrites, over sft": e for n, e in result.best_of.items()}
-    if result.ceiling is not None:
-        found["best rewrite drawn, over none"] = result.ceiling
+    found = _basis(result, {f"best of {n} rewrites, over sft": e for n, e in result.best_of.items()})
     rows = [("lambda", "over sft", "net of lambda KL", "over none", "")]
     for at in result.at:
         none = "" if at.over_none is None else interval(at.over_none)
@@ -63,20 +68,11 @@ def page(result: "estimation.Headroom") -> Page:
         Dots("Gain at each λ", axis, dots, [(0.0, "no gain")]),
     )
     best = {f"best of {n}": e for n, e in result.best_of.items()}
-    found = {f"J({name})": e for name, e in result.means.items()}
-    found |= {"variance within rewrites": result.within, "variance between rewrites": result.between} | best
-    if result.ceiling is not None:
-        found["best rewrite drawn, over none"] = result.ceiling
     page.add(
         "What it rests on",
         "Mean rewards, where their variance is, and what picking the best of n rewrites gains over ρ_sft.",
-        shown_estimates(found, "quantity"),
-        Dots(
-            "Gain of the best of n over ρ_sft",
-            axis,
-            [dot(*item) for item in best.items()],
-            [(0.0, "no gain")],
-        ),
+        shown_estimates(_basis(result, best), "quantity"),
+        Dots("Gain of the best of n over ρ_sft", axis, [dot(*i) for i in best.items()], [(0.0, "no gain")]),
     )
     add_warnings(page, result.warnings)
     return page

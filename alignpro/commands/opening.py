@@ -103,7 +103,7 @@ class World:
 
     def reward(self, folder: Path) -> "Reward":
         """The reward; scores of an endpoint are kept in `folder`."""
-        from alignpro.llm.rewards.cached import keep_scores
+        from alignpro.llm.rewards.endpoint import keep_scores
 
         asked = self.settings.reward_endpoint
         options = {"settings": asked} if self._reward.kind == "endpoint" else {}

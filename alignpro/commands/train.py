@@ -65,7 +65,7 @@ class Train(PrompterOptions, ReportedRun):
 
         from alignpro.commands.opening import how_read, is_address
         from alignpro.llm.policies.prompter import Prompter
-        from alignpro.llm.rewards.cached import CachedReward
+        from alignpro.llm.rewards.endpoint import CachedReward
         from alignpro.llm.training.environment import Environment
         from alignpro.llm.training.open_ended import train
 

@@ -75,37 +75,31 @@ def rewards_only(terms: Terms) -> Statement:
     )
 
 
+def _of_any(terms: Terms, arm: str, shift: dict[str, Term], shift_slack: Term | None) -> Statement:
+    """width·TV1 + shift + λKL(ρ‖ρ*) − λKL(ρ‖ρ_sft), about the prompter of `arm`."""
+    model = terms.model_slack(terms.width)
+    return Statement(
+        terms.j_pi() - terms.j(arm),
+        {"model": terms.width * terms.tv_model(), **shift, "kl_difference": terms.value() - terms.j(arm)},
+        (model if shift_slack is None else model + shift_slack) + (terms.value() - terms.j("sft")),
+        {},
+    )
+
+
 def trained(terms: Terms, arm: str) -> Statement:
     """The bound of ANY ρ: gap(ρ) ≤ width·TV1 + width·TV2 + λKL(ρ‖ρ*) − λKL(ρ‖ρ_sft).
 
     The last two terms are λ log Z − E_ρ R (F(ρ*) − F(ρ) = λKL(ρ‖ρ*)): rewards give them, without any
     log-probabilities, and E_ρ R cancels from the slack.
     """
-    width = terms.width
-    return Statement(
-        terms.j_pi() - terms.j(arm),
-        {
-            "model": width * terms.tv_model(),
-            "prompt_shift": width * terms.tv_shift(),
-            "kl_difference": terms.value() - terms.j(arm),
-        },
-        terms.model_slack(width) + terms.shift_slack(width) + (terms.value() - terms.j("sft")),
-        {},
+    return _of_any(
+        terms, arm, {"prompt_shift": terms.width * terms.tv_shift()}, terms.shift_slack(terms.width)
     )
 
 
 def trained_rewards_only(terms: Terms, arm: str) -> Statement:
     """`trained` with R(x,x) − E_ρsft R in width·TV2's place, as in `rewards_only`."""
-    return Statement(
-        terms.j_pi() - terms.j(arm),
-        {
-            "model": terms.width * terms.tv_model(),
-            "reward_shift": terms.j("none") - terms.j("sft"),
-            "kl_difference": terms.value() - terms.j(arm),
-        },
-        terms.model_slack(terms.width) + (terms.value() - terms.j("sft")),
-        {},
-    )
+    return _of_any(terms, arm, {"reward_shift": terms.j("none") - terms.j("sft")}, None)
 
 
 CLAIMS: dict[str, Claim] = {

@@ -1,15 +1,17 @@
 """Exact theory on finite spaces, in float64 JAX. Imports nothing heavy beside JAX.
 
 Importing this package switches JAX to 64-bit floats: in float32, which `solution` accepts too, few identities
-and near-tight bounds can be told from rounding.
+and near-tight bounds can be told from rounding. All logarithms are natural; TV is half the L1 distance;
+"reward units" are those of the rewards. β and λ lie in 1e-18 to 1e18; any other is an `AlignProError`.
 """
 
+# ruff: noqa: E402, F401
 import jax
 
 jax.config.update("jax_enable_x64", True)
 
-from alignpro.theory import results  # noqa: E402
-from alignpro.theory.bounds import (  # noqa: E402
+from alignpro.theory import results
+from alignpro.theory.bounds import (
     BOUNDS,
     IDENTITIES,
     LEMMAS,
@@ -20,37 +22,9 @@ from alignpro.theory.bounds import (  # noqa: E402
     Statement,
     check,
 )
-from alignpro.theory.divergences import jeffreys, kl, tv  # noqa: E402
-from alignpro.theory.families import FAMILIES  # noqa: E402
-from alignpro.theory.gibbs import Tilted, grid, tilt  # noqa: E402
-from alignpro.theory.instance import Instance, Names, load  # noqa: E402
-from alignpro.theory.results import chains, preferences, robustness  # noqa: E402
-from alignpro.theory.solution import Solution, solution  # noqa: E402
-
-__all__ = [
-    "BOUNDS",
-    "FAMILIES",
-    "IDENTITIES",
-    "LEMMAS",
-    "LOWER_BOUNDS",
-    "STATEMENTS",
-    "WRONG_BOUNDS",
-    "BoundReport",
-    "Instance",
-    "Names",
-    "Solution",
-    "Statement",
-    "Tilted",
-    "chains",
-    "check",
-    "grid",
-    "jeffreys",
-    "kl",
-    "load",
-    "preferences",
-    "results",
-    "robustness",
-    "solution",
-    "tilt",
-    "tv",
-]
+from alignpro.theory.divergences import jeffreys, kl, tv
+from alignpro.theory.families import FAMILIES
+from alignpro.theory.gibbs import Tilted, grid, tilt
+from alignpro.theory.instance import Instance, Names, load
+from alignpro.theory.results import chains, preferences, robustness
+from alignpro.theory.solution import Solution, solution

@@ -1,7 +1,6 @@
 """Every claim about the gap by name, and the check of one on an instance.
 
-A claim is one function and one row in a file of `alignpro.theory.statements`: `upper`, `lower`, `lemmas` or
-`wrong`. All logarithms are natural; TV is half the L1 distance; "reward units" are those of the rewards.
+A claim is one function and one row in `upper`, `lower`, `lemmas` or `wrong` of `alignpro.theory.statements`.
 """
 
 from collections.abc import Mapping
@@ -119,8 +118,7 @@ def check(
         r_max: override of Theorem 1's r_max; "inapplicable" when rewards leave [0, r_max].
 
     Raises:
-        AlignProError: β or λ is not positive and finite, the bound is unknown, or the prompter is no
-            matrix of probabilities of the shape of `instance.prior`.
+        AlignProError: a bad β or λ, an unknown bound, or a prompter that is no matrix of probabilities.
     """
     beta, lam = check_temperature("beta", beta), check_temperature("lam", lam)
     if bound not in STATEMENTS:

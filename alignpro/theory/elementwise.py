@@ -4,21 +4,16 @@ A statement of `bounds` is written once, with these, and evaluated either in flo
 in ball arithmetic (NumPy object arrays of `flint.arb`, see `certify`).
 """
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-_OBJECT = np.dtype(object)
-
 
 def is_ball(x: Any) -> bool:
     """Whether `x` is a ball (known by its method `atanh`), or an object array of balls."""
-    return getattr(x, "dtype", None) == _OBJECT or hasattr(type(x), "atanh")
-
-
-def _ball(value: Any, like: Any) -> Any:
-    return value if is_ball(value) else type(like)(value)
+    return getattr(x, "dtype", None) == np.dtype(object) or hasattr(type(x), "atanh")
 
 
 def _apply(name: str, *args: Any, method: str | None = None) -> Any:
@@ -26,41 +21,17 @@ def _apply(name: str, *args: Any, method: str | None = None) -> Any:
         return getattr(jnp, name)(*args)
 
     def one(*values: Any) -> Any:
-        like = next(v for v in values if is_ball(v))
-        first, *rest = (_ball(v, like) for v in values)
+        ball = type(next(v for v in values if is_ball(v)))
+        first, *rest = (v if is_ball(v) else ball(v) for v in values)
         return getattr(first, method or name)(*rest)
 
     return np.frompyfunc(one, len(args), 1)(*args)
 
 
-def sqrt(x: Any) -> Any:
-    """√x."""
-    return _apply("sqrt", x)
-
-
-def expm1(x: Any) -> Any:
-    """eˣ − 1."""
-    return _apply("expm1", x)
-
-
-def tanh(x: Any) -> Any:
-    """tanh x."""
-    return _apply("tanh", x)
-
-
-def arctanh(x: Any) -> Any:
-    """artanh x, |x| < 1."""
-    return _apply("arctanh", x, method="atanh")
-
-
-def minimum(x: Any, y: Any) -> Any:
-    """The lesser, elementwise; of balls, a ball that encloses it."""
-    return _apply("minimum", x, y, method="min")
-
-
-def maximum(x: Any, y: Any) -> Any:
-    """The greater, elementwise; of balls, a ball that encloses it."""
-    return _apply("maximum", x, y, method="max")
+sqrt, expm1, tanh = (partial(_apply, name) for name in ("sqrt", "expm1", "tanh"))
+arctanh = partial(_apply, "arctanh", method="atanh")
+# Of balls, a ball that encloses the lesser or the greater.
+minimum, maximum = partial(_apply, "minimum", method="min"), partial(_apply, "maximum", method="max")
 
 
 def ones_like(x: Any) -> Any:

@@ -1,17 +1,17 @@
 """Families of random instances, each built to stress one part of the theory.
 
 `FAMILIES[name](rng, count, (X, K, Y))` draws `count` instances at once: an `Instance` whose arrays have one
-leading axis, for vmap. The draw is determined by the generator's state. A new family is one function and
-one row.
+leading axis, for vmap. A new family is one function and one row.
 """
 
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from alignpro.errors import AlignProError
 from alignpro.theory.divergences import TINY
-from alignpro.theory.instance import Instance, normalise, unchecked
+from alignpro.theory.instance import KEYS, Instance, normalise, replaced, unchecked
 
 Shape = tuple[int, int, int]
 Family = Callable[[np.random.Generator, int, Shape], Instance]
@@ -37,28 +37,23 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float, size: tuple[
     return 10.0 ** rng.uniform(np.log10(low), np.log10(high), size)
 
 
+def _alike(
+    rng: np.random.Generator, count: int, shape: Shape, policies: Callable[..., np.ndarray]
+) -> Instance:
+    """P, ρ_sft and π_F all drawn by `policies(rng, size)`, own rows and rewards uniform."""
+    x, k, y = shape
+    p, prior, frozen = (policies(rng, (count, *size)) for size in ((x,), (x, k), (k, y)))
+    return unchecked(p, prior, frozen, rng.integers(k, size=(count, x)), rng.uniform(size=(count, x, y)))
+
+
 def independent(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
     """Dirichlet(1) probabilities, uniform rewards in [0, 1]: the plain case, no structure at all."""
-    x, k, y = shape
-    return unchecked(
-        _dirichlet(rng, (count, x)),
-        _dirichlet(rng, (count, x, k)),
-        _dirichlet(rng, (count, k, y)),
-        rng.integers(k, size=(count, x)),
-        rng.uniform(size=(count, x, y)),
-    )
+    return _alike(rng, count, shape, _dirichlet)
 
 
 def peaked(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
     """Dirichlet(0.05) probabilities: most mass on one outcome, the rest over many orders of magnitude."""
-    x, k, y = shape
-    return unchecked(
-        _dirichlet(rng, (count, x), 0.05),
-        _dirichlet(rng, (count, x, k), 0.05),
-        _dirichlet(rng, (count, k, y), 0.05),
-        rng.integers(k, size=(count, x)),
-        rng.uniform(size=(count, x, y)),
-    )
+    return _alike(rng, count, shape, lambda rng, size: _dirichlet(rng, size, 0.05))
 
 
 def _sparse(rng: np.random.Generator, size: tuple[int, ...]) -> np.ndarray:
@@ -69,14 +64,7 @@ def _sparse(rng: np.random.Generator, size: tuple[int, ...]) -> np.ndarray:
 
 def sparse(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
     """Half of P, ρ_sft and π_F exactly 0: supports differ, and some responses cannot be reached."""
-    x, k, y = shape
-    return unchecked(
-        _sparse(rng, (count, x)),
-        _sparse(rng, (count, x, k)),
-        _sparse(rng, (count, k, y)),
-        rng.integers(k, size=(count, x)),
-        rng.uniform(size=(count, x, y)),
-    )
+    return _alike(rng, count, shape, _sparse)
 
 
 def shared_rewrites(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
@@ -97,22 +85,17 @@ def shared_rewrites(rng: np.random.Generator, count: int, shape: Shape) -> Insta
     )
 
 
-def _nearly_certain(rng: np.random.Generator, count: int, rows: int, n: int) -> np.ndarray:
-    rest = _log_uniform(rng, 1e-18, 1e-1, (count, rows, 1))
-    certain = _one_hot(rng.integers(n, size=(count, rows)), n)
-    return _clean((1 - rest) * certain + rest * _dirichlet(rng, (count, rows, n)))
+def _nearly_certain(rng: np.random.Generator, size: tuple[int, ...]) -> np.ndarray:
+    if len(size) == 2:  # P is no policy
+        return _dirichlet(rng, size)
+    rest = _log_uniform(rng, 1e-18, 1e-1, (*size[:-1], 1))
+    certain = _one_hot(rng.integers(size[-1], size=size[:-1]), size[-1])
+    return _clean((1 - rest) * certain + rest * _dirichlet(rng, size))
 
 
 def near_deterministic(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
     """Policies within 1e-18 to 0.1 of a point mass: divergences near 0, log-ratios far from it."""
-    x, k, y = shape
-    return unchecked(
-        _dirichlet(rng, (count, x)),
-        _nearly_certain(rng, count, x, k),
-        _nearly_certain(rng, count, k, y),
-        rng.integers(k, size=(count, x)),
-        rng.uniform(size=(count, x, y)),
-    )
+    return _alike(rng, count, shape, _nearly_certain)
 
 
 def low_rank(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
@@ -188,7 +171,7 @@ def adversarial(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
     instance = _aligned(rng, count, shape)
     noise = _log_uniform(rng, 1e-17, 1.0, (count, 1, 1)) * rng.integers(0, 2, size=(count, 1, 1))
     reward = (1 - noise) * instance.reward + noise * rng.uniform(size=instance.reward.shape)
-    return unchecked(instance.p, instance.prior, instance.frozen, instance.own, reward)
+    return replaced(instance, reward=reward)
 
 
 def signed(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
@@ -199,13 +182,8 @@ def signed(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
     def choose(a, b):
         return np.where(pick.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)
 
-    return unchecked(
-        choose(tight.p, loose.p),
-        choose(tight.prior, loose.prior),
-        choose(tight.frozen, loose.frozen),
-        choose(tight.own, loose.own),
-        choose(2 * tight.reward - 1, rng.standard_normal(loose.reward.shape)),
-    )
+    reward = choose(2 * tight.reward - 1, rng.standard_normal(loose.reward.shape))
+    return replaced(jax.tree.map(choose, tight, loose), reward=reward)
 
 
 def scaled(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
@@ -213,31 +191,20 @@ def scaled(rng: np.random.Generator, count: int, shape: Shape) -> Instance:
     instance = independent(rng, count, shape)
     scale = _log_uniform(rng, 1e-8, 1e8, (count, 1, 1))
     offset = rng.choice([-1.0, 0.0, 1.0], size=(count, 1, 1)) * _log_uniform(rng, 1e-3, 1e6, (count, 1, 1))
-    return unchecked(
-        instance.p, instance.prior, instance.frozen, instance.own, scale * instance.reward + offset
-    )
+    return replaced(instance, reward=scale * instance.reward + offset)
 
 
 FAMILIES: dict[str, Family] = {
-    "independent": independent,
-    "peaked": peaked,
-    "sparse": sparse,
-    "shared_rewrites": shared_rewrites,
-    "near_deterministic": near_deterministic,
-    "low_rank": low_rank,
-    "lm_like": lm_like,
-    "adversarial": adversarial,
-    "signed": signed,
-    "scaled": scaled,
+    family.__name__: family
+    for family in (
+        *(independent, peaked, sparse, shared_rewrites, near_deterministic),
+        *(low_rank, lm_like, adversarial, signed, scaled),
+    )
 }
 
 
 def draw(family: str, seed: int, shape: Shape, count: int = 1) -> list[Instance]:
-    """`count` validated instances of a family, determined by the seed.
-
-    Raises:
-        AlignProError: the family is unknown or the shape (X, K, Y) is not positive.
-    """
+    """`count` validated instances of a family, determined by the seed."""
     if family not in FAMILIES:
         raise AlignProError(f"family {family!r} is unknown; give one of {', '.join(FAMILIES)}")
     if min(shape) < 1 or count < 0:
@@ -248,9 +215,7 @@ def draw(family: str, seed: int, shape: Shape, count: int = 1) -> list[Instance]
 
 def take(batch: Instance, index: int) -> Instance:
     """One instance of a batch, validated."""
-    return Instance(
-        batch.p[index], batch.prior[index], batch.frozen[index], batch.own[index], batch.reward[index]
-    )
+    return Instance(*(getattr(batch, key)[index] for key in KEYS))
 
 
 def random_prompters(rng: np.random.Generator, prior: np.ndarray) -> np.ndarray:

@@ -83,13 +83,11 @@ def tilt(
         energy: any finite values, in reward units; those off the base's support are ignored.
         temperature: positive, in reward units, broadcast against the leading axes.
 
-    In float64, or in float32 when both arrays are float32. Pure, differentiable, and safe under jit and
-    vmap. Nothing overflows for finite energies: they are
-    first divided by a power of two and measured from their maximum over the support, so that a large
-    common offset cancels exactly and temperatures near 0 give the limit (all mass on the best, in
-    proportion to the base) rather than 0/0. Where energies differ little beside the temperature,
-    log Z is log1p(Σ base ψ(u)) about the base's mean, ψ(u) = eᵘ − 1 − u, which keeps the relative
-    accuracy of `gain`, `cost` and `lift` as the temperature grows.
+    In float64, or in float32 when both arrays are float32. Pure, differentiable, and safe under jit and vmap.
+    Nothing overflows for finite energies: they are divided by a power of two and measured from their maximum
+    over the support; temperatures near 0 give the limit, all mass on the best. Where energies differ little
+    beside the temperature, log Z is log1p(Σ base ψ(u)) about the base's mean, ψ(u) = eᵘ − 1 − u, which keeps
+    the relative accuracy of `gain`, `cost` and `lift`.
     """
     base, energy = jnp.broadcast_arrays(*same_floats(base, energy))
     dtype = base.dtype

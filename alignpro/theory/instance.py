@@ -39,12 +39,9 @@ class Instance:
     """A prompt-optimization problem on finite spaces: X user prompts, K prompts the frozen model can be
     given, Y responses. K and X are independent. A JAX pytree, so that jit and vmap take it whole.
 
-    Building one validates it; rows within `ROW_SUM_TOLERANCE` of 1 (`ROW_SUM_TOLERANCE_SINGLE` for
-    float32) but further than rounding are divided by their sum once, and probabilities below 2.2e-308
-    count as 0. λ and β are not part of it: they are arguments of what is computed from it.
-
-    Raises:
-        AlignProError: one line that names the field, the index, the value and the remedy.
+    Building one validates it, or raises an `AlignProError`; rows within `ROW_SUM_TOLERANCE` of 1
+    (`ROW_SUM_TOLERANCE_SINGLE` for float32) are divided by their sum once, and probabilities below 2.2e-308
+    count as 0. λ and β are arguments of what is computed from it.
     """
 
     p: Float[Array, " X"] | Float[np.ndarray, " X"]
@@ -81,10 +78,6 @@ class Instance:
             np.savez(file, **content)
 
 
-def _flatten(instance: Instance) -> tuple[tuple[Any, ...], Names | None]:
-    return tuple(getattr(instance, key) for key in KEYS), instance.names
-
-
 def _flatten_with_keys(instance: Instance) -> tuple[tuple[Any, ...], Names | None]:
     return tuple((jax.tree_util.GetAttrKey(key), getattr(instance, key)) for key in KEYS), instance.names
 
@@ -98,7 +91,7 @@ def _unflatten(names: Names | None, children: Any) -> Instance:
     return instance
 
 
-jax.tree_util.register_pytree_with_keys(Instance, _flatten_with_keys, _unflatten, _flatten)
+jax.tree_util.register_pytree_with_keys(Instance, _flatten_with_keys, _unflatten)
 
 
 def unchecked(p: Any, prior: Any, frozen: Any, own: Any, reward: Any) -> Instance:
@@ -108,15 +101,34 @@ def unchecked(p: Any, prior: Any, frozen: Any, own: Any, reward: Any) -> Instanc
 
 def bare(instance: Instance) -> Instance:
     """An instance of the same arrays without names, which are static: other names would compile anew."""
-    return unchecked(*(getattr(instance, key) for key in KEYS))
+    return replaced(instance)
+
+
+def replaced(instance: Instance, **arrays: Any) -> Instance:
+    """The instance with some arrays replaced, without names: no validation."""
+    return unchecked(*(arrays.get(key, getattr(instance, key)) for key in KEYS))
+
+
+def padded(instance: Instance, shape: tuple[int, int, int]) -> Instance:
+    """The problem with more prompts, rewrites and responses, copies of probability 0: no quantity changes."""
+    more = {axis: (0, n - m) for axis, n, m in zip("XKY", shape, instance.shape, strict=True)}
+
+    def pad(key: str) -> np.ndarray:
+        array, wider = np.asarray(getattr(instance, key)), [more[axis] for axis in AXES[key]]
+        if key in ("own", "reward"):
+            return np.pad(array, wider, mode="edge")
+        rows = np.pad(array, [*wider[:-1], (0, 0)], mode="edge")
+        return np.pad(rows, [*[(0, 0)] * (array.ndim - 1), wider[-1]])
+
+    return unchecked(*map(pad, KEYS))
 
 
 def load(path: str | os.PathLike[str]) -> Instance:
     """Read an instance that `Instance.save` (or `numpy.savez`) wrote.
 
     Raises:
-        AlignProError: the file is missing, is no .npz, is cut short, holds pickled objects, lacks a key,
-            has one too many, or its arrays are no valid instance; one line that begins with the path.
+        AlignProError: no such file, a damaged or pickled one, bad keys, or no valid instance;
+            one line that begins with the path.
     """
     remedy = "write it with alignpro's Instance.save or numpy.savez"
     try:
@@ -189,17 +201,12 @@ def _validated(fields: dict[str, Any], names: Names | None) -> dict[str, np.ndar
                 f"{key}: has shape {array.shape}; give [{', '.join(AXES[key])}], {len(AXES[key])} "
                 f"{'axis' if len(AXES[key]) == 1 else 'axes'}"
             )
-        wanted = "iu" if key == "own" else "fiu"
-        if array.dtype.kind not in wanted or array.dtype.itemsize > 8:
-            # bfloat16 and the like are registered with kind V.
-            if key != "own" and array.dtype.name in ("bfloat16", "float16"):
-                pass
-            else:
-                kind = "integers (rows of frozen)" if key == "own" else "real numbers"
-                raise AlignProError(f"{key}: has dtype {array.dtype}; save it as {kind}")
         if key != "own" and array.dtype.name in ("bfloat16", "float16"):
             raise AlignProError(f"{key}: has dtype {array.dtype}, too coarse; save it as float64 or float32")
-        tolerance[key] = ROW_SUM_TOLERANCE_SINGLE if array.dtype == np.float32 else ROW_SUM_TOLERANCE
+        if array.dtype.kind not in ("iu" if key == "own" else "fiu") or array.dtype.itemsize > 8:
+            kind = "integers (rows of frozen)" if key == "own" else "real numbers"
+            raise AlignProError(f"{key}: has dtype {array.dtype}; save it as {kind}")
+        tolerance[key] = _tolerance(array)
         arrays[key] = array.astype(np.int64 if key == "own" else np.float64)
 
     sizes: dict[str, tuple[str, int]] = {}
@@ -216,17 +223,13 @@ def _validated(fields: dict[str, Any], names: Names | None) -> dict[str, np.ndar
                     f"{key}: has {size} {_AXIS_NAMES[axis]} (axis {position} of shape {arrays[key].shape}) "
                     f"but {first} has {known}; make them equal"
                 )
-    for key in ("p", "prior", "frozen", "reward"):
-        array = arrays[key]
-        _refuse(key, array, ~np.isfinite(array), "is not finite; replace it by a finite number")
-        if key != "reward":
-            _refuse(key, array, array < 0, "is negative; probabilities are at least 0")
-            arrays[key] = _normalised(key, array, tolerance[key])
-    count = sizes["K"][1]
-    own = arrays["own"]
+    for key in ("p", "prior", "frozen"):
+        arrays[key] = _normalised(key, arrays[key], tolerance[key])
+    _finite("reward", arrays["reward"])
+    count, own = sizes["K"][1], arrays["own"]
     _refuse("own", own, (own < 0) | (own >= count), f"is no row of frozen; give 0 to {count - 1}")
     if names is not None:
-        for axis, letter in (("prompts", "X"), ("rewrites", "K"), ("responses", "Y")):
+        for letter, axis in _AXIS_NAMES.items():
             labels = getattr(names, axis)
             if labels and len(labels) != sizes[letter][1]:
                 raise AlignProError(
@@ -244,24 +247,26 @@ def _refuse(key: str, array: np.ndarray, bad: np.ndarray, why: str) -> None:
 
 
 def probabilities(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Check `value`, and give it as float64 rows of probabilities of this shape, under `Instance`'s rules.
-
-    Raises:
-        AlignProError: a wrong shape, a non-finite or negative entry, or a row that does not sum to 1.
-    """
+    """`value` as float64 rows of probabilities of this shape, under `Instance`'s rules."""
     array = np.asarray(value)
     if array.shape != shape or array.dtype.kind not in "fiu":
         raise AlignProError(
             f"{name}: has shape {array.shape} and dtype {array.dtype}; give real numbers of shape {shape}"
         )
-    tolerance = ROW_SUM_TOLERANCE_SINGLE if array.dtype == np.float32 else ROW_SUM_TOLERANCE
-    array = array.astype(np.float64)
-    _refuse(name, array, ~np.isfinite(array), "is not finite; replace it by a finite number")
-    _refuse(name, array, array < 0, "is negative; probabilities are at least 0")
-    return _normalised(name, array, tolerance)
+    return _normalised(name, array.astype(np.float64), _tolerance(array))
+
+
+def _finite(key: str, array: np.ndarray) -> None:
+    _refuse(key, array, ~np.isfinite(array), "is not finite; replace it by a finite number")
+
+
+def _tolerance(given: np.ndarray) -> float:
+    return ROW_SUM_TOLERANCE_SINGLE if given.dtype == np.float32 else ROW_SUM_TOLERANCE
 
 
 def _normalised(key: str, array: np.ndarray, tolerance: float) -> np.ndarray:
+    _finite(key, array)
+    _refuse(key, array, array < 0, "is negative; probabilities are at least 0")
     totals = array.sum(-1, keepdims=True)
     off = np.abs(totals - 1)
     if (off > tolerance).any():

@@ -1,8 +1,6 @@
 """`solution`: every quantity of the paper on one instance, in one pure function, with its rounding bounds.
 
-Log-space throughout (`gibbs.tilt`), so that no temperature makes a NaN. The statements of `bounds` are made
-of these quantities. All logarithms are natural; TV is half the L1 distance; "reward units" are those of the
-rewards.
+Log-space throughout (`gibbs.tilt`), so that no temperature makes a NaN.
 """
 
 from typing import Any, NamedTuple

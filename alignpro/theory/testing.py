@@ -2,8 +2,8 @@
 
 Every strategy yields valid objects only, meets the awkward ones often (zeros, point masses, ties, extreme
 probabilities and temperatures), and shrinks towards few prompts, rewrites and responses with numbers one can
-read: probabilities are small whole weights over their sum, rewards short decimals, temperatures one digit and
-a power of ten. Needs the extra: pip install 'alignpro[testing]'.
+read. A size below 1, an empty range or an unknown option is an `AlignProError`. Needs the extra: pip install
+'alignpro[testing]'.
 """
 
 import functools
@@ -27,18 +27,6 @@ except ModuleNotFoundError as error:
     raise AlignProError(
         f"alignpro.theory.testing: the package {error.name} is missing; run pip install 'alignpro[testing]'"
     ) from error
-
-__all__ = [
-    "chains",
-    "counterexample",
-    "instances",
-    "policies",
-    "probabilities",
-    "problems",
-    "prompters",
-    "rewards",
-    "temperatures",
-]
 
 # Beside weights 1 to 9: probabilities within 1e-2 to 1e-12 of 0 and of 1.
 _FAR = (10**2, 10**4, 10**8, 10**12)
@@ -78,20 +66,13 @@ def probabilities(n: int, *, zeros: bool = True, extremes: bool = True) -> Searc
         n: how many outcomes.
         zeros: let outcomes have probability exactly 0. Shrinks to a point mass, without zeros to 1/n each.
         extremes: let weights reach 1e12, so that probabilities come within 1e-12 of 0 and of 1.
-
-    Raises:
-        AlignProError: n < 1.
     """
     _at_least_one(n=n)
     return _entries(_weights(zeros, extremes), n).map(_rows)
 
 
 def policies(rows: int, n: int, *, zeros: bool = True, extremes: bool = True) -> SearchStrategy[np.ndarray]:
-    """Matrices [rows, n] whose rows are as `probabilities`: prompters [X, K] or models [K, Y].
-
-    Raises:
-        AlignProError: rows < 1 or n < 1.
-    """
+    """Matrices [rows, n] whose rows are as `probabilities`: prompters [X, K] or models [K, Y]."""
     _at_least_one(rows=rows, n=n)
     return _entries(_weights(zeros, extremes), rows, n).map(_rows)
 
@@ -101,9 +82,6 @@ def rewards(shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Sear
     within 1e-3 to 1e-12 of the ends, relative to the width.
 
     Shrinks towards 0, or towards the end nearer to it where 0 is outside.
-
-    Raises:
-        AlignProError: the ends are not finite, or low > high.
     """
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
         raise AlignProError(f"low {low}, high {high}: give finite rewards with low <= high")
@@ -125,9 +103,6 @@ def temperatures(low: float = 1e-6, high: float = 1e6) -> SearchStrategy[float]:
     """β or λ in [low, high], in reward units: one digit times a power of ten, uniform over the decades.
 
     Shrinks towards 1.
-
-    Raises:
-        AlignProError: no such number, or not 0 < low <= high < ∞.
     """
     if not 0 < low <= high < math.inf:
         raise AlignProError(f"low {low}, high {high}: give positive finite temperatures with low <= high")
@@ -164,9 +139,6 @@ def instances(
         zeros: let P, ρ_sft and π_F have entries of exactly 0.
         extremes: let probabilities come within 1e-12 of 0 and of 1.
         own: "any" row of π_F for each prompt, shared ones too, or "distinct": no two share one (K ≥ X).
-
-    Raises:
-        AlignProError: a size below 1, "distinct" with K < X, or as `rewards`.
     """
     most = shape or (max_x, max_k, max_y)
     _at_least_one(X=most[0], K=most[1], Y=most[2])
@@ -211,10 +183,7 @@ def _with_kept(
 def prompters(instance: Instance, *, zeros: bool = True, extremes: bool = True) -> SearchStrategy[np.ndarray]:
     """Any ρ(x′|x) [X, K] with no mass where ρ_sft has none.
 
-    Args:
-        instance: the problem whose ρ_sft is the reference.
-        zeros: let ρ leave out part of that support: KL(ρ‖ρ_sft) stays finite, KL(ρ_sft‖ρ) does not.
-        extremes: as in `probabilities`.
+    `zeros` lets ρ leave out part of that support: KL(ρ‖ρ_sft) stays finite, KL(ρ_sft‖ρ) does not.
     """
     support = np.asarray(instance.prior) > 0
     return _entries(_weights(zeros, extremes), *support.shape).map(lambda weights: _rows(weights, support))
@@ -273,14 +242,7 @@ def chains(
 
     `stages` are the reference prompters, [X, K₁], [K₁, K₂], …, [Kₙ₋₁, K]; the instance's ρ_sft [X, K] is
     their product, what the reference chain does in one step. The arguments of `theory.chains.Chain` are
-    these stages and the instance's other arrays. Shrinks towards one stage.
-
-    Args:
-        max_stages: most prompters in sequence.
-        max_x, max_k, max_y, low, high, zeros, extremes: as in `instances`; `max_k` is for every stage.
-
-    Raises:
-        AlignProError: as `instances`.
+    these stages and the instance's other arrays. Shrinks towards one stage; `max_k` is for every stage.
     """
     _at_least_one(max_stages=max_stages)
     ends = instances(max_x, max_k, max_y, low=low, high=high, zeros=zeros, extremes=extremes)

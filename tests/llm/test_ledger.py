@@ -587,7 +587,7 @@ BUDGET = (
 url, kind, most = sys.argv[1], sys.argv[2], int(sys.argv[3])
 http.client_library()
 if sys.argv[4] == "mutant":
-    ledger._Meter = lambda *_: None
+    store.Store.meter = lambda *_: None
 def work(name):
     target = Endpoint(url, EndpointSettings("m", concurrency=4, backoff_s=1e-3, retries=20, **{kind: most}))
     try:
@@ -658,17 +658,18 @@ def test_what_another_has_on_file_by_now_is_not_paid_for_again(tmp_path, monkeyp
 
 
 def test_a_killed_process_gives_back_what_it_booked(tmp_path, monkeypatch):
-    settings, file = EndpointSettings("m", max_tokens=100, timeout_s=1.0), Store(tmp_path)
-    assert file.book("x", settings, 60, False) is None
-    other = Store(tmp_path)
-    assert other.book("x", settings, 60, False) == "wait"
+    settings = EndpointSettings("m", max_tokens=100, timeout_s=1.0)
+    file, another = Store(tmp_path), Store(tmp_path)
+    meter, other = file.meter("x"), another.meter("x")
+    assert meter.book(settings, 60, False) is None
+    assert other.book(settings, 60, False) == "wait"
     later = time.time() + 60
     monkeypatch.setattr(store.time, "time", lambda: later)
-    assert other.book("x", settings, 60, False) is None
-    assert other.book("x", settings, 60, False) == "wait"
-    other.settle("x", 60)
-    assert other.book("x", settings, 101, False) == "max_tokens"
-    assert other.spent()["x"]["calls"] == 2
+    assert other.book(settings, 60, False) is None
+    assert other.book(settings, 60, False) == "wait"
+    other.settle(60)
+    assert other.book(settings, 101, False) == "max_tokens"
+    assert another.spent()["x"]["calls"] == 2
 
 
 def test_neither_fcntl_nor_torch_is_needed(tmp_path):

@@ -35,9 +35,8 @@ from alignpro.errors import AlignProError
 from alignpro.llm.models import configure, resolve
 from alignpro.llm.rewards import opening
 from alignpro.llm.rewards.bounds import Bounded, Clip, Declared, Squash, parse_bounds
-from alignpro.llm.rewards.cached import CachedReward
 from alignpro.llm.rewards.classifier import SequenceReward
-from alignpro.llm.rewards.endpoint import EndpointReward
+from alignpro.llm.rewards.endpoint import CachedReward, EndpointReward
 from alignpro.llm.rewards.function import CallableReward
 from alignpro.llm.rewards.reward import PLAIN, check_scores, check_template, fill, shown
 from alignpro.llm.targets import http as transport
@@ -886,7 +885,7 @@ def test_scores_that_came_before_a_failure_are_kept(server, tmp_path, monkeypatc
 
 KILLED = """
 import sys
-from alignpro.llm.rewards.cached import CachedReward
+from alignpro.llm.rewards.endpoint import CachedReward
 from alignpro.llm.rewards.endpoint import EndpointReward
 from alignpro.llm.targets.settings import EndpointSettings
 texts = sys.argv[3:]

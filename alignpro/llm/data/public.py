@@ -1,19 +1,9 @@
 """User prompts and preference pairs by the name of a data set, from packages or from the hub.
 
-A public data set comes through the `datasets` library, from the hub or from a folder that holds the files of
-the hub's repository; both go through the same code.
-
-Four rules hold for all of them:
-
-- A prompt is what its user wrote. System prompts are left out: those of Orca were put in front of the
-  questions by the makers of the data, from a list of some sixteen, and those of UltraFeedback differ between
-  the answers to one prompt. Instructions of that kind are what a prompter is to find.
-- Prompts that differ only in case, punctuation or white space are one prompt; the first is kept.
-- The split is `split_of`, a hash of the normalised prompt, and the publishers' splits are joined before:
-  the test split of ultrafeedback_binarized lies within the training split of UltraFeedback. So no prompt is
-  in two splits, whatever data sets are used together.
-- The order is a hash of the seed and the normalised prompt. So n prompts are a random sample, a larger n
-  extends a smaller one, and the rows' order and division into files only choose between such spellings.
+A public one comes through the `datasets` library, from the hub or from a folder with the files of the hub's
+repository. A prompt is what its user wrote, without system prompts. Prompts that differ only in case,
+punctuation or white space are one. The split is `split_of`, the publishers' being joined before, so that no
+prompt is in two; the order is a hash of the seed and the normalised prompt, so that n are a random sample.
 """
 
 import contextlib
@@ -85,9 +75,7 @@ DATASETS: dict[str, Callable[..., list[str]] | Source] = {
         prompt="prompt",
         splits=("train_prefs", "test_prefs"),
         answers=("chosen", "rejected", "score_chosen", "score_rejected"),
-        grades=lambda row: [
-            (row[f"score_{kind}"], row[kind][-1]["content"]) for kind in ("chosen", "rejected")
-        ],
+        grades=lambda row: [(row[f"score_{x}"], row[x][-1]["content"]) for x in ("chosen", "rejected")],
     ),
     # A row is one answer; up to four of them answer the same prompt. Attributes are whole numbers, 0 to 4.
     "helpsteer": Source(
@@ -112,11 +100,7 @@ DATASETS: dict[str, Callable[..., list[str]] | Source] = {
 
 
 def check_dataset(name: str, folder: str | Path | None = None, split: str | None = None) -> None:
-    """Refuse what cannot be read, before any reading.
-
-    Raises:
-        AlignProError: the data set or the split is unknown, or the folder is none or not for that data set.
-    """
+    """Refuse what cannot be read, before any reading: an unknown data set or split, or a wrong folder."""
     if name not in DATASETS:
         raise AlignProError(f"dataset {name!r}: choose from {', '.join(DATASETS)}, or give prompts_file")
     if split is not None and split not in SPLITS:
@@ -153,16 +137,14 @@ def prompts(
     """Read the distinct prompts of a row of `DATASETS`, in an order fixed by `seed` alone.
 
     Args:
-        name: a row of `DATASETS`.
         split: keeps the prompts of this split (`split_of`); all if None.
         n: how many; all if None. Memory grows with n, not with the data set.
-        seed: fixes the order.
         folder: holds the files of the hub's repository, where the hub cannot be reached.
         fits: says of a prompt whether to keep it, such as `shorter(...)`.
 
     Raises:
-        AlignProError: an unknown name or split, more prompts asked for than there are, a package or hub out
-            of reach, a licence to accept first, or files of another schema.
+        AlignProError: an unknown name or split, too few prompts, a package or hub out of reach, a licence to
+            accept first, or files of another schema.
     """
     check_dataset(name, folder, split)
     if n is not None and n < 1:
@@ -190,15 +172,9 @@ def pairs(
     """Read the preference pairs of a row of `DATASETS`: every two answers to a prompt with different grades.
 
     Their order follows that of `prompts`, so the first pairs are those of a random sample of prompts.
-    UltraFeedback: completions by `overall_score`, up to six pairs a prompt. HelpSteer: responses by
-    `helpfulness`, up to six pairs too. The others have one pair a row.
-
-    Args:
-        name, split, seed, folder: see `prompts`.
 
     Raises:
-        AlignProError: a data set without graded answers, or without any of different grades; see also
-            `prompts`.
+        AlignProError: a data set without graded answers, or without any of different grades; see `prompts`.
     """
     check_dataset(name, folder, split)
     source = DATASETS[name]
@@ -260,12 +236,8 @@ def shorter(
     """Make a function that says whether a text has at most so many characters and tokens.
 
     Args:
-        characters: most characters; no limit if None.
-        tokens: most tokens of the tokenizer; no limit if None.
-        tokenizer: one of transformers; its special tokens are not counted.
-
-    Raises:
-        AlignProError: a limit below 1, or tokens without a tokenizer.
+        characters, tokens: limits; none if None.
+        tokenizer: one of transformers, which counts; its special tokens are not counted.
     """
     for field, limit in (("characters", characters), ("tokens", tokens)):
         if limit is not None and limit < 1:
@@ -295,9 +267,8 @@ def _rows(
     try:
         import datasets as library
     except ModuleNotFoundError:
-        raise AlignProError(
-            f"dataset {name}: the package datasets is missing; run pip install 'alignpro[llm]'"
-        ) from None
+        missing = f"dataset {name}: the package datasets is missing; run pip install 'alignpro[llm]'"
+        raise AlignProError(missing) from None
     needed = tuple(dict.fromkeys((source.prompt, *columns)))
     packages.note(f"reading {source.repository} ({source.licence}) from {folder or 'the hub or its cache'}")
     try:
@@ -337,22 +308,19 @@ def _refused(name: str, source: Source, folder: str | Path | None, error: Except
 
     told = error.__cause__ if isinstance(error.__cause__, Exception) else error
     said = download.scrub(" ".join(str(told).split())[:200]) or type(told).__name__
-    command = f"hf download {source.repository} --repo-type dataset --local-dir DIR"
+    place = source.repository
+    command = f"hf download {place} --repo-type dataset --local-dir DIR"
     if source.revision is not None:
         command += f" --revision {source.revision}"
     elsewhere = f"download it elsewhere ({command}) and give --data-folder DIR"
     if folder is not None:
         return AlignProError(f"data_folder {folder}: cannot read it as {name} ({said}); {elsewhere}")
     if isinstance(error, GatedRepoError) or "gated" in str(error):
-        return AlignProError(
-            f"dataset {name}: the hub asks for a login; accept the terms of {source.repository} there and "
-            f"run `hf auth login`, or {elsewhere}"
-        )
-    if isinstance(error, DatasetNotFoundError):
-        return AlignProError(f"dataset {name}: the hub has no {source.repository} any more; {elsewhere}")
-    if isinstance(error, OSError):
-        return AlignProError(
-            f"dataset {name}: the hub cannot be reached and no copy of {source.repository} is cached; "
-            f"{elsewhere}"
-        )
-    return AlignProError(f"dataset {name}: cannot read {source.repository} ({said}); {elsewhere}")
+        why = f"the hub asks for a login; accept the terms of {place} there and run `hf auth login`, or"
+    elif isinstance(error, DatasetNotFoundError):
+        why = f"the hub has no {place} any more;"
+    elif isinstance(error, OSError):
+        why = f"the hub cannot be reached and no copy of {place} is cached;"
+    else:
+        why = f"cannot read {place} ({said});"
+    return AlignProError(f"dataset {name}: {why} {elsewhere}")

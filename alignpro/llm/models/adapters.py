@@ -16,11 +16,7 @@ _OTHER_TOWERS = ("vision", "visual", "audio", "image")
 
 
 def blocks_of(model: Any) -> tuple[str, Any]:
-    """The name and the list of the language model's layers, from the first to the last.
-
-    Raises:
-        AlignProError: the model has no list of as many layers as its configuration says.
-    """
+    """The name and the list of the language model's layers, from the first to the last."""
     causal, depth = unwrap(model), int(text_config(model).num_hidden_layers)
     found = [
         (name, module)
@@ -42,11 +38,7 @@ def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
     """A LoRA adapter (arXiv 2106.09685) on every linear map of the top layers; fresh, it changes nothing.
 
     Args:
-        rank: the adapter's rank.
         layers: share of the layers, from the top, that carry it.
-
-    Raises:
-        AlignProError: no layers, or no linear maps in them, were found.
     """
     name, blocks = blocks_of(model)
     first = len(blocks) - max(1, round(layers * len(blocks)))
@@ -72,11 +64,7 @@ def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
 
 
 def adapter_base(folder: Path) -> str:
-    """The name of the model that an adapter's folder rests on, found from any working folder.
-
-    Raises:
-        AlignProError: the folder does not say, or what it names is not there.
-    """
+    """The name of the model that an adapter's folder rests on, found from any working folder."""
     said: Any = {}
     for file, key in (("prompter.json", "base"), (ADAPTER_CONFIG, "base_model_name_or_path")):
         if (folder / file).is_file():
@@ -88,11 +76,7 @@ def adapter_base(folder: Path) -> str:
 
 def find_base(base: str, folder: Path) -> str:
     """`base` as a name that can be opened now: a relative path is looked for from the working folder, then
-    from `folder` and each folder above it.
-
-    Raises:
-        AlignProError: it is a path, and nothing is there.
-    """
+    from `folder` and each folder above it."""
     path = Path(base).expanduser()
     if base in MODELS or path.exists():
         return base

@@ -2,14 +2,13 @@
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from alignpro.errors import AlignProError
 
 
-@dataclass(frozen=True)
-class PackagedModel:
+class PackagedModel(NamedTuple):
     """A GGUF or ONNX inside a package: the row of `PACKAGES` and the file's name there."""
 
     package: str
@@ -25,11 +24,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def check_name(model: str | Path) -> None:
-    """Refuse what names no packaged model, folder, GGUF file or hub id, without reaching for the hub.
-
-    Raises:
-        AlignProError: so.
-    """
+    """Refuse what names no packaged model, folder, GGUF file or hub id, without reaching for the hub."""
     path = Path(model).expanduser()
     if str(model) in MODELS or (str(model) and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
         return
@@ -41,28 +36,21 @@ def check_name(model: str | Path) -> None:
 
 
 def checked_folder(folder: Path) -> Path:
-    """`folder`, which holds a model's configuration and safetensors, an adapter, or what a rehearsal draws.
-
-    Raises:
-        AlignProError: it does not; pickled weights are refused by name.
-    """
+    """`folder`, if it holds a configuration and safetensors, an adapter, or what a rehearsal draws."""
     if is_adapter(folder) or drawn_at_random(folder):
         return folder
     if not (folder / "config.json").is_file():
         raise AlignProError(
             f"model folder {folder} has no config.json; name the folder that save_pretrained wrote"
         )
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(p.name for suffix in ("bin", "pt", "pth") for p in folder.glob(f"*.{suffix}"))
-        if pickles:
-            raise AlignProError(
-                f"model folder {folder} has only pickled weights ({pickles[0]}), and unpickling can run "
-                "code; convert it with save_pretrained(..., safe_serialization=True) where you trust it"
-            )
+    if any(folder.glob("*.safetensors")):
+        return folder
+    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
         raise AlignProError(
-            f"model folder {folder} has no *.safetensors; save the model with save_pretrained"
+            f"model folder {folder} has only pickled weights ({pickles[0]}), and unpickling can run "
+            "code; convert it with save_pretrained(..., safe_serialization=True) where you trust it"
         )
-    return folder
+    raise AlignProError(f"model folder {folder} has no *.safetensors; save the model with save_pretrained")
 
 
 RANDOM_FILE = "random_weights.json"
@@ -72,11 +60,7 @@ REHEARSAL = "ALIGNPRO_REHEARSAL"
 
 
 def drawn_at_random(folder: Path) -> bool:
-    """Whether the folder is one for rehearsals.
-
-    Raises:
-        AlignProError: it is, and this is no rehearsal.
-    """
+    """Whether the folder is one for rehearsals; refuse it where this is none."""
     if not (folder / RANDOM_FILE).is_file():
         return False
     if os.environ.get(REHEARSAL) != "1":

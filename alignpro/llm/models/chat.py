@@ -1,8 +1,7 @@
 """Writes a chat down as a model reads it: a conversation becomes tokens, and tokens what was said.
 
-What a template leaves to chance or to the calendar is settled here, once for prompters, frozen models, judges
-and rewards: the date, a system message that the template refuses, control tokens that somebody spells in a
-prompt, the token that ends a turn, and thoughts before an answer.
+Settled here, once for all: the date, a system message that the template refuses, control tokens that a prompt
+spells, the token that ends a turn, and thoughts before an answer.
 """
 
 import json
@@ -29,39 +28,23 @@ THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
 _ATTRIBUTE = "_alignpro_chat"
 _CALENDAR = "alignpro_calendar"
-_PRIVATE = (
-    "\U000f0000",
-    "\U000f0001",
-    "\U000f0002",
-)  # of Unicode's private use: in no template, in no tokenizer
-
-
-def _public(text: str) -> str:
-    """`text` without the private characters by which control tokens go here."""
-    return re.sub("|".join(_PRIVATE), "\ufffd", text)
+# Of Unicode's private use: in no template, in no tokenizer.
+_PRIVATE = ("\U000f0000", "\U000f0001", "\U000f0002")
 
 
 @dataclass(frozen=True)
 class Said:
-    """The text that a continuation's tokens stand for.
-
-    Attributes:
-        text: without special tokens, and without a leading thought.
-        thought: whether there was one. A thought that was cut off leaves an empty text.
-    """
+    """The text that a continuation's tokens stand for."""
 
     text: str
+    """Without special tokens and a leading thought; empty where the thought was cut off."""
     thought: bool = False
+    """Whether there was a thought."""
 
 
 @dataclass(eq=False)
 class Chat:
-    """The chat format of one tokenizer.
-
-    Args:
-        tokenizer: with a chat template.
-        options: further arguments of the template, such as {"enable_thinking": False}.
-    """
+    """The chat format of a tokenizer; `options` are its template's, such as {"enable_thinking": False}."""
 
     tokenizer: Any
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -76,48 +59,40 @@ class Chat:
 
         What the messages say is encoded as text, whatever it spells. Where the template opens a thought,
         opening words follow an empty one.
-
-        Raises:
-            AlignProError: the template fails.
         """
         messages = self._merged(messages)
-        tail = (self._closing if opening else "") + opening
-        if not any(self._spells(m["content"]) for m in messages):
-            text = self.render(messages) + tail
-            return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
         held, contents = [], []
         for message in messages:
             if self._spells(message["content"]):
                 contents.append(message["content"].strip() if self._trims else message["content"])
                 message = {**message, "content": f"{_PRIVATE[2]}{len(contents) - 1}{_PRIVATE[2]}"}
             held.append(message)
-        text = self.render(held) + tail
-        if self._protected is None:
-            for i, content in enumerate(contents):
-                text = text.replace(f"{_PRIVATE[2]}{i}{_PRIVATE[2]}", self._broken(content))
-            return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
-        text = self._control.sub(lambda match: self._alias[match[0]], text)
+        text = self.render(held) + (self._closing if opening else "") + opening
+        backend = self._protected if contents else None
+        if backend is not None:
+            text = self._control.sub(lambda match: self._alias[match[0]], text)
         for i, content in enumerate(contents):
-            text = text.replace(f"{_PRIVATE[2]}{i}{_PRIVATE[2]}", _public(content))
-        return tuple(self._protected.encode(text, add_special_tokens=False).ids)
+            text = text.replace(f"{_PRIVATE[2]}{i}{_PRIVATE[2]}", self._as_text(content, backend))
+        return self._encode(text, backend)
 
     def text_ids(self, text: str) -> Ids:
         """Token ids of `text` as text: a control token that it spells is not one."""
-        if not self._spells(text):
+        backend = self._protected if self._spells(text) else None
+        return self._encode(self._as_text(text, backend), backend)
+
+    def _as_text(self, text: str, backend: "Tokenizer | None") -> str:
+        """`text` for a renamed tokenizer; without one, control tokens are pulled apart, visibly."""
+        if backend is None:
+            return re.sub(f"(?=(?:{self._control.pattern}))(.)", r"\1 ", text, flags=re.S)
+        return re.sub("|".join(_PRIVATE), "\ufffd", text)
+
+    def _encode(self, text: str, backend: "Tokenizer | None") -> Ids:
+        if backend is None:
             return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
-        if self._protected is None:
-            return tuple(self.tokenizer(self._broken(text), add_special_tokens=False).input_ids)
-        return tuple(self._protected.encode(_public(text), add_special_tokens=False).ids)
+        return tuple(backend.encode(text, add_special_tokens=False).ids)
 
     def render(self, messages: Sequence[Message], *, generate: bool = True) -> str:
-        """The conversation as the template writes it, on the pinned date.
-
-        Args:
-            generate: whether the head of the model's own turn follows.
-
-        Raises:
-            AlignProError: the template fails.
-        """
+        """The conversation as the template writes it on the pinned date; `generate`: and the turn's head."""
         try:
             return str(self._apply(messages, generate))
         except Exception as error:  # a template raises what it likes
@@ -153,11 +128,7 @@ class Chat:
 
     @cached_property
     def end(self) -> int:
-        """Id of the token with which the template ends a turn; the tokenizer's end where it writes none.
-
-        Raises:
-            AlignProError: neither has one.
-        """
+        """Id of the token with which the template ends a turn; the tokenizer's end where it writes none."""
         mark = _PRIVATE[2]
         try:
             turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
@@ -174,15 +145,13 @@ class Chat:
     @cached_property
     def takes_system(self) -> bool:
         """Whether a system message is written; Gemma's template refuses one."""
-        mark = _PRIVATE[2]
+        messages = [{"role": "system", "content": _PRIVATE[2]}, {"role": "user", "content": "?"}]
         try:
-            return mark in self._apply(
-                [{"role": "system", "content": mark}, {"role": "user", "content": "?"}], True
-            )
+            return _PRIVATE[2] in self._apply(messages, True)
         except Exception:
             return False
 
-    @cached_property
+    @property
     def opens_thought(self) -> bool:
         """Whether the head of the model's turn ends inside a thought."""
         return bool(self._closing)
@@ -214,8 +183,12 @@ class Chat:
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
         """Tokens that steer a model: its special tokens, and added ones that its chat template mentions."""
+        return self._tokens(str(self.template))
+
+    def _tokens(self, text: str = "") -> tuple[str, ...]:
+        """The special tokens, and added ones that occur in `text`, the longest first."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        found = {str(token) for token in added if token.special or str(token) in str(self.template)}
+        found = {str(token) for token in added if token.special or str(token) in text}
         found |= {str(token) for token in self.tokenizer.all_special_tokens}
         return tuple(sorted(filter(str.strip, found), key=lambda t: (-len(t), t)))
 
@@ -225,17 +198,10 @@ class Chat:
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
-        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        found = {str(t) for t in added if t.special} | {str(t) for t in self.tokenizer.all_special_tokens}
-        every = sorted(filter(str.strip, found), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, every)) or r"(?!)")
+        return re.compile("|".join(map(re.escape, self._tokens())) or r"(?!)")
 
     def _spells(self, text: str) -> bool:
         return self._control.search(text) is not None
-
-    def _broken(self, text: str) -> str:
-        """Every control token in `text` pulled apart, visibly."""
-        return re.sub(f"(?=(?:{self._control.pattern}))(.)", r"\1 ", text, flags=re.S)
 
     @cached_property
     def _alias(self) -> dict[str, str]:
@@ -243,10 +209,7 @@ class Chat:
 
     @cached_property
     def _protected(self) -> "Tokenizer | None":
-        """The tokenizer with every control token under another name, which no text can spell.
-
-        None where the tokenizer has no backend that can be renamed.
-        """
+        """The tokenizer with control tokens renamed to what no text can spell; None where it cannot be."""
         from tokenizers import Tokenizer
 
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -304,17 +267,14 @@ class Chat:
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).items()
         return {int(i) for i, token in added if token.special} | {*map(int, self.tokenizer.all_special_ids)}
 
-    # --- the record ---
-
     def describe(self) -> dict[str, Any]:
         """The pinned date and the template's further arguments, as JSON values for a record."""
         return {"date": DATE.isoformat(), "options": dict(self.options)}
 
     def sample(self) -> str:
         """A short conversation as the model reads it: changes whenever the format does."""
-        return self.render(
-            self._merged([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])
-        )
+        messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+        return self.render(self._merged(messages))
 
 
 def chat_of(tokenizer: Any) -> Chat:
@@ -327,11 +287,7 @@ def chat_of(tokenizer: Any) -> Chat:
 
 
 def configure(tokenizer: Any, options: Mapping[str, Any] | None) -> Chat:
-    """Set further arguments of the tokenizer's chat template.
-
-    Raises:
-        AlignProError: the template fails with them.
-    """
+    """Set further arguments of the tokenizer's chat template; refuse them where it fails with them."""
     found = Chat(tokenizer, dict(options or {}))
     setattr(tokenizer, _ATTRIBUTE, found)
     found.sample()
@@ -339,11 +295,7 @@ def configure(tokenizer: Any, options: Mapping[str, Any] | None) -> Chat:
 
 
 def parse_options(text: str | None) -> dict[str, Any]:
-    """The arguments of a chat template from a JSON object, such as '{"enable_thinking": false}'.
-
-    Raises:
-        AlignProError: it is no JSON object.
-    """
+    """The arguments of a chat template from a JSON object, such as '{"enable_thinking": false}'."""
     if text is None or not text.strip():
         return {}
     try:

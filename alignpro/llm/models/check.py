@@ -1,15 +1,13 @@
 """A check of every model before it is used: sampled and scored log-probabilities are the model's own.
 
-A few short continuations (and, where attention has a window, some beyond it) are scored by a plain forward
-pass of one sequence, in the fast way that shares prefixes, sequence by sequence, and are drawn. The fastest
-way whose numbers are those of the plain pass is recorded on the model (`forward.How`); where none is, the
-model is refused. It costs eight passes over a handful of tokens.
+The fastest way to read the model (`forward.How`) that gives the numbers of a plain forward pass is recorded
+on it; where none does, the model is refused. It costs eight passes over a handful of tokens.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,8 +25,7 @@ T = TypeVar("T")
 Pair = tuple[list[int], list[int]]
 
 
-@dataclass(frozen=True)
-class _Plain:
+class _Plain(NamedTuple):
     """Log-probabilities by plain forward passes, and what rounding may add to one of them."""
 
     values: list[np.ndarray]
@@ -38,12 +35,7 @@ class _Plain:
 def check_model(model: Any, tokenizer: Any, name: str = "model") -> How:
     """Find the fastest way to read and sample the model that gives a plain forward pass's numbers; record it.
 
-    Args:
-        model: a causal language model, ready to use (`models.prepare`).
-        name: shown in the error.
-
-    Raises:
-        AlignProError: no way agrees with a plain forward pass, or the model's numbers are not finite.
+    Raises AlignProError where no way agrees with a plain forward pass, or numbers are not finite.
     """
     with quiet(), torch.inference_mode():
         pairs = _pairs(model, tokenizer)
@@ -84,7 +76,7 @@ def _pairs(model: Any, tokenizer: Any) -> list[Pair]:
     most = room(model) or 1 << 30
 
     def tokens(n: int) -> list[int]:
-        return [int(i) for i in rng.choice(ordinary, n)]
+        return rng.choice(ordinary, n).tolist()
 
     start, branch = tokens(max(1, min(6, most - 6))), tokens(2)
     pairs = [
@@ -103,7 +95,7 @@ def _pairs(model: Any, tokenizer: Any) -> list[Pair]:
 def _plain(model: Any, pairs: Sequence[Pair], name: str) -> _Plain:
     """Each sequence by itself, by the model's own logits: sequences of one length go through it together.
 
-    Rounding: the type's relative precision times the logits' spread, a few times over; 1e-4 nats at least.
+    Rounding: the type's relative precision times the logits' spread, 8 times over; 1e-4 nats at least.
     """
     causal, spread = unwrap(model), 0.0
     values: list[np.ndarray] = [np.empty(0)] * len(pairs)
@@ -131,10 +123,7 @@ def _plain(model: Any, pairs: Sequence[Pair], name: str) -> _Plain:
             spread = max(spread, float(logits.std()))
             each = torch.log_softmax(logits, -1).gather(1, ids[row, start:, None])[:, 0]
             values[i] = each.double().cpu().numpy()
-    return _Plain(values, max(1e-4, _ROUNDINGS * torch.finfo(causal.dtype).eps * spread))
-
-
-_ROUNDINGS = 8
+    return _Plain(values, max(1e-4, 8 * torch.finfo(causal.dtype).eps * spread))
 
 
 def _scored(model: Any, pairs: Sequence[Pair], how: How) -> list[np.ndarray]:

@@ -1,8 +1,7 @@
 """Sets up a loaded model and its tokenizer alike for every architecture: padding, ends, dtype, device.
 
-What would silently move the optimum of the prompter's objective, eq. (9), away from ρ* of Lemma 1 is removed:
-a shipped sampling temperature (which rescales λ), top-k or nucleus truncation, a repetition penalty, dropout,
-and a pad token equal to the end token (which hides the end of every answer).
+Removed is what would silently move the optimum away from ρ* of Lemma 1: a shipped temperature (which rescales
+λ), truncation, a repetition penalty, dropout, and a pad token equal to the end token (which hides the ends).
 """
 
 import os
@@ -14,23 +13,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models import chat, packages
 from alignpro.llm.models.check import check_model
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "4bit": torch.bfloat16,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+DTYPES["4bit"] = torch.bfloat16
 """Types of weights by name, and what is computed in. 4bit: NF4 by bitsandbytes (arXiv 2305.14314)."""
 
 # A pad token must be one that no answer contains. In order of preference, where the tokenizer has them.
@@ -46,11 +36,7 @@ _PAD_CANDIDATES = (
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse a type of weights that is not in `DTYPES`, and 4bit without bitsandbytes.
-
-    Raises:
-        AlignProError: so.
-    """
+    """Refuse a type of weights that is not in `DTYPES`, and 4bit without bitsandbytes."""
     if dtype not in DTYPES:
         raise AlignProError(f"dtype {dtype!r}: choose from {', '.join(DTYPES)}")
     if dtype == "4bit" and find_spec("bitsandbytes") is None:
@@ -66,17 +52,12 @@ def tiny_model(
     """A randomly initialised Llama over single characters: a real model for tests without downloads.
 
     The tokens are `<pad>`, `<eos>`, `<unk>` (any other character) and one per character of `vocab`, with ids
-    in that order. The initial scale makes next-token distributions clearly non-uniform and dependent on
-    the context; they are identical for equal arguments and leave torch's global random state alone.
+    in that order. Next-token distributions are clearly non-uniform and depend on the context. Equal arguments
+    give equal weights, and torch's global random state is left alone.
 
     Args:
-        seed: draws the weights.
-        vocab: distinct characters.
         hidden: width, a multiple of 8.
         layers: number of transformer blocks.
-
-    Raises:
-        AlignProError: an empty vocabulary, repeated characters, or a bad width.
     """
     if not vocab or len(set(vocab)) != len(vocab):
         raise AlignProError(f"vocab {vocab!r}: name at least one character, each once")
@@ -123,12 +104,6 @@ def prepare(
     token that ends a turn: those of its generation_config, the tokenizer's, and the one that its chat
     template writes. The tokenizer pads on the left. The way to read the model is found and checked
     (`check.check_model`).
-
-    Args:
-        chat_template_kwargs: further arguments of the chat template.
-
-    Returns:
-        the model.
 
     Raises:
         AlignProError: no chat template or one that fails, no end token, no usable pad token; a model whose
@@ -186,30 +161,19 @@ def configure_model(
         pad_token_id=pad_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for key, value in list(vars(module).items()):
-            if "dropout" in key and isinstance(value, float):
-                setattr(module, key, 0.0)
-    for config in (model.config, model.config.get_text_config()):
-        for key, value in list(vars(config).items()):
+    for owner in (*model.modules(), model.config, model.config.get_text_config()):
+        if isinstance(owner, torch.nn.Dropout):
+            owner.p = 0.0
+        for key, value in list(vars(owner).items()):
             if re.search(r"dropout|_pdrop$", key) and isinstance(value, float):
-                setattr(config, key, 0.0)
+                setattr(owner, key, 0.0)
     if not getattr(model, "is_loaded_in_4bit", False):
         forget_quantizer(model)
     model.eval()
 
 
 def choose_pad_token(tokenizer: Any, ends: list[int], name: str) -> str:
-    """A token to pad with that no text contains: the tokenizer's own, or a spare one where that is its end.
-
-    Args:
-        ends: ids of the tokens that end a turn.
-
-    Raises:
-        AlignProError: there is none.
-    """
+    """A token to pad with that no text contains: the tokenizer's own, or a spare one if that is its end."""
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else ends[0]
     if tokenizer.pad_token is not None and tokenizer.pad_token_id != end:
         return tokenizer.pad_token
@@ -224,8 +188,7 @@ def choose_pad_token(tokenizer: Any, ends: list[int], name: str) -> str:
 
 
 def forget_quantizer(model: Any) -> None:
-    """Make a model that was read from GGUF one that can be saved."""
-    # A model read from GGUF holds plain floating-point weights, yet refuses to be saved while this is set.
+    """Let a model that was read from GGUF, which holds plain weights, be saved."""
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -234,11 +197,7 @@ def forget_quantizer(model: Any) -> None:
 
 
 def device_of(device: str) -> torch.device:
-    """The torch device that `device` names; of several processes on one machine each has its own by `auto`.
-
-    Raises:
-        AlignProError: it is no device, or CUDA is not to be had.
-    """
+    """The torch device that `device` names; by `auto`, each process on a machine has its own."""
     if device == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")

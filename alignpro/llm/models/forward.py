@@ -1,13 +1,11 @@
-"""One forward pass over sequences that share prefixes, whatever the architecture, and what its head makes of
-it.
+"""One forward pass over sequences that share prefixes, whatever the architecture, and its head's numbers.
 
-Sequences that share prefixes form a forest. An attention model reads a whole forest as one row, under masks
-that show each token its own past only: its ancestors, and in a layer with a window the nearest of them. What
-has no such mask (recurrent and convolutional layers) is read sequence by sequence. `How` says which of the
-two a model takes; `check.check_model` finds it out and records it on the model.
+An attention model reads a whole forest of them as one row, under masks that show each token its ancestors,
+and in a layer with a window the nearest of them. Recurrent and convolutional layers have no such mask, and
+are read sequence by sequence. `check.check_model` finds out which (`How`), and records it on the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,11 +46,7 @@ def unwrap(model: Any) -> Any:
 
 
 def how_of(model: Any) -> How:
-    """The way found by `check.check_model`.
-
-    Raises:
-        AlignProError: the model was never checked.
-    """
+    """The way found by `check.check_model`; refuses a model that was never checked."""
     found = getattr(unwrap(model), _HOW, None)
     if found is None:
         raise AlignProError(
@@ -146,7 +140,6 @@ def states(
     Args:
         model: called as it is (a DDP or PEFT wrapper included), so that its hooks run.
         wanted: for each forest, S indices of nodes.
-        how: another way to read it than the one that was found.
 
     Returns:
         for each forest, [S, H].
@@ -183,14 +176,22 @@ def states(
     return [hidden[b, torch.as_tensor(at, device=device)] for b, at in enumerate(wanted)]
 
 
+def passes(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices of sequences, the longest first, in passes of `most` padded tokens at most, or of one."""
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    while order:
+        n = max(1, most // sizes[order[0]])
+        yield order[:n]
+        order = order[n:]
+
+
 def _alone(model: Any, forests: Sequence[Forest], wanted: Sequence[np.ndarray]) -> list[Tensor]:
     """Hidden states as `states` gives them, each sequence read by itself and padded on the right."""
     device = next(unwrap(model).parameters()).device
     rows: list[tuple[int, list[int]]] = []  # forest, and a path that no other goes on from
     home: list[dict[int, tuple[int, int]]] = [{} for _ in forests]  # node: row and place
     for b, (forest, at) in enumerate(zip(forests, wanted, strict=True)):
-        missing = {int(node) for node in at}
-        for node in sorted(missing, key=lambda n: -len(forest.path(n))):
+        for node in sorted({int(node) for node in at}, key=lambda n: -len(forest.path(n))):
             if node in home[b]:
                 continue
             path = forest.path(node)
@@ -198,13 +199,8 @@ def _alone(model: Any, forests: Sequence[Forest], wanted: Sequence[np.ndarray]) 
                 home[b].setdefault(passed, (len(rows), place))
             rows.append((b, path))
     found: dict[int, Tensor] = {}
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][1]))
-    start = 0
-    while start < len(order):
-        width = len(rows[order[start]][1])
-        some = order[start : start + max(1, _ONE_PASS // width)]
-        start += len(some)
-        ids, mask = np.zeros((2, len(some), width), np.int64)
+    for some in passes([len(path) for _, path in rows], _ONE_PASS):
+        ids, mask = np.zeros((2, len(some), len(rows[some[0]][1])), np.int64)
         for k, i in enumerate(some):
             b, path = rows[i]
             ids[k, : len(path)], mask[k, : len(path)] = forests[b].tokens[path], 1
@@ -214,11 +210,8 @@ def _alone(model: Any, forests: Sequence[Forest], wanted: Sequence[np.ndarray]) 
             attention_mask=torch.as_tensor(mask, device=device),
         )
         found.update({i: hidden[k] for k, i in enumerate(some)})
-    out = []
-    for b, at in enumerate(wanted):
-        places = [home[b][int(node)] for node in at]
-        out.append(torch.stack([found[i][place] for i, place in places]))
-    return out
+    places = [[home[b][int(node)] for node in at] for b, at in enumerate(wanted)]
+    return [torch.stack([found[i][place] for i, place in row]) for row in places]
 
 
 def _hidden(model: Any, **inputs: Any) -> Tensor:
@@ -249,11 +242,7 @@ class Head:
 
     @classmethod
     def of(cls, model: Any) -> "Head":
-        """The head of a causal language model.
-
-        Raises:
-            AlignProError: it has none.
-        """
+        """The head of a causal language model; refuses one without."""
         causal, config = unwrap(model), text_config(model)
         module = causal.get_output_embeddings()
         if module is None:
@@ -283,8 +272,7 @@ def edge_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens after states, and the states' entropies, one chunk of logits at a time.
 
-    The logits of all states are never in memory together, with gradients neither: what a gradient needs of
-    them, E_p[W], is taken while a chunk is there.
+    What a gradient needs of the logits, E_p[W], is taken while a chunk is there.
 
     Args:
         hidden: [S, H].
@@ -340,16 +328,8 @@ class _EdgeLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        at: Tensor,
-        token: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        cap: float | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        at, token, weight, bias, scale, cap = rest
         values = torch.empty(len(at), dtype=torch.float32, device=hidden.device)
         slopes = torch.ones_like(values)  # c′ at each edge's own logit
         entropies = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)

@@ -1,7 +1,6 @@
 """Loads a model by name, folder, file or hub id, ready to sample from, score with and train.
 
-Weights are read from safetensors, GGUF or (packaged) ONNX only: unpickling runs code, so it is never done.
-Code in a model's folder is not run either.
+Weights are read from safetensors, GGUF or (packaged) ONNX only. Nothing is unpickled, no folder's code run.
 """
 
 from collections.abc import Mapping
@@ -36,8 +35,6 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, ready to sample from, score with and train (see `prepare`).
 
-    `config._name_or_path` is the resolved folder, from which trainers reload the reference.
-
     Args:
         model: a name, folder, file or hub id (`resolve`), or the folder of an adapter that PEFT saved, which
             is merged into its base in memory.
@@ -47,8 +44,7 @@ def load_model(
         chat_template_kwargs: further arguments of the chat template, such as {"enable_thinking": False}.
 
     Raises:
-        AlignProError: an unknown dtype or device, a model that lacks weights, a folder that transformers
-            cannot read; or a failure of `resolve` or `prepare`.
+        AlignProError: unknown dtype or device, a model without weights or unreadable; see `prepare`.
     """
     where = device_of(device)
     check_dtype(dtype)
@@ -122,11 +118,7 @@ def read_weights(
 
 
 def attach_adapter(model: Any, folder: Path, name: str) -> Any:
-    """`model` with the adapter that PEFT saved in `folder`, every tensor of it in place.
-
-    Raises:
-        AlignProError: the adapter cannot be read, or does not fit the model.
-    """
+    """`model` with the adapter that PEFT saved in `folder`, every tensor of it in place."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 

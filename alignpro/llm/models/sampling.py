@@ -17,11 +17,7 @@ def is_int(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings by which the frozen model decodes. The default is its own distribution, that of the theory.
-
-    Raises:
-        AlignProError: a value out of its range.
-    """
+    """Settings by which the frozen model decodes. The default is its own distribution, that of the theory."""
 
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token."""
@@ -38,13 +34,11 @@ class Sampling:
             if not is_int(value) or value < least:
                 raise AlignProError(f"{name} {value!r}: choose a whole number of at least {least}")
         for name, fits, range_ in (
-            ("temperature", lambda v: v >= 0, "a finite number of at least 0"),
+            ("temperature", lambda v: 0 <= v < math.inf, "a finite number of at least 0"),
             ("top_p", lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise AlignProError(f"{name} {value!r}: choose {range_}")
-            if not fits(value):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
                 raise AlignProError(f"{name} {value!r}: choose {range_}")
             object.__setattr__(self, name, float(value))  # 1 and 1.0 are one setting, and one cache key
 

@@ -21,7 +21,7 @@ from alignpro.llm.models import adapters, catalogue, load
 from alignpro.llm.models.chat import Message, Said, chat_of
 from alignpro.llm.models.forward import room
 from alignpro.llm.models.libraries import quiet
-from alignpro.llm.models.policy import log_probs, sample, sample_key
+from alignpro.llm.models.policy import log_probs, sample_and_score, sample_key
 from alignpro.llm.models.sampling import Sampling
 
 PROMPTER_FILE = "prompter.json"
@@ -31,8 +31,7 @@ PROMPTER_FILE = "prompter.json"
 class Template:
     """The rewriting instruction: a system message, examples, and the words that open the prompter's turn.
 
-    ρ_sft is the language model behind this template. The opening words leave a small model nothing to add
-    before the rewrite itself.
+    ρ_sft is the language model behind this template.
     """
 
     system: str = "Rewrite the request so that its answer will be more helpful. Keep its meaning."
@@ -66,11 +65,7 @@ class Template:
         return chat_of(tokenizer).ids(self.messages(x), self.opening)
 
     def rewrite_ids(self, tokenizer: PreTrainedTokenizerBase, x: str, rewrite: str) -> tuple[int, ...]:
-        """Token ids with which the prompter says `rewrite` of x and ends its turn.
-
-        Raises:
-            AlignProError: the template appends, and the rewrite does not begin with x.
-        """
+        """Token ids with which the prompter says `rewrite` of x and ends its turn."""
         said, chat = rewrite, chat_of(tokenizer)
         if self.append:
             if not rewrite.startswith(x):
@@ -121,8 +116,6 @@ class Prompter:
 
     Attributes:
         model: the language model; wrapped by PEFT where there is an adapter.
-        tokenizer: its tokenizer.
-        template: the instruction around x.
         max_tokens: tokens of a rewrite, the end token included; longer ones are cut off.
         base: name of the language model, which `save` records.
         facts: how it was trained, as JSON values, for the model card.
@@ -150,14 +143,12 @@ class Prompter:
 
         Args:
             template: a row of `TEMPLATES`, for a model that has none of its own; `rewrite` when None.
-            dtype: type of the weights; see `load_model`.
-            device: auto, cpu or cuda; see `load_model`.
             chat_template_kwargs: further arguments of the chat template; as the prompter was saved if None.
             merged: merge its adapter into the language model, so that it can be trained on from there.
 
         Raises:
-            AlignProError: an unknown template, or one for a trained prompter; a folder that is damaged or
-                holds no safetensors, or whose base is not there; or from `load_model`.
+            AlignProError: an unknown template, or one for a trained prompter; a damaged folder, or one whose
+                base is not there.
         """
         if not str(name):
             raise AlignProError("prompter '': name a model, or the folder of a trained prompter")
@@ -166,10 +157,8 @@ class Prompter:
             catalogue.check_name(name)
             chosen = check_template(template)
             loaded = load.load_model(name, dtype, device, chat_template_kwargs=chat_template_kwargs)
-            base = (
-                str(folder.resolve()) if folder.exists() and str(name) not in catalogue.MODELS else str(name)
-            )
-            return cls(*loaded, chosen, base=base)
+            local = folder.exists() and str(name) not in catalogue.MODELS
+            return cls(*loaded, chosen, base=str(folder.resolve() if local else name))
         if template is not None:
             raise AlignProError(f"template {template}: {folder} has its own; leave it out")
         said = read_json(folder / PROMPTER_FILE)
@@ -183,8 +172,7 @@ class Prompter:
             ) from None
         if chat_template_kwargs is not None:
             options = dict(chat_template_kwargs)
-        whole = (folder / "config.json").is_file()  # `save` with `whole`
-        if whole or merged:
+        if merged or (folder / "config.json").is_file():  # `save` with `whole`
             loaded = load.load_model(folder, dtype, device, chat_template_kwargs=options)
             return cls(*loaded, own, max_tokens, str(folder.resolve()), facts)
         if not (folder / catalogue.ADAPTER_WEIGHTS).is_file():
@@ -201,17 +189,13 @@ class Prompter:
 
         Args:
             whole: write the language model and its tokenizer; for one without an adapter (merged).
-
-        Raises:
-            AlignProError: there is no adapter (with `whole`: there is one), or the folder cannot be written.
         """
         folder = Path(folder)
         if whole == hasattr(self.model, "peft_config"):
-            raise AlignProError(
-                "Prompter.save: whole is for a model without an adapter; merge it first"
-                if whole
-                else "Prompter.save: an untrained prompter is its base model; there is nothing to save"
-            )
+            why = "an untrained prompter is its base model; there is nothing to save"
+            if whole:
+                why = "whole is for a model without an adapter; merge it first"
+            raise AlignProError(f"Prompter.save: {why}")
         folder.mkdir(parents=True, exist_ok=True)
         if not whole and self.base:
             for config in self.model.peft_config.values():
@@ -222,16 +206,9 @@ class Prompter:
             self.model.save_pretrained(str(folder), safe_serialization=True, **more)
         if whole:
             self.tokenizer.save_pretrained(str(folder))
-        write_json(
-            folder / PROMPTER_FILE,
-            {
-                "base": self.base,
-                "template": asdict(self.template),
-                "max_tokens": self.max_tokens,
-                "chat_template_kwargs": dict(chat_of(self.tokenizer).options),
-                "facts": self.facts,
-            },
-        )
+        record = {"base": self.base, "template": asdict(self.template), "max_tokens": self.max_tokens}
+        record |= {"chat_template_kwargs": dict(chat_of(self.tokenizer).options), "facts": self.facts}
+        write_json(folder / PROMPTER_FILE, record)
         write_text(folder / "README.md", self.card())
 
     def push_to_hub(self, repository: str, **options: Any) -> None:
@@ -249,13 +226,10 @@ class Prompter:
     def card(self) -> str:
         """The model card, as Markdown."""
         facts = "\n".join(
-            f"- {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in self.facts.items()
+            f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in self.facts.items()
         )
-        base = (
-            f"base_model: {self.base}\n"
-            if "/" in self.base and not self.base.startswith((".", "/", "~"))
-            else ""
-        )
+        on_hub = "/" in self.base and not self.base.startswith((".", "/", "~"))
+        base = f"base_model: {self.base}\n" if on_hub else ""
         adapter = hasattr(self.model, "peft_config")
         library, kind = ("peft", "A LoRA adapter") if adapter else ("transformers", "A language model")
         aim = "the objective of Align-Pro (arXiv 2501.03486, equation 9)"
@@ -274,11 +248,7 @@ class Prompter:
         )
 
     def prompt_ids(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids that each prompt's rewrites continue.
-
-        Raises:
-            AlignProError: a prompt leaves no room for a rewrite of `max_tokens` in what the model reads.
-        """
+        """Token ids that each prompt's rewrites continue; refuses prompts without room (`check_room`)."""
         found = [self.template.prompt_ids(self.tokenizer, x) for x in prompts]
         check_room(self.model, prompts, found, self.max_tokens, f"prompter {self.base or 'model'!r}")
         return found
@@ -295,16 +265,17 @@ class Prompter:
             raise AlignProError("prompts: give a list of strings that are not empty")
         if samples < 1:
             raise AlignProError(f"samples {samples}: give at least 1")
-        drawn = sample(
+        drawn = sample_and_score(
             self.model,
             self.tokenizer.pad_token_id,
             self.prompt_ids(prompts),
             [[sample_key("rewrite", seed, x, i) for i in range(first, first + samples)] for x in prompts],
             Sampling(max_tokens=self.max_tokens),
             batch_size=batch_size,
+            score=False,
         )
         return [
-            [self.template.rewrite(self.tokenizer, x, tuple(ids)) for ids in row]
+            [self.template.rewrite(self.tokenizer, x, tuple(ids)) for ids, _ in row]
             for x, row in zip(prompts, drawn, strict=True)
         ]
 
@@ -314,15 +285,10 @@ class Prompter:
 
     def log_probs(self, prompts: Sequence[str], rewrites: Sequence[str]) -> np.ndarray:
         """log ρ(rewrites[i] | prompts[i]) in nats, [n] float64, the end of the turn included."""
+        pairs = zip(prompts, rewrites, strict=True)
+        said = [self.template.rewrite_ids(self.tokenizer, *pair) for pair in pairs]
         with torch.no_grad():
-            scores = log_probs(
-                self.model,
-                self.prompt_ids(prompts),
-                [
-                    self.template.rewrite_ids(self.tokenizer, x, rewrite)
-                    for x, rewrite in zip(prompts, rewrites, strict=True)
-                ],
-            )
+            scores = log_probs(self.model, self.prompt_ids(prompts), said)
         return scores.log_probs.double().sum(1).cpu().numpy()
 
 
@@ -334,11 +300,7 @@ def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ..
 def check_room(
     model: Any, prompts: Sequence[str], ids: Sequence[Sequence[int]], tokens: int, name: str
 ) -> None:
-    """Refuse prompts that leave no room for a continuation of `tokens` in what the model reads.
-
-    Raises:
-        AlignProError: a prompt leaves too little room; names the longest.
-    """
+    """Refuse prompts that leave no room for a continuation of `tokens` in what the model reads."""
     most = room(model)
     if most is None or not ids:
         return

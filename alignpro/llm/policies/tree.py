@@ -1,13 +1,8 @@
 """Language models restricted to a prefix tree: exactly enumerable policies.
 
-A finite, prefix-free set of token sequences is a tree. Restricting a language model to it, and
-renormalising its next-token distribution over the children of each node, gives a true policy: the
-probabilities of the leaves sum to one exactly, and each is a product of the model's own (renormalised)
-conditionals. A node with one child is *forced*: its step has probability one.
-
-All leaves of a tree are scored in one forward pass where the model can be read so (`forward`): the prompt is
-followed by every node whose hidden state decides between children, and each node sees its ancestors only.
-Tokens after the last decision of a path never reach the model, since their probability is one.
+A finite, prefix-free set of token sequences is a tree. Renormalising the model's next-token distribution over
+the children of each node gives a true policy: the probabilities of the leaves sum to one. A node with one
+child is *forced*: its step has probability one. Tokens after a path's last decision never reach the model.
 """
 
 import itertools
@@ -21,19 +16,12 @@ import torch
 from torch import Tensor
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models.forward import Forest, Head, states
+from alignpro.llm.models.forward import Forest, Head, passes, states
 
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """The tree of a prefix-free set of token sequences.
-
-    Args:
-        sequences: Y distinct token sequences, none a prefix of another. The order fixes the leaves' order.
-
-    Raises:
-        AlignProError: no sequence, an empty one, or one that is a prefix of (or equal to) another.
-    """
+    """The tree of Y distinct token sequences, none empty or a prefix of another, in the leaves' order."""
 
     sequences: tuple[tuple[int, ...], ...]
 
@@ -42,11 +30,10 @@ class PrefixTree:
         if not self.sequences:
             raise AlignProError("prefix tree: no sequences; give at least one")
         ordered = sorted(range(len(self.sequences)), key=lambda i: self.sequences[i])
-        for i in ordered:
-            if not self.sequences[i]:
-                raise AlignProError(
-                    f"prefix tree: sequence {i} is empty; every sequence needs at least one token"
-                )
+        if not self.sequences[ordered[0]]:
+            raise AlignProError(
+                f"prefix tree: sequence {ordered[0]} is empty; every sequence needs at least one token"
+            )
         for i, j in itertools.pairwise(ordered):  # a prefix sorts right before its extensions
             if self.sequences[j][: len(self.sequences[i])] == self.sequences[i]:
                 raise AlignProError(
@@ -54,9 +41,9 @@ class PrefixTree:
                 )
 
     @cached_property
-    def _nodes(self) -> tuple[list[int], list[int], list[list[int]]]:
-        """(token, parent, path of nodes per leaf); node 0 is the root, parents precede children."""
-        token, parent, index = [-1], [-1], {}
+    def layout(self) -> "TreeLayout":
+        """The tree as arrays, for one forward pass."""
+        token, parent, index = [-1], [-1], {}  # node 0 is the root, parents precede children
         paths = []
         for sequence in self.sequences:
             node, path = 0, []
@@ -68,12 +55,6 @@ class PrefixTree:
                 node = index[node, t]
                 path.append(node)
             paths.append(path)
-        return token, parent, paths
-
-    @cached_property
-    def layout(self) -> "TreeLayout":
-        """The tree as arrays, for one forward pass."""
-        token, parent, paths = self._nodes
         children: list[list[int]] = [[] for _ in token]
         for node in range(1, len(token)):
             children[parent[node]].append(node)
@@ -83,18 +64,9 @@ class PrefixTree:
         nodes = [n for n in range(1, len(token)) if kept[n]]
         slot = {0: -1} | {n: i for i, n in enumerate(nodes)}  # -1 is the last token of the prompt
 
-        edge_of: dict[int, int] = {}
-        edge_state: list[int] = []
-        edge_token: list[int] = []
-        edge_group: list[int] = []
         groups = [n for n in range(len(token)) if len(children[n]) > 1]
-        for g, node in enumerate(groups):
-            for child in children[node]:
-                edge_of[child] = len(edge_state)
-                edge_state.append(slot[node])
-                edge_token.append(token[child])
-                edge_group.append(g)
-
+        taken = [(g, node, child) for g, node in enumerate(groups) for child in children[node]]
+        edge_of = {child: e for e, (_, _, child) in enumerate(taken)}
         edges = [[edge_of.get(n, -1) for n in path] for path in paths]
         # The last decision settles the leaf: at least one token is kept, so that no action is empty.
         lengths = [max((t + 1 for t, e in enumerate(row) if e >= 0), default=1) for row in edges]
@@ -107,9 +79,9 @@ class PrefixTree:
         return TreeLayout(
             tokens=np.array([token[n] for n in nodes], int),
             parents=np.array([slot[parent[n]] for n in nodes], int),
-            edge_state=np.array(edge_state, int),
-            edge_token=np.array(edge_token, int),
-            edge_group=np.array(edge_group, int),
+            edge_state=np.array([slot[node] for _, node, _ in taken], int),
+            edge_token=np.array([token[child] for _, _, child in taken], int),
+            edge_group=np.array([g for g, _, _ in taken], int),
             leaf_edges=leaf_edges,
             leaf_states=leaf_states,
             actions=tuple(s[:n] for s, n in zip(self.sequences, lengths, strict=True)),
@@ -146,10 +118,8 @@ class TreeLayout:
     @staticmethod
     def fit(table: np.ndarray, steps: int) -> np.ndarray:
         """Cut a table [Y, T] to [Y, steps], or fill it with −1."""
-        fitted = np.full((len(table), steps), -1)
-        width = min(steps, table.shape[1])
-        fitted[:, :width] = table[:, :width]
-        return fitted
+        missing = max(0, steps - table.shape[1])
+        return np.pad(table[:, :steps], ((0, 0), (0, missing)), constant_values=-1)
 
 
 @dataclass(frozen=True)
@@ -191,9 +161,7 @@ def tree_states(model: Any, prompts: Sequence[Sequence[int]], layouts: Sequence[
     """Final hidden states at each tree's states, in one forward pass.
 
     Args:
-        model: a decoder-only causal language model of `transformers`, or a PEFT model around one.
         prompts: B prompts as token ids, none empty.
-        layouts: B layouts.
 
     Returns:
         B tensors [1 + S, H]: row 0 is the end of the prompt (state −1), row 1 + s is state s.
@@ -249,24 +217,15 @@ def leaf_probabilities(
 ) -> list[np.ndarray]:
     """The exact leaf probabilities of B prefix trees, as float64 rows that sum to one.
 
-    Rows are sorted by length and scored in passes of at most `tokens_per_pass` padded tokens.
-
     Args:
+        tokens_per_pass: most padded tokens of one forward pass.
         progress: called with the number of rows just scored.
-
-    Returns:
-        B arrays [Y_b].
     """
     sizes = [len(p) + len(t.layout.tokens) for p, t in zip(prompts, trees, strict=True)]
-    order = sorted(range(len(prompts)), key=lambda i: -sizes[i])
     out: list[np.ndarray] = [np.empty(0)] * len(prompts)
-    start = 0
-    while start < len(order):
-        rows = order[start : start + max(1, tokens_per_pass // sizes[order[start]])]
-        start += len(rows)
-        for i, score in zip(
-            rows, tree_scores(model, [prompts[i] for i in rows], [trees[i] for i in rows]), strict=True
-        ):
+    for rows in passes(sizes, tokens_per_pass):
+        scores = tree_scores(model, [prompts[i] for i in rows], [trees[i] for i in rows])
+        for i, score in zip(rows, scores, strict=True):
             out[i] = score.probabilities()
         if progress:
             progress(len(rows))
@@ -279,13 +238,10 @@ class TreeTask:
 
     Attributes:
         prompts: X distinct texts, the rows' keys.
-        prompt_ids: for each prompt, the token ids that the prompter continues (its template applied).
+        prompt_ids: for each prompt, token ids that the prompter continues; no two are equal.
         trees: for each prompt, the prefix tree of its rewrites.
         reward: called with the number x of a prompt and some of its leaves, gives their rewards. Exact,
             R(x, x′), or a fresh draw r(x, y) with y ~ π_F(·|x′) from torch's global generator.
-
-    Raises:
-        AlignProError: two prompts have the same token ids.
     """
 
     prompts: tuple[str, ...]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.special import expit
@@ -13,45 +13,36 @@ from alignpro.llm.rewards.reward import Array, check_scores, shown
 
 
 @dataclass(frozen=True)
-class Declared:
-    """Bounds that the reward keeps by construction: a score outside [low, high] is an error."""
-
+class _Interval:
     low: float
     high: float
 
     def __post_init__(self) -> None:
-        _check_interval("bounds", self.low, self.high)
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            name = "bounds" + " clip" * isinstance(self, Clip)
+            raise AlignProError(f"{name} {self.low},{self.high}: give two finite numbers, the lower first")
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": type(self).__name__.lower(), "low": self.low, "high": self.high}
+
+    def __str__(self) -> str:
+        return "clip:" * isinstance(self, Clip) + f"{self.low!r},{self.high!r}"
+
+
+class Declared(_Interval):
+    """Bounds that the reward keeps by construction: a score outside [low, high] is an error."""
 
     def apply(self, raw: Array) -> Array:
         """Return `raw` [n] as it is; `check_scores` has been told the range."""
         return raw
 
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "declared", "low": self.low, "high": self.high}
 
-    def __str__(self) -> str:
-        return f"{self.low!r},{self.high!r}"
-
-
-@dataclass(frozen=True)
-class Clip:
+class Clip(_Interval):
     """Bounds to whose nearer end a score beyond them is moved."""
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        _check_interval("bounds clip", self.low, self.high)
 
     def apply(self, raw: Array) -> Array:
         """Clip `raw` [n] into [low, high]."""
         return np.clip(raw, self.low, self.high)
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "clip", "low": self.low, "high": self.high}
-
-    def __str__(self) -> str:
-        return f"clip:{self.low!r},{self.high!r}"
 
 
 @dataclass(frozen=True)
@@ -65,20 +56,14 @@ class Squash:
 
     centre: float
     scale: float
+    low: ClassVar[float] = 0.0
+    high: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.centre) and math.isfinite(self.scale) and self.scale > 0):
             raise AlignProError(
                 f"bounds squash:{self.centre},{self.scale}: give a finite centre and a positive scale"
             )
-
-    @property
-    def low(self) -> float:
-        return 0.0
-
-    @property
-    def high(self) -> float:
-        return 1.0
 
     def apply(self, raw: Array) -> Array:
         """Squash `raw` [n] into [0, 1]."""
@@ -97,11 +82,7 @@ SYNTAX = "LOW,HIGH (declared), clip:LOW,HIGH or squash:CENTRE,SCALE"
 
 
 def parse_bounds(bounds: "Bounds | str | None") -> Bounds:
-    """Read the bounds that a user wrote: `0,1`, `clip:-5,5` or `squash:0,2`; bounds already made pass.
-
-    Raises:
-        AlignProError: none are given, or they are not of that form.
-    """
+    """Read the bounds that a user wrote: `0,1`, `clip:-5,5` or `squash:0,2`; bounds already made pass."""
     if isinstance(bounds, Declared | Clip | Squash):
         return bounds
     if bounds is None or not str(bounds).strip():
@@ -130,11 +111,7 @@ class Bounded:
     greatest: float = -math.inf
 
     def check(self, prompts: Sequence[str], responses: Sequence[str], raw: Any, start: int = 0) -> Array:
-        """Check what a reward returned: [n] float64, finite and within a declared range.
-
-        Raises:
-            AlignProError: see `check_scores`.
-        """
+        """Check what a reward returned (`check_scores`): [n] float64, finite and within a declared range."""
         b = self.bounds
         limits = (b.low, b.high) if isinstance(b, Declared) else (-math.inf, math.inf)
         return check_scores(prompts, responses, raw, *limits, start=start)
@@ -162,8 +139,3 @@ class Bounded:
         if isinstance(self.bounds, Clip):
             facts |= {"clipped": self.clipped, "clipped_share": self.clipped / max(1, self.scored)}
         return facts
-
-
-def _check_interval(name: str, low: float, high: float) -> None:
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise AlignProError(f"{name} {low},{high}: give two finite numbers, the lower first")

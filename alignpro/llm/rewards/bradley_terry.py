@@ -39,12 +39,7 @@ def bradley_terry_loss(
 
 
 def fit_bradley_terry(differences: Array, pair_weights: Array, weight_decay: float) -> Array:
-    """Find the minimiser [D] of `bradley_terry_loss`, which is unique for weight_decay > 0.
-
-    Raises:
-        AlignProError: weight_decay is not positive (separable pairs then have no minimiser), no pairs, or the
-            optimiser stops early.
-    """
+    """Find the minimiser [D] of `bradley_terry_loss`, unique for weight_decay > 0; else there may be none."""
     if not weight_decay > 0:
         raise AlignProError(f"weight_decay {weight_decay}: choose a positive number")
     if len(differences) == 0:
@@ -92,12 +87,7 @@ class BradleyTerryReward:
     high: float = field(default=1.0, init=False)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """Score each response to its prompt: [n] float64 in [0, 1].
-
-        Raises:
-            AlignProError: prompts and responses differ in number; a text is not a string; a score is not
-                finite, with the sample.
-        """
+        """Score each response to its prompt: [n] float64 in [0, 1]."""
         check_texts(prompts, responses)
         if not prompts:
             return np.zeros(0)
@@ -133,11 +123,7 @@ class BradleyTerryReward:
 
     @classmethod
     def load(cls, folder: str | Path, embedder: Embedder | None = None) -> "BradleyTerryReward":
-        """Read the reward that `save` wrote.
-
-        Raises:
-            AlignProError: files are missing, unreadable or of other shapes.
-        """
+        """Read the reward that `save` wrote."""
         folder = Path(folder)
         try:
             tensors = load_file(folder / "head.safetensors")

@@ -32,9 +32,7 @@ class SequenceReward:
 
     The sample is written by the tokenizer's own chat template (a user's and an assistant's turn), by a
     `template` with {prompt} and {response}, or, where there is neither, as `PLAIN`. A chat template writes
-    its own special tokens, so the tokenizer adds none: exactly one BOS, as for `weqweasdas/RM-Gemma-2B`,
-    whose recipe takes the template's BOS out and lets the tokenizer put it back. (That model ships
-    safetensors and Gemma's template; its scores have no range: give `squash:CENTRE,SCALE`.)
+    its own special tokens, so the tokenizer adds none: exactly one BOS.
 
     Special tokens spelled out in a prompt or response are taken out: they could forge the end of a turn.
     Samples longer than `max_tokens` lose the beginning of the prompt; only a response that is too long by
@@ -54,9 +52,6 @@ class SequenceReward:
         max_tokens: most tokens of a sample, template included; what the model can take if None.
         batch_size: samples per forward pass.
         facts: what `train_reward` recorded, for `describe`.
-
-    Raises:
-        AlignProError: bounds, template or output that do not fit; no usable pad token.
     """
 
     def __init__(
@@ -149,12 +144,7 @@ class SequenceReward:
         )
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """Score each response to its prompt: [n] float64 in [low, high].
-
-        Raises:
-            AlignProError: prompts and responses differ in number or are no strings; a score is not finite or
-                leaves a declared range, with the sample.
-        """
+        """Score each response to its prompt: [n] float64 in [low, high]."""
         return self.bounded(prompts, responses, self.logits(prompts, responses))
 
     def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
@@ -175,11 +165,7 @@ class SequenceReward:
         return np.array([found[sample] for sample in zip(prompts, responses, strict=True)])
 
     def encode(self, prompt: str, response: str) -> dict[str, list[int]]:
-        """Write one sample as at most `max_tokens` tokens; what was taken out is added to `counts`.
-
-        Raises:
-            AlignProError: the template alone is longer than that.
-        """
+        """Write one sample as at most `max_tokens` tokens; what was taken out is added to `counts`."""
         prompt, response = self._without_special(prompt), self._without_special(response)
         row = self._tokens(prompt, response)
         if len(row["input_ids"]) <= self.max_tokens:
@@ -305,11 +291,7 @@ def public_name(model: str | Path) -> str:
 
 
 def saved_facts(model: str | Path) -> dict[str, Any]:
-    """Read what `train_reward` recorded in a folder; nothing of another folder or a hub id.
-
-    Raises:
-        AlignProError: the file is damaged, or not what `train_reward` wrote.
-    """
+    """Read what `train_reward` recorded in a folder; nothing of another folder or a hub id."""
     path = Path(model).expanduser() / REWARD_FILE
     if not path.is_file():
         return {}
@@ -322,11 +304,7 @@ def saved_facts(model: str | Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def loading(model: str | Path, folder: Path, what: str) -> Iterator[None]:
-    """Load quietly, and say in one sentence what went wrong.
-
-    Raises:
-        AlignProError: the block raised an exception, which becomes the cause.
-    """
+    """Load quietly, and say in one sentence what went wrong: an AlignProError with its cause."""
     try:
         with quiet():
             yield

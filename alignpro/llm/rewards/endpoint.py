@@ -1,18 +1,21 @@
-"""A reward served over HTTP."""
+"""A reward served over HTTP, and its scores kept on file, so that none is paid for twice."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models.sampling import digest
+from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
 from alignpro.llm.rewards.reward import (
     PLAIN,
     Array,
+    Reward,
     at_least,
     batches,
     check_template,
@@ -20,17 +23,9 @@ from alignpro.llm.rewards.reward import (
     fill,
 )
 from alignpro.llm.targets import http
-from alignpro.llm.targets.keys import Secret, check_address, read_key
-from alignpro.llm.targets.settings import EndpointSettings
-from alignpro.llm.targets.target import Stopped
-
-
-def _ask_rewards(prompts: list[str], responses: list[str], template: str) -> dict[str, Any]:
-    return {"prompts": prompts, "responses": responses}
-
-
-def _ask_score(prompts: list[str], responses: list[str], template: str) -> dict[str, Any]:
-    return {"text_1": prompts, "text_2": responses}
+from alignpro.llm.targets.ledger import Cached, Ledger
+from alignpro.llm.targets.settings import EndpointSettings, Secret, check_address, read_key
+from alignpro.llm.targets.target import Answer, Known, OnAnswer, Stopped
 
 
 def _ask_classify(prompts: list[str], responses: list[str], template: str) -> dict[str, Any]:
@@ -47,8 +42,11 @@ def _in_order(body: Any) -> list[dict[str, Any]]:
 
 
 STYLES: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[Any], Any]]] = {
-    "rewards": (_ask_rewards, lambda body: body["rewards"]),
-    "score": (_ask_score, lambda body: [row["score"] for row in _in_order(body)]),
+    "rewards": (lambda x, y, _: {"prompts": x, "responses": y}, lambda body: body["rewards"]),
+    "score": (
+        lambda x, y, _: {"text_1": x, "text_2": y},
+        lambda body: [row["score"] for row in _in_order(body)],
+    ),
     "classify": (_ask_classify, lambda body: [_only(row["probs"]) for row in _in_order(body)]),
 }
 """Ways to ask an endpoint and to read its answer. `rewards`: {"prompts", "responses"} for {"rewards"}.
@@ -58,12 +56,13 @@ for a model with one output; that server applies a sigmoid unless told otherwise
 _WORDS = {
     "address": "url",
     "found": "url and model",
+    "json": "the url and the server",
     "request": "dialect, model or template",
 }
 
 
 @dataclass
-class EndpointReward:
+class EndpointReward(http.Counted):
     """A reward that a server gives: JSON is posted, and JSON comes back (see `STYLES`).
 
     The key is read from the environment for each `score`; it is in no field, and in no error even if the
@@ -76,8 +75,7 @@ class EndpointReward:
         template: for `classify`, a text with {prompt} and {response}.
         batch_size: samples per request.
 
-    Raises:
-        AlignProError: values that do not fit, the variable is not set, or httpx2 is not installed.
+    A key that is not set, or httpx2 that is not installed, raises AlignProError here.
     """
 
     url: str = field(repr=False)
@@ -95,9 +93,7 @@ class EndpointReward:
         self.bounds = parse_bounds(self.bounds)
         self.bounded = Bounded(self.bounds)
         self.low, self.high = self.bounds.low, self.bounds.high
-        self.style, self.model = self.settings.dialect or "rewards", self.settings.model
-        if self.style not in STYLES:
-            raise AlignProError(f"dialect {self.style!r}: choose from {', '.join(STYLES)}")
+        self.style, self.model = self.settings.chosen(STYLES), self.settings.model
         check_template(self.template)
         if self.template in ("chat", "pair"):
             raise AlignProError(
@@ -115,16 +111,6 @@ class EndpointReward:
         )
 
     @property
-    def calls(self) -> int:
-        """Count the requests so far, retries included."""
-        return self._http.calls
-
-    @property
-    def retried(self) -> int:
-        """Count the requests that repeated a failed one."""
-        return self._http.retried
-
-    @property
     def revision(self) -> str:
         """Name what determines the raw scores, by a digest, since the address may hold a key."""
         return digest(self.url, self.style, self.model, self.template).hex()
@@ -135,7 +121,6 @@ class EndpointReward:
         The first failure stops it; what was asked meanwhile is waited for.
 
         Raises:
-            AlignProError: the server answers something else than one finite number per sample.
             Stopped: it cannot be reached or refuses, or the budget is spent; says why in `reason`.
         """
         return self.bounded.apply(self.raw(prompts, responses))
@@ -152,9 +137,6 @@ class EndpointReward:
         Args:
             on_score: called with (sample, raw score) as each arrives.
             meter: counts the requests instead of this object.
-
-        Raises:
-            AlignProError: see `score`.
         """
         check_texts(prompts, responses)
         scores = np.full(len(prompts), np.nan)
@@ -171,7 +153,7 @@ class EndpointReward:
             content = STYLES[self.style][0](*some, self.template)
             content |= {"model": self.model} if self.model else {}
             body = json.dumps(content).encode()
-            return http.Call(body, lambda body: self._read(body, *some, part[0], secret), keep)
+            return http.Call(body, lambda content: self._read(content, *some, part[0], secret), keep)
 
         failure = self._http.post(batches(len(prompts), self.batch_size), call, secret, meter)
         if failure is None:
@@ -185,13 +167,8 @@ class EndpointReward:
         return {"name": self.model or self.shown, **facts, "bounds": self.bounded.describe()}
 
     def _read(
-        self, body: bytes, prompts: Sequence[str], responses: Sequence[str], start: int, secret: Secret
+        self, content: Any, prompts: Sequence[str], responses: Sequence[str], start: int, secret: Secret
     ) -> tuple[Array, int] | http.Problem:
-        try:
-            content = json.loads(body)
-        except (ValueError, RecursionError):
-            text = secret.said(body.decode(errors="replace"))
-            return http.Problem(f"response {text!r} is not JSON; check the url and the server", True)
         try:
             scores = STYLES[self.style][1](content)
             if not isinstance(scores, list):
@@ -206,9 +183,99 @@ class EndpointReward:
 
 
 def check_url(url: str) -> str:
-    """Check an endpoint's address, and return it without its query, to be shown.
-
-    Raises:
-        AlignProError: it is not http or https, has no host, or has a user name or password in it.
-    """
+    """Check an endpoint's address, and return it without its query, to be shown."""
     return check_address("url", url, "https://HOST/PATH", query=True)
+
+
+_ONCE = Sampling(temperature=0.0, max_tokens=1)
+
+
+class CachedReward:
+    """An endpoint's reward that asks only for the scores its folder does not hold.
+
+    A raw score is on file as soon as it arrives, in the file of `ledger.Cached`: what killed a run, or
+    changed the bounds, asks for no sample again.
+
+    Args:
+        reward: the endpoint; its bounds apply, and its `revision` and the texts are the key.
+        folder: holds the file, in which an answer is a score in decimal; created if need be.
+    """
+
+    def __init__(self, reward: EndpointReward, folder: str | Path) -> None:
+        self.reward = reward
+        self.low, self.high = reward.low, reward.high
+        self._cached = Cached(_AsTarget(reward), folder, note=None)
+
+    @property
+    def ledger(self) -> Ledger:
+        """Count what this object has asked for; its `answers` are scores."""
+        return self._cached.ledger
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
+        """Score each response, from the file where it is there: [n] float64 in [low, high].
+
+        See `EndpointReward.score`; a full disk raises `Stopped` too. What arrived before is on file.
+        """
+        check_texts(prompts, responses)
+        asked = [json.dumps(sample) for sample in zip(prompts, responses, strict=True)]
+        rows = self._cached.respond(asked, _ONCE)
+        return self.reward.bounded(prompts, responses, [_number(row[0].text) for row in rows])
+
+    def describe(self) -> dict[str, Any]:
+        """Say what `EndpointReward.describe` says."""
+        return self.reward.describe()
+
+    def line(self) -> str:
+        """Say in one line what was asked for."""
+        spent = self.ledger
+        return (
+            f"{spent.answers} scores in {spent.calls} requests ({spent.retries} retries), {spent.hits} more "
+            "from the file"
+        )
+
+
+def keep_scores(reward: Reward, folder: str | Path) -> Reward:
+    """Put a reward whose scores are paid for behind a `CachedReward` in `folder`; others stay as they are."""
+    return CachedReward(reward, folder) if isinstance(reward, EndpointReward) else reward
+
+
+class _AsTarget(http.Counted):
+    """An endpoint's reward as a `Target`: a question is a sample, as JSON, and its answer the raw score."""
+
+    remote = True
+
+    def __init__(self, reward: EndpointReward) -> None:
+        self.reward = reward
+        self.name = str(reward.describe()["name"])
+        self.revision = reward.revision
+        self._http = reward._http
+
+    def respond(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        *,
+        first: Sequence[int] | int = 0,
+        samples: int = 1,
+        seed: int = 0,
+        on_answer: OnAnswer | None = None,
+        known: Known = lambda *_: None,
+        meter: http.Meter | None = None,
+    ) -> list[list[Answer]]:
+        found: list[list[Answer]] = [[] for _ in prompts]
+
+        def keep(i: int, score: float) -> None:
+            found[i] = [Answer(repr(score), "stop", 0, 0)]  # repr: to the bit
+            if on_answer:
+                on_answer(i, 0, found[i][0])
+
+        pairs = [json.loads(prompt) for prompt in prompts]
+        self.reward.raw([x for x, _ in pairs], [y for _, y in pairs], keep, meter)
+        return found
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan  # of an edited file; told with its sample

@@ -13,14 +13,7 @@ import torch
 from alignpro.errors import AlignProError
 from alignpro.llm.models import download, libraries
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
-from alignpro.llm.rewards.reward import (
-    Array,
-    at_least,
-    batches,
-    check_texts,
-    sample_shown,
-    shown,
-)
+from alignpro.llm.rewards.reward import Array, at_least, batches, check_texts, sample_shown, shown
 from alignpro.llm.targets import http
 
 
@@ -39,9 +32,6 @@ class CallableReward:
         batch_size: samples per call, without `each`.
         context: further keyword arguments of every call.
         name: shown by `describe`; the function's own if empty.
-
-    Raises:
-        AlignProError: bounds or numbers that do not fit.
     """
 
     function: Callable[..., Any]

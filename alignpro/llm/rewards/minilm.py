@@ -87,9 +87,6 @@ def train_bradley_terry(
     Without them relevance is learned so weakly that a policy would be free to change the subject.
 
     Deterministic for a config, up to rounding.
-
-    Raises:
-        AlignProError: from fetching the data or the encoder.
     """
     config = config or TrainingConfig()
     embedder = embedder or Embedder()

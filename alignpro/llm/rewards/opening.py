@@ -57,9 +57,6 @@ class Spec:
         Args:
             options: further arguments of what makes it: the function in `REWARDS`, `BradleyTerryReward.load`,
                 `SequenceReward.load`, `CallableReward` or `EndpointReward`.
-
-        Raises:
-            AlignProError: from fetching, training, loading or reaching it.
         """
         match self.kind:
             case "packaged":
@@ -88,19 +85,12 @@ def load_reward(name: str = "minilm-bt", **options: Any) -> Reward:
             `module:object` of a reward made in Python, with its own bounds; or `http(s)://…@BOUNDS`, which is
             sent the key in `ALIGNPRO_REWARD_KEY` if that is set.
         options: see `Spec.open`.
-
-    Raises:
-        AlignProError: nothing has that name, or bounds are missing; or from making the reward.
     """
     return read_spec(name).open(**options)
 
 
 def read_spec(name: str) -> Spec:
-    """Read the name of a reward (see `load_reward`), without a download or a request. A module is imported.
-
-    Raises:
-        AlignProError: nothing has that name, or bounds are missing, not of their form, or not wanted.
-    """
+    """Read the name of a reward (see `load_reward`), with no download or request. A module is imported."""
     if name in REWARDS:
         return Spec("packaged", name, None, name)
     folder = Path(name).expanduser()

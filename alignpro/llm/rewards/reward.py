@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from alignpro.errors import AlignProError
+from alignpro.llm.targets.target import check_paired, check_strings
 
 Array = np.ndarray
 
@@ -32,19 +33,9 @@ class Reward(Protocol):
 
 
 def check_texts(prompts: Sequence[str], responses: Sequence[str]) -> None:
-    """Refuse anything but one response per prompt, all strings.
-
-    Raises:
-        AlignProError: their numbers differ, or one is no string.
-    """
-    if len(prompts) != len(responses):
-        raise AlignProError(
-            f"{len(prompts)} prompts and {len(responses)} responses: give one response per prompt"
-        )
-    for kind, texts in (("prompts", prompts), ("responses", responses)):
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise AlignProError(f"{kind}[{i}] is {type(text).__name__}: give a string")
+    """Refuse anything but one response per prompt, all strings."""
+    check_paired(prompts, responses)
+    check_strings(prompts=prompts, responses=responses)
 
 
 def check_scores(
@@ -118,11 +109,7 @@ PLAIN = "Human: {prompt}\n\nAssistant: {response}"
 
 
 def at_least(least: int, **values: int) -> None:
-    """Refuse settings below `least`.
-
-    Raises:
-        AlignProError: names the first.
-    """
+    """Refuse settings below `least`, naming the first."""
     for name, value in values.items():
         if value < least:
             raise AlignProError(f"{name} {value}: give at least {least}")
@@ -134,14 +121,9 @@ def batches(n: int, size: int) -> list[range]:
 
 
 def check_template(template: str) -> None:
-    """Refuse a template that is neither `chat` nor `pair` nor a text with {prompt} and {response} once each.
-
-    Raises:
-        AlignProError: it is none of these.
-    """
-    if template in ("chat", "pair"):
-        return
-    if template.count("{prompt}") != 1 or template.count("{response}") != 1:
+    """Refuse a template that is not `chat`, `pair` or a text with {prompt} and {response} once each."""
+    once = template.count("{prompt}") == 1 == template.count("{response}")
+    if template not in ("chat", "pair") and not once:
         raise AlignProError(
             f"template {shown(template)}: write {{prompt}} and {{response}} once each, or chat or pair"
         )

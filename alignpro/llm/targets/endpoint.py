@@ -8,13 +8,8 @@ from typing import Any, ClassVar
 from alignpro.errors import AlignProError
 from alignpro.llm.models.sampling import Sampling, digest, is_int, stream_key
 from alignpro.llm.targets import http
-from alignpro.llm.targets.keys import Secret, check_address, read_key
-from alignpro.llm.targets.settings import EndpointSettings
+from alignpro.llm.targets.settings import EndpointSettings, Secret, check_address, read_key
 from alignpro.llm.targets.target import Answer, Answers, Known, OnAnswer, Stopped, arrange, jobs
-
-
-def _openai(sampling: Sampling) -> dict[str, Any]:
-    return {}
 
 
 def _vllm(sampling: Sampling) -> dict[str, Any]:
@@ -29,7 +24,7 @@ def _transformers(sampling: Sampling) -> dict[str, Any]:
 
 
 DIALECTS: dict[str, Callable[[Sampling], dict[str, Any]]] = {
-    "openai": _openai,
+    "openai": lambda _: {},
     "vllm": _vllm,
     "transformers": _transformers,
 }
@@ -39,21 +34,18 @@ _OWN_FIELDS = ("model", "messages", "temperature", "top_p", "max_tokens", "seed"
 _WORDS = {
     "address": "base_url",
     "found": "base_url (it ends in /v1) and the model's name",
+    "json": "that base_url is an OpenAI-compatible one",
     "request": "model, dialect, extra_body or sampling",
 }
 
 
 @dataclass
-class Endpoint:
+class Endpoint(http.Counted):
     """A model behind an OpenAI-compatible chat-completions address (vLLM, `transformers serve`, hosted ones).
 
-    Failures that may pass (no connection, time out, 429, 5xx, malformed answers) are tried again with
-    exponential backoff and jitter; others end the run at once. Budgets hold over this object's life;
-    behind `ledger.Cached`, over all runs and processes that share its folder. What a failed request may have
-    cost is not known.
-
-    Raises:
-        AlignProError: a bad field, before any request.
+    Requests are posted as `http.Transport` says. Budgets hold over this object's life; behind
+    `ledger.Cached`, over all runs and processes that share its folder. What a failed request may have cost is
+    not known. A bad field raises AlignProError before any request.
     """
 
     base_url: str
@@ -70,9 +62,7 @@ class Endpoint:
         check_address("base_url", self.base_url, "http://127.0.0.1:8000/v1")
         if self.settings.model is None:
             raise AlignProError(f"model: name the model that {self.base_url} serves")
-        self.dialect = self.settings.dialect or "openai"
-        if self.dialect not in DIALECTS:
-            raise AlignProError(f"dialect {self.dialect!r}: choose from {', '.join(DIALECTS)}")
+        self.dialect = self.settings.chosen(DIALECTS)
         try:
             json.dumps(dict(self.extra_body), allow_nan=False)
         except (TypeError, ValueError):
@@ -89,21 +79,6 @@ class Endpoint:
             words=_WORDS,
             settings=self.settings,
         )
-
-    @property
-    def calls(self) -> int:
-        """See `Target.calls`."""
-        return self._http.calls
-
-    @property
-    def retried(self) -> int:
-        """See `Target.retried`."""
-        return self._http.retried
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of prompts and answers so far."""
-        return self._http.tokens
 
     @property
     def revision(self) -> str:
@@ -131,7 +106,6 @@ class Endpoint:
 
         Raises:
             AlignProError: also for top_k where the dialect has none, or a key that is not set.
-            Stopped: a budget is spent, or a request failed for good.
         """
         asked = jobs(prompts, first, samples, seed)
         if sampling.top_k and self.dialect == "openai" and "top_k" not in self.extra_body:
@@ -154,7 +128,7 @@ class Endpoint:
 
             return http.Call(
                 self._body(prompt, index, sampling, seed),
-                lambda body: _parse(body, secret),
+                lambda content: _parse(content, secret),
                 keep,
                 sampling.max_tokens + len(prompt.encode(errors="replace")) // 4 + 8,
                 lambda: known(position, index),
@@ -186,16 +160,9 @@ class Endpoint:
         ).encode()
 
 
-def _parse(body: bytes, secret: Secret) -> tuple[Answer, int] | http.Problem:
-    """The answer in a chat completion's JSON and its tokens, or what is wrong: field, value, remedy."""
+def _parse(value: Any, secret: Secret) -> tuple[Answer, int] | http.Problem:
+    """The answer in a chat completion and its tokens, or what is wrong: field, value, remedy."""
     said = secret.said
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        shown = said(body.decode(errors="replace"))
-        return http.Problem(
-            f"response {shown!r} is not JSON; check that base_url is an OpenAI-compatible one", True
-        )
 
     def wrong(name: str, got: Any, want: str, transient: bool = True) -> http.Problem:
         return http.Problem(f"response field {name} is {said(json.dumps(got))}, not {want}", transient)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import math
 import random
@@ -12,12 +13,11 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from alignpro.errors import AlignProError
-from alignpro.llm.targets.keys import Secret
-from alignpro.llm.targets.settings import EndpointSettings
+from alignpro.llm.targets.settings import EndpointSettings, Secret
 
 T = TypeVar("T")
 J = TypeVar("J")
@@ -44,9 +44,9 @@ class Call(Generic[T]):
 
     body: bytes
     """JSON."""
-    read: Callable[[bytes], tuple[T, int] | Problem]
-    """Reads a response of status 200: its value and the tokens it took, or what is wrong with it. Whatever it
-    raises ends the run."""
+    read: Callable[[Any], tuple[T, int] | Problem]
+    """Reads the JSON of a response of status 200: its value and the tokens it took, or what is wrong with it.
+    Whatever it raises ends the run."""
     keep: Callable[[T], None]
     """Called with the value, as soon as it is there."""
     cost: int = 0
@@ -63,44 +63,33 @@ class GiveUp(Exception):
         self.text, self.reason = text, reason
 
 
-class Meter(Protocol):
+class Meter(NamedTuple):
     """Counts calls and their tokens against the budgets of `EndpointSettings`."""
 
-    def book(self, settings: EndpointSettings, cost: int, again: bool) -> str | None:
-        """Count a call that is about to be sent, of at most `cost` tokens; None.
-
-        Where it would overrun a budget nothing is counted: `max_calls`, `max_tokens`, or `wait` where calls
-        under way may yet use fewer tokens than they booked.
-
-        Args:
-            again: it repeats a failed one.
-        """
-        ...
-
-    def settle(self, cost: int) -> None:
-        """Give back the tokens booked for a call that has ended, its value kept, and what it used counted."""
-        ...
+    book: Callable[[EndpointSettings, int, bool], str | None]
+    """Counts a call about to be sent, of so many tokens at most, and whether it repeats a failed one; None.
+    Where it would overrun a budget nothing is counted: `max_calls`, `max_tokens`, or `wait` where calls under
+    way may yet use fewer tokens than they booked."""
+    settle: Callable[[int], None]
+    """Gives back the tokens booked for a call that has ended, its value kept, and what it used counted."""
 
 
 class Pace:
-    """Starts spread evenly: `per_minute` of whatever is booked."""
+    """Starts spread evenly: `per_minute` of whatever is booked, all at once where that is None."""
 
     def __init__(self, per_minute: float | None) -> None:
-        self.per_minute = per_minute
+        self.per_minute = math.inf if per_minute is None else per_minute
         self.free_at = 0.0
 
     def book(self, now: float, amount: float) -> float:
         """The time at which `amount` may start."""
-        if self.per_minute is None:
-            return now
         start = max(now, self.free_at)
         self.free_at = start + 60.0 * amount / self.per_minute
         return start
 
     def give_back(self, amount: float) -> None:
         """Make room for others again: `amount` was booked and is not used."""
-        if self.per_minute is not None:
-            self.free_at -= 60.0 * amount / self.per_minute
+        self.free_at -= 60.0 * amount / self.per_minute
 
 
 @dataclass
@@ -117,8 +106,8 @@ class Transport:
     name: str
     """Name of what is asked, in errors."""
     words: Mapping[str, str] = field(repr=False)
-    """The owner's names, for errors: of its `address`; what to check where nothing is `found`; and what
-    determines the `request`."""
+    """The owner's names, for errors: of its `address`; what to check where nothing is `found` or where no
+    `json` comes; and what determines the `request`."""
     settings: EndpointSettings
 
     def __post_init__(self) -> None:
@@ -135,21 +124,16 @@ class Transport:
     def post(
         self, jobs: Sequence[J], make: Callable[[J], Call], secret: Secret, meter: Meter | None = None
     ) -> GiveUp | None:
-        """Make each job's call; None, or why not all were made. Requests in flight are let finish when one
-        fails, and their values kept.
+        """Make each job's call, counted by `meter` if there is one; None, or why not all were made.
 
-        Args:
-            meter: counts instead of this object.
-
-        Raises:
-            AlignProError: the HTTP client is not installed.
-            Exception: one that `read` or `keep` raised.
+        Requests in flight are let finish when one fails, and their values kept. Raises what `read` or `keep`
+        raised, and AlignProError where the HTTP client is not installed.
         """
         client_library()
         if not jobs:
             return None
         with self._lock:
-            run = _Run(self, make, secret, meter or self)
+            run = _Run(self, make, secret, meter or Meter(self.book, self.settle))
             failure = finish(run.all(deque(jobs)), run.stop)
         if failure is not None and not isinstance(failure, GiveUp):
             raise failure  # the disk is full, for one
@@ -167,6 +151,27 @@ class Transport:
     def settle(self, cost: int) -> None:
         """See `Meter.settle`."""
         self._reserved -= cost
+
+
+class Counted:
+    """Counts of the requests that `_http` sends."""
+
+    _http: Transport
+
+    @property
+    def calls(self) -> int:
+        """Requests so far, retries included."""
+        return self._http.calls
+
+    @property
+    def retried(self) -> int:
+        """Requests that repeated a failed one."""
+        return self._http.retried
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of prompts and answers so far, where the server reports them."""
+        return self._http.tokens
 
 
 class _Abandoned(Exception):
@@ -324,7 +329,12 @@ class _Run(Generic[J]):
             return Problem(f"{type(error).__name__} ({said(str(error))}); check the server", True)
         if response.status_code != 200:
             return self._refusal(response, bytes(received))
-        return call.read(bytes(received))
+        try:
+            content = json.loads(received)
+        except (ValueError, RecursionError):
+            shown = said(received.decode(errors="replace"))
+            return Problem(f"response {shown!r} is not JSON; check {to.words['json']}", True)
+        return call.read(content)
 
     def _refusal(self, response: Any, body: bytes) -> Problem:
         to, status = self.transport, response.status_code

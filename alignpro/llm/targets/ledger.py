@@ -16,18 +16,14 @@ from alignpro.errors import AlignProError
 from alignpro.files import writable_folder
 from alignpro.llm.models import packages
 from alignpro.llm.models.sampling import Sampling, digest
-from alignpro.llm.targets.settings import EndpointSettings
+from alignpro.llm.targets.settings import is_number
 from alignpro.llm.targets.store import FILE, OLD_FILE, Store, owner_of
-from alignpro.llm.targets.target import Answer, Answers, OnAnswer, Stopped, Target, arrange, jobs
+from alignpro.llm.targets.target import Answer, OnAnswer, Stopped, Target, arrange, jobs
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Money per million tokens, in whatever currency.
-
-    Raises:
-        AlignProError: a negative price, or none.
-    """
+    """Money per million tokens, in whatever currency; 0 or more."""
 
     prompt: float
     answer: float
@@ -35,8 +31,7 @@ class Prices:
     def __post_init__(self) -> None:
         for name in ("prompt", "answer"):
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 <= value < float("inf"):
+            if not is_number(value) or not 0 <= value < float("inf"):
                 raise AlignProError(f"prices.{name} {value!r}: give money per million tokens, 0 or more")
 
     def cost(self, prompt_tokens: float, tokens: float) -> float:
@@ -68,7 +63,7 @@ class Ledger:
     """Money; None where no prices are known."""
 
     def add(self, spent: "Ledger") -> None:
-        """Add another's numbers to this one, in place."""
+        """Add another's numbers, in place."""
         for name, value in asdict(spent).items():
             if value is not None:
                 setattr(self, name, (getattr(self, name) or 0) + value)
@@ -136,9 +131,6 @@ class Cached:
         whole: ask for all that a call names unless all of it is on file; what is on file is still what
             counts. In low precision an answer depends on its batch, and with this no batch depends on where
             an earlier call was interrupted.
-
-    Raises:
-        AlignProError: the folder cannot be written to, or its file not read.
     """
 
     def __init__(
@@ -164,17 +156,14 @@ class Cached:
 
     @property
     def revision(self) -> str:
-        """See `Target.revision`."""
         return self.target.revision
 
     @property
     def calls(self) -> int:
-        """See `Target.calls`."""
         return self.target.calls
 
     @property
     def retried(self) -> int:
-        """See `Target.retried`."""
         return self.target.retried
 
     def respond(
@@ -189,13 +178,14 @@ class Cached:
     ) -> list[list[Answer]]:
         """See `Target.respond`. Each answer is on file before `on_answer` sees it; cached ones come first.
 
-        Raises:
-            Stopped: also where the disk is full. Its `answers` include the cached ones, and any that could
-                not be written.
+        A full disk raises `Stopped`; its `answers` include the cached ones and any that were not written.
         """
         asked = jobs(prompts, first, samples, seed)
-        keys, answers, missing = self._look_up(prompts, sampling, asked, seed)
-        on_file = {keys[job]: answer for job, answer in answers.items()}
+        name, revision = self.name, self.revision
+        keys = {job: cache_key(name, revision, sampling, seed, prompts[job[0]], job[1]) for job in asked}
+        on_file = self._store.get(dict.fromkeys(keys.values()))
+        answers = {job: on_file[key] for job, key in keys.items() if key in on_file}
+        missing = [job for job in keys if job not in answers]
         if missing and self.whole:
             answers, missing = {}, list(keys)
         if missing and self.note:
@@ -211,7 +201,7 @@ class Cached:
         for job in missing:
             places.setdefault(keys[job], []).append(job)
         todo = [jobs_[0] for jobs_ in places.values()]
-        owner = owner_of(self.name, self.revision)
+        owner = owner_of(name, revision)
         spending = _Spending(self.target)
 
         def known(row: int, _index: int) -> Answer | None:
@@ -234,8 +224,8 @@ class Cached:
                 self.ledger.add(spent)
                 line = {
                     "key": key,
-                    "model": self.name,
-                    "revision": self.revision,
+                    "model": name,
+                    "revision": revision,
                     "sampling": asdict(sampling),
                     "seed": int(seed),
                     "prompt": prompts[position],
@@ -255,7 +245,7 @@ class Cached:
 
         shared: dict[str, Any] = {}
         if self.remote:
-            shared = {"known": known, "meter": _Meter(self._store, owner)}
+            shared = {"known": known, "meter": self._store.meter(owner)}
         failure: AlignProError | None = None
         try:
             self.target.respond(
@@ -289,15 +279,6 @@ class Cached:
         """Cost of this target's answers on file, over all processes and runs."""
         return Ledger(**self._store.spent().get(owner_of(self.name, self.revision), {}))
 
-    def _look_up(
-        self, prompts: Sequence[str], sampling: Sampling, asked: Sequence[tuple[int, int]], seed: int
-    ) -> tuple[dict[tuple[int, int], str], Answers, list[tuple[int, int]]]:
-        name, revision = self.name, self.revision
-        keys = {job: cache_key(name, revision, sampling, seed, prompts[job[0]], job[1]) for job in asked}
-        on_file = self._store.get(dict.fromkeys(keys.values()))
-        answers = {job: on_file[key] for job, key in keys.items() if key in on_file}
-        return keys, answers, [job for job in keys if job not in answers]
-
     def _estimate(
         self, prompts: Sequence[str], sampling: Sampling, missing: Sequence[tuple[int, int]], hits: int
     ) -> Estimate:
@@ -318,31 +299,13 @@ class Cached:
 
 
 def spent(folder: str | Path) -> dict[str, Ledger]:
-    """Cost of a folder's answers, by model, over all runs.
-
-    Raises:
-        AlignProError: it holds none, or they cannot be read.
-    """
+    """Cost of a folder's answers, by model, over all runs. Refuses a folder that holds none."""
     if not any((Path(folder) / name).exists() for name in (FILE, OLD_FILE)):
         raise AlignProError(f"folder {folder}: it has no {FILE}; name the folder of a run")
     out: dict[str, Ledger] = {}
     for owner, counts in Store(Path(folder)).spent().items():
         out.setdefault(json.loads(owner)[0], Ledger()).add(Ledger(**counts))
     return out
-
-
-@dataclass(frozen=True)
-class _Meter:
-    """Counts one target's calls in the file (`http.Meter`)."""
-
-    store: Store
-    owner: str
-
-    def book(self, settings: EndpointSettings, cost: int, again: bool) -> str | None:
-        return self.store.book(self.owner, settings, cost, again)
-
-    def settle(self, cost: int) -> None:
-        self.store.settle(self.owner, cost)
 
 
 class _Spending:

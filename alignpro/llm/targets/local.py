@@ -11,20 +11,29 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models.chat import Said, chat_of
+from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import room
 from alignpro.llm.models.load import load_model
 from alignpro.llm.models.policy import draw, end_tokens, log_probs
 from alignpro.llm.models.sampling import Sampling, digest, is_int, stream_key
 from alignpro.llm.policies.prompter import target_ids
-from alignpro.llm.targets.target import Answer, Answers, OnAnswer, Stopped, arrange, jobs
+from alignpro.llm.targets.target import (
+    Answer,
+    Answers,
+    OnAnswer,
+    Stopped,
+    arrange,
+    check_paired,
+    check_strings,
+    jobs,
+)
 
 S = TypeVar("S")
 T = TypeVar("T")
 
 
 class LocalTarget:
-    """A frozen transformers model in this process: batched, with a KV cache.
+    """A frozen transformers model in this process.
 
     A batch's shape moves its rounding, and a rounding can change a token and all that follow. In float32
     that is rare (at least 31 of 32 answers of 32 tokens agreed between batch sizes 32 and 5, SmolLM2-135M);
@@ -37,9 +46,6 @@ class LocalTarget:
         batch_size: sequences at once; halved for good when CUDA runs out of memory.
         name: instead of the model's own, in caches and tables.
         chat_template_kwargs: further arguments of the chat template of a model that is named here.
-
-    Raises:
-        AlignProError: a bad batch size; or a failure of `load_model`.
     """
 
     remote: ClassVar[bool] = False
@@ -56,15 +62,15 @@ class LocalTarget:
     ) -> None:
         if not is_int(batch_size) or batch_size < 1:
             raise AlignProError(f"batch_size {batch_size!r}: choose a whole number of at least 1")
+        self.model: Any
+        self.tokenizer: Any
         if isinstance(model, tuple):
-            pair = model
-        else:
-            pair = load_model(model, dtype, device, chat_template_kwargs=chat_template_kwargs)
-        self.model: Any = pair[0]
-        self.tokenizer: Any = pair[1]
-        self.batch_size = batch_size
-        if isinstance(model, tuple):
+            self.model, self.tokenizer = model
             model = type(self.model).__name__.removesuffix("ForCausalLM")
+        else:
+            options = {"chat_template_kwargs": chat_template_kwargs}
+            self.model, self.tokenizer = load_model(model, dtype, device, **options)
+        self.batch_size = batch_size
         self.name = name or str(model)
         self.calls = 0
         self.retried = 0
@@ -108,7 +114,8 @@ class LocalTarget:
         try:
             for batch, generated in self._batches(order, run):
                 for (position, index), new in zip(batch, generated, strict=True):
-                    said = self._said(new)
+                    # Without the "clean-up" of some tokenizers, which moves spaces before punctuation.
+                    said = chat_of(self.tokenizer).said(new, clean_up_tokenization_spaces=False)
                     answer = Answer(
                         text=said.text,
                         thought=said.thought,
@@ -136,9 +143,8 @@ class LocalTarget:
     ) -> np.ndarray:
         """[n] float64: log π_F(responses[i] | prompts[i]) in nats, −inf where `sampling` excludes it.
 
-        An `Answer` is the tokens it was, its end token among them unless it was cut off. A string is taken as
-        a finished answer, whichever token ends it; it is cut into tokens afresh, which for rare texts are not
-        those that a model would have drawn.
+        An `Answer` is the tokens it was, its end token among them unless it was cut off. A string is a
+        finished answer, whichever token ends it, cut afresh: rare texts into other tokens than were drawn.
 
         Args:
             sampling: makes the distribution; None is temperature 1 with nothing truncated.
@@ -146,18 +152,13 @@ class LocalTarget:
                 a token on the edge of what is kept stays in, though another batch rounds it out.
 
         Raises:
-            AlignProError: as many prompts as responses are needed, strings; an answer without token ids; no
-                room for a pair.
+            AlignProError: not as many prompts as responses; an answer without token ids; no room for a pair.
         """
-        if len(prompts) != len(responses):
-            raise AlignProError(
-                f"{len(prompts)} prompts and {len(responses)} responses: give one response per prompt"
-            )
+        check_paired(prompts, responses)
+        check_strings(prompts=prompts)
         # One row for each way to end; all but the end is shared, and goes through the model once.
         rows: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            if not isinstance(prompt, str):
-                raise AlignProError(f"prompts[{i}] is {type(prompt).__name__}: give a string")
             ids = target_ids(self.tokenizer, prompt)
             if isinstance(response, str):
                 said = chat_of(self.tokenizer).text_ids(response)
@@ -232,10 +233,6 @@ class LocalTarget:
                 continue
             start += len(batch)
             yield batch, result
-
-    def _said(self, ids: Sequence[int]) -> Said:
-        # Without the "clean-up" that some tokenizers ship, which moves spaces before punctuation.
-        return chat_of(self.tokenizer).said(ids, clean_up_tokenization_spaces=False)
 
     def _generate(
         self, rows: Sequence[Sequence[int]], keys: Sequence[int], sampling: Sampling

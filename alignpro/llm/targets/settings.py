@@ -1,28 +1,31 @@
-"""One record of how a server is asked, for frozen models, judges and rewards. Needs no torch, no NumPy."""
+"""How a server is asked, for frozen models, judges and rewards: settings, addresses and keys.
+
+A key is read from the environment when it is needed, goes into one request header, to the address given and
+nowhere else, and is removed from whatever a server sends back. Needs no torch, no NumPy.
+"""
 
 import dataclasses
+import json
 import math
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlsplit
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.sampling import is_int
 
 
-def check_key_env(name: str | None) -> None:
-    """Raise AlignProError unless `name` can be that of an environment variable; None is no key."""
-    if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", str(name)):
-        # Not repeated: people paste the key itself here.
-        raise AlignProError("key_env: give the NAME of an environment variable, such as OPENAI_API_KEY")
+def is_number(value: Any) -> bool:
+    """Whether `value` is a number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
 class EndpointSettings:
-    """Settings of the requests to a server at an http(s) address, and limits on what they may cost.
-
-    Raises:
-        AlignProError: a value out of its range.
-    """
+    """Settings of the requests to a server at an http(s) address, and limits on what they may cost."""
 
     model: str | None = None
     """Name that the server knows the model by. A server of frozen models or judges needs it."""
@@ -55,7 +58,9 @@ class EndpointSettings:
     def __post_init__(self) -> None:
         if self.model is not None and (not isinstance(self.model, str) or not self.model):
             raise AlignProError(f"model {self.model!r}: name the model that the endpoint serves")
-        check_key_env(self.key_env)
+        if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", str(self.key_env)):
+            # Not repeated: people paste the key itself here.
+            raise AlignProError("key_env: give the NAME of an environment variable, such as OPENAI_API_KEY")
         for name, least in (("concurrency", 1), ("retries", 0), ("max_calls", 1), ("max_tokens", 1)):
             value = getattr(self, name)
             if not (value is None and name.startswith("max_")) and (not is_int(value) or value < least):
@@ -64,10 +69,89 @@ class EndpointSettings:
             value = getattr(self, name)
             if (value is None and name.endswith("minute")) or (value == 0 and name == "backoff_s"):
                 continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 < value < math.inf:
+            if not is_number(value) or not 0 < value < math.inf:
                 raise AlignProError(f"{name} {value!r}: choose a positive number")
+
+    def chosen(self, dialects: Iterable[str]) -> str:
+        """The dialect: a row of `dialects`, whose first is the default."""
+        dialects = list(dialects)
+        if self.dialect and self.dialect not in dialects:
+            raise AlignProError(f"dialect {self.dialect!r}: choose from {', '.join(dialects)}")
+        return self.dialect or dialects[0]
 
     def given(self) -> list[str]:
         """Names of the fields that are not at their defaults: a model in this process has none."""
         return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+
+
+def check_address(name: str, address: Any, example: str, query: bool = False) -> str:
+    """`address` without its query, to be shown.
+
+    Raises:
+        AlignProError: names field `name`: no http(s) address, or one with a user name, or with a query where
+            `query` allows none.
+    """
+    try:
+        parts = urlsplit(address)
+        port = f":{parts.port}" if parts.port else ""
+        good = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
+        good = good and (query or not (parts.query or parts.fragment))
+    except (ValueError, AttributeError, TypeError):
+        good = False
+    if not good or re.search(r"[\s\x00-\x20\x7f]", str(address)):
+        # Not repeated: it may hold a secret.
+        raise AlignProError(
+            f"{name}: give an http(s) address such as {example}, without a user name"
+            f"{'' if query else ', query'} or password; a key goes into the environment variable that "
+            "key_env names"
+        )
+    host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
+    return f"{parts.scheme}://{host}{port}{parts.path}"
+
+
+class Secret:
+    """A key, and whatever in an address may be one, that no traceback, log or repr shows.
+
+    Args:
+        value: the key; empty for none.
+        address: the one that is asked; its query is hidden too.
+    """
+
+    def __init__(self, value: str, address: str = "") -> None:
+        self.value = value
+        query = urlsplit(address).query
+        hidden = {query, *(v for _, v in parse_qsl(query) if len(v) > 3)}
+        # Placeholders such as EMPTY are no secrets, and are words besides.
+        hidden |= {value} if len(value) >= 8 else set()
+        forms = {form for s in hidden for form in (s, quote(s, safe=""), json.dumps(s)[1:-1])} - {""}
+        self._forms = sorted(forms, key=len, reverse=True)
+
+    def __repr__(self) -> str:
+        return "<key>"
+
+    def scrub(self, text: str) -> str:
+        """`text` with `<key>` in place of each."""
+        for form in self._forms:
+            text = text.replace(form, "<key>")
+        return text
+
+    def said(self, text: str, most: int = 200) -> str:
+        """Foreign text made safe to print: one line, no key (removed before cutting), no control codes."""
+        line = " ".join(self.scrub(text).split())
+        line = "".join(c if c.isprintable() else "?" for c in line)
+        return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def read_key(name: str | None, address: str = "") -> Secret:
+    """The key in the environment variable `name`, and what `address` hides; refuses what is no key."""
+    if name is None:
+        return Secret("", address)
+    value = os.environ.get(name, "").strip()
+    if not value:
+        named = name if name.isupper() else "given"  # in small letters it may be a key, pasted by mistake
+        raise AlignProError(f"key_env {named}: that environment variable is not set; export it")
+    if not re.fullmatch(r"[\x21-\x7e]+", value):
+        raise AlignProError(
+            f"key_env {name}: its value is no key (white space or non-ASCII in it); copy it again"
+        )
+    return Secret(value, address)

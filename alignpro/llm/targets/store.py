@@ -12,10 +12,12 @@ import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from alignpro.errors import AlignProError
+from alignpro.llm.targets.http import Meter
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Answer
 
@@ -48,11 +50,7 @@ _KEEP = "INSERT OR IGNORE INTO answers (key, line) VALUES (?, ?)"
 
 
 class Store:
-    """Answers by key, and spending by owner (the name and revision of a target), in a folder's `FILE`.
-
-    Raises:
-        AlignProError: the file is damaged, or cannot be opened or written to.
-    """
+    """Answers by key, and spending by owner (the name and revision of a target), in a folder's `FILE`."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
@@ -98,15 +96,12 @@ class Store:
         lasting: bool = False,
     ) -> Answer | None:
         """Add to what was spent, and an answer with it; the answer on file for its key, which is another's
-        where another was first.
+        where another was first. Where the file cannot be written it is as before.
 
         Args:
             spent: fields of `ledger.Ledger`.
             line: `key`, `answer`, and what else is to be read beside them.
             lasting: to the disk, with all that was added before.
-
-        Raises:
-            AlignProError: the disk is full, or the file cannot be written; it is as before.
         """
         due = lasting or time.monotonic() - self._synced > _SYNC_S
         with self._transaction(due):
@@ -115,8 +110,7 @@ class Store:
                 key = bytes.fromhex(line["key"])
                 # ASCII: a lone surrogate from a server could not be written otherwise.
                 text = json.dumps(line, separators=(",", ":"))
-                added = self._db.execute(_KEEP, (key, text)).rowcount
-                if not added:
+                if not self._db.execute(_KEEP, (key, text)).rowcount:
                     query = "SELECT line FROM answers WHERE key = ?"
                     return self._answer(self._db.execute(query, (key,)).fetchone()[0])
         return None if line is None else Answer(**line["answer"])
@@ -127,8 +121,11 @@ class Store:
             rows = self._db.execute(f"SELECT owner, {', '.join(_COUNTS)} FROM spent").fetchall()
         return {owner: dict(zip(_COUNTS, row, strict=True)) for owner, *row in rows}
 
-    def book(self, owner: str, settings: EndpointSettings, cost: int, again: bool) -> str | None:
-        """See `http.Meter.book`. The count is that of all processes, and of all runs before."""
+    def meter(self, owner: str) -> Meter:
+        """One that counts the owner's calls over all processes, and all runs before."""
+        return Meter(partial(self._book, owner), partial(self._settle, owner))
+
+    def _book(self, owner: str, settings: EndpointSettings, cost: int, again: bool) -> str | None:
         with self._transaction():
             query = "SELECT calls, prompt_tokens + tokens FROM spent WHERE owner = ?"
             calls, tokens = self._db.execute(query, (owner,)).fetchone() or (0, 0)
@@ -149,8 +146,7 @@ class Store:
                 )
         return None
 
-    def settle(self, owner: str, cost: int) -> None:
-        """See `http.Meter.settle`."""
+    def _settle(self, owner: str, cost: int) -> None:
         if cost:
             # What cannot be written now is forgotten with the process.
             with suppress(AlignProError), self._transaction():
@@ -192,8 +188,7 @@ class Store:
             return
         self._spend(owner, spent)
         if answer is not None:
-            text = json.dumps(row, separators=(",", ":"))
-            self._db.execute(_KEEP, (key, text))
+            self._db.execute(_KEEP, (key, json.dumps(row, separators=(",", ":"))))
 
     def _write_ahead(self) -> bool:
         """A write-ahead log where the file system can have one; else the journal that SQLite begins with."""
@@ -255,10 +250,7 @@ def owner_of(name: str, revision: str) -> str:
 
 def read_line(row: Mapping[str, Any]) -> tuple[str, dict[str, Any], Any]:
     """Owner, what was spent and answer (None where there was none) of a line as `Store.add` is given it.
-
-    Raises:
-        ValueError, KeyError, TypeError: it is none.
-    """
+    Raises ValueError, KeyError or TypeError where it is none."""
     spent: dict[str, Any] = {"calls": int(row["calls"]), "retries": int(row["retries"])}
     spent["seconds"] = float(row["seconds"])
     spent["cost"] = float(row["cost"]) if "cost" in row else None

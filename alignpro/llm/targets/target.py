@@ -1,15 +1,13 @@
 """Frozen targets π_F behind one `respond`: a model in this process (`local.py`), an endpoint (`endpoint.py`).
 
-Sample i of a prompt is a draw of its own: it depends on the seed, the sampling parameters, the prompt and i
-alone, not on what else is asked, in which order or in which batch. In this process that holds up to the
-floating-point noise of batching; an endpoint is sent a seed per sample and does with it what it can.
-
-Answers are data: nothing in them is evaluated. This module, `endpoint` and `ledger` need no torch.
+Sample i of a prompt depends on the seed, the sampling parameters, the prompt and i alone, not on what else is
+asked, in which order or batch: in this process up to rounding; an endpoint does with the seed that it is sent
+what it can. Answers are data: nothing in them is evaluated. `endpoint` and `ledger` need no torch either.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.sampling import Sampling, is_int
@@ -73,8 +71,7 @@ class Target(Protocol):
 
     @property
     def remote(self) -> bool:
-        """Whether another machine is asked, for money maybe. `respond` then takes the `known` and `meter` of
-        `Endpoint.respond` too."""
+        """Whether another machine is asked, for money maybe: `respond` takes `known` and `meter` too then."""
         ...
 
     @property
@@ -106,19 +103,29 @@ class Target(Protocol):
         ...
 
 
+def check_strings(**named: Sequence[Any]) -> None:
+    """Refuse anything but strings in each of the named lists."""
+    for name, texts in named.items():
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise AlignProError(f"{name}[{i}] is {type(text).__name__}: give a string")
+
+
+def check_paired(prompts: Sequence[str], responses: Sequence[Any]) -> None:
+    """Refuse anything but one response per prompt."""
+    if len(prompts) != len(responses):
+        raise AlignProError(
+            f"{len(prompts)} prompts and {len(responses)} responses: give one response per prompt"
+        )
+
+
 def jobs(
     prompts: Sequence[str], first: Sequence[int] | int, samples: int, seed: int
 ) -> list[tuple[int, int]]:
-    """(position, sample index) of every answer that `respond` is asked for, its arguments checked.
-
-    Raises:
-        AlignProError: an argument of another type or range.
-    """
+    """(position, sample index) of every answer that `respond` is asked for, its arguments checked."""
     if isinstance(prompts, str):
         raise AlignProError("prompts: give a list of strings, not one string")
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise AlignProError(f"prompts[{i}] is {type(prompt).__name__}: give a string")
+    check_strings(prompts=prompts)
     if not is_int(samples) or samples < 1:
         raise AlignProError(f"samples {samples!r}: choose a whole number of at least 1")
     if not is_int(seed):

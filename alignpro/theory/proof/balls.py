@@ -162,14 +162,10 @@ def _comparison(
 class Ball:
     """A real number: an exact rational (`fmpq`) where that is known, else a ball (`arb`) that contains it.
 
-    Operators take balls, integers, floats (exactly) and fractions; NumPy's `sqrt`, `exp`, `log`, `tanh`, …
-    find the methods of the same names in an object array. `min` and `max` enclose. A comparison is True or
-    False only if that is proved, otherwise it raises `Undecided`: on overlapping balls no side of a branch
-    can be taken.
-
-    Beside the ball may go a form: the number as a polynomial in what functions and quotients returned. Where
-    terms cancel to a rational the number becomes that rational, so that sides which are equal term by term
-    are proved equal, which no ball of positive radius could do.
+    NumPy's `sqrt`, `exp`, `log`, `tanh`, … find the methods of the same names in an object array. A
+    comparison is True or False only if that is proved, otherwise it raises `Undecided`. Beside the ball may
+    go a form: the number as a polynomial in what functions and quotients returned; where its terms cancel to
+    a rational the number becomes that rational, so that sides which are equal term by term are proved equal.
     """
 
     __slots__ = ("_form", "value")

@@ -1,15 +1,9 @@
 """Certified verdicts: a statement evaluated in ball arithmetic, so that rounding can forge no verdict.
 
-`certify` evaluates the very functions of `bounds` on a `Solution` made of `Ball`s: exact rationals wherever
-the arithmetic is rational, otherwise real balls of Arb (through python-flint) that provably contain the true
-number. A slack whose ball excludes the wrong sign is a proof; where it does not, terms are cancelled
-symbolically and the precision is doubled. What is proved rests on Arb, on the lines below and on the
-statement's own code: see docs/certify.md.
-
-The numbers given are taken as they are: every float64 is a rational, and a row of probabilities is divided by
-its exact rational sum. The rational instance so defined is the one a certificate is about.
-
-Needs the extra `certify` (python-flint); without it, importing this module is one `AlignProError`.
+`certify` evaluates the very functions of `bounds` on a `Solution` made of `Ball`s that provably contain the
+true numbers; where a slack's ball does not decide, terms are cancelled symbolically and the precision is
+doubled. What is proved, about which instance, and what it rests on: docs/certify.md. Needs the extra
+`certify` (python-flint); without it, importing this module is one `AlignProError`.
 """
 
 import bisect
@@ -97,8 +91,7 @@ def certify(
     """Prove a statement, or its violation, on one instance.
 
     Evaluates the statement on `solution_balls`, doubling the precision until the ball of its slack (and of
-    every comparison on the way) decides, or `max_precision` has been tried. Where the first precision does
-    not decide, numbers carry forms too, and ties that cancel term by term are proved: see `Ball`.
+    every comparison on the way) decides, or `max_precision` has been tried.
 
     Args:
         instance: the problem; its float64 numbers are taken as the rationals they are.
@@ -115,7 +108,10 @@ def certify(
         AlignProError: an unknown statement, a bad β, λ or prompter, a batch of instances, or a precision
             below 2 bits or above `max_precision`.
     """
-    name, function = _named(statement)
+    if isinstance(statement, str) and statement not in STATEMENTS:
+        raise AlignProError(f"statement {statement!r} is unknown; give one of {', '.join(STATEMENTS)}")
+    function = STATEMENTS[statement] if isinstance(statement, str) else statement
+    name = statement if isinstance(statement, str) else getattr(function, "__name__", type(function).__name__)
     if equality is None:
         equality = isinstance(function, Claim) and function.relation == "="
     if not 2 <= precision <= max_precision:
@@ -137,14 +133,6 @@ def certify(
         if certificate.verdict != "inconclusive" or (ties and precision == max_precision):
             return certificate
         ties, precision = True, min(2 * precision, max_precision) if ties else precision
-
-
-def _named(statement: str | Callable[[Solution], Statement]) -> tuple[str, Callable[[Solution], Statement]]:
-    if callable(statement):
-        return getattr(statement, "__name__", type(statement).__name__), statement
-    if statement not in STATEMENTS:
-        raise AlignProError(f"statement {statement!r} is unknown; give one of {', '.join(STATEMENTS)}")
-    return statement, STATEMENTS[statement]
 
 
 def _attempt(name, function, equality, instance, beta, lam, prompter, precision) -> Certificate:
@@ -187,11 +175,7 @@ def certify_many(
     max_precision: int = MAX_PRECISION,
     quiet: bool = False,
 ) -> list[Certificate]:
-    """`certify` for each case, in order, with a progress bar on stderr unless `quiet`.
-
-    Raises:
-        AlignProError: whatever `certify` raises.
-    """
+    """`certify` for each case, in order, with a progress bar on stderr unless `quiet`."""
     bar = tqdm(list(cases), unit="certificate", disable=quiet, leave=False)
     return [certify(*case, precision=precision, max_precision=max_precision) for case in bar]
 

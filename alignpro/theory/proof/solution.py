@@ -43,9 +43,7 @@ class _Tilt(NamedTuple):
 def _tilt(base: np.ndarray, energy: np.ndarray, temperature: Ball) -> _Tilt:
     """Rows of balls `base` [X, n] tilted by rational rows `energy` [X, n]; 0 log 0 = 0 off the support.
 
-    log p/base = energy/temperature − log Z, the logarithm of the definition. Energies are measured from their
-    exact maximum over the support, which changes nothing in p, keeps a point mass exact, and is added again
-    to log Z.
+    Energies are measured from their exact maximum over the support, which keeps a point mass exact.
     """
     support = base > 0
     top = _over(max, energy, support)
@@ -64,11 +62,7 @@ def _tilt(base: np.ndarray, energy: np.ndarray, temperature: Ball) -> _Tilt:
 
 
 def _parameter(name: str, value: Any) -> Ball:
-    """β or λ exactly: a float is the rational it stores, "1/3" or "0.1" the rational it names.
-
-    Raises:
-        AlignProError: it names no positive number between 1e-18 and 1e18.
-    """
+    """β or λ exactly: a float is the rational it stores, "1/3" or "0.1" the rational it names."""
     number = value
     if isinstance(value, str):
         try:
@@ -94,22 +88,9 @@ def solution_balls(
     Every quantity comes straight from its definition, on the rational instance whose rows are divided by
     their exact sums. What is rational (R, shift, span, TV between given rows, all about a point mass) is
     exact. A KL with an entry q = 0 < p is +∞. All error fields are 0. Supports, `is_star`, `supported` and
-    `covered` are decided on the given numbers and are plain booleans.
-
-    Args:
-        instance: one problem, without batch axes.
-        beta: β > 0, in reward units; a float exactly as stored, a fraction, or text such as "1/3".
-        lam: λ > 0, given as `beta` is.
-        prompter: any ρ(x′|x) [X, K]; ρ* when None.
-
-    Raises:
-        AlignProError: β or λ is not positive and finite, or the prompter is no matrix of probabilities.
+    `covered` are decided on the given numbers and are plain booleans. Arguments and errors as of `certify`.
     """
     b, t = _parameter("beta", beta), _parameter("lam", lam)
-    return Solution(**_fields(instance, b, t, prompter))
-
-
-def _fields(instance: Instance, b: Ball, t: Ball, prompter: Any) -> dict[str, Any]:
     has_p, has_prior, has_frozen = (np.asarray(a) > 0 for a in (instance.p, instance.prior, instance.frozen))
     own = np.asarray(instance.own)
     p, prior, frozen = (_rows(a) for a in (instance.p, instance.prior, instance.frozen))
@@ -144,7 +125,6 @@ def _fields(instance: Instance, b: Ball, t: Ball, prompter: Any) -> dict[str, An
         rho = star.probs
         kl_to_star = kl_from_star = shortfall = zero
         kl_to_reference, kl_from_reference, kl_excess = star.cost, star.gain, -star.cost
-        achieved = (rho * r).sum(-1)
     else:
         rho = _balls(_rows(prompter))
         log_rho: Any = t * _log_quotient(rho, prior, has_rho & has_prior)
@@ -154,13 +134,14 @@ def _fields(instance: Instance, b: Ball, t: Ball, prompter: Any) -> dict[str, An
         kl_to_reference = _kl(rho, log_rho, outside)
         kl_from_reference = _kl(prior, -log_rho, missed)
         kl_excess = -(rho * log_star).sum(-1)
-        achieved = (rho * r).sum(-1)
-        shortfall = ((star.probs * r).sum(-1) - star.cost) - (achieved - kl_to_reference)
+        shortfall = ((star.probs * r).sum(-1) - star.cost) - ((rho * r).sum(-1) - kl_to_reference)
+    achieved = (rho * r).sum(-1)
     induced = rho @ frozen
     log_induced: Any = b * _log_quotient(induced, own_frozen, has_induced & has_own)
     uncovered = has_induced & ~has_own
 
-    return {name: zero for name in Solution._fields if name.endswith("_error")} | {
+    errors: dict[str, Any] = {name: zero for name in Solution._fields if name.endswith("_error")}
+    fields: dict[str, Any] = {
         "p": p,
         "beta": _scalar(b),
         "lam": _scalar(t),
@@ -209,6 +190,7 @@ def _fields(instance: Instance, b: Ball, t: Ball, prompter: Any) -> dict[str, An
         "covered": ~np.any(uncovered & has_p[:, None]),
         "eps": _scalar(0),
     }
+    return Solution(**fields, **errors)
 
 
 def _reachable(left: np.ndarray, right: np.ndarray) -> np.ndarray:

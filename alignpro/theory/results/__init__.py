@@ -1,12 +1,11 @@
 """Results beside the bounds: what prompting can reach, at what cost, under what errors.
 
-The public functions and records of `reach`, `cost`, `derivatives` and `readings` are here by name.
-
-All logarithms are natural; TV is half the L1 distance; "reward units" are those of the rewards. Functions are
-pure, and safe under jit and vmap, but for `lam_for_kl`, which checks its input on the host. Rewards enter
-differences measured from a reachable response, so that a large common offset costs no accuracy.
+The public functions and records of `reach`, `cost`, `derivatives` and `readings` are here by name. They are
+pure, and safe under jit and vmap, but for `lam_for_kl`; per prompt [X] unless said otherwise. A β or λ that
+is not positive and finite is an `AlignProError`. Proofs: `docs/limits.md`.
 """
 
+# ruff: noqa: F401
 from alignpro.theory.results.cost import (
     BestOfN,
     Frontier,
@@ -42,33 +41,3 @@ from alignpro.theory.results.readings import (
     critical_lam,
     limit_readings,
 )
-
-__all__ = [
-    "BestOfN",
-    "Ceiling",
-    "Critical",
-    "Frontier",
-    "Headroom",
-    "KLBudget",
-    "KLPrice",
-    "LimitReadings",
-    "Projection",
-    "ResponseValue",
-    "Sensitivity",
-    "VarianceSplit",
-    "best_of_n",
-    "best_of_n_rewrites",
-    "critical_beta",
-    "critical_lam",
-    "frontier",
-    "headroom",
-    "information_projection",
-    "kl_budget",
-    "kl_price",
-    "lam_for_kl",
-    "limit_readings",
-    "prompting_ceiling",
-    "response_value",
-    "sensitivity",
-    "variance_split",
-]

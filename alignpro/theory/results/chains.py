@@ -1,15 +1,11 @@
 """n prompters in sequence, each with its own reference and its own λ, by backward induction.
 
 A chain rewrites x = x₀ to x₁, …, x_n with prompters ρ_i(x_i | x, x_{i−1}); the frozen model answers x_n, and
-the reward judges the answer to the ORIGINAL prompt x, which is why policies and values depend on x too.
-The objective is
-
-    F(ρ) = E R(x, x_n) − Σ_i λ_i E KL(ρ_i(·|x, x_{i−1}) ‖ ρ_sft,i(·|x_{i−1})).
-
-All logarithms are natural; values and divergences times λ_i are in reward units. `docs/chains.md` has the
-whole proofs.
+the reward judges the answer to the ORIGINAL prompt x. The objective, in reward units (`docs/chains.md`), is
+F(ρ) = E R(x, x_n) − Σ_i λ_i E KL(ρ_i(·|x, x_{i−1}) ‖ ρ_sft,i(·|x_{i−1})).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,12 +25,7 @@ from alignpro.theory.solution import Solution, solution
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """Prompters in sequence in front of a frozen model, on finite spaces; validated when built.
-
-    Raises:
-        AlignProError: no stage, a stage whose size does not fit the one before, or anything `Instance`
-            refuses (`frozen`, `own` and `reward` are about the last stage's prompts).
-    """
+    """Prompters in sequence in front of a frozen model, on finite spaces; validated when built."""
 
     p: Any
     """P(x) [X]."""
@@ -75,10 +66,7 @@ class Chain:
 
 def _compose(stages: Sequence[Any]) -> np.ndarray:
     """ρ̄_sft [X, K_n]."""
-    total = np.asarray(stages[0])
-    for stage in stages[1:]:
-        total = total @ stage
-    return normalise(total)
+    return normalise(functools.reduce(np.matmul, stages))
 
 
 class ChainSolution(NamedTuple):
@@ -135,13 +123,7 @@ def solve_chain(
     """The optimal chain by backward induction, or any chain judged against it.
 
     V_n = R, V_{i−1}(x, x_{i−1}) = λ_i log Σ ρ_sft,i(x_i|x_{i−1}) exp(V_i(x, x_i)/λ_i), and ρ*_i tilts ρ_sft,i
-    by V_i/λ_i.
-
-    Proof: given what follows stage i is worth V_i, stage i maximises E V_i − λ_i KL, which is Lemma 1 at each
-    (x, x_{i−1}); its value for any ρ_i is V_{i−1} − λ_i KL(ρ_i‖ρ*_i). Summed over the visits of ρ,
-    F* − F(ρ) = Σ_i λ_i E_ρ KL(ρ_i‖ρ*_i) ≥ 0. At ρ_sft this is Σ_i λ_i E_ρ_sft KL(ρ_sft,i‖ρ*_i), hence the
-    Jeffreys form; F* ≥ E_ρ̄_sft R gives Theorem 1 with the composed reference and Σ_i λ_i E KL_i in its third
-    term's place.
+    by V_i/λ_i. For any chain F* − F(ρ) = Σ_i λ_i E_ρ KL(ρ_i‖ρ*_i).
 
     Args:
         chain: the problem.
@@ -150,8 +132,8 @@ def solve_chain(
         policies: any ρ: [X, K₁] (or [X, 1, K₁]) first, then [X, K_{i−1}, K_i] or, blind to x, [K_{i−1}, K_i].
 
     Raises:
-        AlignProError: a temperature that is not positive and finite, a number of λs or policies that is not
-            the number of stages, or a policy that is no matrix of probabilities of its stage's shape.
+        AlignProError: a bad temperature, a number of λs or policies that is not the number of stages, or a
+            policy that is no matrix of probabilities of its stage's shape.
     """
     beta = check_temperature("beta", beta)
     count = len(chain.stages)
@@ -280,15 +262,7 @@ def one_stage_bracket(chain: Chain, lams: float | Sequence[float] | np.ndarray) 
     """V¹(λ_max) ≤ F* ≤ V¹(λ_min), V¹(λ) the value of ONE prompter with the composed reference ρ̄_sft.
 
     With equal λ all three are equal: more stages neither gain nor lose, and the last prompt's law is the one
-    prompter's ρ*.
-
-    Proof: Σ λ_i E KL_i lies between λ_min and λ_max times KL(path law of ρ‖path law of ρ_sft), by the chain
-    rule. The path KL is at least the KL of the last prompt's law (data processing), so no chain's F exceeds
-    E R − λ_min KL(ρ_n‖ρ̄_sft) ≤ V¹(λ_min). Conversely tilting whole paths by R/λ_max has path KL equal to the
-    last prompt's, and reaches V¹(λ_max). The bracket closes as the λs meet.
-
-    Raises:
-        AlignProError: as `solve_chain`.
+    prompter's ρ*. Raises what `solve_chain` does.
     """
     found = solve_chain(chain, 1.0, lams)
     given = np.atleast_1d(np.asarray(lams, float))
@@ -302,11 +276,7 @@ def one_stage_bracket(chain: Chain, lams: float | Sequence[float] | np.ndarray) 
 def joint_tilt(chain: Chain, lam: float) -> Float[Floats, "..."]:
     """The optimal law of whole paths for one λ, enumerated [X, K₁, …, K_n]: ∝ Π ρ_sft,i · exp(R(x, x_n)/λ).
 
-    With equal λ, Σ_i λ E KL_i is λ times the KL of path laws (chain rule), so F is Lemma 1 on paths and this
-    is its optimum: the product of the stages of `solve_chain`. Size X·K₁⋯K_n; for small chains.
-
-    Raises:
-        AlignProError: λ is not positive and finite.
+    It is the product of the stages of `solve_chain`. Size X·K₁⋯K_n; for small chains.
     """
     lam = check_temperature("lam", lam)
     paths = np.asarray(chain.stages[0])

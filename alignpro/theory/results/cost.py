@@ -1,7 +1,4 @@
-"""The cost in KL of a gain in reward: budgets, frontiers, best of n, the price of prompting.
-
-Whole proofs: `docs/limits.md`. Results are per prompt [X] unless said otherwise.
-"""
+"""The cost in KL of a gain in reward: budgets, frontiers, best of n, the price of prompting."""
 
 from typing import NamedTuple
 
@@ -48,9 +45,8 @@ class KLBudget(NamedTuple):
 def kl_budget(s: Solution) -> KLBudget:
     """(ε1+ε2)/λ in nats, ε1 and ε2 the first two terms of Theorem 1, r_max = `bounds.paper_r_max`.
 
-    Statement: J(π*) − J(π_ρ*) ≤ λ(budget − spent). So an overspent budget is a certificate that prompting
-    beats RLHF; within it Theorem 1 decides nothing. Proof: divide Theorem 1 by λ. ∎ About ρ*, also where
-    `s` was computed for another prompter.
+    J(π*) − J(π_ρ*) ≤ λ(budget − spent): an overspent budget is a certificate that prompting beats RLHF;
+    within it Theorem 1 decides nothing. About ρ*, also where `s` was computed for another prompter.
     """
     width = paper_r_max(s)
     model, shift = width * s.tv_model, width * s.tv_shift
@@ -87,10 +83,8 @@ def lam_for_kl(
 ) -> Float[Array, ""] | Float[Array, " X"]:
     """The λ whose ρ* spends exactly E_x KL(ρ*‖ρ_sft) = kl; one λ(x) per prompt with `per_prompt`.
 
-    Statement: E_x KL(ρ*_λ‖ρ_sft) falls strictly in λ, from −E_x log ρ_sft(argmax R) (λ → 0) to 0 (λ → ∞),
-    so the λ is unique. Proof: d KL/dλ = −Var_ρ*(R)/λ³ < 0 (`sensitivity`); the limits are those of ρ*
-    (`limit_readings`). ∎ One λ for all prompts is the best way to spend a mean KL (`frontier`). On the host;
-    KL is met to 1e-12 relative.
+    It is unique, as that KL falls strictly in λ, from −E_x log ρ_sft(argmax R) to 0. One λ for all prompts is
+    the best way to spend a mean KL (`frontier`). On the host; KL is met to 1e-12 relative.
 
     Raises:
         AlignProError: kl is not a positive number, R is constant so that nothing can be spent, kl is not
@@ -155,15 +149,8 @@ class Frontier(NamedTuple):
 def frontier(instance: Instance, lams: Float[Floats, " L"], *, responses: bool = False) -> Frontier:
     """(KL, E R) along ρ*_λ: no prompter with that KL or less has more reward, per prompt or in the mean.
 
-    Statement: E_x KL(ρ‖ρ_sft) ≤ E_x KL(ρ*_λ‖ρ_sft) ⇒ E_x E_ρ R ≤ E_x E_ρ*_λ R; the curve is increasing and
-    concave, with slope λ. Proof: E R(ρ) − λ KL(ρ) ≤ E R(ρ*) − λ KL(ρ*), so E R(ρ) ≤ E R(ρ*) − λ(KL(ρ*) −
-    KL(ρ)). Slope: (−Var/λ²)/(−Var/λ³) = λ, which falls as KL rises. ∎
-
-    With `responses`, the frontier of all policies started from π_ρsft (base Σ ρ_sft π_F, energy r*): it lies
-    on or above the first, since KL(π_ρ‖π_ρsft) ≤ KL(ρ‖ρ_sft) (data processing) and E_π_ρ r = E_ρ R.
-
-    Raises:
-        AlignProError: a λ is not positive and finite.
+    The curve is increasing and concave, with slope λ. With `responses`, the frontier of all policies started
+    from π_ρsft (base Σ ρ_sft π_F, energy r*): it lies on or above the first.
     """
     if not isinstance(lams, jax.core.Tracer):
         lams = np.asarray([check_temperature("lams", v) for v in np.asarray(lams).tolist()])
@@ -204,11 +191,8 @@ def best_of_n(
 ) -> BestOfN:
     """Best of n with ties: draw n times from `base`, keep a draw of the largest energy (any of those tied).
 
-    Statement: with F, F₋ the base's mass at or below, and strictly below, an energy,
-    p(k) = base(k)·(Fⁿ − F₋ⁿ)/(F − F₋), so tied values share in proportion to the base; and
-    KL(p‖base) ≤ log n − (n−1)/n (arXiv 2401.01879). Proof: p/base is the mean of h(u) = n uⁿ⁻¹ over
-    [F₋, F]; t log t is convex, so KL ≤ ∫ h log h = log n − (n−1)/n, with equality only in the limit of no
-    atoms. ∎ The bound is loose where the best value has much mass: KL < −log base(argmax) too.
+    With F, F₋ the base's mass at or below, and strictly below, an energy, p(k) = base(k)·(Fⁿ − F₋ⁿ)/(F − F₋);
+    and KL(p‖base) ≤ log n − (n−1)/n (arXiv 2401.01879), which is loose where the best value has much mass.
 
     Args:
         base: probability vectors on the last axis.
@@ -297,14 +281,8 @@ class KLPrice(NamedTuple):
 def kl_price(instance: Instance, beta: Temperature, prompter: Float[Floats, "X K"]) -> KLPrice:
     """gap(ρ) = β[KL(π*‖π_F) + KL(π_ρ‖π*) − KL(π_ρ‖π_F)], per prompt, exactly, where the KLs are finite.
 
-    So who outperforms π* in reward must pay: gap(ρ) < 0 ⇒ KL(π_ρ‖π_F) > KL(π*‖π_F) + KL(π_ρ‖π*).
-    Proof: G(π*) − G(π_ρ) = β KL(π_ρ‖π*) (`information_projection`), with G written out. ∎
-
-    Args:
-        prompter: any ρ(x′|x), rows of probabilities.
-
-    Raises:
-        AlignProError: β is not positive and finite, or the prompter no matrix of probabilities.
+    So who outperforms π* in reward must pay: gap(ρ) < 0 ⇒ KL(π_ρ‖π_F) > KL(π*‖π_F) + KL(π_ρ‖π*). A prompter
+    that is no matrix of probabilities is an `AlignProError`.
     """
     beta, r = as_temperature("beta", beta), rewards_of(instance)
     rho = as_prompter(instance, prompter)

@@ -43,12 +43,7 @@ class Sensitivity(NamedTuple):
 def sensitivity(instance: Instance, beta: Temperature, lam: Temperature) -> Sensitivity:
     """Every derivative in λ and β in closed form, each a sum of terms of one sign: no cancellation.
 
-    Proof: with s = 1/t, log Z(s) has derivatives E_p e and Var_p(e) in s (p the tilt at t); ds/dt = −1/t².
-    t log Z then has derivative log Z − E_p e/t = −KL(p‖base), and KL = s E_p e − log Z has d KL/ds =
-    s Var_p(e). ∎ The gap rises in λ and falls in β, strictly unless R (r*) is constant on the support.
-
-    Raises:
-        AlignProError: β or λ is not positive and finite.
+    The gap rises in λ and falls in β, strictly unless R (r*) is constant on the support.
     """
     beta, lam, r = as_temperature("beta", beta), as_temperature("lam", lam), rewards_of(instance)
 
@@ -80,14 +75,7 @@ class Headroom(NamedTuple):
 def headroom(instance: Instance, lam: Temperature) -> Headroom:
     """E_ρ* R − E_ρsft R = Cov_ρsft(R, e^{R/λ})/E_ρsft e^{R/λ}, bracketed by its first-order term.
 
-    Proof: ρ*/ρ_sft = e^{R/λ}/E_ρsft e^{R/λ}. Brackets: lift = ∫ Var_s(R) ds over s from 0 to 1/λ; the third
-    cumulant of R is at most span_R·Var_s in size, so Var_s lies within e^{±span_R s} of Var_ρsft(R). And
-    lift ≤ span_R·TV(ρ*, ρ_sft) ≤ span_R·tanh(span_R/(4λ)) (`limit_readings`). ∎ No exponential overflows.
-
     Informative: `first_order` when λ ≥ span_R (it is right to a factor e there); below, max R − E_ρsft R.
-
-    Raises:
-        AlignProError: λ is not positive and finite.
     """
     lam, r = as_temperature("lam", lam), rewards_of(instance)
     star, edge = tilt(r.prior, r.rewrite, lam), extremes(r.prior, r.rewrite, r.tie)
@@ -120,14 +108,10 @@ class VarianceSplit(NamedTuple):
 
 
 def variance_split(instance: Instance, prompter: Float[Floats, "X K"]) -> VarianceSplit:
-    """Var(r) = E[Var(r|x′)] + Var(E[r|x′]).
+    """Var(r) = E[Var(r|x′)] + Var(E[r|x′]); the share between/total is prompting's.
 
-    Proof: r − E r = (r − R) + (R − E_ρ R), and the cross term has conditional mean 0. ∎ The share
-    between/total is prompting's: tilting ρ at a large λ gains between/λ, tilting the responses of π_ρ at the
-    same temperature total/λ, to first order (`headroom`).
-
-    Raises:
-        AlignProError: the prompter is no matrix of probabilities of the shape of `instance.prior`.
+    Tilting ρ at a large λ gains between/λ, tilting the responses of π_ρ at the same temperature total/λ, to
+    first order (`headroom`). A prompter that is no matrix of probabilities is an `AlignProError`.
     """
     r, rho = rewards_of(instance), as_prompter(instance, prompter)
     conditional = lax.map(lambda d: variance(r.frozen, d[None, :]), r.response)

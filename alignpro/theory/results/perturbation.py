@@ -1,11 +1,7 @@
 """A Gibbs policy built from wrong energies, judged by the true ones: its loss exactly and at worst.
 
 The policy p ∝ base·exp(e/t) is optimal for the true energies e, and p̂ ∝ base·exp(ê/t) was built from
-ê = e + δ. Then p̂ ∝ p·exp(δ/t), so p̂ is itself a tilt of p, by the error. All follows from that one line;
-`docs/robustness.md` has the whole proofs.
-
-Nats, probabilities and reward units as everywhere; s = span(δ) = max δ − min δ over the base's support,
-which a shift of δ per prompt does not change.
+ê = e + δ; s = span(δ) over the base's support. Proofs: `docs/robustness.md`.
 """
 
 from typing import Any, NamedTuple
@@ -24,8 +20,7 @@ _FAR = 500.0
 class Perturbation(NamedTuple):
     """The loss of p̂, built from ê = e + δ, against the optimal p; reward units unless said otherwise.
 
-    F(q) = E_q e − t KL(q‖base). The assumption behind each bound is a number here (`error`, `span_error`), to
-    be looked at rather than believed.
+    F(q) = E_q e − t KL(q‖base). The assumption behind each bound is a number here (`error`, `span_error`).
     """
 
     probs: Float[Array, "... K"]
@@ -62,27 +57,21 @@ class Perturbation(NamedTuple):
     """tanh(s/4t) ≥ `tv` (probability)."""
 
 
-def worst_tv(
-    width: Float[Floats, "..."] | float, temperature: Float[Floats, "..."] | float
-) -> Float[Array, "..."]:
+Numbers = Float[Floats, "..."] | float
+
+
+def worst_tv(width: Numbers, temperature: Numbers) -> Float[Array, "..."]:
     """tanh(s/4t): the largest total variation between two Gibbs policies whose energies differ by span s.
 
-    Proof: the log-ratio of p̂ to p has span s/t, so for any event the odds change by a factor of at most
-    e^{s/t}; the largest change of a probability a at that odds ratio is at a = 1/(1 + e^{s/2t}), and is
-    tanh(s/4t). Attained there, by two outcomes.
+    Attained by two outcomes.
     """
     return jnp.tanh(jnp.asarray(width, float) / (4.0 * jnp.asarray(temperature, float)))
 
 
-def worst_loss(
-    width: Float[Floats, "..."] | float, temperature: Float[Floats, "..."] | float
-) -> Float[Array, "..."]:
+def worst_loss(width: Numbers, temperature: Numbers) -> Float[Array, "..."]:
     """t (κ − 1 − log κ), κ = (s/t)/(1 − e^{−s/t}): the largest t KL(p̂‖p) at span(δ) = s. In reward units.
 
-    Proof: let w = e^{(δ − min δ)/t} ∈ [1, e^{s/t}] and m = E_p w, so KL(p̂‖p) = E_p[w log w]/m − log m. Given
-    m, E_p[w log w] is largest with w at its two ends, as w log w is convex. What is left is a function of m
-    alone, largest at m = κ. Always ≤ s²/(8t) (which it approaches for s ≪ t) and ≤ s (for s ≫ t); attained
-    by two outcomes.
+    At most s²/(8t) (approached for s ≪ t) and at most s (for s ≫ t); attained by two outcomes.
     """
     width, temperature = jnp.asarray(width, float), jnp.asarray(temperature, float)
     z = jnp.clip(width / (2.0 * temperature), 0.0, 1e300)
@@ -132,12 +121,6 @@ def perturbation(
     delta: Float[Floats, "... K"] | None = None,
 ) -> Perturbation:
     """The Gibbs policy of `estimate` judged by the true `energy`, exactly, and its bounds.
-
-    Proof of the losses: `bounds.suboptimality` is the first. p_u ∝ p·exp(uδ/t) leads from p to p̂, with
-    KL(p̂‖p) = ∫₀¹ u Var_{p_u}(δ/t) du, and a variable of span s has variance at most s²/4: hence s²/(8t).
-    Var_{p_u} changes by a factor of at most e^{|u−v| s/t} from u to v, since its derivative is a third
-    central moment of δ/t; integrated from v = 1: the two variance forms. E_p e − E_p̂ e ≤ span(e)·TV(p, p̂),
-    then `worst_tv`.
 
     Args:
         base: probability vectors (ρ_sft or π_F), zeros allowed; what lies off the support is ignored.
@@ -220,13 +203,8 @@ def ensemble(
 ) -> Ensemble:
     """Averaging M estimates: t KL(p‖p̄) = mean_m t KL(p‖p̂_m) − A, exactly, with A ≥ 0 the `ambiguity`.
 
-    Proof: p̄ ∝ Π p̂_m^{1/M}, so log p̄ = mean log p̂_m + A/t; take E_p. A ≥ 0 as geometric means are at most
-    arithmetic ones. Also span(δ̄) ≤ mean span(δ_m), so s̄²/(8t) is at most the members' mean. The loss
-    t KL(p̂‖p) itself has no such guarantee away from small errors: it can be larger than the mean of the
-    members' losses (`docs/robustness.md` has an instance). To second order it is Var_p(δ)/(2t), where
-    independent errors of equal variance lose a factor M.
-
-    Pure: use it under jit and vmap. Bases, energies and temperatures as in `perturbation`.
+    The loss t KL(p̂‖p) itself has no such guarantee away from small errors: it can be larger than the mean of
+    the members' losses. Bases, energies and temperatures as in `perturbation`; safe under jit and vmap.
     """
     estimates = jnp.asarray(estimates, float)
     count = estimates.shape[0]

@@ -1,7 +1,6 @@
 """Reward learning (equation 1) on finite spaces: Bradley–Terry maximum likelihood from counted preferences.
 
-P(u ≻ v | x) = σ(r(x,u) − r(x,v)). Each prompt has rewards of its own, so the fit is one small convex problem
-per prompt. Rewards are in nats of log-odds; `docs/preferences.md` has the whole proofs.
+P(u ≻ v | x) = σ(r(x,u) − r(x,v)), one convex problem per prompt; rewards in nats. `docs/preferences.md`.
 """
 
 from typing import Any, NamedTuple
@@ -92,16 +91,12 @@ def _components(wins: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
 def fit_rewards(wins: Any, ridge: float = 0.0, tolerance: float = 1e-10) -> Fit:
     """Bradley–Terry maximum likelihood: minimises −Σ wins[x,u,v] log σ(r(x,u) − r(x,v)) + (ridge/2) Σ r².
 
-    Existence (Ford 1957): without ridge the maximum exists, and is unique up to one shift per connected
-    component of the comparison graph, exactly when every component is strongly connected by wins. Short
-    proof: otherwise some set never lost to the rest of its component, and raising it increases the likelihood
-    for ever; if strongly connected, every direction but a shift makes some observed win infinitely unlikely.
-    Ridge κ > 0 is a Gaussian prior of variance 1/κ: always one answer. Its gradient, summed over a component,
-    gives Σ r = 0 there: it picks the mean-zero shift, and shrinks differences towards 0.
+    Without ridge the maximum exists, and is unique up to one shift per connected component of the comparison
+    graph, exactly when every component is strongly connected by wins (Ford 1957). Ridge κ > 0 is a Gaussian
+    prior of variance 1/κ: always one answer, of mean zero in each component.
 
-    Method: Newton steps Δ of length log(1+b)/b, b = span(Δ), never increase the loss: along Δ the second
-    derivative grows by at most e^{tb}. `distance` certifies the result, gradient rounding included: with
-    gradient g and least curvature μ the optimum lies within span −log(1 − ‖g‖√2/μ).
+    Method: Newton steps Δ of length log(1+b)/b, b = span(Δ), never increase the loss. `distance` certifies
+    the result, gradient rounding included.
 
     Args:
         wins: counts or weights ≥ 0 [X, Y, Y], wins[x, u, v] of u preferred to v; the diagonal 0.
@@ -245,8 +240,6 @@ def _scattered(instance: Instance, pairs: np.ndarray, won: np.ndarray, lost: np.
 def expected_preferences(instance: Instance, pairs: Any = None, n: Any = 1.0) -> Float[np.ndarray, "X Y Y"]:
     """The counts of infinite data, n σ(r*(x,u) − r*(x,v)) for each pair: fitted, they give r* up to shifts.
 
-    Proof: the gradient of the log-likelihood at r* is Σ_v [wins − n σ] = 0, and the problem is convex.
-
     Args:
         instance: its `reward` is r*.
         pairs: responses compared [M, 2]; all pairs when None.
@@ -256,12 +249,8 @@ def expected_preferences(instance: Instance, pairs: Any = None, n: Any = 1.0) ->
         AlignProError: a pair that is not two different responses, or a negative n.
     """
     checked, number = _pairs(instance, pairs, n)
-    return _scattered(
-        instance,
-        checked,
-        number * _win_probability(instance, checked),
-        number * _win_probability(instance, checked[:, ::-1]),
-    )
+    won, lost = (number * _win_probability(instance, both) for both in (checked, checked[:, ::-1]))
+    return _scattered(instance, checked, won, lost)
 
 
 def sample_preferences(
@@ -308,10 +297,8 @@ class Propagated(NamedTuple):
 def propagate(instance: Instance, fit: Fit, beta: float, lam: float, level: float = 0.95) -> Propagated:
     """Carry the errors of learned rewards to those of R, ρ* and π*, and to the loss of ρ̂.
 
-    Proof: r̂ ≈ N(r*, C) with C = H⁺. R̂ = r̂ π_Fᵀ is linear, ρ̂ differentiable. λ KL(ρ̂‖ρ*) = Var_ρ̂(δ)/(2λ) to
-    second order (`robustness.perturbation`), whose mean is the trace. Contrasts π_F(·|x′) − π_F(·|x″) span
-    q ≤ min(K, Y) − 1 dimensions, so by Scheffé all |δ(x′) − δ(x″)| ≤ √χ²_{q, level}·se at once, with
-    probability `level` as the counts grow; then `robustness.worst_loss`. With ridge, its bias is not counted.
+    By the delta method with r̂ ≈ N(r*, C); the span holds for all pairs of rewrites at once (Scheffé), as the
+    counts grow. With ridge, its bias is not counted.
 
     Args:
         instance: P, ρ_sft, π_F and own are used; its `reward` is not.

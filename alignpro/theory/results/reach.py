@@ -1,7 +1,4 @@
-"""The best that prompting can reach: its ceiling in reward, and the projection of π* on what it can induce.
-
-Whole proofs: `docs/limits.md`. Results are per prompt [X] unless said otherwise.
-"""
+"""The best that prompting can reach: its reward ceiling, and the projection of π* on what it can induce."""
 
 from typing import NamedTuple
 
@@ -46,19 +43,9 @@ def information_projection(
 ) -> Projection:
     """The best prompter for the REGULARISED objective: min over ρ of KL(π_ρ(·|x) ‖ π*(·|x)), certified.
 
-    Statement: with G(π) = E_π r − β KL(π‖π_F(·|x)), G(π*) − G(π_ρ) = β KL(π_ρ‖π*). So the projection
-    maximises G over all prompters, and β·min KL is what no prompter can recover of RLHF's own objective.
-    Proof: log π* = log π_F + r/β − log Z*, multiply by β and take E_π_ρ; compare with G(π*) = β log Z*. ∎
-    Certificate: f(w) = KL(Σ_k w_k π_F(·|k)‖π*) is convex, so f(v) ≥ f(w) + ⟨∇f(w), v − w⟩ ≥ f(w) − gap for
-    every v, gap = max_k ⟨∇f(w), w − e_k⟩ (Frank–Wolfe). It vouches for `weights` whatever found them.
-
-    Method: primal–dual interior point. f is compatible with the barrier −Σ log w_k
-    (|f‴| ≤ f″·max|h_k/w_k|), so Newton steps are few (20–40) at any conditioning, where exponentiated
-    gradient and Frank–Wolfe take 10³ to 10⁶ steps to 1e-10. Scaled by √w, the Hessian is B Bᵀ with
-    B = √w_k π_F(y|k)/√m_y, of norm exactly 1. O(K²Y + K³) per step and prompt.
-
-    Informative: β·kl > 0 is a lower bound on the regularised gap of EVERY prompter; it is 0 iff π* is a
-    mixture of the frozen model's rows, when prompting matches RLHF exactly.
+    With G(π) = E_π r − β KL(π‖π_F(·|x)), G(π*) − G(π_ρ) = β KL(π_ρ‖π*): β·kl > 0 is a lower bound on the
+    regularised gap of EVERY prompter, and 0 iff π* is a mixture of the frozen model's rows. The duality gap
+    vouches for `weights` whatever found them: a primal–dual interior point, O(K²Y + K³) per step and prompt.
 
     Args:
         instance: the problem.
@@ -126,14 +113,8 @@ class Ceiling(NamedTuple):
 def prompting_ceiling(instance: Instance, beta: Temperature) -> Ceiling:
     """gap(ρ)(x) ≥ E_π* r* − max_x′ R(x,x′) for every ρ, with equality iff ρ(·|x) sits on the maximisers.
 
-    Proof: gap(ρ)(x) = [E_π* r* − max R] + E_ρ[max R − R], and the second part is ≥ 0. ∎ Taken over the
-    support of ρ_sft it is also the limit of the gap of ρ* as λ → 0. Randomising never helps plain reward.
-
-    Informative: a positive ceiling is what no prompter can recover; a negative one says that some prompter
-    outperforms π* (Q2), and by how much at most.
-
-    Raises:
-        AlignProError: β is not positive and finite.
+    A positive ceiling is what no prompter can recover; a negative one says that some prompter outperforms π*
+    (Q2), and by how much at most.
     """
     r = rewards_of(instance)
     model = tilt(r.own, r.response, as_temperature("beta", beta))
@@ -160,13 +141,8 @@ class ResponseValue(NamedTuple):
 def response_value(instance: Instance, lam: Temperature) -> ResponseValue:
     """λ log E e^{r/λ} ≥ λ log E_ρsft e^{R/λ}: what choosing prompts leaves to choosing responses.
 
-    The left side is the value of RLHF started from π_ρsft at temperature λ. Statement: the difference is
-    λ log E_ρ* e^{h/λ}, with h(x′) = λ log E_{π_F(·|x′)} e^{(r − R)/λ} ≥ 0; it is 0 iff r* is constant on
-    every rewrite's responses. Proof: factor e^{R/λ} out of E_{π_F(·|x′)} e^{r/λ}; ρ* ∝ ρ_sft e^{R/λ}; h ≥ 0
-    is Jensen's inequality. ∎ Informative where `variance_split` has much within rewrites.
-
-    Raises:
-        AlignProError: λ is not positive and finite.
+    The left side is the value of RLHF started from π_ρsft at temperature λ. Equal iff r* is constant on every
+    rewrite's responses; informative where `variance_split` has much within rewrites.
     """
     lam, r = as_temperature("lam", lam), rewards_of(instance)
     star = tilt(r.prior, r.rewrite, lam)

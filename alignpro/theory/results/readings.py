@@ -1,7 +1,4 @@
-"""The limits of small and large β and λ, with rates, and the temperatures at which the gap changes sign.
-
-Whole proofs: `docs/limits.md`.
-"""
+"""The limits of small and large β and λ, with rates, and the temperatures at which the gap changes sign."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,13 +13,7 @@ from alignpro.theory.elementwise import average
 from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance
 from alignpro.theory.pairwise import pairwise_tv
-from alignpro.theory.results.rewards import (
-    Temperature,
-    as_temperature,
-    extremes,
-    rewards_of,
-    variance,
-)
+from alignpro.theory.results.rewards import Temperature, as_temperature, extremes, rewards_of, variance
 from alignpro.theory.results.solvers import root_of
 
 
@@ -63,17 +54,8 @@ class LimitReadings(NamedTuple):
 def limit_readings(instance: Instance, beta: Temperature, lam: Temperature) -> LimitReadings:
     """Each term as λ, β → 0 or ∞, with rates; maxima of R are over the support of ρ_sft.
 
-    Statements and proofs: (1) TV(π*,π_F) = 0 iff r* is constant on the support, as π*/π_F = e^{r/β}/Z*.
-    (2) A tilt of span a (in units of the temperature) moves at most tanh(a/4) in TV: it multiplies the odds
-    of any event by at most eᵃ, and b eᵃ/(1 − b + b eᵃ) − b is largest, tanh(a/4), at b = 1/(1 + e^{a/2}).
-    (3) ρ*(off)/ρ*(best) ≤ (1−m)/m·e^{−Δ/λ}, term by term; on argmax R, ρ* ∝ ρ_sft.
-    (4) F(ρ*) ≥ F(ρ_0) = max R + λ log m. ∎
-
-    Values of R equal to rounding count as tied. Informative: the bounds in λ for λ above span_R (2) or below
-    Δ (3); (4) in between.
-
-    Raises:
-        AlignProError: β or λ is not positive and finite.
+    Values of R equal to rounding count as tied. Informative: the bounds by tanh for temperatures above the
+    span, that of `off_best` for λ below Δ, that of `shortfall` in between.
     """
     beta, lam, r = as_temperature("beta", beta), as_temperature("lam", lam), rewards_of(instance)
     star, model = tilt(r.prior, r.rewrite, lam), tilt(r.own, r.response, beta)
@@ -144,33 +126,21 @@ def _critical(
 def critical_lam(instance: Instance, beta: Temperature, *, per_prompt: bool = False) -> Critical:
     """λ_c: ρ* outperforms π* (gap < 0) exactly for λ < λ_c. Answers Q2.
 
-    Statement: some λ makes the gap negative iff max_{support} R > E_π* r* (in the mean over P, or per prompt
-    with `per_prompt`). Then (max R − E_π* r*)/E log(1/m) ≤ λ_c ≤ E span_R²/(4(E_π* r* − E_ρsft R)), with
-    m = ρ_sft(argmax R) and the upper one ∞, as is λ_c, where ρ_sft itself outperforms π*. 0: never.
-    Differences of R within its rounding count as none.
-    Proof: the gap rises in λ (`sensitivity`), from `prompting_ceiling` to E_π* r* − E_ρsft R. Lower:
-    max R − E_ρ* R ≤ λ log(1/m) (`limit_readings`); upper: E_ρ* R − E_ρsft R ≤ span_R²/(4λ) (`headroom`). ∎
-
-    Raises:
-        AlignProError: β is not positive and finite.
+    Some λ makes the gap negative iff max_{support} R > E_π* r* (in the mean over P, or per prompt with
+    `per_prompt`); 0: never, ∞: ρ_sft itself outperforms π*. Differences of R within its rounding count as
+    none.
     """
     r = rewards_of(instance)
     model = tilt(r.own, r.response, as_temperature("beta", beta))
     target = jnp.sum(model.probs * r.response, -1)
-    return _critical(
-        r.prior, r.rewrite, target, r.tie, r.tie, None if per_prompt else jnp.asarray(instance.p, float)
-    )
+    p = None if per_prompt else jnp.asarray(instance.p, float)
+    return _critical(r.prior, r.rewrite, target, r.tie, r.tie, p)
 
 
 def critical_beta(instance: Instance, lam: Temperature, *, per_prompt: bool = False) -> Critical:
     """β_c: ρ* outperforms π* (gap < 0) exactly for β > β_c. The mirror image of `critical_lam`.
 
-    Statement: some β does so iff E_ρ* R > R(x,x). 0: every β, as E_ρ* R exceeds what π_F can reach at all.
-    Proof: the gap falls in β, from max r* (on the support of π_F(·|x)) − E_ρ* R to R(x,x) − E_ρ* R. The
-    enclosure is that of `critical_lam` with π_F, r*, β in the place of ρ_sft, R, λ. ∎
-
-    Raises:
-        AlignProError: λ is not positive and finite.
+    Some β does so iff E_ρ* R > R(x,x). 0: every β, as E_ρ* R exceeds what π_F can reach at all.
     """
     r = rewards_of(instance)
     star = tilt(r.prior, r.rewrite, as_temperature("lam", lam))

@@ -1,11 +1,11 @@
 """The cost of a wrong reward, a wrong frozen model or a wrong λ, exactly and at worst.
 
-Each is a `perturbation`: the policy built from the wrong energies, judged by the true ones. Proofs in full:
+Each is a `perturbation`: the policy built from the wrong energies, judged by the true ones. Proofs:
 `docs/robustness.md`. Nats, probabilities and reward units as everywhere.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.bounds import paper_r_max
 from alignpro.theory.divergences import Floats, log_quotient, scaled_kl, tv
-from alignpro.theory.instance import KEYS, Instance, bare, probabilities, unchecked
+from alignpro.theory.instance import Instance, bare, probabilities, replaced
 from alignpro.theory.results.perturbation import (
     Ensemble,
     Perturbation,
@@ -95,17 +95,8 @@ class RewardNoise(NamedTuple):
 def reward_noise(instance: Instance, estimate: Float[Floats, "X Y"], beta: float, lam: float) -> RewardNoise:
     """Reward noise: |r̂ − r*| ≤ ε ⇒ |R̂ − R| ≤ ε, and ρ̂ built from r̂ loses at most ε²/(2λ) in F.
 
-    Proof: R averages r* over responses, so ε carries over; `perturbation` with base ρ_sft, energy R and
-    temperature λ does the rest, and with base π_F(·|x), energy r* and temperature β for RLHF. Sharper:
-    R̂(x,x′) − R(x,x′) − R̂(x,x″) + R(x,x″) = E_π_F(·|x′) δ − E_π_F(·|x″) δ ≤ span(δ)·TV, so the frozen model
-    hands on only the share `contraction` of the noise. The gap computed from r̂ is off by at most
-    span(δ) + span(r*) tanh(span(δ)/4β) + span(R) tanh(span(R̂−R)/4λ).
-
-    Args:
-        instance: the problem, its `reward` the true r*.
-        estimate: r̂ [X, Y].
-        beta: β > 0.
-        lam: λ > 0.
+    Sharper: the frozen model hands on only the share `contraction` of the noise. `instance.reward` is the
+    true r*, `estimate` is r̂ [X, Y].
 
     Raises:
         AlignProError: β or λ is not positive and finite, or r̂ has another shape or is not finite.
@@ -116,10 +107,6 @@ def reward_noise(instance: Instance, estimate: Float[Floats, "X Y"], beta: float
     except AlignProError as error:
         raise AlignProError(f"estimate: {error}") from error
     return _reward_noise(bare(instance), jnp.asarray(noisy.reward), beta, lam)
-
-
-def _replaced(instance: Instance, **fields: Any) -> Instance:
-    return unchecked(*(fields.get(key, getattr(instance, key)) for key in KEYS))
 
 
 @jax.jit
@@ -134,7 +121,7 @@ def _reward_noise(instance: Instance, estimate: Array, beta: Array, lam: Array) 
     low, high = extent(delta, reach)
     prompter = perturbation(prior, r @ frozen.T, (r + delta) @ frozen.T, lam, delta @ frozen.T)
     model = perturbation(own_frozen, r, r + delta, beta, delta)
-    true, noisy = _solutions(instance, _replaced(instance, reward=estimate), beta, lam)
+    true, noisy = _solutions(instance, replaced(instance, reward=estimate), beta, lam)
     # tanh(span(δ)/4β) with δ on the own row's support, as everything about π* is.
     gap = (high - low) + model.reward_bound + prompter.reward_bound
     return RewardNoise(
@@ -190,15 +177,7 @@ class FrozenNoise(NamedTuple):
 def frozen_noise(instance: Instance, estimate: Float[Floats, "K Y"], beta: float, lam: float) -> FrozenNoise:
     """Frozen-model noise: TV(π_F(·|x′), π̃_F(·|x′)) ≤ δ ⇒ |R̃ − R| ≤ span·δ, then as for reward noise.
 
-    Proof: |E_p r − E_q r| ≤ span·TV(p, q). For π*: with w = e^{(r* − max r*)/β} ≤ 1 and, say, Z ≥ Z̃,
-    TV(π*, π̃*) = Σ (π_F w/Z − π̃_F w/Z̃)₊ ≤ Σ w (π_F − π̃_F)₊ / Z ≤ τ/Z; likewise if Z̃ ≥ Z. The gap computed from
-    π̃_F is off by at most span·TV(π*,π̃*) + max |R̃ − R| + span(R) tanh(span(R̃−R)/4λ).
-
-    Args:
-        instance: the problem, its `frozen` the true π_F.
-        estimate: π̃_F [K, Y], rows of probabilities.
-        beta: β > 0.
-        lam: λ > 0.
+    `instance.frozen` is the true π_F, `estimate` is π̃_F [K, Y], rows of probabilities.
 
     Raises:
         AlignProError: β or λ is not positive and finite, or π̃_F is no matrix of probabilities of that shape.
@@ -212,7 +191,7 @@ def frozen_noise(instance: Instance, estimate: Float[Floats, "K Y"], beta: float
 def _frozen_noise(instance: Instance, estimate: Array, beta: Array, lam: Array) -> FrozenNoise:
     prior, frozen = jnp.asarray(instance.prior, float), jnp.asarray(instance.frozen, float)
     reward, own = jnp.asarray(instance.reward, float), jnp.asarray(instance.own)
-    noisy_instance = _replaced(instance, frozen=estimate)
+    noisy_instance = replaced(instance, frozen=estimate)
     reach = reachable(instance) | reachable(noisy_instance)
     lowest, highest = extent(reward, reach)
     width = highest - lowest
@@ -239,6 +218,7 @@ def _frozen_noise(instance: Instance, estimate: Array, beta: Array, lam: Array) 
     )
     reward_bound = (own_high - own_low) * bound
     true, noisy = _solutions(instance, noisy_instance, beta, lam)
+    gap, tvs = reward_bound + prompter.error + prompter.reward_bound, jnp.sum(prior * rows[None, :], -1)
     return FrozenNoise(
         tv_rows=rows,
         tv=worst,
@@ -251,25 +231,14 @@ def _frozen_noise(instance: Instance, estimate: Array, beta: Array, lam: Array) 
         model_loss=model_loss,
         model_reward_loss=jnp.sum((star.probs - hat.probs) * d, -1),
         model_reward_bound=reward_bound,
-        sides=_sides(
-            true,
-            noisy,
-            prompter,
-            reward_bound + prompter.error + prompter.reward_bound,
-            bound + 2.0 * own_tv + jnp.sum(prior * rows[None, :], -1),
-        ),
+        sides=_sides(true, noisy, prompter, gap, bound + 2.0 * own_tv + tvs),
     )
 
 
 def misspecified_lam(instance: Instance, lam: float, used: float) -> Perturbation:
     """The prompter ρ*_λ′ of another λ′ (`used`), judged by F_λ: loses λ KL(ρ*_λ′‖ρ*_λ), per prompt [X].
 
-    Proof: ρ*_λ′ is the Gibbs policy at temperature λ of the energies R λ/λ′, so δ = R (λ − λ′)/λ′ and
-    span(δ) = span(R)·|λ/λ′ − 1|: at most span(R)² (λ/λ′ − 1)²/(8λ), in the span form. Its `reward_loss`
-    has the sign of λ′ − λ, since E_ρ*_λ R falls with λ.
-
-    Raises:
-        AlignProError: λ or λ′ is not positive and finite.
+    At most span(R)² (λ/λ′ − 1)²/(8λ). Its `reward_loss` has the sign of λ′ − λ.
     """
     lam, used = check_temperature("lam", lam), check_temperature("used", used)
     return _misspecified(bare(instance), lam, used)

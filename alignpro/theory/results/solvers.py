@@ -47,9 +47,8 @@ def interior_point(
 ) -> tuple[Array, Array, Array]:
     """(weights, gap, steps): min over the simplex on `usable` of KL(w·frozen ‖ q), by primal–dual steps.
 
-    Optimality: ∇f − ν = s ≥ 0, w·s = 0. Each Newton step on f − μ Σ log w, with s/w in place of μ/w² in the
-    Hessian, is shortened until the objective no longer rises along it; once it is centred, μ is cut. Rows
-    that are not usable have w = 0: they drop out.
+    Newton steps on f − μ Σ log w, with s/w in place of μ/w² in the Hessian, are shortened until the objective
+    no longer rises; μ is cut once centred. Rows that are not usable have w = 0: they drop out.
     """
     rewrites, responses = frozen.shape
     a = jnp.where(usable[:, None], frozen, 0.0)

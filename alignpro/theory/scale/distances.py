@@ -1,10 +1,7 @@
 """The X·K·Y term of one large instance as machine code: sums of |a − b| that stay in the registers.
 
-XLA's loop (`pairwise`) keeps its sums in the L2 cache. Here 4 rows of the frozen model meet 4 vectors of
-others, which is 16 sums in registers, over a strip of 128 responses that stays in the L1 cache; ½|a − b| is
-added by a fused multiply-add. On the host, for one CPU: no jit, no gradients.
-
-Needs llvmlite (`pip install 'alignpro[native]'`). `scale.prompt_shift` is what uses it.
+4 rows of the frozen model meet 4 vectors of others, which is 16 sums in registers, over a strip of 128
+responses that stays in the L1 cache. On the host, for one CPU: no jit, no gradients. Needs llvmlite.
 """
 
 import os
@@ -16,8 +13,17 @@ import numpy as np
 from jaxtyping import Float, Int
 from llvmlite import ir
 
-from alignpro.theory.scale.native import INDEX, POINTER, Code, function, index, loop, register_bytes
-from alignpro.theory.scale.vectors import Vectors, element
+from alignpro.theory.scale.vectors import (
+    INDEX,
+    POINTER,
+    Code,
+    Vectors,
+    element,
+    function,
+    index,
+    loop,
+    register_bytes,
+)
 
 _ROWS, _STRIP = 4, 128
 

@@ -14,7 +14,7 @@ import numpy as np
 from alignpro.claims import of_kind
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.bounds import STATEMENTS, BoundReport, Statement, paper_r_max, report, theorem1
-from alignpro.theory.instance import Instance, load, unchecked
+from alignpro.theory.instance import Instance, load, padded
 from alignpro.theory.solution import solution
 
 # A new shape costs a second of compilation, so sizes are rounded up to these; beyond them, kept as is.
@@ -91,19 +91,6 @@ class Solutions:
         return f"{bad or 'None'} of {len(self.checks)} bounds {'are' if bad > 1 else 'is'} violated."
 
 
-def load_all(files: Sequence[str | os.PathLike[str]]) -> list[Instance]:
-    """Every file, or an AlignProError whose message has one line per bad file."""
-    instances, wrong = [], []
-    for file in files:
-        try:
-            instances.append(load(file))
-        except AlignProError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise AlignProError("\n".join(wrong))
-    return instances
-
-
 def solve_files(
     files: Sequence[str | os.PathLike[str]],
     beta: float,
@@ -114,13 +101,8 @@ def solve_files(
 ) -> Solutions:
     """Solve every file, in order; all are validated before any is computed.
 
-    Args:
-        files: .npz instances.
-        beta: β > 0, in reward units.
-        lam: λ > 0, in reward units.
-        bounds: keys of `CHOICES`, or "all".
-        r_max: override of Theorem 1's r_max.
-        progress: called with the number of instances just finished.
+    `bounds` are keys of `CHOICES`, or "all"; `r_max` overrides that of Theorem 1; `progress` is called with
+    the number of instances just finished.
 
     Raises:
         AlignProError: a bad parameter, or bad files (one line each).
@@ -136,7 +118,14 @@ def solve_files(
     for name in names:
         if name not in CHOICES:
             raise AlignProError(f"--bounds {name}: is unknown; give one of {', '.join(CHOICES)} or all")
-    instances = load_all(files)
+    instances, wrong = [], []
+    for file in files:
+        try:
+            instances.append(load(file))
+        except AlignProError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise AlignProError("\n".join(wrong))
     solved = solve_instances(instances, beta, lam, names, r_max, progress)
     return Solutions([replace(one, file=str(file)) for file, one in zip(files, solved, strict=True)])
 
@@ -162,9 +151,9 @@ def solve_instances(
         for start in range(0, len(members), batch):
             chunk = members[start : start + batch]
             # A short last chunk repeats its first member: one compilation serves all chunks.
-            padded = [_pad(instances[i], shape) for i in chunk]
-            padded += [padded[0]] * (batch - len(chunk))
-            stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *padded)
+            filled = [padded(instances[i], shape) for i in chunk]
+            filled += [filled[0]] * (batch - len(chunk))
+            stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *filled)
             values = jax.tree.map(np.asarray, evaluate(stacked, beta, lam))
             for row, index in enumerate(chunk):
                 parts, checks = jax.tree.map(lambda leaf, row=row: leaf[row], values)
@@ -200,33 +189,13 @@ def _evaluator(bounds: tuple[str, ...], r_max: float | None) -> Callable[..., An
 
 
 def _padded_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    if max(shape) <= _SMALL:
-        return (_SMALL,) * 3
-    if max(shape) <= _SIZES[0]:
-        return (_SIZES[0],) * 3
+    for size in (_SMALL, _SIZES[0]):
+        if max(shape) <= size:
+            return (size,) * 3
     if max(shape) > _SIZES[-1]:
         return shape
     x, k, y = (next(size for size in _SIZES if n <= size) for n in shape)
     return x, k, y
-
-
-def _pad(instance: Instance, shape: tuple[int, int, int]) -> Instance:
-    """Pad a problem with prompts, rewrites and responses of probability 0, which changes no quantity."""
-    x, k, y = instance.shape
-    to_x, to_k, to_y = shape
-    p = np.zeros(to_x)
-    p[:x] = instance.p
-    prior = np.zeros((to_x, to_k))
-    prior[:x, :k] = instance.prior
-    prior[x:, 0] = 1.0
-    frozen = np.zeros((to_k, to_y))
-    frozen[:k, :y] = instance.frozen
-    frozen[k:, 0] = 1.0
-    own = np.zeros(to_x, dtype=np.int64)
-    own[:x] = instance.own
-    reward = np.full((to_x, to_y), np.min(np.asarray(instance.reward)))
-    reward[:x, :y] = instance.reward
-    return unchecked(p, prior, frozen, own, reward)
 
 
 def _solved(

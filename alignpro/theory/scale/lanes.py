@@ -1,12 +1,8 @@
 """Very many small instances: a function compiled to machine code that takes an instance in each vector lane.
 
-XLA's CPU code for arrays whose last axis has 4 or 8 entries is scalar or goes through memory between steps.
 `in_lanes` traces a function of one instance with JAX and writes its every operation as one instruction on
-vectors of 8 instances (16 in float32), in registers as far as they last; `llvmlite` compiles that. Arrays
-over the short axes exist only while the code is written, as NumPy arrays of instructions: a transpose or a
-slice costs nothing.
-
-Needs llvmlite (`pip install 'alignpro[native]'`). `scale.solve_batch` is what uses it.
+vectors of 8 instances (16 in float32); `llvmlite` compiles that. Arrays over the short axes exist only while
+the code is written, as NumPy arrays of instructions: a transpose or a slice costs nothing. See docs/scale.md.
 """
 
 import math
@@ -21,8 +17,18 @@ import numpy as np
 from jax.extend import core
 from llvmlite import ir
 
-from alignpro.theory.scale.native import INDEX, POINTER, Code, function, index, loop
-from alignpro.theory.scale.vectors import BIT, BYTE, Vectors, element
+from alignpro.theory.scale.vectors import (
+    BIT,
+    BYTE,
+    INDEX,
+    POINTER,
+    Code,
+    Vectors,
+    element,
+    function,
+    index,
+    loop,
+)
 
 LONGEST, LONGEST_QUICK = 2**14, 2**16
 """Operations that are worth compiling, at some 0.3 ms each, or 0.1 ms quickly."""
@@ -47,12 +53,11 @@ def in_lanes(function: Callable[..., Any], *examples: Any, quick: bool = False) 
         examples: arguments of one instance, or their `jax.ShapeDtypeStruct`s.
         quick: compile in a third of the time, to code that takes about twice as long.
 
-    The result takes a core for every `_CHUNK` instances. An argument without axes of its own may be
-    broadcast over the batch. Numbers given that are below the smallest normal one count as 0, as in XLA.
+    An argument without axes of its own may be broadcast over the batch. Numbers given that are below the
+    smallest normal one count as 0, as in XLA.
 
     Raises:
-        NotImplementedError: the function has an operation that has no rule here, or more than `LONGEST`
-            (`LONGEST_QUICK` if quick).
+        NotImplementedError: an operation without a rule here, or too many (`LONGEST`, `LONGEST_QUICK`).
         ValueError: (by the result) an argument's shape is not that of a batch of the examples.
     """
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*examples)
@@ -327,14 +332,10 @@ def _rows(vectors: Vectors, eqn: Any, operand: np.ndarray, indices: np.ndarray) 
     out = []
     for wanted in indices[..., 0].flat:
         beyond = [vectors.compare(">=", wanted, i) for i in range(1, len(operand))]
-        for column in operand.reshape(len(operand), -1).T:
-            out.append(
-                reduce(
-                    lambda chosen, more: choose(more[0], more[1], chosen),
-                    zip(beyond, column[1:], strict=True),
-                    column[0],
-                )
-            )
+        for chosen, *others in operand.reshape(len(operand), -1).T:
+            for here, other in zip(beyond, others, strict=True):
+                chosen = choose(here, other, chosen)
+            out.append(chosen)
     return _objects(out, eqn.outvars[0].aval.shape)
 
 

@@ -1,9 +1,5 @@
 """Large instances, and very many small ones: what the arrays are like is used, and the devices share.
 
-- `prompt_shift(instance)`: the X·K·Y term, by what ρ_sft is made of (zeros, equal rows).
-- `solve_large(instance, β, λ)`: `solution` with that term, the prompts spread over the devices.
-- `solve_batch(batch, β, λ)`: a statement on very many small instances, in bounded memory.
-
 These look at concrete arrays, so they are called from the host and not under jit. They compute what
 `solution` computes.
 """
@@ -71,9 +67,6 @@ def prompt_shift(
 
     Every route sums non-negative terms only, so each is accurate to 2 (Y + K + 8) units of rounding
     relative to itself, which is within `tv_shift_error`; equal rows are at exactly 0.
-
-    Raises:
-        AlignProError: `by` is unknown.
     """
     by = route(instance) if by is None else by
     if by not in ROUTES:
@@ -187,14 +180,9 @@ def solve_large(
 ) -> Solution:
     """`solution` of one large instance: `prompt_shift` once, the rest on the prompts of each device.
 
-    Args:
-        instance: the problem; X, K and Y may each be thousands. Float32 if all its arrays are.
-        beta: β > 0, in reward units.
-        lam: λ > 0, in reward units.
-        prompter: any ρ(x′|x) [X, K]; ρ* when None.
-        devices: those to use; all when None.
-
-    For many (β, λ) call `prompt_shift` once and give it to `solution` as `tv_shift`.
+    X, K and Y may each be thousands; float32 if all arrays are. `prompter` is any ρ(x′|x) [X, K], ρ* when
+    None; all `devices` are used when None. For many (β, λ) call `prompt_shift` once and give it to
+    `solution`.
 
     Raises:
         AlignProError: β or λ is not positive and finite, or the prompter is no matrix of probabilities.
@@ -208,15 +196,14 @@ def solve_large(
     extra = -prompts % len(devices)
 
     # Copies of the first prompt, of probability 0, make the prompts divide evenly.
-    def spread(array: Any, fill: str = "copy") -> Any:
+    def spread(array: Any, copied: bool = True) -> Any:
         array = np.asarray(array)
-        more = np.zeros_like(array[:1]) if fill == "zero" else array[:1]
-        return jax.device_put(np.concatenate([array, *[more] * extra]), across)
+        return jax.device_put(np.concatenate([array, *[array[:1] * copied] * extra]), across)
 
     mesh = Mesh(np.array(devices), ("x",))
     across, everywhere = NamedSharding(mesh, PartitionSpec("x")), NamedSharding(mesh, PartitionSpec())
     arrays = unchecked(
-        spread(instance.p, "zero"),
+        spread(instance.p, copied=False),
         spread(instance.prior),
         jax.device_put(instance.frozen, everywhere),
         spread(instance.own),
@@ -265,13 +252,11 @@ def solve_batch(
         quick: compile in a third of the time, to code that takes two or three times as long. Worth it below
             some millions of instances of each shape; results differ by rounding.
 
-    Returns what the statement returns, as NumPy arrays with the leading axis N. Only what the statement
-    uses is computed. Beside the batch and the result the memory does not grow with N; for a stream call it
-    on one batch after another (it is compiled once for each shape and statement).
+    Returns what the statement returns, as NumPy arrays with the leading axis N. Beside the batch and the
+    result the memory does not grow with N; it is compiled once for each shape and statement.
 
     Raises:
-        AlignProError: the batch has no leading axis, no instance or unequal numbers of them, or β or λ is
-            neither one number nor one per instance, or is not positive and finite.
+        AlignProError: the batch has no leading axis, no instance or unequal numbers of them, or a bad β or λ.
     """
     arrays = unchecked(*(np.asarray(getattr(batch, key)) for key in KEYS))
     if arrays.p.ndim != 2 or not len(arrays.p):
@@ -326,12 +311,7 @@ def _temperatures(name: str, value: Any, count: int) -> np.ndarray:
 
 
 def _on_one(statement: Callable[[Solution], Any]) -> Callable[..., Any]:
-    """The statement on one instance."""
-
-    def one(instance: Instance, beta: Any, lam: Any, prompter: Any) -> Any:
-        return statement(solution(instance, beta, lam, prompter))
-
-    return one
+    return lambda *instance: statement(solution(*instance))
 
 
 @lru_cache

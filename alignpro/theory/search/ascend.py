@@ -1,9 +1,4 @@
-"""Hunting a statement: the worst instance by gradient ascent, the smallest counterexample by shrinking.
-
-A statement is `lhs ≤ rhs` (`bounds.Statement`). `ascend` looks where it is tightest, or broken furthest;
-`smallest` for the simplest instance that breaks it. Neither proves anything by finding nothing; what they
-find is evaluated again as a validated `Instance`, with the rounding bound of its statement.
-"""
+"""Gradient ascent to the instance where a statement is tightest, or broken furthest."""
 
 import functools
 import math
@@ -224,9 +219,8 @@ def ascend(
     """Gradient ascent (Adam) over instances, β, λ and, where the statement is about any, the prompter.
 
     Half of the restarts climb the ratio lhs/max(rhs, FLOOR·span), half −slack relative to what was compared;
-    half hold rewards in [0, 1], half in [−1, 1]. Policies are softmaxes on the support of their start, a
-    random instance of one of the families. One compilation per statement and shape; determined by the seed,
-    unless it is stopped by the clock.
+    half hold rewards in [0, 1], half in [−1, 1]. Policies are softmaxes on the support of their start. One
+    compilation per statement and shape; determined by the seed, unless the clock stops it.
 
     Args:
         wanted: the statement.

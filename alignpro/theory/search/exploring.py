@@ -140,12 +140,7 @@ def chosen(base: np.ndarray, reward: np.ndarray) -> list[int]:
 
 
 def drawn(family: str, x: int, k: int, y: int, seed: int) -> Instance:
-    """The random instance of a family, a shape and a seed.
-
-    Raises:
-        AlignProError: the family is unknown, a size is not positive, the seed is negative, or the shape has
-            more than `MOST` entries.
-    """
+    """The random instance of a family, a shape (of at most `MOST` entries) and a seed."""
     if x * k * y > MOST:
         raise AlignProError(f"shape {x} {k} {y}: has {x * k * y} entries; keep X times K times Y to {MOST}")
     if seed < 0:

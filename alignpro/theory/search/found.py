@@ -13,7 +13,7 @@ from alignpro.claims import Verdict
 from alignpro.errors import AlignProError
 from alignpro.theory.bounds import STATEMENTS, Statement, judge
 from alignpro.theory.families import Shape
-from alignpro.theory.instance import KEYS, Instance, unchecked
+from alignpro.theory.instance import Instance, padded, replaced
 from alignpro.theory.scale.routes import quick_options
 from alignpro.theory.solution import Solution, solution
 
@@ -39,11 +39,7 @@ ALIASES = {"q2": "never_outperforms", "outperform": "never_outperforms"}
 
 
 def target(name: str) -> Target:
-    """The statement called `name`, or its alias.
-
-    Raises:
-        AlignProError: it is unknown.
-    """
+    """The statement called `name`, or its alias; an AlignProError where it is unknown."""
     key = ALIASES.get(name, name)
     if key not in STATEMENTS:
         raise AlignProError(f"BOUND {name}: is unknown; give one of {', '.join([*STATEMENTS, *ALIASES])}")
@@ -132,23 +128,10 @@ def evaluate(
     """
     x, k, y = instance.shape
     to = instance.shape if shape is None else shape
-    more = [(0, n - m) for n, m in zip(to, (x, k, y), strict=True)]
-    p, prior, frozen, own, reward = (np.asarray(getattr(instance, key)) for key in KEYS)
-    rho = prior if prompter is None else prompter
-
-    def rows_of(policy: np.ndarray) -> np.ndarray:
-        return np.pad(np.pad(policy, (more[0], (0, 0)), mode="edge"), ((0, 0), more[1]))
-
-    # Copies of probability 0: no maximum, minimum or support changes.
-    arrays = unchecked(
-        np.pad(p, more[0]),
-        rows_of(prior),
-        np.pad(np.pad(frozen, (more[1], (0, 0)), mode="edge"), ((0, 0), more[2])),
-        np.pad(own, more[0], mode="edge"),
-        np.pad(reward, (more[0], more[2]), mode="edge"),
-    )
+    rho = np.asarray(instance.prior if prompter is None else prompter)
+    wide_rho = padded(replaced(instance, prior=rho), to).prior
     found, (rho_star, pi_star, rewrite_reward) = jax.device_get(
-        _evaluator(wanted.statement, wanted.any_prompter)(arrays, beta, lam, rows_of(np.asarray(rho)))
+        _evaluator(wanted.statement, wanted.any_prompter)(padded(instance, to), beta, lam, wide_rho)
     )
     lhs, rhs, error, span = (float(v) for v in found[:4])
     applies = all(bool(v) for v in found.assumptions.values())
@@ -157,7 +140,7 @@ def evaluate(
         instance=instance,
         beta=float(beta),
         lam=float(lam),
-        prompter=np.asarray(rho) if wanted.any_prompter else None,
+        prompter=rho if wanted.any_prompter else None,
         lhs=lhs,
         rhs=rhs,
         error=error,

@@ -70,12 +70,9 @@ class Hunted:
     @property
     def finds(self) -> dict[str, Found]:
         """The instances found, by role, as far as there are any."""
-        roles = {
-            "smallest": self.smallest.found if self.smallest else None,
-            "worst": self.ascent.worst,
-            "tightest": self.ascent.tightest,
-        }
-        return {role: found for role, found in roles.items() if found is not None}
+        smallest = self.smallest.found if self.smallest else None
+        every = zip(ROLES, (smallest, self.ascent.worst, self.ascent.tightest), strict=True)
+        return {role: found for role, found in every if found is not None}
 
     @property
     def shown(self) -> list[str]:
@@ -129,10 +126,7 @@ class Hunted:
             "shape": list(found.instance.shape),
             "beta": found.beta,
             "lam": found.lam,
-            "prompter": found.prompter,
-            "lhs": found.lhs,
-            "rhs": found.rhs,
-            "ratio": found.ratio,
+            **{key: getattr(found, key) for key in ("prompter", "lhs", "rhs", "ratio")},
             "slack_over_span": -found.excess,
             "error": found.error,
             "verdict": self.verdict(role),
@@ -178,12 +172,7 @@ class Hunting:
 
 
 def validate(bounds: Sequence[str], budget: Budget) -> list[Target]:
-    """The claims asked for; refuses what cannot be run, before anything is written or computed.
-
-    Raises:
-        AlignProError: no or an unknown claim, a size, count or time that is not positive, a negative
-            seed, or Hypothesis is not installed.
-    """
+    """The claims asked for; an AlignProError for what cannot be run, before anything is computed."""
     if not bounds:
         raise AlignProError(f"BOUND: none given; name at least one of {', '.join(STATEMENTS)}")
     wanted = list(dict.fromkeys(target(name) for name in bounds))
@@ -238,6 +227,5 @@ def hunt(wanted: Target, budget: Budget = Budget(), quiet: bool = False) -> Hunt
                 progress=lambda _: bar.update(),
             )
     result = Hunted(wanted, ascent, small)
-    for role, found in result.finds.items():
-        result.certificates[role] = certificate(found)
+    result.certificates.update({role: certificate(found) for role, found in result.finds.items()})
     return result

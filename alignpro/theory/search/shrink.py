@@ -1,4 +1,4 @@
-"""Looks for the simplest instance that breaks a statement."""
+"""The simplest instance that breaks a statement."""
 
 import time
 from collections.abc import Callable
@@ -122,9 +122,6 @@ def smallest(
         seconds: give up, or keep the simplest so far, after this much time.
         low: least reward; the largest is 1.
         progress: called with how many were evaluated.
-
-    Raises:
-        AlignProError: Hypothesis is not installed.
     """
     from alignpro.theory.testing import counterexample, problems
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,9 +22,6 @@ from alignpro.theory.instance import Instance
 from alignpro.theory.scale.routes import solve_batch
 from alignpro.theory.search.tally import QUANTILES, Sample, Tally, Worst
 from alignpro.theory.solution import Solution
-
-if TYPE_CHECKING:  # python-flint is optional
-    from alignpro.theory.proof.certify import Doubtful
 
 TRUE = tuple(name for name, claim in STATEMENTS.items() if claim.kind != "known wrong")
 """Names of the claims that are theorems."""
@@ -176,20 +173,13 @@ class Verification:
 
     @property
     def by_family(self) -> list[FamilySummary]:
-        found = []
-        for name in self.families:
+        def summary(name: str) -> FamilySummary:
             mine = [tally for tally in self.tallies if tally.family == name]
-            found.append(
-                FamilySummary(
-                    name,
-                    checked=sum(t.checked for t in mine),
-                    violations=sum(t.violations for t in mine),
-                    inconclusive=sum(t.inconclusive for t in mine),
-                    inapplicable=sum(t.inapplicable for t in mine),
-                    seconds=self.family_seconds[name],
-                )
-            )
-        return found
+            counts = ("checked", "violations", "inconclusive", "inapplicable")
+            totals: Any = {count: sum(getattr(tally, count) for tally in mine) for count in counts}
+            return FamilySummary(name, seconds=self.family_seconds[name], **totals)
+
+        return [summary(name) for name in self.families]
 
     def settings(self) -> dict[str, Any]:
         """The draws that were asked for."""
@@ -265,11 +255,7 @@ def _evaluate(
 def validate(
     statements: Sequence[str], instances: int, seed: int, families: Sequence[str], certify: int = 0
 ) -> None:
-    """Refuse what `verify` cannot run, before anything is written or computed.
-
-    Raises:
-        AlignProError: as `verify`.
-    """
+    """Refuse what `verify` cannot run, before anything is written or computed."""
     for name in statements:
         if name not in STATEMENTS:
             raise AlignProError(f"--bound {name}: is unknown; give one of {', '.join(STATEMENTS)}")
@@ -309,16 +295,17 @@ def verify(
         families: keys of `FAMILIES`.
         quiet: no progress bar.
         certify: how many instances to certify, of each claim and family: those of least slack beside its
-            rounding error bound; of what float64 calls violated, up to `certify.EXAMINED`.
+            rounding error bound; of what float64 called violated, up to `certify.EXAMINED`.
 
     Raises:
-        AlignProError: an unknown claim or family, fewer than one instance per family, or python-flint
-            is needed and missing.
+        AlignProError: an unknown claim or family, too few instances, or python-flint is needed and missing.
     """
     validate(statements, instances, seed, families, certify)
     names, families = tuple(dict.fromkeys(statements)), tuple(dict.fromkeys(families))
     began = time.perf_counter()
     result = Verification(instances, seed, names, families, certify=certify)
+    if certify:
+        from alignpro.theory.proof.certify import Doubtful
     shares = np.full(len(families), instances // len(families))
     shares[: instances % len(families)] += 1
     chunk = min(_CHUNK, -(-int(shares[0]) // len(_SHAPES)))  # even a short run meets every shape
@@ -333,10 +320,9 @@ def verify(
             # Keyed by the family's name: its instances do not depend on which others are asked for.
             rng = np.random.default_rng([seed, *family.encode()])
             keep = np.random.default_rng(seed)
-            tallies = {
-                name: Tally(name, family, Sample(keep), Sample(keep), doubtful=_doubtful(certify))
-                for name in names
-            }
+            tallies = {name: Tally(name, family, Sample(keep), Sample(keep)) for name in names}
+            for tally in tallies.values():
+                tally.doubtful = Doubtful(certify) if certify else None
             bar.set_description(family)
             done = turn = 0
             while done < share:
@@ -362,14 +348,6 @@ def verify(
     return result
 
 
-def _doubtful(certify: int) -> "Doubtful | None":
-    if not certify:
-        return None
-    from alignpro.theory.proof.certify import Doubtful
-
-    return Doubtful(certify)
-
-
 def _certify(result: Verification, quiet: bool) -> None:
     """Certify what the tallies keep; only a violation that is proved refutes then."""
     from alignpro.theory.proof.certify import Case, certify_many
@@ -378,9 +356,8 @@ def _certify(result: Verification, quiet: bool) -> None:
     cases = [Case(instance, beta, lam, t.statement, rho) for t, (instance, beta, lam, rho) in kept]
     for tally in result.tallies:
         tally.worst = None
-    for (tally, (instance, beta, lam, rho)), found in zip(
-        kept, certify_many(cases, quiet=quiet), strict=True
-    ):
+    certificates = certify_many(cases, quiet=quiet)
+    for (tally, (instance, beta, lam, rho)), found in zip(kept, certificates, strict=True):
         tally.certificates.append(found)
         worst = Worst(instance, beta, lam, rho, found.within, tally.family)
         if found.verdict == "violated" and worst.better_than(tally.worst):

@@ -1,8 +1,7 @@
 """A statement: two sides, signed terms, assumptions, a bound on rounding; and how each kind is put together.
 
 Each file of this folder holds functions from a `Solution` to a `Statement`, with their proofs, and a row in
-its `CLAIMS` for each. All logarithms are natural; TV is half the L1 distance; "reward units" are those of the
-rewards.
+its `CLAIMS` for each.
 """
 
 from typing import Any, NamedTuple
