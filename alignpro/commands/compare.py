@@ -8,7 +8,6 @@ import tyro
 
 from alignpro.commands.estimate import BOOTSTRAP_SEED
 from alignpro.commands.shared import read_rollouts, tell
-from alignpro.report import keep
 from alignpro.report.numbers import columns, interval, limits, number, plain
 from alignpro.report.page import Dots, Page, Table, dot
 
@@ -94,7 +93,5 @@ class Compare:
         from alignpro import estimation
 
         result = estimation.compare(read_rollouts(self.file, self.out), self.arms, self.level)
-        tell("compare", plain(result), text(result), self.json, self.out)
-        if self.out is not None:
-            keep.keep(page(result), self.out)
+        tell("compare", plain(result), text(result), self.json, self.out, lambda: page(result))
         return 0

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from alignpro.commands.shared import read_rollouts, tell
-from alignpro.report import keep
 from alignpro.report.numbers import columns, interval, limits, number, plain
 from alignpro.report.page import Dots, Page, Table, dot, some
 
@@ -180,7 +179,5 @@ class Estimate:
         result = estimation.estimate(
             rollouts, self.beta, self.lam, self.level, r_max=self.r_max, interval=interval
         )
-        tell("estimate", plain(result), text(result), self.json, self.out)
-        if self.out is not None:
-            keep.keep(page(result), self.out)
+        tell("estimate", plain(result), text(result), self.json, self.out, lambda: page(result))
         return int(result.violated)

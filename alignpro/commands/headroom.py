@@ -8,7 +8,6 @@ import tyro
 
 from alignpro.commands.estimate import BOOTSTRAP_SEED, add_warnings, shown_estimates
 from alignpro.commands.shared import read_rollouts, tell
-from alignpro.report import keep
 from alignpro.report.numbers import columns, interval, limits, number, plain
 from alignpro.report.page import Dots, Page, Table, dot
 
@@ -103,7 +102,5 @@ class Headroom:
         from alignpro import estimation
 
         result = estimation.headroom(read_rollouts(self.file, self.out), self.lam, self.level)
-        tell("headroom", plain(result), text(result), self.json, self.out)
-        if self.out is not None:
-            keep.keep(page(result), self.out)
+        tell("headroom", plain(result), text(result), self.json, self.out, lambda: page(result))
         return 0

@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
 
 def text(result: "WinRates", replies: Sequence[str] = ()) -> str:
-    """The rates, A : B as in the paper's Table 1: percent of the pairs that did not fail, ties the rest.
-
-    Args:
-        replies: examples of replies that held no verdict, one a line.
-    """
+    """The rates, A : B as in the paper's Table 1, and examples of `replies` without a verdict."""
     ours, theirs = result.arms
     won, lost = (f"{p:.0f}" for p in result.percentages) if result.percentages else ("-", "-")
     identical = f" ({result.identical} identical)" if result.identical else ""
@@ -67,11 +63,7 @@ def text(result: "WinRates", replies: Sequence[str] = ()) -> str:
 
 
 def page(result: "WinRates", settings: Mapping[str, Any]) -> Page:
-    """The page of `judge`: the win rate, what the judge is worth, and the counts behind them.
-
-    Args:
-        settings: the comparison as settings.json has it.
-    """
+    """The page of `judge`: the win rate, what the judge is worth, and counts; `settings` as settings.json."""
     ours, theirs = result.arms
     rate, agreement = result.win_rate, result.agreement
     page = Page(

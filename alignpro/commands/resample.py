@@ -15,6 +15,7 @@ from alignpro.commands.options import (
     RunOptions,
     SeedOption,
 )
+from alignpro.commands.shared import check_least
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.report import keep
@@ -67,15 +68,8 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
             writable_folder(self.out),
             self.environment,
         )
-        for name, value, least in (
-            ("proposals", self.proposals, 1),
-            ("responses", self.responses, 1),
-            ("draws", self.draws, 0),
-            ("seed", self.seed, 0),
-            ("rewrite-tokens", self.rewrite_tokens, 1),
-        ):
-            if value is not None and value < least:
-                raise AlignProError(f"--{name} {value}: give at least {least}")
+        check_least(1, proposals=self.proposals, responses=self.responses, rewrite_tokens=self.rewrite_tokens)
+        check_least(0, draws=self.draws, seed=self.seed)
         if not self.lam or not all(0 < value < math.inf for value in self.lam):
             raise AlignProError(f"--lam {' '.join(map(str, self.lam))}: give positive, finite numbers")
         check_prompter(prompter, self.template)

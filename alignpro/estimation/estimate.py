@@ -21,19 +21,15 @@ class BoundEstimate:
     """One claim about one prompter, in reward units. Numbers are None where they cannot be had."""
 
     name: str
-    """The claim's, in `CLAIMS`."""
     prompter: str
     """The arm it is about; "rho*" when ρ* is reached by reweighting ρ_sft."""
     gap: Estimate | None
-    """J(π*) − J(π_ρ)."""
     rhs: Estimate | None
-    """The right side."""
     slack: Estimate | None
     """rhs − gap; its interval covers jointly with those of the other statements of the report."""
     terms: Mapping[str, Estimate]
     """Signed parts of the right side, by name: it is their sum."""
     assumptions: Mapping[str, bool]
-    """Conditions of the claim, and whether each is true."""
     verdict: Verdict
     """holds | violated (the slack's whole interval is positive | negative) | inconclusive | inapplicable."""
     vacuous: bool | None
@@ -43,7 +39,6 @@ class BoundEstimate:
     why: str
     """The reason of a verdict inapplicable or inconclusive; empty otherwise."""
     relation: Relation = "<="
-    """How the gap stands to the right side."""
 
     @property
     def finding(self) -> str:
@@ -56,7 +51,6 @@ class Split:
     """gap = prompting_ceiling + kl_regularisation + optimisation, exactly; all in reward units."""
 
     gap: Estimate
-    """J(π*) − J(π_ρ) of this arm."""
     prompting_ceiling: Estimate
     """J(π*) − E R(best of the rewrites drawn): biased up, as better rewrites exist than those drawn."""
     kl_regularisation: Estimate
@@ -72,23 +66,15 @@ class EstimateReport:
     """Everything that rollouts say about the theory, at β and λ."""
 
     beta: float
-    """β, in reward units."""
     lam: float
-    """λ, in reward units."""
     level: float
-    """How often each interval covers, in (0, 1)."""
     n: int
-    """Rollouts."""
     n_prompts: int
     """Prompts, the independent units."""
     frozen: str
-    """Name of the frozen model."""
     reward_model: str
-    """Name of the reward."""
     sampling: str
-    """How the frozen model decodes."""
     reward_range: tuple[float, float]
-    """Declared range of the reward."""
     prompters: Mapping[str, str]
     """Names of the prompters, by arm; several seeds' separated by commas."""
     quantities: Mapping[str, Estimate]
@@ -98,25 +84,20 @@ class EstimateReport:
     bounds: tuple[BoundEstimate, ...]
     """Every claim about every prompter that it can be made of."""
     splits: Mapping[str, Split]
-    """The parts that each gap is the sum of, by arm."""
     missing: Mapping[str, str]
     """Quantities that these rollouts cannot give, and why."""
     warnings: tuple[str, ...]
-    """Cautions to read these numbers with."""
 
     @property
     def width(self) -> float:
-        """The declared width of the reward."""
         return self.reward_range[1] - self.reward_range[0]
 
     @property
     def theorem1(self) -> BoundEstimate:
-        """Theorem 1 about ρ*."""
         return next(bound for bound in self.bounds if bound.name == "theorem1")
 
     @property
     def violated(self) -> bool:
-        """Whether any claim is violated."""
         return any(bound.verdict == "violated" for bound in self.bounds)
 
 

@@ -20,18 +20,10 @@ MOST_NOISE_UNCORRECTED = 0.05
 
 
 class Terms:
-    """Everything the statements need from one set of rollouts, computed once and on demand.
+    """Everything the statements need from rollouts at β and λ, in reward units, computed once and on demand.
 
-    Methods raise Absent, with the remedy, where the rollouts cannot give a term.
-
-    Args:
-        rollouts: validated rollouts.
-        beta: β > 0, in reward units.
-        lam: λ > 0, in reward units.
-
-    Attributes:
-        width: distance between the declared ends of the reward.
-        warnings: what to keep in mind with the terms computed so far, by kind.
+    Methods raise Absent, with the remedy, where the rollouts cannot give a term; `warnings` are of the terms
+    computed so far, by kind.
     """
 
     def __init__(self, rollouts: Rollouts, beta: float, lam: float) -> None:
@@ -43,7 +35,6 @@ class Terms:
         self._cache: dict[Any, Any] = {}
 
     def arm(self, name: str) -> Arm:
-        """The rows of one arm."""
         if name not in self._arms:
             self._arms[name] = Arm(self.rollouts, name)
         return self._arms[name]
@@ -277,7 +268,6 @@ class Terms:
         return self.j_pi() - (self.j_rho() if name is None else self.j(name))
 
     def difference(self, one: str, other: str) -> Term:
-        """J of one arm minus J of another."""
         return self.j(one) - self.j(other)
 
     def shortfall(self, name: str) -> Term:
