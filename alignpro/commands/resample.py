@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,12 +82,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
             "proposals": self.proposals,
             "responses": self.responses,
             "seed": self.seed,
-            "target": environment.target,
-            "target_model": environment.target_endpoint.model,
-            "dtype": environment.dtype,
-            "reward": world.reward_name,
-            "sampling": asdict(environment.sampling()),
-            "chat_template_kwargs": environment.chat_options() or {},
+            **environment.record(world.reward_name),
         }
         begun, path = folder / "settings.json", folder / FILE
         if begun.exists():

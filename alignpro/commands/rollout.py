@@ -92,12 +92,7 @@ class Rollout(TemplateOption, RunOptions):
             "rewrite_tokens": settings.rewrite_tokens,
             "prompter": reference,
             "template": asdict(chosen) if chosen else None,
-            "target": environment.target,
-            "target_model": environment.target_endpoint.model,
-            "dtype": environment.dtype,
-            "reward": reward,
-            "sampling": asdict(sampling),
-            "chat_template_kwargs": environment.chat_options() or {},
+            **environment.record(reward),
             "arms": {
                 str(arm): {"folder": arm.folder, "weights": weights[arm.folder]}
                 if arm.folder

@@ -110,20 +110,15 @@ def estimate(
     r_max: float | None = None,
     interval: Interval = "bootstrap",
 ) -> EstimateReport:
-    """Check Theorem 1 and its relatives on rollouts, each number with its interval.
+    """Check Theorem 1 and its relatives on rollouts at β and λ, in reward units, with intervals at `level`.
 
     Args:
-        rollouts: `alignpro.rollouts.read(path)`.
-        beta: β > 0, in reward units, of the RLHF optimum compared with.
-        lam: λ > 0, in reward units; that of training, where there is a trained arm.
-        level: how often every interval covers by itself; the slacks' cover jointly.
-        r_max: Theorem 1's r_max, in reward units. Left out: taken from the declared range of the reward. The
-            verdict is "inapplicable" when that range leaves [0, r_max].
+        r_max: Theorem 1's, in reward units. Left out: taken from the declared range of the reward; where that
+            leaves [0, r_max] the verdict is "inapplicable".
         interval: "betting" gives guaranteed limits to means of rewards and to E TV(π_F(·|x), π_F(·|x′)).
 
     Raises:
-        AlignProError: β, λ, level, r_max or interval is out of range, there are fewer than 5 prompts, or an
-            arm lacks a prompt.
+        AlignProError: a bad argument, fewer than 5 prompts, or an arm that lacks a prompt.
     """
     beta, lam, level = check_temperature("beta", beta), check_temperature("lam", lam), check_level(level)
     if interval not in ("bootstrap", "betting"):

@@ -63,13 +63,8 @@ class Headroom:
 def headroom(rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95) -> Headroom:
     """Estimate the gain that prompt optimization could reach at each λ, from arm sft (and none).
 
-    Args:
-        rollouts: at least two draws of arm sft per prompt, with at least two answers each.
-        lams: λ > 0, in reward units. Left out: `SHARES` of the declared width.
-        level: how often every interval covers by itself; the answer's cover jointly over λ.
-
-    Raises:
-        AlignProError: a bad λ or level, an arm sft too small, or fewer than 5 prompts.
+    Arm sft needs two draws per prompt with two answers each. `lams` left out are `SHARES` of the declared
+    width of the reward. Intervals cover at `level` by themselves; the answer's cover jointly over λ.
     """
     level = check_level(level)
     lams = tuple(check_temperature("lam", lam) for lam in lams)

@@ -101,12 +101,8 @@ def estimates(
 ) -> dict[Key, Estimate]:
     """Estimate every term with its interval, all prompts resampled together.
 
-    Args:
-        terms: by name, or any other key.
-        rollouts: the rollouts that the terms come from, whose rows are counted.
-        level: of each interval, or of all at once when `simultaneous`.
-        interval: betting has guaranteed coverage, for the terms that are unbiased and bounded.
-        simultaneous: one factor for all rows, from the bootstrap of the largest |t|.
+    Intervals cover at `level` each, or all at once when `simultaneous` (by the bootstrap of the largest |t|);
+    betting has guaranteed coverage, for the terms that are unbiased and bounded.
     """
     if not terms:
         return {}

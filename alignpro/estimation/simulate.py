@@ -115,16 +115,8 @@ def simulate(
 ) -> Rollouts:
     """Draw rollouts of arms none and sft, and of any `prompters` [X, K] and `policies` [X, Y] by name.
 
-    Args:
-        instance: an `alignpro.theory.Instance`, or anything with its five arrays.
-        rng: determines every draw.
-        size: how much is drawn.
-        prompters: ρ(x′|x), rows of probabilities.
-        policies: π(y|x), rows of probabilities; their answers have no rewrite.
-        reward_range: declared range of the reward. Left out: the extremes of `instance.reward`.
-
-    Raises:
-        AlignProError: the range does not enclose the rewards.
+    `instance` is an `alignpro.theory.Instance`, or anything with its five arrays; `reward_range`, the declared
+    range, must enclose its rewards. Left out: their extremes.
     """
     columns, arms, (low, high) = _draw(instance, rng, size, prompters, policies, reward_range)
     order = np.lexsort([columns[name] for name in ("answer", "draw", "arm", "prompt")])

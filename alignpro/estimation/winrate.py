@@ -152,12 +152,8 @@ def length_regression(scores: np.ndarray, lengths: np.ndarray) -> tuple[float, f
     eq. (1). σ(θ) is the win rate at equal lengths. φ alone is penalised, so that Σ(y − p) = 0, and σ(θ) is
     the mean of y exactly where lengths are equal throughout.
 
-    Args:
-        scores: y [N], 1, ½, 0 for a win, tie, loss; neither all 1 nor all 0, where θ is infinite.
-        lengths: [N, 2].
-
-    Returns:
-        θ, φ in log-odds and t [N].
+    `scores` y [N] are 1, ½, 0 for a win, tie, loss, neither all 1 nor all 0; `lengths` are [N, 2].
+    Gives θ and φ in log-odds, and t [N].
     """
     d = lengths[:, 0] - lengths[:, 1]
     spread = d.std()
