@@ -20,7 +20,6 @@ _SPLIT = ("gap", "prompting_ceiling", "kl_regularisation", "optimisation")
 
 
 def text(result: "EstimateReport") -> str:
-    """Quantities, gaps, bounds with their verdicts, and where the gap comes from."""
     low, high = result.reward_range
     lines = [
         f"{result.n} rollouts of {result.n_prompts} prompts, beta {result.beta:g}, lambda {result.lam:g}; "
@@ -59,7 +58,6 @@ def _lines(found: Mapping[str, "Number"]) -> str:
 
 
 def page(result: "EstimateReport") -> Page:
-    """The page of `estimate`: bounds with their verdicts and terms, quantities, gaps, and what is missing."""
     about, axis = result.theorem1, f"reward units, {result.level:.0%} intervals"
     keys = "beta lam level frozen reward_model reward_range sampling prompters"
     why = f"; {about.why}" if about.why else ""

@@ -24,7 +24,6 @@ def _basis(result: "estimation.Headroom", best: "Mapping[str, Number]") -> "dict
 
 
 def text(result: "estimation.Headroom") -> str:
-    """The gain at each λ, and the answer."""
     found = _basis(result, {f"best of {n} rewrites, over sft": e for n, e in result.best_of.items()})
     rows = [("lambda", "over sft", "net of lambda KL", "over none", "")]
     for at in result.at:
@@ -45,7 +44,6 @@ def text(result: "estimation.Headroom") -> str:
 
 
 def page(result: "estimation.Headroom") -> Page:
-    """The page of `headroom`: the answer, the gain at each λ, and the numbers that it rests on."""
     axis = f"reward units, {result.level:.0%} intervals"
     settings = {"level": result.level, "lambda": [at.lam for at in result.at]} | BOOTSTRAP_SEED
     page = Page("headroom", "What prompting could gain", result.answer, settings)

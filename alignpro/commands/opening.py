@@ -81,7 +81,6 @@ class World:
         return f"; about {most:.2f} at most for answers, at {PROMPT_TOKENS} tokens a prompt"
 
     def target(self) -> "Target":
-        """The frozen model."""
         from alignpro.llm.targets.local import LocalTarget
 
         settings = self.settings

@@ -58,16 +58,12 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
     source: tyro.conf.OmitArgPrefixes[MeasuredPrompts] = field(default_factory=MeasuredPrompts)
 
     def run(self) -> int:
-        """Check everything before anything is loaded; propose for prompts without proposals on file; tell."""
         from alignpro.commands.opening import World, check_prompter, trained_home, user_prompts
         from alignpro.llm.arms import resample
         from alignpro.llm.models import packages
 
-        prompter, folder, environment = (
-            trained_home(self.prompter),
-            writable_folder(self.out),
-            self.environment,
-        )
+        prompter, environment = trained_home(self.prompter), self.environment
+        folder = writable_folder(self.out)
         check_least(1, proposals=self.proposals, responses=self.responses, rewrite_tokens=self.rewrite_tokens)
         check_least(0, draws=self.draws, seed=self.seed)
         if not self.lam or not all(0 < value < math.inf for value in self.lam):
@@ -145,7 +141,6 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
 
 
 def text(result: "Resampled") -> str:
-    """Say what resampling and best-of-n gain over ρ_sft, means over prompts, as lines."""
     lines = [f"rho_sft: mean reward {result.prior:.4f}, by R̂ as all below"]
     lines.append(f"{'':>10}  {'gain':>8}  {'KL, nats':>8}  effective sample size of {result.n}")
     for at in result.tilted:

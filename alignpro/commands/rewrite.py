@@ -27,7 +27,6 @@ class Rewrite(ChatOption, SeedOption):
     """Print one JSON object per line, with the prompt as x and the rewrite, instead of the rewrite alone."""
 
     def run(self) -> int:
-        """Rewrite the prompts of the arguments, or those of standard input."""
         from alignpro.commands.opening import trained_home
         from alignpro.llm.policies.prompter import Prompter
 

@@ -1,4 +1,7 @@
-"""Parts of several verbs that need no model: the protocol of a verb, reading rollouts, telling a result."""
+"""Parts of several verbs that need no model: the protocol of a verb, reading rollouts, telling a result.
+
+A verb's module has `text` and `page` beside its options: its result for the terminal, and as a page.
+"""
 
 import json
 import os

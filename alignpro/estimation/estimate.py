@@ -242,19 +242,10 @@ def _bound(name, prompter, gap, rhs, slack, parts, statement: Statement, terms: 
             if more is None
             else f"about {more} more prompts, sampled like these, would settle it"
         )
+    vacuous, relation = rhs.value >= terms.width, CLAIMS[name].relation
+    numbers = (gap, rhs, slack, parts)
     return BoundEstimate(
-        name,
-        prompter,
-        gap,
-        rhs,
-        slack,
-        parts,
-        statement.assumptions,
-        verdict,
-        rhs.value >= terms.width,
-        more,
-        why,
-        CLAIMS[name].relation,
+        name, prompter, *numbers, statement.assumptions, verdict, vacuous, more, why, relation
     )
 
 

@@ -115,8 +115,8 @@ def simulate(
 ) -> Rollouts:
     """Draw rollouts of arms none and sft, and of any `prompters` [X, K] and `policies` [X, Y] by name.
 
-    `instance` is an `alignpro.theory.Instance`, or anything with its five arrays; `reward_range`, the declared
-    range, must enclose its rewards. Left out: their extremes.
+    `instance` is an `alignpro.theory.Instance`, or anything with its five arrays; `reward_range`, as
+    declared, must enclose its rewards. Left out: their extremes.
     """
     columns, arms, (low, high) = _draw(instance, rng, size, prompters, policies, reward_range)
     order = np.lexsort([columns[name] for name in ("answer", "draw", "arm", "prompt")])

@@ -43,7 +43,6 @@ class Judgements:
     lengths: np.ndarray
     """[N, 2] characters of the two answers, in the arms' order."""
     failures: Mapping[str, int]
-    """How many orders failed, by kind."""
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -229,7 +228,6 @@ class WinRates:
     identical: int
     """Ties whose answers are one text, which the judge was not asked about."""
     failures: Mapping[str, int]
-    """Orders without a verdict, by kind."""
     win_rate: Estimate | None
     """Share of the pairs that did not fail which `arms[0]` won, ties a half; None where all failed."""
     bounds: tuple[float, float]
