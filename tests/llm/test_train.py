@@ -22,7 +22,7 @@ from alignpro.llm.policies.prompter import Prompter, Template
 from alignpro.llm.rewards.bounds import Declared
 from alignpro.llm.rewards.function import CallableReward
 from alignpro.llm.targets.local import LocalTarget
-from alignpro.llm.training import algorithms, checkpoints, open_ended
+from alignpro.llm.training import algorithms, open_ended, settings
 from alignpro.llm.training.algorithms import ALGORITHMS
 from alignpro.llm.training.checkpoints import METRICS_FILE
 from alignpro.llm.training.environment import Environment
@@ -309,7 +309,7 @@ def test_reporters_are_checked_first(monkeypatch, tmp_path):
     """All three were tried by hand; none is needed for the tests."""
     with pytest.raises(AlignProError, match=r"^report_to mlflow: choose from tensorboard, wandb, trackio"):
         fit(tmp_path, report_to=("mlflow",))
-    monkeypatch.setattr(checkpoints, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     with pytest.raises(AlignProError, match=r"^report_to trackio: the package is missing; run pip install"):
         fit(tmp_path, report_to=("trackio",))
     assert not [*tmp_path.iterdir()]

@@ -158,12 +158,15 @@ class Rollouts(WholeCheckpoints):
         if fresh and self.rescored and self.args.steps_per_generation > 1:
             for batch in self._buffered_inputs:  # type: ignore[attr-defined]
                 with torch.no_grad():
-                    values, _ = self.score("policy", self.model, *parts_of(batch))
-                if "old_logps" in batch:  # RLOO: of whole sequences
-                    batch["old_logps"] = values.sum(1)
-                elif batch.get("old_per_token_logps") is not None:
-                    batch["old_per_token_logps"] = values
+                    self._score_again(batch)
         return inputs
+
+    def _score_again(self, batch: dict[str, Any]) -> None:
+        values, _ = self.score("policy", self.model, *parts_of(batch))
+        if "old_logps" in batch:  # RLOO: of whole sequences
+            batch["old_logps"] = values.sum(1)
+        elif batch.get("old_per_token_logps") is not None:
+            batch["old_per_token_logps"] = values
 
 
 class GRPORollouts(Rollouts, GRPOTrainer):  # type: ignore[misc]
