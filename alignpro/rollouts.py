@@ -1,9 +1,4 @@
-"""Rollouts: what the arms of an experiment wrote and earned, one JSON object per line; read and validated.
-
-A row is a `Rollout`. `read` checks a whole file before anything is computed from it and keeps the numbers
-alone, as columns (`Rollouts`); texts are compared, then dropped. Nothing missing is ever substituted. Needs
-NumPy only.
-"""
+"""Rollouts, one JSON object per line: validated as a whole, then kept as columns of numbers without texts."""
 
 import json
 import math
@@ -27,14 +22,9 @@ _ROUNDING = 1e-3  # nats: how far above 0 a log-probability summed in low precis
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One answer y to one rewrite x′ of a prompt x; (arm, seed, prompt_id, draw, answer) is unique.
-
-    Several draws per prompt, and several answers per draw, are allowed: with two answers to a draw, weights
-    come from one and values from the other, and Var(R) is told from the noise of answers.
-    """
+    """One answer y to one rewrite x′ of a prompt x; (arm, seed, prompt_id, draw, answer) is unique."""
 
     prompt_id: str
-    """The prompt's name."""
     x: str
     """The user's prompt; one for every prompt_id."""
     arm: str
@@ -45,11 +35,9 @@ class Rollout:
     draw: int
     """Number of the rewrite, among those of this prompt, arm and seed."""
     answer: int
-    """Number of the answer, among those to this rewrite."""
     rewrite: str | None
     """The rewrite x′; x itself in arm none; None where a policy answers x directly (arm rlhf)."""
     response: str
-    """The answer y."""
     reward: float
     """r(x, y), within [reward_low, reward_high]."""
     logp_frozen_x: float | None
@@ -63,17 +51,14 @@ class Rollout:
     logp_policy: float | None
     """log π_θ(y|x) of the tuned policy."""
     frozen: str
-    """Name of the frozen model."""
     prompter: str
     """Name of the prompter or policy; one for every arm and seed."""
     reward_model: str
-    """Name of the reward."""
     sampling: str
     """How the frozen model decodes, in words or JSON."""
     reward_low: float
     """Declared lower end of the reward: a bound that holds a priori, not the least seen."""
     reward_high: float
-    """Declared upper end of the reward."""
 
     def line(self) -> str:
         """The row as one line of JSON, its newline included; −inf as Python's `-Infinity`."""
@@ -97,13 +82,10 @@ class Rollouts:
     arm: np.ndarray
     """[N] integers: the row's arm, as a position in `arms`."""
     seed: np.ndarray
-    """[N] integers, as in `Rollout`."""
+    """[N] integers like `draw` and `answer`, as in `Rollout`."""
     draw: np.ndarray
-    """[N] integers, as in `Rollout`."""
     answer: np.ndarray
-    """[N] integers, as in `Rollout`."""
     reward: np.ndarray
-    """[N] rewards, in [low, high]."""
     logps: dict[str, np.ndarray]
     """Log-probabilities [N] in nats, by the names in `LOGPS`; NaN where a row has none."""
     prompters: dict[tuple[str, int], str]
@@ -128,10 +110,8 @@ def read(path: str | os.PathLike[str]) -> Rollouts:
     """Read a rollout file and validate it as a whole. Fields beyond those of `Rollout` are ignored.
 
     Raises:
-        AlignProError: the file is missing, empty or cut short; a line is no JSON object, lacks a field or has
-            one of the wrong type; a reward is NaN or outside its declared range; rows are repeated; or
-            models, sampling, prompters, prompts or rewrites are mixed where they must agree. It names the
-            line.
+        AlignProError: the file cannot be read, a line is no valid `Rollout`, or lines repeat or contradict
+            one another. It names the line.
     """
     path = Path(path)
     columns = _Columns()
@@ -141,27 +121,9 @@ def read(path: str | os.PathLike[str]) -> Rollouts:
             for number, raw in enumerate(file, 1):
                 if raw.isspace():
                     continue
-                try:
-                    row = json.loads(raw)
-                except ValueError:
-                    if not raw.endswith(b"\n"):
-                        raise AlignProError(
-                            f"{path} line {number}: is cut short; remove this last line, or let the rollout "
-                            "finish"
-                        ) from None
-                    raise AlignProError(
-                        f"{path} line {number}: is not JSON; write one object per line"
-                    ) from None
-                if type(row) is not dict:
-                    raise AlignProError(f"{path} line {number}: is not a JSON object; write one per line")
                 lines.append(number)
                 try:
-                    columns.add([row[name] for name in FIELDS])
-                except KeyError as error:
-                    raise AlignProError(
-                        f"{path} line {number}: lacks the field {error.args[0]!r}; give it, null where the "
-                        "backend has no such log-probability"
-                    ) from None
+                    columns.add(_values(raw))
                 except _Wrong as wrong:
                     raise AlignProError(f"{path} line {number}: {wrong}") from None
     except OSError as error:
@@ -169,6 +131,24 @@ def read(path: str | os.PathLike[str]) -> Rollouts:
     if not lines:
         raise AlignProError(f"{path}: holds no rollouts; name a file that alignpro rollout wrote")
     return columns.finish(lambda i: f"{path} line {lines[i]}")
+
+
+def _values(raw: bytes) -> list[Any]:
+    """The values of one line of a file, in the order of `FIELDS`."""
+    try:
+        row = json.loads(raw)
+    except ValueError:
+        if not raw.endswith(b"\n"):
+            _fail("is cut short; remove this last line, or let the rollout finish")
+        _fail("is not JSON; write one object per line")
+    if type(row) is not dict:
+        _fail("is not a JSON object; write one per line")
+    try:
+        return [row[name] for name in FIELDS]
+    except KeyError as error:
+        _fail(
+            f"lacks the field {error.args[0]!r}; give it, null where the backend has no such log-probability"
+        )
 
 
 def collect(rollouts: Iterable[Rollout]) -> Rollouts:
@@ -192,11 +172,9 @@ def _fail(text: str) -> NoReturn:
     raise _Wrong(text)
 
 
-_AT = {name: i for i, name in enumerate(FIELDS)}
-_TEXT_AT = tuple((name, _AT[name]) for name in _TEXTS)
-_WHOLE_AT = tuple((name, _AT[name]) for name in _WHOLE)
-_NUMBER_AT = tuple((name, _AT[name]) for name in _NUMBERS)
-_LOGP_AT = tuple((name, _AT[name]) for name in LOGPS)
+_TEXT_AT, _WHOLE_AT, _NUMBER_AT, _LOGP_AT = (
+    tuple((name, FIELDS.index(name)) for name in names) for names in (_TEXTS, _WHOLE, _NUMBERS, LOGPS)
+)
 _NUMBER = (float, int)
 
 

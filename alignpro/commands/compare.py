@@ -8,7 +8,6 @@ import tyro
 
 from alignpro.commands.estimate import BOOTSTRAP_SEED
 from alignpro.commands.shared import read_rollouts, tell
-from alignpro.report import keep
 from alignpro.report.numbers import columns, interval, limits, number, plain
 from alignpro.report.page import Dots, Page, Table, dot
 
@@ -28,14 +27,12 @@ def _rows(result: "estimation.Comparison", none: str) -> list[Sequence[str]]:
 
 
 def text(result: "estimation.Comparison") -> str:
-    """Each arm, and its differences from the baseline."""
     head = ("arm", "mean reward", "variance", f"mean - {result.baseline}", "variance -", "win rate")
     first = f"{result.n_prompts} prompts, paired; {result.level:.0%} intervals over prompts"
     return f"{first}\n{columns([head, *_rows(result, '')])}"
 
 
 def page(result: "estimation.Comparison") -> Page:
-    """The page of `compare`: each arm beside the baseline, differences and win rates."""
     base, level = result.baseline, f"{result.level:.0%} intervals"
     said = [f"{name} {a.finding} {base}, {interval(a.mean)}" for name, a in result.against.items()]
     settings = {"level": result.level, "arms": list(result.mean), "prompts": result.n_prompts}
@@ -94,7 +91,5 @@ class Compare:
         from alignpro import estimation
 
         result = estimation.compare(read_rollouts(self.file, self.out), self.arms, self.level)
-        tell("compare", plain(result), text(result), self.json, self.out)
-        if self.out is not None:
-            keep.keep(page(result), self.out)
+        tell("compare", plain(result), text(result), self.json, self.out, lambda: page(result))
         return 0

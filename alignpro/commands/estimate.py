@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from alignpro.commands.shared import read_rollouts, tell
-from alignpro.report import keep
 from alignpro.report.numbers import columns, interval, limits, number, plain
 from alignpro.report.page import Dots, Page, Table, dot, some
 
@@ -21,7 +20,6 @@ _SPLIT = ("gap", "prompting_ceiling", "kl_regularisation", "optimisation")
 
 
 def text(result: "EstimateReport") -> str:
-    """Quantities, gaps, bounds with their verdicts, and where the gap comes from."""
     low, high = result.reward_range
     lines = [
         f"{result.n} rollouts of {result.n_prompts} prompts, beta {result.beta:g}, lambda {result.lam:g}; "
@@ -60,7 +58,6 @@ def _lines(found: Mapping[str, "Number"]) -> str:
 
 
 def page(result: "EstimateReport") -> Page:
-    """The page of `estimate`: bounds with their verdicts and terms, quantities, gaps, and what is missing."""
     about, axis = result.theorem1, f"reward units, {result.level:.0%} intervals"
     keys = "beta lam level frozen reward_model reward_range sampling prompters"
     why = f"; {about.why}" if about.why else ""
@@ -180,7 +177,5 @@ class Estimate:
         result = estimation.estimate(
             rollouts, self.beta, self.lam, self.level, r_max=self.r_max, interval=interval
         )
-        tell("estimate", plain(result), text(result), self.json, self.out)
-        if self.out is not None:
-            keep.keep(page(result), self.out)
+        tell("estimate", plain(result), text(result), self.json, self.out, lambda: page(result))
         return int(result.violated)

@@ -8,7 +8,6 @@ import tyro
 
 from alignpro.commands.estimate import BOOTSTRAP_SEED, add_warnings, shown_estimates
 from alignpro.commands.shared import read_rollouts, tell
-from alignpro.report import keep
 from alignpro.report.numbers import columns, interval, limits, number, plain
 from alignpro.report.page import Dots, Page, Table, dot
 
@@ -25,7 +24,6 @@ def _basis(result: "estimation.Headroom", best: "Mapping[str, Number]") -> "dict
 
 
 def text(result: "estimation.Headroom") -> str:
-    """The gain at each λ, and the answer."""
     found = _basis(result, {f"best of {n} rewrites, over sft": e for n, e in result.best_of.items()})
     rows = [("lambda", "over sft", "net of lambda KL", "over none", "")]
     for at in result.at:
@@ -46,7 +44,6 @@ def text(result: "estimation.Headroom") -> str:
 
 
 def page(result: "estimation.Headroom") -> Page:
-    """The page of `headroom`: the answer, the gain at each λ, and the numbers that it rests on."""
     axis = f"reward units, {result.level:.0%} intervals"
     settings = {"level": result.level, "lambda": [at.lam for at in result.at]} | BOOTSTRAP_SEED
     page = Page("headroom", "What prompting could gain", result.answer, settings)
@@ -103,7 +100,5 @@ class Headroom:
         from alignpro import estimation
 
         result = estimation.headroom(read_rollouts(self.file, self.out), self.lam, self.level)
-        tell("headroom", plain(result), text(result), self.json, self.out)
-        if self.out is not None:
-            keep.keep(page(result), self.out)
+        tell("headroom", plain(result), text(result), self.json, self.out, lambda: page(result))
         return 0

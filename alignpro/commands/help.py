@@ -1,8 +1,4 @@
-"""How options are read and shown, the same for every verb: what `tyro.cli` is given.
-
-An option that may be left out shows the type of its value; its docstring says what happens then. A default
-is shown where there is one to show. `Prefixed` makes flags of one record under several names.
-"""
+"""How options are read and shown, the same for every verb: what `tyro.cli` is given."""
 
 import dataclasses
 import functools

@@ -56,7 +56,6 @@ def tables(found: "Found") -> str:
 
 
 def text(result: "Hunted") -> str:
-    """A hunt for reading: the finding, then the instances that show it."""
     from alignpro.theory.search.hunting import ROLES
 
     ascent, equality = result.ascent, result.target.equality
@@ -84,7 +83,6 @@ def text(result: "Hunted") -> str:
 
 
 def page(result: "Hunting") -> Page:
-    """The result as a page."""
     from alignpro.theory.search.hunting import ROLES
 
     names = [one.target.name for one in result.hunted]
@@ -126,7 +124,6 @@ def page(result: "Hunting") -> Page:
 
 
 def save(result: "Hunting", folder: Path) -> None:
-    """Write hunt.json, report.html and the instance of every find."""
     result.save_instances(folder)
     write_json(folder / "hunt.json", plain(result.json()))
     print(f"\nwrote {folder / 'hunt.json'}")

@@ -22,29 +22,18 @@ if TYPE_CHECKING:
 
 
 def text(result: "WinRates", replies: Sequence[str] = ()) -> str:
-    """The rates, A : B as in the paper's Table 1: percent of the pairs that did not fail, ties the rest.
-
-    Args:
-        replies: examples of replies that held no verdict, one a line.
-    """
     ours, theirs = result.arms
     won, lost = (f"{p:.0f}" for p in result.percentages) if result.percentages else ("-", "-")
     identical = f" ({result.identical} identical)" if result.identical else ""
     over = f"over {result.judged} of {result.pairs} pairs"
     if result.failed:
         over += "; {:.3f} to {:.3f} were every failed verdict lost, or won".format(*result.bounds)
+    lengths = "mean length {:.0f} against {:.0f} characters".format(*result.mean_lengths)
+    kappa = "" if result.kappa is None else f"Cohen's kappa {result.kappa:.2f}"
     rates = (
         ("win rate, ties a half", result.win_rate, over),
-        (
-            "at equal lengths",
-            result.length_controlled,
-            "mean length {:.0f} against {:.0f} characters".format(*result.mean_lengths),
-        ),
-        (
-            "orders agree",
-            result.agreement,
-            "" if result.kappa is None else f"Cohen's kappa {result.kappa:.2f}",
-        ),
+        ("at equal lengths", result.length_controlled, lengths),
+        ("orders agree", result.agreement, kappa),
         ("first shown preferred", result.first_shown, "0.5 where position does not matter"),
     )
     rows = [
@@ -67,11 +56,7 @@ def text(result: "WinRates", replies: Sequence[str] = ()) -> str:
 
 
 def page(result: "WinRates", settings: Mapping[str, Any]) -> Page:
-    """The page of `judge`: the win rate, what the judge is worth, and the counts behind them.
-
-    Args:
-        settings: the comparison as settings.json has it.
-    """
+    """The page of `judge`: the win rate, what the judge is worth, and counts; `settings` as settings.json."""
     ours, theirs = result.arms
     rate, agreement = result.win_rate, result.agreement
     page = Page(

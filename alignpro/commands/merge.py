@@ -24,7 +24,6 @@ class Merge:
     """Number format of its weights: float32 (as trained), or bfloat16 or float16 for half the space."""
 
     def run(self) -> int:
-        """Check what can be checked, load, merge, write."""
         from alignpro.commands.opening import trained_home
         from alignpro.llm.models import adapters, catalogue, configure, load, packages
         from alignpro.llm.models.libraries import quiet

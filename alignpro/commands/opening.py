@@ -45,12 +45,7 @@ def check_prompter(name: str, template: str | None = None) -> None:
 
 
 class World:
-    """The frozen model and the reward that were named: checked now, opened when asked for.
-
-    Raises:
-        AlignProError: an endpoint without the name of its model, a model in this process with an endpoint's
-            settings, or a name that is none.
-    """
+    """The frozen model and the reward that were named: checked now, opened when asked for."""
 
     def __init__(self, settings: EnvironmentSettings) -> None:
         from alignpro.llm.models import catalogue, configure
@@ -86,7 +81,6 @@ class World:
         return f"; about {most:.2f} at most for answers, at {PROMPT_TOKENS} tokens a prompt"
 
     def target(self) -> "Target":
-        """The frozen model."""
         from alignpro.llm.targets.local import LocalTarget
 
         settings = self.settings

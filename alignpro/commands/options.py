@@ -1,6 +1,6 @@
 """Options that several verbs share, each written once: a verb inherits them or holds them as a field."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from alignpro.commands.help import Prefixed
@@ -61,11 +61,7 @@ class PrompterOptions(TemplateOption):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOption:
-    """How conversations are written down for models.
-
-    Raises:
-        AlignProError: chat_template_kwargs is no JSON object.
-    """
+    """How conversations are written down for models."""
 
     chat_template_kwargs: str | None = None
     """Further arguments of the models' chat templates, as a JSON object: {"enable_thinking": false} turns off
@@ -158,6 +154,17 @@ class EnvironmentSettings(ChatOption):
     """How many sequences a model in this process works on at once; lower it where memory runs out."""
     target_endpoint: Annotated[EndpointSettings, Prefixed("target")] = field(default_factory=EndpointSettings)
     reward_endpoint: Annotated[EndpointSettings, Prefixed("reward")] = field(default_factory=EndpointSettings)
+
+    def record(self, reward: str) -> dict[str, Any]:
+        """The frozen model, how it decodes, and the reward's name, as a run's record keeps them."""
+        return {
+            "target": self.target,
+            "target_model": self.target_endpoint.model,
+            "dtype": self.dtype,
+            "reward": reward,
+            "sampling": asdict(self.sampling()),
+            "chat_template_kwargs": self.chat_options() or {},
+        }
 
     def sampling(self) -> Sampling:
         """How the frozen model decodes."""

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from alignpro.commands.options import (
     RunOptions,
     SeedOption,
 )
+from alignpro.commands.shared import check_least
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.report import keep
@@ -57,25 +58,14 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
     source: tyro.conf.OmitArgPrefixes[MeasuredPrompts] = field(default_factory=MeasuredPrompts)
 
     def run(self) -> int:
-        """Check everything before anything is loaded; propose for prompts without proposals on file; tell."""
         from alignpro.commands.opening import World, check_prompter, trained_home, user_prompts
         from alignpro.llm.arms import resample
         from alignpro.llm.models import packages
 
-        prompter, folder, environment = (
-            trained_home(self.prompter),
-            writable_folder(self.out),
-            self.environment,
-        )
-        for name, value, least in (
-            ("proposals", self.proposals, 1),
-            ("responses", self.responses, 1),
-            ("draws", self.draws, 0),
-            ("seed", self.seed, 0),
-            ("rewrite-tokens", self.rewrite_tokens, 1),
-        ):
-            if value is not None and value < least:
-                raise AlignProError(f"--{name} {value}: give at least {least}")
+        prompter, environment = trained_home(self.prompter), self.environment
+        folder = writable_folder(self.out)
+        check_least(1, proposals=self.proposals, responses=self.responses, rewrite_tokens=self.rewrite_tokens)
+        check_least(0, draws=self.draws, seed=self.seed)
         if not self.lam or not all(0 < value < math.inf for value in self.lam):
             raise AlignProError(f"--lam {' '.join(map(str, self.lam))}: give positive, finite numbers")
         check_prompter(prompter, self.template)
@@ -88,12 +78,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
             "proposals": self.proposals,
             "responses": self.responses,
             "seed": self.seed,
-            "target": environment.target,
-            "target_model": environment.target_endpoint.model,
-            "dtype": environment.dtype,
-            "reward": world.reward_name,
-            "sampling": asdict(environment.sampling()),
-            "chat_template_kwargs": environment.chat_options() or {},
+            **environment.record(world.reward_name),
         }
         begun, path = folder / "settings.json", folder / FILE
         if begun.exists():
@@ -156,7 +141,6 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
 
 
 def text(result: "Resampled") -> str:
-    """Say what resampling and best-of-n gain over ρ_sft, means over prompts, as lines."""
     lines = [f"rho_sft: mean reward {result.prior:.4f}, by R̂ as all below"]
     lines.append(f"{'':>10}  {'gain':>8}  {'KL, nats':>8}  effective sample size of {result.n}")
     for at in result.tilted:

@@ -44,7 +44,6 @@ class RewardModel(ResumedRun):
     """Device to train on: cpu, cuda (a GPU) or auto (a GPU where there is one)."""
 
     def run(self) -> int:
-        """Say what it will do, train, tell how good the reward is and its name."""
         from alignpro.llm.data.own import read_pairs
         from alignpro.llm.models import packages
         from alignpro.llm.training.reward import split_pairs, train_reward
@@ -89,7 +88,6 @@ def text(result: "TrainedReward", out: str) -> str:
 
 
 def page(result: "TrainedReward") -> Page:
-    """How good the reward is, against length alone, and how the loss fell."""
     found, metrics = result.reward.facts, result.metrics
     parts = [part for part in ("train", "validation", "test") if f"{part}_accuracy" in found]
     test, longer = found["test_accuracy"], found["test_accuracy_of_longer_wins"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import tyro
 
 from alignpro.commands.options import ChatOption, SeedOption
+from alignpro.commands.shared import check_least
 from alignpro.errors import AlignProError
 
 
@@ -26,16 +27,13 @@ class Rewrite(ChatOption, SeedOption):
     """Print one JSON object per line, with the prompt as x and the rewrite, instead of the rewrite alone."""
 
     def run(self) -> int:
-        """Rewrite the prompts of the arguments, or those of standard input."""
         from alignpro.commands.opening import trained_home
         from alignpro.llm.policies.prompter import Prompter
 
         given = list(self.prompts) or [line.strip() for line in sys.stdin if line.strip()]
         if not given:
             raise AlignProError("prompts: none given; name some, or write one per line to standard input")
-        for name, value in (("samples", self.samples), ("max-tokens", self.max_tokens)):
-            if value is not None and value < 1:
-                raise AlignProError(f"--{name} {value}: give at least 1")
+        check_least(1, samples=self.samples, max_tokens=self.max_tokens)
         home = trained_home(self.prompter)
         prompter = Prompter.from_pretrained(home, chat_template_kwargs=self.chat_options())
         prompter.max_tokens = self.max_tokens or prompter.max_tokens

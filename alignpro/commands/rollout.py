@@ -54,7 +54,6 @@ class Rollout(TemplateOption, RunOptions):
     source: tyro.conf.OmitArgPrefixes[MeasuredPrompts] = field(default_factory=MeasuredPrompts)
 
     def run(self) -> int:
-        """Check everything before anything is loaded, roll out what is not on file, tell."""
         from alignpro.commands.opening import World, check_target_room, kept, trained_home, user_prompts
         from alignpro.llm.arms import rollout
         from alignpro.llm.models import packages
@@ -92,12 +91,7 @@ class Rollout(TemplateOption, RunOptions):
             "rewrite_tokens": settings.rewrite_tokens,
             "prompter": reference,
             "template": asdict(chosen) if chosen else None,
-            "target": environment.target,
-            "target_model": environment.target_endpoint.model,
-            "dtype": environment.dtype,
-            "reward": reward,
-            "sampling": asdict(sampling),
-            "chat_template_kwargs": environment.chat_options() or {},
+            **environment.record(reward),
             "arms": {
                 str(arm): {"folder": arm.folder, "weights": weights[arm.folder]}
                 if arm.folder
@@ -258,7 +252,6 @@ def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "
 
 
 def text(result: "RolloutSummary") -> str:
-    """The mean reward of each arm, and where the rollouts are."""
     lines = [
         f"{arm.name}: mean reward {arm.mean.value:.4f} of {arm.rollouts} rollouts" for arm in result.arms
     ]
@@ -291,6 +284,10 @@ def page(result: "RolloutSummary", record: Json) -> Page:
             [dot(arm.name, arm.mean) for arm in result.arms],
         ),
     )
+    texts = []
+    for row in result.texts:
+        rewrite = row.rewrite if row.rewrite and row.arm != "none" else "–"
+        texts.append((row.x, row.arm, rewrite, row.response, number(row.reward)))
     told = len({row.prompt_id for row in result.texts})
     made.add(
         "Texts",
@@ -298,16 +295,7 @@ def page(result: "RolloutSummary", record: Json) -> Page:
         "characters spelled out.",
         Table(
             "prompt | arm | rewrite | answer | reward",
-            [
-                (
-                    row.x,
-                    row.arm,
-                    row.rewrite if row.rewrite and row.arm != "none" else "–",
-                    row.response,
-                    number(row.reward),
-                )
-                for row in result.texts
-            ],
+            texts,
             "twttn",
         ),
     )

@@ -37,7 +37,6 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
     """Key of the rewrite in those objects; optimized_prompt in the data of BPO."""
 
     def run(self) -> int:
-        """Check everything before anything is loaded, fine-tune, tell."""
         from alignpro.commands.opening import check_prompter, trained_home
         from alignpro.llm.data import own, split
         from alignpro.llm.models import packages
@@ -72,7 +71,6 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
 
 
 def text(result: "Tuned") -> str:
-    """Say what held-out rewrites cost before and after, and where the prompter is."""
     from alignpro.llm.training.checkpoints import PROMPTER_FOLDER
 
     made = result.folder / PROMPTER_FOLDER
@@ -84,7 +82,6 @@ def text(result: "Tuned") -> str:
 
 
 def page(result: "Tuned") -> Page:
-    """Held-out rewrites before and after, and how the loss fell."""
     record, held_out = result.record, result.held_out
     part = "test" if "test" in held_out else next(iter(held_out))
     measured = held_out[part]

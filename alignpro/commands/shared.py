@@ -1,12 +1,24 @@
-"""Parts of several verbs that need no model: the protocol of a verb, reading rollouts, telling a result."""
+"""Parts of several verbs that need no model: the protocol of a verb, reading rollouts, telling a result.
+
+A verb's module has `text` and `page` beside its options: its result for the terminal, and as a page.
+"""
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from alignpro.errors import AlignProError
+from alignpro.report.keep import keep
 from alignpro.report.numbers import number
-from alignpro.report.page import Curve, Curves, Json
+from alignpro.report.page import Curve, Curves, Json, Page
+
+
+def check_least(least: int, **given: int | None) -> None:
+    """Refuse an option --NAME whose number is below `least`; one that was left out is None."""
+    for name, value in given.items():
+        if value is not None and value < least:
+            raise AlignProError(f"--{name.replace('_', '-')} {value}: give at least {least}")
 
 
 class Verb(Protocol):
@@ -27,13 +39,22 @@ def read_rollouts(file: str, out: str | None) -> Any:
     return rollouts.read(file)
 
 
-def tell(name: str, values: dict[str, Any], text: str, as_json: bool, out: str | None) -> None:
-    """Print a result, as text or JSON, and keep it as `name`.json in the folder `out`."""
+def tell(
+    name: str,
+    values: dict[str, Any],
+    text: str,
+    as_json: bool,
+    out: str | None,
+    page: Callable[[], Page] | None = None,
+) -> None:
+    """Print a result, as text or JSON, and keep it as `name`.json in the folder `out`, with its page."""
     from alignpro.files import write_json
 
     if out is not None:
         write_json(os.path.join(out, f"{name}.json"), values)
     print(json.dumps(values, ensure_ascii=False, allow_nan=False) if as_json else text)
+    if out is not None and page is not None:
+        keep(page(), out)
 
 
 def fell(metrics: Sequence[Json], unit: str, panels: Mapping[str, str]) -> tuple[str, Curves]:

@@ -29,8 +29,6 @@ def _assumptions(bound: "BoundReport") -> str:
 
 
 def text(result: "Solutions") -> str:
-    """The results for reading, in reward units."""
-
     def show(value: float) -> str:
         return number(value, ".6g")
 
@@ -56,7 +54,6 @@ def text(result: "Solutions") -> str:
 
 
 def page(result: "Solutions") -> Page:
-    """The results as a page."""
     first, checks = result.files[0], len(result.checks)
     settings = {"beta": first.beta, "lam": first.lam, "bounds": list(first.bounds)}
     settings["seed"] = "none: nothing is random"

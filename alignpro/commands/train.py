@@ -41,7 +41,6 @@ class Train(PrompterOptions, ReportedRun):
     out: all of them."""
 
     def run(self) -> int:
-        """Check everything before anything is loaded, train, tell."""
         from alignpro.commands.opening import World, check_prompter, trained_home, user_prompts
         from alignpro.llm.models import configure, packages
         from alignpro.llm.training.settings import check_reporters
@@ -114,7 +113,6 @@ class Train(PrompterOptions, ReportedRun):
 
 
 def text(result: "Trained") -> str:
-    """How the mean reward changed, and where the prompter is."""
     from alignpro.llm.training.checkpoints import PROMPTER_FOLDER
 
     first, last = result.metrics[0]["score"], result.metrics[-1]["score"]

@@ -23,7 +23,6 @@ def _percent(share: float | None) -> str:
 
 
 def _by_family(result: "Verification") -> list[str]:
-    """One block per claim, one line per family."""
     blocks = []
     for claim in result.by_statement:
         identity = claim.identity_error is not None
@@ -46,7 +45,6 @@ def _by_family(result: "Verification") -> list[str]:
 
 
 def _by_statement(result: "Verification") -> str:
-    """One line per claim, over all families."""
     counted = ("statement", "kind", "checked", "violated", "unclear")
     rows: list[Sequence[str]] = [
         (*counted, "least slack/span", "lhs/rhs 50%", "95%", "vacuous", "identity error")
@@ -61,7 +59,6 @@ def _by_statement(result: "Verification") -> str:
 
 
 def _certified(result: "Verification") -> str:
-    """One line per claim: what is proved."""
     rows: list[Sequence[str]] = [
         ("certified", "proved", "of them ties", "violated", "inconclusive", "bits", "settled", "unexamined")
     ]
@@ -74,7 +71,6 @@ def _certified(result: "Verification") -> str:
 
 
 def text(result: "Verification") -> str:
-    """The result for reading: by family for up to three claims, else one line per claim."""
     few = len(result.statements) <= SHOWN_BY_FAMILY
     blocks = _by_family(result) if few else [_by_statement(result)]
     if result.certify:
@@ -103,7 +99,6 @@ def text(result: "Verification") -> str:
 
 
 def page(result: "Verification") -> Page:
-    """The result as a page."""
     claims, refuted = result.by_statement, list(result.refuted)
     page = Page("verify", "The theory on random instances", result.finding, result.settings())
     page.key("Random instances", number(result.instances), f"families: {len(result.families)}")
@@ -156,14 +151,10 @@ def page(result: "Verification") -> Page:
             "One instance for each refuted statement: of the smallest shape, the worst.",
             Table("statement | family | β | λ | off by, of the span | file", rows, "wwnnnw"),
         )
-    rows = [
-        (
-            f.name,
-            *map(number, (f.checked, f.violations, f.inconclusive, f.inapplicable)),
-            number(f.seconds, ".1f"),
-        )
-        for f in result.by_family
-    ]
+    rows = []
+    for f in result.by_family:
+        counts = map(number, (f.checked, f.violations, f.inconclusive, f.inapplicable))
+        rows.append((f.name, *counts, number(f.seconds, ".1f")))
     page.add(
         "Families",
         "Each over all statements; verify.json has them by family and statement.",

@@ -17,16 +17,8 @@ class Absent(Exception):
 class Arm:
     """The rows of one arm. Each answer to the prompt itself (arm none, a tuned policy) counts as a draw.
 
-    Attributes:
-        index: positions of the arm's rows in the rollouts, in order.
-        starts: where in `index` each draw begins.
-        answers: how many answers each draw has.
-        draws: [n] how many draws each prompt has.
-        first: [n] which draw is each prompt's first.
-
-    Raises:
-        Absent: the rollouts have no such arm.
-        AlignProError: the arm lacks a prompt that others have.
+    `index` has its rows' positions; `starts`, where in it each draw begins; `first` [n], each prompt's first
+    draw; `answers` and `draws` [n] count those of a draw and of a prompt.
     """
 
     def __init__(self, rollouts: Rollouts, name: str) -> None:
@@ -69,7 +61,6 @@ class Arm:
 
     @cached_property
     def reward(self) -> np.ndarray:
-        """Rewards [rows of the arm]."""
         return self.rollouts.reward[self.index]
 
     def least(self, draws: int, answers: int) -> None:

@@ -36,11 +36,8 @@ class Comparison:
     """Arms beside a baseline, the first arm named."""
 
     level: float
-    """How often each interval covers, in (0, 1)."""
     n_prompts: int
-    """Prompts, the independent units."""
     baseline: str
-    """The arm that the others are compared with."""
     mean: Mapping[str, Estimate]
     """J, the mean reward, of every arm."""
     variance: Mapping[str, Estimate]
@@ -50,12 +47,7 @@ class Comparison:
 
 
 def compare(rollouts: Rollouts, arms: Sequence[str], level: float = 0.95) -> Comparison:
-    """Compare mean reward, variance and win rate of `arms[1:]` with those of `arms[0]`, paired over prompts.
-
-    Raises:
-        AlignProError: fewer than two arms, one that is unknown or twice, an arm without rows for some prompt,
-            a bad level, or fewer than 5 prompts.
-    """
+    """Compare mean reward, variance and win rate of `arms[1:]` with those of `arms[0]`, paired by prompt."""
     level = check_level(level)
     for i, name in enumerate(arms):
         if name not in rollouts.arms:

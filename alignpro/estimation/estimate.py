@@ -21,19 +21,15 @@ class BoundEstimate:
     """One claim about one prompter, in reward units. Numbers are None where they cannot be had."""
 
     name: str
-    """The claim's, in `CLAIMS`."""
     prompter: str
     """The arm it is about; "rho*" when ρ* is reached by reweighting ρ_sft."""
     gap: Estimate | None
-    """J(π*) − J(π_ρ)."""
     rhs: Estimate | None
-    """The right side."""
     slack: Estimate | None
     """rhs − gap; its interval covers jointly with those of the other statements of the report."""
     terms: Mapping[str, Estimate]
     """Signed parts of the right side, by name: it is their sum."""
     assumptions: Mapping[str, bool]
-    """Conditions of the claim, and whether each is true."""
     verdict: Verdict
     """holds | violated (the slack's whole interval is positive | negative) | inconclusive | inapplicable."""
     vacuous: bool | None
@@ -43,7 +39,6 @@ class BoundEstimate:
     why: str
     """The reason of a verdict inapplicable or inconclusive; empty otherwise."""
     relation: Relation = "<="
-    """How the gap stands to the right side."""
 
     @property
     def finding(self) -> str:
@@ -56,7 +51,6 @@ class Split:
     """gap = prompting_ceiling + kl_regularisation + optimisation, exactly; all in reward units."""
 
     gap: Estimate
-    """J(π*) − J(π_ρ) of this arm."""
     prompting_ceiling: Estimate
     """J(π*) − E R(best of the rewrites drawn): biased up, as better rewrites exist than those drawn."""
     kl_regularisation: Estimate
@@ -72,23 +66,15 @@ class EstimateReport:
     """Everything that rollouts say about the theory, at β and λ."""
 
     beta: float
-    """β, in reward units."""
     lam: float
-    """λ, in reward units."""
     level: float
-    """How often each interval covers, in (0, 1)."""
     n: int
-    """Rollouts."""
     n_prompts: int
     """Prompts, the independent units."""
     frozen: str
-    """Name of the frozen model."""
     reward_model: str
-    """Name of the reward."""
     sampling: str
-    """How the frozen model decodes."""
     reward_range: tuple[float, float]
-    """Declared range of the reward."""
     prompters: Mapping[str, str]
     """Names of the prompters, by arm; several seeds' separated by commas."""
     quantities: Mapping[str, Estimate]
@@ -98,25 +84,20 @@ class EstimateReport:
     bounds: tuple[BoundEstimate, ...]
     """Every claim about every prompter that it can be made of."""
     splits: Mapping[str, Split]
-    """The parts that each gap is the sum of, by arm."""
     missing: Mapping[str, str]
     """Quantities that these rollouts cannot give, and why."""
     warnings: tuple[str, ...]
-    """Cautions to read these numbers with."""
 
     @property
     def width(self) -> float:
-        """The declared width of the reward."""
         return self.reward_range[1] - self.reward_range[0]
 
     @property
     def theorem1(self) -> BoundEstimate:
-        """Theorem 1 about ρ*."""
         return next(bound for bound in self.bounds if bound.name == "theorem1")
 
     @property
     def violated(self) -> bool:
-        """Whether any claim is violated."""
         return any(bound.verdict == "violated" for bound in self.bounds)
 
 
@@ -129,20 +110,15 @@ def estimate(
     r_max: float | None = None,
     interval: Interval = "bootstrap",
 ) -> EstimateReport:
-    """Check Theorem 1 and its relatives on rollouts, each number with its interval.
+    """Check Theorem 1 and its relatives on rollouts at β and λ, in reward units, with intervals at `level`.
 
     Args:
-        rollouts: `alignpro.rollouts.read(path)`.
-        beta: β > 0, in reward units, of the RLHF optimum compared with.
-        lam: λ > 0, in reward units; that of training, where there is a trained arm.
-        level: how often every interval covers by itself; the slacks' cover jointly.
-        r_max: Theorem 1's r_max, in reward units. Left out: taken from the declared range of the reward. The
-            verdict is "inapplicable" when that range leaves [0, r_max].
+        r_max: Theorem 1's, in reward units. Left out: taken from the declared range of the reward; where that
+            leaves [0, r_max] the verdict is "inapplicable".
         interval: "betting" gives guaranteed limits to means of rewards and to E TV(π_F(·|x), π_F(·|x′)).
 
     Raises:
-        AlignProError: β, λ, level, r_max or interval is out of range, there are fewer than 5 prompts, or an
-            arm lacks a prompt.
+        AlignProError: a bad argument, fewer than 5 prompts, or an arm that lacks a prompt.
     """
     beta, lam, level = check_temperature("beta", beta), check_temperature("lam", lam), check_level(level)
     if interval not in ("bootstrap", "betting"):
@@ -266,19 +242,10 @@ def _bound(name, prompter, gap, rhs, slack, parts, statement: Statement, terms: 
             if more is None
             else f"about {more} more prompts, sampled like these, would settle it"
         )
+    vacuous, relation = rhs.value >= terms.width, CLAIMS[name].relation
+    numbers = (gap, rhs, slack, parts)
     return BoundEstimate(
-        name,
-        prompter,
-        gap,
-        rhs,
-        slack,
-        parts,
-        statement.assumptions,
-        verdict,
-        rhs.value >= terms.width,
-        more,
-        why,
-        CLAIMS[name].relation,
+        name, prompter, *numbers, statement.assumptions, verdict, vacuous, more, why, relation
     )
 
 

@@ -24,7 +24,6 @@ class HeadroomAt:
     """ρ* at one λ against the reference and against no prompter, in reward units."""
 
     lam: float
-    """λ, in reward units."""
     over_reference: Estimate
     """E_ρ* R − E_ρsft R = Cov_ρsft(R, e^{R/λ})/E_ρsft e^{R/λ}: what training can add to ρ_sft."""
     net: Estimate
@@ -38,20 +37,15 @@ class Headroom:
     """The gain that could be had from prompt optimization, and whether to try."""
 
     level: float
-    """How often each interval covers, in (0, 1)."""
     n: int
-    """Rollouts."""
     n_prompts: int
-    """Prompts, the independent units."""
     means: Mapping[str, Estimate]
-    """J, the mean reward, of arms none and sft."""
     within: Estimate
     """E Var(r|x′), mean over prompts: the frozen model's own variation, which no prompter changes the mean
     of. Reward units squared."""
     between: Estimate
     """Var E(r|x′), mean over prompts: the variation that rewriting acts on. Reward units squared."""
     at: tuple[HeadroomAt, ...]
-    """The gain at each λ, in ascending order."""
     best_of: Mapping[int, Estimate]
     """E R(best of n rewrites) − E_ρsft R, chosen by all answers but one: no training, n times the cost."""
     ceiling: Estimate | None
@@ -59,7 +53,6 @@ class Headroom:
     answer: str
     """Whether one should train at all, in a sentence that begins with Yes, No or Undecided."""
     warnings: tuple[str, ...]
-    """Cautions to read these numbers with."""
 
     @property
     def decision(self) -> str:
@@ -70,13 +63,8 @@ class Headroom:
 def headroom(rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95) -> Headroom:
     """Estimate the gain that prompt optimization could reach at each λ, from arm sft (and none).
 
-    Args:
-        rollouts: at least two draws of arm sft per prompt, with at least two answers each.
-        lams: λ > 0, in reward units. Left out: `SHARES` of the declared width.
-        level: how often every interval covers by itself; the answer's cover jointly over λ.
-
-    Raises:
-        AlignProError: a bad λ or level, an arm sft too small, or fewer than 5 prompts.
+    Arm sft needs two draws per prompt with two answers each. `lams` left out are `SHARES` of the declared
+    width of the reward. Intervals cover at `level` by themselves; the answer's cover jointly over λ.
     """
     level = check_level(level)
     lams = tuple(check_temperature("lam", lam) for lam in lams)

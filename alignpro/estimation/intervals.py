@@ -1,11 +1,6 @@
 """Intervals for a mean over prompts, and the verdicts that follow from them.
 
-Every number is a per-prompt value first; prompts are the clusters. Arguments named `values` are [..., n]: n
-prompts, any leading batch. Three kinds of interval:
-
-- `bootstrap_t`: percentile-t over prompts, and simultaneous for several rows at once (`Studentised`);
-- `betting`: Waudby-Smith & Ramdas's hedged capital (arXiv 2010.09686), valid at every n for bounded values;
-- `empirical_bernstein`: Maurer & Pontil (arXiv 0907.3740), also valid at every n; wider, in closed form.
+Arguments named `values` are [..., n]: n prompts, which are the clusters, and any leading batch.
 """
 
 from dataclasses import dataclass
@@ -31,15 +26,11 @@ class Estimate:
     """A number and how far to trust it."""
 
     value: float
-    """The estimate itself."""
     lo: float
-    """Lower end of the interval."""
     hi: float
-    """Upper end of the interval."""
     level: float
     """How often such intervals cover the truth, in (0, 1)."""
     n: int
-    """Rollouts used."""
     n_clusters: int
     """Prompts, the independent units."""
     method: str
@@ -79,9 +70,7 @@ class Studentised(NamedTuple):
     """Means of S rows over n prompts, and how their studentised errors are distributed, jointly."""
 
     mean: np.ndarray
-    """[..., S], the mean of each row."""
     error: np.ndarray
-    """[..., S], the standard error of each row."""
     draws: np.ndarray
     """[..., S, B] bootstrap draws of (mean − truth)/error; infinite where a resample has no spread."""
 
@@ -109,9 +98,6 @@ def studentise(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) ->
     """Bootstrap the prompts of all rows together, [..., S, n], so that rows stay paired.
 
     Beyond 2,000 prompts the draws are those of the central limit theorem, with the rows' own correlation.
-
-    Raises:
-        AlignProError: fewer than `LEAST_PROMPTS` prompts.
     """
     n = values.shape[-1]
     if n < LEAST_PROMPTS:
@@ -155,7 +141,7 @@ def bootstrap_t(
 def empirical_bernstein(
     values: np.ndarray, low: float, high: float, level: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Maurer–Pontil limits of the mean of independent `values` [..., n] in [low, high].
+    """Maurer–Pontil limits (arXiv 0907.3740) of the mean of independent `values` [..., n] in [low, high].
 
     |mean − E| ≤ √(2 V log(4/α)/n) + 7 (high − low) log(4/α)/(3(n − 1)), V the sample variance, with
     probability at least 1 − α, two-sided (Theorem 4 with both tails). Clipped to [low, high].
@@ -170,7 +156,7 @@ def empirical_bernstein(
 
 
 def betting(values: np.ndarray, low: float, high: float, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Hedged-capital limits of the mean of independent `values` [..., n] in [low, high].
+    """Hedged-capital limits (arXiv 2010.09686) of the mean of independent `values` [..., n] in [low, high].
 
     Against a mean m one bets λ_t = √(2 log(2/α)/(n σ̂²_{t−1})), cut to ½/m (from the other side to
     ½/(1 − m)), where σ̂² is predictable. If m is the mean, the capital Π(1 ± λ_t (x_t − m)) is a nonnegative
@@ -211,9 +197,7 @@ def verdict_of(lo: float, hi: float, applicable: bool = True) -> Verdict:
 def prompts_to_settle(slack: Estimate) -> int | None:
     """Count the further prompts, like these, that would bring the nearer limit of `slack` to 0.
 
-    None stands for over a billion.
-
-    Limits shrink as 1/√n, so n·(distance to the limit / |value|)² prompts are needed in all.
+    Limits shrink as 1/√n, so n·(distance/|value|)² are needed in all; None stands for over a billion.
     """
     distance = slack.value - slack.lo if slack.value > 0 else slack.hi - slack.value
     if abs(slack.value) * 1e4 < distance:

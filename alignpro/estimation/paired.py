@@ -1,8 +1,4 @@
-"""Per-prompt values, their arithmetic and their intervals.
-
-A `Term` holds one number per prompt whose mean over prompts estimates a quantity. Sums and differences of
-terms stay paired, prompt by prompt, so that the interval of a gap or of a slack is that of one mean.
-"""
+"""Per-prompt values, whose sums and differences stay paired by prompt, and intervals of their means."""
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
@@ -21,20 +17,15 @@ _FLIP: dict[Bias, Bias] = {"none": "none", "up": "down", "down": "up", "unknown"
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """Per-prompt values whose mean estimates a quantity, with what its interval needs."""
+    """Per-prompt `values` [n] whose mean estimates a quantity in [low, high], taken from `arms`."""
 
     values: np.ndarray
-    """[n], one value for each prompt."""
     low: float
-    """Least value that the quantity can have."""
     high: float
-    """Greatest value that the quantity can have."""
     arms: frozenset[str]
-    """The arms whose rollouts it is taken from."""
     bias: Bias
     """How the mean of `values` errs, as `Estimate.bias` says."""
     method: str
-    """How the values are computed, in words."""
     lower: np.ndarray | None = None
     """[n] values whose mean is biased down; given where `values` cannot be trusted."""
     upper: np.ndarray | None = None
@@ -110,12 +101,8 @@ def estimates(
 ) -> dict[Key, Estimate]:
     """Estimate every term with its interval, all prompts resampled together.
 
-    Args:
-        terms: by name, or any other key.
-        rollouts: the rollouts that the terms come from, whose rows are counted.
-        level: of each interval, or of all at once when `simultaneous`.
-        interval: betting has guaranteed coverage, for the terms that are unbiased and bounded.
-        simultaneous: one factor for all rows, from the bootstrap of the largest |t|.
+    Intervals cover at `level` each, or all at once when `simultaneous` (by the bootstrap of the largest |t|);
+    betting has guaranteed coverage, for the terms that are unbiased and bounded.
     """
     if not terms:
         return {}

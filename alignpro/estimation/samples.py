@@ -1,7 +1,6 @@
 """Statistics of one prompt's samples, for many prompts at once: arrays [..., m] or [..., K, A] in, [...] out.
 
-K is the number of draws of a rewrite, A of answers to each, m of answers to the prompt itself; rewards and
-temperatures are in reward units. Proofs of the stated bias are here; docs/estimation.md collects them.
+K counts draws of a rewrite, A answers to each, m answers to the prompt itself.
 """
 
 from collections.abc import Callable

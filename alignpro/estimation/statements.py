@@ -11,17 +11,14 @@ class Statement(NamedTuple):
     """A claim about one prompter, gap ≤ right side, in per-prompt terms and reward units."""
 
     gap: Term
-    """J(π*) − J(π_ρ)."""
     terms: dict[str, Term]
     """Signed parts of the right side, by name: it is their sum."""
     slack: Term
     """Right side − gap, so arranged that what is on both sides is not estimated."""
     assumptions: dict[str, bool]
-    """Conditions of the claim, and whether each is true."""
 
     @property
     def rhs(self) -> Term:
-        """The right side."""
         return self.slack + self.gap
 
 

@@ -19,19 +19,17 @@ MOST_NOISE_UNCORRECTED = 0.05
 """Such noise with fewer than 4 answers to a draw, too few for the jackknife over answers."""
 
 
+def _weighted(values, low, high, ends, ess: float, arm: str, method: str) -> Term:
+    """A term by importance weights, bracketed by `ends` where those are degenerate."""
+    lower, upper = (None, None) if ends is None else (np.broadcast_to(end, len(values)) for end in ends)
+    return Term(values, low, high, frozenset({arm}), "unknown", method, lower=lower, upper=upper, ess=ess)
+
+
 class Terms:
-    """Everything the statements need from one set of rollouts, computed once and on demand.
+    """Everything the statements need from rollouts at β and λ, in reward units, computed once and on demand.
 
-    Methods raise Absent, with the remedy, where the rollouts cannot give a term.
-
-    Args:
-        rollouts: validated rollouts.
-        beta: β > 0, in reward units.
-        lam: λ > 0, in reward units.
-
-    Attributes:
-        width: distance between the declared ends of the reward.
-        warnings: what to keep in mind with the terms computed so far, by kind.
+    Methods raise Absent, with the remedy, where the rollouts cannot give a term; `warnings` are of the terms
+    computed so far, by kind.
     """
 
     def __init__(self, rollouts: Rollouts, beta: float, lam: float) -> None:
@@ -43,7 +41,6 @@ class Terms:
         self._cache: dict[Any, Any] = {}
 
     def arm(self, name: str) -> Arm:
-        """The rows of one arm."""
         if name not in self._arms:
             self._arms[name] = Arm(self.rollouts, name)
         return self._arms[name]
@@ -66,8 +63,6 @@ class Terms:
             values, self.low, self.high, frozenset({name}), "none", "mean reward of each prompt", bounded=True
         )
 
-    # π*, from the frozen model's own answers ----------------------------------------------------------
-
     def _model(self) -> tuple[np.ndarray, samples.Tilt, float]:
         def make() -> tuple[np.ndarray, samples.Tilt, float]:
             arm = self.arm("none")
@@ -84,24 +79,11 @@ class Terms:
 
         return self._once("model", make)
 
-    def _weighted(self, values, low, high, lower, upper, ess: float, weak: bool, arms, method) -> Term:
-        n = len(values)
-        return Term(
-            values,
-            low,
-            high,
-            frozenset(arms),
-            "unknown",
-            method,
-            lower=np.broadcast_to(lower, n) if weak else None,
-            upper=np.broadcast_to(upper, n) if weak else None,
-            ess=ess,
-        )
-
     def _model_term(self, values, low, high, lower, upper) -> Term:
         ess = self._model()[2]
         method = "self-normalised weights e^{r/beta}, jackknifed"
-        return self._weighted(values, low, high, lower, upper, ess, ess < LEAST_ESS, {"none"}, method)
+        ends = (lower, upper) if ess < LEAST_ESS else None
+        return _weighted(values, low, high, ends, ess, "none", method)
 
     def j_pi(self) -> Term:
         """J(π*), the expected reward of the RLHF optimum, by reweighting the answers of arm none."""
@@ -132,8 +114,6 @@ class Terms:
         values = self._model()[0]
         slack = width * values[2] - (values[1] - self.j("none").values)
         return self._model_term(slack, -self.width, width, 0.0, width)
-
-    # ρ*, from draws of ρ_sft --------------------------------------------------------------------------
 
     def _star(self, lam: float) -> samples.PrompterTilt:
         def make() -> samples.PrompterTilt:
@@ -169,7 +149,7 @@ class Terms:
 
     def _star_term(self, values, low, high, lower, upper, lam: float, method: str) -> Term:
         ess, _, weak = self._star_state(lam)
-        return self._weighted(values, low, high, lower, upper, ess, weak, {"sft"}, method)
+        return _weighted(values, low, high, (lower, upper) if weak else None, ess, "sft", method)
 
     def value(self, lam: float | None = None) -> Term:
         """λ log Z = F(ρ*), the optimal value of the prompter's objective, in reward units."""
@@ -227,8 +207,6 @@ class Terms:
         method = "best of a prompt's draws, cross-fitted over answers"
         return Term(self._once("best", make), self.low, self.high, frozenset({"sft"}), "down", method)
 
-    # With log-probabilities ---------------------------------------------------------------------------
-
     def tv_shift(self) -> Term:
         """E_{x′~ρ_sft} TV(π_F(·|x), π_F(·|x′)), how far rewriting moves the answers: unbiased."""
 
@@ -270,14 +248,11 @@ class Terms:
         method = "mean of log pi_theta(y|x) - log pi_F(y|x)"
         return Term(self.beta * arm.mean(ratio), -np.inf, np.inf, frozenset({name}), "none", method)
 
-    # Combinations ---------------------------------------------------------------------------------------
-
     def gap(self, name: str | None) -> Term:
         """J(π*) − J(π_ρ) of an arm's prompter; of ρ* by reweighting when `name` is None."""
         return self.j_pi() - (self.j_rho() if name is None else self.j(name))
 
     def difference(self, one: str, other: str) -> Term:
-        """J of one arm minus J of another."""
         return self.j(one) - self.j(other)
 
     def shortfall(self, name: str) -> Term:

@@ -1,9 +1,7 @@
 """Win rates from pairwise judgements: raw and length-controlled, with what the judge itself is worth.
 
-A pair is one answer of each of two arms to one prompt, judged in both orders: won or lost where the orders
-agree or one of them calls a tie, tied where they disagree. An order without a verdict fails its pair; failed
-pairs are in no rate, and `WinRates.bounds` says what they could have changed. Prompts are the independent
-units throughout.
+A pair is judged in both orders: won or lost where they agree or one calls a tie, tied where they disagree.
+An order without a verdict fails its pair, which then is in no rate. Prompts are the independent units.
 """
 
 import math
@@ -35,7 +33,6 @@ class Judgements:
     arms: tuple[str, str]
     """The arm of interest, then the one it is compared with."""
     judge: str
-    """Name of the judge."""
     prompt: np.ndarray
     """[N] integers: the pair's prompt."""
     verdicts: np.ndarray
@@ -46,7 +43,6 @@ class Judgements:
     lengths: np.ndarray
     """[N, 2] characters of the two answers, in the arms' order."""
     failures: Mapping[str, int]
-    """How many orders failed, by kind."""
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -58,16 +54,7 @@ def outcomes(verdicts: np.ndarray) -> np.ndarray:
 
 
 def collect(rows: Iterable[Mapping[str, Any]], where: str = "judgement") -> Judgements:
-    """Make columns of judgements, rows as `alignpro.llm.arms.judge` writes them.
-
-    Args:
-        rows: one mapping for each pair.
-        where: name of a row in messages; its number, from 1, follows.
-
-    Raises:
-        AlignProError: a row lacks a field or has a bad one, two rows differ in arms or judge, or there are
-            none.
-    """
+    """Make columns of rows as `alignpro.llm.arms.judge` writes them; `where` names one in messages."""
     prompts: dict[str, int] = {}
     prompt, verdicts, asked, lengths = [], [], [], []
     failures: Counter[str] = Counter()
@@ -105,15 +92,8 @@ def collect(rows: Iterable[Mapping[str, Any]], where: str = "judgement") -> Judg
 
 
 def read(path: str | os.PathLike[str]) -> Judgements:
-    """Read the judgements in a file that `alignpro judge` wrote.
-
-    Raises:
-        AlignProError: it cannot be read, or a line is no judgement.
-    """
+    """Read the judgements in a file that `alignpro judge` wrote."""
     return collect(read_json_lines(path), f"{path} line")
-
-
-# --- rates over prompts ---
 
 
 def wilson(rate: float, n: float, level: float = 0.95) -> tuple[float, float]:
@@ -164,9 +144,6 @@ def rate(scores: np.ndarray, prompt: np.ndarray, level: float) -> Estimate | Non
     return Estimate(value, min(lo, value), max(hi, value), level, len(scores), n, method, "none")
 
 
-# --- length control ---
-
-
 def length_regression(scores: np.ndarray, lengths: np.ndarray) -> tuple[float, float, np.ndarray]:
     """Maximise Σ y log p + (1 − y) log(1 − p) − ½ RIDGE φ², p = σ(θ + φ t), over θ and φ.
 
@@ -174,12 +151,8 @@ def length_regression(scores: np.ndarray, lengths: np.ndarray) -> tuple[float, f
     eq. (1). σ(θ) is the win rate at equal lengths. φ alone is penalised, so that Σ(y − p) = 0, and σ(θ) is
     the mean of y exactly where lengths are equal throughout.
 
-    Args:
-        scores: y [N], 1, ½, 0 for a win, tie, loss; neither all 1 nor all 0, where θ is infinite.
-        lengths: [N, 2].
-
-    Returns:
-        θ, φ in log-odds and t [N].
+    `scores` y [N] are 1, ½, 0 for a win, tie, loss, neither all 1 nor all 0; `lengths` are [N, 2].
+    Gives θ and φ in log-odds, and t [N].
     """
     d = lengths[:, 0] - lengths[:, 1]
     spread = d.std()
@@ -238,9 +211,6 @@ def length_controlled(
     return Estimate(value, lo, hi, level, raw.n, n, method, "unknown"), phi
 
 
-# --- the report ---
-
-
 @dataclass(frozen=True)
 class WinRates:
     """`arms[0]` against `arms[1]`, by one judge. Counts are of pairs, rates in [0, 1]."""
@@ -248,23 +218,16 @@ class WinRates:
     arms: tuple[str, str]
     """The arm of interest, then the one it is compared with."""
     judge: str
-    """Name of the judge."""
     pairs: int
-    """Pairs of answers."""
     prompts: int
-    """Prompts, the independent units."""
     wins: int
-    """Pairs that `arms[0]` won."""
     ties: int
-    """Pairs that neither won."""
     losses: int
-    """Pairs that `arms[0]` lost."""
     failed: int
     """Pairs with an order that gave no verdict; they are in no rate."""
     identical: int
     """Ties whose answers are one text, which the judge was not asked about."""
     failures: Mapping[str, int]
-    """Orders without a verdict, by kind."""
     win_rate: Estimate | None
     """Share of the pairs that did not fail which `arms[0]` won, ties a half; None where all failed."""
     bounds: tuple[float, float]
@@ -275,7 +238,6 @@ class WinRates:
     """Effect φ of length, in log-odds per unit of tanh(standardised length difference); positive where longer
     answers win."""
     mean_lengths: tuple[float, float]
-    """Mean lengths of both arms' answers, in characters."""
     agreement: Estimate | None
     """How often both orders say the same, over pairs that were asked and did not fail."""
     kappa: float | None
@@ -285,7 +247,6 @@ class WinRates:
 
     @property
     def judged(self) -> int:
-        """Pairs that did not fail."""
         return self.pairs - self.failed
 
     @property
@@ -300,11 +261,7 @@ class WinRates:
 
 
 def win_rates(judgements: Judgements, level: float = 0.95) -> WinRates:
-    """Draw up everything that the judgements say, with intervals over prompts at `level`.
-
-    Raises:
-        AlignProError: a bad level.
-    """
+    """Draw up everything that the judgements say, with intervals over prompts at `level`."""
     level = check_level(level)
     verdicts, prompt = judgements.verdicts, judgements.prompt
     outcome = outcomes(verdicts)

@@ -22,7 +22,7 @@ import pytest
 
 from alignpro import rollouts
 from alignpro.commands import explore, main
-from alignpro.commands.exploring import App, Reader
+from alignpro.commands.explore import App, Reader
 from alignpro.errors import AlignProError
 from alignpro.report.numbers import plain
 from alignpro.rollouts import Rollout
