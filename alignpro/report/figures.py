@@ -309,7 +309,7 @@ def _draw_stack(axes: Axes, i: int, stack: Stack, right: float, colours: dict[st
     axes.text(place, top, f"{sum_of}{_said(total, '.3f')}", va="center", bbox=_PLAIN)
     if stack.note:
         note = _label(stack.note, 24)
-        axes.text(place, middle, note, va="center", fontweight="bold", color=theme.VERMILLION, bbox=_PLAIN)
+        axes.text(place, middle, note, va="center", fontweight="bold", color=theme.VERMILION, bbox=_PLAIN)
     axes.barh(middle, stack.against, 0.2, color=theme.MUTED)
     place = max(stack.against, 0) + 0.012 * right
     axes.text(place, middle, _said(stack.against, ".3f"), va="center", fontsize=9.5, bbox=_PLAIN)

@@ -4,13 +4,13 @@ from importlib.resources import files
 from typing import Any
 
 # Okabe–Ito: told apart with every common colour blindness.
-BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 PURPLE, ORANGE, SKY = "#CC79A7", "#E69F00", "#56B4E9"
 INK, MUTED, FAINT, GRID, PAPER = "#1a1a1a", "#6b6b6b", "#d9d9d9", "#e5e5e5", "#ffffff"
 
-SERIES = ((BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (SKY, "P"))
+SERIES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (SKY, "P"))
 """A colour and a marker for each series of a figure: told apart in print, too."""
-TERMS = (SKY, PURPLE, VERMILLION, GREEN, BLUE, ORANGE)
+TERMS = (SKY, PURPLE, VERMILION, GREEN, BLUE, ORANGE)
 """The colours of the terms of a sum, in their order."""
 
 FONT = "DejaVu Sans"

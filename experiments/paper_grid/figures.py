@@ -17,7 +17,7 @@ STYLE = {
     "none": ("no fine-tuning", theme.MUTED, "s"),
     "sft": ("untrained prompter", theme.ORANGE, "v"),
     "trained": ("Align-Pro", theme.BLUE, "o"),
-    "rlhf": ("RLHF", theme.VERMILLION, "D"),
+    "rlhf": ("RLHF", theme.VERMILION, "D"),
 }
 Results = Mapping[str, Any]
 
