@@ -23,6 +23,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tqdm import tqdm
+
 ROOT = Path(__file__).parents[1]
 TARGETS = {
     "statements": (
@@ -185,7 +187,7 @@ def main() -> None:
             every = [(f, i) for f, s in sources.items() for i, _ in enumerate(faults(ast.parse(s)))]
             drawn = random.Random(args.seed).sample(every, min(args.faults, len(every)))
             survived = []
-            for file, number in sorted(drawn):
+            for file, number in tqdm(sorted(drawn), desc=name, unit="fault"):
                 source, line, said = broken(sources[file], number)
                 (tree / "alignpro" / file).write_text(source)
                 if not noticed(tree, tests):
