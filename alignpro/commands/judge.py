@@ -13,7 +13,6 @@ from alignpro.commands.shared import tell
 from alignpro.files import read_json
 from alignpro.llm.arms.settings import JudgeSettings
 from alignpro.llm.targets.settings import EndpointSettings
-from alignpro.report import keep
 from alignpro.report.numbers import columns, interval, limits, number, plain
 from alignpro.report.page import Dots, Page, Table, dot
 
@@ -135,6 +134,12 @@ class Judge(RunOptions):
         check_level(self.level)
         rows = judge.judge_file(self.file, self.arms, self.settings, self.endpoint, self.out)
         result = winrate.win_rates(winrate.collect(rows), self.level)
-        tell("winrate", plain(result), text(result, judge.failed_replies(rows)), self.json, self.out)
-        keep.keep(page(result, read_json(os.path.join(self.out, judge.SETTINGS_FILE))), self.out)
+        tell(
+            "winrate",
+            plain(result),
+            text(result, judge.failed_replies(rows)),
+            self.json,
+            self.out,
+            lambda: page(result, read_json(os.path.join(self.out, judge.SETTINGS_FILE))),
+        )
         return 0

@@ -179,7 +179,9 @@ def _prompter_folder(name: str) -> Path:
 
 
 def _weights(home: Path) -> Path:
-    for file in ("adapter_model.safetensors", "model.safetensors"):
+    from alignpro.llm.models.catalogue import ADAPTER_WEIGHTS
+
+    for file in (ADAPTER_WEIGHTS, "model.safetensors"):
         if (home / file).is_file():
             return home / file
     raise AlignProError(f"trained {str(home)!r}: holds no weights in safetensors; save it again")
@@ -217,10 +219,10 @@ def _check_trained(arm: "Arm", said: Any, environment: EnvironmentSettings) -> N
 
 def _reference(prompter: str | None, trained: Mapping[str, Any], homes: Mapping[str, Path]) -> str:
     """The name of ρ_sft: what the trained prompters' adapters rest on."""
+    from alignpro.llm.models.catalogue import ADAPTER_WEIGHTS
+
     bases = {
-        str(said["base"]): name
-        for name, said in trained.items()
-        if (homes[name] / "adapter_model.safetensors").is_file()
+        str(said["base"]): name for name, said in trained.items() if (homes[name] / ADAPTER_WEIGHTS).is_file()
     }
     given = prompter or next(iter(bases), DEFAULT_PROMPTER)
     for base, name in bases.items():
