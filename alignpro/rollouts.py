@@ -37,7 +37,8 @@ class Rollout:
     answer: int
     rewrite: str | None
     """The rewrite x′; x itself in arm none; None where a policy answers x directly (arm rlhf)."""
-    response: str
+    response: str | None
+    """The answer y; None where the service refused to give one, whose reward is a declared stand-in."""
     reward: float
     """r(x, y), within [reward_low, reward_high]."""
     logp_frozen_x: float | None
@@ -59,14 +60,30 @@ class Rollout:
     reward_low: float
     """Declared lower end of the reward: a bound that holds a priori, not the least seen."""
     reward_high: float
+    context: list[dict[str, str]] | None = None
+    """The messages before x, where it is the last turn of a conversation: role and content."""
+    columns: dict[str, Any] | None = None
+    """Further columns of the prompt's data that the reward asks for, by name."""
+    reward_parts: dict[str, list[float]] | None = None
+    """Parts of the reward that add up to it, by name: [contribution, its lowest, its highest]."""
+    reward_spread: float | None = None
+    """Standard deviation between the members of a reward that is an ensemble, in reward units."""
 
     def line(self) -> str:
         """The row as one line of JSON, its newline included; −inf as Python's `-Infinity`."""
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+        row = asdict(self)
+        return (
+            json.dumps(
+                {k: v for k, v in row.items() if k not in OPTIONAL or v is not None}, ensure_ascii=False
+            )
+            + "\n"
+        )
 
 
-FIELDS = tuple(field.name for field in fields(Rollout))
-_TEXTS = ("prompt_id", "x", "arm", "response", "frozen", "prompter", "reward_model", "sampling")
+OPTIONAL = ("context", "columns", "reward_parts", "reward_spread")
+"""Fields that rows may lack."""
+FIELDS = tuple(field.name for field in fields(Rollout) if field.name not in OPTIONAL)
+_TEXTS = ("prompt_id", "x", "arm", "frozen", "prompter", "reward_model", "sampling")
 _WHOLE = ("seed", "draw", "answer")
 _NUMBERS = ("reward", "reward_low", "reward_high")
 
@@ -208,7 +225,9 @@ class _Columns:
         for name, at in _NUMBER_AT:
             if type(row[at]) not in _NUMBER or not math.isfinite(row[at]):
                 _type_error(name, row[at], "a finite number")
-        (prompt_id, x, arm, seed, draw, answer, rewrite, _, reward, *logps) = row[:14]
+        (prompt_id, x, arm, seed, draw, answer, rewrite, response, reward, *logps) = row[:14]
+        if response is not None and type(response) is not str:
+            _type_error("response", response, "a string, or null where it was refused")
         frozen, prompter, reward_model, sampling, low, high = row[14:]
         if not low < high:
             _fail(f"reward_low {low} must be below reward_high {high}; declare the reward's range")

@@ -50,6 +50,7 @@ class World:
     def __init__(self, settings: EnvironmentSettings) -> None:
         from alignpro.llm.models import catalogue, configure
         from alignpro.llm.rewards.opening import read_spec
+        from alignpro.llm.rewards.scores import Refusals
         from alignpro.llm.targets.ledger import Prices
 
         self.settings = settings
@@ -71,6 +72,8 @@ class World:
             configure.check_dtype(settings.dtype)
         self._reward = read_spec(settings.reward)
         self.reward_name = self._reward.shown
+        self.refusals = Refusals(settings.refused_reward, settings.refused_most)
+        """Reward of refused answers, and their count in this run."""
         self.prices = Prices(*settings.prices) if settings.prices is not None else None
 
     def money(self, answers: int, tokens: int) -> str:
@@ -101,7 +104,9 @@ class World:
 
         asked = self.settings.reward_endpoint
         options = {"settings": asked} if self._reward.kind == "endpoint" else {}
-        return keep_scores(self._reward.open(**options), folder / "scores")
+        found = keep_scores(self._reward.open(**options), folder / "scores")
+        self.refusals.worth(found)  # refused here, not at the first refusal
+        return found
 
 
 def kept(target: "Target", folder: Path, prices: Any = None) -> "Cached":

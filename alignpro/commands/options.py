@@ -147,6 +147,11 @@ class EnvironmentSettings(ChatOption):
     prices: tuple[float, float] | None = None
     """Money for a million prompt tokens, and for a million answer tokens, of the frozen model: what a run can
     cost is said before it asks, and what it did cost at its end. Left out: tokens alone are counted."""
+    refused_reward: float | None = None
+    """Reward of an answer that the frozen model's service refuses to give, by its content filter for one.
+    Left out: the lower end of the reward's range."""
+    refused_most: float = 0.2
+    """Share of refused answers, from 0 to 1, above which the run ends."""
     dtype: str = "bfloat16"
     """Number format of the weights of models in this process: float32 makes answers independent of how they
     are batched, bfloat16 halves the memory, and 4bit quarters that (it needs bitsandbytes)."""
@@ -164,6 +169,7 @@ class EnvironmentSettings(ChatOption):
             "reward": reward,
             "sampling": asdict(self.sampling()),
             "chat_template_kwargs": self.chat_options() or {},
+            **({} if self.refused_reward is None else {"refused_reward": self.refused_reward}),
         }
 
     def sampling(self) -> Sampling:

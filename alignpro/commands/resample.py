@@ -126,7 +126,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         environment = self.environment
         frozen = world.target()
         target, judge = world.kept(frozen, folder), world.reward(folder)
-        worth = Environment(judge, target, environment.sampling(), self.responses, self.seed)
+        worth = Environment(judge, target, environment.sampling(), self.responses, self.seed, world.refusals)
         check_target_room(frozen, todo, environment.answer_tokens)
         options = environment.chat_options()
         rho = Prompter.from_pretrained(prompter, template=self.template, chat_template_kwargs=options)

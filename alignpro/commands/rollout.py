@@ -143,6 +143,7 @@ class Rollout(TemplateOption, RunOptions):
                 open_prompter,
                 open_policy,
                 environment.batch_size,
+                world.refusals,
             )
             who = {
                 "none": "none",
@@ -289,7 +290,8 @@ def page(result: "RolloutSummary", record: Json) -> Page:
     texts = []
     for row in result.texts:
         rewrite = row.rewrite if row.rewrite and row.arm != "none" else "–"
-        texts.append((row.x, row.arm, rewrite, row.response, number(row.reward)))
+        answer = "(refused)" if row.response is None else row.response
+        texts.append((row.x, row.arm, rewrite, answer, number(row.reward)))
     told = len({row.prompt_id for row in result.texts})
     made.add(
         "Texts",

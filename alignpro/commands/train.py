@@ -99,7 +99,7 @@ class Train(PrompterOptions, ReportedRun):
             chat_template_kwargs=environment.chat_options(),
             merged=True,
         )
-        worth = Environment(judge, target, answers, settings.responses, settings.seed)
+        worth = Environment(judge, target, answers, settings.responses, settings.seed, world.refusals)
         how: dict[str, Any] = {"resume": self.resume, "report_to": self.report_to, "facts": facts}
         result = train(base, worth, prompts, settings, folder, **how)
         if target is not None:

@@ -3,7 +3,7 @@
 import gc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +18,7 @@ from alignpro.llm.models.policy import log_probs, sample_and_score, sample_key
 from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.policies.prompter import Prompter
 from alignpro.llm.rewards.reward import Reward
+from alignpro.llm.rewards.scores import Refusals
 from alignpro.llm.targets.target import Target
 from alignpro.llm.training.environment import Environment
 
@@ -90,6 +91,8 @@ class Work:
     open_policy: Callable[[str], tuple[Target, Scorer]]
     """Opens an rlhf policy by its folder: the policy behind a cache, and its scorer."""
     batch_size: int = 64
+    refusals: Refusals = field(default_factory=Refusals)
+    """Reward of refused answers, and their count."""
 
     def __post_init__(self) -> None:
         self.prompter = _keeping_last(self._trained)
@@ -183,7 +186,13 @@ def _resampled(weigh: Callable[..., Array]) -> Callable[..., list[list[Draw]]]:
         settings, reference = work.settings, work.reference
         rows = _sample(work, reference, prompts, "proposals", arm.seed, settings.proposals)
         texts = [[_text(reference, x, ids) for ids, _ in row] for x, row in zip(prompts, rows, strict=True)]
-        environment = Environment(work.reward, work.target, work.sampling, seed=stream("proposals", arm.seed))
+        environment = Environment(
+            work.reward,
+            work.target,
+            work.sampling,
+            seed=stream("proposals", arm.seed),
+            refusals=work.refusals,
+        )
         found = appraise(environment, prompts, texts, responses=settings.proposal_answers)
         out = []
         for p, row in zip(found, rows, strict=True):

@@ -18,6 +18,7 @@ from alignpro.errors import AlignProError
 from alignpro.estimation.intervals import LEAST_PROMPTS, bootstrap_t
 from alignpro.files import write_text
 from alignpro.llm.models.sampling import digest, is_int
+from alignpro.llm.rewards.scores import judged
 
 if TYPE_CHECKING:
     from alignpro.llm.policies.prompter import Prompter
@@ -123,12 +124,12 @@ def answers(environment: "Environment", prompts: Sequence[str], n: int) -> list[
         raise AlignProError("environment: has no target; give the frozen model that answers")
     rows = environment.target.respond(list(prompts), environment.sampling, samples=n, seed=environment.seed)
     texts = [[answer.text for answer in row] for row in rows]
-    judged = replace(environment, target=None).score(
-        [x for x in prompts for _ in range(n)], [y for row in texts for y in row], [0] * (n * len(texts))
-    )
+    flat = [answer for row in rows for answer in row]
+    xs = [x for x in prompts for _ in range(n)]
+    scores_ = judged(environment.reward, xs, flat, environment.refusals).total
     return [
         Proposals(x, tuple(row), tuple(scores), calls=n)
-        for x, row, scores in zip(prompts, texts, judged.reshape(-1, n), strict=True)
+        for x, row, scores in zip(prompts, texts, scores_.reshape(-1, n), strict=True)
     ]
 
 

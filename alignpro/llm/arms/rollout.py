@@ -27,8 +27,9 @@ from alignpro.files import atomic_write, read_json, read_json_lines, writable_fo
 from alignpro.llm.arms.draws import Arm, Array, Work, arms_of, draws_of, stream
 from alignpro.llm.arms.resample import Mean
 from alignpro.llm.arms.settings import RolloutSettings
+from alignpro.llm.models.prompt import columns_of, context_of, said_in
 from alignpro.llm.models.sampling import Sampling, digest
-from alignpro.llm.rewards.reward import check_scores
+from alignpro.llm.rewards.scores import judged, ranges_of
 from alignpro.llm.targets.target import Answer
 from alignpro.rollouts import Rollout
 from alignpro.runs import refuse_other_settings
@@ -64,7 +65,7 @@ def block_rows(
     flat = [(x, d, draw) for x, row in zip(prompts, draws, strict=True) for d, draw in enumerate(row)]
     # Something, even where the rewrite is empty: as in training.
     said = [x if draw.rewrite is None else draw.rewrite for x, _, draw in flat]
-    asked = [text if text.strip() else " " for text in said]
+    asked = [said_in(x, text if text.strip() else " ") for (x, _, _), text in zip(flat, said, strict=True)]
     first, seed = [d * n for _, d, _ in flat], stream("answers", arm.seed)
     answered = target.respond(
         asked, work.sampling, first=first, samples=n, seed=seed, on_answer=lambda *_: on_answer()
@@ -72,28 +73,28 @@ def block_rows(
     answers = [answer for row in answered for answer in row]
     xs = [x for x, _, _ in flat for _ in range(n)]
     rewrites = [text for text in asked for _ in range(n)]
-    texts = [answer.text for answer in answers]
-    low, high = work.reward.low, work.reward.high
-    rewards = check_scores(xs, texts, work.reward.score(xs, texts), low, high)
-    of_x, of_rewrite = _frozen_scores(work, xs, rewrites, answers, rlhf)
-    of_policy = policy_scorer(xs, answers, work.sampling, drawn=True) if policy_scorer else None
+    low, high, ranges = work.reward.low, work.reward.high, ranges_of(work.reward)
+    found = judged(work.reward, xs, answers, work.refusals)
+    plain = [said_in(x, x) for x in xs]
+    of_x, of_rewrite = _frozen_scores(work, plain, rewrites, answers, rlhf)
+    of_policy = policy_scorer(plain, answers, work.sampling, drawn=True) if policy_scorer else None
 
     def at(values: Array | None, i: int) -> float | None:
         return None if values is None else float(values[i])
 
     out = []
-    for i, (answer, reward) in enumerate(zip(answers, rewards, strict=True)):
+    for i, (answer, reward) in enumerate(zip(answers, found.total, strict=True)):
         x, d, draw = flat[i // n]
         out.append(
             Rollout(
                 prompt_id=prompt_id(x),
-                x=x,
+                x=str(x),
                 arm=arm.name,
                 seed=arm.seed,
                 draw=d,
                 answer=i % n,
                 rewrite=draw.rewrite,
-                response=answer.text,
+                response=None if answer.finish == "refused" else answer.text,
                 reward=float(reward),
                 logp_frozen_x=at(of_x, i),
                 logp_frozen_rewrite=at(of_rewrite, i),
@@ -102,6 +103,10 @@ def block_rows(
                 logp_policy=at(of_policy, i),
                 reward_low=float(low),
                 reward_high=float(high),
+                context=list(context_of(x)) or None,
+                columns=columns_of(x) or None,
+                reward_parts={name: [float(v[i]), *ranges[name]] for name, v in found.parts.items()} or None,
+                reward_spread=at(found.spread, i),
                 **parties,
             )
         )

@@ -13,11 +13,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from alignpro.errors import AlignProError
+from alignpro.llm.models.prompt import Message
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Message = dict[str, str]
 Ids = tuple[int, ...]
 
 DATE = date(2024, 7, 26)

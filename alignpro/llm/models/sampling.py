@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignpro.errors import AlignProError
+from alignpro.llm.models.prompt import Prompt, as_json
 
 
 def is_int(value: Any) -> bool:
@@ -53,8 +54,9 @@ EVALUATION = Sampling(temperature=1.5, top_p=0.6, top_k=20)
 
 
 def digest(*parts: Any) -> bytes:
-    """SHA-256 of JSON values; parts cannot run into each other."""
-    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).digest()
+    """SHA-256 of JSON values, and of prompts with what comes with them; parts cannot run into each other."""
+    values = [as_json(part) if isinstance(part, Prompt) else part for part in parts]
+    return hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).digest()
 
 
 def stream_key(seed: int, sampling: Sampling, prompt: str, index: int) -> int:

@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json, write_text
 from alignpro.llm.models import adapters, catalogue, load
-from alignpro.llm.models.chat import Message, Said, chat_of
+from alignpro.llm.models.chat import Said, chat_of
 from alignpro.llm.models.forward import room
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.models.policy import log_probs, sample_and_score, sample_key
+from alignpro.llm.models.prompt import Message, messages_of
 from alignpro.llm.models.sampling import Sampling
 
 PROMPTER_FILE = "prompter.json"
@@ -293,8 +294,8 @@ class Prompter:
 
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ...]:
-    """Token ids of `prompt` as the user's turn of the frozen model's chat."""
-    return chat_of(tokenizer).ids([{"role": "user", "content": prompt}])
+    """Token ids of `prompt` as the user's turn of the frozen model's chat, after the turns before it."""
+    return chat_of(tokenizer).ids(messages_of(prompt))
 
 
 def check_room(

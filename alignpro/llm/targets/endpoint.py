@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from alignpro.errors import AlignProError
+from alignpro.llm.models.prompt import messages_of
 from alignpro.llm.models.sampling import Sampling, digest, is_int, stream_key
 from alignpro.llm.targets import http
 from alignpro.llm.targets.settings import EndpointSettings, Secret, check_address, read_key
@@ -150,7 +151,7 @@ class Endpoint(http.Counted):
                 **DIALECTS[self.dialect](sampling),
                 **self.extra_body,
                 "model": self.name,
-                "messages": [{"role": "user", "content": prompt}],
+                "messages": messages_of(prompt),
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "max_tokens": sampling.max_tokens,

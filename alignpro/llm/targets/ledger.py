@@ -15,6 +15,7 @@ from typing import Any
 from alignpro.errors import AlignProError
 from alignpro.files import writable_folder
 from alignpro.llm.models import packages
+from alignpro.llm.models.prompt import as_json
 from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.targets.settings import is_number
 from alignpro.llm.targets.store import FILE, OLD_FILE, Store, owner_of
@@ -228,7 +229,7 @@ class Cached:
                     "revision": revision,
                     "sampling": asdict(sampling),
                     "seed": int(seed),
-                    "prompt": prompts[position],
+                    "prompt": as_json(prompts[position]),
                     "sample": int(index),
                     "answer": asdict(answer),
                     "calls": spent.calls,

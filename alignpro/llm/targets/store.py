@@ -257,7 +257,7 @@ def read_line(row: Mapping[str, Any]) -> tuple[str, dict[str, Any], Any]:
     answer = None
     if "answer" in row:
         answer = Answer(**row["answer"])
-        if not isinstance(answer.text, str) or answer.finish not in ("stop", "length"):
+        if not isinstance(answer.text, str) or answer.finish not in ("stop", "length", "refused"):
             raise ValueError
         spent |= {"answers": 1, "prompt_tokens": answer.prompt_tokens, "tokens": answer.tokens}
         spent["thoughts"] = int(answer.thought)

@@ -18,8 +18,9 @@ class Answer:
     """One y. Its fields are JSON values."""
 
     text: str
-    finish: Literal["stop", "length"]
-    """Why the text ends: `stop` at the end token, `length` when cut off at `max_tokens`."""
+    finish: Literal["stop", "length", "refused"]
+    """Why the text ends: `stop` at the end token, `length` when cut off at `max_tokens`. `refused`: the
+    service would give no answer, and `text` says why (`alignpro.llm.rewards.scores` has what it is worth)."""
     prompt_tokens: int
     tokens: int
     """Tokens generated, the end token included where the backend counts it."""

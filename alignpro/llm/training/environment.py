@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from alignpro.llm.models.prompt import said_in
 from alignpro.llm.models.sampling import Sampling
-from alignpro.llm.rewards.reward import Reward, check_scores
+from alignpro.llm.rewards.reward import Reward
+from alignpro.llm.rewards.scores import Refusals, Scores, judged, scored
 from alignpro.llm.targets.target import Target
 
 
@@ -22,15 +24,18 @@ class Environment:
     """Answers to each rewrite."""
     seed: int = 0
     """Determines the samples of π_F."""
+    refusals: Refusals = field(default_factory=Refusals)
+    """Reward of refused answers, and their count over this object's life and that of its copies."""
 
-    def score(self, prompts: Sequence[str], actions: Sequence[str], draws: Sequence[int]) -> np.ndarray:
-        """[n] mean rewards of actions as rewrites of (or answers to) the prompts.
+    def scores(self, prompts: Sequence[str], actions: Sequence[str], draws: Sequence[int]) -> Scores:
+        """Mean rewards of actions as rewrites of (or answers to) the prompts, [n], with their parts.
 
         `draws` says which draw of π_F each action gets: equal draws of equal rewrites are the same answers.
         """
         if self.target is None:
-            return self._checked(prompts, actions)
-        asked = [action if action.strip() else " " for action in actions]  # something, even where it is empty
+            return scored(self.reward, prompts, actions)
+        # Something is asked, even where the rewrite is empty.
+        asked = [said_in(x, a if a.strip() else " ") for x, a in zip(prompts, actions, strict=True)]
         answers = self.target.respond(
             asked,
             self.sampling,
@@ -38,10 +43,10 @@ class Environment:
             samples=self.responses,
             seed=self.seed,
         )
-        texts = [answer.text for row in answers for answer in row]
-        scores = self._checked([x for x in prompts for _ in range(self.responses)], texts)
-        return scores.reshape(len(prompts), self.responses).mean(1)
+        flat = [answer for row in answers for answer in row]
+        found = judged(self.reward, [x for x in prompts for _ in range(self.responses)], flat, self.refusals)
+        return found.each(lambda values: values.reshape(len(prompts), self.responses).mean(1))
 
-    def _checked(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-        scores = self.reward.score(prompts, responses)
-        return check_scores(prompts, responses, scores, self.reward.low, self.reward.high)
+    def score(self, prompts: Sequence[str], actions: Sequence[str], draws: Sequence[int]) -> np.ndarray:
+        """[n] mean rewards; see `scores`."""
+        return self.scores(prompts, actions, draws).total

@@ -24,6 +24,7 @@ from alignpro.llm.models.chat import Said, chat_of
 from alignpro.llm.models.forward import how_of, unwrap
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.models.policy import log_probs, sample_and_score, sample_key
+from alignpro.llm.models.prompt import as_json, from_json
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.policies.prompter import Prompter, Template, check_room, target_ids
 from alignpro.llm.training.algorithms import configured, trainer_on
@@ -75,7 +76,7 @@ class OpenRollouts(Rollouts):
 
     def tokens_of(self, prompts: Sequence[str]) -> list[list[int]]:
         tokenizer = self.processing_class  # type: ignore[attr-defined]
-        ids = {x: list(self._task.prompt_ids(tokenizer, x)) for x in dict.fromkeys(prompts)}
+        ids = {x: list(self._task.prompt_ids(tokenizer, _prompt(x))) for x in dict.fromkeys(prompts)}
         return [ids[x] for x in prompts]
 
     def draw(self, prompt_ids: list[list[int]]) -> list[list[int]]:
@@ -207,6 +208,7 @@ def train(
     check_room(prompter.model, prompts, ids, settings.max_tokens, f"prompter {prompter.base or 'model'!r}")
 
     def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        prompts = [_prompt(row) for row in prompts]
         pairs = zip(prompts, completion_ids, strict=True)
         said = [task.said(tokenizer, x, tuple(ids)) for x, ids in pairs]
         thoughts = [each.thought for each in said]
@@ -214,7 +216,14 @@ def train(
             trainer.note("thought_share", torch.tensor(np.mean(thoughts), device=trainer.accelerator.device))
         step = trainer.state.global_step
         draws = [step * settings.samples + place for place in trainer.places(len(prompts))]
-        return [float(value) for value in environment.score(prompts, [each.text for each in said], draws)]
+        found = environment.scores(prompts, [each.text for each in said], draws)
+        noted = {f"reward/{name}": values for name, values in found.parts.items()}
+        noted |= {} if found.spread is None else {"reward_spread": found.spread}
+        if environment.refusals.refused:
+            noted["refused_share"] = np.array(environment.refusals.refused / environment.refusals.asked)
+        for name, values in noted.items():
+            trainer.note(name, torch.tensor(values.mean(), device=trainer.accelerator.device))
+        return found.total.tolist()
 
     with quiet():
         config = configured(settings, out, prompter.model, report_to)
@@ -230,7 +239,15 @@ def train(
         metrics = _Rounds(out / METRICS_FILE, settings, progress)
         how: dict[str, Any] = {"task": task, "draws_seed": settings.seed}
         trainer = trainer_on(
-            OpenRollouts, settings, config, prompter.model, tokenizer, reward, rows, metrics, **how
+            OpenRollouts,
+            settings,
+            config,
+            prompter.model,
+            tokenizer,
+            reward,
+            list(map(_row, rows)),
+            metrics,
+            **how,
         )
         _refuse_sharded(trainer.accelerator)
         trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
@@ -243,6 +260,21 @@ def train(
         if trainer.args.should_save:
             trained.save(out / PROMPTER_FOLDER)
     return TrainedPrompter(out, record, metrics.lines, trained)
+
+
+_OBJECT = "\ufdd0"
+"""Begins the row of a prompt with more than its text: no character, so that no other prompt begins so."""
+
+
+def _row(x: str) -> str:
+    """The prompt as the trainer's data set holds it, which knows plain strings only."""
+    value = as_json(x)
+    return value if isinstance(value, str) else _OBJECT + json.dumps(value)
+
+
+def _prompt(row: str) -> str:
+    """The prompt that `_row` wrote."""
+    return from_json(json.loads(row[1:])) if row.startswith(_OBJECT) else row
 
 
 def _refuse_sharded(accelerator: Any) -> None:

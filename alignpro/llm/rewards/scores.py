@@ -1,0 +1,116 @@
+"""Scores of answers with the parts they consist of, and what stands for an answer that a service refused."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from alignpro.errors import AlignProError
+from alignpro.llm.rewards.reward import Array, Reward, check_scores
+from alignpro.llm.targets.target import Answer
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of n samples. A reward with parts returns them from a method `scores` with `score`'s arguments,
+    and has their declared ranges, (low, high) by name, in an attribute `ranges`."""
+
+    total: Array
+    """Reward of each sample, [n] float64."""
+    parts: Mapping[str, Array] = field(default_factory=dict)
+    """Contributions to the total by name, each [n], which add up to it; none of a plain reward."""
+    spread: Array | None = None
+    """Standard deviation between the members of an ensemble, [n], in reward units; None without one."""
+
+    def each(self, change: Callable[[Array], Array]) -> "Scores":
+        """The scores with every array changed alike."""
+        parts = {name: change(values) for name, values in self.parts.items()}
+        return Scores(change(self.total), parts, None if self.spread is None else change(self.spread))
+
+
+def ranges_of(reward: Reward) -> dict[str, tuple[float, float]]:
+    """The declared range of each part of a reward by name; they add up to its own. None of a plain reward."""
+    return dict(getattr(reward, "ranges", {}))
+
+
+def scored(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> Scores:
+    """Score each response to its prompt, with the reward's parts.
+
+    Raises:
+        AlignProError: a score is no finite number in the reward's range (`check_scores`).
+    """
+    with_parts = getattr(reward, "scores", None)
+    found = Scores(reward.score(prompts, responses)) if with_parts is None else with_parts(prompts, responses)
+    return replace(found, total=check_scores(prompts, responses, found.total, reward.low, reward.high))
+
+
+@dataclass
+class Refusals:
+    """Answers that a service would not give, counted; what they are worth, and how many are too many."""
+
+    reward: float | None = None
+    """Reward of a refused answer, in the reward's range. None: its lower end."""
+    most: float = 0.2
+    """Share of refused answers beyond which `count` raises: above chance, by three standard deviations."""
+    asked: int = 0
+    refused: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.most <= 1:
+            raise AlignProError(f"refused_most {self.most}: give a share from 0 to 1")
+        if self.reward is not None and not math.isfinite(self.reward):
+            raise AlignProError(f"refused_reward {self.reward}: give a finite number in the reward's range")
+
+    def worth(self, reward: Reward) -> float:
+        """The reward of a refused answer. Raises AlignProError where it is outside the reward's range."""
+        value = reward.low if self.reward is None else self.reward
+        if not reward.low <= value <= reward.high:
+            raise AlignProError(
+                f"refused_reward {value:g}: is outside the reward's range [{reward.low:g}, {reward.high:g}]"
+            )
+        return value
+
+    def count(self, answers: Sequence[Answer]) -> None:
+        """Count answers, and raise AlignProError where too many of all so far were refused."""
+        refused = [answer for answer in answers if answer.finish == "refused"]
+        self.asked += len(answers)
+        self.refused += len(refused)
+        chance = 3 * math.sqrt(self.most * (1 - self.most) * self.asked)
+        if refused and self.refused > self.most * self.asked + chance:
+            raise AlignProError(
+                f"refused_most {self.most:g}: {self.refused} of {self.asked} answers were refused, the last "
+                f"with {refused[-1].text[:120]!r}; choose other prompts or another model, or raise it"
+            )
+
+
+def judged(
+    reward: Reward, prompts: Sequence[str], answers: Sequence[Answer], refusals: Refusals | None = None
+) -> Scores:
+    """Score each answer to its prompt; a refused one is worth what `refusals` says, and is not scored.
+
+    Args:
+        refusals: counts the answers; without it a refused one is worth the lower end of the range.
+    """
+    refusals = refusals or Refusals(most=1.0)
+    refusals.count(answers)
+    worth, n = refusals.worth(reward), len(answers)
+    given = [i for i, answer in enumerate(answers) if answer.finish != "refused"]
+    found = scored(reward, [prompts[i] for i in given], [answers[i].text for i in given])
+    if len(given) == n:
+        return found
+
+    def filled(values: Array, missing: float) -> Array:
+        out = np.full(n, missing)
+        out[given] = values
+        return out
+
+    share = (worth - reward.low) / (reward.high - reward.low)
+    ends = ranges_of(reward)
+    # A refused answer's parts lie where it lies in the whole range, so that they add up.
+    parts = {
+        name: filled(values, ends[name][0] + share * (ends[name][1] - ends[name][0]))
+        for name, values in found.parts.items()
+    }
+    spread = None if found.spread is None else filled(found.spread, 0.0)
+    return Scores(filled(found.total, worth), parts, spread)
