@@ -41,7 +41,9 @@ def _no_proxy(monkeypatch):
 
 
 def endpoint(model, url, **options) -> Endpoint:
-    own = {name: options.pop(name) for name in ("extra_body", "weights") if name in options}
+    own = {name: options.pop(name) for name in ("weights", "role") if name in options}
+    if "extra_body" in options:
+        options["extra_body"] = json.dumps(options["extra_body"])
     return Endpoint(url, EndpointSettings(model, **options), **own)
 
 
