@@ -257,24 +257,6 @@ FINAL = {
     404: (raw({"error": "no such model"}, 404), "check base_url"),
     422: (raw({"detail": "top_k"}, 422), "dialect"),
     "quota": (raw({"error": {"text": "x" * 500, "code": "insufficient_quota"}}, 429), "top up"),
-    "filtered": (
-        raw(
-            {
-                "choices": [{"message": {"content": "x"}, "finish_reason": "content_filter"}],
-                "usage": {"prompt_tokens": 1, "completion_tokens": 1},
-            }
-        ),
-        'finish_reason is "content_filter"',
-    ),
-    "all thought": (
-        raw(
-            {
-                "choices": [{"message": {"content": None}, "finish_reason": "length"}],
-                "usage": {"prompt_tokens": 1, "completion_tokens": 1},
-            }
-        ),
-        "content is null.*more max_tokens",
-    ),
 }
 
 

@@ -64,8 +64,8 @@ class Call(Generic[T]):
     known: Callable[[], T | None] = lambda: None
     """Gives the value where another process has it by now: then nothing is sent."""
     settle: Callable[[Complaint], tuple[T, int] | Instead | None] = lambda _: None
-    """What becomes of it where the server will not serve it: a value and its tokens, other calls, or None for
-    an error that ends the run."""
+    """Settles a call that the server will not serve: by a value and its tokens, by other calls, or, where it
+    gives None, by an error that ends the run."""
 
 
 class GiveUp(Exception):
@@ -361,7 +361,7 @@ class _Run(Generic[J]):
     def _failed(
         self, call: Call[T], status: int, body: bytes, headers: Mapping[str, str]
     ) -> tuple[T, int] | Instead | Problem:
-        """What becomes of a call whose response is an error; status 200 is one that names none."""
+        """Settle a call whose response is an error; status 200 is one that names none."""
         to = self.transport
         key_env, most = to.settings.key_env, to.settings.max_wait_s
         said = self.secret.said(body.decode(errors="replace"))

@@ -109,7 +109,7 @@ class EndpointSettings:
         return digest(self.extra, *sorted(self.omit)).hex()[:12] if changes else ""
 
     def record(self, role: str) -> dict[str, Any]:
-        """What changes requests here, for a run's record; nothing where nothing does."""
+        """Name the changes to requests for a run's record; nothing where there are none."""
         changes = {"omit": list(self.omit), "extra_body": self.extra}
         return {f"{role}_{name}": value for name, value in changes.items() if value}
 
