@@ -16,7 +16,7 @@ from alignpro.theory.bounds import theorem1
 from alignpro.theory.families import FAMILIES, draw, random_prompters, take
 from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance
-from alignpro.theory.results import cost, derivatives, reach, readings
+from alignpro.theory.results import cost, reach, readings
 from alignpro.theory.solution import solution
 
 compiled, compiled_tilt = jax.jit(solution), jax.jit(tilt)
@@ -788,9 +788,9 @@ def everything(instance, beta, lam):
         cost.best_of_n_rewrites(instance, 4),
         cost.best_of_n(jnp.asarray(instance.frozen)[instance.own], instance.reward, 4),
         cost.kl_price(instance, beta, jnp.asarray(instance.prior)),
-        derivatives.sensitivity(instance, beta, lam),
-        derivatives.headroom(instance, lam),
-        derivatives.variance_split(instance, jnp.asarray(instance.prior)),
+        readings.sensitivity(instance, beta, lam),
+        readings.headroom(instance, lam),
+        readings.variance_split(instance, jnp.asarray(instance.prior)),
         readings.limit_readings(instance, beta, lam),
         readings.critical_lam(instance, beta),
         readings.critical_beta(instance, lam, per_prompt=True),
