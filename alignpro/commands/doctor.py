@@ -95,7 +95,7 @@ def _devices() -> dict[str, Any]:
 
 def examine() -> dict[str, Any]:
     """Everything, as JSON values."""
-    from alignpro.llm.models import packages, registry
+    from alignpro.llm.models import catalogue, packages
 
     folder = packages.cache_folder()
     there = next(path for path in (folder, *folder.parents) if path.exists())
@@ -116,7 +116,7 @@ def examine() -> dict[str, Any]:
                     "cached": packages.cached(name),
                     "from": "npm" if package.kind == "npm" else "the Python package index",
                 }
-                for name, package in registry.PACKAGES.items()
+                for name, package in catalogue.PACKAGES.items()
             ],
         },
         "programs": {"npm": shutil.which("npm") is not None},

@@ -16,8 +16,8 @@ import pytest
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models import packages
+from alignpro.llm.models.catalogue import PACKAGES, Package
 from alignpro.llm.models.packages import MANIFEST
-from alignpro.llm.models.registry import PACKAGES, Package
 
 
 @pytest.fixture

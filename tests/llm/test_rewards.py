@@ -289,9 +289,9 @@ def test_the_key_of_the_head_follows_its_code_and_data(monkeypatch):
                 )
                 assert (minilm.cache_key(config) == key) == same, name
     monkeypatch.setitem(
-        minilm.registry.PACKAGES,
+        minilm.catalogue.PACKAGES,
         "minilm",
-        dataclasses.replace(minilm.registry.PACKAGES["minilm"], sha256="0" * 64),
+        dataclasses.replace(minilm.catalogue.PACKAGES["minilm"], sha256="0" * 64),
     )
     assert minilm.cache_key(config) != key
 
@@ -477,7 +477,7 @@ class TestTrainedReward:
         other = dataclasses.replace(SMALL, seed=1)
         assert minilm.constructed_pairs(SMALL) != minilm.constructed_pairs(other)
         # They fetch, check and describe, and have no part in the head.
-        others = {f"alignpro.llm.models.{name}" for name in ("packages", "registry", "libraries")}
+        others = {f"alignpro.llm.models.{name}" for name in ("packages", "catalogue", "libraries")}
         others |= {"alignpro.files", "alignpro.llm.rewards.reward", "alignpro.llm.targets.target"}
         others |= {"alignpro.estimation.winrate"}
 

@@ -2,7 +2,7 @@
 
 An attention model reads a whole forest of them as one row, under masks that show each token its ancestors,
 and in a layer with a window the nearest of them. Recurrent and convolutional layers have no such mask, and
-are read sequence by sequence. `check.check_model` finds out which (`How`), and records it on the model.
+are read sequence by sequence. `configure.check_model` finds out which (`How`), and records it on the model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +46,7 @@ def unwrap(model: Any) -> Any:
 
 
 def how_of(model: Any) -> How:
-    """The way found by `check.check_model`; refuses a model that was never checked."""
+    """The way found by `configure.check_model`; refuses a model that was never checked."""
     found = getattr(unwrap(model), _HOW, None)
     if found is None:
         raise AlignProError(

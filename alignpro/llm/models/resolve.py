@@ -9,8 +9,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models import packages, registry
-from alignpro.llm.models.catalogue import MODELS, check_name, checked_folder
+from alignpro.llm.models import packages
+from alignpro.llm.models.catalogue import MODELS, PACKAGES, check_name, checked_folder
 from alignpro.llm.models.configure import configure_model
 from alignpro.llm.models.libraries import one_line, quiet
 
@@ -140,7 +140,7 @@ def resolve(model: str | Path) -> Path:
     check_name(model)
     if str(model) in MODELS:
         shipped = MODELS[str(model)]
-        archive = registry.PACKAGES[shipped.package].sha256
+        archive = PACKAGES[shipped.package].sha256
         folder = converted_folder(str(model), archive)
         if _ready(folder):
             return folder

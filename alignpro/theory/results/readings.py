@@ -20,9 +20,9 @@ from alignpro.theory.results.rewards import (
     as_temperature,
     extremes,
     rewards_of,
+    root_of,
     variance,
 )
-from alignpro.theory.results.solvers import root_of
 
 
 class Sensitivity(NamedTuple):
