@@ -22,7 +22,7 @@ from alignpro.files import write_json
 from alignpro.llm.arms.settings import EnumerationSettings
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import how_of
-from alignpro.llm.models.policy import end_tokens
+from alignpro.llm.models.policy import end_tokens, left_padded
 from alignpro.llm.policies.prompter import Template, check_room, target_ids
 from alignpro.llm.policies.tree import PrefixTree, TreeTask, leaf_probabilities
 from alignpro.llm.rewards.reward import Reward, check_scores
@@ -62,20 +62,15 @@ def sample(
             if not how_of(model).padded:
                 rows = [i for i in rows if len(prompts[i]) == len(prompts[rows[0]])]
             order = order[len(rows) :]
-            width = max(len(prompts[i]) for i in rows)
-            ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-            mask = torch.zeros_like(ids)
-            for b, i in enumerate(rows):
-                ids[b, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[b, width - len(prompts[i]) :] = 1
+            ids, mask = left_padded([prompts[i] for i in rows], tokenizer.pad_token_id, model.device)
             done = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
+                input_ids=ids,
+                attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 do_sample=True,
                 temperature=temperature,
             )
-            for i, row in zip(rows, done[:, width:].tolist(), strict=True):
+            for i, row in zip(rows, done[:, ids.shape[1] :].tolist(), strict=True):
                 end = next((t for t, token in enumerate(row) if token in stop), len(row) - 1)
                 out[i] = tuple(row[: end + 1])
             progress(len(rows))

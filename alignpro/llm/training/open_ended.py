@@ -6,7 +6,6 @@ action the answer y, and λ plays β.
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, write_json
 from alignpro.llm.models.chat import Said, chat_of
 from alignpro.llm.models.forward import how_of, unwrap
 from alignpro.llm.models.libraries import quiet
@@ -30,16 +28,15 @@ from alignpro.llm.training.algorithms import configured, trainer_on
 from alignpro.llm.training.checkpoints import (
     METRICS_FILE,
     PROMPTER_FOLDER,
-    SETTINGS_FILE,
     Line,
     Metrics,
     Trained,
+    begin,
     last_checkpoint,
 )
 from alignpro.llm.training.environment import Environment
 from alignpro.llm.training.settings import TrainSettings, check_reporters
 from alignpro.llm.training.trl_adapter import Party, Rollouts
-from alignpro.runs import refuse_other_settings
 
 
 @dataclass(frozen=True)
@@ -223,10 +220,7 @@ def train(
         record = {"settings": asdict(settings), "prompts": len(prompts)}
         record |= {"chat": chat_of(tokenizer).describe(), "read": how_of(prompter.model).describe(), **facts}
         record = json.loads(json.dumps(record))
-        if resume and (out / SETTINGS_FILE).exists():
-            refuse_other_settings(out, read_json(out / SETTINGS_FILE), record)
-        if int(os.environ.get("RANK", "0")) == 0:
-            write_json(out / SETTINGS_FILE, record)
+        begin(out, record, resume)
         metrics = _Rounds(out / METRICS_FILE, settings, progress)
         how: dict[str, Any] = {"task": task, "draws_seed": settings.seed}
         trainer = trainer_on(
