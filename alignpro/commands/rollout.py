@@ -82,7 +82,7 @@ class Rollout(TemplateOption, RunOptions):
         world = World(environment)
         xs = user_prompts(self.source, reference, self.source.split, self.source.prompts)
 
-        weights = {name: rollout.sha256(_weights(home)) for name, home in homes.items()}
+        weights = {name: packages.sha256(_weights(home))[:12] for name, home in homes.items()}
         reward = world.reward_name
         record = {
             "prompts": hashlib.sha256(json.dumps(xs).encode()).hexdigest()[:16],

@@ -30,8 +30,7 @@ from alignpro.theory.families import FAMILIES, draw, random_prompters
 from alignpro.theory.instance import Instance
 from alignpro.theory.proof import balls as module_balls
 from alignpro.theory.proof.balls import Ball, Undecided
-from alignpro.theory.proof.certify import EXAMINED, Case, Doubtful, certify, certify_many
-from alignpro.theory.proof.solution import solution_balls
+from alignpro.theory.proof.certify import EXAMINED, Case, Doubtful, certify, certify_many, solution_balls
 from alignpro.theory.solution import Solution, solution
 
 compiled = jax.jit(solution)
