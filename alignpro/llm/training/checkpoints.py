@@ -156,9 +156,7 @@ class Metrics(TrainerCallback):
         if state.is_world_process_zero and state.global_step and self.path.exists():
             self.lines = [line for line in read_json_lines(self.path) if line["step"] <= state.global_step]
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Line | None = None, **_: Any) -> None:
         if state.is_world_process_zero and "loss" in (logs or {}):
             self.add({"step": state.global_step, **self.kept(logs or {})})
 
@@ -182,9 +180,7 @@ class PairMetrics(Metrics):
     def kept(self, logs: Line) -> Line:
         return {name: logs[name] for name in self.names if name in logs}
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **named: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Line | None = None, **named: Any) -> None:
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
             raise AlignProError(

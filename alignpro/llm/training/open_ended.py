@@ -36,7 +36,7 @@ from alignpro.llm.training.checkpoints import (
 )
 from alignpro.llm.training.environment import Environment
 from alignpro.llm.training.settings import TrainSettings, check_reporters
-from alignpro.llm.training.trl_adapter import Party, Rollouts
+from alignpro.llm.training.trl_adapter import Party, Rollouts, Rows
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class OpenRollouts(Rollouts):
         super().__init__(*positional, **named)
         self.rescored = self.use_vllm or unwrap(self.model).dtype != torch.float32
 
-    def tokens_of(self, prompts: Sequence[str]) -> list[list[int]]:
+    def tokens_of(self, prompts: Sequence[str]) -> Rows:
         tokenizer = self.processing_class  # type: ignore[attr-defined]
         ids = {x: list(self._task.prompt_ids(tokenizer, x)) for x in dict.fromkeys(prompts)}
         return [ids[x] for x in prompts]
 
-    def draw(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+    def draw(self, prompt_ids: Rows) -> Rows:
         said = self.draw_by_vllm(prompt_ids) if self.use_vllm else self._sample(prompt_ids)
         if self.rescored:
             sampled = self._drawn
@@ -89,7 +89,7 @@ class OpenRollouts(Rollouts):
                 self.note("sampler_mismatch", torch.tensor(np.mean(off), device=values.device))
         return said
 
-    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+    def _sample(self, prompt_ids: Rows) -> Rows:
         step, args = self.state.global_step, self.args
         places = self.places(len(prompt_ids))
         rows: dict[tuple[int, ...], list[int]] = {}
@@ -112,9 +112,7 @@ class OpenRollouts(Rollouts):
                 out[i], self._drawn[i] = ids, values
         return out
 
-    def score(
-        self, party: Party, model: Any, prompts: list[list[int]], said: list[list[int]], steps: int
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, party: Party, model: Any, prompts: Rows, said: Rows, steps: int) -> tuple[Tensor, Tensor]:
         if party == "behaviour":
             kept = torch.zeros(len(self._drawn), steps, device=self.accelerator.device)
             for i, values in enumerate(self._drawn):

@@ -153,9 +153,7 @@ def train_reward(
     return TrainedReward(out, record, metrics.lines, reward)
 
 
-def split_pairs(
-    pairs: Sequence[PreferencePair],
-) -> dict[Split, list[PreferencePair]]:
+def split_pairs(pairs: Sequence[PreferencePair]) -> dict[Split, list[PreferencePair]]:
     """The pairs of each split; refuses a prompt in two, and an empty `train` or `test`."""
     home: dict[str, str] = {}
     for pair in pairs:

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.policies.tree import TreeScores, TreeTask, tree_scores, tree_states
 from alignpro.llm.training.algorithms import configured, trainer_on
-from alignpro.llm.training.checkpoints import Metrics, Trained, begin, last_checkpoint
+from alignpro.llm.training.checkpoints import Line, Metrics, Trained, begin, last_checkpoint
 from alignpro.llm.training.settings import TrainSettings, TreeSettings
-from alignpro.llm.training.trl_adapter import Party, Rollouts, parts_of
+from alignpro.llm.training.trl_adapter import Party, Rollouts, Rows, parts_of
 
 CURVE_FILE = "curve.jsonl"
 
@@ -59,11 +59,11 @@ class TreeRollouts(Rollouts):
         scores = self._tree_scores("behaviour", self.model, range(len(self.task.prompts)))
         return [s.probabilities() for s in scores.values()]
 
-    def tokens_of(self, prompts: Sequence[str]) -> list[list[int]]:
+    def tokens_of(self, prompts: Sequence[str]) -> Rows:
         return [list(self.task.prompt_ids[self._row[p]]) for p in prompts]
 
     @torch.no_grad()
-    def draw(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+    def draw(self, prompt_ids: Rows) -> Rows:
         rows = [self._row_of_ids[tuple(ids)] for ids in prompt_ids]
         scores = self._tree_scores("behaviour", self.model, rows)
 
@@ -73,7 +73,7 @@ class TreeRollouts(Rollouts):
         leaves = self.per_row(rows, rows, pick).tolist()
         return [list(self.task.trees[x].layout.actions[y]) for x, y in zip(rows, leaves, strict=True)]
 
-    def leaves(self, rows: Sequence[int], said: list[list[int]]) -> list[int]:
+    def leaves(self, rows: Sequence[int], said: Rows) -> list[int]:
         """Leaf of each action."""
         return [self._leaf[x][tuple(action)] for x, action in zip(rows, said, strict=True)]
 
@@ -86,9 +86,7 @@ class TreeRollouts(Rollouts):
             places += where
         return torch.cat(parts)[torch.argsort(torch.tensor(places))]
 
-    def score(
-        self, party: Party, model: Any, prompts: list[list[int]], said: list[list[int]], steps: int
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, party: Party, model: Any, prompts: Rows, said: Rows, steps: int) -> tuple[Tensor, Tensor]:
         rows = [self._row_of_ids[tuple(ids)] for ids in prompts]
         leaves, scores = self.leaves(rows, said), self._tree_scores(party, model, rows)
         return (
@@ -141,9 +139,7 @@ class Curve(Metrics):
         if state.global_step % self.every == 0:
             self._measure(state)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Line | None = None, **_: Any) -> None:
         sampled = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
         for line in self.lines:
             if line["step"] == state.global_step - self.every and "sampled" not in line:

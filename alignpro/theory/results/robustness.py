@@ -313,9 +313,8 @@ def reward_noise(instance: Instance, estimate: Float[Floats, "X Y"], beta: float
 @jax.jit
 def _reward_noise(instance: Instance, estimate: Array, beta: Array, lam: Array) -> RewardNoise:
     r, reach = rewards_of(instance), reachable(instance)
-    delta = jnp.where(
-        reach, estimate - jnp.asarray(instance.reward, float), 0.0
-    )  # out of reach nothing counts
+    # Out of reach nothing counts.
+    delta = jnp.where(reach, estimate - jnp.asarray(instance.reward, float), 0.0)
     low, high = extent(delta, reach)
     noisy_response = r.response + delta
     prompter = perturbation(r.prior, r.rewrite, noisy_response @ r.frozen.T, lam, delta @ r.frozen.T)
