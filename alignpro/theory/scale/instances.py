@@ -158,7 +158,11 @@ def solve_instances(
             for row, index in enumerate(chunk):
                 parts, checks = jax.tree.map(lambda leaf, row=row: leaf[row], values)
                 least, own_r_max = parts.pop("reward_min"), parts.pop("r_max")
-                logs = {key: parts.pop(key)[: instances[index].shape[0]] for key in ("log_z", "log_z_star")}
+                prompts = instances[index].shape[0]
+                more: dict[str, Any] = {
+                    key: value[:prompts].tolist() if np.ndim(value) else float(value)
+                    for key, value in parts.items()
+                }
                 convention = PAPER_CONVENTION if least >= 0 else SIGNED_CONVENTION
                 results[index] = Solved(
                     file="",
@@ -168,8 +172,7 @@ def solve_instances(
                     r_max_convention=convention if r_max is None else GIVEN_CONVENTION,
                     # In the order that was asked for, which jit forgets.
                     bounds={name: report(name, checks[name]) for name in bounds},
-                    **{key: float(value) for key, value in parts.items()},
-                    **{key: numbers.tolist() for key, numbers in logs.items()},
+                    **more,
                 )
             progress(len(chunk))
     return [results[index] for index in range(len(instances))]
