@@ -205,7 +205,7 @@ def test_the_check_finds_masks_without_windows(name, dtype, animals, monkeypatch
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_check_finds_layers_that_masks_do_not_reach(name, dtype, animals, monkeypatch):
     """Told that masks reach every layer, the check finds that branches leak into one another."""
-    monkeypatch.setattr(check, "masks_of", lambda model: ["one", "none"])
+    monkeypatch.setattr(configure, "masks_of", lambda model: ["one", "none"])
     model, tokenizer = load_model(animals(name), dtype, "cpu")
     assert configure.check_model(model, tokenizer).masks == "none"
 
