@@ -1,18 +1,99 @@
-"""Per-prompt values, whose sums and differences stay paired by prompt, and intervals of their means."""
+"""Rollouts of an arm as per-prompt values, whose sums and differences stay paired, and their intervals."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from functools import cached_property
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from alignpro.errors import AlignProError
 from alignpro.estimation.intervals import Bias, Estimate, betting, studentise
 from alignpro.rollouts import Rollouts
 
 Interval = Literal["bootstrap", "betting"]
 """Which intervals means get: percentile-t over prompts, or guaranteed limits where they are to be had."""
 Key = TypeVar("Key", bound=Hashable)
+COMBINED = "per-prompt values, combined prompt by prompt"
+"""The method of a sum of terms that come by different ones."""
 _FLIP: dict[Bias, Bias] = {"none": "none", "up": "down", "down": "up", "unknown": "unknown"}
+
+
+class Absent(Exception):
+    """Why a term cannot be had from these rollouts, and the remedy."""
+
+
+class Arm:
+    """The rows of one arm. Each answer to the prompt itself (arm none, a tuned policy) counts as a draw.
+
+    `index` has its rows' positions; `starts`, where in it each draw begins; `first` [n], each prompt's first
+    draw; `answers` and `draws` [n] count those of a draw and of a prompt.
+    """
+
+    def __init__(self, rollouts: Rollouts, name: str) -> None:
+        if name not in rollouts.arms:
+            raise Absent(f"arm {name} is absent; roll it out")
+        self.rollouts, self.name = rollouts, name
+        self.index = index = np.flatnonzero(rollouts.rows(name))
+        prompt = rollouts.prompt[index]
+        keys = (prompt, rollouts.seed[index], rollouts.draw[index])
+        new = np.ones(len(index), bool)
+        if name != "none" and name not in rollouts.direct:
+            new[1:] = np.any([np.diff(key) != 0 for key in keys], axis=0)
+        self.starts = np.flatnonzero(new)
+        self.answers = np.diff(np.append(self.starts, len(index)))
+        n = len(rollouts.prompt_ids)
+        self.draws = np.bincount(prompt[self.starts], minlength=n)
+        if not self.draws.all():
+            missing = rollouts.prompt_ids[int(np.argmin(self.draws))]
+            raise AlignProError(
+                f"arm {name}: has no rows for prompt_id {missing!r}, which other arms have; finish its "
+                "rollout, or remove the prompt"
+            )
+        self.first = np.cumsum(self.draws) - self.draws
+
+    def mean(self, values: np.ndarray) -> np.ndarray:
+        """Average `values` [rows of the arm] within draws, then over the draws of each prompt: [n]."""
+        by_draw = np.add.reduceat(values, self.starts) / self.answers
+        return np.add.reduceat(by_draw, self.first) / self.draws
+
+    def logp(self, name: str) -> np.ndarray:
+        """A log-probability of `LOGPS`, [rows of the arm], in nats. Raises Absent where a row has none."""
+        values = self.rollouts.logps[name][self.index]
+        missing = int(np.isnan(values).sum())
+        if missing:
+            raise Absent(
+                f"{name} is missing in {missing} of {len(values)} rows of arm {self.name}; roll it out with "
+                "a backend that gives log-probabilities"
+            )
+        return values
+
+    @cached_property
+    def reward(self) -> np.ndarray:
+        return self.rollouts.reward[self.index]
+
+    def least(self, draws: int, answers: int) -> None:
+        """Raise Absent unless every prompt has `draws` draws, and every draw `answers` answers."""
+        if self.draws.min() < draws:
+            raise Absent(
+                f"arm {self.name} has a prompt with {self.draws.min()} draw; give every prompt at least "
+                f"{draws}"
+            )
+        if self.answers.min() < answers:
+            raise Absent(
+                f"arm {self.name} has a draw with {self.answers.min()} answer; give every rewrite at least "
+                f"{answers}"
+            )
+
+    def per_prompt(self, statistic: Callable[[np.ndarray], Any]) -> np.ndarray:
+        """Apply `statistic` ([g, K, A] to [S, g]) to prompts of equally many draws K; [S, n], in their order.
+
+        A is the arm's least number of answers; the first A are taken of a draw with more.
+        """
+        cube = self.reward[self.starts[:, None] + np.arange(self.answers.min())]
+        groups = [np.flatnonzero(self.draws == size) for size in np.unique(self.draws)]
+        found = [statistic(cube[self.first[at][:, None] + np.arange(self.draws[at[0]])]) for at in groups]
+        return np.concatenate(found, axis=1)[:, np.argsort(np.concatenate(groups))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +138,7 @@ class Term:
             high=self.high + other.high,
             arms=self.arms | other.arms,
             bias=bias,
-            method=self.method
-            if self.method == other.method
-            else "per-prompt values, combined prompt by prompt",
+            method=self.method if self.method == other.method else COMBINED,
             lower=lower,
             upper=upper,
             ess=min((t.ess for t in (self, other) if t.ess is not None), default=None),
