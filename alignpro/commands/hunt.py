@@ -3,14 +3,13 @@
 import math
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
-from alignpro.files import writable_folder, write_json
-from alignpro.report.keep import keep
-from alignpro.report.numbers import columns, number, plain
+from alignpro.commands.shared import save
+from alignpro.files import writable_folder
+from alignpro.report.numbers import columns, number
 from alignpro.report.page import Dot, Dots, Page, Table
 
 if TYPE_CHECKING:
@@ -123,13 +122,6 @@ def page(result: "Hunting") -> Page:
     return page
 
 
-def save(result: "Hunting", folder: Path) -> None:
-    result.save_instances(folder)
-    write_json(folder / "hunt.json", plain(result.json()))
-    print(f"\nwrote {folder / 'hunt.json'}")
-    keep(page(result), folder)
-
-
 @dataclass(frozen=True)
 class Hunt:
     """Look for the worst case of a statement: by gradient ascent, and for the smallest counterexample.
@@ -172,5 +164,6 @@ class Hunt:
                     raise KeyboardInterrupt
         finally:
             if folder is not None and result.hunted:
-                save(result, folder)
+                print()
+                save(result, "hunt", page(result), folder)
         return 1 if result.refuted else 0

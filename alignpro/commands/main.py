@@ -11,7 +11,6 @@ from typing import Annotated, Any, Union
 import tyro
 
 import alignpro
-from alignpro.commands import help
 from alignpro.commands.compare import Compare
 from alignpro.commands.demo import Demo
 from alignpro.commands.doctor import Doctor
@@ -21,6 +20,7 @@ from alignpro.commands.headroom import Headroom
 from alignpro.commands.hunt import Hunt
 from alignpro.commands.judge import Judge
 from alignpro.commands.merge import Merge
+from alignpro.commands.options import CONFIG, REGISTRY
 from alignpro.commands.resample import Resample
 from alignpro.commands.reward_model import RewardModel
 from alignpro.commands.rewrite import Rewrite
@@ -129,8 +129,8 @@ def _parse(arguments: Sequence[str]) -> Verb:
                 prog="alignpro",
                 description="The theory of prompt optimization for alignment, verified and put to use.",
                 args=list(arguments),
-                config=help.CONFIG,
-                registry=help.REGISTRY,
+                config=CONFIG,
+                registry=REGISTRY,
             )
     except SystemExit as stop:
         if stop.code in (0, None):

@@ -20,8 +20,8 @@ from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder
 from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.report import keep
-from alignpro.report.numbers import interval, limits, number
-from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dot
+from alignpro.report.numbers import interval, number
+from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dots
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.draws import Arm, Scorer
@@ -270,7 +270,8 @@ def page(result: "RolloutSummary", record: Json) -> Page:
         record,
     )
     for arm in result.arms[:4]:
-        made.key(f"Mean reward, {arm.name}", number(arm.mean.value), limits(arm.mean))
+        made.estimate(f"Mean reward, {arm.name}", arm.mean)
+    means = {arm.name: arm.mean for arm in result.arms}
     made.add(
         "Mean reward by arm",
         f"On a scale from {number(result.low)} to {number(result.high)}, with 95% intervals over prompts "
@@ -280,11 +281,7 @@ def page(result: "RolloutSummary", record: Json) -> Page:
             [(arm.name, interval(arm.mean), number(arm.rollouts), number(arm.seeds)) for arm in result.arms],
             "wnnn",
         ),
-        Dots(
-            "Mean reward of each arm",
-            "reward units, 95% intervals",
-            [dot(arm.name, arm.mean) for arm in result.arms],
-        ),
+        Dots("Mean reward of each arm", "reward units, 95% intervals", dots(means)),
     )
     texts = []
     for row in result.texts:
@@ -295,10 +292,6 @@ def page(result: "RolloutSummary", record: Json) -> Page:
         "Texts",
         f"The first draw of {told} of {result.prompts} prompts, as the models wrote it, with invisible "
         "characters spelled out.",
-        Table(
-            "prompt | arm | rewrite | answer | reward",
-            texts,
-            "twttn",
-        ),
+        Table("prompt | arm | rewrite | answer | reward", texts, "twttn"),
     )
     return made

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from alignpro.commands.shared import save
 from alignpro.errors import AlignProError
-from alignpro.files import writable_folder, write_json
-from alignpro.report.keep import keep
-from alignpro.report.numbers import columns, number, plain
+from alignpro.files import writable_folder
+from alignpro.report.numbers import columns, number
 from alignpro.report.page import Dot, Dots, Page, Table
 
 if TYPE_CHECKING:
@@ -163,14 +162,6 @@ def page(result: "Verification") -> Page:
     return page
 
 
-def save(result: "Verification", folder: Path) -> None:
-    """Write verify.json, report.html and the instance that refutes each refuted claim."""
-    result.save_instances(folder)
-    write_json(folder / "verify.json", plain(result.json()))
-    print(f"wrote {folder / 'verify.json'}")
-    keep(page(result), folder)
-
-
 @dataclass(frozen=True)
 class Verify:
     """Check Theorem 1, its sharper forms, lower bounds, identities and lemmas on random instances.
@@ -211,5 +202,5 @@ class Verify:
         result = verify(statements, self.instances, self.seed, families, certify=certify)
         print(text(result))
         if folder is not None:
-            save(result, folder)
+            save(result, "verify", page(result), folder)
         return 1 if result.findings else 0
