@@ -34,8 +34,7 @@ def requirements() -> dict[str, list[tuple[str, str]]]:
     """(package, version wanted) by extra; "" is what alignpro itself needs."""
     found: dict[str, list[tuple[str, str]]] = {name: [] for name in EXTRAS}
     for text in metadata.requires("alignpro") or []:
-        match = _REQUIREMENT.match(text)
-        extra = _EXTRA.search(text)
+        match, extra = _REQUIREMENT.match(text), _EXTRA.search(text)
         name = extra[1] if extra else ""
         if match and name in found and match[1] != "alignpro":
             found[name].append((match[1], match[3]))

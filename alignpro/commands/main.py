@@ -69,13 +69,10 @@ def _expanded(arguments: Sequence[str]) -> list[str]:
                 return rest[i + 1]
         return None
 
-    options: dict[str, Any] = {}
     path = value_of("config")
-    said = _yaml(path) if path is not None else {}
-    preset = value_of("preset") or said.get("preset")
-    if preset is not None and preset in PRESETS:
-        options |= PRESETS[str(preset)]
-    options |= said
+    said = {} if path is None else _yaml(path)
+    preset: Any = value_of("preset") or said.get("preset")
+    options = PRESETS.get(preset, {}) | said
     out = [verb]
     for name, value in options.items():
         if name in given or value is None or value is False:

@@ -83,6 +83,9 @@ class Rollout(TemplateOption, RunOptions):
         xs = user_prompts(self.source, reference, self.source.split, self.source.prompts)
 
         weights = {name: rollout.sha256(_weights(home)) for name, home in homes.items()}
+        made = {name: {"folder": name, "weights": digest} for name, digest in weights.items()}
+        resampling = {name: getattr(settings, name) for name in _RESAMPLING}
+        drawn = dict.fromkeys(("star", "best_of_n"), resampling)
         reward = world.reward_name
         record = {
             "prompts": hashlib.sha256(json.dumps(xs).encode()).hexdigest()[:16],
@@ -92,14 +95,7 @@ class Rollout(TemplateOption, RunOptions):
             "prompter": reference,
             "template": asdict(chosen) if chosen else None,
             **environment.record(reward),
-            "arms": {
-                str(arm): {"folder": arm.folder, "weights": weights[arm.folder]}
-                if arm.folder
-                else {
-                    name: getattr(settings, name) for name in _RESAMPLING if arm.name in ("star", "best_of_n")
-                }
-                for arm in arms
-            },
+            "arms": {str(arm): made[arm.folder] if arm.folder else drawn.get(arm.name, {}) for arm in arms},
         }
         planned = rollout.plan(folder, xs, settings, record)
         if settings.rlhf and not sampling.natural:
@@ -134,15 +130,9 @@ class Rollout(TemplateOption, RunOptions):
                 opened.prompt_ids(xs)  # all have room, before the first is drawn
                 return opened
 
+            scorer, size = getattr(target, "log_probs", None), environment.batch_size
             work = rollout.Work(
-                settings,
-                world.reward(folder),
-                frozen,
-                getattr(target, "log_probs", None),
-                sampling,
-                open_prompter,
-                open_policy,
-                environment.batch_size,
+                settings, world.reward(folder), frozen, scorer, sampling, open_prompter, open_policy, size
             )
             who = {
                 "none": "none",
@@ -200,17 +190,13 @@ def _check_trained(arm: "Arm", said: Any, environment: EnvironmentSettings) -> N
         task, base = said["facts"].get("settings", {}).get("task", "prompter"), str(said["base"])
         _ = int(said["max_tokens"]), dict(said["template"])["examples"]
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise AlignProError(
-            f"trained {arm.folder!r}: its {PROMPTER_FILE} is damaged; save it again"
-        ) from None
+        wrong = f"trained {arm.folder!r}: its {PROMPTER_FILE} is damaged; save it again"
+        raise AlignProError(wrong) from None
     if (task == "rlhf") != (arm.name == "rlhf"):
         option = "rlhf" if task == "rlhf" else "trained"
         raise AlignProError(f"{arm.folder!r}: it was trained with --task {task}; give it as --{option}")
-    if (
-        arm.name == "rlhf"
-        and not is_address(environment.target)
-        and not _same_model(base, environment.target)
-    ):
+    served = is_address(environment.target)
+    if arm.name == "rlhf" and not served and not _same_model(base, environment.target):
         raise AlignProError(
             f"rlhf {arm.folder!r}: its policy was trained from {base}, which is not the target "
             f"{environment.target}; name that as --target"
@@ -254,9 +240,8 @@ def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "
 
 
 def text(result: "RolloutSummary") -> str:
-    lines = [
-        f"{arm.name}: mean reward {arm.mean.value:.4f} of {arm.rollouts} rollouts" for arm in result.arms
-    ]
+    told = "{}: mean reward {:.4f} of {} rollouts"
+    lines = [told.format(arm.name, arm.mean.value, arm.rollouts) for arm in result.arms]
     return "\n".join([*lines, f"wrote {result.path}"])
 
 

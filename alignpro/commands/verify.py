@@ -1,6 +1,6 @@
 """`alignpro verify`: check claims of the theory on many random instances."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,14 +11,16 @@ from alignpro.report.numbers import columns, number
 from alignpro.report.page import Dot, Dots, Page, Table
 
 if TYPE_CHECKING:
-    from alignpro.theory.search.verification import Verification
+    from alignpro.theory.search.verification import Summary, Verification
 
 SHOWN_BY_FAMILY = 3
 """Up to so many claims are shown family by family."""
 
 
-def _percent(share: float | None) -> str:
-    return number(share, ".0%")
+def _cells(claim: "Summary", count: Callable[[int], str]) -> tuple[str, ...]:
+    counts = map(count, (claim.checked, claim.violations, claim.inconclusive))
+    values = (number(v, ".2g") for v in (claim.least_slack, *claim.tightness[1:]))
+    return (*counts, *values, number(claim.vacuous, ".0%"), number(claim.identity_error, ".2g"))
 
 
 def _by_family(result: "Verification") -> list[str]:
@@ -37,36 +39,29 @@ def _by_family(result: "Verification") -> list[str]:
             else:
                 slack, ratio = row["slack_over_span_quantiles"], row["lhs_over_rhs_quantiles"]
                 cells += [number(v, ".2g") for v in (*slack[:3], *ratio[2:])]
-                cells.append(_percent(row.get("vacuous_share")))
+                cells.append(number(row.get("vacuous_share"), ".0%"))
             rows.append((*cells, f"{result.family_seconds[tally.family]:.1f}"))
         blocks.append(f"{claim.name} ({claim.kind})\n{columns(rows, 'w' + 'n' * (len(rows[0]) - 1), '')}")
     return blocks
 
 
 def _by_statement(result: "Verification") -> str:
-    counted = ("statement", "kind", "checked", "violated", "unclear")
-    rows: list[Sequence[str]] = [
-        (*counted, "least slack/span", "lhs/rhs 50%", "95%", "vacuous", "identity error")
-    ]
-    for claim in result.by_statement:
-        counts = map(str, (claim.checked, claim.violations, claim.inconclusive))
-        values = [number(v, ".2g") for v in (claim.least_slack, *claim.tightness[1:])]
-        error = number(claim.identity_error, ".2g")
-        rows.append((claim.name, claim.kind, *counts, *values, _percent(claim.vacuous), error))
+    head = "statement|kind|checked|violated|unclear|least slack/span|lhs/rhs 50%|95%|vacuous|identity error"
+    rows = [(claim.name, claim.kind, *_cells(claim, str)) for claim in result.by_statement]
     note = "\n(lhs/rhs: median over the families; by family with --bound NAME, or in verify.json)"
-    return columns(rows, "w" + "n" * 9, "") + note
+    return columns([head.split("|"), *rows], "w" + "n" * 9, "") + note
 
 
 def _certified(result: "Verification") -> str:
-    rows: list[Sequence[str]] = [
-        ("certified", "proved", "of them ties", "violated", "inconclusive", "bits", "settled", "unexamined")
-    ]
+    head = "certified|proved|of them ties|violated|inconclusive|bits|settled|unexamined"
+    rows = []
     for claim in result.by_statement:
         p = claim.proofs
         counts = (p.holds, p.ties, p.violated, p.inconclusive, p.bits, p.settled, p.unexamined)
         rows.append((claim.name, *map(str, counts)))
     note = f"\n(ball arithmetic on the {result.certify} most doubtful of each family; "
-    return columns(rows, "w" + "n" * 7, "") + note + "settled: float64 violations that are none)"
+    note += "settled: float64 violations that are none)"
+    return columns([head.split("|"), *rows], "w" + "n" * 7, "") + note
 
 
 def text(result: "Verification") -> str:
@@ -110,10 +105,7 @@ def page(result: "Verification") -> Page:
         low, half, high = claim.tightness
         if claim.identity_error is None:
             dots.append(Dot(claim.name, half, low, high))
-        counts = map(number, (claim.checked, claim.violations, claim.inconclusive))
-        values = [number(v, ".2g") for v in (claim.least_slack, half, high)]
-        error = number(claim.identity_error, ".2g")
-        rows.append((claim.name, claim.verdict, *counts, *values, _percent(claim.vacuous), error))
+        rows.append((claim.name, claim.verdict, *_cells(claim, number)))
     head = "statement | verdict | checked | violated | unclear | least slack / span"
     head += " | left / right, median | 95% | vacuous | identity error"
     known = [claim.name for claim in claims if claim.kind == "known wrong"]
