@@ -98,6 +98,11 @@ def examine() -> dict[str, Any]:
 
     folder = packages.cache_folder()
     there = next(path for path in (folder, *folder.parents) if path.exists())
+    kept = []
+    for name, package in registry.PACKAGES.items():
+        source = "npm" if package.kind == "npm" else "the Python package index"
+        about = {"package": name, "size_mb": package.size_mb, "cached": packages.cached(name)}
+        kept.append(about | {"from": source})
     return {
         "alignpro": alignpro.__version__,
         "python": platform.python_version(),
@@ -108,15 +113,7 @@ def examine() -> dict[str, Any]:
             "folder": str(folder),
             "free_gb": round(shutil.disk_usage(there).free / 1e9, 1),
             "writable": os.access(there, os.W_OK),
-            "packages": [
-                {
-                    "package": name,
-                    "size_mb": package.size_mb,
-                    "cached": packages.cached(name),
-                    "from": "npm" if package.kind == "npm" else "the Python package index",
-                }
-                for name, package in registry.PACKAGES.items()
-            ],
+            "packages": kept,
         },
         "programs": {"npm": shutil.which("npm") is not None},
     }

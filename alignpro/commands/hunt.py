@@ -102,8 +102,8 @@ def page(result: "Hunting") -> Page:
         for role, found in one.finds.items():
             proof = one.certificates.get(role)
             shape = " × ".join(map(str, found.instance.shape))
-            values = (found.beta, found.lam, found.lhs, found.rhs, found.ratio)
-            numbers = [*(number(v, ".6g") for v in values), number(-found.excess, ".3g")]
+            numbers = [number(v, ".6g") for v in (found.beta, found.lam, found.lhs, found.rhs, found.ratio)]
+            numbers.append(number(-found.excess, ".3g"))
             by = "float64" if proof is None else f"{proof.precision} bits"
             finds.append((one.file(role), ROLES[role], one.verdict(role), by, shape, *numbers))
     page.add(

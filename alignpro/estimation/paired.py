@@ -74,16 +74,12 @@ class Arm:
 
     def least(self, draws: int, answers: int) -> None:
         """Raise Absent unless every prompt has `draws` draws, and every draw `answers` answers."""
-        if self.draws.min() < draws:
-            raise Absent(
-                f"arm {self.name} has a prompt with {self.draws.min()} draw; give every prompt at least "
-                f"{draws}"
-            )
-        if self.answers.min() < answers:
-            raise Absent(
-                f"arm {self.name} has a draw with {self.answers.min()} answer; give every rewrite at least "
-                f"{answers}"
-            )
+        for what, given, need, each in (
+            ("prompt with {} draw", self.draws.min(), draws, "prompt"),
+            ("draw with {} answer", self.answers.min(), answers, "rewrite"),
+        ):
+            if given < need:
+                raise Absent(f"arm {self.name} has a {what.format(given)}; give every {each} at least {need}")
 
     def per_prompt(self, statistic: Callable[[np.ndarray], Any]) -> np.ndarray:
         """Apply `statistic` ([g, K, A] to [S, g]) to prompts of equally many draws K; [S, n], in their order.
@@ -145,29 +141,16 @@ class Term:
         )
 
     def __neg__(self) -> "Term":
-        return replace(
-            self,
-            values=-self.values,
-            low=-self.high,
-            high=-self.low,
-            bias=_FLIP[self.bias],
-            lower=None if self.upper is None else -self.upper,
-            upper=None if self.lower is None else -self.lower,
-        )
+        return -1.0 * self
 
     def __sub__(self, other: "Term") -> "Term":
         return self + -other
 
     def __rmul__(self, factor: float) -> "Term":
-        """`factor` > 0 times the term."""
-        return replace(
-            self,
-            values=factor * self.values,
-            low=factor * self.low,
-            high=factor * self.high,
-            lower=None if self.lower is None else factor * self.lower,
-            upper=None if self.upper is None else factor * self.upper,
-        )
+        low, high = sorted((factor * self.low, factor * self.high))
+        lower, upper = (None if end is None else factor * end for end in (self.lower, self.upper))
+        found = replace(self, values=factor * self.values, low=low, high=high, lower=lower, upper=upper)
+        return found if factor > 0 else replace(found, bias=_FLIP[self.bias], lower=upper, upper=lower)
 
 
 def estimates(
@@ -185,29 +168,20 @@ def estimates(
     """
     if not terms:
         return {}
-    rows: list[np.ndarray] = []
-    at: dict[Key, int] = {}
-    for name, term in terms.items():
-        sides = [term.values]
-        if term.lower is not None and term.upper is not None:
-            sides += [term.lower, term.upper]
-        at[name] = len(rows)
-        rows += sides
-    found = studentise(np.stack(rows))
+    sides = ((term.values, term.lower, term.upper) for term in terms.values())
+    found = studentise(np.stack([side for three in sides for side in three if side is not None]))
     lo, hi = found.simultaneous(level) if simultaneous else found.interval(level)
-    out = {}
+    out, i = {}, 0
     for name, term in terms.items():
-        i = at[name]
         value, low, high = float(found.mean[i]), float(lo[i]), float(hi[i])
-        how = "percentile-t bootstrap over prompts"
-        if simultaneous:
-            how = "joint " + how
+        how = f"{'joint ' * simultaneous}percentile-t bootstrap over prompts"
         if term.weak:
             low, high = max(float(lo[i + 1]), term.low), min(float(hi[i + 2]), term.high)
             value, how = min(max(value, low), high), how + " of a lower and an upper bound"
         elif term.bounded and interval == "betting" and not simultaneous:
-            ends = betting(term.values, term.low, term.high, level)
-            low, high, how = float(ends[0]), float(ends[1]), "betting (hedged capital)"
+            low, high = map(float, betting(term.values, term.low, term.high, level))
+            how = "betting (hedged capital)"
+        i += 3 if term.weak else 1
         # What lies outside the quantity's range covers nothing. A bootstrap of few prompts may know no end.
         low, high = max(low, term.low, -1e308), min(high, term.high, 1e308)
         low, high = min(low, value), max(high, value)  # an unbiased estimate may lie outside
