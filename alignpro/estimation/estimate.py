@@ -165,10 +165,9 @@ def estimate(
 
 
 def _prompters(rollouts: Rollouts) -> dict[str, str]:
-    names: dict[str, list[str]] = {}
+    names: dict[str, dict[str, None]] = {}
     for (arm, _), prompter in rollouts.prompters.items():
-        if prompter not in names.setdefault(arm, []):
-            names[arm].append(prompter)
+        names.setdefault(arm, {})[prompter] = None
     return {arm: ", ".join(of) for arm, of in names.items()}
 
 
@@ -212,12 +211,9 @@ def _statements(terms: Terms, r_max: float | None) -> tuple[dict[Key, Statement]
     wanted: dict[Key, Callable[[], Statement]] = {
         (name, star): partial(claim, terms) for name, claim in CLAIMS.items() if not claim.any_prompter
     }
-    if r_max is not None:
-        wanted["theorem1", star] = partial(theorem1, terms, r_max)
-    for arm in terms.prompters():
-        wanted |= {
-            (name, arm): partial(claim, terms, arm) for name, claim in CLAIMS.items() if claim.any_prompter
-        }
+    wanted["theorem1", star] = partial(theorem1, terms, r_max)
+    anyone = {name: claim for name, claim in CLAIMS.items() if claim.any_prompter}
+    wanted |= {(name, arm): partial(anyone[name], terms, arm) for arm in terms.prompters() for name in anyone}
     return _attempt(wanted)
 
 
