@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from alignpro import rollouts
 from alignpro.errors import AlignProError
-from alignpro.estimation.arm import Arm as ArmRows
+from alignpro.estimation.paired import Arm as ArmRows
 from alignpro.estimation.paired import Term, estimates
 from alignpro.files import atomic_write, read_json, read_json_lines, writable_folder, write_json
 from alignpro.llm.arms.draws import Arm, Array, Work, arms_of, draws_of, stream
