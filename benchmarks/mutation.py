@@ -56,7 +56,7 @@ TARGETS = {
             f"llm/rewards/{name}.py"
             for name in ("reward", "bounds", "accuracy", "bradley_terry", "features", "minilm")
         ),
-        # Without the tests of the packaged head: with a fault in its code it would be trained again, at length.
+        # Without the tests of the packaged head: with a fault in its code it would be trained anew.
         (
             "tests/llm/test_rewards.py",
             "tests/llm/test_reward_models.py",

@@ -545,7 +545,8 @@ class TestTraining:
             assert np.median(head.logits(*zip(*answers, strict=True))) == pytest.approx(0.0, abs=1e-6)
 
         check_middle(one)
-        kills(check_middle, dataclasses.replace(one, mean=-one.mean))  # f + mean for f − mean in the training
+        off = mutated(minilm, "(f - mean) * scale_by", "(f + mean) * scale_by")
+        kills(check_middle, off.train_bradley_terry(SMALL, small))
 
     def test_nothing_is_learned_from_the_test_split(self, small, monkeypatch):
         """Pairs of the test split with the preference turned round change what is measured, not the head."""
