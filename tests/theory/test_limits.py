@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from mutants import mutated
 from scipy.optimize import minimize
 from theory_oracle import EPS, exact, fields, finite, kills
 
@@ -669,6 +670,15 @@ def test_limit_bounds_are_attained():
     assert got.reference_is_own.all()
     assert got.tv_model == got.tv_shift == got.tv_prompter == got.off_best == got.shortfall == 0
     assert not J.limit_readings(two, 1.0, 1.0).reference_is_own.any()
+
+    def check(read):
+        """A rewrite that ρ_sft never gives may answer as it likes."""
+        alone = read(Instance([1.0], [[1.0, 0.0]], np.eye(2), [0], [[1.0, 0.0]]), 1.0, 1.0)
+        assert alone.reference_is_own.all()
+        assert alone.tv_shift == 0
+
+    check(J.limit_readings)
+    kills(check, mutated(readings, "(r.prior <= 0) |", "(r.prior < 0) |").limit_readings)
 
 
 @pytest.mark.parametrize("per_prompt", [False, True])
