@@ -49,13 +49,21 @@ class World:
 
     def __init__(self, settings: EnvironmentSettings) -> None:
         from alignpro.llm.models import catalogue, configure
-        from alignpro.llm.rewards.opening import read_spec
+        from alignpro.llm.rewards.judged import judge_opener
+        from alignpro.llm.rewards.opening import JUDGE, keyed, read_spec
         from alignpro.llm.rewards.scores import Refusals
         from alignpro.llm.targets.ledger import Prices
 
         self.settings = settings
         self._endpoint: Target | None = None
-        for role, name in (("target", settings.target), ("reward", settings.reward)):
+        judge, self._judge = settings.reward_judge, None
+        by_judge = settings.reward == JUDGE
+        if not by_judge and (given := judge.given()):
+            raise AlignProError(
+                f"reward_{given[0]}: is for --reward {JUDGE}, and the reward is {settings.reward!r:.80}"
+            )
+        served = judge.judge or "" if by_judge else settings.reward
+        for role, name in (("target", settings.target), ("reward", served)):
             given = getattr(settings, f"{role}_endpoint").given()
             if given and not is_address(name):
                 raise AlignProError(
@@ -72,16 +80,30 @@ class World:
             configure.check_dtype(settings.dtype)
         self._reward = read_spec(settings.reward)
         self.reward_name = self._reward.shown
+        if by_judge:
+            options = settings.chat_options() or {}
+            how = {"dtype": settings.dtype, "chat_template_kwargs": options}
+            self._judge = judge_opener(judge, keyed(settings.reward_endpoint), **how)
+            self.reward_name = judge.shown(settings.reward_endpoint.model)
         self.refusals = Refusals(settings.refused_reward, settings.refused_most)
         """Reward of refused answers, and their count in this run."""
         self.prices = Prices(*settings.prices) if settings.prices is not None else None
 
-    def money(self, answers: int, tokens: int) -> str:
-        """Say what `answers` of at most `tokens` cost at most, to end a line with."""
-        if self.prices is None or not answers:
-            return ""
-        most = self.prices.cost(answers * PROMPT_TOKENS, answers * tokens)
-        return f"; about {most:.2f} at most for answers, at {PROMPT_TOKENS} tokens a prompt"
+    def money(self, answers: int, tokens: int, scores: int | None = None) -> str:
+        """Say what `answers` of at most `tokens` cost at most, and their scores, to end a line with.
+
+        Args:
+            scores: how many answers are scored. None: as many as are asked for.
+        """
+        said, scores = "", answers if scores is None else scores
+        if self.prices is not None and answers:
+            most = self.prices.cost(answers * PROMPT_TOKENS, answers * tokens)
+            said = f"; about {most:.2f} at most for answers, at {PROMPT_TOKENS} tokens a prompt"
+        if not scores:
+            return said
+        if is_address(self.settings.reward):
+            return f"{said}; {scores} scores from an endpoint"
+        return said + (self.settings.reward_judge.bill(scores, PROMPT_TOKENS + tokens) if self._judge else "")
 
     def target(self) -> "Target":
         from alignpro.llm.targets.local import LocalTarget
@@ -104,7 +126,8 @@ class World:
 
         asked = self.settings.reward_endpoint
         options = {"settings": asked} if self._reward.kind == "endpoint" else {}
-        found = keep_scores(self._reward.open(**options), folder / "scores")
+        opened = self._judge() if self._judge else self._reward.open(**options)
+        found = keep_scores(opened, folder / "scores")
         self.refusals.worth(found)  # refused here, not at the first refusal
         return found
 

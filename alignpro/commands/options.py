@@ -7,6 +7,7 @@ from alignpro.commands.help import Prefixed
 from alignpro.errors import AlignProError
 from alignpro.llm.models.chat import parse_options
 from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.rewards.rubric import JudgeRewardSettings
 from alignpro.llm.targets.settings import EndpointSettings
 
 DEFAULT_PROMPTER = "smollm2-135m-instruct"
@@ -131,9 +132,10 @@ class EnvironmentSettings(ChatOption):
     """The frozen model, which answers the rewritten prompts: a packaged model's name, a local folder, an id
     on the Hugging Face hub, or the http(s) address of an OpenAI-compatible endpoint."""
     reward: str = "minilm-bt"
-    """The reward, which scores the answers: minilm-bt (packaged), or with its range after an @ a reward
-    model's folder or hub id (owner/name@squash:0,2), a Python function (module:function@0,1) or the address
-    of an endpoint. A folder that reward-model wrote knows its range."""
+    """The reward, which scores the answers: minilm-bt (packaged), judge (the model that --reward-judge
+    names), or with its range after an @ a reward model's folder or hub id (owner/name@squash:0,2), a Python
+    function (module:function@0,1) or the address of an endpoint. A folder that reward-model wrote knows its
+    range."""
     answer_tokens: int = 64
     """The most tokens of one answer; a longer one is cut."""
     answer_temperature: float = 1.0
@@ -159,6 +161,9 @@ class EnvironmentSettings(ChatOption):
     """How many sequences a model in this process works on at once; lower it where memory runs out."""
     target_endpoint: Annotated[EndpointSettings, Prefixed("target")] = field(default_factory=EndpointSettings)
     reward_endpoint: Annotated[EndpointSettings, Prefixed("reward")] = field(default_factory=EndpointSettings)
+    reward_judge: Annotated[JudgeRewardSettings, Prefixed("reward")] = field(
+        default_factory=JudgeRewardSettings
+    )
 
     def record(self, reward: str) -> dict[str, Any]:
         """The frozen model, how it decodes, and the reward's name, as a run's record keeps them."""
@@ -170,6 +175,7 @@ class EnvironmentSettings(ChatOption):
             "sampling": asdict(self.sampling()),
             "chat_template_kwargs": self.chat_options() or {},
             **({} if self.refused_reward is None else {"refused_reward": self.refused_reward}),
+            **self.reward_judge.record(),
         }
 
     def sampling(self) -> Sampling:

@@ -138,6 +138,8 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
                 found[p.prompt] = p
             resample.save_proposals(folder / FILE, list(found.values()))
         packages.note(target.ledger.line())
+        if spent := getattr(judge, "line", None):
+            packages.note(spent())
 
 
 def text(result: "Resampled") -> str:

@@ -134,9 +134,10 @@ class Rollout(TemplateOption, RunOptions):
                 opened.prompt_ids(xs)  # all have room, before the first is drawn
                 return opened
 
+            judge = world.reward(folder)
             work = rollout.Work(
                 settings,
-                world.reward(folder),
+                judge,
                 frozen,
                 getattr(target, "log_probs", None),
                 sampling,
@@ -163,6 +164,8 @@ class Rollout(TemplateOption, RunOptions):
             with quiet():
                 rollout.roll_out(planned, work, parties)
             packages.note(frozen.ledger.line())
+            if spent := getattr(judge, "line", None):
+                packages.note(spent())
         result = rollout.summarise(path, MOST_PROMPTS)
         print(text(result))
         keep.keep(page(result, record | {"seed": settings.seed}), folder)

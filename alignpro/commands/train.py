@@ -62,9 +62,8 @@ class Train(PrompterOptions, ReportedRun):
         world = World(replace(environment, target=prompter) if rlhf else environment)
         prompts = user_prompts(self.source, prompter, n=self.train_prompts)
 
-        from alignpro.commands.opening import how_read, is_address
+        from alignpro.commands.opening import how_read
         from alignpro.llm.policies.prompter import Prompter
-        from alignpro.llm.rewards.endpoint import CachedReward
         from alignpro.llm.training.environment import Environment
         from alignpro.llm.training.open_ended import train
 
@@ -73,9 +72,7 @@ class Train(PrompterOptions, ReportedRun):
         line = f"{len(prompts)} prompts; {rounds} rounds of {settings.prompts} x {settings.samples} "
         line += "answers" if rlhf else f"rewrites, {asked} answers of at most {answers.max_tokens} tokens"
         line += f"; {rounds * settings.steps_per_round} {settings.algorithm} steps"
-        if is_address(environment.reward):
-            line += f"; {asked or rounds * each} scores from an endpoint"
-        packages.note(line + world.money(asked, answers.max_tokens))
+        packages.note(line + world.money(asked, answers.max_tokens, asked or rounds * each))
 
         judge = world.reward(folder)
         target: Cached | None = None
@@ -104,8 +101,8 @@ class Train(PrompterOptions, ReportedRun):
         result = train(base, worth, prompts, settings, folder, **how)
         if target is not None:
             packages.note(target.ledger.line())
-        if isinstance(judge, CachedReward):
-            packages.note(judge.line())
+        if spent := getattr(judge, "line", None):
+            packages.note(spent())
         if result.metrics:  # of several processes the first one tells
             print(text(result))
             keep.keep(page(result), folder)

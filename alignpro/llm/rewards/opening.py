@@ -18,13 +18,17 @@ from alignpro.llm.rewards.bradley_terry import BradleyTerryReward
 from alignpro.llm.rewards.classifier import SequenceReward, saved_facts
 from alignpro.llm.rewards.endpoint import EndpointReward, check_url
 from alignpro.llm.rewards.function import CallableReward
+from alignpro.llm.rewards.judged import judge_opener
 from alignpro.llm.rewards.minilm import minilm_bt
 from alignpro.llm.rewards.reward import Reward, shown
+from alignpro.llm.rewards.rubric import JudgeRewardSettings
 from alignpro.llm.targets.settings import EndpointSettings
 
 REWARDS: dict[str, Callable[..., Reward]] = {"minilm-bt": minilm_bt}
 """The packaged rewards by name: functions that can be called without arguments."""
 
+JUDGE = "judge"
+"""The reward that a model gives on a rubric (`JudgeRewardSettings`)."""
 KEY_ENV = "ALIGNPRO_REWARD_KEY"
 """The environment variable whose key goes to an endpoint that is given by its address, if it is set."""
 
@@ -41,9 +45,9 @@ _IMPORT = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 class Spec:
     """The name of a reward, read once: what is meant, where it is, and the bounds."""
 
-    kind: Literal["packaged", "head", "classifier", "function", "object", "endpoint"]
+    kind: Literal["packaged", "head", "classifier", "function", "object", "endpoint", "judge"]
     """A row of `REWARDS`, a folder that `BradleyTerryReward.save` wrote, a sequence classifier, a Python
-    function, a reward made in Python, or an address."""
+    function, a reward made in Python, an address, or the one word `judge`."""
     target: str = field(repr=False)
     """The name without its bounds; an address may hold a key."""
     bounds: Bounds | None
@@ -56,7 +60,7 @@ class Spec:
 
         Args:
             options: further arguments of what makes it: the function in `REWARDS`, `BradleyTerryReward.load`,
-                `SequenceReward.load`, `CallableReward` or `EndpointReward`.
+                `SequenceReward.load`, `CallableReward`, `EndpointReward` or `judge_opener`.
         """
         match self.kind:
             case "packaged":
@@ -67,13 +71,20 @@ class Spec:
                 return SequenceReward.load(self.target, self.bounds, **options)
             case "object":
                 return _imported(self.target)
+            case "judge":
+                settings = options.pop("settings", JudgeRewardSettings())
+                return judge_opener(settings, keyed(options.pop("endpoint", None)), **options)()
         bounds = parse_bounds(self.bounds)
         if self.kind == "function":
             return CallableReward(_imported(self.target), bounds, **({"name": self.target} | options))
-        settings = options.pop("settings", EndpointSettings())
-        if settings.key_env is None and os.environ.get(KEY_ENV):
-            settings = replace(settings, key_env=KEY_ENV)
-        return EndpointReward(self.target, bounds, settings, **options)
+        return EndpointReward(self.target, bounds, keyed(options.pop("settings", None)), **options)
+
+
+def keyed(settings: EndpointSettings | None) -> EndpointSettings:
+    """Settings of a reward's endpoint, with the key in `KEY_ENV` where that is set and they name no other."""
+    settings = settings or EndpointSettings()
+    known = settings.key_env is not None or not os.environ.get(KEY_ENV)
+    return settings if known else replace(settings, key_env=KEY_ENV)
 
 
 def load_reward(name: str = "minilm-bt", **options: Any) -> Reward:
@@ -83,7 +94,8 @@ def load_reward(name: str = "minilm-bt", **options: Any) -> Reward:
         name: a row of `REWARDS`; a folder that `BradleyTerryReward.save` or `train_reward` wrote;
             `FOLDER@BOUNDS` or `owner/name@BOUNDS` of a reward model; `module:function@BOUNDS`;
             `module:object` of a reward made in Python, with its own bounds; or `http(s)://…@BOUNDS`, which is
-            sent the key in `ALIGNPRO_REWARD_KEY` if that is set.
+            sent the key in `ALIGNPRO_REWARD_KEY` if that is set; or `judge`, with `settings`
+            (`JudgeRewardSettings`) that say which.
         options: see `Spec.open`.
     """
     return read_spec(name).open(**options)
@@ -93,6 +105,8 @@ def read_spec(name: str) -> Spec:
     """Read the name of a reward (see `load_reward`), with no download or request. A module is imported."""
     if name in REWARDS:
         return Spec("packaged", name, None, name)
+    if name == JUDGE:
+        return Spec("judge", name, None, name)
     folder = Path(name).expanduser()
     if name and folder.is_dir() and not (folder / "config.json").is_file():
         return Spec("head", name, None, name)
@@ -114,7 +128,9 @@ def read_spec(name: str) -> Spec:
         return Spec("object", target, None, name)
     if HUB_ID.fullmatch(target):
         return Spec("classifier", target, parse_bounds(bounds), name)
-    raise AlignProError(f"reward {shown(target)}: choose from {', '.join(REWARDS)}, or name {_NAMES}")
+    raise AlignProError(
+        f"reward {shown(target)}: choose from {', '.join([*REWARDS, JUDGE])}, or name {_NAMES}"
+    )
 
 
 def _split(name: str) -> tuple[str, Bounds | None]:

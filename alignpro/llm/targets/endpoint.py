@@ -129,7 +129,7 @@ class Endpoint(http.Counted):
 
             return http.Call(
                 self._body(prompt, index, sampling, seed),
-                lambda content: _parse(content, secret),
+                lambda content: self.read(content, secret),
                 keep,
                 sampling.max_tokens + len(prompt.encode(errors="replace")) // 4 + 8,
                 lambda: known(position, index),
@@ -144,6 +144,10 @@ class Endpoint(http.Counted):
             failure.reason,
             answers,
         )
+
+    def read(self, content: Any, secret: Secret) -> tuple[Answer, int] | http.Problem:
+        """The answer in a chat completion and its tokens, or what is wrong with it."""
+        return _parse(content, secret)
 
     def _body(self, prompt: str, index: int, sampling: Sampling, seed: int) -> bytes:
         return json.dumps(
