@@ -49,8 +49,7 @@ class World:
 
     def __init__(self, settings: EnvironmentSettings) -> None:
         from alignpro.llm.models import catalogue, configure
-        from alignpro.llm.rewards.judged import judge_opener
-        from alignpro.llm.rewards.opening import JUDGE, keyed, read_spec
+        from alignpro.llm.rewards.opening import JUDGE, judge_opener, read_spec
         from alignpro.llm.rewards.scores import Refusals
         from alignpro.llm.targets.ledger import Prices
 
@@ -83,7 +82,8 @@ class World:
         if by_judge:
             options = settings.chat_options() or {}
             how = {"dtype": settings.dtype, "chat_template_kwargs": options}
-            self._judge = judge_opener(judge, keyed(settings.reward_endpoint), **how)
+            declared = Refusals(settings.refused_reward, settings.refused_most)  # of its own replies
+            self._judge = judge_opener(judge, settings.reward_endpoint, declared, **how)
             self.reward_name = judge.shown(settings.reward_endpoint.model)
         self.refusals = Refusals(settings.refused_reward, settings.refused_most)
         """Reward of refused answers, and their count in this run."""

@@ -3,10 +3,10 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,16 +16,18 @@ from alignpro.llm.models.sampling import digest
 from alignpro.llm.rewards import rubric
 from alignpro.llm.rewards.reward import Array, check_texts
 from alignpro.llm.rewards.rubric import SCALES, TRIES, JudgeRewardSettings
+from alignpro.llm.rewards.scores import Refusals
 from alignpro.llm.targets.ledger import Cached, Prices
 from alignpro.llm.targets.quoting import control_tokens
-from alignpro.llm.targets.settings import EndpointSettings
-from alignpro.llm.targets.target import Target
+from alignpro.llm.targets.target import Answer, Target
 
 if TYPE_CHECKING:
     from alignpro.llm.targets.local import LocalTarget
 
 NOISE_FILE = "scored_twice.jsonl"
 """A line for each answer that was put to the judge twice: its key and both scores, null where one failed."""
+_A_SCORE = Answer("", "stop", 0, 0)
+_NO_SCORE = Answer("no score: the judge's service refused it, or its replies were none", "refused", 0, 0)
 
 
 @dataclass
@@ -67,27 +69,25 @@ class JudgeReward:
     """Scores in [0, 1] that a judge gives to answers, on a rubric.
 
     Question and answer are fenced (`alignpro.llm.targets.quoting`). A reply that is no score is asked for
-    again, up to twice; an answer that has no score then, or whose judge refuses it, is NaN: `scores.judged`
-    has what that is worth.
+    again, up to twice; an answer that has no score then, or that the judge's service refuses, has the reward
+    that is declared for refused ones.
 
     Args:
         judge: the model; any `Target` on 1-10, a `LocalTarget` or an `Endpoint` on yes-no.
         settings: rubric, scale and decoding; which judge they name does not matter here.
+        refusals: the reward of an answer without a score, and how many are too many.
     """
 
     judge: Target
     settings: JudgeRewardSettings = field(default_factory=JudgeRewardSettings)
+    refusals: Refusals = field(default_factory=Refusals)
     low: float = field(init=False, default=0.0)
     high: float = field(init=False, default=1.0)
-    refuses: ClassVar[bool] = True
-    """Whether a score may be NaN, for an answer that was not scored."""
     noise: Noise = field(init=False)
     scored: int = field(init=False, default=0)
     """Answers that this object was asked to score."""
     failures: Counter[str] = field(init=False, default_factory=Counter)
     """Replies without a score, by a key of `rubric.FAILURES`."""
-    unscored: int = field(init=False, default=0)
-    """Answers that got no score."""
 
     def __post_init__(self) -> None:
         self.rubric = self.settings.text()
@@ -109,17 +109,19 @@ class JudgeReward:
         return out
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """Score each response to its prompt: [n] float64 in [0, 1], NaN where there is no score.
+        """Score each response to its prompt: [n] float64 in [0, 1].
 
         Raises:
             Stopped: an endpoint cannot be reached, or its budget is spent; what was scored is kept.
+            AlignProError: too many answers got no score.
         """
         check_texts(prompts, responses)
         pairs = list(zip(prompts, responses, strict=True))
         questions = [self.question(x, y) for x, y in pairs]
         found = self._ask(questions, TRIES if SCALES[self.settings.scale].drawn else 1)
         self.scored += len(found)
-        self.unscored += int(np.isnan(found).sum())
+        missing = np.isnan(found)
+        self.refusals.count([_NO_SCORE if none else _A_SCORE for none in missing])
         left = self.noise.read() if len(self.noise.pairs) < self.noise.most else 0
         keys = {digest(text).hex()[:16]: i for i, text in reversed(list(enumerate(questions)))}
         again = [(key, i) for key, i in keys.items() if key not in self.noise.pairs]
@@ -128,7 +130,7 @@ class JudgeReward:
             seconds = self._ask([self.question(*pairs[i], again=1) for _, i in again], 1)
             for (key, i), second in zip(again, seconds, strict=True):
                 self.noise.add(key, float(found[i]), float(second))
-        return found
+        return np.where(missing, self.refusals.worth(self), found)
 
     def question(self, x: str, y: str, again: int = 0) -> str:
         """The text that the judge is asked; see `rubric.question`."""
@@ -165,7 +167,7 @@ class JudgeReward:
             **facts,
             "rubric": self.rubric,
             "scored": self.scored,
-            "unscored": self.unscored,
+            "unscored": self.refusals.refused,
             "failed_replies": dict(self.failures),
             **self.noise.describe(),
             "limits": [
@@ -179,46 +181,12 @@ class JudgeReward:
         """Say in one line what was asked for, what failed, and the judge's own noise."""
         spent = self._asked.ledger.line() if isinstance(self._asked, Cached) else f"{self.scored} scores"
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.failures.items())
-        failed = f"; {self.unscored} not scored, of replies {kinds}" if kinds else ""
+        failed = f"; failed replies: {kinds}; {self.refusals.refused} answers not scored" if kinds else ""
         noise = self.noise.describe()
         said = "its noise was not measured"
         if noise["noise_pairs"]:
             said = f"noise of one score {noise['noise_sd']:.3f} (sd), by {noise['noise_pairs']} asked twice"
         return f"{self.judge.name} as a judge: {spent}{failed}; {said}"
-
-
-def judge_opener(
-    settings: JudgeRewardSettings, endpoint: EndpointSettings | None = None, **local: Any
-) -> Callable[[], JudgeReward]:
-    """Check how the judge is named, and return what opens the reward: a model is loaded only then.
-
-    Args:
-        local: `dtype`, `batch_size` and `chat_template_kwargs` of a judge in this process (`LocalTarget`).
-    """
-    name, endpoint = settings.judge, endpoint or EndpointSettings()
-    if name is None:
-        raise AlignProError("reward_judge: name the model that scores the answers")
-    settings = replace(settings, rubric=settings.text())
-    if settings.address:
-        from alignpro.llm.targets.endpoint import Endpoint
-
-        if endpoint.model is None:
-            raise AlignProError(f"reward_model: name the model that {name} serves")
-        served = Endpoint(name, endpoint)
-        return lambda: JudgeReward(served, settings)
-    if given := endpoint.given():
-        raise AlignProError(f"reward_{given[0]}: is for an endpoint, and {name!r} is no http(s) address")
-    from alignpro.llm.models import catalogue, configure
-
-    catalogue.check_name(name)
-    configure.check_dtype(local.get("dtype", "bfloat16"))
-
-    def load() -> JudgeReward:
-        from alignpro.llm.targets.local import LocalTarget
-
-        return JudgeReward(LocalTarget(name, **{"batch_size": 8, **local}), settings)
-
-    return load
 
 
 def _first_words(judge: Target) -> Target:

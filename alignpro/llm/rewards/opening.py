@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models.catalogue import HUB_ID, checked_folder
+from alignpro.llm.models.catalogue import HUB_ID, check_name, checked_folder
+from alignpro.llm.models.configure import check_dtype
 from alignpro.llm.models.download import scrub
 from alignpro.llm.models.libraries import one_line
 from alignpro.llm.rewards.bounds import SYNTAX, Bounds, parse_bounds
@@ -18,10 +19,13 @@ from alignpro.llm.rewards.bradley_terry import BradleyTerryReward
 from alignpro.llm.rewards.classifier import SequenceReward, saved_facts
 from alignpro.llm.rewards.endpoint import EndpointReward, check_url
 from alignpro.llm.rewards.function import CallableReward
-from alignpro.llm.rewards.judged import judge_opener
+from alignpro.llm.rewards.judged import JudgeReward
 from alignpro.llm.rewards.minilm import minilm_bt
 from alignpro.llm.rewards.reward import Reward, shown
 from alignpro.llm.rewards.rubric import JudgeRewardSettings
+from alignpro.llm.rewards.scores import Refusals
+from alignpro.llm.targets.endpoint import Endpoint
+from alignpro.llm.targets.local import LocalTarget
 from alignpro.llm.targets.settings import EndpointSettings
 
 REWARDS: dict[str, Callable[..., Reward]] = {"minilm-bt": minilm_bt}
@@ -73,7 +77,7 @@ class Spec:
                 return _imported(self.target)
             case "judge":
                 settings = options.pop("settings", JudgeRewardSettings())
-                return judge_opener(settings, keyed(options.pop("endpoint", None)), **options)()
+                return judge_opener(settings, **options)()
         bounds = parse_bounds(self.bounds)
         if self.kind == "function":
             return CallableReward(_imported(self.target), bounds, **({"name": self.target} | options))
@@ -85,6 +89,38 @@ def keyed(settings: EndpointSettings | None) -> EndpointSettings:
     settings = settings or EndpointSettings()
     known = settings.key_env is not None or not os.environ.get(KEY_ENV)
     return settings if known else replace(settings, key_env=KEY_ENV)
+
+
+def judge_opener(
+    settings: JudgeRewardSettings,
+    endpoint: EndpointSettings | None = None,
+    refusals: Refusals | None = None,
+    **local: Any,
+) -> Callable[[], JudgeReward]:
+    """Check how the judge is named, and return what opens the reward: a model is loaded only then.
+
+    Args:
+        local: `dtype`, `batch_size` and `chat_template_kwargs` of a judge in this process (`LocalTarget`).
+    """
+    name, refusals = settings.judge, refusals or Refusals()
+    if name is None:
+        raise AlignProError("reward_judge: name the model that scores the answers")
+    settings = replace(settings, rubric=settings.text())
+    if settings.address:
+        endpoint = keyed(endpoint)
+        if endpoint.model is None:
+            raise AlignProError(f"reward_model: name the model that {name} serves")
+        served = Endpoint(name, endpoint)
+        return lambda: JudgeReward(served, settings, refusals)
+    if given := (endpoint or EndpointSettings()).given():
+        raise AlignProError(f"reward_{given[0]}: is for an endpoint, and {name!r} is no http(s) address")
+    check_name(name)
+    check_dtype(local.get("dtype", "bfloat16"))
+
+    def load() -> JudgeReward:
+        return JudgeReward(LocalTarget(name, **{"batch_size": 8, **local}), settings, refusals)
+
+    return load
 
 
 def load_reward(name: str = "minilm-bt", **options: Any) -> Reward:

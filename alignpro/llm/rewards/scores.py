@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -38,18 +37,12 @@ def ranges_of(reward: Reward) -> dict[str, tuple[float, float]]:
 def scored(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> Scores:
     """Score each response to its prompt, with the reward's parts.
 
-    A total is NaN where the reward gives no score, which only one with a true attribute `refuses` may do.
-
     Raises:
-        AlignProError: another score is no finite number in the reward's range (`check_scores`).
+        AlignProError: a score is no finite number in the reward's range (`check_scores`).
     """
     with_parts = getattr(reward, "scores", None)
     found = Scores(reward.score(prompts, responses)) if with_parts is None else with_parts(prompts, responses)
-    given: Any = found.total
-    none = np.isnan(given) if getattr(reward, "refuses", False) else np.zeros(len(prompts), dtype=bool)
-    given = np.where(none, reward.low, given) if none.any() else given
-    checked = check_scores(prompts, responses, given, reward.low, reward.high)
-    return replace(found, total=np.where(none, np.nan, checked))
+    return replace(found, total=check_scores(prompts, responses, found.total, reward.low, reward.high))
 
 
 @dataclass
@@ -80,20 +73,14 @@ class Refusals:
 
     def count(self, answers: Sequence[Answer]) -> None:
         """Count answers, and raise AlignProError where too many of all so far were refused."""
-        self._add(len(answers), [answer.text for answer in answers if answer.finish == "refused"])
-
-    def count_unscored(self, n: int) -> None:
-        """Count as refused n answers that `count` has seen and the reward gave no score; raise as it does."""
-        self._add(0, ["no score: the reward's service refused it, or its reply was none"] * n)
-
-    def _add(self, asked: int, refused: Sequence[str]) -> None:
-        self.asked += asked
+        refused = [answer for answer in answers if answer.finish == "refused"]
+        self.asked += len(answers)
         self.refused += len(refused)
         chance = 3 * math.sqrt(self.most * (1 - self.most) * self.asked)
         if refused and self.refused > self.most * self.asked + chance:
             raise AlignProError(
                 f"refused_most {self.most:g}: {self.refused} of {self.asked} answers were refused, the last "
-                f"with {refused[-1][:120]!r}; choose other prompts or another model, or raise it"
+                f"with {refused[-1].text[:120]!r}; choose other prompts or another model, or raise it"
             )
 
 
@@ -101,8 +88,6 @@ def judged(
     reward: Reward, prompts: Sequence[str], answers: Sequence[Answer], refusals: Refusals | None = None
 ) -> Scores:
     """Score each answer to its prompt; a refused one is worth what `refusals` says, and is not scored.
-
-    An answer that the reward gives no score (see `scored`) is worth that too, and counts as refused.
 
     Args:
         refusals: counts the answers; without it a refused one is worth the lower end of the range.
@@ -112,10 +97,6 @@ def judged(
     worth, n = refusals.worth(reward), len(answers)
     given = [i for i, answer in enumerate(answers) if answer.finish != "refused"]
     found = scored(reward, [prompts[i] for i in given], [answers[i].text for i in given])
-    if (none := np.isnan(found.total)).any():
-        refusals.count_unscored(int(none.sum()))
-        given = [i for i, missing in zip(given, none, strict=True) if not missing]
-        found = found.each(lambda values: values[~none])
     if len(given) == n:
         return found
 

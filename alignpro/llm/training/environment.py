@@ -8,8 +8,8 @@ import numpy as np
 from alignpro.llm.models.prompt import said_in
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.rewards.reward import Reward
-from alignpro.llm.rewards.scores import Refusals, Scores, judged
-from alignpro.llm.targets.target import Answer, Target
+from alignpro.llm.rewards.scores import Refusals, Scores, judged, scored
+from alignpro.llm.targets.target import Target
 
 
 @dataclass
@@ -33,8 +33,7 @@ class Environment:
         `draws` says which draw of π_F each action gets: equal draws of equal rewrites are the same answers.
         """
         if self.target is None:
-            said = [Answer(text, "stop", 0, 0) for text in actions]
-            return judged(self.reward, prompts, said, self.refusals)
+            return scored(self.reward, prompts, actions)
         # Something is asked, even where the rewrite is empty.
         asked = [said_in(x, a if a.strip() else " ") for x, a in zip(prompts, actions, strict=True)]
         answers = self.target.respond(
