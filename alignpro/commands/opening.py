@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignpro.commands.options import EnvironmentSettings, PromptSettings
+from alignpro.commands.shared import REWARD_FILE
 from alignpro.errors import AlignProError
 
 if TYPE_CHECKING:
@@ -130,6 +131,16 @@ class World:
         found = keep_scores(opened, folder / "scores")
         self.refusals.worth(found)  # refused here, not at the first refusal
         return found
+
+    def told(self, reward: "Reward", folder: Path) -> None:
+        """Say what scoring asked of services, and keep in `folder` what the reward says of itself."""
+        from alignpro.files import write_json
+        from alignpro.llm.models import packages
+        from alignpro.report.numbers import plain
+
+        if line := getattr(reward, "line", None):
+            packages.note(line())
+        write_json(folder / REWARD_FILE, plain(reward.describe()))
 
 
 def kept(target: "Target", folder: Path, prices: Any = None) -> "Cached":

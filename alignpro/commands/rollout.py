@@ -16,6 +16,7 @@ from alignpro.commands.options import (
     RunOptions,
     TemplateOption,
 )
+from alignpro.commands.shared import with_reward
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder
 from alignpro.llm.arms.settings import RolloutSettings
@@ -164,11 +165,10 @@ class Rollout(TemplateOption, RunOptions):
             with quiet():
                 rollout.roll_out(planned, work, parties)
             packages.note(frozen.ledger.line())
-            if spent := getattr(judge, "line", None):
-                packages.note(spent())
+            world.told(judge, folder)
         result = rollout.summarise(path, MOST_PROMPTS)
         print(text(result))
-        keep.keep(page(result, record | {"seed": settings.seed}), folder)
+        keep.keep(with_reward(page(result, record | {"seed": settings.seed}), folder), folder)
         return 0
 
 

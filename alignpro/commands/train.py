@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from alignpro.commands.options import EnvironmentSettings, PrompterOptions, PromptSettings, ReportedRun
+from alignpro.commands.shared import with_reward
 from alignpro.errors import AlignProError
 from alignpro.files import writable_folder
 from alignpro.llm.training.settings import PRESETS, TrainSettings, refuse_moved_optimum
@@ -87,6 +88,7 @@ class Train(PrompterOptions, ReportedRun):
             "template": self.template,
             "target": environment.target,
             "reward": world.reward_name,
+            **environment.reward_judge.record(),
             "answers": asdict(answers),
         }
         base = Prompter.from_pretrained(
@@ -101,11 +103,10 @@ class Train(PrompterOptions, ReportedRun):
         result = train(base, worth, prompts, settings, folder, **how)
         if target is not None:
             packages.note(target.ledger.line())
-        if spent := getattr(judge, "line", None):
-            packages.note(spent())
+        world.told(judge, folder)
         if result.metrics:  # of several processes the first one tells
             print(text(result))
-            keep.keep(page(result), folder)
+            keep.keep(with_reward(page(result), folder), folder)
         return 0
 
 

@@ -101,6 +101,7 @@ class JudgeReward:
         A judge in this process redoes a call that was cut short, so that an interruption changes no score.
         """
         out = replace(self)
+        out.rubric = self.rubric  # as it was read
         prices = self.settings.prices and Prices(*self.settings.prices)
         whole = not self._asked.remote
         out._asked = Cached(self._asked, folder, prices=prices, note=None, whole=whole)
@@ -160,15 +161,15 @@ class JudgeReward:
     def describe(self) -> dict[str, Any]:
         """Say who judges by what, what failed, and the judge's own noise, in reward units."""
         facts = {name: getattr(self.settings, name) for name in ("scale", "temperature", "reply_tokens")}
+        counts: dict[str, Any] = {"scored": self.scored, "not_scored": self.refusals.refused}
+        counts["failed_replies"] = dict(self.failures)
         return {
             "name": f"judge {self.judge.name}",
             "kind": "judge",
             "model": self.judge.name,
             **facts,
             "rubric": self.rubric,
-            "scored": self.scored,
-            "unscored": self.refusals.refused,
-            "failed_replies": dict(self.failures),
+            **(counts if self.scored else {}),
             **self.noise.describe(),
             "limits": [
                 "A model's taste, with its biases: for length, for confident tone, for answers like its own.",

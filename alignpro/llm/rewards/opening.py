@@ -105,7 +105,7 @@ def judge_opener(
     name, refusals = settings.judge, refusals or Refusals()
     if name is None:
         raise AlignProError("reward_judge: name the model that scores the answers")
-    settings = replace(settings, rubric=settings.text())
+    settings.text()  # refused here, where it cannot be read
     if settings.address:
         endpoint = keyed(endpoint)
         if endpoint.model is None:
