@@ -63,7 +63,7 @@ class Train(PrompterOptions, ReportedRun):
         world = World(replace(environment, target=prompter) if rlhf else environment)
         prompts = user_prompts(self.source, prompter, n=self.train_prompts)
 
-        from alignpro.commands.opening import how_read
+        from alignpro.commands.opening import check_target_room, how_read
         from alignpro.llm.policies.prompter import Prompter
         from alignpro.llm.training.environment import Environment
         from alignpro.llm.training.open_ended import train
@@ -80,6 +80,7 @@ class Train(PrompterOptions, ReportedRun):
         read: dict[str, Any] = {}
         if not rlhf:
             frozen = world.target()
+            check_target_room(frozen, prompts, answers.max_tokens)
             read, target = how_read(frozen), world.kept(frozen, folder)
         facts = {
             "prompter": prompter,

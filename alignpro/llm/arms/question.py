@@ -12,6 +12,7 @@ from alignpro.llm.rewards.rubric import CRITERIA, listed
 from alignpro.llm.targets.quoting import fenced, read_line
 
 FAILURES = {
+    "refused": "a service would give no reply, or had given no answer to judge",
     "empty": "nothing was said",
     "cut_off": "the reply reached max_tokens, and might have gone on to another verdict",
     "none": "no verdict",

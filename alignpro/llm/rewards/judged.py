@@ -16,9 +16,9 @@ from alignpro.llm.models.sampling import digest
 from alignpro.llm.rewards import rubric
 from alignpro.llm.rewards.reward import Array, check_texts
 from alignpro.llm.rewards.rubric import SCALES, TRIES, JudgeRewardSettings
-from alignpro.llm.rewards.scores import Refusals
 from alignpro.llm.targets.ledger import Cached, Prices
 from alignpro.llm.targets.quoting import control_tokens
+from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.target import Answer, Target
 
 if TYPE_CHECKING:
@@ -148,13 +148,12 @@ class JudgeReward:
             rows = self._asked.respond([questions[i] for i in todo], how, first=attempt)
             failed = []
             for i, (reply,) in zip(todo, rows, strict=True):
-                refused = reply.finish == "refused"
-                value, failure = (None, "refused") if refused else SCALES[self.settings.scale].read(reply)
-                if value is not None:
+                value, failure = SCALES[self.settings.scale].read(reply)
+                if failure is None:
                     found[i] = value
                     continue
-                self.failures[str(failure)] += 1
-                failed += [] if refused else [i]
+                self.failures[failure] += 1
+                failed += [] if failure == "refused" else [i]
             todo = failed
         return found
 
@@ -197,7 +196,7 @@ def _first_words(judge: Target) -> Target:
     from alignpro.llm.targets.given import GivenReplies
 
     if isinstance(judge, Endpoint):
-        return FirstToken(judge.base_url, judge.settings, judge.extra_body, judge.weights)
+        return FirstToken(judge.base_url, judge.settings, judge.weights, judge.role)
     if not hasattr(judge, "log_probs"):
         raise AlignProError(
             "reward_scale yes-no: needs a LocalTarget or an Endpoint, not behind a cache; or choose 1-10"

@@ -23,9 +23,9 @@ from alignpro.llm.rewards.judged import JudgeReward
 from alignpro.llm.rewards.minilm import minilm_bt
 from alignpro.llm.rewards.reward import Reward, shown
 from alignpro.llm.rewards.rubric import JudgeRewardSettings
-from alignpro.llm.rewards.scores import Refusals
 from alignpro.llm.targets.endpoint import Endpoint
 from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.settings import EndpointSettings
 
 REWARDS: dict[str, Callable[..., Reward]] = {"minilm-bt": minilm_bt}
@@ -110,7 +110,7 @@ def judge_opener(
         endpoint = keyed(endpoint)
         if endpoint.model is None:
             raise AlignProError(f"reward_model: name the model that {name} serves")
-        served = Endpoint(name, endpoint)
+        served = Endpoint(name, endpoint, role="reward")
         return lambda: JudgeReward(served, settings, refusals)
     if given := (endpoint or EndpointSettings()).given():
         raise AlignProError(f"reward_{given[0]}: is for an endpoint, and {name!r} is no http(s) address")

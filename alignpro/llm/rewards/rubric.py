@@ -72,6 +72,8 @@ def read_tokens(reply: Answer) -> tuple[float | None, str | None]:
 
     A word that is not among them counts as 0; without either there is no score.
     """
+    if reply.finish == "refused":
+        return None, "refused"
     found: dict[str, list[float]] = defaultdict(list)
     for token, value in json.loads(reply.text):
         # Byte-level and SentencePiece marks of a space, where a server leaves them in.

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.targets import http
 from alignpro.llm.targets.endpoint import Endpoint
 from alignpro.llm.targets.settings import Secret, is_number
@@ -20,20 +21,24 @@ class FirstToken(Endpoint):
     The fields are those of OpenAI's chat completions, `logprobs` and `top_logprobs`.
     """
 
-    def __post_init__(self) -> None:
-        self.extra_body = {**self.extra_body, "logprobs": True, "top_logprobs": TOP}
-        super().__post_init__()
+    @property
+    def revision(self) -> str:
+        """See `Target.revision`."""
+        return f"{super().revision}, first {TOP} tokens"
 
-    def read(self, content: Any, secret: Secret) -> tuple[Answer, int] | http.Problem:
-        """Read a chat completion; without log-probabilities it ends the run."""
-        found = super().read(content, secret)
+    def _body(self, prompt: str, index: int, sampling: Sampling, seed: int) -> bytes:
+        asked = json.loads(super()._body(prompt, index, sampling, seed))
+        return json.dumps({**asked, "logprobs": True, "top_logprobs": TOP}).encode()
+
+    def _parse(self, value: Any, secret: Secret, sampling: Sampling) -> tuple[Answer, int] | http.Problem:
+        found = super()._parse(value, secret, sampling)
         if isinstance(found, http.Problem) or found[0].finish == "refused":
             return found
         try:
-            first = content["choices"][0]["logprobs"]["content"][0]
+            first = value["choices"][0]["logprobs"]["content"][0]
             # The same token twice is one: some servers repeat the one that was drawn.
-            tops = {(top["token"], top["logprob"]): None for top in first["top_logprobs"] or [first]}
-        except (TypeError, KeyError, IndexError):
+            tops = {(top["token"], top["logprob"]): None for top in first.get("top_logprobs") or [first]}
+        except (TypeError, KeyError, IndexError, AttributeError):
             tops = {}
         if not tops or not all(isinstance(t, str) and is_number(v) and not math.isnan(v) for t, v in tops):
             return http.Problem(

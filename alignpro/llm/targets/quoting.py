@@ -79,12 +79,14 @@ def read_line(text: str, finish: str, marker: str, values: str) -> tuple[str | N
         values: regular expression of a value, with one group.
 
     Returns:
-        The value and None; or None and why there is none: `empty`, `cut_off`, `none`, `malformed` (a marker
-        without a value, or not on a line of its own) or `several`.
+        The value and None; or None and why there is none: `refused`, `empty`, `cut_off`, `none`, `malformed`
+        (a marker without a value, or not on a line of its own) or `several`.
     """
     said = "\n".join(_THOUGHTS.sub("", text).splitlines())
     line = rf"^{_DECORATION}{marker}{_BEFORE_COLON}[ \t*_`\"'(\[]*{values}[ \t*_`\"')\].!]*$"
     lines: list[str] = re.findall(line, said, re.A | re.I | re.M)
+    if finish == "refused":
+        return None, "refused"
     if finish == "length":
         return None, "cut_off"
     if not said.strip():
