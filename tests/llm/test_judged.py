@@ -364,6 +364,32 @@ def test_an_answer_without_a_score_has_the_declared_reward():
             judge(server, most=0.2).score([f"{X} {i}" for i in range(20)], [WRONG] * 20)
 
 
+FILTERED = json.dumps({"error": {"code": "content_filter", "message": "flagged"}}).encode()
+
+
+@pytest.mark.parametrize("scale", rubric.SCALES)
+def test_what_a_service_refuses_is_refused_once(scale, tmp_path):
+    def fault(number, body):
+        bad = "forty-three" in body["messages"][0]["content"]
+        return (400, {}, FILTERED) if bad else said(body, "SCORE: 10", tops={"Yes": 1.0})
+
+    with Server(fault) as server:
+        for calls in (2, 0):
+            before = len(server.requests)
+            made = judge(server, scale=scale, refused=0.5, repeats=0).kept(tmp_path)
+            assert made.score([X, X], [RIGHT, WRONG]) == pytest.approx([1.0, 0.5])
+            assert made.failures == {"refused": 1}
+            assert len(server.requests) - before == calls
+
+
+@pytest.mark.parametrize("scale", rubric.SCALES)
+def test_what_is_too_long_for_a_judge_here_is_refused(scale):
+    how = JudgeRewardSettings(scale=scale, reply_tokens=3, repeats=0)
+    made = JudgeReward(local(), how, Refusals(0.5, 1.0))
+    assert made.score([X], ["long " * 1000]) == [0.5]
+    assert made.failures == {"refused": 1}
+
+
 def test_on_yes_no_nothing_is_drawn_again():
     with Server(lambda number, body: said(body, "Hm", tops={"Hm": 0.9, "Well": 0.1})) as server:
         made = judge(server, scale="yes-no", repeats=0)
