@@ -71,6 +71,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         check_prompter(prompter, self.template)
         world = World(environment)
         xs = user_prompts(self.source, prompter, self.source.split, self.source.prompts)
+        world.check_prompts(xs)
         record = {
             "prompter": prompter,
             "template": self.template,

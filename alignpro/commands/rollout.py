@@ -81,6 +81,7 @@ class Rollout(TemplateOption, RunOptions):
             settings = replace(settings, rewrite_tokens=lengths.pop())
         world = World(environment)
         xs = user_prompts(self.source, reference, self.source.split, self.source.prompts)
+        world.check_prompts(xs)
 
         weights = {name: rollout.sha256(_weights(home)) for name, home in homes.items()}
         reward = world.reward_name
