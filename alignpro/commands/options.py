@@ -88,8 +88,9 @@ class PromptSettings:
     """The user prompts."""
 
     dataset: str = "instructions"
-    """Data set of the user prompts. Packaged: instructions, mt-bench, dpo-demo or healthbench. On the Hugging
-    Face hub: ultrafeedback, ultrafeedback-binarized, helpsteer, orca-dpo-pairs or openorca."""
+    """Data set of the user prompts. Packaged: instructions, mt-bench, dpo-demo, healthbench or verifiable
+    (which the reward of that name judges). On the Hugging Face hub: ultrafeedback, ultrafeedback-binarized,
+    helpsteer, orca-dpo-pairs or openorca."""
     data_folder: str | None = None
     """Folder with the files of the hub's data set, for a machine that cannot reach the hub. Left out: they
     are downloaded."""
@@ -150,11 +151,11 @@ class EnvironmentSettings(ChatOption):
     on the Hugging Face hub, or the http(s) address of an OpenAI-compatible endpoint."""
     reward: tuple[str, ...] = ("minilm-bt",)
     """The reward, which scores the answers. Packaged: minilm-bt (preferences), ease, sentiment, brevity,
-    json, list (list:5 for five items), clean or verifiable. Your own, with its range after an @: a reward model's
-    folder or hub id (owner/name@squash:0,2, and owner/name#LABEL@0,1 for the probability of one of several
-    labels), a Python function (module:function@0,1) or the address of an endpoint; a folder that
-    reward-model wrote knows its range. Several are added up (0.7*minilm-bt 0.3*ease) or, after the word mean,
-    averaged, and each is reported apart."""
+    json, list (list:5 for five items), clean or verifiable. Your own, with its range after an @: a reward
+    model's folder or hub id (owner/name@squash:0,2; owner/name#LABEL@0,1 for the probability of one of
+    several labels), a Python function (module:function@0,1) or the address of an endpoint; a folder that
+    reward-model wrote knows its range. Several are added up (0.7*minilm-bt 0.3*ease) or, after the word
+    mean, averaged, and each is reported apart."""
     answer_tokens: int = 64
     """The most tokens of one answer; a longer one is cut."""
     answer_temperature: float = 1.0
