@@ -109,8 +109,13 @@ class World:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the columns of the prompts' data that the reward reads; `*` stands for all."""
-        return self._plan.columns
+        """Columns of the prompts' data that the reward needs."""
+        return self._plan.reads.needed
+
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Columns that it reads where they are there; `*` stands for all."""
+        return self._plan.reads.optional
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that the reward cannot judge, such as those without a column that it needs."""

@@ -1,7 +1,7 @@
 """Further columns of the prompts' data that a reward reads, and what it is told where they are missing."""
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from alignpro.llm.models.prompt import columns_of
 from alignpro.llm.rewards.reward import shown
 
 ALL = "*"
-"""Stands in `Columns.names` for every column there is."""
+"""Stands among optional columns for every other one there is."""
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,9 @@ class Columns:
     needed: tuple[str, ...] = ()
     """Columns that every prompt must have."""
     optional: tuple[str, ...] = ()
-    """Columns that are read where every prompt of a call has them."""
-    rest: bool = False
-    """Whether all other columns are read too."""
+    """Columns that are read where every prompt of a call has them; `ALL` stands for all others."""
     taken: tuple[str, ...] = ()
-    """Names of columns that are not among the rest."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All of them, with `ALL` for the rest."""
-        return (*self.needed, *self.optional, *((ALL,) if self.rest else ()))
+    """Names of columns that are not among all others."""
 
     def check(self, prompts: Sequence[str], reward: str) -> None:
         """Refuse prompts without a needed column, naming both and the `reward`."""
@@ -43,10 +36,18 @@ class Columns:
     def of(self, prompts: Sequence[str]) -> dict[str, list[Any]]:
         """Values of each column, one for each prompt, of columns that all of these have."""
         rows = [columns_of(x) for x in prompts]
-        rest = [name for name in rows[0] if name not in self.taken] if self.rest and rows else []
-        names = (*self.needed, *self.optional, *rest)
+        others = [name for name in rows[0] if name not in self.taken] if ALL in self.optional and rows else []
+        names = (*self.needed, *self.optional, *others)
         found = dict.fromkeys(name for name in names if all(name in row for row in rows))
         return {name: [row[name] for row in rows] for name in found}
+
+
+def columns_of_all(rewards: Iterable[Any]) -> Columns:
+    """The columns that any of these read, as their attribute `reads` says; without one they read none."""
+    found = [getattr(reward, "reads", Columns()) for reward in rewards]
+    needed = dict.fromkeys(name for columns in found for name in columns.needed)
+    optional = dict.fromkeys(name for columns in found for name in columns.optional if name not in needed)
+    return Columns(tuple(needed), tuple(optional))
 
 
 def columns_read_by(function: Callable[..., Any], given: Collection[str] = ()) -> Columns:
@@ -61,9 +62,7 @@ def columns_read_by(function: Callable[..., Any], given: Collection[str] = ()) -
         return Columns()
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     named = [p for p in parameters[2:] if p.kind in by_name and p.name not in given]
-    return Columns(
-        tuple(p.name for p in named if p.default is p.empty),
-        tuple(p.name for p in named if p.default is not p.empty),
-        any(p.kind is p.VAR_KEYWORD for p in parameters),
-        tuple(p.name for p in parameters[:2]),
-    )
+    optional = [p.name for p in named if p.default is not p.empty]
+    optional += [ALL for p in parameters if p.kind is p.VAR_KEYWORD]
+    needed = tuple(p.name for p in named if p.default is p.empty)
+    return Columns(needed, tuple(optional), tuple(p.name for p in parameters[:2]))

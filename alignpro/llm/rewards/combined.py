@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from alignpro.errors import AlignProError
+from alignpro.llm.rewards.columns import Columns, columns_of_all
 from alignpro.llm.rewards.reward import Array, Reward
 from alignpro.llm.rewards.scores import Scores, scored
 
@@ -47,9 +48,9 @@ class Sum:
         self.high = float(sum(high for _, high in self.ranges.values()))
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the columns of the prompts' data that the parts read."""
-        return tuple(dict.fromkeys(name for r in self.rewards for name in getattr(r, "columns", ())))
+    def reads(self) -> Columns:
+        """The columns of the prompts' data that the parts read."""
+        return columns_of_all(self.rewards)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that a part cannot judge."""

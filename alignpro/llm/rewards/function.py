@@ -63,11 +63,6 @@ class CallableReward:
             self.is_async = any(map(inspect.iscoroutinefunction, (self.function, called)))
         self.reads = columns_read_by(self.function, self.context)
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the columns that the function takes."""
-        return self.reads.names
-
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that come without a column which the function needs."""
         self.reads.check(prompts, self.name)

@@ -18,6 +18,7 @@ from alignpro.llm.models.libraries import one_line
 from alignpro.llm.rewards.bounds import SYNTAX, Bounds, Declared, parse_bounds
 from alignpro.llm.rewards.bradley_terry import BradleyTerryReward
 from alignpro.llm.rewards.classifier import SequenceReward, choose_output, loading, public_name, saved_facts
+from alignpro.llm.rewards.columns import Columns, columns_of_all
 from alignpro.llm.rewards.combined import Mean, Sum, check_parts, check_prompts, said
 from alignpro.llm.rewards.endpoint import EndpointReward, check_url
 from alignpro.llm.rewards.function import CallableReward
@@ -62,9 +63,9 @@ class Spec:
     """The output of a classifier that is the reward, by its label or number; None where it has but one."""
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the columns of the prompts' data that the reward reads, known before it is opened."""
-        return tuple(getattr(self._code(), "columns", ()))
+    def reads(self) -> Columns:
+        """The columns of the prompts' data that the reward reads, known before it is opened."""
+        return columns_of_all([self._code()])
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that the reward cannot judge, before it is opened."""
@@ -122,9 +123,9 @@ class Plan:
         return said(self.kind, [spec.shown for spec in self.specs], self.weights)
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the columns of the prompts' data that the rewards read."""
-        return tuple(dict.fromkeys(name for spec in self.specs for name in spec.columns))
+    def reads(self) -> Columns:
+        """The columns of the prompts' data that the rewards read."""
+        return columns_of_all(self.specs)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that one of the rewards cannot judge, before any is opened."""

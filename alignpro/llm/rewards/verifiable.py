@@ -20,7 +20,7 @@ class Verifiable:
 
     low: float = 0.0
     high: float = 1.0
-    columns = (IDS, ARGUMENTS)
+    reads = Columns((IDS, ARGUMENTS))
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts without the columns, with instructions that are not known, or with other arguments.
@@ -28,7 +28,7 @@ class Verifiable:
         Raises:
             AlignProError: names the instruction and the prompt.
         """
-        Columns(self.columns).check(prompts, "verifiable")
+        self.reads.check(prompts, "verifiable")
         for x in prompts:
             for name, arguments in instructions_of(x):
                 try:
@@ -44,7 +44,7 @@ class Verifiable:
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
         """Check each response: [n] float64 in [0, 1]."""
         check_texts(prompts, responses)
-        Columns(self.columns).check(prompts, "verifiable")
+        self.reads.check(prompts, "verifiable")
         return np.array([np.mean(followed(x, y)) for x, y in zip(prompts, responses, strict=True)])
 
     def describe(self) -> dict[str, Any]:
