@@ -68,7 +68,7 @@ _SILENT = re.compile(
     r"|(?<=[^aeiouy])e(?:ly|ful|less|ment|ness)s?$"  # safely
 )
 _APART = re.compile(
-    r"(?<![tscg])i(?:a|o(?!n))|(?<![tscgq])ie[tn](?!d)|[aeiou]ing|(?<!p)eo(?!u)|(?<![gq])ua|uou|[^aeiouy]sms?$"
+    r"(?<![tscg])i(?:a|o(?!n))|(?<![tscgq])ie[tn](?!d)|[aeiou]ing|(?<!p)eo(?!u)|(?<![gq])ua|uou|sms?$"
 )
 """Vowels in one run that are spoken apart (media, quiet, doing), and the one of -ism that is not written."""
 
@@ -76,7 +76,7 @@ _APART = re.compile(
 def syllables_of(word: str) -> int:
     """Estimate the syllables of an English word: its runs of vowels, without silent e; at least 1.
 
-    Of the words in the CMU dictionary 91% get their number, of 1,525 common ones 97%; the mean error is 0.04
+    Of the words in the CMU dictionary 92% get their number, of 1,525 common ones 97%; the mean error is 0.04
     too few (hyphenation patterns, which are also to be had offline, get 62% and 0.42 too few).
     """
     plain = unicodedata.normalize("NFKD", word.casefold())
@@ -210,8 +210,9 @@ def clean() -> TextReward:
 
     def free(text: str) -> float:
         plain = unicodedata.normalize("NFKC", text).casefold()
-        spelt = re.sub(r"\S*[a-z]\S*", lambda word: word[0].translate(_FOLDED), plain)  # 455 stays a number
-        return float(not (_SWEAR.search(plain) or _SWEAR.search(spelt)))
+        # A number stays one: 455 spells nothing.
+        words = [w.translate(_FOLDED) if re.search("[a-z]", w) else w for w in plain.split()]
+        return float(not (_SWEAR.search(plain) or _SWEAR.search(" ".join(words))))
 
     return TextReward(
         "clean",

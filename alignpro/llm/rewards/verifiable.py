@@ -79,7 +79,7 @@ def instructions_of(x: str) -> list[tuple[str, dict[str, Any]]]:
             f"{IDS}, {ARGUMENTS}: give the prompt {shown(x)} lists of names and of objects, one for each"
         )
     for name in names:
-        if name not in CHECKERS:
+        if not isinstance(name, str) or name not in CHECKERS:
             raise AlignProError(f"{IDS} {name!r}: is not known; choose from {', '.join(CHECKERS)}")
     return [
         (name, {key: value for key, value in (row or {}).items() if value is not None})
