@@ -116,7 +116,7 @@ def test_async_functions_work_by_name(tmp_path, monkeypatch):
     (tmp_path / "rf.py").write_text(
         "async def a(prompts, responses):\n    return [0.5 for _ in responses]\n"
         "async def b(prompts, responses, answer):\n    return [float(x) for x in answer]\n"
-        "class C:\n    async def __call__(self, prompts, responses):\n        return [1.0 for _ in responses]\n"
+        "class C:\n    async def __call__(self, prompts, responses):\n        return [1.0] * len(responses)\n"
         "c = C()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

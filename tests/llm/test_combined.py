@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from mutants import kills, mutated
+from test_reward_models import server  # noqa: F401 - a fixture
 
 from alignpro.commands import main
 from alignpro.commands.opening import World
@@ -114,7 +115,8 @@ def test_rounding_takes_no_total_out_of_the_range():
         high = low + rng.exponential(size=n)
         weights = rng.normal(size=n)
         parts = [
-            Given(str(i), float(low[i]), float(high[i]), tuple(map(float, (low[i], high[i])))) for i in range(n)
+            Given(str(i), float(low[i]), float(high[i]), tuple(map(float, (low[i], high[i]))))
+            for i in range(n)
         ]
         turned = [
             Given(p.name, p.low, p.high, p.scores_of[:: 1 if w > 0 else -1])
@@ -258,3 +260,27 @@ def test_parts_add_up_through_training_rollouts_and_the_record(tmp_path, capsys)
         assert [ends for _, *ends in row["reward_parts"].values()] == [[0, 0.5], [-0.25, 0], [0, 2]]
     said = json.loads((tmp_path / "t" / "settings.json").read_text())
     assert " + ".join((f"0.5*{names[0]}", f"-0.25*{names[1]}", "2.0*brevity")) in json.dumps(said)
+
+
+def test_endpoints_in_a_sum_share_a_store_and_pay_once(server, tmp_path):  # noqa: F811
+    """Two addresses of one service: their scores are told apart in one folder, and asked for once."""
+    server.answer = lambda path, body: (200, {}, {"rewards": [path.count("x") / 4] * len(body["prompts"])})
+    names = (f"0.5*{server.url}/x@0,1", f"-1*{server.url}/xx@0,1", "ease")
+
+    def run():
+        world = World(environment(reward=names))
+        assert world.endpoints == 2
+        reward = world.reward(tmp_path)
+        found = reward.scores(X, Y)
+        assert [found.parts[name].tolist() for name in reward.names[:2]] == [[0.125] * 3, [-0.5] * 3]
+        return reward.line().splitlines()
+
+    first = run()
+    asked = len(server.asked)
+    assert asked == 2
+    assert [line.split(": ")[1] for line in first] == [
+        "3 scores in 1 requests (0 retries), 0 more from the file",
+    ] * 2
+    again = run()
+    assert len(server.asked) == asked
+    assert all("3 more from the file" in line for line in again)

@@ -14,7 +14,19 @@ from alignpro.errors import AlignProError
 from alignpro.llm.rewards import instructions, texts
 from alignpro.llm.rewards.opening import REWARDS, load_reward
 
-ODD = ["", " \n\t", "\x00", "\u202eabc", "漢字", "😀" * 50, "e\u0301té", "a" * 20_000, "[" * 5000, "1" * 6000, "``````"]
+ODD = [
+    "",
+    " \n\t",
+    "\x00",
+    "\u202eabc",
+    "漢字",
+    "😀" * 50,
+    "e\u0301té",
+    "a" * 20_000,
+    "[" * 5000,
+    "1" * 6000,
+    "``````",
+]
 ROWS = [*texts.TEXTS, "brevity:5", "list:4"]
 
 
@@ -39,9 +51,11 @@ def test_every_text_has_a_finite_score_in_range_and_the_same_one_each_time(name)
 
 # --- reading ease ---
 
-SYLLABLES = """the 1 cat 1 make 1 whole 1 table 2 asked 1 wanted 2 makes 1 changes 2 boxes 2 safely 2 careful 2 reading 2
-doing 2 media 3 quiet 2 radio 3 nation 2 special 2 station 2 prism 2 optimism 4 usual 3 people 2 queen 1 hyphenated 4
-impossibility 6 statement 2 rules 1 little 2 called 1 played 1 rhythm 1 1984 1 a 1"""
+SYLLABLES = """
+the 1 cat 1 make 1 whole 1 table 2 asked 1 wanted 2 makes 1 changes 2 boxes 2 safely 2 careful 2 reading 2 doing 2
+media 3 quiet 2 radio 3 nation 2 special 2 station 2 prism 2 optimism 4 usual 3 people 2 queen 1 hyphenated 4
+impossibility 6 statement 2 rules 1 little 2 called 1 played 1 rhythm 1 1984 1 a 1
+"""
 """Words with their syllables, counted by ear; rhythm and 1984 as the rules have them."""
 
 
@@ -78,7 +92,11 @@ def test_ease_is_fleschs_formula():
             assert found == pytest.approx(expected, abs=1e-12), text
 
     check(texts)
-    for right, wrong in (("84.6 * syllables", "84 * syllables"), ("1.015 * length", "1.15 * length"), ("if said and not _NO_END.search(said)", "if said")):
+    for right, wrong in (
+        ("84.6 * syllables", "84 * syllables"),
+        ("1.015 * length", "1.15 * length"),
+        ("if said and not _NO_END.search(said)", "if said"),
+    ):
         kills(check, mutated(texts, right, wrong))
     assert of("ease", "", "...", "漢字" * 40) == [0, 0, 0]  # nothing to read, or nothing that it can
 
@@ -146,7 +164,16 @@ def test_brevity_falls_by_words():
 def test_json_is_an_object_or_an_array_and_nothing_else():
     def check(module):
         right = ['{"a": [1, null]}', " [] ", '```json\n{"a": 1}\n```', "```\n[1]\n```\n"]
-        wrong = ["5", '"text"', "null", "{'a': 1}", '{"a": 1} and more', "[NaN]", "[Infinity]", "```json\n{\n```"]
+        wrong = [
+            "5",
+            '"text"',
+            "null",
+            "{'a': 1}",
+            '{"a": 1} and more',
+            "[NaN]",
+            "[Infinity]",
+            "```json\n{\n```",
+        ]
         found = module.json_format().score([""] * len(right + wrong), right + wrong)
         assert found.tolist() == [1.0] * len(right) + [0.0] * len(wrong)
 
@@ -175,7 +202,7 @@ def test_lists_have_the_items_asked_for():
     for right, wrong in (
         ("min(found, items) / max(found, items)", "float(found == items)"),
         ("found >= 2", "found >= 1"),
-        ("\\s+\\S\"", "\\s*\\S\""),
+        ('\\s+\\S"', '\\s*\\S"'),
     ):
         kills(check, mutated(texts, right, wrong))
     for bad in (0, -2, 1.5, math.inf):

@@ -32,7 +32,10 @@ CASES = {
     ),
     "language:response_language": (
         {"language": "fr"},
-        ["Bonjour, je suis très heureux de vous voir ici ce matin.", "12"],  # a text without a language passes
+        [
+            "Bonjour, je suis très heureux de vous voir ici ce matin.",
+            "12",
+        ],  # a text without a language passes
         ["Good morning, I am very happy to see you here today."],
     ),
     "length_constraints:number_sentences": (
@@ -52,7 +55,7 @@ CASES = {
     ),
     "length_constraints:nth_paragraph_first_word": (
         {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "They"},
-        ["Owls.\n\n\"They, too", "Owls.\n\nthey"],
+        ['Owls.\n\n"They, too', "Owls.\n\nthey"],
         ["Owls.\nthey", "They.\n\nOwls", "A.\n\nThey\n\nB", "Owls.\n\nTheya"],
     ),
     "detectable_content:number_placeholders": (
@@ -109,7 +112,7 @@ CASES = {
 MUTANTS = {
     "keywords:existence": ("return all(re.search(_pattern(word)", "return any(re.search(_pattern(word)"),
     "keywords:frequency": ("_pattern(keyword.strip()), answer, re.IGNORECASE", "_pattern(keyword), answer"),
-    "keywords:forbidden_words": (r'rf"\b{_pattern(word)}\b"', '_pattern(word)'),
+    "keywords:forbidden_words": (r'rf"\b{_pattern(word)}\b"', "_pattern(word)"),
     "keywords:letter_frequency": ("[letter.strip().lower()]", "[letter]"),
     "language:response_language": ("in (language, None)", "== language"),
     "length_constraints:number_sentences": ("len(sentences_of(answer))", 'answer.count(".")'),
@@ -128,12 +131,24 @@ MUTANTS = {
     "detectable_format:json_format": ('text.removesuffix("```").strip()', "text.strip()"),
     "detectable_format:title": (r"<<[^\n]+>>", r"<<(?s:.)+>>"),
     "combination:two_responses": ("and full[0] != full[1]", ""),
-    "combination:repeat_prompt": (".startswith(prompt_to_repeat.strip()", ".__contains__(prompt_to_repeat.strip()"),
+    "combination:repeat_prompt": (
+        ".startswith(prompt_to_repeat.strip()",
+        ".__contains__(prompt_to_repeat.strip()",
+    ),
     "startend:end_checker": (""".strip('"').lower()""", ".lower()"),
     "startend:quotation": ("len(text) > 1 and ", ""),
-    "change_case:capital_word_frequency": ("for word in words_of(answer)", r'for word in re.findall(r"\w+", answer)'),
-    "change_case:english_capital": ('answer.isupper() and _language(answer) in ("en", None)', "answer.isupper()"),
-    "change_case:english_lowercase": ('answer.islower() and _language(answer) in ("en", None)', "answer.islower()"),
+    "change_case:capital_word_frequency": (
+        "for word in words_of(answer)",
+        r'for word in re.findall(r"\w+", answer)',
+    ),
+    "change_case:english_capital": (
+        'answer.isupper() and _language(answer) in ("en", None)',
+        "answer.isupper()",
+    ),
+    "change_case:english_lowercase": (
+        'answer.islower() and _language(answer) in ("en", None)',
+        "answer.islower()",
+    ),
     "punctuation:no_comma": ('"," not in answer', '"," in answer'),
 }
 
@@ -152,9 +167,9 @@ def test_a_checker_knows_who_follows(name):
 
 def test_relations_are_at_least_and_less_than():
     def check(module):
-        words = [
-            module.number_words("a b", 2, relation) for relation in (AT_LEAST, LESS)
-        ] + [module.number_words("a", 2, relation) for relation in (AT_LEAST, LESS)]
+        words = [module.number_words("a b", 2, relation) for relation in (AT_LEAST, LESS)] + [
+            module.number_words("a", 2, relation) for relation in (AT_LEAST, LESS)
+        ]
         assert words == [True, False, False, True]
 
     check(instructions)
@@ -171,9 +186,12 @@ def asked(*pairs, text="x"):
     )
 
 
-NO_COMMA, SHORT = ("punctuation:no_comma", {}), (
-    "length_constraints:number_words",
-    {"num_words": 3, "relation": LESS, "keyword": None},  # as a table has it
+NO_COMMA, SHORT = (
+    ("punctuation:no_comma", {}),
+    (
+        "length_constraints:number_words",
+        {"num_words": 3, "relation": LESS, "keyword": None},  # as a table has it
+    ),
 )
 
 
@@ -181,7 +199,9 @@ def test_the_reward_is_the_share_that_is_followed():
     both = asked(NO_COMMA, SHORT)
 
     def check(module):
-        found = module.Verifiable().score([both] * 4 + [asked(NO_COMMA)], ["a b", "a b c", "a, b c", " ", "a"])
+        found = module.Verifiable().score(
+            [both] * 4 + [asked(NO_COMMA)], ["a b", "a b c", "a, b c", " ", "a"]
+        )
         assert found.tolist() == [1, 0.5, 0, 0, 1]
 
     check(verifiable)
@@ -206,14 +226,20 @@ def test_the_reward_is_the_share_that_is_followed():
     ("prompt", "message"),
     [
         ("plain", "column instruction_id_list: reward verifiable needs it, and the prompt 'plain' has none"),
-        (asked(("style:rhyme", {})), "instruction_id_list 'style:rhyme': is not known; choose from keywords:"),
+        (
+            asked(("style:rhyme", {})),
+            "instruction_id_list 'style:rhyme': is not known; choose from keywords:",
+        ),
         (asked((["a"], {})), "is not known"),
         (asked(("length_constraints:number_words", {"num_words": 3})), "missing .*relation"),
         (asked(("punctuation:no_comma", {"num_words": 3})), "do not fit instruction punctuation:no_comma"),
         (asked(("length_constraints:number_words", {"num_words": 3, "relation": "at most"})), "at most"),
         (asked(("keywords:existence", {"keywords": 5})), "do not fit instruction keywords:existence"),
         (asked(), "lists of names and of objects"),
-        (Prompt("x", columns={"instruction_id_list": ["a"], "kwargs": "{}"}), "lists of names and of objects"),
+        (
+            Prompt("x", columns={"instruction_id_list": ["a"], "kwargs": "{}"}),
+            "lists of names and of objects",
+        ),
         (Prompt("x", columns={"instruction_id_list": ["a"], "kwargs": []}), "lists of names and of objects"),
     ],
 )
@@ -233,7 +259,9 @@ def test_the_packaged_prompts_say_what_is_checked():
         for name, arguments in instructions_of(x):
             for value in arguments.values():  # the text asks for it
                 for said in value if isinstance(value, list) else [value]:
-                    known = {"fr": "French", "de": "German", "es": "Spanish", "it": "Italian", 1: "1"}.get(said, said)
+                    known = {"fr": "French", "de": "German", "es": "Spanish", "it": "Italian", 1: "1"}.get(
+                        said, said
+                    )
                     if said in (AT_LEAST, LESS):
                         assert ("fewer than" in x) or said == AT_LEAST
                     elif name.endswith(("first_word", "number_paragraphs", "number_highlighted_sections")):

@@ -13,8 +13,8 @@ from transformers import AutoConfig
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.catalogue import HUB_ID, checked_folder
-from alignpro.llm.models.download import scrub
 from alignpro.llm.models.libraries import one_line
+from alignpro.llm.models.packages import scrub
 from alignpro.llm.rewards.bounds import SYNTAX, Bounds, Declared, parse_bounds
 from alignpro.llm.rewards.bradley_terry import BradleyTerryReward
 from alignpro.llm.rewards.classifier import SequenceReward, choose_output, loading, public_name, saved_facts
