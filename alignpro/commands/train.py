@@ -62,6 +62,7 @@ class Train(PrompterOptions, ReportedRun):
         # The oracle is its own target.
         world = World(replace(environment, target=prompter) if rlhf else environment)
         prompts = user_prompts(self.source, prompter, n=self.train_prompts)
+        world.check_prompts(prompts)
 
         from alignpro.commands.opening import check_target_room, how_read
         from alignpro.llm.policies.prompter import Prompter

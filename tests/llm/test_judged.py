@@ -610,6 +610,35 @@ def test_rolling_out_by_a_judge(home, tmp_path, capsys):
     assert (out / "scores" / "answers.sqlite").is_file()
 
 
+def shares(prompts, responses):
+    return [y.count("e") / max(1, len(y)) for y in responses]
+
+
+def test_a_judge_may_be_one_of_several_rewards(home, tmp_path, capsys):
+    """Parts add up, also where the judge gives no score: that part is then where 0.5 lies in the range."""
+    out = tmp_path / "out"
+
+    def fault(number, body):
+        return said(body, "hm" if "abc" in body["messages"][0]["content"] else "SCORE: 4")
+
+    with Server(fault) as server:
+        at = ["--reward", "2*judge", f"{__name__}:shares@0,1", "--reward-judge", server.url]
+        at += ["--reward-model", "m", "--arms", "none", "--draws", "1", "--answers", "2"]
+        at += ["--refused-reward", "1.5", "--refused-most", "1"]
+        assert main.main(command(home, "rollout", out, *at)) == 0, capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "; 12 replies of a judge" in told
+    assert "2 answers not scored" in told
+    rows = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    for row in rows:
+        parts = {name: values[0] for name, values in row["reward_parts"].items()}
+        assert sum(parts.values()) == pytest.approx(row["reward"])
+        assert parts["judge"] == pytest.approx(1.0 if row["x"] == "abc" else 2 / 3)
+        assert row["reward_parts"]["judge"][1:] == [0, 2]
+        assert row["reward_model"].startswith(f"2.0*judge m at {server.url}, scale 1-10, rubric ")
+    assert "noise_sd" in (out / "report.html").read_text()
+
+
 AT = ["--reward", "judge", "--reward-judge", "http://127.0.0.1:1/v1"]
 
 
@@ -634,6 +663,10 @@ AT = ["--reward", "judge", "--reward-judge", "http://127.0.0.1:1/v1"]
         ),
         ([*AT, "--reward-model", "m", "--reward-prices", "-1", "0"], "prices.prompt -1"),
         (["--reward", "judge", "--reward-judge", "nowhere/at/all"], "nowhere/at/all"),
+        (
+            ["--reward", "judge", "http://127.0.0.1:1/s@0,1", *AT[2:], "--reward-model", "m"],
+            "reward_judge: is at an address, as another reward is",
+        ),
         (
             ["--reward", "judge", "--reward-judge", "smollm2-135m-instruct", "--reward-model", "m"],
             "reward_model: is for an endpoint",
