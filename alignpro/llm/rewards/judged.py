@@ -16,7 +16,7 @@ from alignpro.llm.models.sampling import digest
 from alignpro.llm.rewards import rubric
 from alignpro.llm.rewards.reward import Array, check_texts
 from alignpro.llm.rewards.rubric import SCALES, TRIES, JudgeRewardSettings
-from alignpro.llm.targets.ledger import Cached, Prices
+from alignpro.llm.targets.ledger import Cached
 from alignpro.llm.targets.quoting import control_tokens
 from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.target import Answer, Target
@@ -102,8 +102,7 @@ class JudgeReward:
         """
         out = replace(self)
         out.rubric = self.rubric  # as it was read
-        prices = self.settings.prices and Prices(*self.settings.prices)
-        whole = not self._asked.remote
+        whole, prices = not self._asked.remote, self.settings.priced()
         out._asked = Cached(self._asked, folder, prices=prices, note=None, whole=whole)
         out.noise = Noise(self.settings.repeats, writable_folder(folder, "folder") / NOISE_FILE)
         out.noise.read()

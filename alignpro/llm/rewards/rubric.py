@@ -9,14 +9,16 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.prompt import context_of, transcript
 from alignpro.llm.models.sampling import Sampling, digest, is_int
-from alignpro.llm.targets.ledger import Prices
 from alignpro.llm.targets.quoting import fenced, read_line
 from alignpro.llm.targets.target import Answer
+
+if TYPE_CHECKING:
+    from alignpro.llm.targets.ledger import Prices
 
 CRITERIA = ("helpfulness", "harmlessness", "relevance", "accuracy", "depth", "creativity", "level of detail")
 """The seven criteria of the paper's Table 1."""
@@ -162,8 +164,7 @@ class JudgeRewardSettings:
                 f"reward_temperature {self.temperature}: on yes-no nothing is drawn; leave it at 0"
             )
         self.sampling()
-        if self.prices is not None:
-            Prices(*self.prices)
+        self.priced()
 
     def given(self) -> list[str]:
         """Names of the fields that are not at their defaults."""
@@ -186,11 +187,19 @@ class JudgeRewardSettings:
         """
         replies, most = self.replies(answers), self.sampling().max_tokens
         said = f"; {replies} replies of a judge, of at most {most} tokens each"
-        if self.prices is None:
+        if (prices := self.priced()) is None:
             return said
         asked = len(question(self.text(), self.scale, "", "")) // 4 + tokens
-        cost = Prices(*self.prices).cost(replies * asked, replies * most)
+        cost = prices.cost(replies * asked, replies * most)
         return f"{said}, about {cost:.2f} at most where none has to be asked again"
+
+    def priced(self) -> "Prices | None":
+        """The prices; None where they are not known. Raises AlignProError where they are none."""
+        if self.prices is None:
+            return None
+        from alignpro.llm.targets.ledger import Prices
+
+        return Prices(*self.prices)
 
     def sampling(self, attempt: int = 0) -> Sampling:
         """How the judge decodes.
