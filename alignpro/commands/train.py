@@ -91,6 +91,7 @@ class Train(PrompterOptions, ReportedRun):
             "template": self.template,
             "target": environment.target,
             "reward": world.reward_name,
+            **environment.reward_model.record(),
             "answers": asdict(answers),
         }
         base = Prompter.from_pretrained(
