@@ -206,6 +206,10 @@ class RewardModelSettings:
         """Names of the fields that are not at their defaults."""
         return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
 
+    def record(self) -> dict[str, Any]:
+        """Settings not at their defaults that determine scores, as a run's record keeps them."""
+        return {f"reward_{name}": getattr(self, name) for name in self.given() if name != "batch_size"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentSettings(ChatOption):
@@ -263,6 +267,7 @@ class EnvironmentSettings(ChatOption):
             **self.reward_endpoint.record("reward"),
             "dtype": self.dtype,
             "reward": reward,
+            **self.reward_model.record(),
             "sampling": asdict(self.sampling()),
             "chat_template_kwargs": self.chat_options() or {},
             **({} if self.refused_reward is None else {"refused_reward": self.refused_reward}),

@@ -91,6 +91,7 @@ class Train(PrompterOptions, ReportedRun):
             "target": environment.target,
             "reward": world.reward_name,
             **environment.reward_judge.record(),
+            **environment.reward_model.record(),
             "answers": asdict(answers),
         }
         base = Prompter.from_pretrained(
