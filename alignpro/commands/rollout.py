@@ -56,8 +56,10 @@ class Rollout(TemplateOption, RunOptions):
     def run(self) -> int:
         from alignpro.commands.opening import World, check_target_room, kept, trained_home, user_prompts
         from alignpro.llm.arms import rollout
+        from alignpro.llm.arms.given import read_given
         from alignpro.llm.models import packages
         from alignpro.llm.models.libraries import quiet
+        from alignpro.llm.models.prompt import as_json
         from alignpro.llm.policies.prompter import PROMPTER_FILE, Prompter
 
         settings, environment = self.settings, self.environment
@@ -81,25 +83,36 @@ class Rollout(TemplateOption, RunOptions):
             settings = replace(settings, rewrite_tokens=lengths.pop())
         world = World(environment)
         xs = user_prompts(self.source, reference, self.source.split, self.source.prompts)
+        given = {arm.name: read_given(arm.file, xs) for arm in arms if arm.file}
+        for name, found in given.items():
+            most = max(map(len, found.of.values()))
+            if most > settings.draws:
+                packages.note(f"{name}: the first {settings.draws} of up to {most} rewrites (--draws)")
 
         weights = {name: rollout.sha256(_weights(home)) for name, home in homes.items()}
+        weights |= {arm.file: rollout.sha256(Path(arm.file).expanduser()) for arm in arms if arm.file}
         reward = world.reward_name
+
+        def how(arm: "Arm") -> dict[str, Any]:
+            if arm.folder:
+                return {"folder": arm.folder, "weights": weights[arm.folder]}
+            if arm.text:
+                return {"instruction": arm.text}
+            if arm.file:
+                return {"file": arm.file, "sha256": weights[arm.file], **given[arm.name].cost}
+            return {
+                name: getattr(settings, name) for name in _RESAMPLING if arm.name in ("star", "best_of_n")
+            }
+
         record = {
-            "prompts": hashlib.sha256(json.dumps(xs).encode()).hexdigest()[:16],
+            "prompts": hashlib.sha256(json.dumps(list(map(as_json, xs))).encode()).hexdigest()[:16],
             "draws": settings.draws,
             "answers": settings.answers,
             "rewrite_tokens": settings.rewrite_tokens,
             "prompter": reference,
             "template": asdict(chosen) if chosen else None,
             **environment.record(reward),
-            "arms": {
-                str(arm): {"folder": arm.folder, "weights": weights[arm.folder]}
-                if arm.folder
-                else {
-                    name: getattr(settings, name) for name in _RESAMPLING if arm.name in ("star", "best_of_n")
-                }
-                for arm in arms
-            },
+            "arms": {str(arm): how(arm) for arm in arms},
         }
         planned = rollout.plan(folder, xs, settings, record)
         if settings.rlhf and not sampling.natural:
@@ -143,9 +156,10 @@ class Rollout(TemplateOption, RunOptions):
                 open_prompter,
                 open_policy,
                 environment.batch_size,
+                {name: found.of for name, found in given.items()},
                 world.refusals,
             )
-            who = {
+            who = {arm.name: f"x, then {arm.text!r}" for arm in arms if arm.text} | {
                 "none": "none",
                 "sft": reference,
                 "star": f"rho* of {reference} at lam {settings.lam:g} by {settings.proposals} proposals",
@@ -153,9 +167,10 @@ class Rollout(TemplateOption, RunOptions):
             }
 
             def parties(arm: "Arm") -> dict[str, str]:
+                named, made = arm.folder or arm.file, given[arm.name].costs() if arm.file else ""
                 return {
                     "frozen": f"{target.name} {target.revision}",
-                    "prompter": f"{arm.folder} {weights[arm.folder]}" if arm.folder else who[arm.name],
+                    "prompter": who[arm.name] if arm.name in who else f"{named} {weights[named]}{made}",
                     "reward_model": reward,
                     "sampling": json.dumps(asdict(sampling)),
                 }

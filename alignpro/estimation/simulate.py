@@ -125,6 +125,7 @@ def simulate(
         arms=tuple(arms),
         **{name: columns[name][order] for name in ("prompt", "arm", "draw", "answer", "reward")},
         seed=np.zeros(len(order), np.int64),
+        refused=np.zeros(len(order), bool),
         logps={name: columns[name][order] for name in LOGPS},
         prompters={(arm, 0): arm for arm in arms},
         direct=frozenset(policies or ()),

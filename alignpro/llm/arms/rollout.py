@@ -160,7 +160,7 @@ class Plan:
             if arm.name in ("star", "best_of_n"):
                 rewrites += n * s.proposals
                 frozen += n * s.proposals * s.proposal_answers
-            elif arm.name != "none":
+            elif arm.name != "none" and not (arm.text or arm.file):
                 rewrites += n * s.draws
         return rewrites, frozen, policies
 
