@@ -39,7 +39,6 @@ TARGETS = {
         (
             "estimation/samples.py",
             "estimation/paired.py",
-            "estimation/arm.py",
             "estimation/terms.py",
             "estimation/intervals.py",
             "estimation/statements.py",

@@ -20,8 +20,8 @@ from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder
 from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.report import keep
-from alignpro.report.numbers import interval, limits, number
-from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dot
+from alignpro.report.numbers import interval, number
+from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dots
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.draws import Arm, Scorer
@@ -56,10 +56,11 @@ class Rollout(TemplateOption, RunOptions):
     def run(self) -> int:
         from alignpro.commands.opening import World, check_target_room, kept, trained_home, user_prompts
         from alignpro.llm.arms import rollout
+        from alignpro.llm.arms.draws import RESAMPLED, draws_of
         from alignpro.llm.arms.given import read_given
         from alignpro.llm.models import packages
         from alignpro.llm.models.libraries import quiet
-        from alignpro.llm.models.prompt import as_json
+        from alignpro.llm.models.prompt import as_json, said_in
         from alignpro.llm.policies.prompter import PROMPTER_FILE, Prompter
 
         settings, environment = self.settings, self.environment
@@ -89,21 +90,18 @@ class Rollout(TemplateOption, RunOptions):
             if most > settings.draws:
                 packages.note(f"{name}: the first {settings.draws} of up to {most} rewrites (--draws)")
 
-        weights = {name: rollout.sha256(_weights(home)) for name, home in homes.items()}
-        weights |= {arm.file: rollout.sha256(Path(arm.file).expanduser()) for arm in arms if arm.file}
-        reward = world.reward_name
+        digests = {name: rollout.sha256(_weights(home)) for name, home in homes.items()}
+        digests |= {arm.file: rollout.sha256(Path(arm.file).expanduser()) for arm in arms if arm.file}
+        resampling = {name: getattr(settings, name) for name in _RESAMPLING}
 
         def how(arm: "Arm") -> dict[str, Any]:
             if arm.folder:
-                return {"folder": arm.folder, "weights": weights[arm.folder]}
-            if arm.text:
-                return {"instruction": arm.text}
+                return {"folder": arm.folder, "weights": digests[arm.folder]}
             if arm.file:
-                return {"file": arm.file, "sha256": weights[arm.file], **given[arm.name].cost}
-            return {
-                name: getattr(settings, name) for name in _RESAMPLING if arm.name in ("star", "best_of_n")
-            }
+                return {"file": arm.file, "sha256": digests[arm.file], **given[arm.name].cost}
+            return {"instruction": arm.text} if arm.text else resampling if arm.name in RESAMPLED else {}
 
+        reward = world.reward_name
         record = {
             "prompts": hashlib.sha256(json.dumps(list(map(as_json, xs))).encode()).hexdigest()[:16],
             "draws": settings.draws,
@@ -147,18 +145,16 @@ class Rollout(TemplateOption, RunOptions):
                 opened.prompt_ids(xs)  # all have room, before the first is drawn
                 return opened
 
+            scorer, size = getattr(target, "log_probs", None), environment.batch_size
             work = rollout.Work(
-                settings,
-                world.reward(folder),
-                frozen,
-                getattr(target, "log_probs", None),
-                sampling,
-                open_prompter,
-                open_policy,
-                environment.batch_size,
-                {name: found.of for name, found in given.items()},
-                world.refusals,
+                settings, world.reward(folder), frozen, scorer, sampling, open_prompter, open_policy, size
             )
+            work.refusals, work.given = world.refusals, {name: found.of for name, found in given.items()}
+            for arm in arms:
+                if arm.text or arm.file:
+                    drawn = zip(xs, draws_of(work, arm, xs), strict=True)
+                    asked_of = [said_in(x, draw.rewrite or "") for x, row in drawn for draw in row]
+                    check_target_room(target, asked_of, sampling.max_tokens)
             who = {arm.name: f"x, then {arm.text!r}" for arm in arms if arm.text} | {
                 "none": "none",
                 "sft": reference,
@@ -167,10 +163,10 @@ class Rollout(TemplateOption, RunOptions):
             }
 
             def parties(arm: "Arm") -> dict[str, str]:
-                named, made = arm.folder or arm.file, given[arm.name].costs() if arm.file else ""
+                named, cost = arm.folder or arm.file, given[arm.name].costs() if arm.file else ""
                 return {
                     "frozen": f"{target.name} {target.revision}",
-                    "prompter": who[arm.name] if arm.name in who else f"{named} {weights[named]}{made}",
+                    "prompter": who.get(arm.name) or f"{named} {digests[named]}{cost}",
                     "reward_model": reward,
                     "sampling": json.dumps(asdict(sampling)),
                 }
@@ -216,17 +212,13 @@ def _check_trained(arm: "Arm", said: Any, environment: EnvironmentSettings) -> N
         task, base = said["facts"].get("settings", {}).get("task", "prompter"), str(said["base"])
         _ = int(said["max_tokens"]), dict(said["template"])["examples"]
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise AlignProError(
-            f"trained {arm.folder!r}: its {PROMPTER_FILE} is damaged; save it again"
-        ) from None
+        wrong = f"trained {arm.folder!r}: its {PROMPTER_FILE} is damaged; save it again"
+        raise AlignProError(wrong) from None
     if (task == "rlhf") != (arm.name == "rlhf"):
         option = "rlhf" if task == "rlhf" else "trained"
         raise AlignProError(f"{arm.folder!r}: it was trained with --task {task}; give it as --{option}")
-    if (
-        arm.name == "rlhf"
-        and not is_address(environment.target)
-        and not _same_model(base, environment.target)
-    ):
+    served = is_address(environment.target)
+    if arm.name == "rlhf" and not served and not _same_model(base, environment.target):
         raise AlignProError(
             f"rlhf {arm.folder!r}: its policy was trained from {base}, which is not the target "
             f"{environment.target}; name that as --target"
@@ -270,9 +262,8 @@ def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "
 
 
 def text(result: "RolloutSummary") -> str:
-    lines = [
-        f"{arm.name}: mean reward {arm.mean.value:.4f} of {arm.rollouts} rollouts" for arm in result.arms
-    ]
+    told = "{}: mean reward {:.4f} of {} rollouts"
+    lines = [told.format(arm.name, arm.mean.value, arm.rollouts) for arm in result.arms]
     return "\n".join([*lines, f"wrote {result.path}"])
 
 
@@ -286,7 +277,8 @@ def page(result: "RolloutSummary", record: Json) -> Page:
         record,
     )
     for arm in result.arms[:4]:
-        made.key(f"Mean reward, {arm.name}", number(arm.mean.value), limits(arm.mean))
+        made.estimate(f"Mean reward, {arm.name}", arm.mean)
+    means = {arm.name: arm.mean for arm in result.arms}
     made.add(
         "Mean reward by arm",
         f"On a scale from {number(result.low)} to {number(result.high)}, with 95% intervals over prompts "
@@ -296,11 +288,7 @@ def page(result: "RolloutSummary", record: Json) -> Page:
             [(arm.name, interval(arm.mean), number(arm.rollouts), number(arm.seeds)) for arm in result.arms],
             "wnnn",
         ),
-        Dots(
-            "Mean reward of each arm",
-            "reward units, 95% intervals",
-            [dot(arm.name, arm.mean) for arm in result.arms],
-        ),
+        Dots("Mean reward of each arm", "reward units, 95% intervals", dots(means)),
     )
     texts = []
     for row in result.texts:
@@ -312,10 +300,6 @@ def page(result: "RolloutSummary", record: Json) -> Page:
         "Texts",
         f"The first draw of {told} of {result.prompts} prompts, as the models wrote it, with invisible "
         "characters spelled out.",
-        Table(
-            "prompt | arm | rewrite | answer | reward",
-            texts,
-            "twttn",
-        ),
+        Table("prompt | arm | rewrite | answer | reward", texts, "twttn"),
     )
     return made

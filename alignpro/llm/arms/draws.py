@@ -247,6 +247,8 @@ ARMS: dict[str, Callable[[Work, Arm, Sequence[str]], list[list[Draw]]]] = {
     "best_of_n": _resampled(lambda s, p: best_of_n(p, s.best_of).weights),
 }
 """Arms without training: the draws [prompts][draws] of each."""
+RESAMPLED = ("star", "best_of_n")
+"""Those that choose among proposals of ρ_sft, by answers that are asked for beside those of the rollouts."""
 
 
 def draws_of(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:

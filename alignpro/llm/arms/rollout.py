@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from alignpro import rollouts
 from alignpro.errors import AlignProError
-from alignpro.estimation.arm import Arm as ArmRows
+from alignpro.estimation.paired import Arm as ArmRows
 from alignpro.estimation.paired import Term, estimates
 from alignpro.files import atomic_write, read_json, read_json_lines, writable_folder, write_json
-from alignpro.llm.arms.draws import Arm, Array, Work, arms_of, draws_of, stream
+from alignpro.llm.arms.draws import RESAMPLED, Arm, Array, Work, arms_of, draws_of, stream
 from alignpro.llm.arms.resample import Mean
 from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.llm.models.prompt import columns_of, context_of, said_in
@@ -157,7 +157,7 @@ class Plan:
                 policies += answers
                 continue
             frozen += answers
-            if arm.name in ("star", "best_of_n"):
+            if arm.name in RESAMPLED:
                 rewrites += n * s.proposals
                 frozen += n * s.proposals * s.proposal_answers
             elif arm.name != "none" and not (arm.text or arm.file):
