@@ -133,6 +133,18 @@ class Rollouts:
         """Which rows are of `arm`: [N] truth values, all False where it has none."""
         return self.arm == (self.arms.index(arm) if arm in self.arms else -1)
 
+    def prompter(self, arm: str) -> str:
+        """Names of an arm's prompters, those of several seeds separated by commas."""
+        return ", ".join(dict.fromkeys(name for (of, _), name in self.prompters.items() if of == arm))
+
+    def refusals(self) -> str:
+        """Say how many answers were refused in which arms, and what that means; empty where none was."""
+        counts = {
+            arm: (int(self.refused[self.rows(arm)].sum()), int(self.rows(arm).sum())) for arm in self.arms
+        }
+        said = ", ".join(f"{n} of {of} in arm {arm}" for arm, (n, of) in counts.items() if n)
+        return said and f"answers were refused, {said}: each counts with the reward declared for a refusal"
+
 
 def read(path: str | os.PathLike[str]) -> Rollouts:
     """Read a rollout file and validate it as a whole. Fields beyond those of `Rollout` are ignored.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from alignpro.commands.estimate import add_parts
 from alignpro.commands.options import (
     DEFAULT_PROMPTER,
     EnvironmentSettings,
@@ -16,6 +17,7 @@ from alignpro.commands.options import (
     RunOptions,
     TemplateOption,
 )
+from alignpro.commands.shared import ranges, with_sums
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder
 from alignpro.llm.arms.settings import RolloutSettings
@@ -25,7 +27,7 @@ from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dots
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.draws import Arm, Scorer
-    from alignpro.llm.arms.rollout import RolloutSummary
+    from alignpro.llm.arms.rollout import ArmSummary, RolloutSummary
     from alignpro.llm.policies.prompter import Prompter, Template
     from alignpro.llm.targets.target import Target
 
@@ -262,13 +264,23 @@ def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "
 
 
 def text(result: "RolloutSummary") -> str:
-    told = "{}: mean reward {:.4f} of {} rollouts"
-    lines = [told.format(arm.name, arm.mean.value, arm.rollouts) for arm in result.arms]
+    lines = []
+    for arm in result.arms:
+        parts = "".join(f", {mean.value:.4f} of {part}" for part, mean in arm.parts.items())
+        told = f"{arm.name}: mean reward {arm.mean.value:.4f} of {arm.rollouts} rollouts"
+        told += f" ({parts[2:]})" if parts else ""
+        lines.append(f"{told}; refused: {_refused(arm)}" if arm.refused else told)
     return "\n".join([*lines, f"wrote {result.path}"])
+
+
+def _refused(arm: "ArmSummary") -> str:
+    return f"{arm.refused:,} ({arm.refused / arm.rollouts:.1%})" if arm.refused else "0"
 
 
 def page(result: "RolloutSummary", record: Json) -> Page:
     """Mean rewards by arm, and some of the texts; `record` is how they were made."""
+    from alignpro.llm.models.prompt import Prompt, transcript
+
     made = Page(
         "rollout",
         "Rollouts of prompters and policies",
@@ -278,23 +290,39 @@ def page(result: "RolloutSummary", record: Json) -> Page:
     )
     for arm in result.arms[:4]:
         made.estimate(f"Mean reward, {arm.name}", arm.mean)
-    means = {arm.name: arm.mean for arm in result.arms}
+    means, axis = {arm.name: arm.mean for arm in result.arms}, "reward units, 95% intervals"
+    spread = ["spread of members"] if any(arm.spread is not None for arm in result.arms) else []
+    worth = (
+        " A refused answer counts with its declared reward." if any(a.refused for a in result.arms) else ""
+    )
     made.add(
         "Mean reward by arm",
         f"On a scale from {number(result.low)} to {number(result.high)}, with 95% intervals over prompts "
-        "where there are enough of them.",
+        f"where there are enough of them.{worth}",
         Table(
-            "arm | mean reward | rollouts | seeds",
-            [(arm.name, interval(arm.mean), number(arm.rollouts), number(arm.seeds)) for arm in result.arms],
-            "wnnn",
+            ["arm", "mean reward", "rollouts", "seeds", "refused", *spread, "rewritten by"],
+            [
+                (
+                    *(arm.name, interval(arm.mean), number(arm.rollouts), number(arm.seeds), _refused(arm)),
+                    *([number(arm.spread)] if spread else []),
+                    arm.prompter,
+                )
+                for arm in result.arms
+            ],
+            "wnnnn" + "n" * len(spread) + "t",
         ),
-        Dots("Mean reward of each arm", "reward units, 95% intervals", dots(means)),
+        Dots("Mean reward of each arm", axis, dots(means)),
     )
+    if result.part_ranges:
+        rows = with_sums({arm.name: arm.parts for arm in result.arms}, means)
+        add_parts(made, rows, ranges(result.part_ranges, result.low, result.high), axis)
     texts = []
     for row in result.texts:
         rewrite = row.rewrite if row.rewrite and row.arm != "none" else "–"
         answer = "(refused)" if row.response is None else row.response
-        texts.append((row.x, row.arm, rewrite, answer, number(row.reward)))
+        texts.append(
+            (transcript(Prompt(row.x, row.context or ())), row.arm, rewrite, answer, number(row.reward))
+        )
     told = len({row.prompt_id for row in result.texts})
     made.add(
         "Texts",

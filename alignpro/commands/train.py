@@ -122,15 +122,20 @@ def text(result: "Trained") -> str:
     )
 
 
-_PANELS: Mapping[str, tuple[tuple[str, str], ...]] = {
+_PANELS: dict[str, tuple[tuple[str, str], ...]] = {
     "reward units": (("reward", "score"), ("objective, reward − λ KL", "ppo/objective")),
+    "parts, reward units": (),
+    "spread between members": (("standard deviation", "reward_spread"),),
+    "share of answers refused": (("refused", "refused_share"),),
     "KL to ρ_sft, nats": (("sampled", "ppo/kl_k1"), ("sampled", "kl")),
     "explained variance": (("critic", "ppo/explained_variance"),),
     "entropy, nats a token": (("policy", "entropy"),),
     "share clipped": (("ratios", "ppo/clip_fraction"), ("ratios", "clip_ratio/region_mean")),
     "tokens of an answer": (("mean", "completions/mean_length"),),
 }
-"""By panel of the learning curves: the curves, and the keys of metrics.jsonl that hold them, where any do."""
+"""By panel of the learning curves: the curves, and the keys of metrics.jsonl that hold them, where any do.
+Those of the reward's parts, which add up to the reward, are known from the metrics."""
+_PART = "reward/"
 _TABLE_ROWS = 12
 
 
@@ -143,9 +148,11 @@ def page(result: "Trained") -> Page:
 
     panels: list[tuple[str, list[Curve]]] = []
     columns: dict[str, str] = {}
-    for axis, curves in _PANELS.items():
+    keys = [key for key in dict.fromkeys(key for line in metrics for key in line) if key.startswith(_PART)]
+    parts = {"parts, reward units": tuple((key.removeprefix(_PART), key) for key in keys)}
+    for axis, curves in (_PANELS | parts).items():
         there = [(name, key) for name, key in curves if any(value is not None for value in of(key))]
-        columns |= {key: name if axis == "reward units" else axis for name, key in there}
+        columns |= {key: name if axis.endswith("reward units") else axis for name, key in there}
         if there:
             bands = {key: [e and 2 * e for e in of(f"{key}_stderr")] for _, key in there}
             panels.append((axis, [Curve(name, of(key), bands[key]) for name, key in there]))
