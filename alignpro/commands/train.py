@@ -1,6 +1,5 @@
 """`alignpro train`: a prompter, or the RLHF oracle, on open-ended text."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from alignpro.files import writable_folder
 from alignpro.llm.training.settings import PRESETS, TrainSettings, refuse_moved_optimum
 from alignpro.report import keep
 from alignpro.report.numbers import number
-from alignpro.report.page import Curve, Curves, Page, Table
+from alignpro.report.page import Curve, Curves, Page, Panel, Table
 
 if TYPE_CHECKING:
     from alignpro.llm.targets.ledger import Cached
@@ -146,7 +145,7 @@ def page(result: "Trained") -> Page:
     def of(key: str) -> list[float | None]:
         return [line.get(key) for line in metrics]
 
-    panels: list[tuple[str, list[Curve]]] = []
+    panels: list[Panel] = []
     columns: dict[str, str] = {}
     keys = [key for key in dict.fromkeys(key for line in metrics for key in line) if key.startswith(_PART)]
     parts = {"parts, reward units": tuple((key.removeprefix(_PART), key) for key in keys)}
@@ -155,7 +154,8 @@ def page(result: "Trained") -> Page:
         columns |= {key: name if axis.endswith("reward units") else axis for name, key in there}
         if there:
             bands = {key: [e and 2 * e for e in of(f"{key}_stderr")] for _, key in there}
-            panels.append((axis, [Curve(name, of(key), bands[key]) for name, key in there]))
+            drawn = [Curve(name, of(key), bands[key]) for name, key in there]
+            panels.append(Panel(axis, drawn, title=axis if axis in parts else ""))
     first, last = metrics[0], metrics[-1]
     task = record.get("settings", {}).get("task")
     start, end = number(first["score"]), number(last["score"])

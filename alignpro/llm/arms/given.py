@@ -15,8 +15,8 @@ PROMPT_FIELDS = ("prompt", "x", "final_input", "instruction", "text")
 """Names under which a row may have its prompt, the first of them that it has; final_input is BPO's."""
 REWRITE_FIELDS = ("rewrite", "optimized_prompt", "rewritten", "rewrites")
 """Names under which a row may have its rewrite, or a list of them."""
-COSTS = ("calls", "tokens", "cost")
-"""Numbers of a row that say what making its rewrites took; they are summed over the file."""
+COSTS = {"calls": "{:,.10g} calls", "tokens": "{:,.10g} tokens", "cost": "a cost of {:,.10g}"}
+"""Numbers of a row that say what making its rewrites took, in words; they are summed over the file."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Given:
 
     def costs(self) -> str:
         """The cost in words, to go after the file's name; empty where the file has none."""
-        said = ", ".join(f"{name} {value:,.10g}" for name, value in self.cost.items())
-        return said and f" (made with {said})"
+        said = ", ".join(COSTS[name].format(value) for name, value in self.cost.items())
+        return said and f" (made with {said}, it says)"
 
 
 def read_given(path: str | Path, prompts: Sequence[str]) -> Given:

@@ -39,8 +39,8 @@ def scored(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> 
     """Score each response to its prompt, with the reward's parts.
 
     Raises:
-        AlignProError: a score is no finite number in the reward's range (`check_scores`), or its parts are not
-            those declared, or do not add up.
+        AlignProError: a score is no finite number in the reward's range (`check_scores`); its parts are not
+            those declared, leave their ranges, or do not add up.
     """
     with_parts = getattr(reward, "scores", None)
     found = Scores(reward.score(prompts, responses)) if with_parts is None else with_parts(prompts, responses)
