@@ -222,13 +222,9 @@ _ASKED = ("x", "context", "columns")
 _TOTALS = ("reward", "reward_low", "reward_high")
 
 
-def _shown(value: Any, width: int = 40) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= width else shown[: width - 3] + "..."
-
-
 def _type_error(name: str, value: Any, wanted: str) -> NoReturn:
-    _fail(f"{name} {_shown(value)} must be {wanted}; correct it")
+    shown = repr(value)
+    _fail(f"{name} {shown if len(shown) <= 40 else shown[:37] + '...'} must be {wanted}; correct it")
 
 
 def _check_asked(context: Any, columns: Any) -> None:
@@ -356,9 +352,11 @@ class _Columns:
         if self.ranges is None:
             self.ranges, self.parts = ranges, {name: array("d") for name in ranges}
         elif ranges != self.ranges:
+            name = next(n for n in {**ranges, **self.ranges} if ranges.get(n) != self.ranges.get(n))
+            now, before = (of.get(name, "absent") for of in (ranges, self.ranges))
             _fail(
-                f"reward_parts {_shown(ranges)} differ from {_shown(self.ranges)} in name or range; "
-                "estimate one reward at a time"
+                f"reward_parts: the range of {name!r} is {now}, not {before} as before it; estimate one "
+                "reward at a time"
             )
         if not ranges:
             return

@@ -26,7 +26,7 @@ class Given:
     of: Mapping[str, tuple[str, ...]]
     """Rewrites by prompt, in the file's order; at least one each."""
     cost: Mapping[str, float]
-    """What making all rewrites of the file took, by those names of `COSTS` that it has."""
+    """Sums over the file of what making its rewrites took, by those names of `COSTS` that it has."""
 
     def costs(self) -> str:
         """The cost in words, to go after the file's name; empty where the file has none."""
