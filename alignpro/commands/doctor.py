@@ -94,12 +94,12 @@ def _devices() -> dict[str, Any]:
 
 def examine() -> dict[str, Any]:
     """Everything, as JSON values."""
-    from alignpro.llm.models import packages, registry
+    from alignpro.llm.models import catalogue, packages
 
     folder = packages.cache_folder()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     kept = []
-    for name, package in registry.PACKAGES.items():
+    for name, package in catalogue.PACKAGES.items():
         source = "npm" if package.kind == "npm" else "the Python package index"
         about = {"package": name, "size_mb": package.size_mb, "cached": packages.cached(name)}
         kept.append(about | {"from": source})

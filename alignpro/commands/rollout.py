@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from alignpro.commands import opening
 from alignpro.commands.estimate import add_parts
 from alignpro.commands.options import (
     DEFAULT_PROMPTER,
@@ -56,7 +57,6 @@ class Rollout(TemplateOption, RunOptions):
     source: tyro.conf.OmitArgPrefixes[MeasuredPrompts] = field(default_factory=MeasuredPrompts)
 
     def run(self) -> int:
-        from alignpro.commands.opening import World, check_target_room, kept, trained_home, user_prompts
         from alignpro.llm.arms import rollout
         from alignpro.llm.arms.draws import RESAMPLED, draws_of
         from alignpro.llm.arms.given import read_given
@@ -75,7 +75,7 @@ class Rollout(TemplateOption, RunOptions):
             if arm.folder:
                 _check_trained(arm, saved[arm.folder], environment)
         trained = {arm.folder: saved[arm.folder] for arm in arms if arm.folder and arm.name != "rlhf"}
-        reference = _reference(self.prompter and trained_home(self.prompter), trained, homes)
+        reference = _reference(self.prompter and opening.trained_home(self.prompter), trained, homes)
         chosen = _template(self.template, reference, trained)
         if settings.rewrite_tokens is None and trained:
             lengths = {int(said["max_tokens"]) for said in trained.values()}
@@ -84,16 +84,17 @@ class Rollout(TemplateOption, RunOptions):
                     f"rewrite_tokens: the trained prompters have {sorted(lengths)}; give one for all arms"
                 )
             settings = replace(settings, rewrite_tokens=lengths.pop())
-        world = World(environment)
-        xs = user_prompts(self.source, reference, self.source.split, self.source.prompts)
+        world = opening.World(environment)
+        xs = opening.user_prompts(self.source, reference, self.source.split, self.source.prompts)
         given = {arm.name: read_given(arm.file, xs) for arm in arms if arm.file}
         for name, found in given.items():
             most = max(map(len, found.of.values()))
             if most > settings.draws:
                 packages.note(f"{name}: the first {settings.draws} of up to {most} rewrites (--draws)")
 
-        digests = {name: rollout.sha256(_weights(home)) for name, home in homes.items()}
-        digests |= {arm.file: rollout.sha256(Path(arm.file).expanduser()) for arm in arms if arm.file}
+        digests = {name: packages.sha256(_weights(home))[:12] for name, home in homes.items()}
+        files = {arm.file: Path(arm.file).expanduser() for arm in arms if arm.file}
+        digests |= {name: packages.sha256(file)[:12] for name, file in files.items()}
         resampling = {name: getattr(settings, name) for name in _RESAMPLING}
 
         def how(arm: "Arm") -> dict[str, Any]:
@@ -106,9 +107,7 @@ class Rollout(TemplateOption, RunOptions):
         reward = world.reward_name
         record = {
             "prompts": hashlib.sha256(json.dumps(list(map(as_json, xs))).encode()).hexdigest()[:16],
-            "draws": settings.draws,
-            "answers": settings.answers,
-            "rewrite_tokens": settings.rewrite_tokens,
+            **{name: getattr(settings, name) for name in ("draws", "answers", "rewrite_tokens")},
             "prompter": reference,
             "template": asdict(chosen) if chosen else None,
             **environment.record(reward),
@@ -128,7 +127,7 @@ class Rollout(TemplateOption, RunOptions):
             options = dict(next(iter(trained.values())).get("chat_template_kwargs") or {})
         if planned.todo or not path.exists() or (folder / rollout.PARTIAL).exists():
             target = world.target()
-            check_target_room(target, xs, sampling.max_tokens)
+            opening.check_target_room(target, xs, sampling.max_tokens)
             frozen = world.kept(target, folder)
 
             def open_policy(name: str) -> "tuple[Target, Scorer]":
@@ -137,26 +136,34 @@ class Rollout(TemplateOption, RunOptions):
                 dtype, size = environment.dtype, environment.batch_size
                 policy = Prompter.from_pretrained(homes[name], dtype=dtype, chat_template_kwargs=options)
                 local = LocalTarget((policy.model, policy.tokenizer), batch_size=size, name=name)
-                return kept(local, folder), local.log_probs
+                return opening.kept(local, folder), local.log_probs
 
             def open_prompter(name: str) -> "Prompter":
-                if name:
-                    return Prompter.from_pretrained(homes[name], chat_template_kwargs=options)
-                opened = Prompter.from_pretrained(reference, chat_template_kwargs=options)
-                opened = replace(opened, template=chosen) if chosen else opened
-                opened.prompt_ids(xs)  # all have room, before the first is drawn
+                home = homes[name] if name else reference
+                opened = Prompter.from_pretrained(home, chat_template_kwargs=options)
+                if not name:
+                    opened = replace(opened, template=chosen) if chosen else opened
+                    opened.prompt_ids(xs)  # all have room, before the first is drawn
                 return opened
 
             scorer, size = getattr(target, "log_probs", None), environment.batch_size
             work = rollout.Work(
-                settings, world.reward(folder), frozen, scorer, sampling, open_prompter, open_policy, size
+                settings,
+                world.reward(folder),
+                frozen,
+                scorer,
+                sampling,
+                open_prompter,
+                open_policy,
+                size,
+                world.refusals,
+                {name: found.of for name, found in given.items()},
             )
-            work.refusals, work.given = world.refusals, {name: found.of for name, found in given.items()}
             for arm in arms:
                 if arm.text or arm.file:
                     drawn = zip(xs, draws_of(work, arm, xs), strict=True)
                     asked_of = [said_in(x, draw.rewrite or "") for x, row in drawn for draw in row]
-                    check_target_room(target, asked_of, sampling.max_tokens)
+                    opening.check_target_room(target, asked_of, sampling.max_tokens)
             who = {arm.name: f"x, then {arm.text!r}" for arm in arms if arm.text} | {
                 "none": "none",
                 "sft": reference,
@@ -183,10 +190,9 @@ class Rollout(TemplateOption, RunOptions):
 
 
 def _prompter_folder(name: str) -> Path:
-    from alignpro.commands.opening import trained_home
     from alignpro.llm.policies.prompter import PROMPTER_FILE
 
-    home = Path(trained_home(name)).expanduser()
+    home = Path(opening.trained_home(name)).expanduser()
     if (home / PROMPTER_FILE).is_file():
         return home
     raise AlignProError(f"trained {name!r}: holds no {PROMPTER_FILE}; name a folder that training wrote")
@@ -207,7 +213,6 @@ def _same_model(one: str, other: str) -> bool:
 
 def _check_trained(arm: "Arm", said: Any, environment: EnvironmentSettings) -> None:
     """Refuse a policy as a prompter, a prompter as a policy, and the policy of another model."""
-    from alignpro.commands.opening import is_address
     from alignpro.llm.policies.prompter import PROMPTER_FILE
 
     try:
@@ -219,7 +224,7 @@ def _check_trained(arm: "Arm", said: Any, environment: EnvironmentSettings) -> N
     if (task == "rlhf") != (arm.name == "rlhf"):
         option = "rlhf" if task == "rlhf" else "trained"
         raise AlignProError(f"{arm.folder!r}: it was trained with --task {task}; give it as --{option}")
-    served = is_address(environment.target)
+    served = opening.is_address(environment.target)
     if arm.name == "rlhf" and not served and not _same_model(base, environment.target):
         raise AlignProError(
             f"rlhf {arm.folder!r}: its policy was trained from {base}, which is not the target "
@@ -246,7 +251,6 @@ def _reference(prompter: str | None, trained: Mapping[str, Any], homes: Mapping[
 
 def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "Template | None":
     """The template for ρ_sft: the trained prompters', as they are compared with it; None where it has one."""
-    from alignpro.commands.opening import check_prompter
     from alignpro.llm.policies.prompter import PROMPTER_FILE, Template, check_template
 
     saved = [said["template"] for said in trained.values()]
@@ -255,7 +259,7 @@ def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "
             raise AlignProError("trained: their templates differ; roll each out in a folder of its own")
     if name is not None and saved:
         raise AlignProError(f"template {name}: the trained prompters have their own; leave it out")
-    check_prompter(reference, name)
+    opening.check_prompter(reference, name)
     if (Path(reference).expanduser() / PROMPTER_FILE).is_file():
         return None
     if not saved:

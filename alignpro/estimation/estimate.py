@@ -212,12 +212,9 @@ def _statements(terms: Terms, r_max: float | None) -> tuple[dict[Key, Statement]
     wanted: dict[Key, Callable[[], Statement]] = {
         (name, star): partial(claim, terms) for name, claim in CLAIMS.items() if not claim.any_prompter
     }
-    if r_max is not None:
-        wanted["theorem1", star] = partial(theorem1, terms, r_max)
-    for arm in terms.prompters():
-        wanted |= {
-            (name, arm): partial(claim, terms, arm) for name, claim in CLAIMS.items() if claim.any_prompter
-        }
+    wanted["theorem1", star] = partial(theorem1, terms, r_max)
+    anyone = {name: claim for name, claim in CLAIMS.items() if claim.any_prompter}
+    wanted |= {(name, arm): partial(anyone[name], terms, arm) for arm in terms.prompters() for name in anyone}
     return _attempt(wanted)
 
 

@@ -255,8 +255,8 @@ def _stacks(chart: Stacks) -> Drawing | None:
     colours = {name: theme.TERMS[i % len(theme.TERMS)] for i, name in enumerate(names)}
     canvas = _canvas(1.9 + 0.74 * len(rows))
     axes = canvas.add_subplot()
-    sums = [sum(v for v in s.terms.values() if v > 0) for s in rows]
-    right = max([*sums, *(s.total for s in rows), *(chart.mark or ())[:1]])
+    marks = [chart.mark[0]] if chart.mark else []
+    right = max(*marks, *(sum(v for v in s.terms.values() if v > 0) for s in rows), *(s.total for s in rows))
     left = min([0.0, *(min(s.against, s.total) for s in rows)])
     axes.set_xlim(left * 1.05, right * 1.44 or 1.0)
     for i, stack in enumerate(rows):

@@ -19,6 +19,7 @@ from alignpro.llm.arms.given import read_given
 from alignpro.llm.arms.judge import pairs
 from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.models.packages import sha256
 from alignpro.llm.models.prompt import Prompt, said_in
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.policies.prompter import Prompter
@@ -264,7 +265,7 @@ def test_rewrites_are_found_by_prompt_and_taken_in_turn(run, home):
     assert len(set(texts)) > 1
     assert all(row["logp_prompter"] is row["logp_reference"] is None for row in rows)
     record = json.loads((run / "rolled" / "settings.json").read_text())["arms"]
-    digest = rollout.sha256(home / "bpo.jsonl")
+    digest = sha256(home / "bpo.jsonl")[:12]
     assert record["step (seed 0)"] == {"instruction": SAYS}
     assert record["bpo (seed 0)"] == {
         "file": str(home / "bpo.jsonl"),
@@ -421,3 +422,12 @@ def test_damaged_rows_are_named(row, message, tmp_path):
     with pytest.raises(AlignProError) as caught:
         read_given(write(tmp_path / "a.jsonl", [row]), ["a"])
     assert message in str(caught.value)
+
+
+def test_a_rewrite_without_room_is_refused_before_anything_is_asked(home, tmp_path, capsys):
+    write(home / "long.jsonl", [{"prompt": x, "rewrite": "ab" * 5000 if x == "e" else "a"} for x in PROMPTS])
+    assert rolled(home, tmp_path, "--arms", "none", "--rewrites", f"long={home / 'long.jsonl'}") == 2
+    said = capsys.readouterr().err
+    assert "prompt 'abab" in said
+    assert "more exceed the" in said
+    assert not (tmp_path / "rollouts.partial.jsonl").exists()

@@ -114,10 +114,10 @@ class Work:
     open_policy: Callable[[str], tuple[Target, Scorer]]
     """Opens an rlhf policy by its folder: the policy behind a cache, and its scorer."""
     batch_size: int = 64
-    given: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
-    """Rewrites from files by arm and prompt, at least one each."""
     refusals: Refusals = field(default_factory=Refusals)
     """Reward of refused answers, and their count."""
+    given: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    """Rewrites from files by arm and prompt, at least one each."""
 
     def __post_init__(self) -> None:
         self.prompter = _keeping_last(self._trained)
