@@ -101,9 +101,11 @@ class World:
     def reward(self, folder: Path) -> "Reward":
         """The reward; scores of an endpoint are kept in `folder`."""
         from alignpro.llm.rewards.endpoint import keep_scores
+        from alignpro.llm.targets.refusals import Refusals
 
         asked = self.settings.reward_endpoint
-        options = {"settings": asked} if self._reward.kind == "endpoint" else {}
+        declared = Refusals(self.settings.refused_reward, self.settings.refused_most)  # of its own samples
+        options = {"settings": asked, "refusals": declared} if self._reward.kind == "endpoint" else {}
         found = keep_scores(self._reward.open(**options), folder / "scores")
         self.refusals.worth(found)  # refused here, not at the first refusal
         return found

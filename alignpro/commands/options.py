@@ -229,6 +229,8 @@ class EnvironmentSettings(ChatOption):
         return {
             "target": self.target,
             "target_model": self.target_endpoint.model,
+            **self.target_endpoint.record("target"),
+            **self.reward_endpoint.record("reward"),
             "dtype": self.dtype,
             "reward": reward,
             "sampling": asdict(self.sampling()),

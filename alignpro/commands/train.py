@@ -61,7 +61,7 @@ class Train(PrompterOptions, ReportedRun):
         world = World(replace(environment, target=prompter) if rlhf else environment)
         prompts = user_prompts(self.source, prompter, n=self.train_prompts)
 
-        from alignpro.commands.opening import how_read, is_address
+        from alignpro.commands.opening import check_target_room, how_read, is_address
         from alignpro.llm.policies.prompter import Prompter
         from alignpro.llm.rewards.endpoint import CachedReward
         from alignpro.llm.training.environment import Environment
@@ -81,6 +81,7 @@ class Train(PrompterOptions, ReportedRun):
         read: dict[str, Any] = {}
         if not rlhf:
             frozen = world.target()
+            check_target_room(frozen, prompts, answers.max_tokens)
             read, target = how_read(frozen), world.kept(frozen, folder)
         facts = {
             "prompter": prompter,

@@ -9,6 +9,7 @@ ratio carries no more than that dtype's noise. Where the backend has none they a
 """
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -80,7 +81,8 @@ def block_rows(
     of_policy = policy_scorer(plain, answers, work.sampling, drawn=True) if policy_scorer else None
 
     def at(values: Array | None, i: int) -> float | None:
-        return None if values is None else float(values[i])
+        # Not a number: of an answer that was refused.
+        return None if values is None or math.isnan(values[i]) else float(values[i])
 
     out = []
     for i, (answer, reward) in enumerate(zip(answers, found.total, strict=True)):
