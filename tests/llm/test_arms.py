@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from faulty import Server
 from mutants import kills, mutated
 
 from alignpro import rollouts
@@ -21,7 +22,7 @@ from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.packages import sha256
 from alignpro.llm.models.prompt import Prompt, said_in
-from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.policies.prompter import Prompter
 from alignpro.llm.rewards.scores import Scores, scored
 from alignpro.llm.targets.local import LocalTarget
@@ -431,3 +432,82 @@ def test_a_rewrite_without_room_is_refused_before_anything_is_asked(home, tmp_pa
     assert "prompt 'abab" in said
     assert "more exceed the" in said
     assert not (tmp_path / "rollouts.partial.jsonl").exists()
+
+
+# --- refused answers, from a real service ----------------------------------------------------------------
+
+
+def refuses(body):
+    """One request in five, whatever its number: by what it asks."""
+    return int.from_bytes(digest(json.dumps(body, sort_keys=True))[:4]) % 5 == 0
+
+
+def filtered(n, body):
+    if not refuses(body):
+        return None
+    error = {
+        "message": "The response was filtered",
+        "code": "content_filter",
+        "type": None,
+        "param": "prompt",
+    }
+    return 400, {}, json.dumps({"error": error}).encode()
+
+
+def test_refused_answers_are_counted_from_the_service_to_the_pages(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Server(filtered) as server:
+        behind = [
+            "--target",
+            server.url,
+            "--target-model",
+            "m",
+            "--refused-most",
+            "0.6",
+            "--refused-reward",
+            "0.3",
+        ]
+        arms = ["--arms", "none", "--instruction", f"step={SAYS}"]
+        assert rolled(home, tmp_path / "rolled", *arms, *behind) == 0
+        said = capsys.readouterr().out
+        counts = {False: 0, True: 0}
+        for body, _ in server.requests:
+            counts[refuses(body)] += 1
+        command = ["train", "--out", str(tmp_path / "trained"), *world(home), *behind, "--iterations", "3"]
+        command += ["--prompts", "3", "--samples", "2", "--epochs", "1", "--max-tokens", "4"]
+        assert main.main(command) == 0
+        trained = [refuses(body) for body, _ in server.requests[sum(counts.values()) :]]
+
+    rows = rows_of(tmp_path / "rolled")
+    refused = [row for row in rows if row["response"] is None]
+    assert (len(rows) - len(refused), len(refused)) == (counts[False], counts[True])
+    assert 0 < len(refused) < len(rows)
+    for row in refused:  # half of the range, in all parts
+        assert row["reward"] == 0.3
+        middle = {
+            name: [pytest.approx((low + high) / 2), low, high] for name, (low, high) in THREE.ranges.items()
+        }
+        assert row["reward_parts"] == middle
+    page = told(tmp_path / "rolled")
+    for arm in ("none", "step"):
+        share = f"{(n := sum(row['arm'] == arm for row in refused))} ({n / 40:.1%})"
+        assert f"; refused: {share}" in next(line for line in said.splitlines() if line.startswith(arm))
+        assert f" {arm} " in page
+        assert share in page
+    assert "A refused answer counts with its declared reward." in page
+    assert "(refused)" in page or all(row["draw"] or row["answer"] for row in refused)
+
+    lines = [json.loads(line) for line in (tmp_path / "trained" / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["refused_share"] for line in lines]
+    assert len(shares) == 3
+    assert len(trained) == 18
+    rounds = np.reshape(trained, (3, 6)).mean(1)
+
+    def check(expected):
+        assert shares == pytest.approx(list(expected))
+
+    check(rounds)
+    kills(check, np.cumsum(rounds) / [1, 2, 3])  # of all rounds so far, which a resumed run does not know
+    assert "share of answers refused" in told(tmp_path / "trained")
+    for line in lines:
+        assert sum(line[f"reward/{name}"] for name in THREE.ranges) == pytest.approx(line["score"], abs=1e-6)
