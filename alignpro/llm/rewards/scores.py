@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from alignpro.errors import AlignProError
 from alignpro.llm.rewards.reward import Array, Reward, check_scores
 from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.target import Answer
