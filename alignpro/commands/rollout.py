@@ -106,7 +106,7 @@ class Rollout(TemplateOption, RunOptions):
 
         reward = world.reward_name
         record = {
-            "prompts": hashlib.sha256(json.dumps(list(map(as_json, xs))).encode()).hexdigest()[:16],
+            "prompts": hashlib.sha256(json.dumps([as_json(x) for x in xs]).encode()).hexdigest()[:16],
             **{name: getattr(settings, name) for name in ("draws", "answers", "rewrite_tokens")},
             "prompter": reference,
             "template": asdict(chosen) if chosen else None,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.errors import AlignProError
-from alignpro.llm.data.own import read_rows
+from alignpro.llm.data.own import all_rows
 from alignpro.llm.data.split import normalised
 from alignpro.llm.models.prompt import Prompt, said_in
 
@@ -35,7 +35,7 @@ class Given:
 
 
 def read_given(path: str | Path, prompts: Sequence[str]) -> Given:
-    """Read the rewrites of `prompts` from a .jsonl, .json, .csv, .tsv or .parquet file.
+    """Read the rewrites of `prompts` from a .jsonl, .json, .csv or .tsv file.
 
     A row is of the prompt with the same text (and the same turns before it, where the row has a list of them
     in `context`); failing that, of a prompt that differs in case, punctuation and white space only. A prompt
@@ -47,7 +47,7 @@ def read_given(path: str | Path, prompts: Sequence[str]) -> Given:
     path = Path(path).expanduser()
     found: dict[str, list[str]] = {}
     costs: dict[str, list[float]] = {}
-    for where, row in read_rows(path, "rewrites"):
+    for where, row in all_rows(path, "rewrites"):
         texts = _rewrites(path, where, row)
         for key in _keys(path, where, row):
             found.setdefault(key, []).extend(texts)

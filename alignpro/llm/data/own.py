@@ -53,11 +53,11 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def read_rows(path: Path, option: str) -> list[tuple[str, Row]]:
-    """Read all rows of a file in one of `FORMATS`, each with the words that name it; errors name `option`."""
-    read = FORMATS.get(path.suffix.lower())
+def all_rows(path: Path, option: str) -> list[tuple[str, Row]]:
+    """Read the rows of a file with all they hold, each after the words that name it; errors name `option`."""
+    read = {kind: found for kind, found in FORMATS.items() if kind != ".parquet"}.get(path.suffix.lower())
     if read is None:
-        raise AlignProError(f"{option} {path}: give a file in {', '.join(FORMATS)}")
+        raise AlignProError(f"{option} {path}: give a file in .jsonl, .json, .csv or .tsv")
     with _reading(option, path, path.suffix[1:].upper()):
         return list(read(path, ""))
 
