@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from alignpro.commands.options import EnvironmentSettings, PrompterOptions, PromptSettings, ReportedRun
+from alignpro.commands.shared import with_reward
 from alignpro.errors import AlignProError
 from alignpro.files import writable_folder
 from alignpro.llm.training.settings import PRESETS, TrainSettings, refuse_moved_optimum
@@ -60,10 +61,10 @@ class Train(PrompterOptions, ReportedRun):
         # The oracle is its own target.
         world = World(replace(environment, target=prompter) if rlhf else environment)
         prompts = user_prompts(self.source, prompter, n=self.train_prompts)
+        world.check_prompts(prompts)
 
-        from alignpro.commands.opening import check_target_room, how_read, is_address
+        from alignpro.commands.opening import check_target_room, how_read
         from alignpro.llm.policies.prompter import Prompter
-        from alignpro.llm.rewards.endpoint import CachedReward
         from alignpro.llm.training.environment import Environment
         from alignpro.llm.training.open_ended import train
 
@@ -72,9 +73,7 @@ class Train(PrompterOptions, ReportedRun):
         line = f"{len(prompts)} prompts; {rounds} rounds of {settings.prompts} x {settings.samples} "
         line += "answers" if rlhf else f"rewrites, {asked} answers of at most {answers.max_tokens} tokens"
         line += f"; {rounds * settings.steps_per_round} {settings.algorithm} steps"
-        if is_address(environment.reward):
-            line += f"; {asked or rounds * each} scores from an endpoint"
-        packages.note(line + world.money(asked, answers.max_tokens))
+        packages.note(line + world.money(asked, answers.max_tokens, asked or rounds * each))
 
         judge = world.reward(folder)
         target: Cached | None = None
@@ -90,6 +89,8 @@ class Train(PrompterOptions, ReportedRun):
             "template": self.template,
             "target": environment.target,
             "reward": world.reward_name,
+            **environment.reward_judge.record(),
+            **environment.reward_model.record(),
             "answers": asdict(answers),
         }
         base = Prompter.from_pretrained(
@@ -104,11 +105,10 @@ class Train(PrompterOptions, ReportedRun):
         result = train(base, worth, prompts, settings, folder, **how)
         if target is not None:
             packages.note(target.ledger.line())
-        if isinstance(judge, CachedReward):
-            packages.note(judge.line())
+        world.told(judge, folder)
         if result.metrics:  # of several processes the first one tells
             print(text(result))
-            keep.keep(page(result), folder)
+            keep.keep(with_reward(page(result), folder), folder)
         return 0
 
 

@@ -23,6 +23,7 @@ from alignpro.llm.data import packaged
 from alignpro.llm.data.own import Row
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.data.split import SPLITS, Split, normalised, split_of
+from alignpro.llm.data.verifiable import verifiable
 from alignpro.llm.models import packages
 
 
@@ -57,6 +58,7 @@ DATASETS: dict[str, Callable[..., list[str]] | Source] = {
     # than training where it measures, as `split_of` has it.
     "dpo-demo": partial(packaged.preference_prompts, "dpo-demo"),
     "healthbench": partial(packaged.preference_prompts, "healthbench"),
+    "verifiable": verifiable,
     # Six .jsonl files, one split. The commit is that with the repaired overall_score (2,628 completions
     # had been given 10, many of them for a 1), from which ultrafeedback_binarized was made too.
     "ultrafeedback": Source(
