@@ -58,6 +58,7 @@ class Rollout(TemplateOption, RunOptions):
         from alignpro.llm.arms import rollout
         from alignpro.llm.models import packages
         from alignpro.llm.models.libraries import quiet
+        from alignpro.llm.models.prompt import as_json
         from alignpro.llm.policies.prompter import PROMPTER_FILE, Prompter
 
         settings, environment = self.settings, self.environment
@@ -80,12 +81,13 @@ class Rollout(TemplateOption, RunOptions):
                 )
             settings = replace(settings, rewrite_tokens=lengths.pop())
         world = World(environment)
-        xs = user_prompts(self.source, reference, self.source.split, self.source.prompts)
+        columns = getattr(world, "columns", ())
+        xs = user_prompts(self.source, reference, self.source.split, self.source.prompts, columns)
 
         weights = {name: rollout.sha256(_weights(home)) for name, home in homes.items()}
         reward = world.reward_name
         record = {
-            "prompts": hashlib.sha256(json.dumps(xs).encode()).hexdigest()[:16],
+            "prompts": hashlib.sha256(json.dumps([as_json(x) for x in xs]).encode()).hexdigest()[:16],
             "draws": settings.draws,
             "answers": settings.answers,
             "rewrite_tokens": settings.rewrite_tokens,

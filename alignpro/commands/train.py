@@ -60,7 +60,8 @@ class Train(PrompterOptions, ReportedRun):
         environment, answers = self.environment, self.environment.sampling()
         # The oracle is its own target.
         world = World(replace(environment, target=prompter) if rlhf else environment)
-        prompts = user_prompts(self.source, prompter, n=self.train_prompts)
+        columns = getattr(world, "columns", ())
+        prompts = user_prompts(self.source, prompter, n=self.train_prompts, columns=columns)
 
         from alignpro.commands.opening import how_read, is_address
         from alignpro.llm.policies.prompter import Prompter

@@ -9,8 +9,7 @@ from alignpro.errors import AlignProError
 from alignpro.files import read_json, read_json_lines
 from alignpro.llm.data.split import SPLITS, Split, normalised, split_of
 from alignpro.llm.models import packages
-
-_EARLIER = "\n\nEarlier turns:\n"
+from alignpro.llm.models.prompt import EARLIER
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def mt_bench(n: int | None = None, seed: int = 0) -> list[str]:
 
 def preference_prompts(source: str, n: int | None = None, seed: int = 0, max_words: int = 40) -> list[str]:
     """Read the distinct single-turn prompts of a row of `PREFERENCES`, in an order fixed by `seed`."""
-    texts = _distinct(pair.prompt for pair in PREFERENCES[source]() if _EARLIER not in pair.prompt)
+    texts = _distinct(pair.prompt for pair in PREFERENCES[source]() if EARLIER not in pair.prompt)
     kept = [text for text in texts if 2 <= len(text.split()) <= max_words and text.isascii()]
     return _take(kept, n, seed, f"prompts of {source} of at most {max_words} words")
 
@@ -128,7 +127,7 @@ def _pair(turns: Sequence[tuple[str, str]], chosen: str, rejected: str, source: 
     if not said or not chosen.strip() or not rejected.strip() or chosen.strip() == rejected.strip():
         return None  # nothing is preferred
     # The last turn first: a text encoder truncates at the end, and the last turn is what y answers.
-    prompt = said[-1] if len(said) == 1 else said[-1] + _EARLIER + "\n".join(said[:-1])
+    prompt = said[-1] if len(said) == 1 else said[-1] + EARLIER + "\n".join(said[:-1])
     # Split by the conversation's first turn too, so that continuations of one conversation stay together.
     return PreferencePair(prompt, chosen.strip(), rejected.strip(), source, split_of(said[0]))
 

@@ -94,7 +94,7 @@ class Chat:
     def render(self, messages: Sequence[Message], *, generate: bool = True) -> str:
         """The conversation as the template writes it on the pinned date; `generate`: and the turn's head."""
         try:
-            return str(self._apply(messages, generate))
+            return str(self._apply(self._merged(messages), generate))
         except Exception as error:  # a template raises what it likes
             why = " ".join(str(error).split())[:200] or type(error).__name__
             raise AlignProError(
@@ -170,12 +170,13 @@ class Chat:
         return f" {mark} " not in self.render([{"role": "user", "content": f" {mark} "}])
 
     def _merged(self, messages: Sequence[Message]) -> list[Message]:
-        """The system message before the first user's turn, where the template has no place for it."""
+        """The system message as the head of the first user's turn, where the template has no place for it."""
         messages = list(messages)
         if len(messages) > 1 and messages[0]["role"] == "system" and not self.takes_system:
-            first = messages[1]
-            merged = {**first, "content": f"{messages[0]['content']}\n\n{first['content']}"}
-            return [merged, *messages[2:]]
+            system, first = messages[0]["content"], messages[1]
+            if first["role"] != "user":
+                return [{"role": "user", "content": system}, *messages[1:]]
+            return [{**first, "content": f"{system}\n\n{first['content']}"}, *messages[2:]]
         return messages
 
     # --- control tokens ---
@@ -274,7 +275,7 @@ class Chat:
     def sample(self) -> str:
         """A short conversation as the model reads it: changes whenever the format does."""
         messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
-        return self.render(self._merged(messages))
+        return self.render(messages)
 
 
 def chat_of(tokenizer: Any) -> Chat:
