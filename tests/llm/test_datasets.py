@@ -422,7 +422,10 @@ def test_files_of_another_schema(tmp_path):
     wrong = {"question": "How?", "chosen": 7, "rejected": 8}
     for rows, message in (
         ([wrong], "row 1 has .* in chosen, rejected"),
-        ([wrong | {"question": None}, wrong | {"question": 3}], "row 2: no text or conversation in column 'question'; check that these"),
+        (
+            [wrong | {"question": None}, wrong | {"question": 3}],
+            "row 2: no text or conversation in column 'question'; check that these",
+        ),
     ):
         other = tmp_path / message.split()[1].strip(":")
         other.mkdir(exist_ok=True)
@@ -685,7 +688,10 @@ def test_train_and_resample_take_a_data_set(base, tmp_path, capsys):
         ),
         (["--prompt-column", "q"], "prompt_column q: dataset instructions has prompts and no columns; leave"),
         (["--system-prompt", " "], "system_prompt: is empty; write one, or leave it out"),
-        (["--dataset", "vicuna-eval", "--data-folder", "{d}"], "vicuna-eval: is a test set, to be measured on"),
+        (
+            ["--dataset", "vicuna-eval", "--data-folder", "{d}"],
+            "vicuna-eval: is a test set, to be measured on",
+        ),
         (["--prompts-file", "{mine}", "--data-folder", "{d}"], "is for dataset; give it or prompts_file"),
         (["--max-prompt-tokens", "0"], "max_prompt_tokens 0: give at least 1"),
         (

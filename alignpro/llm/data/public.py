@@ -404,7 +404,7 @@ def _rows(
 
 
 def _elsewhere(name: str, source: Source) -> str:
-    """Where to get a data set that is on no hub."""
+    """Say where to get a data set that is on no hub."""
     where = f"of {source.repository} in a folder, and give --data-folder DIR"
     return f"dataset {name}: is on no hub; put {source.file} {where}"
 

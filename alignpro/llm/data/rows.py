@@ -32,7 +32,7 @@ _TOOLS = ("tool", "function", "function_call", "function_response", "observation
 
 @dataclass(frozen=True)
 class Reading:
-    """What of a row makes its prompt."""
+    """The columns of a row that make its prompt, and those that go with it."""
 
     column: str | None = None
     """Column of the prompt, a text or a conversation; several texts, a line each, as `instruction+input`.
@@ -184,6 +184,6 @@ def first_turn(x: str) -> str:
 
 
 def identity(x: str) -> str:
-    """What tells x from other prompts but for typography: letters and digits, of its conversation too."""
+    """Reduce x to what tells it from others but for typography, its conversation and columns included."""
     plain = normalised(transcript(x)) if context_of(x) else normalised(x)
     return f"{plain}\n{json.dumps(columns_of(x), sort_keys=True)}" if plain and columns_of(x) else plain
