@@ -264,7 +264,7 @@ def test_pairs_are_read_from_files(tmp_path):
     whole.write_text(json.dumps(rows, indent=1))
     assert read_rewrites(lines, rewrite="optimized_prompt") == read_rewrites(lines) == want
     assert read_rewrites(whole, rewrite="optimized_prompt") == read_rewrites(whole) == want
-    with pytest.raises(AlignProError, match=r"field 'rewrite' is missing or no text; .*it has 'prompt', 'opt"):
+    with pytest.raises(AlignProError, match=r"field .rewrite. is missing .*it has .prompt., .opt"):
         read_rewrites(lines, rewrite="rewrite")
     for text, message in (
         (

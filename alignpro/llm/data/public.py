@@ -215,7 +215,10 @@ def prompts(
     else:
         found = _packaged(name, source, reading, seed, wanted)
     if not found:
-        raise AlignProError(f"dataset {name}: no prompts are left; choose another, or allow longer ones")
+        where = f" in split {split}" if split else ""
+        raise AlignProError(
+            f"dataset {name}: no prompts are left{where}; choose another, or allow longer ones"
+        )
     if n is not None and n > len(found):
         raise AlignProError(f"prompts {n}: choose from 1 to the {len(found)} there are in dataset {name}")
     if used:

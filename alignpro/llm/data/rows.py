@@ -7,7 +7,15 @@ from typing import Any
 
 from alignpro.errors import AlignProError
 from alignpro.llm.data.split import normalised
-from alignpro.llm.models.prompt import Message, Prompt, columns_of, context_of, messages_of, transcript
+from alignpro.llm.models.prompt import (
+    ROLES,
+    Message,
+    Prompt,
+    columns_of,
+    context_of,
+    messages_of,
+    transcript,
+)
 
 Row = Mapping[str, Any]
 
@@ -26,7 +34,7 @@ COMMON = (
 _PAIRS = ({"instruction", "input"}, {"instruction", "context"})  # Alpaca's and Dolly's
 _ROLES = {"developer": "system", "human": "user", "prompter": "user"}
 _ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
-_ROLES |= {role: role for role in ("system", "user", "assistant")}
+_ROLES |= {role: role for role in ROLES}
 _TOOLS = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 
 
@@ -138,7 +146,7 @@ def _message(number: int, turn: Row) -> Message:
     if role in _TOOLS or turn.get("tool_calls") or turn.get("function_call"):
         raise AlignProError(f"message {number} uses tools, which cannot be replayed")
     if role not in _ROLES:
-        raise AlignProError(f"message {number} is of role {role!r:.40}; known are {', '.join(_ROLES)}")
+        raise AlignProError(f"message {number} is of role {role!r:.40}; known are {', '.join(ROLES)}")
     if isinstance(content, list):
         texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         if not all(isinstance(text, str) for text in texts):

@@ -4,6 +4,8 @@ Settled here, once for all: the date, a system message that the template refuses
 spells, the token that ends a turn, and thoughts before an answer.
 """
 
+import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -169,14 +171,26 @@ class Chat:
         mark = _PRIVATE[2]
         return f" {mark} " not in self.render([{"role": "user", "content": f" {mark} "}])
 
+    @cached_property
+    def _alternates(self) -> bool:
+        """Whether a user's turn may not follow another's, as Gemma's template has it."""
+        turn = {"role": "user", "content": "?"}
+        try:
+            self._apply([turn, turn], True)
+        except Exception:
+            return True
+        return False
+
     def _merged(self, messages: Sequence[Message]) -> list[Message]:
-        """The system message as the head of the first user's turn, where the template has no place for it."""
+        """The conversation as the template can take it, with what it has no place for at a turn's head."""
         messages = list(messages)
         if len(messages) > 1 and messages[0]["role"] == "system" and not self.takes_system:
-            system, first = messages[0]["content"], messages[1]
-            if first["role"] != "user":
-                return [{"role": "user", "content": system}, *messages[1:]]
-            return [{**first, "content": f"{system}\n\n{first['content']}"}, *messages[2:]]
+            messages[0] = {**messages[0], "role": "user"}
+            if messages[1]["role"] == "user":
+                messages[:2] = [_joined(*messages[:2])]
+        if any(a["role"] == b["role"] for a, b in itertools.pairwise(messages)) and self._alternates:
+            runs = itertools.groupby(messages, key=lambda turn: turn["role"])
+            messages = [functools.reduce(_joined, run) for _, run in runs]
         return messages
 
     # --- control tokens ---
@@ -276,6 +290,10 @@ class Chat:
         """A short conversation as the model reads it: changes whenever the format does."""
         messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
         return self.render(messages)
+
+
+def _joined(one: Message, other: Message) -> Message:
+    return {**other, "content": f"{one['content']}\n\n{other['content']}"}
 
 
 def chat_of(tokenizer: Any) -> Chat:

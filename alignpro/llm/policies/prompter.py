@@ -26,7 +26,7 @@ from alignpro.llm.models.prompt import Message, context_of, messages_of
 from alignpro.llm.models.sampling import Sampling
 
 PROMPTER_FILE = "prompter.json"
-BEFORE = "The conversation before the request:"
+BEFORE = "Conversation so far:"
 """Words before the turns that x answers, as a prompter is shown them."""
 
 
