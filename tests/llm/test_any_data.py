@@ -377,6 +377,7 @@ def test_train_on_a_folder_of_chats_with_the_packaged_models(chats, tmp_path, ca
     assert all(0 < line["score"] < 1 for line in lines)
     command = ["rollout", "--out", str(tmp_path / "r"), "--trained", str(tmp_path / "t"), "--draws", "1"]
     command += ["--answer-tokens", "8", "--dataset", str(chats), "--split", "train", "--prompts", "2"]
+    command += ["--answers", "1"]
     assert main.main([*command, "--arms", "none"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "r" / "rollouts.jsonl").read_text().splitlines()]
     assert len(rows) == 4

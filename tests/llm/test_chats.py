@@ -28,7 +28,6 @@ from alignpro.llm.models.prompt import (
     as_json,
     columns_of,
     context_of,
-    last_first,
     messages_of,
     transcript,
 )
@@ -373,14 +372,14 @@ class Known:
 def test_the_packaged_head_reads_chats_as_it_learned_them():
     """The last turn and behind it the earlier ones, since the encoder cuts texts at their end."""
     turns = [(turn["role"], turn["content"]) for turn in [*BEFORE, ASKED]]
-    assert last_first(CHAT) == packaged._pair(turns, "a", "b", "toy").prompt
-    assert last_first("Hi") == last_first(Prompt("Hi", [SYSTEM])) == "Hi"
+    assert packaged.last_first(CHAT) == packaged._pair(turns, "a", "b", "toy").prompt
+    assert packaged.last_first("Hi") == packaged.last_first(Prompt("Hi", [SYSTEM])) == "Hi"
     size, known = Embedder.DIMENSION + len(TEXT_FEATURES), Known()
     arrays = (np.ones(size), np.zeros(size), np.ones(size), np.zeros(Embedder.DIMENSION + 1))
     head = BradleyTerryReward(*arrays, 0.0, 1.0, {}, embedder=known)
     head.score([CHAT], ["Fine."])
     assert {type(text) for text in known.texts} == {str}
-    assert {*known.texts} == {last_first(CHAT), "Fine."}
+    assert {*known.texts} == {packaged.last_first(CHAT), "Fine."}
 
 
 def test_an_endpoint_scores_the_conversation_and_keeps_its_score_apart(tmp_path):

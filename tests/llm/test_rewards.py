@@ -478,7 +478,12 @@ class TestTrainedReward:
         assert minilm.constructed_pairs(SMALL) != minilm.constructed_pairs(other)
         # They fetch, check and describe, and have no part in the head.
         others = {f"alignpro.llm.models.{name}" for name in ("packages", "registry", "libraries")}
-        others |= {"alignpro.files", "alignpro.llm.rewards.reward", "alignpro.llm.targets.target"}
+        others |= {
+            "alignpro.llm.models.prompt",
+            "alignpro.files",
+            "alignpro.llm.rewards.reward",
+            "alignpro.llm.targets.target",
+        }
         others |= {"alignpro.estimation.winrate"}
 
         def check_key(made_by):

@@ -9,7 +9,9 @@ from alignpro.errors import AlignProError
 from alignpro.files import read_json, read_json_lines
 from alignpro.llm.data.split import SPLITS, Split, normalised, split_of
 from alignpro.llm.models import packages
-from alignpro.llm.models.prompt import EARLIER
+from alignpro.llm.models.prompt import context_of
+
+_EARLIER = "\n\nEarlier turns:\n"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def mt_bench(n: int | None = None, seed: int = 0) -> list[str]:
 
 def preference_prompts(source: str, n: int | None = None, seed: int = 0, max_words: int = 40) -> list[str]:
     """Read the distinct single-turn prompts of a row of `PREFERENCES`, in an order fixed by `seed`."""
-    texts = _distinct(pair.prompt for pair in PREFERENCES[source]() if EARLIER not in pair.prompt)
+    texts = _distinct(pair.prompt for pair in PREFERENCES[source]() if _EARLIER not in pair.prompt)
     kept = [text for text in texts if 2 <= len(text.split()) <= max_words and text.isascii()]
     return _take(kept, n, seed, f"prompts of {source} of at most {max_words} words")
 
@@ -127,9 +129,16 @@ def _pair(turns: Sequence[tuple[str, str]], chosen: str, rejected: str, source: 
     if not said or not chosen.strip() or not rejected.strip() or chosen.strip() == rejected.strip():
         return None  # nothing is preferred
     # The last turn first: a text encoder truncates at the end, and the last turn is what y answers.
-    prompt = said[-1] if len(said) == 1 else said[-1] + EARLIER + "\n".join(said[:-1])
+    prompt = said[-1] if len(said) == 1 else said[-1] + _EARLIER + "\n".join(said[:-1])
     # Split by the conversation's first turn too, so that continuations of one conversation stay together.
     return PreferencePair(prompt, chosen.strip(), rejected.strip(), source, split_of(said[0]))
+
+
+def last_first(x: str) -> str:
+    """The prompt x of a conversation as pairs have it: the last turn, then the earlier ones."""
+    before = [turn["content"].strip() for turn in context_of(x) if turn["role"] != "system"]
+    said = [text for text in before if text]
+    return str(x) + _EARLIER + "\n".join(said) if said else str(x)
 
 
 def _take(texts: list[str], n: int | None, seed: int, what: str) -> list[str]:

@@ -94,16 +94,6 @@ def transcript(x: str) -> str:
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in messages_of(x))
 
 
-EARLIER = "\n\nEarlier turns:\n"
-"""Words between a prompt and the turns before it in `last_first`."""
-
-
-def last_first(x: str) -> str:
-    """x and then what was said before, but no system message: for a reader that cuts texts at the end."""
-    before = [turn["content"] for turn in context_of(x) if turn["role"] != "system"]
-    return str(x) + EARLIER + "\n".join(before) if before else str(x)
-
-
 def said(x: str) -> dict[str, Any]:
     """x as the fields of a line in a file: `x`, and `context` where there is any."""
     return {"x": str(x), **({"context": list(context_of(x))} if context_of(x) else {})}

@@ -13,7 +13,7 @@ from scipy.special import expit
 
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
-from alignpro.llm.models.prompt import last_first
+from alignpro.llm.data.packaged import last_first
 from alignpro.llm.rewards.features import TEXT_FEATURES, Embedder, features
 from alignpro.llm.rewards.reward import Array, check_scores, check_texts
 
