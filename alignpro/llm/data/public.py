@@ -444,4 +444,5 @@ def _refused(name: str, source: Source, folder: str | Path | None, error: Except
         why = f"the hub cannot be reached and no copy of {place} is cached;"
     else:
         why = f"cannot read {place} ({said});"
-    return AlignProError(f"dataset {name}: {why} {elsewhere}")
+    here = "" if name in DATASETS else "no file or folder here has that name, and "
+    return AlignProError(f"dataset {name}: {here}{why} {elsewhere}")
