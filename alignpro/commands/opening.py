@@ -142,11 +142,12 @@ def user_prompts(
     prompter: str,
     split: str = "train",
     n: int | None = None,
-    columns: Sequence[str] = (),
+    world: Any = None,
 ) -> list[str]:
     """The user's prompts: those of the file, or a split of the data set; the first n.
 
-    `columns` are kept with them, for the reward.
+    Args:
+        world: says which columns the reward asks for, which are kept with them.
     """
     from alignpro.llm.data import own as own_files
     from alignpro.llm.data import public
@@ -156,7 +157,8 @@ def user_prompts(
     if n is not None and n < 1:
         raise AlignProError(f"prompts {n}: give at least 1")
     own, fits, longest = None, None, source.max_prompt_tokens
-    reading = Reading(source.prompt_column, tuple(columns), source.system_prompt)
+    keep, optional = (tuple(getattr(world, name, ())) for name in ("columns", "optional_columns"))
+    reading = Reading(source.prompt_column, keep, optional, source.system_prompt)
     if source.prompts_file is None:
         public.check_dataset(source.dataset, source.data_folder, split)
     else:

@@ -71,17 +71,10 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
             raise AlignProError(f"--lam {' '.join(map(str, self.lam))}: give positive, finite numbers")
         check_prompter(prompter, self.template)
         world = World(environment)
-        columns = getattr(world, "columns", ())
-        xs = user_prompts(self.source, prompter, self.source.split, self.source.prompts, columns)
-        record = {
-            "prompter": prompter,
-            "template": self.template,
-            "rewrite_tokens": self.rewrite_tokens,
-            "proposals": self.proposals,
-            "responses": self.responses,
-            "seed": self.seed,
-            **environment.record(world.reward_name),
-        }
+        xs = user_prompts(self.source, prompter, self.source.split, self.source.prompts, world)
+        kept_as = ("template", "rewrite_tokens", "proposals", "responses", "seed")
+        record = {"prompter": prompter, **{name: getattr(self, name) for name in kept_as}}
+        record |= environment.record(world.reward_name)
         begun, path = folder / "settings.json", folder / FILE
         if begun.exists():
             refuse_other_settings(folder, read_json(begun), record, "--out")
@@ -171,8 +164,7 @@ def page(result: "Resampled", record: Json) -> Page:
     made = Page(
         "resample",
         "The training-free prompter",
-        "Rewrites drawn from ρ_sft and reweighted to ρ*, or cut to the best of n. R̂ chose, so these "
-        "gains are optimistic: alignpro rollout --arms star best_of_n asks afresh.",
+        f"Rewrites drawn from ρ_sft and reweighted to ρ*, or cut to the best of n. {_CURSE}.",
         record,
     )
     made.key("Mean reward of ρ_sft", number(result.prior), "by R̂")

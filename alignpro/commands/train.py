@@ -60,8 +60,7 @@ class Train(PrompterOptions, ReportedRun):
         environment, answers = self.environment, self.environment.sampling()
         # The oracle is its own target.
         world = World(replace(environment, target=prompter) if rlhf else environment)
-        columns = getattr(world, "columns", ())
-        prompts = user_prompts(self.source, prompter, n=self.train_prompts, columns=columns)
+        prompts = user_prompts(self.source, prompter, n=self.train_prompts, world=world)
 
         from alignpro.commands.opening import check_target_room, how_read, is_address
         from alignpro.llm.models.prompt import context_of

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -91,7 +92,7 @@ def test_columns_and_a_system_prompt_for_all_kinds(chats, tmp_path):
     assert {context_of(x)[0]["content"] for x in found} == {SYSTEM["content"]}
     table = pa.table({"q": ["Why?", "How?"], "answer": [1, 2], "heavy": [b"\0" * 9] * 2})
     parquet.write_table(table, tmp_path / "t.parquet")
-    xs = prompts(str(tmp_path / "t.parquet"), reading=Reading("q", ("answer",), "Be kind."))
+    xs = prompts(str(tmp_path / "t.parquet"), reading=Reading("q", ("answer",), system="Be kind."))
     assert {(str(x), columns_of(x)["answer"]) for x in xs} == {("Why?", 1), ("How?", 2)}
     assert [context_of(x) for x in xs] == [({"role": "system", "content": "Be kind."},)] * 2
     with pytest.raises(AlignProError, match=r"columns: give JSON values.*mend or remove the row"):
@@ -239,7 +240,7 @@ def test_named_sets_without_columns_refuse_rewards_that_need_them(monkeypatch):
     (x,) = prompts("told", reading=Reading(keep=("answer",), system="Be kind."))
     assert (columns_of(x), len(context_of(x))) == ({"answer": 1}, 1)
     source = PromptSettings(dataset="told")
-    assert user_prompts(source, "", split_of("How?"), columns=("answer",)) == [
+    assert user_prompts(source, "", split_of("How?"), world=SimpleNamespace(columns=("answer",))) == [
         Prompt("How?", (), {"answer": 1})
     ]
 

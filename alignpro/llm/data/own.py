@@ -234,7 +234,7 @@ def _parquet(path: Path, reading: Reading) -> Iterator[tuple[str, Row]]:
     try:
         with parquet.ParquetFile(path) as file:
             parts = reading.parts(file.schema_arrow.names, path.name)
-            only = list(dict.fromkeys((*parts, *reading.keep)))
+            only = list(dict.fromkeys((*parts, *reading.kept(file.schema_arrow.names, parts))))
             rows = (row for batch in file.iter_batches(columns=only) for row in batch.to_pylist())
             yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
     except arrow.ArrowInvalid as error:

@@ -24,7 +24,7 @@ from alignpro.llm.data import own, packaged
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.data.rows import Reading, Row, first_turn, identity
 from alignpro.llm.data.split import SPLITS, Split, split_of
-from alignpro.llm.models import download, packages
+from alignpro.llm.models import packages
 from alignpro.llm.models.catalogue import HUB_ID
 from alignpro.llm.models.prompt import Prompt, columns_of, context_of, transcript
 
@@ -247,7 +247,7 @@ def _packaged(
                 f"dataset {name}: has no column {absent[0]!r}, which the reward asks for; choose a data set "
                 "with that column, or another reward"
             )
-        x = reading.made(str(x), context_of(x), {column: has[column] for column in reading.keep})
+        x = reading.made(str(x), context_of(x), {column: has[column] for column in reading.kept(has, ())})
         if wanted(x):
             found.append(x)
     return found
@@ -389,7 +389,7 @@ def _rows(
             if absent := [column for column in columns if column not in has]:
                 raise _other_schema(name, f"no column {absent[0]!r} among {', '.join(has)}")
             used["+".join(chosen)] = None
-            needed = list(dict.fromkeys((*chosen, *reading.keep, *columns)))
+            needed = list(dict.fromkeys((*chosen, *reading.kept(has, chosen), *columns)))
             for batch in part.select_columns(needed).iter(batch_size=256):
                 for values in zip(*(batch[column] for column in needed), strict=True):
                     number += 1
@@ -422,7 +422,7 @@ def _refused(name: str, source: Source, folder: str | Path | None, error: Except
     from huggingface_hub.errors import GatedRepoError
 
     told = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    said = download.scrub(" ".join(str(told).split())[:200]) or type(told).__name__
+    said = packages.scrub(" ".join(str(told).split())[:200]) or type(told).__name__
     place = source.repository
     command = f"hf download {place} --repo-type dataset --local-dir DIR"
     if source.revision is not None:

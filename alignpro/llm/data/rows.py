@@ -47,6 +47,8 @@ class Reading:
     None: `prompt`, else the only one of `COMMON`, or an instruction and its input."""
     keep: tuple[str, ...] = ()
     """Columns that go with the prompt, since the reward asks for them."""
+    optional: tuple[str, ...] = ()
+    """Columns that go with it where the data have them; `*` for all but the prompt's."""
     system: str | None = None
     """System message of prompts that have none."""
 
@@ -81,6 +83,11 @@ class Reading:
             f"instruction+input ({what})"
         )
 
+    def kept(self, has: Iterable[str], parts: Sequence[str]) -> list[str]:
+        """Choose, among the columns that the data have, those that go with the prompt."""
+        more = [name for name in has if name in self.optional or ("*" in self.optional and name not in parts)]
+        return list(dict.fromkeys((*self.keep, *more)))
+
     def prompt(self, row: Row, parts: Sequence[str]) -> str:
         """The prompt of a row; empty where its text is blank. Errors say what is wrong, and not where."""
         for name in (*parts, *self.keep):
@@ -96,7 +103,7 @@ class Reading:
             if not all(isinstance(text, str) for text in texts):
                 raise AlignProError(f"no text or conversation in column {shown!r}")
             text, context = "\n".join(texts).strip(), []
-        return self.made(text, context, {name: row[name] for name in self.keep})
+        return self.made(text, context, {name: row[name] for name in self.kept(row, parts)})
 
     def made(self, text: str, context: Sequence[Message] = (), columns: Row | None = None) -> str:
         """The prompt of these, after the system message if it has none."""

@@ -1,6 +1,6 @@
 """Results beside the bounds: what prompting can reach, at what cost, under what errors.
 
-The public functions and records of `reach`, `cost`, `derivatives` and `readings` are here by name. They are
+The public functions and records of `reach`, `cost` and `readings` are here by name. They are
 pure, and safe under jit and vmap, but for `lam_for_kl`; per prompt [X] unless said otherwise. A β or λ that
 is not positive and finite is an `AlignProError`. Proofs: `docs/limits.md`.
 """
@@ -18,14 +18,6 @@ from alignpro.theory.results.cost import (
     kl_price,
     lam_for_kl,
 )
-from alignpro.theory.results.derivatives import (
-    Headroom,
-    Sensitivity,
-    VarianceSplit,
-    headroom,
-    sensitivity,
-    variance_split,
-)
 from alignpro.theory.results.reach import (
     Ceiling,
     Projection,
@@ -36,8 +28,14 @@ from alignpro.theory.results.reach import (
 )
 from alignpro.theory.results.readings import (
     Critical,
+    Headroom,
     LimitReadings,
+    Sensitivity,
+    VarianceSplit,
     critical_beta,
     critical_lam,
+    headroom,
     limit_readings,
+    sensitivity,
+    variance_split,
 )
