@@ -58,6 +58,7 @@ class Rollout(TemplateOption, RunOptions):
         from alignpro.llm.arms import rollout
         from alignpro.llm.models import packages
         from alignpro.llm.models.libraries import quiet
+        from alignpro.llm.models.prompt import as_json
         from alignpro.llm.policies.prompter import PROMPTER_FILE, Prompter
 
         settings, environment = self.settings, self.environment
@@ -80,7 +81,7 @@ class Rollout(TemplateOption, RunOptions):
                 )
             settings = replace(settings, rewrite_tokens=lengths.pop())
         world = opening.World(environment)
-        xs = opening.user_prompts(self.source, reference, self.source.split, self.source.prompts)
+        xs = opening.user_prompts(self.source, reference, self.source.split, self.source.prompts, world)
         world.check_prompts(xs)
 
         weights = {name: packages.sha256(_weights(home))[:12] for name, home in homes.items()}
@@ -89,7 +90,7 @@ class Rollout(TemplateOption, RunOptions):
         drawn = dict.fromkeys(("star", "best_of_n"), resampling)
         reward = world.reward_name
         record = {
-            "prompts": hashlib.sha256(json.dumps(xs).encode()).hexdigest()[:16],
+            "prompts": hashlib.sha256(json.dumps([as_json(x) for x in xs]).encode()).hexdigest()[:16],
             **{name: getattr(settings, name) for name in ("draws", "answers", "rewrite_tokens")},
             "prompter": reference,
             "template": asdict(chosen) if chosen else None,

@@ -60,10 +60,11 @@ class Train(PrompterOptions, ReportedRun):
         environment, answers = self.environment, self.environment.sampling()
         # The oracle is its own target.
         world = World(replace(environment, target=prompter) if rlhf else environment)
-        prompts = user_prompts(self.source, prompter, n=self.train_prompts)
+        prompts = user_prompts(self.source, prompter, n=self.train_prompts, world=world)
         world.check_prompts(prompts)
 
-        from alignpro.commands.opening import how_read
+        from alignpro.commands.opening import check_target_room, how_read
+        from alignpro.llm.models.prompt import context_of
         from alignpro.llm.policies.prompter import Prompter
         from alignpro.llm.rewards.combined import line_of
         from alignpro.llm.training.environment import Environment
@@ -84,6 +85,8 @@ class Train(PrompterOptions, ReportedRun):
         if not rlhf:
             frozen = world.target()
             read, target = how_read(frozen), world.kept(frozen, folder)
+            # A conversation is asked whole, however short the rewrite.
+            check_target_room(frozen, [x for x in prompts if context_of(x)], answers.max_tokens)
         facts = {
             "prompter": prompter,
             "target_read": read,

@@ -19,6 +19,7 @@ from alignpro.llm.arms.forced import ForcedChoice
 from alignpro.llm.arms.question import Reading, control_tokens, question, read_verdict
 from alignpro.llm.arms.settings import JudgeSettings
 from alignpro.llm.models.chat import parse_options
+from alignpro.llm.models.prompt import Prompt, transcript
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Target
@@ -37,7 +38,7 @@ class Pair:
 
     prompt_id: str
     x: str
-    """The prompt."""
+    """The prompt, with what was said before it."""
     answers: tuple[str, str]
     """Texts of the two answers, the arm of interest's first."""
     rows: tuple[Row, Row] = ((0, 0, 0), (0, 0, 0))
@@ -116,7 +117,8 @@ def pairs(
         for row in (json.loads(line) for line in file if not line.isspace()):
             key_ = row["prompt_id"], row["arm"], (row["seed"], row["draw"], row["answer"])
             if key_ in wanted:
-                texts[key_], asked[row["prompt_id"]] = row["response"], row["x"]
+                texts[key_] = row["response"]
+                asked[row["prompt_id"]] = Prompt(row["x"], row.get("context") or ())
     a, b = arms
     return [
         Pair(name, asked[name], (texts[name, a, rows[0]], texts[name, b, rows[1]]), rows)
@@ -142,7 +144,7 @@ def judge(
     asked = [i for i, pair in enumerate(compared) if pair.answers[0] != pair.answers[1]]
     control = control_tokens(target)
     questions = [
-        question(compared[i].x, *answers, control)
+        question(transcript(compared[i].x), *answers, control)
         for i in asked
         for answers in (compared[i].answers, compared[i].answers[::-1])
     ]
