@@ -214,23 +214,36 @@ def check_target_room(target: "Target", prompts: Sequence[str], tokens: int) -> 
 
 
 def user_prompts(
-    source: PromptSettings, prompter: str, split: str = "train", n: int | None = None
+    source: PromptSettings,
+    prompter: str,
+    split: str = "train",
+    n: int | None = None,
+    world: Any = None,
 ) -> list[str]:
-    """The user's prompts: those of the file, or a split of a row of `DATASETS`; the first n."""
+    """The user's prompts: those of the file, or a split of the data set; the first n.
+
+    Args:
+        world: says which columns the reward asks for, which are kept with them.
+    """
     from alignpro.llm.data import own as own_files
     from alignpro.llm.data import public
+    from alignpro.llm.data.rows import Reading
     from alignpro.llm.models import packages
 
     if n is not None and n < 1:
         raise AlignProError(f"prompts {n}: give at least 1")
-    public.check_dataset(source.dataset, source.data_folder, split)
     own, fits, longest = None, None, source.max_prompt_tokens
-    if source.prompts_file is not None:
-        own = own_files.read_prompts(source.prompts_file, source.prompt_column)
+    keep, optional = (tuple(getattr(world, name, ())) for name in ("columns", "optional_columns"))
+    reading = Reading(source.prompt_column, keep, optional, source.system_prompt)
+    if source.prompts_file is None:
+        public.check_dataset(source.dataset, source.data_folder, split)
+    else:
+        own = own_files.read_prompts(source.prompts_file, reading=reading)
     if longest is not None:
         fits = public.shorter(tokens=longest, tokenizer=_tokenizer(prompter))
     if own is None:
-        return public.prompts(source.dataset, split, n, folder=source.data_folder, fits=fits)
+        more: dict[str, Any] = {"folder": source.data_folder, "fits": fits, "reading": reading}
+        return public.prompts(source.dataset, split, n, **more)
     found = [x for x in own if fits is None or fits(x)]
     if not found:
         raise AlignProError(f"max_prompt_tokens {longest}: no prompt is as short; raise it")

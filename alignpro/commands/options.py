@@ -153,17 +153,22 @@ class PromptSettings:
     """The user prompts."""
 
     dataset: str = "instructions"
-    """Data set of the user prompts. Packaged: instructions, mt-bench, dpo-demo, healthbench or verifiable
-    (which the reward of that name judges). On the Hugging Face hub: ultrafeedback, ultrafeedback-binarized,
-    helpsteer, orca-dpo-pairs or openorca."""
+    """Data set of the user prompts: any id owner/name (or owner/name:configuration) of the Hugging Face hub,
+    a file or folder of your own, or a name. Packaged: instructions, mt-bench, dpo-demo, healthbench or
+    verifiable (for the reward of that name). On the hub: ultrafeedback, ultrafeedback-binarized, helpsteer,
+    orca-dpo-pairs, openorca or bpo-test. In files that you download: dolly-eval, self-instruct-eval or
+    vicuna-eval."""
     data_folder: str | None = None
     """Folder with the files of the hub's data set, for a machine that cannot reach the hub. Left out: they
     are downloaded."""
     prompts_file: str | None = None
-    """File of your own prompts, used instead of a data set: .jsonl, .json, .csv, .tsv or .parquet; any other
-    is read as text with one prompt per line. Left out: the data set's prompts."""
+    """File of your own prompts, used whole instead of a data set: .jsonl, .json, .csv, .tsv or .parquet; any
+    other is read as text with one prompt per line. Left out: the data set's prompts."""
     prompt_column: str | None = None
-    """Column of the prompts in that file. Left out: prompt."""
+    """Column of the prompts, texts or conversations (lists of messages); several texts are joined as
+    instruction+input. Left out: prompt, or another common name where it is the only one."""
+    system_prompt: str | None = None
+    """System message for every prompt that has none. Left out: prompts stay as they are."""
     max_prompt_tokens: int | None = None
     """Leave out prompts of more tokens than this, counted as the prompter reads them; long ones take memory
     and time. Left out: every prompt is used."""
@@ -173,8 +178,8 @@ class PromptSettings:
             raise AlignProError(
                 f"max_prompt_tokens {self.max_prompt_tokens}: give at least 1, or leave it out"
             )
-        if self.prompts_file is None and self.prompt_column is not None:
-            raise AlignProError(f"prompt_column {self.prompt_column}: is for prompts_file; leave it out")
+        if self.system_prompt is not None and not self.system_prompt.strip():
+            raise AlignProError("system_prompt: is empty; write one, or leave it out")
         if self.prompts_file is not None and self.data_folder is not None:
             raise AlignProError(f"data_folder {self.data_folder}: is for dataset; give it or prompts_file")
 

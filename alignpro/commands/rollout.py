@@ -85,7 +85,7 @@ class Rollout(TemplateOption, RunOptions):
                 )
             settings = replace(settings, rewrite_tokens=lengths.pop())
         world = opening.World(environment)
-        xs = opening.user_prompts(self.source, reference, self.source.split, self.source.prompts)
+        xs = opening.user_prompts(self.source, reference, self.source.split, self.source.prompts, world)
         world.check_prompts(xs)
         given = {arm.name: read_given(arm.file, xs) for arm in arms if arm.file}
         for name, found in given.items():

@@ -60,7 +60,7 @@ class Train(PrompterOptions, ReportedRun):
         environment, answers = self.environment, self.environment.sampling()
         # The oracle is its own target.
         world = World(replace(environment, target=prompter) if rlhf else environment)
-        prompts = user_prompts(self.source, prompter, n=self.train_prompts)
+        prompts = user_prompts(self.source, prompter, n=self.train_prompts, world=world)
         world.check_prompts(prompts)
 
         from alignpro.commands.opening import check_target_room, how_read

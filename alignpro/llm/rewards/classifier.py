@@ -21,6 +21,7 @@ from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import room, text_config
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.models.load import read_weights
+from alignpro.llm.models.prompt import Message, Prompt, context_of, messages_of, transcript
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
 from alignpro.llm.rewards.reward import PLAIN, Array, at_least, batches, check_template, check_texts, fill
 
@@ -31,15 +32,17 @@ REWARD_FILE = "reward.json"
 class SequenceReward:
     """A reward that a sequence classifier gives: it reads prompt and response and answers with one number.
 
-    The sample is written by the tokenizer's own chat template (a user's and an assistant's turn), by a
-    `template` with {prompt} and {response}, or, where there is neither, as `PLAIN`. A chat template writes
-    its own special tokens, so the tokenizer adds none: exactly one BOS.
+    The sample is written by the tokenizer's own chat template (the prompt's conversation and an assistant's
+    turn), by a `template` with {prompt}, the conversation as one text, and {response}, or, where there is
+    neither, as `PLAIN`. A chat template writes its own special tokens, so the tokenizer adds none: exactly
+    one BOS.
 
     Special tokens spelled out in a prompt or response are taken out: they could forge the end of a turn.
-    Samples longer than `max_tokens` lose the beginning of the prompt; only a response that is too long by
-    itself is cut, at its end. Decoder classifiers read the score at the last token that is not padding, as
-    their configuration names it; where it names none, a token that ends nothing is chosen. Padding is on the
-    right, so a score does not depend on its batch (up to rounding: 1e-6 in float32, 1e-2 in bfloat16).
+    Samples longer than `max_tokens` lose the oldest turns, then a system message, then the beginning of the
+    prompt; only a response that is too long by itself is cut, at its end. Decoder classifiers read the score
+    at the last token that is not padding, as their configuration names it; where it names none, a token that
+    ends nothing is chosen. Padding is on the right, so a score does not depend on its batch (up to rounding:
+    1e-6 in float32, 1e-2 in bfloat16).
 
     Args:
         model: a transformers model with a sequence-classification head.
@@ -182,14 +185,20 @@ class SequenceReward:
 
     def encode(self, prompt: str, response: str) -> dict[str, list[int]]:
         """Write one sample as at most `max_tokens` tokens; what was taken out is added to `counts`."""
-        prompt, response = self._without_special(prompt), self._without_special(response)
-        row = self._tokens(prompt, response)
+        clean, response = self._without_special, self._without_special(response)
+        context = [{**turn, "content": clean(turn["content"])} for turn in context_of(prompt)]
+        text = clean(str(prompt))
+        left = [Prompt(text, turns) for turns in _shorter(context)]
+        row = self._tokens(left[0], response)
         if len(row["input_ids"]) <= self.max_tokens:
             return row
         self.counts["prompts_truncated"] += 1
-        cut = _least(len(prompt), lambda k: self._fits(prompt[k:], response))
+        cut = _least(len(left) - 1, lambda k: self._fits(left[k], response))
         if cut is not None:
-            return self._tokens(prompt[cut:], response)
+            return self._tokens(left[cut], response)
+        cut = _least(len(text), lambda k: self._fits(text[k:], response))
+        if cut is not None:
+            return self._tokens(text[cut:], response)
         self.counts["responses_truncated"] += 1
         size = len(response)
         cut = _least(size, lambda k: self._fits("", response[: size - k]))
@@ -224,10 +233,10 @@ class SequenceReward:
 
     def _tokens(self, prompt: str, response: str) -> dict[str, list[int]]:
         if self.template == "pair":
-            return dict(self.tokenizer(prompt, response))
+            return dict(self.tokenizer(transcript(prompt), response))
         if self.template != "chat":
-            return dict(self.tokenizer(fill(self.template, prompt, response)))
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            return dict(self.tokenizer(fill(self.template, transcript(prompt), response)))
+        turns = [*messages_of(prompt), {"role": "assistant", "content": response}]
         try:
             text = chat_of(self.tokenizer).render(turns, generate=False)
         except AlignProError as error:
@@ -311,6 +320,16 @@ def choose_output(config: Any, output: int | str | None, name: str) -> int:
         f"output {'' if output is None else output!r}: reward model {name!r} {problem} ({listed}); name one "
         "by its label or number, as in FOLDER#LABEL@0,1"
     )
+
+
+def _shorter(context: Sequence[Message]) -> list[list[Message]]:
+    """The turns before a prompt, and what is left of them as the oldest go; a system message goes last."""
+    head = [turn for turn in context[:1] if turn["role"] == "system"]
+    turns = list(context[len(head) :])
+    # What is left begins with a user's turn, as chat templates want it.
+    starts = [k for k in range(1, len(turns)) if turns[k]["role"] == "user"]
+    found = [head + turns, *(head + turns[k:] for k in starts), head, []]
+    return [left for i, left in enumerate(found) if left not in found[:i]]
 
 
 def _least(n: int, fits: Callable[[int], bool]) -> int | None:

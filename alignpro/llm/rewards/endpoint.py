@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from alignpro.errors import AlignProError
+from alignpro.llm.models.prompt import transcript
 from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
 from alignpro.llm.rewards.reward import (
@@ -158,7 +159,7 @@ class EndpointReward(http.Counted):
             meter: counts the requests instead of this object.
         """
         check_texts(prompts, responses)
-        scores: dict[int, Answer] = {}
+        prompts, scores = [transcript(x) for x in prompts], dict[int, Answer]()
         secret = read_key(self.settings.key_env, self.url)
 
         def call(part: range) -> http.Call[list[Answer]]:
@@ -247,7 +248,8 @@ class CachedReward:
         See `EndpointReward.score`; a full disk raises `Stopped` too. What arrived before is on file.
         """
         check_texts(prompts, responses)
-        asked = [json.dumps(sample) for sample in zip(prompts, responses, strict=True)]
+        texts = [transcript(x) for x in prompts]
+        asked = [json.dumps(sample) for sample in zip(texts, responses, strict=True)]
         rows = self._cached.respond(asked, _ONCE)
         return self.reward.settled(prompts, responses, [row[0] for row in rows])
 
