@@ -16,10 +16,12 @@ from alignpro import rollouts
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.llm.arms.forced import ForcedChoice
-from alignpro.llm.arms.question import Reading, control_tokens, question, read_verdict
+from alignpro.llm.arms.question import Reading, question, read_verdict
 from alignpro.llm.arms.settings import JudgeSettings
 from alignpro.llm.models.chat import parse_options
+from alignpro.llm.models.prompt import Prompt, transcript
 from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.targets.quoting import control_tokens
 from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Answer, Target
@@ -39,7 +41,7 @@ class Pair:
 
     prompt_id: str
     x: str
-    """The prompt."""
+    """The prompt, with what was said before it."""
     answers: tuple[str | None, str | None]
     """Texts of the two answers, the arm of interest's first; None of one that was refused."""
     rows: tuple[Row, Row] = ((0, 0, 0), (0, 0, 0))
@@ -128,7 +130,8 @@ def pairs(
         for row in (json.loads(line) for line in file if not line.isspace()):
             key_ = row["prompt_id"], row["arm"], (row["seed"], row["draw"], row["answer"])
             if key_ in wanted:
-                texts[key_], asked[row["prompt_id"]] = row["response"], row["x"]
+                texts[key_] = row["response"]
+                asked[row["prompt_id"]] = Prompt(row["x"], row.get("context") or ())
     a, b = arms
     return [
         Pair(name, asked[name], (texts[name, a, rows[0]], texts[name, b, rows[1]]), rows)
@@ -156,7 +159,7 @@ def judge(
     asked = [i for i, pair in enumerate(compared) if not pair.identical and not pair.missing]
     control = control_tokens(target)
     questions = [
-        question(compared[i].x, str(answers[0]), str(answers[1]), control)
+        question(transcript(compared[i].x), str(answers[0]), str(answers[1]), control)
         for i in asked
         for answers in (compared[i].answers, compared[i].answers[::-1])
     ]

@@ -19,6 +19,11 @@ class RolloutSettings:
     NAME=FOLDER makes an arm called NAME instead."""
     rlhf: tuple[str, ...] = ()
     """Folders that train --task rlhf wrote. They make the arm rlhf: no rewrite, the tuned model answers."""
+    instruction: tuple[str, ...] = ()
+    """Fixed instructions to compare too, as NAME=TEXT: the arm NAME adds the text to every prompt's end."""
+    rewrites: tuple[str, ...] = ()
+    """Files of rewrites that another system made (or people), as NAME=FILE: the arm NAME asks them. Rows of a
+    .jsonl, .json, .csv or .tsv file with a prompt and its rewrite, or a list of them."""
     draws: int = 4
     """How many rewrites of each prompt, in each arm and seed; more narrow the intervals and cost answers."""
     answers: int = 2

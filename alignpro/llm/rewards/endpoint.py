@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from alignpro.errors import AlignProError
+from alignpro.llm.models.prompt import transcript
 from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
 from alignpro.llm.rewards.reward import (
@@ -158,6 +159,7 @@ class EndpointReward(http.Counted):
             meter: counts the requests instead of this object.
         """
         check_texts(prompts, responses)
+        prompts = [transcript(x) for x in prompts]
         scores: dict[int, Answer] = {}
         secret = read_key(self.settings.key_env, self.url)
 
@@ -247,7 +249,8 @@ class CachedReward:
         See `EndpointReward.score`; a full disk raises `Stopped` too. What arrived before is on file.
         """
         check_texts(prompts, responses)
-        asked = [json.dumps(sample) for sample in zip(prompts, responses, strict=True)]
+        texts = [transcript(x) for x in prompts]
+        asked = [json.dumps(sample) for sample in zip(texts, responses, strict=True)]
         rows = self._cached.respond(asked, _ONCE)
         return self.reward.settled(prompts, responses, [row[0] for row in rows])
 
@@ -265,7 +268,12 @@ class CachedReward:
 
 
 def keep_scores(reward: Reward, folder: str | Path) -> Reward:
-    """Put a reward whose scores are paid for behind a `CachedReward` in `folder`; others stay as they are."""
+    """Put a reward whose scores are paid for behind a `CachedReward` in `folder`.
+
+    One with a method `kept` gives what keeps its scores there itself; others stay as they are.
+    """
+    if kept := getattr(reward, "kept", None):
+        return kept(folder)
     return CachedReward(reward, folder) if isinstance(reward, EndpointReward) else reward
 
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from alignpro.errors import AlignProError
 from alignpro.llm.rewards.reward import Array, Reward, check_scores
 from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.target import Answer
+from alignpro.rollouts import PARTS_ROUNDING
 
 __all__ = ["Refusals", "Scores", "judged", "ranges_of", "scored"]
 
@@ -39,11 +41,29 @@ def scored(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> 
     """Score each response to its prompt, with the reward's parts.
 
     Raises:
-        AlignProError: a score is no finite number in the reward's range (`check_scores`).
+        AlignProError: a score is no finite number in the reward's range (`check_scores`); its parts are not
+            those declared, leave their ranges, or do not add up.
     """
     with_parts = getattr(reward, "scores", None)
     found = Scores(reward.score(prompts, responses)) if with_parts is None else with_parts(prompts, responses)
-    return replace(found, total=check_scores(prompts, responses, found.total, reward.low, reward.high))
+    found = replace(found, total=check_scores(prompts, responses, found.total, reward.low, reward.high))
+    _check_parts(found, ranges_of(reward))
+    return found
+
+
+def _check_parts(found: Scores, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Refuse parts that a file of rollouts could not hold (`alignpro.rollouts`), before more is paid for."""
+    if found.parts.keys() != ranges.keys():
+        raise AlignProError(
+            f"reward: its parts are {', '.join(found.parts) or 'none'}, and it declares ranges of "
+            f"{', '.join(ranges) or 'none'}; return those from scores"
+        )
+    rounding = PARTS_ROUNDING * sum(max(abs(low), abs(high)) for low, high in ranges.values())
+    for name, (low, high) in ranges.items():
+        if not ((found.parts[name] >= low - rounding) & (found.parts[name] <= high + rounding)).all():
+            raise AlignProError(f"reward: its part {name} leaves the declared [{low:g}, {high:g}]; mend it")
+    if ranges and not (abs(sum(found.parts.values()) - found.total) <= rounding).all():
+        raise AlignProError("reward: its parts do not add up to it; return contributions, weights included")
 
 
 def judged(
