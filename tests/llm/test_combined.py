@@ -63,7 +63,10 @@ def test_a_sum_is_its_weighted_parts():
 
     check(combined)
     for right, wrong in (
-        ("sorted((w * r.low + 0.0, w * r.high + 0.0))", "(w * r.low, w * r.high)"),
+        (
+            "sorted((weight * reward.low, weight * reward.high))",
+            "(weight * reward.low, weight * reward.high)",
+        ),
         ("name: weight * part.total", "name: part.total"),
         ("sum(parts.values(), np.zeros(len(prompts)))", "sum(parts.values()) / len(parts)"),
     ):

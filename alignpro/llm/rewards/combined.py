@@ -41,11 +41,11 @@ class Sum:
             )
         self.rewards, self.weights = list(rewards), [float(weight) for weight in weights]
         self.names = tuple(names)
-        ends = [
-            sorted((w * r.low + 0.0, w * r.high + 0.0)) for w, r in zip(self.weights, rewards, strict=True)
-        ]
-        self.ranges = {name: (low, high) for name, (low, high) in zip(names, ends, strict=True)}
-        # 0.0 added: no -0. In the order in which contributions are added: so no rounding takes a total out of the range.
+        self.ranges: dict[str, tuple[float, float]] = {}
+        for name, weight, reward in zip(names, self.weights, rewards, strict=True):
+            low, high = sorted((weight * reward.low, weight * reward.high))
+            self.ranges[name] = (low + 0.0, high + 0.0)  # no -0
+        # In the order in which contributions are added: so no rounding takes a total out of the range.
         self.low = float(sum(low for low, _ in self.ranges.values()))
         self.high = float(sum(high for _, high in self.ranges.values()))
 
