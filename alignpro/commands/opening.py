@@ -228,10 +228,13 @@ def user_prompts(
     from alignpro.llm.data import own as own_files
     from alignpro.llm.data import public
     from alignpro.llm.data.rows import Reading
+    from alignpro.llm.data.split import SPLITS
     from alignpro.llm.models import packages
 
     if n is not None and n < 1:
         raise AlignProError(f"prompts {n}: give at least 1")
+    if split not in SPLITS:  # a mistake also where a file is used whole
+        raise AlignProError(f"split {split!r}: choose from {', '.join(SPLITS)}")
     own, fits, longest = None, None, source.max_prompt_tokens
     keep, optional = (tuple(getattr(world, name, ())) for name in ("columns", "optional_columns"))
     reading = Reading(source.prompt_column, keep, optional, source.system_prompt)
