@@ -168,9 +168,11 @@ class World:
         opened = [spec.open(**options.get(spec.kind, dict)()) for spec in self._plan.specs]
         found = self._plan.put_together([keep_scores(reward, folder / "scores") for reward in opened])
         share = (self.refusals.worth(found) - found.low) / (found.high - found.low)
-        for part in opened:  # what one does not score lies in its range where it lies in the whole one
+        # What one does not score lies in its contribution's range where it lies in the whole one.
+        for weight, part in zip(self._plan.weights, opened, strict=True):
             if (own := getattr(part, "refusals", None)) is not None:
-                own.reward = min(part.high, part.low + share * (part.high - part.low))
+                at = share if weight > 0 else 1 - share
+                own.reward = min(part.high, part.low + at * (part.high - part.low))
         return found
 
     def told(self, reward: "Reward", folder: Path) -> None:
