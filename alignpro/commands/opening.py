@@ -235,9 +235,8 @@ def user_prompts(
     own, fits, longest = None, None, source.max_prompt_tokens
     keep, optional = (tuple(getattr(world, name, ())) for name in ("columns", "optional_columns"))
     reading = Reading(source.prompt_column, keep, optional, source.system_prompt)
-    if source.prompts_file is None:
-        public.check_dataset(source.dataset, source.data_folder, split)
-    else:
+    public.check_dataset(source.dataset, source.data_folder, split)
+    if source.prompts_file is not None:
         own = own_files.read_prompts(source.prompts_file, reading=reading)
     if longest is not None:
         fits = public.shorter(tokens=longest, tokenizer=_tokenizer(prompter))
