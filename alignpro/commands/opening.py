@@ -49,18 +49,16 @@ class World:
 
     def __init__(self, settings: EnvironmentSettings) -> None:
         from alignpro.llm.models import catalogue, configure
-        from alignpro.llm.rewards.opening import read_spec
+        from alignpro.llm.rewards.opening import read_plan
         from alignpro.llm.rewards.scores import Refusals
         from alignpro.llm.targets.ledger import Prices
 
         self.settings = settings
         self._endpoint: Target | None = None
-        for role, name in (("target", settings.target), ("reward", settings.reward)):
-            given = getattr(settings, f"{role}_endpoint").given()
-            if given and not is_address(name):
-                raise AlignProError(
-                    f"{role}_{given[0]}: is for an endpoint, and {name!r} is no http(s) address"
-                )
+        if (given := settings.target_endpoint.given()) and not is_address(settings.target):
+            raise AlignProError(
+                f"target_{given[0]}: is for an endpoint, and {settings.target!r} is no http(s) address"
+            )
         if is_address(settings.target):
             from alignpro.llm.targets.endpoint import Endpoint
 
@@ -70,8 +68,19 @@ class World:
         else:
             catalogue.check_name(settings.target)
             configure.check_dtype(settings.dtype)
-        self._reward = read_spec(settings.reward)
-        self.reward_name = self._reward.shown
+        self._plan = read_plan(settings.reward)
+        self.reward_name = self._plan.shown
+        kinds = [spec.kind for spec in self._plan.specs]
+        self.endpoints = kinds.count("endpoint")
+        """How many of the rewards are paid for."""
+        if not self.endpoints and (given := settings.reward_endpoint.given()):
+            raise AlignProError(
+                f"reward_{given[0]}: is for an endpoint, and {self.reward_name!r} is no http(s) address"
+            )
+        if "classifier" not in kinds and (given := settings.reward_model.given()):
+            raise AlignProError(
+                f"reward_{given[0]}: is for a reward model in this process, and {self.reward_name!r} is none"
+            )
         self.refusals = Refusals(settings.refused_reward, settings.refused_most)
         """Reward of refused answers, and their count in this run."""
         self.prices = Prices(*settings.prices) if settings.prices is not None else None
@@ -98,13 +107,35 @@ class World:
         """Answers of the frozen model on file, in `folder`."""
         return kept(target, folder, self.prices)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the prompts' data that the reward needs."""
+        return self._plan.reads.needed
+
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Columns that it reads where they are there; `*` stands for all."""
+        return self._plan.reads.optional
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that the reward cannot judge, such as those without a column that it needs."""
+        self._plan.check_prompts(prompts)
+
     def reward(self, folder: Path) -> "Reward":
-        """The reward; scores of an endpoint are kept in `folder`."""
+        """The reward; scores of endpoints are kept in `folder`."""
         from alignpro.llm.rewards.endpoint import keep_scores
 
-        asked = self.settings.reward_endpoint
-        options = {"settings": asked} if self._reward.kind == "endpoint" else {}
-        found = keep_scores(self._reward.open(**options), folder / "scores")
+        model = self.settings.reward_model
+        options: dict[str, dict[str, Any]] = {
+            "endpoint": {"settings": self.settings.reward_endpoint},
+            "classifier": {
+                "dtype": model.dtype,
+                "batch_size": model.batch_size,
+                "max_tokens": model.sample_tokens,
+            },
+        }
+        opened = [spec.open(**options.get(spec.kind, {})) for spec in self._plan.specs]
+        found = self._plan.put_together([keep_scores(reward, folder / "scores") for reward in opened])
         self.refusals.worth(found)  # refused here, not at the first refusal
         return found
 

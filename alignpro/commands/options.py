@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, NamedTuple, cast
 
 import tyro
@@ -153,9 +153,10 @@ class PromptSettings:
 
     dataset: str = "instructions"
     """Data set of the user prompts: any id owner/name (or owner/name:configuration) of the Hugging Face hub,
-    a file or folder of your own, or a name. Packaged: instructions, mt-bench, dpo-demo or healthbench. On
-    the hub: ultrafeedback, ultrafeedback-binarized, helpsteer, orca-dpo-pairs, openorca or bpo-test. In
-    files that you download: dolly-eval, self-instruct-eval or vicuna-eval."""
+    a file or folder of your own, or a name. Packaged: instructions, mt-bench, dpo-demo, healthbench or
+    verifiable (which the reward of that name judges). On the hub: ultrafeedback, ultrafeedback-binarized,
+    helpsteer, orca-dpo-pairs, openorca or bpo-test. In files that you download: dolly-eval,
+    self-instruct-eval or vicuna-eval."""
     data_folder: str | None = None
     """Folder with the files of the hub's data set, for a machine that cannot reach the hub. Left out: they
     are downloaded."""
@@ -193,16 +194,41 @@ class MeasuredPrompts(PromptSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardModelSettings:
+    """How a reward model (a sequence classifier) works in this process."""
+
+    dtype: str = "float32"
+    """Number format of a reward model in this process: float32, bfloat16 or float16."""
+    batch_size: int = 16
+    """How many samples a reward model in this process scores at once; lower it where memory runs out."""
+    sample_tokens: int | None = None
+    """The most tokens of a sample, prompt and answer, that a reward model in this process reads; longer
+    prompts lose their beginning. (--reward-max-tokens is the budget of a reward behind an endpoint.) Left
+    out: what it was trained with, or what it can take."""
+
+    def given(self) -> list[str]:
+        """Names of the fields that are not at their defaults."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+
+    def record(self) -> dict[str, Any]:
+        """Settings not at their defaults that determine scores, as a run's record keeps them."""
+        return {f"reward_{name}": getattr(self, name) for name in self.given() if name != "batch_size"}
+
+
+@dataclass(frozen=True, kw_only=True)
 class EnvironmentSettings(ChatOption):
     """The frozen model, how it answers, and the reward that judges its answers."""
 
     target: str = "smollm2-135m-instruct"
     """The frozen model, which answers the rewritten prompts: a packaged model's name, a local folder, an id
     on the Hugging Face hub, or the http(s) address of an OpenAI-compatible endpoint."""
-    reward: str = "minilm-bt"
-    """The reward, which scores the answers: minilm-bt (packaged), or with its range after an @ a reward
-    model's folder or hub id (owner/name@squash:0,2), a Python function (module:function@0,1) or the address
-    of an endpoint. A folder that reward-model wrote knows its range."""
+    reward: tuple[str, ...] = ("minilm-bt",)
+    """The reward, which scores the answers. Packaged: minilm-bt (preferences), ease, sentiment, brevity,
+    json, list (list:5 for five items), clean or verifiable. Your own, with its range after an @: a reward
+    model's folder or hub id (owner/name@squash:0,2; owner/name#LABEL@0,1 for the probability of one of
+    several labels), a Python function (module:function@0,1) or the address of an endpoint; a folder that
+    reward-model wrote knows its range. Several are added up (0.7*minilm-bt 0.3*ease) or, after the word
+    mean, averaged, and each is reported apart."""
     answer_tokens: int = 64
     """The most tokens of one answer; a longer one is cut."""
     answer_temperature: float = 1.0
@@ -228,6 +254,9 @@ class EnvironmentSettings(ChatOption):
     """How many sequences a model in this process works on at once; lower it where memory runs out."""
     target_endpoint: Annotated[EndpointSettings, Prefixed("target")] = field(default_factory=EndpointSettings)
     reward_endpoint: Annotated[EndpointSettings, Prefixed("reward")] = field(default_factory=EndpointSettings)
+    reward_model: Annotated[RewardModelSettings, Prefixed("reward")] = field(
+        default_factory=RewardModelSettings
+    )
 
     def record(self, reward: str) -> dict[str, Any]:
         """The frozen model, how it decodes, and the reward's name, as a run's record keeps them."""
@@ -236,6 +265,7 @@ class EnvironmentSettings(ChatOption):
             "target_model": self.target_endpoint.model,
             "dtype": self.dtype,
             "reward": reward,
+            **self.reward_model.record(),
             "sampling": asdict(self.sampling()),
             "chat_template_kwargs": self.chat_options() or {},
             **({} if self.refused_reward is None else {"refused_reward": self.refused_reward}),

@@ -72,6 +72,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         check_prompter(prompter, self.template)
         world = World(environment)
         xs = user_prompts(self.source, prompter, self.source.split, self.source.prompts, world)
+        world.check_prompts(xs)
         kept_as = ("template", "rewrite_tokens", "proposals", "responses", "seed")
         record = {"prompter": prompter, **{name: getattr(self, name) for name in kept_as}}
         record |= environment.record(world.reward_name)

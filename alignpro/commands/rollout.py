@@ -82,6 +82,7 @@ class Rollout(TemplateOption, RunOptions):
             settings = replace(settings, rewrite_tokens=lengths.pop())
         world = opening.World(environment)
         xs = opening.user_prompts(self.source, reference, self.source.split, self.source.prompts, world)
+        world.check_prompts(xs)
 
         weights = {name: packages.sha256(_weights(home))[:12] for name, home in homes.items()}
         made = {name: {"folder": name, "weights": digest} for name, digest in weights.items()}

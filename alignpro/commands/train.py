@@ -61,11 +61,12 @@ class Train(PrompterOptions, ReportedRun):
         # The oracle is its own target.
         world = World(replace(environment, target=prompter) if rlhf else environment)
         prompts = user_prompts(self.source, prompter, n=self.train_prompts, world=world)
+        world.check_prompts(prompts)
 
-        from alignpro.commands.opening import check_target_room, how_read, is_address
+        from alignpro.commands.opening import check_target_room, how_read
         from alignpro.llm.models.prompt import context_of
         from alignpro.llm.policies.prompter import Prompter
-        from alignpro.llm.rewards.endpoint import CachedReward
+        from alignpro.llm.rewards.combined import line_of
         from alignpro.llm.training.environment import Environment
         from alignpro.llm.training.open_ended import train
 
@@ -74,8 +75,8 @@ class Train(PrompterOptions, ReportedRun):
         line = f"{len(prompts)} prompts; {rounds} rounds of {settings.prompts} x {settings.samples} "
         line += "answers" if rlhf else f"rewrites, {asked} answers of at most {answers.max_tokens} tokens"
         line += f"; {rounds * settings.steps_per_round} {settings.algorithm} steps"
-        if is_address(environment.reward):
-            line += f"; {asked or rounds * each} scores from an endpoint"
+        if world.endpoints:
+            line += f"; {world.endpoints * (asked or rounds * each)} scores from an endpoint"
         packages.note(line + world.money(asked, answers.max_tokens))
 
         judge = world.reward(folder)
@@ -93,6 +94,7 @@ class Train(PrompterOptions, ReportedRun):
             "template": self.template,
             "target": environment.target,
             "reward": world.reward_name,
+            **environment.reward_model.record(),
             "answers": asdict(answers),
         }
         base = Prompter.from_pretrained(
@@ -107,8 +109,8 @@ class Train(PrompterOptions, ReportedRun):
         result = train(base, worth, prompts, settings, folder, **how)
         if target is not None:
             packages.note(target.ledger.line())
-        if isinstance(judge, CachedReward):
-            packages.note(judge.line())
+        for said in line_of(judge).splitlines():
+            packages.note(said)
         if result.metrics:  # of several processes the first one tells
             print(text(result))
             keep.keep(page(result), folder)

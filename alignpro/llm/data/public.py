@@ -24,6 +24,7 @@ from alignpro.llm.data import own, packaged
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.data.rows import Reading, Row, first_turn, identity
 from alignpro.llm.data.split import SPLITS, Split, split_of
+from alignpro.llm.data.verifiable import verifiable
 from alignpro.llm.models import packages
 from alignpro.llm.models.catalogue import HUB_ID
 from alignpro.llm.models.prompt import Prompt, columns_of, context_of, transcript
@@ -73,6 +74,7 @@ DATASETS: dict[str, Callable[..., list[str]] | Source] = {
     # than training where it measures, as `split_of` has it.
     "dpo-demo": partial(packaged.preference_prompts, "dpo-demo"),
     "healthbench": partial(packaged.preference_prompts, "healthbench"),
+    "verifiable": verifiable,
     # Six .jsonl files, one split. The commit is that with the repaired overall_score (2,628 completions
     # had been given 10, many of them for a 1), from which ultrafeedback_binarized was made too.
     "ultrafeedback": Source(

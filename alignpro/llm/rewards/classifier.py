@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import expit
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -51,7 +52,9 @@ class SequenceReward:
         template: how a sample is written: None for the tokenizer's chat template; `chat` to insist on it;
             `pair` for encoders trained on (prompt, response) as two segments; or a text with {prompt} and
             {response}.
-        output: number of the output that is the reward; needed where the head has several.
+        output: the output that is the reward, by its label or its number; needed where the head has several.
+        probability: whether the reward is the label's probability, in [0, 1], and not the output itself: by a
+            softmax over the outputs, or by a sigmoid where the model is one for several labels at once.
         max_tokens: most tokens of a sample, template included; what the model can take if None.
         batch_size: samples per forward pass.
         facts: what `train_reward` recorded, for `describe`.
@@ -65,7 +68,8 @@ class SequenceReward:
         *,
         name: str = "model",
         template: str | None = None,
-        output: int | None = None,
+        output: int | str | None = None,
+        probability: bool = False,
         max_tokens: int | None = None,
         batch_size: int = 16,
         facts: Mapping[str, Any] | None = None,
@@ -76,7 +80,12 @@ class SequenceReward:
         self.name, self.model, self.tokenizer, self.batch_size = name, model, tokenizer, batch_size
         self.facts = dict(facts or {})
         self.template = self._choose_template(template)
-        self.output = self._choose_output(output)
+        self.output = choose_output(model.config, output, self.name)
+        self.probability = probability
+        if probability and model.config.num_labels == 1:
+            raise AlignProError(
+                f"output: reward model {name!r} has one output, and no probability of a label"
+            )
         most = longest(model, tokenizer)
         if max_tokens is not None and not 1 <= max_tokens <= most:
             raise AlignProError(f"max_tokens {max_tokens}: reward model {name!r} takes 1 to {most}")
@@ -97,7 +106,8 @@ class SequenceReward:
         bounds: Bounds | str | None = None,
         *,
         template: str | None = None,
-        output: int | None = None,
+        output: int | str | None = None,
+        probability: bool = False,
         max_tokens: int | None = None,
         batch_size: int = 16,
         dtype: str = "float32",
@@ -141,6 +151,7 @@ class SequenceReward:
             name=public_name(model),
             template=template if template is not None else saved.get("template"),
             output=output,
+            probability=probability,
             max_tokens=max_tokens if max_tokens is not None else saved.get("max_tokens"),
             batch_size=batch_size,
             facts=saved,
@@ -148,10 +159,14 @@ class SequenceReward:
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
         """Score each response to its prompt: [n] float64 in [low, high]."""
-        return self.bounded(prompts, responses, self.logits(prompts, responses))
+        logits = self.logits(prompts, responses)
+        return self.bounded(prompts, responses, expit(logits) if self.probability else logits)
 
     def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """Compute the head's output, unbounded: [n] float64. Identical samples are computed once."""
+        """Compute the head's output, or the log-odds of a `probability`, unbounded: [n] float64.
+
+        Identical samples are computed once.
+        """
         check_texts(prompts, responses)
         samples = list(dict.fromkeys(zip(prompts, responses, strict=True)))
         found: dict[tuple[str, str], float] = {}
@@ -163,8 +178,9 @@ class SequenceReward:
             for part in tqdm(parts, desc="scoring", unit="batch", disable=len(parts) < 16 or None):
                 batch = [order[i] for i in part]
                 padded = self.tokenizer.pad([rows[i] for i in batch], padding=True, return_tensors="pt")
-                logits = self.model(**padded.to(self.model.device)).logits[:, self.output]
-                found.update(zip((samples[i] for i in batch), logits.double().tolist(), strict=True))
+                logits = self.model(**padded.to(self.model.device)).logits.double()
+                values = self._read(logits).tolist()
+                found.update(zip((samples[i] for i in batch), values, strict=True))
         return np.array([found[sample] for sample in zip(prompts, responses, strict=True)])
 
     def encode(self, prompt: str, response: str) -> dict[str, list[int]]:
@@ -201,6 +217,8 @@ class SequenceReward:
                     "dtype": str(self.model.dtype).removeprefix("torch."),
                     "template": self.template,
                     "output": self.output,
+                    "label": label_names(self.model.config)[self.output],
+                    "read_as": "probability" if self.probability else "output",
                     "max_tokens": self.max_tokens,
                     "pad_token": self.tokenizer.pad_token,
                     "bounds": self.bounded.describe(),
@@ -249,16 +267,13 @@ class SequenceReward:
             )
         return template or PLAIN
 
-    def _choose_output(self, output: int | None) -> int:
-        n = int(self.model.config.num_labels)
-        if output is None and n > 1:
-            labels = ", ".join(f"{i} {label}" for i, label in list(self.model.config.id2label.items())[:10])
-            raise AlignProError(
-                f"output: reward model {self.name!r} has {n} outputs ({labels}); choose one as the reward"
-            )
-        if not 0 <= (output or 0) < n:
-            raise AlignProError(f"output {output}: reward model {self.name!r} has outputs 0 to {n - 1}")
-        return output or 0
+    def _read(self, logits: torch.Tensor) -> torch.Tensor:
+        """Take from outputs [n, labels] the chosen one, or its log-odds."""
+        chosen = logits[:, self.output]
+        if not self.probability or self.model.config.problem_type == "multi_label_classification":
+            return chosen
+        others = [i for i in range(logits.shape[1]) if i != self.output]
+        return chosen - logits[:, others].logsumexp(1)
 
     def _fix_padding(self) -> None:
         """One pad token in tokenizer and configuration, since the score is read before the padding.
@@ -285,6 +300,36 @@ def _shorter(context: Sequence[Message]) -> list[list[Message]]:
     starts = [k for k in range(1, len(turns)) if turns[k]["role"] == "user"]
     found = [head + turns, *(head + turns[k:] for k in starts), head, []]
     return [left for i, left in enumerate(found) if left not in found[:i]]
+
+
+def label_names(config: Any) -> list[str]:
+    """List the labels of a classifier's outputs, as its configuration names them."""
+    return [str(config.id2label.get(i, i)) for i in range(int(config.num_labels))]
+
+
+def choose_output(config: Any, output: int | str | None, name: str) -> int:
+    """Find an output by its label (in any case, if one alone fits) or its number; the only one if None.
+
+    Raises:
+        AlignProError: there is no such output, or several and none is chosen; lists the labels.
+    """
+    labels = label_names(config)
+    if output is None and len(labels) == 1:
+        return 0
+    alike = [i for i, label in enumerate(labels) if label.casefold() == str(output).casefold()]
+    if isinstance(output, str) and output in labels:
+        return labels.index(output)
+    if isinstance(output, str) and len(alike) == 1:
+        return alike[0]
+    if str(output).isdecimal() and int(str(output)) < len(labels):
+        return int(str(output))
+    listed = ", ".join(f"{i} {label}" for i, label in enumerate(labels[:10]))
+    listed += ", …" * (len(labels) > 10)
+    problem = f"has {len(labels)} outputs" if output is None else "has no such output"
+    raise AlignProError(
+        f"output {'' if output is None else output!r}: reward model {name!r} {problem} ({listed}); name one "
+        "by its label or number, as in FOLDER#LABEL@0,1"
+    )
 
 
 def _least(n: int, fits: Callable[[int], bool]) -> int | None:
