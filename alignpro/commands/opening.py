@@ -124,10 +124,12 @@ class World:
     def reward(self, folder: Path) -> "Reward":
         """The reward; scores of endpoints are kept in `folder`."""
         from alignpro.llm.rewards.endpoint import keep_scores
+        from alignpro.llm.targets.refusals import Refusals
 
         model = self.settings.reward_model
+        declared = Refusals(self.settings.refused_reward, self.settings.refused_most)  # of its own samples
         options: dict[str, dict[str, Any]] = {
-            "endpoint": {"settings": self.settings.reward_endpoint},
+            "endpoint": {"settings": self.settings.reward_endpoint, "refusals": declared},
             "classifier": {
                 "dtype": model.dtype,
                 "batch_size": model.batch_size,

@@ -263,6 +263,8 @@ class EnvironmentSettings(ChatOption):
         return {
             "target": self.target,
             "target_model": self.target_endpoint.model,
+            **self.target_endpoint.record("target"),
+            **self.reward_endpoint.record("reward"),
             "dtype": self.dtype,
             "reward": reward,
             **self.reward_model.record(),

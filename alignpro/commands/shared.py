@@ -75,3 +75,17 @@ def fell(metrics: Sequence[Json], unit: str, panels: Mapping[str, str]) -> tuple
     first, last = metrics[0]["loss"], metrics[-1]["loss"]
     said = f"On the batches learned from, the loss went from {number(first)} to {number(last)} {unit}."
     return said, Curves([line["step"] for line in metrics], "optimizer steps", curves)
+
+
+SUM = "reward, their sum"
+"""The row of an arm's reward below those of its parts."""
+
+
+def with_sums(parts: Mapping[str, Mapping[str, Any]], sums: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """Estimates of the reward's parts as rows of (arm, part, estimate), each arm's own after its parts."""
+    return [(arm, part, e) for arm, of in parts.items() for part, e in [*of.items(), (SUM, sums[arm])]]
+
+
+def ranges(of: Mapping[str, tuple[float, float]], low: float, high: float) -> dict[str, str]:
+    """The declared range of each part of a reward, and its own at `SUM`, in words."""
+    return {part: f"{number(a)} to {number(b)}" for part, (a, b) in [*of.items(), (SUM, (low, high))]}

@@ -1,6 +1,5 @@
 """`alignpro train`: a prompter, or the RLHF oracle, on open-ended text."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from alignpro.files import writable_folder
 from alignpro.llm.training.settings import PRESETS, TrainSettings, refuse_moved_optimum
 from alignpro.report import keep
 from alignpro.report.numbers import number
-from alignpro.report.page import Curve, Curves, Page, Table
+from alignpro.report.page import Curve, Curves, Page, Panel, Table
 
 if TYPE_CHECKING:
     from alignpro.llm.targets.ledger import Cached
@@ -64,7 +63,6 @@ class Train(PrompterOptions, ReportedRun):
         world.check_prompts(prompts)
 
         from alignpro.commands.opening import check_target_room, how_read
-        from alignpro.llm.models.prompt import context_of
         from alignpro.llm.policies.prompter import Prompter
         from alignpro.llm.rewards.combined import line_of
         from alignpro.llm.training.environment import Environment
@@ -84,9 +82,8 @@ class Train(PrompterOptions, ReportedRun):
         read: dict[str, Any] = {}
         if not rlhf:
             frozen = world.target()
+            check_target_room(frozen, prompts, answers.max_tokens)
             read, target = how_read(frozen), world.kept(frozen, folder)
-            # A conversation is asked whole, however short the rewrite.
-            check_target_room(frozen, [x for x in prompts if context_of(x)], answers.max_tokens)
         facts = {
             "prompter": prompter,
             "target_read": read,
@@ -127,15 +124,20 @@ def text(result: "Trained") -> str:
     )
 
 
-_PANELS: Mapping[str, tuple[tuple[str, str], ...]] = {
+_PANELS: dict[str, tuple[tuple[str, str], ...]] = {
     "reward units": (("reward", "score"), ("objective, reward − λ KL", "ppo/objective")),
+    "parts, reward units": (),
+    "spread between members": (("standard deviation", "reward_spread"),),
+    "share of answers refused": (("refused", "refused_share"),),
     "KL to ρ_sft, nats": (("sampled", "ppo/kl_k1"), ("sampled", "kl")),
     "explained variance": (("critic", "ppo/explained_variance"),),
     "entropy, nats a token": (("policy", "entropy"),),
     "share clipped": (("ratios", "ppo/clip_fraction"), ("ratios", "clip_ratio/region_mean")),
     "tokens of an answer": (("mean", "completions/mean_length"),),
 }
-"""By panel of the learning curves: the curves, and the keys of metrics.jsonl that hold them, where any do."""
+"""By panel of the learning curves: the curves, and the keys of metrics.jsonl that hold them, where any do.
+Those of the reward's parts, which add up to the reward, are known from the metrics."""
+_PART = "reward/"
 _TABLE_ROWS = 12
 
 
@@ -146,14 +148,17 @@ def page(result: "Trained") -> Page:
     def of(key: str) -> list[float | None]:
         return [line.get(key) for line in metrics]
 
-    panels: list[tuple[str, list[Curve]]] = []
+    panels: list[Panel] = []
     columns: dict[str, str] = {}
-    for axis, curves in _PANELS.items():
+    keys = [key for key in dict.fromkeys(key for line in metrics for key in line) if key.startswith(_PART)]
+    parts = {"parts, reward units": tuple((key.removeprefix(_PART), key) for key in keys)}
+    for axis, curves in (_PANELS | parts).items():
         there = [(name, key) for name, key in curves if any(value is not None for value in of(key))]
-        columns |= {key: name if axis == "reward units" else axis for name, key in there}
+        columns |= {key: name if axis.endswith("reward units") else axis for name, key in there}
         if there:
             bands = {key: [e and 2 * e for e in of(f"{key}_stderr")] for _, key in there}
-            panels.append((axis, [Curve(name, of(key), bands[key]) for name, key in there]))
+            drawn = [Curve(name, of(key), bands[key]) for name, key in there]
+            panels.append(Panel(axis, drawn, title=axis if axis in parts else ""))
     first, last = metrics[0], metrics[-1]
     task = record.get("settings", {}).get("task")
     start, end = number(first["score"]), number(last["score"])

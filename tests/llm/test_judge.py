@@ -485,10 +485,11 @@ def test_a_forced_judge_stops():
     with pytest.raises(Stopped, match="forced choice of Llama: stopped") as stopped:
         target.respond(ASKED, Sampling(), on_answer=lambda *_: target.stop())
     assert (stopped.value.reason, len(stopped.value.answers)) == ("stopped", 3)
-    # What cannot be read is said before anything is answered.
-    with pytest.raises(Stopped, match="has 5000 tokens") as failed:
-        target.respond([*ASKED, "a" * 5000], Sampling())
-    assert (failed.value.reason, failed.value.answers) == ("failed", {})
+    # What cannot be read is a refusal, and the others are answered.
+    *others, (long,) = target.respond([*ASKED, "a" * 5000], Sampling())
+    assert long.finish == "refused"
+    assert long.text.startswith("5000 tokens, with ")
+    assert {row[0].finish for row in others} == {"stop"}
 
 
 # --- pairs from rollouts, and the verb ---
@@ -597,6 +598,56 @@ def test_an_interrupted_verb_goes_on(file, tmp_path, capsys):
     assert whole == cut
 
 
+def filtered(share):
+    """A judge whose service refuses some of the prompts."""
+    whole = served(gullible)
+    answer = whole.fault
+    error = {"error": {"message": "no", "code": "content_filter"}}
+
+    def fault(number, body):
+        x = re.search(r"\| x(\d)", body["messages"][0]["content"])
+        return (400, {}, json.dumps(error).encode()) if int(x[1]) < share else answer(number, body)
+
+    whole.fault = fault
+    return whole
+
+
+def test_a_refused_reply_is_a_failed_verdict(file, tmp_path, capsys):
+    with filtered(1) as server:
+        assert run(file, tmp_path / "out", server) == 0
+        said = capsys.readouterr()
+        assert "over 5 of 6 pairs" in said.out
+        assert "verdicts that failed: 2 refused" in said.out
+        assert ", 2 refused" in said.err
+        assert run(file, tmp_path / "out", server) == 0
+        assert len(server.requests) == 12
+        capsys.readouterr()
+    with filtered(4) as server:
+        assert run(file, tmp_path / "many", server) == 2
+        assert "refused_most 0.2: 8 of 12 answers were refused, the last with 'no'" in capsys.readouterr().err
+        assert run(file, tmp_path / "many", server, "--refused-most", "0.9") == 0
+        assert len(server.requests) == 12  # what was refused is on file too
+
+
+def test_an_answer_that_was_refused_is_a_failed_verdict_and_not_asked(tmp_path, capsys):
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text(
+        rollout(0, "none", 0, 0, 0, None)
+        + rollout(0, "trained", 0, 0, 0, RIGHT)
+        + rollout(1, "none", 0, 0, 0, None)
+        + rollout(1, "trained", 0, 0, 0, None)
+        + rollout(2, "none", 0, 0, 0, WRONG)
+        + rollout(2, "trained", 0, 0, 0, RIGHT)
+    )
+    with served(gullible) as server:
+        assert run(str(path), tmp_path / "out", server) == 0
+        assert len(server.requests) == 2
+    said = capsys.readouterr()
+    assert "(2 with an answer that was refused, not asked)" in said.err
+    assert "won 1, lost 0, tied 0, failed 2" in said.out  # two that were both refused are no tie
+    assert "verdicts that failed: 4 refused" in said.out
+
+
 def test_a_judge_in_this_process(file, tmp_path, capsys):
     model, tokenizer = tiny_model(seed=1)
     model.config.max_position_embeddings = 4096
@@ -641,6 +692,15 @@ BAD = {
         "forced: an endpoint does not",
     ),
     "forced draws": ({"--temperature": ["0.5"], "--forced": []}, "temperature 0.5: a forced choice draws"),
+    "refusals": ({"--refused-most": ["2"]}, "refused_most 2.0: give a share from 0 to 1"),
+    "extra": (
+        {"--judge": ["http://127.0.0.1:1/v1"], "--judge-model": ["m"], "--judge-extra-body": ["[1]"]},
+        "extra_body '[1]': is no JSON object; write one such as",
+    ),
+    "omit": (
+        {"--judge": ["http://127.0.0.1:1/v1"], "--judge-model": ["m"], "--judge-omit": ["seed", "messages"]},
+        "omit 'messages': is no field that is sent; choose from model, temperature, top_p, max_tokens, seed",
+    ),
     "level": ({"--level": ["95"]}, "level 95.0: must lie between"),
     "price": ({"--prices": ["-1", "0"]}, "prices.prompt -1.0"),
 }
@@ -669,6 +729,19 @@ def test_settings_of_the_judge_reach_it(file, tmp_path):
         assert {(b["temperature"], b["max_tokens"], b["top_p"]) for b in bodies} == {(0.5, 256, 1.0)}
         seeds.append({b["seed"] for b in bodies})
     assert seeds[0].isdisjoint(seeds[1])
+
+
+def test_fields_are_left_out_and_added(file, tmp_path, capsys):
+    """Also by a file of options; another choice of them is another run."""
+    config = tmp_path / "options.yaml"
+    config.write_text('judge-omit: [seed, top_p]\njudge-extra-body: \'{"reasoning_effort": "low"}\'\n')
+    with served(gullible) as server:
+        assert run(file, tmp_path / "out", server, "--config", str(config)) == 0
+        for body, _ in server.requests:
+            assert body.keys() == {"model", "messages", "temperature", "max_tokens", "reasoning_effort"}
+        capsys.readouterr()
+        assert run(file, tmp_path / "out", server, "--judge-omit", "seed") == 2
+        assert "holds another run" in capsys.readouterr().err
 
 
 def test_a_prompt_without_one_arm_is_named(tmp_path):

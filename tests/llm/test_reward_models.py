@@ -867,7 +867,7 @@ def test_scores_that_came_before_a_failure_are_kept(server, tmp_path, monkeypatc
         def late(self, prompts, responses, on_score, meter):
             scores = raw(self, prompts, responses, meter=meter)
             for i, score in enumerate(scores):
-                on_score(i, float(score))
+                on_score(i, score)
             return scores
 
         monkeypatch.setattr(EndpointReward, "raw", late)

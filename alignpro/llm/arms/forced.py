@@ -8,6 +8,7 @@ import numpy as np
 
 from alignpro.errors import AlignProError
 from alignpro.llm.arms.question import control_tokens, question
+from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.targets.target import Answer, Answers, OnAnswer, Stopped, arrange, jobs
 
@@ -79,8 +80,14 @@ class ForcedChoice:
         counts = [self.count_tokens(prompt) for prompt in prompts]
         answers: Answers = {}
         self._stopping = False
-        # The longest first: what is too long for the model or its memory fails before anything is answered.
-        order = sorted(asked, key=lambda job: -counts[job[0]])
+        longest = max(len(chat_of(self.tokenizer).text_ids(text)) for text in CANDIDATES) + 1
+        for position, index in asked:
+            if (reason := self.target.too_long(counts[position], longest)) is not None:
+                answers[position, index] = Answer(reason, "refused", counts[position], 0)
+                if on_answer:
+                    on_answer(position, index, answers[position, index])
+        # The longest first: what is too long for memory fails before anything else is answered.
+        order = sorted((job for job in asked if job not in answers), key=lambda job: -counts[job[0]])
         size = self.target.batch_size
         message, reason = "stopped", "stopped"
         for batch in (order[i : i + size] for i in range(0, len(order), size)):

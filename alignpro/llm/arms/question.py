@@ -16,6 +16,7 @@ from alignpro.llm.targets.target import Target
 CRITERIA = ("helpfulness", "harmlessness", "relevance", "accuracy", "depth", "creativity", "level of detail")
 """The seven criteria of the paper's Table 1."""
 FAILURES = {
+    "refused": "a service would give no reply, or had given no answer to judge",
     "empty": "nothing was said",
     "cut_off": "the reply reached max_tokens, and might have gone on to another verdict",
     "none": "no verdict",
@@ -112,7 +113,9 @@ def read_verdict(text: str, finish: str = "stop") -> Reading:
     """Find the one verdict in a reply that ended by `finish` (see `Answer`); a <think> block is not read."""
     said = "\n".join(_THOUGHTS.sub("", text).splitlines())
     lines: list[str] = _LINE.findall(said)
-    if finish == "length":
+    if finish == "refused":
+        failure = "refused"
+    elif finish == "length":
         failure = "cut_off"
     elif not said.strip():
         failure = "empty"

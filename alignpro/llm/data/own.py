@@ -87,6 +87,15 @@ def folder_prompts(folder: Path, reading: Reading, used: dict[str, None]) -> Ite
         yield from file_prompts(path, reading, used)
 
 
+def all_rows(path: Path, option: str) -> list[tuple[str, Row]]:
+    """Read the rows of a file with all they hold, each after the words that name it; errors name `option`."""
+    read = {kind: found for kind, found in FORMATS.items() if kind != ".parquet"}.get(path.suffix.lower())
+    if read is None:
+        raise AlignProError(f"{option} {path}: give a file in .jsonl, .json, .csv or .tsv")
+    with _reading(option, path, path.suffix[1:].upper()):
+        return list(read(path, Reading()))
+
+
 def read_pairs(path: str | Path) -> list[PreferencePair]:
     """Read preference pairs from JSON lines with the strings "prompt", "chosen" and "rejected".
 

@@ -42,6 +42,22 @@ class Said:
     """Without special tokens and a leading thought; empty where the thought was cut off."""
     thought: bool = False
     """Whether there was a thought."""
+    cut: bool = False
+    """Whether the thought did not end."""
+
+
+def without_thought(text: str) -> Said:
+    """Take a leading thought off `text`; without its beginning, an end on a line of its own tells."""
+    for begin, close in THOUGHTS:
+        alone = rf"(?:(?!{re.escape(begin)}).)*?\n{re.escape(close)}[ \t]*(?:\n|\Z)"
+        if text.lstrip().startswith(begin) or re.match(alone, text, re.S):
+            return _after(text, close)
+    return Said(text)
+
+
+def _after(text: str, close: str) -> Said:
+    _, found, after = text.partition(close)
+    return Said(after.lstrip() if found else "", True, not found)
 
 
 @dataclass(eq=False)
@@ -267,8 +283,7 @@ class Chat:
         for begin, close in THOUGHTS:
             starts = text.lstrip().startswith(begin)
             if starts or (opened and begin in self._closing.replace("/", "")):
-                _, found, after = text.partition(close)
-                return Said(after.lstrip() if found else "", True)
+                return _after(text, close)
         return Said(text)
 
     @cached_property
