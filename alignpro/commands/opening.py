@@ -1,10 +1,12 @@
 """Opens what the options of a verb name: checked before anything is loaded, with what it will cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignpro.commands.options import EnvironmentSettings, PromptSettings
+from alignpro.commands.shared import REWARD_FILE
 from alignpro.errors import AlignProError
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class World:
 
     def __init__(self, settings: EnvironmentSettings) -> None:
         from alignpro.llm.models import catalogue, configure
-        from alignpro.llm.rewards.opening import read_plan
+        from alignpro.llm.rewards.opening import JUDGE, judge_opener, read_plan
         from alignpro.llm.rewards.scores import Refusals
         from alignpro.llm.targets.ledger import Prices
 
@@ -68,12 +70,27 @@ class World:
         else:
             catalogue.check_name(settings.target)
             configure.check_dtype(settings.dtype)
-        self._plan = read_plan(settings.reward)
-        self.reward_name = self._plan.shown
-        kinds = [spec.kind for spec in self._plan.specs]
+        self._plan, judge = read_plan(settings.reward), settings.reward_judge
+        specs = self._plan.specs
+        kinds = [spec.kind for spec in specs]
         self.endpoints = kinds.count("endpoint")
-        """How many of the rewards are paid for."""
-        if not self.endpoints and (given := settings.reward_endpoint.given()):
+        """How many of the rewards are at an address, judges apart."""
+        self._judge: dict[str, Any] = {}
+        if JUDGE in kinds:
+            self._judge = {"settings": judge, "endpoint": settings.reward_endpoint, "dtype": settings.dtype}
+            self._judge["chat_template_kwargs"] = settings.chat_options() or {}
+            judge_opener(**self._judge)  # refused here, before it is opened
+            name = judge.shown(settings.reward_endpoint.model)
+            specs = tuple(replace(spec, shown=name) if spec.kind == JUDGE else spec for spec in specs)
+        elif given := judge.given():
+            raise AlignProError(f"reward_{given[0]}: is for --reward {JUDGE}; leave it out")
+        self.reward_name = replace(self._plan, specs=specs).shown
+        if self.endpoints and judge.address:
+            raise AlignProError(
+                "reward_judge: is at an address, as another reward is, and one --reward-key-env would go to "
+                "both; take a judge in this process, or the other reward in another way"
+            )
+        if not (self.endpoints or judge.address) and (given := settings.reward_endpoint.given()):
             raise AlignProError(
                 f"reward_{given[0]}: is for an endpoint, and {self.reward_name!r} is no http(s) address"
             )
@@ -85,12 +102,21 @@ class World:
         """Reward of refused answers, and their count in this run."""
         self.prices = Prices(*settings.prices) if settings.prices is not None else None
 
-    def money(self, answers: int, tokens: int) -> str:
-        """Say what `answers` of at most `tokens` cost at most, to end a line with."""
-        if self.prices is None or not answers:
-            return ""
-        most = self.prices.cost(answers * PROMPT_TOKENS, answers * tokens)
-        return f"; about {most:.2f} at most for answers, at {PROMPT_TOKENS} tokens a prompt"
+    def money(self, answers: int, tokens: int, scores: int | None = None) -> str:
+        """Say what `answers` of at most `tokens` cost at most, and their scores, to end a line with.
+
+        Args:
+            scores: how many answers are scored. None: as many as are asked for.
+        """
+        said, scores = "", answers if scores is None else scores
+        if self.prices is not None and answers:
+            most = self.prices.cost(answers * PROMPT_TOKENS, answers * tokens)
+            said = f"; about {most:.2f} at most for answers, at {PROMPT_TOKENS} tokens a prompt"
+        if not scores:
+            return said
+        if self.endpoints:
+            said += f"; {self.endpoints * scores} scores from an endpoint"
+        return said + (self.settings.reward_judge.bill(scores, PROMPT_TOKENS + tokens) if self._judge else "")
 
     def target(self) -> "Target":
         from alignpro.llm.targets.local import LocalTarget
@@ -126,20 +152,37 @@ class World:
         from alignpro.llm.rewards.endpoint import keep_scores
         from alignpro.llm.targets.refusals import Refusals
 
+        def declared() -> Refusals:  # of its own samples
+            return Refusals(most=self.settings.refused_most)
+
         model = self.settings.reward_model
-        declared = Refusals(self.settings.refused_reward, self.settings.refused_most)  # of its own samples
-        options: dict[str, dict[str, Any]] = {
-            "endpoint": {"settings": self.settings.reward_endpoint, "refusals": declared},
-            "classifier": {
+        options: dict[str, Callable[[], dict[str, Any]]] = {
+            "endpoint": lambda: {"settings": self.settings.reward_endpoint, "refusals": declared()},
+            "judge": lambda: self._judge | {"refusals": declared()},
+            "classifier": lambda: {
                 "dtype": model.dtype,
                 "batch_size": model.batch_size,
                 "max_tokens": model.sample_tokens,
             },
         }
-        opened = [spec.open(**options.get(spec.kind, {})) for spec in self._plan.specs]
+        opened = [spec.open(**options.get(spec.kind, dict)()) for spec in self._plan.specs]
         found = self._plan.put_together([keep_scores(reward, folder / "scores") for reward in opened])
-        self.refusals.worth(found)  # refused here, not at the first refusal
+        share = (self.refusals.worth(found) - found.low) / (found.high - found.low)
+        for part in opened:  # what one does not score lies in its range where it lies in the whole one
+            if (own := getattr(part, "refusals", None)) is not None:
+                own.reward = min(part.high, part.low + share * (part.high - part.low))
         return found
+
+    def told(self, reward: "Reward", folder: Path) -> None:
+        """Say what scoring asked of services, and keep in `folder` what the reward says of itself."""
+        from alignpro.files import write_json
+        from alignpro.llm.models import packages
+        from alignpro.llm.rewards.combined import line_of
+        from alignpro.report.numbers import plain
+
+        for line in line_of(reward).splitlines():
+            packages.note(line)
+        write_json(folder / REWARD_FILE, plain(reward.describe()))
 
 
 def kept(target: "Target", folder: Path, prices: Any = None) -> "Cached":

@@ -11,6 +11,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from alignpro.errors import AlignProError
 from alignpro.llm.models.chat import parse_options
 from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.rewards.rubric import JudgeRewardSettings
 from alignpro.llm.targets.settings import EndpointSettings
 
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
@@ -224,11 +225,12 @@ class EnvironmentSettings(ChatOption):
     on the Hugging Face hub, or the http(s) address of an OpenAI-compatible endpoint."""
     reward: tuple[str, ...] = ("minilm-bt",)
     """The reward, which scores the answers. Packaged: minilm-bt (preferences), ease, sentiment, brevity,
-    json, list (list:5 for five items), clean or verifiable. Your own, with its range after an @: a reward
-    model's folder or hub id (owner/name@squash:0,2; owner/name#LABEL@0,1 for the probability of one of
-    several labels), a Python function (module:function@0,1) or the address of an endpoint; a folder that
-    reward-model wrote knows its range. Several are added up (0.7*minilm-bt 0.3*ease) or, after the word
-    mean, averaged, and each is reported apart."""
+    json, list (list:5 for five items), clean or verifiable. A judge on a rubric: judge (see --reward-judge).
+    Your own, with its range after an @: a reward model's folder or hub id (owner/name@squash:0,2;
+    owner/name#LABEL@0,1 for the probability of one of several labels), a Python function
+    (module:function@0,1) or the address of an endpoint; a folder that reward-model wrote knows its range.
+    Several are added up (0.7*minilm-bt 0.3*ease) or, after the word mean, averaged, and each is reported
+    apart."""
     answer_tokens: int = 64
     """The most tokens of one answer; a longer one is cut."""
     answer_temperature: float = 1.0
@@ -254,6 +256,9 @@ class EnvironmentSettings(ChatOption):
     """How many sequences a model in this process works on at once; lower it where memory runs out."""
     target_endpoint: Annotated[EndpointSettings, Prefixed("target")] = field(default_factory=EndpointSettings)
     reward_endpoint: Annotated[EndpointSettings, Prefixed("reward")] = field(default_factory=EndpointSettings)
+    reward_judge: Annotated[JudgeRewardSettings, Prefixed("reward")] = field(
+        default_factory=JudgeRewardSettings
+    )
     reward_model: Annotated[RewardModelSettings, Prefixed("reward")] = field(
         default_factory=RewardModelSettings
     )
@@ -271,6 +276,7 @@ class EnvironmentSettings(ChatOption):
             "sampling": asdict(self.sampling()),
             "chat_template_kwargs": self.chat_options() or {},
             **({} if self.refused_reward is None else {"refused_reward": self.refused_reward}),
+            **self.reward_judge.record(),
         }
 
     def sampling(self) -> Sampling:

@@ -15,7 +15,7 @@ from alignpro.commands.options import (
     RunOptions,
     SeedOption,
 )
-from alignpro.commands.shared import check_least
+from alignpro.commands.shared import check_least, with_reward
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.report import keep
@@ -93,7 +93,8 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         proposals = [found[x] for x in xs]
         result = resample.resampled(proposals, self.lam)
         print(text(result))
-        keep.keep(page(result, {**record, "lambda": list(self.lam)}), folder)
+        made = page(result, {**record, "lambda": list(self.lam)})
+        keep.keep(with_reward(made, folder), folder)
         if self.draws:
             rows = [
                 {**said(p.prompt), "lam": value, "draw": i, "rewrite": rewrite}
@@ -134,6 +135,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
                 found[p.prompt] = p
             resample.save_proposals(folder / FILE, list(found.values()))
         packages.note(target.ledger.line())
+        world.told(judge, folder)
 
 
 def text(result: "Resampled") -> str:

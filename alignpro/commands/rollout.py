@@ -18,7 +18,7 @@ from alignpro.commands.options import (
     RunOptions,
     TemplateOption,
 )
-from alignpro.commands.shared import ranges, with_sums
+from alignpro.commands.shared import ranges, with_reward, with_sums
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder
 from alignpro.llm.arms.settings import RolloutSettings
@@ -147,10 +147,11 @@ class Rollout(TemplateOption, RunOptions):
                     opened.prompt_ids(xs)  # all have room, before the first is drawn
                 return opened
 
+            judge = world.reward(folder)
             scorer, size = getattr(target, "log_probs", None), environment.batch_size
             work = rollout.Work(
                 settings,
-                world.reward(folder),
+                judge,
                 frozen,
                 scorer,
                 sampling,
@@ -184,9 +185,10 @@ class Rollout(TemplateOption, RunOptions):
             with quiet():
                 rollout.roll_out(planned, work, parties)
             packages.note(frozen.ledger.line())
+            world.told(judge, folder)
         result = rollout.summarise(path, MOST_PROMPTS)
         print(text(result))
-        keep.keep(page(result, record | {"seed": settings.seed}), folder)
+        keep.keep(with_reward(page(result, record | {"seed": settings.seed}), folder), folder)
         return 0
 
 

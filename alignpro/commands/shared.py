@@ -14,6 +14,9 @@ from alignpro.report.keep import keep
 from alignpro.report.numbers import number, plain
 from alignpro.report.page import Curve, Curves, Json, Page
 
+REWARD_FILE = "reward.json"
+"""The reward of a run as it describes itself, with what scoring the run's answers did."""
+
 
 def check_least(least: int, **given: int | None) -> None:
     """Refuse an option --NAME whose number is below `least`; one that was left out is None."""
@@ -56,6 +59,17 @@ def tell(
     print(json.dumps(values, ensure_ascii=False, allow_nan=False) if as_json else text)
     if out is not None and page is not None:
         keep(page(), out)
+
+
+def with_reward(page: Page, folder: str | os.PathLike[str]) -> Page:
+    """The page, with what the reward of the run in `folder` says of itself, where that is on file."""
+    from alignpro.files import read_json
+
+    file = os.path.join(folder, REWARD_FILE)
+    if os.path.exists(file):
+        said = "The reward, as it describes itself."
+        page.add("The reward", said, facts=read_json(file), folded=True)
+    return page
 
 
 def save(result: Any, verb: str, page: Page, folder: Path) -> None:

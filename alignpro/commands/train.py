@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from alignpro.commands.options import EnvironmentSettings, PrompterOptions, PromptSettings, ReportedRun
+from alignpro.commands.shared import with_reward
 from alignpro.errors import AlignProError
 from alignpro.files import writable_folder
 from alignpro.llm.training.settings import PRESETS, TrainSettings, refuse_moved_optimum
@@ -64,7 +65,6 @@ class Train(PrompterOptions, ReportedRun):
 
         from alignpro.commands.opening import check_target_room, how_read
         from alignpro.llm.policies.prompter import Prompter
-        from alignpro.llm.rewards.combined import line_of
         from alignpro.llm.training.environment import Environment
         from alignpro.llm.training.open_ended import train
 
@@ -73,9 +73,7 @@ class Train(PrompterOptions, ReportedRun):
         line = f"{len(prompts)} prompts; {rounds} rounds of {settings.prompts} x {settings.samples} "
         line += "answers" if rlhf else f"rewrites, {asked} answers of at most {answers.max_tokens} tokens"
         line += f"; {rounds * settings.steps_per_round} {settings.algorithm} steps"
-        if world.endpoints:
-            line += f"; {world.endpoints * (asked or rounds * each)} scores from an endpoint"
-        packages.note(line + world.money(asked, answers.max_tokens))
+        packages.note(line + world.money(asked, answers.max_tokens, asked or rounds * each))
 
         judge = world.reward(folder)
         target: Cached | None = None
@@ -91,6 +89,7 @@ class Train(PrompterOptions, ReportedRun):
             "template": self.template,
             "target": environment.target,
             "reward": world.reward_name,
+            **environment.reward_judge.record(),
             **environment.reward_model.record(),
             "answers": asdict(answers),
         }
@@ -106,11 +105,10 @@ class Train(PrompterOptions, ReportedRun):
         result = train(base, worth, prompts, settings, folder, **how)
         if target is not None:
             packages.note(target.ledger.line())
-        for said in line_of(judge).splitlines():
-            packages.note(said)
+        world.told(judge, folder)
         if result.metrics:  # of several processes the first one tells
             print(text(result))
-            keep.keep(page(result), folder)
+            keep.keep(with_reward(page(result), folder), folder)
         return 0
 
 

@@ -16,11 +16,12 @@ from alignpro import rollouts
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.llm.arms.forced import ForcedChoice
-from alignpro.llm.arms.question import Reading, control_tokens, question, read_verdict
+from alignpro.llm.arms.question import Reading, question, read_verdict
 from alignpro.llm.arms.settings import JudgeSettings
 from alignpro.llm.models.chat import parse_options
 from alignpro.llm.models.prompt import Prompt, transcript
 from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.targets.quoting import control_tokens
 from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Answer, Target

@@ -268,7 +268,12 @@ class CachedReward:
 
 
 def keep_scores(reward: Reward, folder: str | Path) -> Reward:
-    """Put a reward whose scores are paid for behind a `CachedReward` in `folder`; others stay as they are."""
+    """Put a reward whose scores are paid for behind a `CachedReward` in `folder`.
+
+    One with a method `kept` gives what keeps its scores there itself; others stay as they are.
+    """
+    if kept := getattr(reward, "kept", None):
+        return kept(folder)
     return CachedReward(reward, folder) if isinstance(reward, EndpointReward) else reward
 
 

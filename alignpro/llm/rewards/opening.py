@@ -12,7 +12,8 @@ from typing import Any, Literal
 from transformers import AutoConfig
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models.catalogue import HUB_ID, checked_folder
+from alignpro.llm.models.catalogue import HUB_ID, check_name, checked_folder
+from alignpro.llm.models.configure import check_dtype
 from alignpro.llm.models.libraries import one_line
 from alignpro.llm.models.packages import scrub
 from alignpro.llm.rewards.bounds import SYNTAX, Bounds, Declared, parse_bounds
@@ -22,16 +23,23 @@ from alignpro.llm.rewards.columns import Columns, columns_of_all
 from alignpro.llm.rewards.combined import Mean, Sum, check_parts, check_prompts, said
 from alignpro.llm.rewards.endpoint import EndpointReward, check_url
 from alignpro.llm.rewards.function import CallableReward
+from alignpro.llm.rewards.judged import JudgeReward
 from alignpro.llm.rewards.minilm import minilm_bt
 from alignpro.llm.rewards.reward import Reward, shown
+from alignpro.llm.rewards.rubric import JudgeRewardSettings
 from alignpro.llm.rewards.texts import NUMBERED, TEXTS
 from alignpro.llm.rewards.verifiable import Verifiable
+from alignpro.llm.targets.endpoint import Endpoint
+from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.settings import EndpointSettings
 
 REWARDS: dict[str, Callable[..., Reward]] = {"minilm-bt": minilm_bt, **TEXTS, "verifiable": Verifiable}
 """The packaged rewards by name: functions that can be called without arguments. Some of them take a number,
 written after a colon (`list:5`)."""
 
+JUDGE = "judge"
+"""The reward that a model gives on a rubric (`JudgeRewardSettings`)."""
 KEY_ENV = "ALIGNPRO_REWARD_KEY"
 """The environment variable whose key goes to an endpoint that is given by its address, if it is set."""
 
@@ -50,9 +58,9 @@ _IMPORT = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 class Spec:
     """The name of a reward, read once: what is meant, where it is, and the bounds."""
 
-    kind: Literal["packaged", "head", "classifier", "function", "object", "endpoint"]
+    kind: Literal["packaged", "head", "classifier", "function", "object", "endpoint", "judge"]
     """A row of `REWARDS`, a folder that `BradleyTerryReward.save` wrote, a sequence classifier, a Python
-    function, a reward made in Python, or an address."""
+    function, a reward made in Python, an address, or the one word `judge`."""
     target: str = field(repr=False)
     """The name without its bounds; an address may hold a key."""
     bounds: Bounds | None
@@ -86,7 +94,7 @@ class Spec:
 
         Args:
             options: further arguments of what makes it: the function in `REWARDS`, `BradleyTerryReward.load`,
-                `SequenceReward.load`, `CallableReward` or `EndpointReward`.
+                `SequenceReward.load`, `CallableReward`, `EndpointReward` or `judge_opener`.
         """
         match self.kind:
             case "packaged":
@@ -99,13 +107,52 @@ class Spec:
                 return SequenceReward.load(self.target, self.bounds, **(chosen | options))
             case "object":
                 return _imported(self.target)
+            case "judge":
+                settings = options.pop("settings", JudgeRewardSettings())
+                return judge_opener(settings, **options)()
         bounds = parse_bounds(self.bounds)
         if self.kind == "function":
             return CallableReward(_imported(self.target), bounds, **({"name": self.target} | options))
-        settings = options.pop("settings", EndpointSettings())
-        if settings.key_env is None and os.environ.get(KEY_ENV):
-            settings = replace(settings, key_env=KEY_ENV)
-        return EndpointReward(self.target, bounds, settings, **options)
+        return EndpointReward(self.target, bounds, keyed(options.pop("settings", None)), **options)
+
+
+def keyed(settings: EndpointSettings | None) -> EndpointSettings:
+    """Settings of a reward's endpoint, with the key in `KEY_ENV` where that is set and they name no other."""
+    settings = settings or EndpointSettings()
+    known = settings.key_env is not None or not os.environ.get(KEY_ENV)
+    return settings if known else replace(settings, key_env=KEY_ENV)
+
+
+def judge_opener(
+    settings: JudgeRewardSettings,
+    endpoint: EndpointSettings | None = None,
+    refusals: Refusals | None = None,
+    **local: Any,
+) -> Callable[[], JudgeReward]:
+    """Check how the judge is named, and return what opens the reward: a model is loaded only then.
+
+    Args:
+        local: `dtype`, `batch_size` and `chat_template_kwargs` of a judge in this process (`LocalTarget`).
+    """
+    name, refusals = settings.judge, refusals or Refusals()
+    if name is None:
+        raise AlignProError("reward_judge: name the model that scores the answers")
+    settings.text()  # refused here, where it cannot be read
+    if settings.address:
+        endpoint = keyed(endpoint)
+        if endpoint.model is None:
+            raise AlignProError(f"reward_model: name the model that {name} serves")
+        served = Endpoint(name, endpoint, role="reward")
+        return lambda: JudgeReward(served, settings, refusals)
+    if given := (endpoint or EndpointSettings()).given():
+        raise AlignProError(f"reward_{given[0]}: is for an endpoint, and {name!r} is no http(s) address")
+    check_name(name)
+    check_dtype(local.get("dtype", "bfloat16"))
+
+    def load() -> JudgeReward:
+        return JudgeReward(LocalTarget(name, **{"batch_size": 8, **local}), settings, refusals)
+
+    return load
 
 
 @dataclass(frozen=True)
@@ -167,8 +214,9 @@ def load_reward(name: str | Sequence[str] = "minilm-bt", **options: Any) -> Rewa
         name: a row of `REWARDS`; a folder that `BradleyTerryReward.save` or `train_reward` wrote;
             `FOLDER@BOUNDS` or `owner/name@BOUNDS` of a reward model, with `#LABEL` before the @ where it has
             several outputs; `module:function@BOUNDS`; `module:object` of a reward made in Python, with its
-            own bounds; or `http(s)://…@BOUNDS`, which is sent the key in `ALIGNPRO_REWARD_KEY` if that is
-            set. Several, with weights or after the word `mean`: see `read_plan`.
+            own bounds; `http(s)://…@BOUNDS`, which is sent the key in `ALIGNPRO_REWARD_KEY` if that is set;
+            or `judge`, with `settings` (`JudgeRewardSettings`) that say which. Several, with weights or after
+            the word `mean`: see `read_plan`.
         options: see `Spec.open`; of one reward alone.
     """
     plan = read_plan(name)
@@ -179,6 +227,8 @@ def read_spec(name: str) -> Spec:
     """Read the name of a reward (see `load_reward`), with no download or request. A module is imported."""
     if name in REWARDS:
         return Spec("packaged", name, None, name)
+    if name == JUDGE:
+        return Spec("judge", name, None, name)
     if (numbered := _WITH_NUMBER.fullmatch(name)) and numbered[1] in NUMBERED:
         spec = Spec("packaged", name, None, name)
         spec.open()  # refuses a number that does not fit
@@ -214,7 +264,8 @@ def read_spec(name: str) -> Spec:
     if HUB_ID.fullmatch(target):
         bounds = parse_bounds(bounds) if label is None else _of_label(label, bounds)
         return Spec("classifier", target, bounds, name, label)
-    raise AlignProError(f"reward {shown(target)}: choose from {', '.join(REWARDS)}, or name {_NAMES}")
+    known = ", ".join([*REWARDS, JUDGE])
+    raise AlignProError(f"reward {shown(target)}: choose from {known}, or name {_NAMES}")
 
 
 def _of_label(label: str, bounds: Bounds | None) -> Bounds:

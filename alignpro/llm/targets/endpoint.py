@@ -32,7 +32,7 @@ DIALECTS: dict[str, Callable[[Sampling], dict[str, Any]]] = {
 }
 """Fields of a request beyond the common ones; `openai` has no top_k."""
 
-ROLES = {"target": "--answer-tokens", "judge": "--reply-tokens"}
+ROLES = {"target": "--answer-tokens", "judge": "--reply-tokens", "reward": "--reward-reply-tokens"}
 """Prefixes of the flags of an endpoint, and the flag that limits its answers: for errors."""
 
 _REASON = 400  # characters of a refusal that are kept
