@@ -238,7 +238,9 @@ def user_prompts(
     if source.prompts_file is None:
         public.check_dataset(source.dataset, source.data_folder, split)
     else:
-        own = own_files.read_prompts(source.prompts_file, reading=reading)
+        public.check_split(split)
+        path, used = Path(source.prompts_file).expanduser(), dict[str, None]()
+        own = list(dict.fromkeys(own_files.file_prompts(path, reading, used)))
     if longest is not None:
         fits = public.shorter(tokens=longest, tokenizer=_tokenizer(prompter))
     if own is None:
@@ -251,6 +253,7 @@ def user_prompts(
         packages.note(f"{len(own) - len(found)} prompts of more than {longest} tokens left out")
     if n is not None and n > len(found):
         raise AlignProError(f"prompts {n}: choose from 1 to the {len(found)} there are")
+    own_files.note(len(found[:n]), used, path.name)
     return found[:n]
 
 

@@ -714,9 +714,8 @@ def test_mistakes_on_the_command_line(more, message, base, tmp_path, capsys):
     more = [word.format(mine=mine, d=tmp_path) for word in more]
     assert main.main([*verb("train", base, tmp_path / "out"), *more]) == 2
     said = capsys.readouterr().err
-    *notes, error = said.splitlines()
-    assert message in error
-    assert notes in ([], ["alignpro: 2 prompts from column q of mine.csv"])
+    assert message in said
+    assert said.count("\n") == 1
 
 
 def test_the_help_names_every_data_set(capsys):

@@ -145,11 +145,16 @@ def source_of(name: str) -> Callable[..., list[str]] | Source | Path:
     )
 
 
+def check_split(split: str | None) -> None:
+    """Refuse an unknown split."""
+    if split is not None and split not in SPLITS:
+        raise AlignProError(f"split {split!r}: choose from {', '.join(SPLITS)}")
+
+
 def check_dataset(name: str, folder: str | Path | None = None, split: str | None = None) -> None:
     """Refuse what cannot be read, before any reading: an unknown data set or split, or a wrong folder."""
     source = source_of(name)
-    if split is not None and split not in SPLITS:
-        raise AlignProError(f"split {split!r}: choose from {', '.join(SPLITS)}")
+    check_split(split)
     if isinstance(source, Source) and source.test and split == "train":
         raise AlignProError(f"dataset {name}: is a test set, to be measured on; learn from another")
     if folder is not None and not isinstance(source, Source):
@@ -224,8 +229,7 @@ def prompts(
     if n is not None and n > len(found):
         raise AlignProError(f"prompts {n}: choose from 1 to the {len(found)} there are in dataset {name}")
     if used:
-        part = f", split {split}" if split else ""
-        packages.note(f"{len(found[:n])} prompts from column {', '.join(used)} of {name}{part}")
+        own.note(len(found[:n]), used, f"{name}, split {split}" if split else name)
     return found[:n]
 
 
