@@ -155,9 +155,9 @@ class PromptSettings:
     dataset: str = "instructions"
     """Data set of the user prompts: any id owner/name (or owner/name:configuration) of the Hugging Face hub,
     a file or folder of your own, or a name. Packaged: instructions, mt-bench, dpo-demo, healthbench or
-    verifiable (which the reward of that name judges). On the hub: ultrafeedback, ultrafeedback-binarized,
-    helpsteer, orca-dpo-pairs, openorca or bpo-test. In files that you download: dolly-eval,
-    self-instruct-eval or vicuna-eval."""
+    verifiable (for the reward of that name). On the hub: ultrafeedback, ultrafeedback-binarized, helpsteer,
+    orca-dpo-pairs, openorca or bpo-test. In files that you download: dolly-eval, self-instruct-eval or
+    vicuna-eval."""
     data_folder: str | None = None
     """Folder with the files of the hub's data set, for a machine that cannot reach the hub. Left out: they
     are downloaded."""

@@ -316,7 +316,7 @@ def page(result: "RolloutSummary", record: Json) -> Page:
                 )
                 for arm in result.arms
             ],
-            "wnnnn" + "n" * len(spread) + "t",
+            "wnnnn" + "n" * len(spread) + "w",
         ),
         Dots("Mean reward of each arm", axis, dots(means)),
     )

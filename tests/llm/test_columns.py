@@ -2,12 +2,16 @@
 
 import asyncio
 import functools
+import json
+import shlex
 
 import numpy as np
 import pytest
 from mutants import kills, mutated
 
+from alignpro.commands import main
 from alignpro.errors import AlignProError
+from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.prompt import Prompt
 from alignpro.llm.rewards import columns, function
 from alignpro.llm.rewards.columns import columns_read_by
@@ -136,3 +140,63 @@ def test_async_functions_work_by_name(tmp_path, monkeypatch):
     check(function)
     kills(check, mutated(function, "(self.function, called)", "(self.function,)"))
     kills(check, mutated(function, "(self.function, called)", "(called,)"))
+
+
+asked = []
+
+
+def wants(prompts, responses, letter, weight=None, **more):
+    """Rewards a letter that the data name; keeps what it was told."""
+    asked.extend(zip(map(str, prompts), letter, weight or [], strict=False))
+    return [w * (a in y) for a, y, w in zip(letter, responses, weight, strict=True)]
+
+
+def test_columns_travel_from_the_file_through_training_and_rollouts(tmp_path, capsys):
+    for part in tiny_model(seed=1):
+        part.save_pretrained(tmp_path / "base")
+    rows = [
+        {"prompt": x, "letter": x[0], "weight": i / 3, "note": "n"}
+        for i, x in enumerate(("abc", "def", "gab"))
+    ]
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known = {(row["prompt"], row["letter"], row["weight"]) for row in rows}
+    base, name = tmp_path / "base", f"{__name__}:wants@0,1"
+    world = f"--prompter {base} --target {base} --answer-tokens 4 --prompts-file {file} --reward {name} ease"
+    train = (
+        f"train --out {tmp_path}/t --iterations 2 --prompts 2 --samples 2 --epochs 1 --max-tokens 4 {world}"
+    )
+    asked.clear()
+    assert main.main(shlex.split(train)) == 0, capsys.readouterr().err
+    assert {*asked} <= known
+    assert asked
+    assert (
+        main.main(shlex.split(f"rollout --out {tmp_path}/r --arms none --draws 1 --answers 1 {world}")) == 0
+    )
+    assert {*asked} == known
+    lines = (tmp_path / "r" / "rollouts.jsonl").read_text().splitlines()
+    for row in map(json.loads, lines):
+        assert row["columns"]["letter"] == row["x"][0]
+        assert row["columns"]["note"] == "n"
+    file.write_text('{"prompt": "abc"}\n')
+    capsys.readouterr()
+    assert main.main(shlex.split(train.replace(f"{tmp_path}/t", f"{tmp_path}/u"))) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "no column 'letter', which the reward asks for" in said
+
+
+def test_ifevals_own_form_is_read_from_a_file(tmp_path, capsys):
+    for part in tiny_model(seed=1):
+        part.save_pretrained(tmp_path / "base")
+    row = {"key": 1000, "prompt": "abc", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    other = row | {"prompt": "def", "instruction_id_list": ["style:rhyme"]}
+    for i, (rows, status) in enumerate((([row], 0), ([row, other], 2))):
+        (tmp_path / "input_data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        command = f"rollout --out {tmp_path}/{i} --arms none --draws 1 --answers 2 --answer-tokens 3 "
+        command += f"--target {tmp_path}/base --prompts-file {tmp_path}/input_data.jsonl --reward verifiable"
+        assert main.main(shlex.split(command)) == status
+    assert "instruction_id_list 'style:rhyme': is not known" in capsys.readouterr().err
+    rewards = [
+        json.loads(line)["reward"] for line in (tmp_path / "0" / "rollouts.jsonl").read_text().splitlines()
+    ]
+    assert rewards == [1, 1]

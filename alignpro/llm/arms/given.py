@@ -8,10 +8,11 @@ from typing import Any
 
 from alignpro.errors import AlignProError
 from alignpro.llm.data.own import all_rows
+from alignpro.llm.data.rows import Reading
 from alignpro.llm.data.split import normalised
-from alignpro.llm.models.prompt import Prompt, said_in
+from alignpro.llm.models.prompt import Prompt, context_of, said_in
 
-PROMPT_FIELDS = ("prompt", "x", "final_input", "instruction", "text")
+PROMPT_FIELDS = ("prompt", "x", "messages", "final_input", "instruction", "text")
 """Names under which a row may have its prompt, the first of them that it has; final_input is BPO's."""
 REWRITE_FIELDS = ("rewrite", "optimized_prompt", "rewritten", "rewrites")
 """Names under which a row may have its rewrite, or a list of them."""
@@ -37,9 +38,9 @@ class Given:
 def read_given(path: str | Path, prompts: Sequence[str]) -> Given:
     """Read the rewrites of `prompts` from a .jsonl, .json, .csv or .tsv file.
 
-    A row is of the prompt with the same text (and the same turns before it, where the row has a list of them
-    in `context`); failing that, of a prompt that differs in case, punctuation and white space only. A prompt
-    may have several rows.
+    A row is of the prompt with the same text (and the same turns before it, where the row has a conversation
+    or a list of them in `context`); failing that, of a prompt that differs in case, punctuation and white
+    space only. A prompt may have several rows.
 
     Raises:
         AlignProError: the file cannot be read, a row lacks a prompt or a rewrite, or a prompt has no row.
@@ -71,18 +72,20 @@ def _searched(x: str) -> tuple[str, str, str]:
 
 def _keys(path: Path, where: str, row: Mapping[str, Any]) -> list[str]:
     """Keys under which the prompts of a row are searched for."""
-    name = next((name for name in PROMPT_FIELDS if name in row), "")
-    text, context = row.get(name), row.get("context")
-    if not isinstance(text, str) or not text.strip():
+    name, context = next((name for name in PROMPT_FIELDS if name in row), None), row.get("context")
+    # What an instruction is about stands beside it in Dolly's rows, and in BPO's.
+    parts = ("instruction", "context") if name == "instruction" and isinstance(context, str) else (name,)
+    try:
+        x = "" if name is None else Reading().prompt(row, [part for part in parts if part])
+        x = Prompt(x, context) if isinstance(context, list) and context and not context_of(x) else x
+    except AlignProError as error:
+        raise AlignProError(f"{path.name}, {where}: {error}; mend or remove the row") from None
+    if not x.strip():
         raise AlignProError(
             f"{path.name}, {where}: no text in {' or '.join(PROMPT_FIELDS)}; add its prompt (the row has "
             f"{', '.join(map(str, row)) or 'nothing'})"
         )
-    if isinstance(context, list) and context:
-        return [Prompt(text.strip(), context)]
-    if name == "instruction" and isinstance(context, str) and context.strip():
-        text = f"{text}\n{context}"  # what the instruction is about, as in Dolly's rows
-    return list(_searched(text.strip())[1:])
+    return [x] if context_of(x) else list(_searched(x)[1:])
 
 
 def _rewrites(path: Path, where: str, row: Mapping[str, Any]) -> list[str]:

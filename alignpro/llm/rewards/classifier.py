@@ -292,16 +292,6 @@ class SequenceReward:
         self.tokenizer.padding_side = "right"
 
 
-def _shorter(context: Sequence[Message]) -> list[list[Message]]:
-    """The turns before a prompt, and what is left of them as the oldest go; a system message goes last."""
-    head = [turn for turn in context[:1] if turn["role"] == "system"]
-    turns = list(context[len(head) :])
-    # What is left begins with a user's turn, as chat templates want it.
-    starts = [k for k in range(1, len(turns)) if turns[k]["role"] == "user"]
-    found = [head + turns, *(head + turns[k:] for k in starts), head, []]
-    return [left for i, left in enumerate(found) if left not in found[:i]]
-
-
 def label_names(config: Any) -> list[str]:
     """List the labels of a classifier's outputs, as its configuration names them."""
     return [str(config.id2label.get(i, i)) for i in range(int(config.num_labels))]
@@ -330,6 +320,16 @@ def choose_output(config: Any, output: int | str | None, name: str) -> int:
         f"output {'' if output is None else output!r}: reward model {name!r} {problem} ({listed}); name one "
         "by its label or number, as in FOLDER#LABEL@0,1"
     )
+
+
+def _shorter(context: Sequence[Message]) -> list[list[Message]]:
+    """The turns before a prompt, and what is left of them as the oldest go; a system message goes last."""
+    head = [turn for turn in context[:1] if turn["role"] == "system"]
+    turns = list(context[len(head) :])
+    # What is left begins with a user's turn, as chat templates want it.
+    starts = [k for k in range(1, len(turns)) if turns[k]["role"] == "user"]
+    found = [head + turns, *(head + turns[k:] for k in starts), head, []]
+    return [left for i, left in enumerate(found) if left not in found[:i]]
 
 
 def _least(n: int, fits: Callable[[int], bool]) -> int | None:
