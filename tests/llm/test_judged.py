@@ -111,7 +111,8 @@ def test_spellings_of_a_word_are_summed():
     assert read(marked, scale="yes-no") == (pytest.approx(0.25), None)
     assert read(tops(Yes=0.9, Maybe=0.1), scale="yes-no") == (1.0, None)
     assert read(tops(no=0.9), scale="yes-no") == (0.0, None)
-    for neither in (tops(Maybe=0.9, Nope=0.1), "[]", '[["Yes", -Infinity]]'):
+    assert read('[["Yes", -9999.0], ["No", -30.0]]', scale="yes-no") == (0.0, None)
+    for neither in (tops(Maybe=0.9, Nope=0.1), "[]", '[["Yes", -9999.0], ["No", -Infinity]]'):
         assert read(neither, scale="yes-no") == (None, "none")
     # Far below what a float can hold as a probability.
     tiny = '[["Yes", -9000.0], ["No", -9001.0]]'
@@ -360,8 +361,10 @@ def test_an_answer_without_a_score_has_the_declared_reward():
             assert made.score([X, X], [RIGHT, WRONG]) == pytest.approx([1.0, worth])
             assert (made.refusals.asked, made.refusals.refused, made.failures) == (2, 1, {"none": 3})
             assert made.describe()["not_scored"] == 1
-        with pytest.raises(AlignProError, match=r"refused_most 0.2: 20 of 20 answers .*no score"):
-            judge(server, most=0.2).score([f"{X} {i}" for i in range(20)], [WRONG] * 20)
+        before = len(server.requests)
+        with pytest.raises(AlignProError, match=r"refused_most 0.2: 64 of 64 answers .*no score"):
+            judge(server, most=0.2).score([f"{X} {i}" for i in range(200)], [WRONG] * 200)
+        assert len(server.requests) - before == 3 * 64  # it is seen before all is paid for
 
 
 FILTERED = json.dumps({"error": {"code": "content_filter", "message": "flagged"}}).encode()

@@ -159,7 +159,8 @@ class EndpointReward(http.Counted):
             meter: counts the requests instead of this object.
         """
         check_texts(prompts, responses)
-        prompts, scores = [transcript(x) for x in prompts], dict[int, Answer]()
+        prompts = [transcript(x) for x in prompts]
+        scores: dict[int, Answer] = {}
         secret = read_key(self.settings.key_env, self.url)
 
         def call(part: range) -> http.Call[list[Answer]]:

@@ -14,7 +14,7 @@ from alignpro.errors import AlignProError
 from alignpro.files import writable_folder
 from alignpro.llm.models.sampling import digest
 from alignpro.llm.rewards import rubric
-from alignpro.llm.rewards.reward import Array, check_texts
+from alignpro.llm.rewards.reward import Array, batches, check_texts
 from alignpro.llm.rewards.rubric import SCALES, TRIES, JudgeRewardSettings
 from alignpro.llm.targets.ledger import Cached
 from alignpro.llm.targets.quoting import control_tokens
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 NOISE_FILE = "scored_twice.jsonl"
 """A line for each answer that was put to the judge twice: its key and both scores, null where one failed."""
+_COUNTED = 64  # answers after which it is seen whether too many have no score
 _A_SCORE = Answer("", "stop", 0, 0)
 _NO_SCORE = Answer("no score: the judge's service refused it, or its replies were none", "refused", 0, 0)
 
@@ -118,10 +119,13 @@ class JudgeReward:
         check_texts(prompts, responses)
         pairs = list(zip(prompts, responses, strict=True))
         questions = [self.question(x, y) for x, y in pairs]
-        found = self._ask(questions, TRIES if SCALES[self.settings.scale].drawn else 1)
-        self.scored += len(found)
+        tries = TRIES if SCALES[self.settings.scale].drawn else 1
+        found = np.full(len(pairs), np.nan)
+        for block in batches(len(pairs), _COUNTED):
+            found[block] = self._ask([questions[i] for i in block], tries)
+            self.scored += len(block)
+            self.refusals.count([_NO_SCORE if none else _A_SCORE for none in np.isnan(found[block])])
         missing = np.isnan(found)
-        self.refusals.count([_NO_SCORE if none else _A_SCORE for none in missing])
         left = self.noise.read() if len(self.noise.pairs) < self.noise.most else 0
         keys = {digest(text).hex()[:16]: i for i, text in reversed(list(enumerate(questions)))}
         again = [(key, i) for key, i in keys.items() if key not in self.noise.pairs]

@@ -33,6 +33,8 @@ FAILURES = {
     "refused": "the judge's service would not reply",
 }
 """Why a reply is no score."""
+ABSENT = -9999.0
+"""A log-probability by which services say that a token is not among the likeliest."""
 TRIES = 3
 """How often an answer is put to a judge whose replies cannot be read, at most."""
 
@@ -79,7 +81,8 @@ def read_tokens(reply: Answer) -> tuple[float | None, str | None]:
     found: dict[str, list[float]] = defaultdict(list)
     for token, value in json.loads(reply.text):
         # Byte-level and SentencePiece marks of a space, where a server leaves them in.
-        found[token.replace("\u0120", " ").replace("\u2581", " ").strip().casefold()].append(value)
+        if value > ABSENT:
+            found[token.replace("\u0120", " ").replace("\u2581", " ").strip().casefold()].append(value)
     yes, no = (found[word.casefold()] for word in (YES, NO))
     most = max([*yes, *no], default=-math.inf)
     if most == -math.inf:
@@ -232,8 +235,8 @@ class JudgeRewardSettings:
 
     def shown(self, model: str | None) -> str:
         """Name the reward by all that its scores depend on; `model` is what an endpoint serves."""
-        drawn = f" temperature {self.temperature:g}" if self.temperature else ""
-        limit = f" {self.reply_tokens} tokens" if SCALES[self.scale].drawn else ""
+        drawn = f", temperature {self.temperature:g}" if self.temperature else ""
+        limit = f", {self.reply_tokens} tokens" if SCALES[self.scale].drawn else ""
         where = f"{model} at {self.judge}" if model else str(self.judge)
         rubric = digest(self.text()).hex()[:8]
         return f"judge {where}, scale {self.scale}, rubric {rubric}{drawn}{limit}"
