@@ -226,7 +226,7 @@ def user_prompts(
         world: says which columns the reward asks for, which are kept with them.
     """
     from alignpro.llm.data import own as own_files
-    from alignpro.llm.data import public
+    from alignpro.llm.data import public, subset
     from alignpro.llm.data.rows import Reading
     from alignpro.llm.models import packages
 
@@ -242,7 +242,7 @@ def user_prompts(
         path, used = Path(source.prompts_file).expanduser(), dict[str, None]()
         own = list(dict.fromkeys(own_files.file_prompts(path, reading, used)))
     if longest is not None:
-        fits = public.shorter(tokens=longest, tokenizer=_tokenizer(prompter))
+        fits = subset.shorter(tokens=longest, tokenizer=_tokenizer(prompter))
     if own is None:
         more: dict[str, Any] = {"folder": source.data_folder, "fits": fits, "reading": reading}
         return public.prompts(source.dataset, split, n, **more)

@@ -28,8 +28,9 @@ from alignpro.errors import AlignProError
 from alignpro.llm.data import own as own_files
 from alignpro.llm.data import public
 from alignpro.llm.data.own import read_prompts
-from alignpro.llm.data.public import DATASETS, Source, pairs, prompts, sample, shorter
+from alignpro.llm.data.public import DATASETS, Source, pairs, prompts
 from alignpro.llm.data.split import SPLITS, split_of
+from alignpro.llm.data.subset import sample, shorter
 from alignpro.llm.models.configure import tiny_model
 
 SOURCES = [name for name, row in DATASETS.items() if isinstance(row, Source) and not row.test]
