@@ -63,13 +63,16 @@ def test_a_sum_is_its_weighted_parts():
 
     check(combined)
     for right, wrong in (
-        ("sorted((w * r.low, w * r.high))", "(w * r.low, w * r.high)"),
+        (
+            "sorted((weight * reward.low, weight * reward.high))",
+            "(weight * reward.low, weight * reward.high)",
+        ),
         ("name: weight * part.total", "name: part.total"),
         ("sum(parts.values(), np.zeros(len(prompts)))", "sum(parts.values()) / len(parts)"),
     ):
         kills(check, mutated(combined, right, wrong))
     facts = Sum([A, B], weights=[0.5, -2.0]).describe()
-    assert facts["name"] == "0.5*a + -2.0*b"
+    assert facts["name"] == "0.5*a - 2.0*b"
     assert facts["parts"]["b"] == {"weight": -2.0, "name": "b"}
     assert Sum([A, B]).describe()["name"] == "a + b"
 
@@ -167,7 +170,7 @@ def test_names_with_weights_are_a_sum():
     answers = ["Go now.", "An unfortunate impossibility."]
     ease, brief, clean = (load_reward(n).score(["", ""], answers) for n in ("ease", "brevity", "clean"))
     for names, expected, shown in (
-        (["0.7*ease", "-0.3 * brevity"], 0.7 * ease + -0.3 * brief, "0.7*ease + -0.3*brevity"),
+        (["0.7*ease", "-0.3 * brevity"], 0.7 * ease + -0.3 * brief, "0.7*ease - 0.3*brevity"),
         (["ease", "2e-1*clean"], ease + 0.2 * clean, "ease + 0.2*clean"),
         (["mean", "ease", "brevity", "clean"], (ease + brief + clean) / 3, "mean(ease, brevity, clean)"),
         (["-1*ease"], -ease, "-1.0*ease"),
@@ -259,7 +262,7 @@ def test_parts_add_up_through_training_rollouts_and_the_record(tmp_path, capsys)
         assert sum(value for value, _, _ in row["reward_parts"].values()) == row["reward"]
         assert [ends for _, *ends in row["reward_parts"].values()] == [[0, 0.5], [-0.25, 0], [0, 2]]
     said = json.loads((tmp_path / "t" / "settings.json").read_text())
-    assert " + ".join((f"0.5*{names[0]}", f"-0.25*{names[1]}", "2.0*brevity")) in json.dumps(said)
+    assert f"0.5*{names[0]} - 0.25*{names[1]} + 2.0*brevity" in json.dumps(said)
 
 
 def test_endpoints_in_a_sum_share_a_store_and_pay_once(server, tmp_path):  # noqa: F811

@@ -315,10 +315,12 @@ def choose_output(config: Any, output: int | str | None, name: str) -> int:
         return int(str(output))
     listed = ", ".join(f"{i} {label}" for i, label in enumerate(labels[:10]))
     listed += ", …" * (len(labels) > 10)
-    problem = f"has {len(labels)} outputs" if output is None else "has no such output"
+    field, problem = f"output {output!r}", "has no such output"
+    if output is None:
+        field, problem = "output", f"has {len(labels)} outputs"
     raise AlignProError(
-        f"output {'' if output is None else output!r}: reward model {name!r} {problem} ({listed}); name one "
-        "by its label or number, as in FOLDER#LABEL@0,1"
+        f"{field}: reward model {name!r} {problem} ({listed}); name one by its label or number, as in "
+        "FOLDER#LABEL@0,1"
     )
 
 

@@ -41,8 +41,10 @@ class Sum:
             )
         self.rewards, self.weights = list(rewards), [float(weight) for weight in weights]
         self.names = tuple(names)
-        ends = [sorted((w * r.low, w * r.high)) for w, r in zip(self.weights, rewards, strict=True)]
-        self.ranges = {name: (low, high) for name, (low, high) in zip(names, ends, strict=True)}
+        self.ranges: dict[str, tuple[float, float]] = {}
+        for name, weight, reward in zip(names, self.weights, rewards, strict=True):
+            low, high = sorted((weight * reward.low, weight * reward.high))
+            self.ranges[name] = (low + 0.0, high + 0.0)  # no -0
         # In the order in which contributions are added: so no rounding takes a total out of the range.
         self.low = float(sum(low for low, _ in self.ranges.values()))
         self.high = float(sum(high for _, high in self.ranges.values()))
@@ -125,9 +127,9 @@ def said(kind: str, names: Sequence[str], weights: Sequence[float]) -> str:
     """Write a sum or mean in one line, as `0.7*minilm-bt + 0.3*ease` or `mean(A, B)`."""
     if kind == "mean":
         return f"mean({', '.join(names)})"
-    return " + ".join(
-        name if weight == 1 else f"{weight!r}*{name}" for name, weight in zip(names, weights, strict=True)
-    )
+    rows = zip(names, weights, strict=True)
+    terms = [name if weight == 1 else f"{weight!r}*{name}" for name, weight in rows]
+    return " + ".join(terms).replace(" + -", " - ")
 
 
 def check_prompts(reward: Any, prompts: Sequence[str]) -> None:
