@@ -168,9 +168,11 @@ class World:
         opened = [spec.open(**options.get(spec.kind, dict)()) for spec in self._plan.specs]
         found = self._plan.put_together([keep_scores(reward, folder / "scores") for reward in opened])
         share = (self.refusals.worth(found) - found.low) / (found.high - found.low)
-        for part in opened:  # what one does not score lies in its range where it lies in the whole one
+        # What one does not score lies in its contribution's range where it lies in the whole one.
+        for weight, part in zip(self._plan.weights, opened, strict=True):
             if (own := getattr(part, "refusals", None)) is not None:
-                own.reward = min(part.high, part.low + share * (part.high - part.low))
+                at = share if weight > 0 else 1 - share
+                own.reward = min(part.high, part.low + at * (part.high - part.low))
         return found
 
     def told(self, reward: "Reward", folder: Path) -> None:
@@ -228,10 +230,13 @@ def user_prompts(
     from alignpro.llm.data import own as own_files
     from alignpro.llm.data import public, subset
     from alignpro.llm.data.rows import Reading
+    from alignpro.llm.data.split import SPLITS
     from alignpro.llm.models import packages
 
     if n is not None and n < 1:
         raise AlignProError(f"prompts {n}: give at least 1")
+    if split not in SPLITS:  # a mistake also where a file is used whole
+        raise AlignProError(f"split {split!r}: choose from {', '.join(SPLITS)}")
     own, fits, longest = None, None, source.max_prompt_tokens
     keep, optional = (tuple(getattr(world, name, ())) for name in ("columns", "optional_columns"))
     reading = Reading(source.prompt_column, keep, optional, source.system_prompt)
