@@ -168,9 +168,11 @@ class World:
         opened = [spec.open(**options.get(spec.kind, dict)()) for spec in self._plan.specs]
         found = self._plan.put_together([keep_scores(reward, folder / "scores") for reward in opened])
         share = (self.refusals.worth(found) - found.low) / (found.high - found.low)
-        for part in opened:  # what one does not score lies in its range where it lies in the whole one
+        # What one does not score lies in its contribution's range where it lies in the whole one.
+        for weight, part in zip(self._plan.weights, opened, strict=True):
             if (own := getattr(part, "refusals", None)) is not None:
-                own.reward = min(part.high, part.low + share * (part.high - part.low))
+                at = share if weight > 0 else 1 - share
+                own.reward = min(part.high, part.low + at * (part.high - part.low))
         return found
 
     def told(self, reward: "Reward", folder: Path) -> None:
@@ -226,20 +228,26 @@ def user_prompts(
         world: says which columns the reward asks for, which are kept with them.
     """
     from alignpro.llm.data import own as own_files
-    from alignpro.llm.data import public
+    from alignpro.llm.data import public, subset
     from alignpro.llm.data.rows import Reading
+    from alignpro.llm.data.split import SPLITS
     from alignpro.llm.models import packages
 
     if n is not None and n < 1:
         raise AlignProError(f"prompts {n}: give at least 1")
+    if split not in SPLITS:  # a mistake also where a file is used whole
+        raise AlignProError(f"split {split!r}: choose from {', '.join(SPLITS)}")
     own, fits, longest = None, None, source.max_prompt_tokens
     keep, optional = (tuple(getattr(world, name, ())) for name in ("columns", "optional_columns"))
     reading = Reading(source.prompt_column, keep, optional, source.system_prompt)
-    public.check_dataset(source.dataset, source.data_folder, split)
-    if source.prompts_file is not None:
-        own = own_files.read_prompts(source.prompts_file, reading=reading)
+    if source.prompts_file is None:
+        public.check_dataset(source.dataset, source.data_folder, split)
+    else:
+        public.check_split(split)
+        path, used = Path(source.prompts_file).expanduser(), dict[str, None]()
+        own = list(dict.fromkeys(own_files.file_prompts(path, reading, used)))
     if longest is not None:
-        fits = public.shorter(tokens=longest, tokenizer=_tokenizer(prompter))
+        fits = subset.shorter(tokens=longest, tokenizer=_tokenizer(prompter))
     if own is None:
         more: dict[str, Any] = {"folder": source.data_folder, "fits": fits, "reading": reading}
         return public.prompts(source.dataset, split, n, **more)
@@ -250,6 +258,7 @@ def user_prompts(
         packages.note(f"{len(own) - len(found)} prompts of more than {longest} tokens left out")
     if n is not None and n > len(found):
         raise AlignProError(f"prompts {n}: choose from 1 to the {len(found)} there are")
+    own_files.note(len(found[:n]), used, path.name)
     return found[:n]
 
 

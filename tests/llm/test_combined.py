@@ -287,3 +287,14 @@ def test_endpoints_in_a_sum_share_a_store_and_pay_once(server, tmp_path):  # noq
     again = run()
     assert len(server.asked) == asked
     assert all("3 more from the file" in line for line in again)
+
+
+def test_what_a_part_does_not_score_lies_where_refused_answers_do(server, tmp_path):  # noqa: F811
+    """By default at the low end of the sum: at the high end of a part with a negative weight."""
+    names = (f"0.5*{server.url}/x@0,4", f"-1*{server.url}/xx@0,1")
+    for refused, expected in ((None, (0.0, 1.0)), (-0.25, (1.0, 0.75)), (2.0, (4.0, 0.0))):
+        world = World(environment(reward=names, refused_reward=refused))
+        parts = [kept.reward for kept in world.reward(tmp_path).rewards]
+        assert tuple(part.refusals.reward for part in parts) == pytest.approx(expected)
+        contributions = 0.5 * parts[0].refusals.reward - parts[1].refusals.reward
+        assert contributions == pytest.approx(-1.0 if refused is None else refused)

@@ -10,6 +10,8 @@ from mutants import kills, mutated
 
 from alignpro.errors import AlignProError
 from alignpro.llm.data.public import prompts
+from alignpro.llm.data.rows import Reading
+from alignpro.llm.data.verifiable import verifiable as written
 from alignpro.llm.models.prompt import Prompt
 from alignpro.llm.rewards import instructions, verifiable
 from alignpro.llm.rewards.instructions import CHECKERS
@@ -250,8 +252,10 @@ def test_what_cannot_be_checked_is_named_before_anything_is_asked(prompt, messag
 
 
 def test_the_packaged_prompts_say_what_is_checked():
-    xs = prompts("verifiable")
+    xs = written()
     assert len(xs) == 64
+    kept = Reading(keep=("instruction_id_list", "kwargs"))
+    assert prompts("verifiable", reading=kept) == xs
     assert sum(len(prompts("verifiable", split)) for split in ("train", "validation", "test")) == 64
     Verifiable().check_prompts(xs)
     assert {name for x in xs for name, _ in instructions_of(x)} == set(CHECKERS)
@@ -276,5 +280,5 @@ def test_the_packaged_file_has_ifevals_schema():
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert all(set(row) == {"prompt", "instruction_id_list", "kwargs"} for row in rows)
     assert file.stat().st_size < 20_000
-    scores = Verifiable().score(prompts("verifiable"), ["I will not do that."] * 64)
+    scores = Verifiable().score(written(), ["I will not do that."] * 64)
     assert 0 < np.mean(scores) < 0.5  # neither free nor out of reach
