@@ -228,7 +228,7 @@ def user_prompts(
         world: says which columns the reward asks for, which are kept with them.
     """
     from alignpro.llm.data import own as own_files
-    from alignpro.llm.data import public
+    from alignpro.llm.data import public, subset
     from alignpro.llm.data.rows import Reading
     from alignpro.llm.data.split import SPLITS
     from alignpro.llm.models import packages
@@ -243,9 +243,11 @@ def user_prompts(
     if source.prompts_file is None:
         public.check_dataset(source.dataset, source.data_folder, split)
     else:
-        own = own_files.read_prompts(source.prompts_file, reading=reading)
+        public.check_split(split)
+        path, used = Path(source.prompts_file).expanduser(), dict[str, None]()
+        own = list(dict.fromkeys(own_files.file_prompts(path, reading, used)))
     if longest is not None:
-        fits = public.shorter(tokens=longest, tokenizer=_tokenizer(prompter))
+        fits = subset.shorter(tokens=longest, tokenizer=_tokenizer(prompter))
     if own is None:
         more: dict[str, Any] = {"folder": source.data_folder, "fits": fits, "reading": reading}
         return public.prompts(source.dataset, split, n, **more)
@@ -256,6 +258,7 @@ def user_prompts(
         packages.note(f"{len(own) - len(found)} prompts of more than {longest} tokens left out")
     if n is not None and n > len(found):
         raise AlignProError(f"prompts {n}: choose from 1 to the {len(found)} there are")
+    own_files.note(len(found[:n]), used, path.name)
     return found[:n]
 
 

@@ -336,11 +336,8 @@ def heard(prompts, responses):
     return [float([turn["role"] for turn in x.context] == ["user", "assistant"]) for x in prompts]
 
 
-def test_a_reward_by_columns_and_a_system_prompt_through_all_verbs(base, tmp_path, capsys, monkeypatch):  # noqa: F811
-    """As a reward that asks for a column would have it; the prompter, the target and the files keep it."""
-    from alignpro.commands.opening import World
-
-    monkeypatch.setattr(World, "columns", ("answer",), raising=False)
+def test_a_reward_by_columns_and_a_system_prompt_through_all_verbs(base, tmp_path, capsys):  # noqa: F811
+    """The reward asks for a column by its name; the prompter, the target and the files keep both."""
     path = jsonl(tmp_path / "a.jsonl", [{"q": x, "answer": k} for k, x in enumerate("abab")])
     data = ["--prompts-file", str(path), "--prompt-column", "q", "--system-prompt", "g"]
     keyed = ["--reward", f"{__name__}:keyed@0,1"]
@@ -356,10 +353,24 @@ def test_a_reward_by_columns_and_a_system_prompt_through_all_verbs(base, tmp_pat
     path.write_text('{"q": "a"}\n')
     assert main.main([*verb("train", base, tmp_path / "v"), *keyed, *data]) == 2
     assert "no column 'answer', which the reward asks for, among q; add it, or" in capsys.readouterr().err
+    assert main.main([*verb("train", base, tmp_path / "v"), *keyed, "--dataset", "verifiable"]) == 2
+    said = capsys.readouterr().err
+    assert "dataset verifiable: has no column 'answer', which the reward asks for; choose" in said
+    told = [
+        "--dataset",
+        "verifiable",
+        "--reward",
+        "verifiable",
+        "--max-prompt-tokens",
+        "80",
+        "--prompts",
+        "2",
+    ]
+    assert main.main([*verb("train", base, tmp_path / "w"), *told]) == 0
 
 
-def keyed(prompts, responses):
-    return [(x.columns["answer"] + (x.context[0]["content"] == "g")) / 4 for x in prompts]
+def keyed(prompts, responses, answer):
+    return [(k + (x.context[0]["content"] == "g")) / 4 for x, k in zip(prompts, answer, strict=True)]
 
 
 needs_models = pytest.mark.skipif(

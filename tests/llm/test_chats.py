@@ -17,9 +17,9 @@ from alignpro.llm.arms.demo import DemoSettings, user_prompts
 from alignpro.llm.arms.question import question
 from alignpro.llm.arms.rollout import prompt_id
 from alignpro.llm.data import own, packaged, rows
-from alignpro.llm.data.public import sample, shorter
 from alignpro.llm.data.rows import Reading, conversation, first_turn, identity
 from alignpro.llm.data.split import normalised, split_of
+from alignpro.llm.data.subset import sample, shorter
 from alignpro.llm.models.chat import Chat
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.policy import sample_key

@@ -28,8 +28,9 @@ from alignpro.errors import AlignProError
 from alignpro.llm.data import own as own_files
 from alignpro.llm.data import public
 from alignpro.llm.data.own import read_prompts
-from alignpro.llm.data.public import DATASETS, Source, pairs, prompts, sample, shorter
+from alignpro.llm.data.public import DATASETS, Source, pairs, prompts
 from alignpro.llm.data.split import SPLITS, split_of
+from alignpro.llm.data.subset import sample, shorter
 from alignpro.llm.models.configure import tiny_model
 
 SOURCES = [name for name, row in DATASETS.items() if isinstance(row, Source) and not row.test]
@@ -714,9 +715,8 @@ def test_mistakes_on_the_command_line(more, message, base, tmp_path, capsys):
     more = [word.format(mine=mine, d=tmp_path) for word in more]
     assert main.main([*verb("train", base, tmp_path / "out"), *more]) == 2
     said = capsys.readouterr().err
-    *notes, error = said.splitlines()
-    assert message in error
-    assert notes in ([], ["alignpro: 2 prompts from column q of mine.csv"])
+    assert message in said
+    assert said.count("\n") == 1
 
 
 def test_the_help_names_every_data_set(capsys):

@@ -41,9 +41,14 @@ def read_prompts(path: str | Path, column: str | None = None, reading: Reading |
     path = Path(path).expanduser()
     reading, used = reading or Reading(column), dict[str, None]()
     found = list(dict.fromkeys(file_prompts(path, reading, used)))
-    what = f"from column {', '.join(used)}" if used else "from the lines"
-    packages.note(f"{len(found)} prompts {what} of {path.name}")
+    note(len(found), used, path.name)
     return found
+
+
+def note(count: int, used: dict[str, None], name: str) -> None:
+    """Say what was read as prompts, from which columns (none of a text) of the data of that name."""
+    where = f"column {', '.join(used)}" if used else "the lines"
+    packages.note(f"{count} prompts from {where} of {name}")
 
 
 def file_prompts(path: Path, reading: Reading, used: dict[str, None]) -> list[str]:

@@ -7,8 +7,6 @@ does; the order is a hash of the seed and the normalised prompt, so that n are a
 """
 
 import contextlib
-import hashlib
-import heapq
 import itertools
 import logging
 import math
@@ -17,17 +15,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from alignpro.errors import AlignProError
 from alignpro.llm.data import own, packaged
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.data.rows import Reading, Row, first_turn, identity
 from alignpro.llm.data.split import SPLITS, Split, split_of
+from alignpro.llm.data.subset import rank_of, sample
 from alignpro.llm.data.verifiable import verifiable
 from alignpro.llm.models import packages
 from alignpro.llm.models.catalogue import HUB_ID
-from alignpro.llm.models.prompt import Prompt, columns_of, context_of, transcript
+from alignpro.llm.models.prompt import columns_of, context_of
 
 
 @dataclass(frozen=True)
@@ -145,11 +143,16 @@ def source_of(name: str) -> Callable[..., list[str]] | Source | Path:
     )
 
 
+def check_split(split: str | None) -> None:
+    """Refuse an unknown split."""
+    if split is not None and split not in SPLITS:
+        raise AlignProError(f"split {split!r}: choose from {', '.join(SPLITS)}")
+
+
 def check_dataset(name: str, folder: str | Path | None = None, split: str | None = None) -> None:
     """Refuse what cannot be read, before any reading: an unknown data set or split, or a wrong folder."""
     source = source_of(name)
-    if split is not None and split not in SPLITS:
-        raise AlignProError(f"split {split!r}: choose from {', '.join(SPLITS)}")
+    check_split(split)
     if isinstance(source, Source) and source.test and split == "train":
         raise AlignProError(f"dataset {name}: is a test set, to be measured on; learn from another")
     if folder is not None and not isinstance(source, Source):
@@ -224,8 +227,7 @@ def prompts(
     if n is not None and n > len(found):
         raise AlignProError(f"prompts {n}: choose from 1 to the {len(found)} there are in dataset {name}")
     if used:
-        part = f", split {split}" if split else ""
-        packages.note(f"{len(found[:n])} prompts from column {', '.join(used)} of {name}{part}")
+        own.note(len(found[:n]), used, f"{name}, split {split}" if split else name)
     return found[:n]
 
 
@@ -290,66 +292,7 @@ def pairs(
     }
     if not found:
         raise AlignProError(f"dataset {name}: no two answers to a prompt differ in grade; choose other data")
-    return sorted(found, key=lambda pair: _rank(identity(pair.prompt), seed))
-
-
-def sample(
-    texts: Iterable[str], n: int | None = None, seed: int = 0, fits: Callable[[str], bool] | None = None
-) -> list[str]:
-    """Take the n texts (or all) whose hash with the seed is smallest, in the order of that hash.
-
-    Of texts that differ only in case, punctuation or white space the first that fits counts, and those
-    without a letter or digit not at all; prompts with other conversations or columns differ. One pass, memory
-    for n texts; there may be fewer than n.
-    """
-    kept: dict[int, str] = {}
-    largest: list[int] = []  # a heap of the negated hashes of `kept`, while n bounds it
-    for text in texts:
-        normal = identity(text)
-        rank = _rank(normal, seed)
-        full = n is not None and len(largest) == n
-        # Its hash first: few texts ever get as far as `fits`, which may have to count tokens.
-        if rank in kept or (full and rank > -largest[0]):
-            continue
-        if not normal or (fits is not None and not fits(text)):
-            continue
-        kept[rank] = text if isinstance(text, Prompt) else text.strip()
-        if full:
-            del kept[-heapq.heappushpop(largest, -rank)]
-        elif n is not None:
-            heapq.heappush(largest, -rank)
-    return [kept[rank] for rank in sorted(kept)]
-
-
-def shorter(
-    *, characters: int | None = None, tokens: int | None = None, tokenizer: Any = None
-) -> Callable[[str], bool]:
-    """Make a function that says whether a text, or a conversation, has at most so many characters and tokens.
-
-    Args:
-        characters, tokens: limits; none if None.
-        tokenizer: one of transformers, which counts; its special tokens are not counted.
-    """
-    for field, limit in (("characters", characters), ("tokens", tokens)):
-        if limit is not None and limit < 1:
-            raise AlignProError(f"{field} {limit}: give at least 1, or leave it out")
-    if tokens is not None and tokenizer is None:
-        raise AlignProError(f"tokens {tokens}: give the tokenizer that counts them")
-
-    def fits(x: str) -> bool:
-        text = transcript(x)
-        if characters is not None and len(text) > characters:
-            return False
-        if tokens is None:
-            return True
-        return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) <= tokens
-
-    return fits
-
-
-def _rank(normal: str, seed: int) -> int:
-    # Not the hash of `split_of`: within a split, that one is not spread evenly.
-    return int.from_bytes(hashlib.sha256(f"{seed}\n{normal}".encode()).digest()[:16])
+    return sorted(found, key=lambda pair: rank_of(identity(pair.prompt), seed))
 
 
 def _rows(
