@@ -237,6 +237,9 @@ def test_it_stands_in_the_prompts_conversation():
     parties = dict.fromkeys(("frozen", "prompter", "reward_model", "sampling"), "a")
     rows = rollout.block_rows(work, Arm("step", text="hah"), [x], parties)
     assert len(rollouts.collect(rows)) == 4
+    itself = rollout.block_rows(work, Arm("none"), [x], parties)
+    assert {row.rewrite for row in itself} == {row.x for row in itself} == {"abc"}
+    assert len(rollouts.collect(itself)) == 4
     asked = said_in(x, "abc hah")
     [answers] = target.respond([asked], plain, samples=4, seed=stream("answers", 0))
 

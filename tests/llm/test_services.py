@@ -13,6 +13,7 @@ from mutants import kills
 from alignpro.errors import AlignProError
 from alignpro.llm.arms.judge import Pair, judge
 from alignpro.llm.models.chat import without_thought
+from alignpro.llm.models.prompt import Prompt, transcript
 from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.rewards.endpoint import CachedReward, EndpointReward
 from alignpro.llm.rewards.scores import Refusals
@@ -605,3 +606,22 @@ def test_failures_and_refusals_lose_nothing(role, tmp_path, monkeypatch):
         monkeypatch.setattr(services, "_REFUSAL", re.compile("(?!)"))
         with pytest.raises(Stopped, match="status 400"):
             ask(role, server, tmp_path / "mutant", xs, retries=30)
+
+
+def test_a_budget_counts_the_whole_conversation(monkeypatch):
+    """A request starts only where it fits; the mutant counts the last turn alone."""
+    x = Prompt("x", [{"role": "user", "content": "a word " * 600}, {"role": "assistant", "content": "y"}])
+
+    def check(transcript):
+        monkeypatch.setattr(endpoint_module, "transcript", transcript)
+        with Server() as server:
+            target = Endpoint(server.url, settings(max_tokens=200))
+            stopped = ""
+            try:
+                target.respond([x], SAMPLING)
+            except Stopped as error:
+                stopped = error.reason
+            assert (stopped, len(server.requests)) == ("max_tokens", 0)
+
+    check(transcript)
+    kills(check, str)

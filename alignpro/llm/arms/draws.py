@@ -174,7 +174,7 @@ def _text(prompter: Prompter, x: str, ids: tuple[int, ...]) -> str:
 
 def _none(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
     """Take x itself."""
-    return [[Draw(x)] * work.settings.draws for x in prompts]
+    return [[Draw(str(x))] * work.settings.draws for x in prompts]
 
 
 def _sft(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
