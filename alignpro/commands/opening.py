@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from alignpro.commands.options import EnvironmentSettings, PromptSettings
 from alignpro.commands.shared import REWARD_FILE
@@ -51,7 +52,7 @@ class World:
 
     def __init__(self, settings: EnvironmentSettings) -> None:
         from alignpro.llm.models import catalogue, configure
-        from alignpro.llm.rewards.opening import JUDGE, judge_opener, read_plan
+        from alignpro.llm.rewards.opening import JUDGE, judge_opener, keyed, read_plan
         from alignpro.llm.rewards.scores import Refusals
         from alignpro.llm.targets.ledger import Prices
 
@@ -89,6 +90,12 @@ class World:
             raise AlignProError(
                 "reward_judge: is at an address, as another reward is, and one --reward-key-env would go to "
                 "both; take a judge in this process, or the other reward in another way"
+            )
+        hosts = {urlsplit(spec.target).netloc for spec in self._plan.specs if spec.kind == "endpoint"}
+        if len(hosts) > 1 and keyed(settings.reward_endpoint).key_env:
+            raise AlignProError(
+                f"reward_key_env: would go to {' and '.join(sorted(hosts))}, and may be for one of them; take "
+                "one of the rewards in another way"
             )
         if not (self.endpoints or judge.address) and (given := settings.reward_endpoint.given()):
             raise AlignProError(
