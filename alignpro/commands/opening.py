@@ -94,8 +94,8 @@ class World:
         hosts = {urlsplit(spec.target).netloc for spec in self._plan.specs if spec.kind == "endpoint"}
         if len(hosts) > 1 and keyed(settings.reward_endpoint).key_env:
             raise AlignProError(
-                f"reward_key_env: would go to {' and '.join(sorted(hosts))}, and may be for one of them; take "
-                "one of the rewards in another way"
+                f"reward_key_env: would go to {' and '.join(sorted(hosts))}, and may be for one of them; "
+                "take one of the rewards in another way"
             )
         if not (self.endpoints or judge.address) and (given := settings.reward_endpoint.given()):
             raise AlignProError(

@@ -65,8 +65,8 @@ class Arm:
             raise Absent(f"arm {self.name} has rewrites without a density ({name} is null)")
         if missing and self.rollouts.refused[self.index][np.isnan(values)].all():
             raise Absent(
-                f"{name} is not known of the {missing} refused answers of arm {self.name}; leave their prompts "
-                "out, or choose a model that answers them"
+                f"{name} is not known of the {missing} refused answers of arm {self.name}; leave their "
+                "prompts out, or choose a model that answers them"
             )
         if missing:
             raise Absent(

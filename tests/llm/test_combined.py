@@ -215,7 +215,7 @@ def test_one_key_goes_to_one_host(monkeypatch):
     names = ("http://127.0.0.1:9/x@0,1", "http://localhost:9/x@0,1")
     World(environment(reward=names))
     keyed = environment(reward=names, reward_endpoint=EndpointSettings(key_env="MY_KEY"))
-    with pytest.raises(AlignProError, match="reward_key_env: would go to 127.0.0.1:9 and localhost:9"):
+    with pytest.raises(AlignProError, match=r"reward_key_env: would go to 127\.0\.0\.1:9 and localhost:9"):
         World(keyed)
     World(environment(reward=(names[0], "http://127.0.0.1:9/y@0,1"), reward_endpoint=keyed.reward_endpoint))
     monkeypatch.setenv(KEY_ENV, "k")

@@ -263,9 +263,8 @@ def read_spec(name: str) -> Spec:
         if not _is_reward(found):
             return Spec("function", target, parse_bounds(bounds), name)
         if not -math.inf < found.low < found.high < math.inf:
-            raise AlignProError(
-                f"reward {target}: its range is [{found.low}, {found.high}]; let low be below high, both finite"
-            )
+            limits = f"[{found.low}, {found.high}]"
+            raise AlignProError(f"reward {target}: its range is {limits}; let low be below high, both finite")
         if bounds is not None:
             raise AlignProError(f"reward {target}: it has bounds of its own; leave out @{bounds}")
         return Spec("object", target, None, name)
