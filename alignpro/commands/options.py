@@ -269,7 +269,6 @@ class EnvironmentSettings(ChatOption):
         """The frozen model, how it decodes, and the reward's name, as a run's record keeps them."""
         return {
             "target": self.target,
-            "target_model": self.target_endpoint.model,
             **self.target_endpoint.record("target"),
             **self.reward_endpoint.record("reward"),
             "dtype": self.dtype,

@@ -389,18 +389,26 @@ def test_what_changes_requests_is_in_the_record_also_where_nothing_does():
     """A run begun with a setting differs from one without: absent keys would not be compared."""
     plain, changed = (
         EnvironmentSettings(
-            target_endpoint=EndpointSettings("m", **options),
+            target_endpoint=EndpointSettings(**options),
             reward_endpoint=EndpointSettings(**options),
             reward_model=RewardModelSettings(**model),
             refused_reward=worth,
         ).record("r")
         for options, model, worth in (
             ({}, {}, None),
-            ({"omit": ("seed",), "extra_body": '{"a": 1}'}, {"dtype": "float16", "sample_tokens": 9}, 0.5),
+            (
+                {"model": "m", "dialect": "d", "omit": ("seed",), "extra_body": '{"a": 1}'},
+                {"dtype": "float16", "sample_tokens": 9},
+                0.5,
+            ),
         )
     )
     assert plain.keys() == changed.keys()
-    names = ("target_omit", "target_extra_body", "reward_omit", "reward_extra_body")
+    names = tuple(
+        f"{role}_{name}"
+        for role in ("target", "reward")
+        for name in ("model", "dialect", "omit", "extra_body")
+    )
     names += ("reward_dtype", "reward_sample_tokens", "refused_reward")
     assert {name for name in plain if plain[name] != changed[name]} == set(names)
     for before, now in ((plain, changed), (changed, plain)):

@@ -12,10 +12,12 @@ from mutants import kills
 
 from alignpro.errors import AlignProError
 from alignpro.llm.arms.judge import Pair, judge
+from alignpro.llm.arms.resample import answers
 from alignpro.llm.models.chat import without_thought
 from alignpro.llm.models.prompt import Prompt, transcript
 from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.rewards.endpoint import CachedReward, EndpointReward
+from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.rewards.scores import Refusals
 from alignpro.llm.targets import endpoint as endpoint_module
 from alignpro.llm.targets import services
@@ -24,6 +26,7 @@ from alignpro.llm.targets.ledger import Cached
 from alignpro.llm.targets.services import FINISHES, complaint
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Stopped
+from alignpro.llm.training.environment import Environment
 
 XS = [f"prompt {i}" for i in range(6)] + ["a painter", "b"]
 SAMPLING = Sampling(max_tokens=10)
@@ -625,3 +628,18 @@ def test_a_budget_counts_the_whole_conversation(monkeypatch):
 
     check(transcript)
     kills(check, str)
+
+
+def test_a_refused_answer_is_no_text_to_resample():
+    def odd(_n, body):
+        return choice("Yes.") if int(body["seed"]) % 2 else AGAINST_WHAT["DeepSeek"]
+
+    with serving("target", odd) as server:
+        refusals = Refusals(most=1.0)
+        given = Environment(
+            load_reward("clean"), Endpoint(server.url, settings()), SAMPLING, refusals=refusals
+        )
+        [found] = answers(given, ["x"], 8)
+    pairs = set(zip(found.rewrites, found.rewards, strict=True))
+    assert pairs == {("Yes.", 1.0), ("", 0.0)}
+    assert 0 < refusals.refused < 8

@@ -241,7 +241,8 @@ def judge_file(
     record: dict[str, Any] = {"arms": list(arms), "judge": settings.judge, "judge_model": endpoint.model}
     record |= {name: getattr(settings, name) for name in ("temperature", "reply_tokens", "seed")}
     record |= {"forced": True} if settings.forced else {}
-    record |= {name: value for name, value in endpoint.record("judge").items() if value}
+    changes = endpoint.record("judge")
+    record |= {name: changes[name] for name in ("judge_omit", "judge_extra_body") if changes[name]}
     begun = folder / SETTINGS_FILE
     before = read_json(begun) if begun.exists() else record
     if not isinstance(before, dict) or before.keys() != record.keys():

@@ -109,9 +109,10 @@ class EndpointSettings:
         return digest(self.extra, *sorted(self.omit)).hex()[:12] if changes else ""
 
     def record(self, role: str) -> dict[str, Any]:
-        """Name the changes to requests for a run's record; None, which a later run is told from, for none."""
-        changes = {"omit": list(self.omit), "extra_body": self.extra}
-        return {f"{role}_{name}": value or None for name, value in changes.items()}
+        """Say for a run's record what determines answers; None, which another run differs from, for none."""
+        facts = {"model": self.model, "dialect": self.dialect, "omit": list(self.omit)}
+        facts["extra_body"] = self.extra
+        return {f"{role}_{name}": value or None for name, value in facts.items()}
 
     def check_fields(self, sent: Collection[str], own: Collection[str]) -> None:
         """Refuse to omit what is not `sent`, and to add what is the caller's `own`."""
