@@ -1,8 +1,9 @@
 """Results beside the bounds: what prompting can reach, at what cost, under what errors.
 
-The public functions and records of `reach`, `cost`, `derivatives` and `readings` are here by name. They are
-pure, and safe under jit and vmap, but for `lam_for_kl`; per prompt [X] unless said otherwise. A β or λ that
-is not positive and finite is an `AlignProError`. Proofs: `docs/limits.md`.
+The public functions and records of `reach`, `cost`, `derivatives`, `readings` and `shared` are here by name.
+They are pure, and safe under jit and vmap, but for `lam_for_kl` and `universal`, which check their input; per
+prompt [X] unless said otherwise. A β or λ that is not positive and finite is an `AlignProError`. Proofs:
+`docs/limits.md`.
 """
 
 # ruff: noqa: F401
@@ -41,3 +42,4 @@ from alignpro.theory.results.readings import (
     critical_lam,
     limit_readings,
 )
+from alignpro.theory.results.shared import Universal, strategy_table, universal
