@@ -32,14 +32,13 @@ TARGETS = {
             "theory/bounds.py",
             *(f"theory/statements/{n}.py" for n in ("statement", "upper", "lower", "lemmas")),
         ),
-        ("tests/theory/test_bounds.py",),
+        ("tests/theory/test_bounds.py", "tests/theory/test_certify.py"),
     ),
     "results": (("theory/results/reach.py", "theory/results/readings.py"), ("tests/theory/test_limits.py",)),
     "estimation": (
         (
             "estimation/samples.py",
             "estimation/paired.py",
-            "estimation/arm.py",
             "estimation/terms.py",
             "estimation/intervals.py",
             "estimation/statements.py",
@@ -56,7 +55,7 @@ TARGETS = {
             f"llm/rewards/{name}.py"
             for name in ("reward", "bounds", "accuracy", "bradley_terry", "features", "minilm")
         ),
-        # Without the tests of the packaged head: with a fault in its code it would be trained again.
+        # Without the tests of the packaged head: with a fault in its code it would be trained anew.
         (
             "tests/llm/test_rewards.py",
             "tests/llm/test_reward_models.py",

@@ -20,7 +20,7 @@ from alignpro.theory import FAMILIES, solution
 from alignpro.theory.families import random_prompters
 from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import unchecked
-from alignpro.theory.results import cost, derivatives, reach, readings, robustness
+from alignpro.theory.results import cost, reach, readings, robustness
 from alignpro.theory.results.chains import _solve  # `solve_chain` without its checks, to be vmapped
 
 SHAPE, CHUNK = (2, 4, 5), 1000
@@ -41,11 +41,11 @@ def apart(lhs, rhs, size):
 def of_limits(instance, beta, lam, rho):
     s, other = solution(instance, beta, lam), solution(instance, beta, lam, rho)
     span = jnp.maximum(s.span, 1e-300)
-    head, read = derivatives.headroom(instance, lam), readings.limit_readings(instance, beta, lam)
+    head, read = readings.headroom(instance, lam), readings.limit_readings(instance, beta, lam)
     value, ceiling = reach.response_value(instance, lam), reach.prompting_ceiling(instance, beta)
     critical, budget = readings.critical_lam(instance, beta, per_prompt=True), cost.kl_budget(s)
     projected, price = reach.information_projection(instance, beta), cost.kl_price(instance, beta, rho)
-    split = derivatives.variance_split(instance, rho)
+    split = readings.variance_split(instance, rho)
     finite = jnp.isfinite(price.policy)
     paid = jnp.where(finite, beta * (price.star + price.between - price.policy), price.gap)
     found = {

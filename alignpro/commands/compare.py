@@ -8,8 +8,8 @@ import tyro
 
 from alignpro.commands.estimate import BOOTSTRAP_SEED
 from alignpro.commands.shared import read_rollouts, tell
-from alignpro.report.numbers import columns, interval, limits, number, plain
-from alignpro.report.page import Dots, Page, Table, dot
+from alignpro.report.numbers import columns, interval, plain
+from alignpro.report.page import Dots, Page, Table, dots
 
 if TYPE_CHECKING:
     from alignpro import estimation
@@ -38,16 +38,14 @@ def page(result: "estimation.Comparison") -> Page:
     settings = {"level": result.level, "arms": list(result.mean), "prompts": result.n_prompts}
     page = Page("compare", f"Arms compared with {base}", "; ".join(said) + ".", settings | BOOTSTRAP_SEED)
     for name, e in list(result.mean.items())[:4]:
-        page.key(f"Mean reward, {name}", number(e.value), limits(e))
+        page.estimate(f"Mean reward, {name}", e)
     head = ["arm", "mean reward", "variance", f"mean − {base}", f"variance − {base}", "win rate"]
     page.add(
         "Arms",
         f"{result.n_prompts} prompts, paired, with {level} over prompts; those of the differences cover "
         "jointly over the arms. Win rate: how often an answer earns more than the baseline's, ties a half.",
         Table(head, _rows(result, "-"), "wnnnnn"),
-        Dots(
-            "Mean reward of each arm", f"reward units, {level}", [dot(*item) for item in result.mean.items()]
-        ),
+        Dots("Mean reward of each arm", f"reward units, {level}", dots(result.mean)),
     )
     page.add(
         f"Differences from {base}",
@@ -55,7 +53,7 @@ def page(result: "estimation.Comparison") -> Page:
         figure=Dots(
             f"Mean reward minus that of {base}",
             f"reward units, {level}",
-            [dot(name, a.mean) for name, a in result.against.items()],
+            dots({name: a.mean for name, a in result.against.items()}),
             [(0.0, "no difference")],
         ),
     )
@@ -65,7 +63,7 @@ def page(result: "estimation.Comparison") -> Page:
         figure=Dots(
             f"Win rate against {base}",
             f"share of pairs, ties a half, {level}",
-            [dot(name, a.win_rate) for name, a in result.against.items()],
+            dots({name: a.win_rate for name, a in result.against.items()}),
             [(0.5, "even")],
         ),
     )

@@ -77,8 +77,7 @@ def _rows(result: "DemoResult") -> Iterator[tuple[str, str, Json]]:
 
 def page(result: "DemoResult") -> Page:
     """The demo's page; its four figures are files beside it."""
-    settings, sizes = result.settings, result.sizes
-    training = settings["training"]
+    settings, sizes, training = result.settings, result.sizes, result.settings["training"]
     rewards, policies, theorem = result.rewards, result.policies, result.bounds["theorem1"]["star"]
     sft, theta, star = (policies[who] for who in PROMPTERS)
     page = Page(
@@ -163,16 +162,14 @@ def _caveats(result: "DemoResult") -> list[str]:
     if not settings["exact_rewards"]:
         rewarded = "r(x, y) of one sampled response per rewrite"
     reward = "The reward is a model, not a judgement of people."
-    if "test_accuracy" in model:
-        right = model["test_accuracy"]
+    if right := model.get("test_accuracy"):
         reward += f" On held-out pairs it prefers the preferred answer in {_accuracy(right)}; chance is 50%."
     else:
         reward += " It states no accuracy."
     if by_source := model.get("test_accuracy_by_source"):
         reward += f" By source: {'; '.join(f'{name} {_accuracy(a)}' for name, a in by_source.items())}."
-    if "test_accuracy_of_longer_wins" in model:
-        longer = _accuracy(model["test_accuracy_of_longer_wins"])
-        reward += f" Preferring the longer answer scores {longer}."
+    if longer := model.get("test_accuracy_of_longer_wins"):
+        reward += f" Preferring the longer answer scores {_accuracy(longer)}."
     if limits := model.get("limits"):
         reward += f" Its stated limits: {' '.join(limits)}"
     return [
@@ -217,29 +214,16 @@ def _add_figures(page: Page, result: "DemoResult") -> None:
     theorem = result.bounds["theorem1"]["star"]
     ratio = _ratio(theorem)
     size = f"{_n(1 / ratio, '.1f')} × the gap" if ratio else "beside a gap that is not positive"
-    stacks = [
-        Stack(
-            f"{name}, {PROMPTERS[who]}",
-            {_TERMS.get(term, term): value for term, value in b["terms"].items()},
-            b["rhs"],
-            b["gap"],
-            "vacuous" * b["vacuous"],
-        )
-        for name, who, b in rows
-    ]
-    cells = [
-        (
-            name,
-            PROMPTERS[who],
-            _n(b["gap"], "z.4f"),
-            *(number(b["terms"].get(term), "z.4f") for term in _TERMS),
-            *(_n(b[key], "z.4f") for key in ("rhs", "slack")),
-            _n(_ratio(b), "z.1%"),
-            b["verdict"],
-            "yes" if b["vacuous"] else "no",
-        )
-        for name, who, b in rows
-    ]
+    stacks, cells, assumed = [], [], []
+    for name, who, b in rows:
+        title = f"{name}, {PROMPTERS[who]}"
+        terms = {_TERMS.get(term, term): value for term, value in b["terms"].items()}
+        stacks.append(Stack(title, terms, b["rhs"], b["gap"], "vacuous" * b["vacuous"]))
+        values = (b["gap"], *map(b["terms"].get, _TERMS), b["rhs"], b["slack"])
+        said = (*(_n(value, "z.4f") for value in values), _n(_ratio(b), "z.1%"), b["verdict"])
+        cells.append((name, PROMPTERS[who], *said, "yes" if b["vacuous"] else "no"))
+        met = [f"{'✓' if so else '✗ not met:'} {what}" for what, so in b["assumptions"].items()]
+        assumed.append(f"{title}: {', '.join(met) or 'nothing'}")
     page.add(
         "Bounds",
         "Each bound and the true gap below it. Coloured terms add up; the hatched part is then subtracted, "
@@ -264,10 +248,6 @@ def _add_figures(page: Page, result: "DemoResult") -> None:
         ),
         file="bound.png",
     )
-    assumed = []
-    for name, who, b in rows:
-        met = [f"{'✓' if so else '✗ not met:'} {what}" for what, so in b["assumptions"].items()]
-        assumed.append(f"{name}, {PROMPTERS[who]}: {', '.join(met) or 'nothing'}")
     page.add("Assumptions", "What each bound assumes, and whether it is so here.", points=assumed)
     page.add(
         "Learning curves",
@@ -277,14 +257,13 @@ def _add_figures(page: Page, result: "DemoResult") -> None:
         file="curves.png",
     )
     drawn, every = min(len(result.prompts), MOST_PROMPTS), len(result.prompts)
+    bars = Bars("probability (after each rewrite: its R)", [*PROMPTERS.values()], [*_panels(result.prompts)])
     page.add(
         "Policies",
         f"Probability of the rewrites of {drawn}{f' of {every}' * (drawn < every)} prompts, best R(x, x′) "
         f"first; that reward stands after the text. Rewrites below {_n(_FOLD, '.0%')} under all three "
         "prompters, and any beyond eight, are summed in one row.",
-        figure=Bars(
-            "probability (after each rewrite: its R)", list(PROMPTERS.values()), list(_panels(result.prompts))
-        ),
+        figure=bars,
         file="policies.png",
     )
 
@@ -398,9 +377,7 @@ def _add_prompts(page: Page, result: "DemoResult") -> None:
             "tnnnn",
             {(i, j) for i, r in enumerate(best) for j, key in enumerate(columns, 1) if r[key] == top[key]},
         )
-        asked: dict[str, str] = dict.fromkeys(_ANSWERS, str(p["prompt"])) | {
-            "theta": p["answers"]["theta"]["rewrite"]
-        }
+        asked = dict.fromkeys(_ANSWERS, str(p["prompt"])) | {"theta": p["answers"]["theta"]["rewrite"]}
         said = [
             (asked[who], _ANSWERS[who], shown(a), _n(a["reward"]), _n(a["probability"], "z.1%"))
             for who, answers in answers_of(p).items()

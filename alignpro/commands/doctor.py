@@ -34,8 +34,7 @@ def requirements() -> dict[str, list[tuple[str, str]]]:
     """(package, version wanted) by extra; "" is what alignpro itself needs."""
     found: dict[str, list[tuple[str, str]]] = {name: [] for name in EXTRAS}
     for text in metadata.requires("alignpro") or []:
-        match = _REQUIREMENT.match(text)
-        extra = _EXTRA.search(text)
+        match, extra = _REQUIREMENT.match(text), _EXTRA.search(text)
         name = extra[1] if extra else ""
         if match and name in found and match[1] != "alignpro":
             found[name].append((match[1], match[3]))
@@ -95,10 +94,15 @@ def _devices() -> dict[str, Any]:
 
 def examine() -> dict[str, Any]:
     """Everything, as JSON values."""
-    from alignpro.llm.models import packages, registry
+    from alignpro.llm.models import catalogue, packages
 
     folder = packages.cache_folder()
     there = next(path for path in (folder, *folder.parents) if path.exists())
+    kept = []
+    for name, package in catalogue.PACKAGES.items():
+        source = "npm" if package.kind == "npm" else "the Python package index"
+        about = {"package": name, "size_mb": package.size_mb, "cached": packages.cached(name)}
+        kept.append(about | {"from": source})
     return {
         "alignpro": alignpro.__version__,
         "python": platform.python_version(),
@@ -109,15 +113,7 @@ def examine() -> dict[str, Any]:
             "folder": str(folder),
             "free_gb": round(shutil.disk_usage(there).free / 1e9, 1),
             "writable": os.access(there, os.W_OK),
-            "packages": [
-                {
-                    "package": name,
-                    "size_mb": package.size_mb,
-                    "cached": packages.cached(name),
-                    "from": "npm" if package.kind == "npm" else "the Python package index",
-                }
-                for name, package in registry.PACKAGES.items()
-            ],
+            "packages": kept,
         },
         "programs": {"npm": shutil.which("npm") is not None},
     }

@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from alignpro.commands.shared import read_rollouts, tell
-from alignpro.report.numbers import columns, interval, limits, number, plain
-from alignpro.report.page import Dots, Page, Table, dot, some
+from alignpro.report.numbers import columns, interval, number, plain
+from alignpro.report.page import Dots, Page, Table, dot, dots, some
 
 if TYPE_CHECKING:
     from alignpro.estimation import Estimate as Number
     from alignpro.estimation import EstimateReport
+    from alignpro.estimation.estimate import Split
 
 BOOTSTRAP_SEED = {"seed": "the bootstrap's is fixed; those of the rollouts are in their file"}
 """The line about seeds in the settings of a page."""
-_SPLIT = ("gap", "prompting_ceiling", "kl_regularisation", "optimisation")
+
+
+_PARTS = "gap of | gap | prompting ceiling | KL regularisation | optimisation | sampling error"
 
 
 def text(result: "EstimateReport") -> str:
@@ -40,17 +43,19 @@ def text(result: "EstimateReport") -> str:
     if any(bound.vacuous for bound in result.bounds):
         lines.append("  vacuous: rhs is at least the width of the reward, so true of any policies")
     if result.splits:
-        rows = [("the gap of", *(name.replace("_", " ").replace("kl", "KL") for name in _SPLIT))]
-        rows[0] = (*rows[0], "sampling error")
-        for arm, split in result.splits.items():
-            parts = (interval(getattr(split, name)) for name in _SPLIT)
-            rows.append((arm, *parts, f"+-{split.sampling_error:.3g}"))
-        lines += ["", "where it comes from", columns(rows)]
+        head = tuple(f"the {_PARTS}".split(" | "))
+        rows = [_split(arm, s, f"+-{s.sampling_error:.3g}") for arm, s in result.splits.items()]
+        lines += ["", "where it comes from", columns([head, *rows])]
     if result.missing:
         lines += ["", "not to be had from these rollouts"]
         lines += [f"  {name}: {why}" for name, why in result.missing.items()]
     lines += [f"warning: {warning}" for warning in result.warnings]
     return "\n".join(lines)
+
+
+def _split(arm: str, split: "Split", error: str) -> tuple[str, ...]:
+    parts = (split.gap, split.prompting_ceiling, split.kl_regularisation, split.optimisation)
+    return (arm, *map(interval, parts), error)
 
 
 def _lines(found: Mapping[str, "Number"]) -> str:
@@ -68,54 +73,46 @@ def page(result: "EstimateReport") -> Page:
         some(plain(result), keys) | BOOTSTRAP_SEED,
     )
     page.key("Theorem 1", about.verdict, "vacuous" if about.vacuous else "")
-    for name, e in ((f"Gap of {about.prompter}", about.gap), ("Right side", about.rhs)):
-        page.key(name, number(e.value if e else None), limits(e))
+    page.estimate(f"Gap of {about.prompter}", about.gap)
+    page.estimate("Right side", about.rhs)
     page.key("Rollouts", number(result.n), f"of {result.n_prompts} prompts")
 
-    rows, dots, terms = [], [], []
+    rows, beside, terms = [], [], []
     for b in result.bounds:
         cells = (interval(e) for e in (b.gap, b.rhs, b.slack))
         rows.append((b.name, b.prompter, *cells, b.finding, b.why or "–"))
-        for e, words in ((b.gap, "gap"), (b.rhs, "right side")):
-            dots.append(dot(f"{b.name}, {b.prompter}", e, words))
+        label = f"{b.name}, {b.prompter}"
+        beside += [dot(label, b.gap, "gap"), dot(label, b.rhs, "right side")]
         terms += [(b.name, b.prompter, term, interval(e)) for term, e in b.terms.items()]
     page.add(
         "Bounds on the gap",
         f"gap ≤ right side, with {result.level:.0%} intervals over prompts; the slacks' cover jointly. "
         f"Vacuous: the right side is at least the reward's width, {number(result.width)}.",
         Table("bound | about | gap | right side | slack | verdict | why", rows, "wwnnnww"),
-        Dots("Each bound beside the gap", axis, dots, [(result.width, "vacuous from here")]),
+        Dots("Each bound beside the gap", axis, beside, [(result.width, "vacuous from here")]),
     )
     page.add(
         "Their terms",
         "What the right sides are made of: each is the sum of its terms, which carry their signs.",
         Table("bound | about | term | value [interval]", terms, "wwwn"),
     )
-    rewards = [dot(name, e) for name, e in result.quantities.items() if name.startswith("J(")]
+    rewards = {name: e for name, e in result.quantities.items() if name.startswith("J(")}
     page.add(
         "Quantities",
         "What these rollouts give of the theory; J is an expected reward, TV a total variation, ESS an "
         "effective sample size.",
         shown_estimates(result.quantities, "quantity"),
-        Dots("Expected rewards", axis, rewards),
+        Dots("Expected rewards", axis, dots(rewards)),
     )
     page.add(
         "Gaps to the optimum",
         "J(π*) minus the J of each arm; “rlhf − …” has the tuned policy's J in J(π*)'s place.",
         shown_estimates(result.gaps, "gap of"),
-        Dots("Gap of each arm", axis, [dot(name, e) for name, e in result.gaps.items()], [(0.0, "no gap")]),
+        Dots("Gap of each arm", axis, dots(result.gaps), [(0.0, "no gap")]),
     )
-    if result.splits:
-        rows = [
-            (
-                arm,
-                *(interval(getattr(split, name)) for name in _SPLIT),
-                f"± {number(split.sampling_error, '.3g')}",
-            )
-            for arm, split in result.splits.items()
-        ]
-        head = "gap of | gap | prompting ceiling | KL regularisation | optimisation | sampling error"
-        page.add("Where it comes from", "Each gap is the sum of three parts.", Table(head, rows, "wnnnnn"))
+    if splits := result.splits.items():
+        rows = [_split(arm, split, f"± {number(split.sampling_error, '.3g')}") for arm, split in splits]
+        page.add("Where it comes from", "Each gap is the sum of three parts.", Table(_PARTS, rows, "wnnnnn"))
     if result.missing:
         table = Table("what | why", list(result.missing.items()), "ww")
         page.add("Not to be had", "What these rollouts do not tell, and why.", table)

@@ -18,6 +18,7 @@ import webbrowser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
@@ -40,10 +41,7 @@ class Reader:
         self.about: dict[str, Any] = {
             "file": Path(path).name,
             "prompts": len(table.prompt_ids),
-            "arms": table.arms,
-            "frozen": table.frozen,
-            "reward_model": table.reward_model,
-            "sampling": table.sampling,
+            **{name: getattr(table, name) for name in ("arms", "frozen", "reward_model", "sampling")},
             "range": [table.low, table.high],
         }
         self.rows: dict[str, list[dict[str, Any]]] = {}
@@ -56,13 +54,11 @@ class Reader:
 
     def find(self, text: str) -> list[int]:
         """Positions of the prompts that have `text`, in any case, in them, a rewrite or an answer."""
-        wanted = text.casefold()
+        wanted, keys = text.casefold(), ("x", "rewrite", "response")
         return [
             i
             for i, rows in enumerate(self.rows.values())
-            if any(
-                wanted in (row[key] or "").casefold() for row in rows for key in ("x", "rewrite", "response")
-            )
+            if any(wanted in (row[key] or "").casefold() for row in rows for key in keys)
         ]
 
     def prompt(self, at: int) -> dict[str, Any]:
@@ -70,24 +66,18 @@ class Reader:
         name, rows = list(self.rows.items())[at]
         arms = []
         for arm in self.about["arms"]:
-            mine = sorted(
-                (row for row in rows if row["arm"] == arm), key=lambda r: (r["seed"], r["draw"], r["answer"])
-            )
-            draws = [list(group) for _, group in itertools.groupby(mine, lambda r: (r["seed"], r["draw"]))]
-            rewards = [row["reward"] for row in mine]
+            mine = [row for row in rows if row["arm"] == arm]
+            mine.sort(key=itemgetter("seed", "draw", "answer"))
+            draws = [list(group) for _, group in itertools.groupby(mine, itemgetter("seed", "draw"))]
             arms.append(
                 {
                     "arm": arm,
                     "prompters": sorted({self.prompters[arm, row["seed"]] for row in mine}),
-                    "answers": len(rewards),
-                    "mean": sum(rewards) / len(rewards) if rewards else None,
+                    "answers": len(mine),
+                    "mean": sum(row["reward"] for row in mine) / len(mine) if mine else None,
                     "draws": [
-                        {
-                            "seed": draw[0]["seed"],
-                            "draw": draw[0]["draw"],
-                            "rewrite": draw[0]["rewrite"],
-                            "answers": [{"text": r["response"], "reward": r["reward"]} for r in draw],
-                        }
+                        {key: draw[0][key] for key in ("seed", "draw", "rewrite")}
+                        | {"answers": [{"text": row["response"], "reward": row["reward"]} for row in draw]}
                         for draw in draws
                     ],
                 }
@@ -166,11 +156,10 @@ class App:
 
     def _of(self, given: dict[str, str]) -> "Explored":
         source = given.pop("source", "")
-        if source == "file":
-            return self.explored(source)
-        return self.explored(
-            source, *(_whole(given, n, 1) for n in ("x", "k", "y")), _whole(given, "seed", 0)
-        )
+        sizes: tuple[int, ...] = ()
+        if source != "file":
+            sizes = (*(_whole(given, n, 1) for n in ("x", "k", "y")), _whole(given, "seed", 0))
+        return self.explored(source, *sizes)
 
     def _explored(self, source: str, *sizes: int) -> "Explored":
         from alignpro.theory.search.exploring import Explored, drawn
@@ -302,20 +291,6 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def serve(app: App, port: int | None, browser: bool) -> int:
-    """Serve until Ctrl-C, which is the normal end: 0."""
-    with Server(app, port) as server:
-        try:
-            print(f"{server.address}  (Ctrl-C ends it)", flush=True)
-            # Without a display a text browser would take over the terminal.
-            if browser and (sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)):
-                webbrowser.open(server.address)
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print()
-    return 0
-
-
 @dataclass(frozen=True)
 class Explore:
     """Open a local page on which beta and lambda move and the theory follows: optima, gap, bounds, frontier.
@@ -343,4 +318,14 @@ class Explore:
 
     def run(self) -> int:
         app = App(self.file, self.family, self.shape, self.seed, self.rollouts)
-        return serve(app, self.port, not self.no_browser)
+        with Server(app, self.port) as server:
+            try:
+                print(f"{server.address}  (Ctrl-C ends it)", flush=True)
+                # Without a display a text browser would take over the terminal.
+                display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)
+                if display and not self.no_browser:
+                    webbrowser.open(server.address)
+                server.serve_forever()
+            except KeyboardInterrupt:  # the normal end
+                print()
+        return 0

@@ -8,8 +8,8 @@ import tyro
 
 from alignpro.commands.estimate import BOOTSTRAP_SEED, add_warnings, shown_estimates
 from alignpro.commands.shared import read_rollouts, tell
-from alignpro.report.numbers import columns, interval, limits, number, plain
-from alignpro.report.page import Dots, Page, Table, dot
+from alignpro.report.numbers import columns, interval, number, plain
+from alignpro.report.page import Dots, Page, Table, dot, dots
 
 if TYPE_CHECKING:
     from alignpro import estimation
@@ -49,27 +49,27 @@ def page(result: "estimation.Headroom") -> Page:
     page = Page("headroom", "What prompting could gain", result.answer, settings)
     page.key("Train at all?", result.decision)
     for name, e in result.means.items():
-        page.key(f"J({name})", number(e.value), limits(e))
+        page.estimate(f"J({name})", e)
     page.key("Rollouts", number(result.n), f"of {result.n_prompts} prompts")
 
     groups = ("over ρ_sft", "net of λ KL", "over no prompter")
-    rows, dots = [], []
+    rows, gained = [], []
     for at in result.at:
-        gains = (at.over_reference, at.net, at.over_none)
-        rows.append((f"λ = {number(at.lam)}", *map(interval, gains)))
-        dots += [dot(rows[-1][0], e, words) for e, words in zip(gains, groups, strict=True) if e is not None]
+        name, gains = f"λ = {number(at.lam)}", (at.over_reference, at.net, at.over_none)
+        rows.append((name, *map(interval, gains)))
+        gained += [dot(name, e, group) for e, group in zip(gains, groups, strict=True) if e is not None]
     page.add(
         "The optimal prompter's gain",
         f"What ρ* would earn at each λ, in reward units, with {result.level:.0%} intervals over prompts.",
         Table(["", *groups], rows, "wnnn"),
-        Dots("Gain at each λ", axis, dots, [(0.0, "no gain")]),
+        Dots("Gain at each λ", axis, gained, [(0.0, "no gain")]),
     )
     best = {f"best of {n}": e for n, e in result.best_of.items()}
     page.add(
         "What it rests on",
         "Mean rewards, where their variance is, and what picking the best of n rewrites gains over ρ_sft.",
         shown_estimates(_basis(result, best), "quantity"),
-        Dots("Gain of the best of n over ρ_sft", axis, [dot(*i) for i in best.items()], [(0.0, "no gain")]),
+        Dots("Gain of the best of n over ρ_sft", axis, dots(best), [(0.0, "no gain")]),
     )
     add_warnings(page, result.warnings)
     return page

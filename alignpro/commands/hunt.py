@@ -3,14 +3,13 @@
 import math
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
-from alignpro.files import writable_folder, write_json
-from alignpro.report.keep import keep
-from alignpro.report.numbers import columns, number, plain
+from alignpro.commands.shared import save
+from alignpro.files import writable_folder
+from alignpro.report.numbers import columns, number
 from alignpro.report.page import Dot, Dots, Page, Table
 
 if TYPE_CHECKING:
@@ -103,8 +102,8 @@ def page(result: "Hunting") -> Page:
         for role, found in one.finds.items():
             proof = one.certificates.get(role)
             shape = " × ".join(map(str, found.instance.shape))
-            values = (found.beta, found.lam, found.lhs, found.rhs, found.ratio)
-            numbers = [*(number(v, ".6g") for v in values), number(-found.excess, ".3g")]
+            numbers = [number(v, ".6g") for v in (found.beta, found.lam, found.lhs, found.rhs, found.ratio)]
+            numbers.append(number(-found.excess, ".3g"))
             by = "float64" if proof is None else f"{proof.precision} bits"
             finds.append((one.file(role), ROLES[role], one.verdict(role), by, shape, *numbers))
     page.add(
@@ -121,13 +120,6 @@ def page(result: "Hunting") -> Page:
         Table(head, finds, "wwww" + "n" * 7),
     )
     return page
-
-
-def save(result: "Hunting", folder: Path) -> None:
-    result.save_instances(folder)
-    write_json(folder / "hunt.json", plain(result.json()))
-    print(f"\nwrote {folder / 'hunt.json'}")
-    keep(page(result), folder)
 
 
 @dataclass(frozen=True)
@@ -172,5 +164,6 @@ class Hunt:
                     raise KeyboardInterrupt
         finally:
             if folder is not None and result.hunted:
-                save(result, folder)
+                print()
+                save(result, "hunt", page(result), folder)
         return 1 if result.refuted else 0

@@ -7,17 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from alignpro.commands.help import Prefixed
-from alignpro.commands.options import RunOptions
+from alignpro.commands.options import Prefixed, RunOptions
 from alignpro.commands.shared import tell
 from alignpro.files import read_json
 from alignpro.llm.arms.settings import JudgeSettings
 from alignpro.llm.targets.settings import EndpointSettings
-from alignpro.report.numbers import columns, interval, limits, number, plain
-from alignpro.report.page import Dots, Page, Table, dot
+from alignpro.report.numbers import columns, interval, number, plain
+from alignpro.report.page import Dots, Page, Table, dots
 
 if TYPE_CHECKING:
+    from alignpro.estimation.intervals import Estimate
     from alignpro.estimation.winrate import WinRates
+
+
+def _rates(result: "WinRates") -> "dict[str, Estimate | None]":
+    return {
+        "win rate, ties a half": result.win_rate,
+        "at equal lengths": result.length_controlled,
+        "orders agree": result.agreement,
+        "first shown preferred": result.first_shown,
+    }
 
 
 def text(result: "WinRates", replies: Sequence[str] = ()) -> str:
@@ -29,19 +38,17 @@ def text(result: "WinRates", replies: Sequence[str] = ()) -> str:
         over += "; {:.3f} to {:.3f} were every failed verdict lost, or won".format(*result.bounds)
     lengths = "mean length {:.0f} against {:.0f} characters".format(*result.mean_lengths)
     kappa = "" if result.kappa is None else f"Cohen's kappa {result.kappa:.2f}"
-    rates = (
-        ("win rate, ties a half", result.win_rate, over),
-        ("at equal lengths", result.length_controlled, lengths),
-        ("orders agree", result.agreement, kappa),
-        ("first shown preferred", result.first_shown, "0.5 where position does not matter"),
-    )
+    notes = (over, lengths, kappa, "0.5 where position does not matter")
     rows = [
         (
             f"{ours} : {theirs}",
             f"{won} : {lost}",
             f"won {result.wins}, lost {result.losses}, tied {result.ties}{identical}, failed {result.failed}",
         ),
-        *((name, "not to be had" if e is None else interval(e, ".3f"), note) for name, e, note in rates),
+        *(
+            (name, "not to be had" if e is None else interval(e, ".3f"), note)
+            for (name, e), note in zip(_rates(result).items(), notes, strict=True)
+        ),
     ]
     lines = [
         f"{result.pairs} pairs of {result.prompts} prompts, each judged in both orders by {result.judge}"
@@ -57,7 +64,7 @@ def text(result: "WinRates", replies: Sequence[str] = ()) -> str:
 def page(result: "WinRates", settings: Mapping[str, Any]) -> Page:
     """The page of `judge`: the win rate, what the judge is worth, and counts; `settings` as settings.json."""
     ours, theirs = result.arms
-    rate, agreement = result.win_rate, result.agreement
+    rate, rates = result.win_rate, _rates(result)
     page = Page(
         "judge",
         f"{ours} against {theirs}, judged",
@@ -66,29 +73,23 @@ def page(result: "WinRates", settings: Mapping[str, Any]) -> Page:
         else f"{ours} wins {interval(rate)} of the pairs, ties a half.",
         {**settings, "judge": result.judge},
     )
-    page.key("Win rate", number(rate.value if rate else None), limits(rate))
+    page.estimate("Win rate", rate)
     tied = f"tied {result.ties}, failed {result.failed}"
     page.key("Won : lost", f"{result.wins} : {result.losses}", tied)
-    page.key("Orders agree", number(agreement.value if agreement else None), limits(agreement))
+    page.estimate("Orders agree", result.agreement)
     page.key("Pairs", number(result.pairs), f"of {result.prompts} prompts")
 
-    rates = {
-        "win rate, ties a half": rate,
-        "at equal lengths": result.length_controlled,
-        "orders agree": agreement,
-        "first shown preferred": result.first_shown,
-    }
     level = f"{result.level:.0%} intervals" if result.level else "no intervals"
     rows: list[Sequence[str]] = [
         (name, interval(e), number(e.n if e else None), e.method if e else "–") for name, e in rates.items()
     ]
-    dots = [dot(name, e) for name, e in rates.items() if e is not None]
+    given = dots({name: e for name, e in rates.items() if e is not None})
     page.add(
         "Rates",
         f"{ours} against {theirs}, each pair judged in both orders, with {level} over prompts. A judge that "
         "is blind to position prefers the answer shown first in half of them.",
         Table("rate | value [interval] | pairs | how", rows, "wnnw"),
-        Dots("Rates", f"share of pairs, {level}", dots, [(0.5, "even")]),
+        Dots("Rates", f"share of pairs, {level}", given, [(0.5, "even")]),
     )
     low, high = map(number, result.bounds)
     lengths = " and ".join(number(length, ".1f") for length in result.mean_lengths)

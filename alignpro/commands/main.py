@@ -11,7 +11,6 @@ from typing import Annotated, Any, Union
 import tyro
 
 import alignpro
-from alignpro.commands import help
 from alignpro.commands.compare import Compare
 from alignpro.commands.demo import Demo
 from alignpro.commands.doctor import Doctor
@@ -21,6 +20,7 @@ from alignpro.commands.headroom import Headroom
 from alignpro.commands.hunt import Hunt
 from alignpro.commands.judge import Judge
 from alignpro.commands.merge import Merge
+from alignpro.commands.options import CONFIG, REGISTRY
 from alignpro.commands.resample import Resample
 from alignpro.commands.reward_model import RewardModel
 from alignpro.commands.rewrite import Rewrite
@@ -69,13 +69,10 @@ def _expanded(arguments: Sequence[str]) -> list[str]:
                 return rest[i + 1]
         return None
 
-    options: dict[str, Any] = {}
     path = value_of("config")
-    said = _yaml(path) if path is not None else {}
-    preset = value_of("preset") or said.get("preset")
-    if preset is not None and preset in PRESETS:
-        options |= PRESETS[str(preset)]
-    options |= said
+    said = {} if path is None else _yaml(path)
+    preset: Any = value_of("preset") or said.get("preset")
+    options = PRESETS.get(preset, {}) | said
     out = [verb]
     for name, value in options.items():
         if name in given or value is None or value is False:
@@ -129,8 +126,8 @@ def _parse(arguments: Sequence[str]) -> Verb:
                 prog="alignpro",
                 description="The theory of prompt optimization for alignment, verified and put to use.",
                 args=list(arguments),
-                config=help.CONFIG,
-                registry=help.REGISTRY,
+                config=CONFIG,
+                registry=REGISTRY,
             )
     except SystemExit as stop:
         if stop.code in (0, None):

@@ -71,15 +71,9 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         check_prompter(prompter, self.template)
         world = World(environment)
         xs = user_prompts(self.source, prompter, self.source.split, self.source.prompts)
-        record = {
-            "prompter": prompter,
-            "template": self.template,
-            "rewrite_tokens": self.rewrite_tokens,
-            "proposals": self.proposals,
-            "responses": self.responses,
-            "seed": self.seed,
-            **environment.record(world.reward_name),
-        }
+        kept_as = ("template", "rewrite_tokens", "proposals", "responses", "seed")
+        record = {"prompter": prompter, **{name: getattr(self, name) for name in kept_as}}
+        record |= environment.record(world.reward_name)
         begun, path = folder / "settings.json", folder / FILE
         if begun.exists():
             refuse_other_settings(folder, read_json(begun), record, "--out")
@@ -169,8 +163,7 @@ def page(result: "Resampled", record: Json) -> Page:
     made = Page(
         "resample",
         "The training-free prompter",
-        "Rewrites drawn from ρ_sft and reweighted to ρ*, or cut to the best of n. R̂ chose, so these "
-        "gains are optimistic: alignpro rollout --arms star best_of_n asks afresh.",
+        f"Rewrites drawn from ρ_sft and reweighted to ρ*, or cut to the best of n. {_CURSE}.",
         record,
     )
     made.key("Mean reward of ρ_sft", number(result.prior), "by R̂")

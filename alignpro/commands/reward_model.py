@@ -3,7 +3,7 @@
 import math
 import shlex
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -57,15 +57,8 @@ class RewardModel(ResumedRun):
             f"{len(read)} pairs of {len({p.prompt for p in read})} prompts ({sizes}); {steps} steps of "
             f"{settings.batch_size} pairs, {how}, samples of at most {settings.max_tokens} tokens"
         )
-        result = train_reward(
-            read,
-            self.base,
-            self.out,
-            settings,
-            template=self.template,
-            device=self.device,
-            resume=self.resume,
-        )
+        given: dict[str, Any] = {"template": self.template, "device": self.device, "resume": self.resume}
+        result = train_reward(read, self.base, self.out, settings, **given)
         keep.keep(page(result), self.out)
         print(text(result, self.out))
         return 0
@@ -103,12 +96,12 @@ def page(result: "TrainedReward") -> Page:
     made.key("Loss, test", number(found["test_loss"], ".3f"), f"nats; of a coin {_COIN:.3f}")
     learned = sum(n for name, n in found["pairs"].items() if name.endswith(" train"))
     made.key("Pairs learned from", number(learned), f"{metrics[-1]['step']} optimizer steps")
-    rows = [
-        (part, interval(e, ".3f"), number(e["prompts"]), number(found[f"{part}_loss"], ".4f"))
-        for part, e in ((part, found[f"{part}_accuracy"]) for part in parts)
-    ]
+    rows, dots = [], []
+    for part in parts:
+        e, loss = found[f"{part}_accuracy"], found[f"{part}_loss"]
+        rows.append((part, interval(e, ".3f"), number(e["prompts"]), number(loss, ".4f")))
+        dots.append(dot(part, e, "the reward"))
     rows.append(("test, by length", interval(longer, ".3f"), number(longer["prompts"]), "–"))
-    dots = [dot(part, found[f"{part}_accuracy"], "the reward") for part in parts]
     dots.append(dot("test", longer, "the longer answer"))
     made.add(
         "How good it is",

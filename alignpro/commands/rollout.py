@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from alignpro.commands import opening
 from alignpro.commands.options import (
     DEFAULT_PROMPTER,
     EnvironmentSettings,
@@ -20,8 +21,8 @@ from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder
 from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.report import keep
-from alignpro.report.numbers import interval, limits, number
-from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dot
+from alignpro.report.numbers import interval, number
+from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dots
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.draws import Arm, Scorer
@@ -54,7 +55,6 @@ class Rollout(TemplateOption, RunOptions):
     source: tyro.conf.OmitArgPrefixes[MeasuredPrompts] = field(default_factory=MeasuredPrompts)
 
     def run(self) -> int:
-        from alignpro.commands.opening import World, check_target_room, kept, trained_home, user_prompts
         from alignpro.llm.arms import rollout
         from alignpro.llm.models import packages
         from alignpro.llm.models.libraries import quiet
@@ -70,7 +70,7 @@ class Rollout(TemplateOption, RunOptions):
             if arm.folder:
                 _check_trained(arm, saved[arm.folder], environment)
         trained = {arm.folder: saved[arm.folder] for arm in arms if arm.folder and arm.name != "rlhf"}
-        reference = _reference(self.prompter and trained_home(self.prompter), trained, homes)
+        reference = _reference(self.prompter and opening.trained_home(self.prompter), trained, homes)
         chosen = _template(self.template, reference, trained)
         if settings.rewrite_tokens is None and trained:
             lengths = {int(said["max_tokens"]) for said in trained.values()}
@@ -79,27 +79,21 @@ class Rollout(TemplateOption, RunOptions):
                     f"rewrite_tokens: the trained prompters have {sorted(lengths)}; give one for all arms"
                 )
             settings = replace(settings, rewrite_tokens=lengths.pop())
-        world = World(environment)
-        xs = user_prompts(self.source, reference, self.source.split, self.source.prompts)
+        world = opening.World(environment)
+        xs = opening.user_prompts(self.source, reference, self.source.split, self.source.prompts)
 
-        weights = {name: rollout.sha256(_weights(home)) for name, home in homes.items()}
+        weights = {name: packages.sha256(_weights(home))[:12] for name, home in homes.items()}
+        made = {name: {"folder": name, "weights": digest} for name, digest in weights.items()}
+        resampling = {name: getattr(settings, name) for name in _RESAMPLING}
+        drawn = dict.fromkeys(("star", "best_of_n"), resampling)
         reward = world.reward_name
         record = {
             "prompts": hashlib.sha256(json.dumps(xs).encode()).hexdigest()[:16],
-            "draws": settings.draws,
-            "answers": settings.answers,
-            "rewrite_tokens": settings.rewrite_tokens,
+            **{name: getattr(settings, name) for name in ("draws", "answers", "rewrite_tokens")},
             "prompter": reference,
             "template": asdict(chosen) if chosen else None,
             **environment.record(reward),
-            "arms": {
-                str(arm): {"folder": arm.folder, "weights": weights[arm.folder]}
-                if arm.folder
-                else {
-                    name: getattr(settings, name) for name in _RESAMPLING if arm.name in ("star", "best_of_n")
-                }
-                for arm in arms
-            },
+            "arms": {str(arm): made[arm.folder] if arm.folder else drawn.get(arm.name, {}) for arm in arms},
         }
         planned = rollout.plan(folder, xs, settings, record)
         if settings.rlhf and not sampling.natural:
@@ -115,7 +109,7 @@ class Rollout(TemplateOption, RunOptions):
             options = dict(next(iter(trained.values())).get("chat_template_kwargs") or {})
         if planned.todo or not path.exists() or (folder / rollout.PARTIAL).exists():
             target = world.target()
-            check_target_room(target, xs, sampling.max_tokens)
+            opening.check_target_room(target, xs, sampling.max_tokens)
             frozen = world.kept(target, folder)
 
             def open_policy(name: str) -> "tuple[Target, Scorer]":
@@ -124,25 +118,26 @@ class Rollout(TemplateOption, RunOptions):
                 dtype, size = environment.dtype, environment.batch_size
                 policy = Prompter.from_pretrained(homes[name], dtype=dtype, chat_template_kwargs=options)
                 local = LocalTarget((policy.model, policy.tokenizer), batch_size=size, name=name)
-                return kept(local, folder), local.log_probs
+                return opening.kept(local, folder), local.log_probs
 
             def open_prompter(name: str) -> "Prompter":
-                if name:
-                    return Prompter.from_pretrained(homes[name], chat_template_kwargs=options)
-                opened = Prompter.from_pretrained(reference, chat_template_kwargs=options)
-                opened = replace(opened, template=chosen) if chosen else opened
-                opened.prompt_ids(xs)  # all have room, before the first is drawn
+                home = homes[name] if name else reference
+                opened = Prompter.from_pretrained(home, chat_template_kwargs=options)
+                if not name:
+                    opened = replace(opened, template=chosen) if chosen else opened
+                    opened.prompt_ids(xs)  # all have room, before the first is drawn
                 return opened
 
+            scorer, size = getattr(target, "log_probs", None), environment.batch_size
             work = rollout.Work(
                 settings,
                 world.reward(folder),
                 frozen,
-                getattr(target, "log_probs", None),
+                scorer,
                 sampling,
                 open_prompter,
                 open_policy,
-                environment.batch_size,
+                size,
                 world.refusals,
             )
             who = {
@@ -170,10 +165,9 @@ class Rollout(TemplateOption, RunOptions):
 
 
 def _prompter_folder(name: str) -> Path:
-    from alignpro.commands.opening import trained_home
     from alignpro.llm.policies.prompter import PROMPTER_FILE
 
-    home = Path(trained_home(name)).expanduser()
+    home = Path(opening.trained_home(name)).expanduser()
     if (home / PROMPTER_FILE).is_file():
         return home
     raise AlignProError(f"trained {name!r}: holds no {PROMPTER_FILE}; name a folder that training wrote")
@@ -194,24 +188,19 @@ def _same_model(one: str, other: str) -> bool:
 
 def _check_trained(arm: "Arm", said: Any, environment: EnvironmentSettings) -> None:
     """Refuse a policy as a prompter, a prompter as a policy, and the policy of another model."""
-    from alignpro.commands.opening import is_address
     from alignpro.llm.policies.prompter import PROMPTER_FILE
 
     try:
         task, base = said["facts"].get("settings", {}).get("task", "prompter"), str(said["base"])
         _ = int(said["max_tokens"]), dict(said["template"])["examples"]
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise AlignProError(
-            f"trained {arm.folder!r}: its {PROMPTER_FILE} is damaged; save it again"
-        ) from None
+        wrong = f"trained {arm.folder!r}: its {PROMPTER_FILE} is damaged; save it again"
+        raise AlignProError(wrong) from None
     if (task == "rlhf") != (arm.name == "rlhf"):
         option = "rlhf" if task == "rlhf" else "trained"
         raise AlignProError(f"{arm.folder!r}: it was trained with --task {task}; give it as --{option}")
-    if (
-        arm.name == "rlhf"
-        and not is_address(environment.target)
-        and not _same_model(base, environment.target)
-    ):
+    served = opening.is_address(environment.target)
+    if arm.name == "rlhf" and not served and not _same_model(base, environment.target):
         raise AlignProError(
             f"rlhf {arm.folder!r}: its policy was trained from {base}, which is not the target "
             f"{environment.target}; name that as --target"
@@ -237,7 +226,6 @@ def _reference(prompter: str | None, trained: Mapping[str, Any], homes: Mapping[
 
 def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "Template | None":
     """The template for ρ_sft: the trained prompters', as they are compared with it; None where it has one."""
-    from alignpro.commands.opening import check_prompter
     from alignpro.llm.policies.prompter import PROMPTER_FILE, Template, check_template
 
     saved = [said["template"] for said in trained.values()]
@@ -246,7 +234,7 @@ def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "
             raise AlignProError("trained: their templates differ; roll each out in a folder of its own")
     if name is not None and saved:
         raise AlignProError(f"template {name}: the trained prompters have their own; leave it out")
-    check_prompter(reference, name)
+    opening.check_prompter(reference, name)
     if (Path(reference).expanduser() / PROMPTER_FILE).is_file():
         return None
     if not saved:
@@ -255,9 +243,7 @@ def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "
 
 
 def text(result: "RolloutSummary") -> str:
-    lines = [
-        f"{arm.name}: mean reward {arm.mean.value:.4f} of {arm.rollouts} rollouts" for arm in result.arms
-    ]
+    lines = [f"{a.name}: mean reward {a.mean.value:.4f} of {a.rollouts} rollouts" for a in result.arms]
     return "\n".join([*lines, f"wrote {result.path}"])
 
 
@@ -271,7 +257,8 @@ def page(result: "RolloutSummary", record: Json) -> Page:
         record,
     )
     for arm in result.arms[:4]:
-        made.key(f"Mean reward, {arm.name}", number(arm.mean.value), limits(arm.mean))
+        made.estimate(f"Mean reward, {arm.name}", arm.mean)
+    means = {arm.name: arm.mean for arm in result.arms}
     made.add(
         "Mean reward by arm",
         f"On a scale from {number(result.low)} to {number(result.high)}, with 95% intervals over prompts "
@@ -281,11 +268,7 @@ def page(result: "RolloutSummary", record: Json) -> Page:
             [(arm.name, interval(arm.mean), number(arm.rollouts), number(arm.seeds)) for arm in result.arms],
             "wnnn",
         ),
-        Dots(
-            "Mean reward of each arm",
-            "reward units, 95% intervals",
-            [dot(arm.name, arm.mean) for arm in result.arms],
-        ),
+        Dots("Mean reward of each arm", "reward units, 95% intervals", dots(means)),
     )
     texts = []
     for row in result.texts:
@@ -297,10 +280,6 @@ def page(result: "RolloutSummary", record: Json) -> Page:
         "Texts",
         f"The first draw of {told} of {result.prompts} prompts, as the models wrote it, with invisible "
         "characters spelled out.",
-        Table(
-            "prompt | arm | rewrite | answer | reward",
-            texts,
-            "twttn",
-        ),
+        Table("prompt | arm | rewrite | answer | reward", texts, "twttn"),
     )
     return made

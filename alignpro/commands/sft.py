@@ -100,11 +100,9 @@ def page(result: "Tuned") -> Page:
         (name, number(e.pairs), number(e.before, ".4f"), number(e.after, ".4f"))
         for name, e in held_out.items()
     ]
-    dots = [
-        Dot(name, nats, group=when)
-        for name, e in held_out.items()
-        for when, nats in (("before", e.before), ("after", e.after))
-    ]
+    dots = []
+    for name, e in held_out.items():
+        dots += [Dot(name, e.before, group="before"), Dot(name, e.after, group="after")]
     made.add(
         "Held-out rewrites",
         "Mean −log ρ(x′|x) over the tokens, the end included, of rewrites that were not learned from.",

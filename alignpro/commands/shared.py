@@ -6,11 +6,12 @@ A verb's module has `text` and `page` beside its options: its result for the ter
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from alignpro.errors import AlignProError
 from alignpro.report.keep import keep
-from alignpro.report.numbers import number
+from alignpro.report.numbers import number, plain
 from alignpro.report.page import Curve, Curves, Json, Page
 
 
@@ -55,6 +56,16 @@ def tell(
     print(json.dumps(values, ensure_ascii=False, allow_nan=False) if as_json else text)
     if out is not None and page is not None:
         keep(page(), out)
+
+
+def save(result: Any, verb: str, page: Page, folder: Path) -> None:
+    """Write VERB.json, report.html and the instances of a result of the theory into `folder`."""
+    from alignpro.files import write_json
+
+    result.save_instances(folder)
+    write_json(folder / f"{verb}.json", plain(result.json()))
+    print(f"wrote {folder / f'{verb}.json'}")
+    keep(page, folder)
 
 
 def fell(metrics: Sequence[Json], unit: str, panels: Mapping[str, str]) -> tuple[str, Curves]:

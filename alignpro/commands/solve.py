@@ -63,10 +63,8 @@ def page(result: "Solutions") -> Page:
     page.key("Bounds that hold", number(result.count("holds")), f"of {checks}")
     page.key("Vacuous", number(result.vacuous), "true of any policies")
 
-    rows = []
-    for one in result.files:
-        optima = (one.j_star, one.j_rho, one.gap, one.delta1, one.delta2, one.r_max)
-        rows.append((one.file, *map(number, optima)))
+    optima = ("j_star", "j_rho", "gap", "delta1", "delta2", "r_max")
+    rows = [(one.file, *(number(getattr(one, name)) for name in optima)) for one in result.files]
     page.add(
         "Optima",
         "The exact RLHF and prompting optima, and the gap between them, in reward units.",
@@ -80,16 +78,12 @@ def page(result: "Solutions") -> Page:
             cells = ("≤" if upper else "≥", number(b.rhs), number(b.slack), _verdict(b))
             rows.append((name, *cells, terms or "–", _assumptions(b)))
             dots.append(Dot(name, b.rhs, group="upper bound" if upper else "lower bound"))
+        gap = [(one.gap, f"gap {number(one.gap)}")]
         page.add(
             one.file,
             f"The bounds on its gap; r_max is {one.r_max_convention}.",
             Table("bound | gap is | right side | slack | verdict | terms | rests on", rows, "wwnnwww"),
-            Dots(
-                "Each bound beside the gap",
-                "reward units",
-                dots,
-                [(one.gap, f"gap {number(one.gap)}")] if math.isfinite(one.gap) else [],
-            ),
+            Dots("Each bound beside the gap", "reward units", dots, gap if math.isfinite(one.gap) else []),
         )
     if len(result.files) > SECTIONS:
         page.add(f"{len(result.files) - SECTIONS} more files", "Their bounds are in what the verb prints.")

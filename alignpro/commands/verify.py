@@ -1,25 +1,26 @@
 """`alignpro verify`: check claims of the theory on many random instances."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from alignpro.commands.shared import save
 from alignpro.errors import AlignProError
-from alignpro.files import writable_folder, write_json
-from alignpro.report.keep import keep
-from alignpro.report.numbers import columns, number, plain
+from alignpro.files import writable_folder
+from alignpro.report.numbers import columns, number
 from alignpro.report.page import Dot, Dots, Page, Table
 
 if TYPE_CHECKING:
-    from alignpro.theory.search.verification import Verification
+    from alignpro.theory.search.verification import Summary, Verification
 
 SHOWN_BY_FAMILY = 3
 """Up to so many claims are shown family by family."""
 
 
-def _percent(share: float | None) -> str:
-    return number(share, ".0%")
+def _cells(claim: "Summary", count: Callable[[int], str]) -> tuple[str, ...]:
+    counts = map(count, (claim.checked, claim.violations, claim.inconclusive))
+    values = (number(v, ".2g") for v in (claim.least_slack, *claim.tightness[1:]))
+    return (*counts, *values, number(claim.vacuous, ".0%"), number(claim.identity_error, ".2g"))
 
 
 def _by_family(result: "Verification") -> list[str]:
@@ -38,36 +39,29 @@ def _by_family(result: "Verification") -> list[str]:
             else:
                 slack, ratio = row["slack_over_span_quantiles"], row["lhs_over_rhs_quantiles"]
                 cells += [number(v, ".2g") for v in (*slack[:3], *ratio[2:])]
-                cells.append(_percent(row.get("vacuous_share")))
+                cells.append(number(row.get("vacuous_share"), ".0%"))
             rows.append((*cells, f"{result.family_seconds[tally.family]:.1f}"))
         blocks.append(f"{claim.name} ({claim.kind})\n{columns(rows, 'w' + 'n' * (len(rows[0]) - 1), '')}")
     return blocks
 
 
 def _by_statement(result: "Verification") -> str:
-    counted = ("statement", "kind", "checked", "violated", "unclear")
-    rows: list[Sequence[str]] = [
-        (*counted, "least slack/span", "lhs/rhs 50%", "95%", "vacuous", "identity error")
-    ]
-    for claim in result.by_statement:
-        counts = map(str, (claim.checked, claim.violations, claim.inconclusive))
-        values = [number(v, ".2g") for v in (claim.least_slack, *claim.tightness[1:])]
-        error = number(claim.identity_error, ".2g")
-        rows.append((claim.name, claim.kind, *counts, *values, _percent(claim.vacuous), error))
+    head = "statement|kind|checked|violated|unclear|least slack/span|lhs/rhs 50%|95%|vacuous|identity error"
+    rows = [(claim.name, claim.kind, *_cells(claim, str)) for claim in result.by_statement]
     note = "\n(lhs/rhs: median over the families; by family with --bound NAME, or in verify.json)"
-    return columns(rows, "w" + "n" * 9, "") + note
+    return columns([head.split("|"), *rows], "w" + "n" * 9, "") + note
 
 
 def _certified(result: "Verification") -> str:
-    rows: list[Sequence[str]] = [
-        ("certified", "proved", "of them ties", "violated", "inconclusive", "bits", "settled", "unexamined")
-    ]
+    head = "certified|proved|of them ties|violated|inconclusive|bits|settled|unexamined"
+    rows = []
     for claim in result.by_statement:
         p = claim.proofs
         counts = (p.holds, p.ties, p.violated, p.inconclusive, p.bits, p.settled, p.unexamined)
         rows.append((claim.name, *map(str, counts)))
     note = f"\n(ball arithmetic on the {result.certify} most doubtful of each family; "
-    return columns(rows, "w" + "n" * 7, "") + note + "settled: float64 violations that are none)"
+    note += "settled: float64 violations that are none)"
+    return columns([head.split("|"), *rows], "w" + "n" * 7, "") + note
 
 
 def text(result: "Verification") -> str:
@@ -111,10 +105,7 @@ def page(result: "Verification") -> Page:
         low, half, high = claim.tightness
         if claim.identity_error is None:
             dots.append(Dot(claim.name, half, low, high))
-        counts = map(number, (claim.checked, claim.violations, claim.inconclusive))
-        values = [number(v, ".2g") for v in (claim.least_slack, half, high)]
-        error = number(claim.identity_error, ".2g")
-        rows.append((claim.name, claim.verdict, *counts, *values, _percent(claim.vacuous), error))
+        rows.append((claim.name, claim.verdict, *_cells(claim, number)))
     head = "statement | verdict | checked | violated | unclear | least slack / span"
     head += " | left / right, median | 95% | vacuous | identity error"
     known = [claim.name for claim in claims if claim.kind == "known wrong"]
@@ -163,14 +154,6 @@ def page(result: "Verification") -> Page:
     return page
 
 
-def save(result: "Verification", folder: Path) -> None:
-    """Write verify.json, report.html and the instance that refutes each refuted claim."""
-    result.save_instances(folder)
-    write_json(folder / "verify.json", plain(result.json()))
-    print(f"wrote {folder / 'verify.json'}")
-    keep(page(result), folder)
-
-
 @dataclass(frozen=True)
 class Verify:
     """Check Theorem 1, its sharper forms, lower bounds, identities and lemmas on random instances.
@@ -211,5 +194,5 @@ class Verify:
         result = verify(statements, self.instances, self.seed, families, certify=certify)
         print(text(result))
         if folder is not None:
-            save(result, folder)
+            save(result, "verify", page(result), folder)
         return 1 if result.findings else 0

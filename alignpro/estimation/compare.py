@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from alignpro.errors import AlignProError
-from alignpro.estimation.arm import Arm
 from alignpro.estimation.intervals import Estimate, check_level
-from alignpro.estimation.paired import Term, estimates
+from alignpro.estimation.paired import Arm, Term, estimates
 from alignpro.estimation.samples import win_rate
+from alignpro.estimation.terms import Terms
 from alignpro.rollouts import Rollouts
 
 
@@ -56,28 +56,22 @@ def compare(rollouts: Rollouts, arms: Sequence[str], level: float = 0.95) -> Com
             raise AlignProError(f"--arms {name}: is named twice; name each arm once")
     if len(arms) < 2:
         raise AlignProError(f"--arms {' '.join(arms)}: compare at least two of {', '.join(rollouts.arms)}")
-    given = {name: Arm(rollouts, name) for name in arms}
-    means = {name: arm.mean(arm.reward) for name, arm in given.items()}
-    spread = {name: _variances(means[name], arm.mean(np.square(arm.reward))) for name, arm in given.items()}
-    low, high = rollouts.low, rollouts.high
-    square = 0.25 * (high - low) ** 2
-
-    def mean(name: str) -> Term:
-        return Term(means[name], low, high, frozenset({name}), "none", "mean reward of each prompt")
+    terms = Terms(rollouts, 1.0, 1.0)
+    square = 0.25 * terms.width**2
 
     def variance(name: str) -> Term:
-        method = "total variance, jackknifed over prompts"
-        return Term(spread[name], 0.0, square, frozenset({name}), "none", method)
+        values = _variances(terms.j(name).values, terms.arm(name).mean(np.square(terms.arm(name).reward)))
+        return Term(values, 0.0, square, frozenset({name}), "none", "total variance, jackknifed over prompts")
 
     baseline, *others = arms
 
     def wins(name: str) -> Term:
         method = "share of pairs won, ties a half"
-        values = _wins(given[name], given[baseline])
+        values = _wins(terms.arm(name), terms.arm(baseline))
         return Term(values, 0.0, 1.0, frozenset({name, baseline}), "none", method)
 
     kinds = {
-        "mean": {name: mean(name) - mean(baseline) for name in others},
+        "mean": {name: terms.j(name) - terms.j(baseline) for name in others},
         "variance": {name: variance(name) - variance(baseline) for name in others},
         "win_rate": {name: wins(name) for name in others},
     }
@@ -87,7 +81,7 @@ def compare(rollouts: Rollouts, arms: Sequence[str], level: float = 0.95) -> Com
         level=level,
         n_prompts=len(rollouts.prompt_ids),
         baseline=baseline,
-        mean=estimates({name: mean(name) for name in arms}, rollouts, level),
+        mean=estimates({name: terms.j(name) for name in arms}, rollouts, level),
         variance=estimates({name: variance(name) for name in arms}, rollouts, level),
         against={
             name: Against(found["mean"][name], found["variance"][name], found["win_rate"][name])

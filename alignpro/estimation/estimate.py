@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from alignpro.claims import Relation, Verdict
 from alignpro.errors import AlignProError, check_temperature
-from alignpro.estimation.arm import Absent
 from alignpro.estimation.intervals import Estimate, check_level, prompts_to_settle, verdict_of
-from alignpro.estimation.paired import Interval, Term, estimates
+from alignpro.estimation.paired import Absent, Interval, Term, estimates
 from alignpro.estimation.statements import CLAIMS, Statement, theorem1
 from alignpro.estimation.terms import Terms
 from alignpro.rollouts import Rollouts
@@ -23,20 +22,20 @@ class BoundEstimate:
     name: str
     prompter: str
     """The arm it is about; "rho*" when ρ* is reached by reweighting ρ_sft."""
-    gap: Estimate | None
-    rhs: Estimate | None
-    slack: Estimate | None
+    gap: Estimate | None = None
+    rhs: Estimate | None = None
+    slack: Estimate | None = None
     """rhs − gap; its interval covers jointly with those of the other statements of the report."""
-    terms: Mapping[str, Estimate]
+    terms: Mapping[str, Estimate] = field(default_factory=dict)
     """Signed parts of the right side, by name: it is their sum."""
-    assumptions: Mapping[str, bool]
-    verdict: Verdict
+    assumptions: Mapping[str, bool] = field(default_factory=dict)
+    verdict: Verdict = "inapplicable"
     """holds | violated (the slack's whole interval is positive | negative) | inconclusive | inapplicable."""
-    vacuous: bool | None
+    vacuous: bool | None = None
     """Whether rhs is at least the declared width of the reward, so true of any policies."""
-    more_prompts: int | None
+    more_prompts: int | None = None
     """How many prompts more, sampled like these, would settle an inconclusive verdict; None otherwise."""
-    why: str
+    why: str = ""
     """The reason of a verdict inapplicable or inconclusive; empty otherwise."""
     relation: Relation = "<="
 
@@ -143,7 +142,7 @@ def estimate(
     for key, statement in statements.items():
         mine = {name: e for (of, name), e in by_part.items() if of == key}
         bounds.append(_bound(*key, mine.pop("gap"), mine.pop("rhs"), slacks[key], mine, statement, terms))
-    bounds += [_inapplicable(*key, why) for key, why in lacking.items()]
+    bounds += [BoundEstimate(*key, why=why, relation=CLAIMS[key[0]].relation) for key, why in lacking.items()]
     gaps, splits = _gaps(terms, rollouts, level)
     return EstimateReport(
         beta=beta,
@@ -166,10 +165,9 @@ def estimate(
 
 
 def _prompters(rollouts: Rollouts) -> dict[str, str]:
-    names: dict[str, list[str]] = {}
+    names: dict[str, dict[str, None]] = {}
     for (arm, _), prompter in rollouts.prompters.items():
-        if prompter not in names.setdefault(arm, []):
-            names[arm].append(prompter)
+        names.setdefault(arm, {})[prompter] = None
     return {arm: ", ".join(of) for arm, of in names.items()}
 
 
@@ -213,39 +211,28 @@ def _statements(terms: Terms, r_max: float | None) -> tuple[dict[Key, Statement]
     wanted: dict[Key, Callable[[], Statement]] = {
         (name, star): partial(claim, terms) for name, claim in CLAIMS.items() if not claim.any_prompter
     }
-    if r_max is not None:
-        wanted["theorem1", star] = partial(theorem1, terms, r_max)
-    for arm in terms.prompters():
-        wanted |= {
-            (name, arm): partial(claim, terms, arm) for name, claim in CLAIMS.items() if claim.any_prompter
-        }
+    wanted["theorem1", star] = partial(theorem1, terms, r_max)
+    anyone = {name: claim for name, claim in CLAIMS.items() if claim.any_prompter}
+    wanted |= {(name, arm): partial(anyone[name], terms, arm) for arm in terms.prompters() for name in anyone}
     return _attempt(wanted)
 
 
-def _inapplicable(name: str, prompter: str, why: str) -> BoundEstimate:
-    relation = CLAIMS[name].relation
-    return BoundEstimate(name, prompter, None, None, None, {}, {}, "inapplicable", None, None, why, relation)
-
-
 def _bound(name, prompter, gap, rhs, slack, parts, statement: Statement, terms: Terms) -> BoundEstimate:
-    applies = all(statement.assumptions.values())
-    verdict = verdict_of(slack.lo, slack.hi, applies)
+    assumed = statement.assumptions
+    verdict = verdict_of(slack.lo, slack.hi, all(assumed.values()))
     more, why = None, ""
-    if not applies:
-        why = "not so: " + "; ".join(key for key, true in statement.assumptions.items() if not true)
+    if verdict == "inapplicable":
+        why = "not so: " + "; ".join(key for key, true in assumed.items() if not true)
     elif verdict == "inconclusive" and statement.slack.weak:
         why = "importance weights are degenerate; see the warnings"
     elif verdict == "inconclusive":
         more = prompts_to_settle(slack)
-        why = (
-            "no realistic number of prompts would settle it"
-            if more is None
-            else f"about {more} more prompts, sampled like these, would settle it"
-        )
+        why = "no realistic number of prompts would settle it"
+        if more is not None:
+            why = f"about {more} more prompts, sampled like these, would settle it"
     vacuous, relation = rhs.value >= terms.width, CLAIMS[name].relation
-    numbers = (gap, rhs, slack, parts)
     return BoundEstimate(
-        name, prompter, *numbers, statement.assumptions, verdict, vacuous, more, why, relation
+        name, prompter, gap, rhs, slack, parts, assumed, verdict, vacuous, more, why, relation
     )
 
 

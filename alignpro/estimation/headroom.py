@@ -2,16 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
-
-import numpy as np
 
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.estimation import samples
-from alignpro.estimation.arm import Absent
-from alignpro.estimation.intervals import Bias, Estimate, check_level, prompts_to_settle
-from alignpro.estimation.paired import Term, estimates
+from alignpro.estimation.intervals import Estimate, check_level, prompts_to_settle
+from alignpro.estimation.paired import Absent, Term, estimates
 from alignpro.estimation.terms import Terms
 from alignpro.rollouts import Rollouts
 
@@ -84,15 +80,12 @@ def headroom(rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95
     square = 0.25 * terms.width**2
     draws = int(arm.draws.min())
     counts = [n for n in (2, 4, 8, 16, 32, 64) if n < draws] + [draws]
-    best = {n: arm.per_prompt(partial(_best, n=n))[0] for n in counts}
+    split = "unbiased analysis of variance"
     rows: dict[Any, Term] = {
-        "within": _of_sft(within, 0.0, square, "none", "unbiased analysis of variance"),
-        "between": _of_sft(between, 0.0, square, "none", "unbiased analysis of variance"),
+        "within": Term(within, 0.0, square, sft.arms, "none", split),
+        "between": Term(between, 0.0, square, sft.arms, "none", split),
         **{("J", name): terms.j(name) for name in ("none", "sft") if name in rollouts.arms},
-        **{
-            ("best", n): _of_sft(values, terms.low, terms.high, "down", "cross-fitted best of n") - sft
-            for n, values in best.items()
-        },
+        **{("best", n): terms.best(n) - sft for n in counts},
     }
     decisive: dict[Any, Term] = {}
     for lam in lams:
@@ -120,14 +113,6 @@ def headroom(rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95
         answer=_answer(lams, joint, none, terms.width),
         warnings=tuple(terms.warnings.values()),
     )
-
-
-def _best(rewards: np.ndarray, n: int) -> np.ndarray:
-    return samples.best_of(rewards, n)[None]
-
-
-def _of_sft(values: np.ndarray, low: float, high: float, bias: Bias, method: str) -> Term:
-    return Term(values, low, high, frozenset({"sft"}), bias, method)
 
 
 def _answer(lams: Sequence[float], joint: dict[Any, Estimate], none: bool, width: float) -> str:

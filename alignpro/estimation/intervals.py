@@ -60,9 +60,9 @@ def check_level(level: float) -> float:
 
 
 @lru_cache(maxsize=4)
-def _counts(n: int, resamples: int, seed: int) -> np.ndarray:
+def _counts(n: int, resamples: int) -> np.ndarray:
     """Draw how often each prompt is in each resample: [n, resamples]."""
-    rng = np.random.default_rng([seed, n])
+    rng = np.random.default_rng([0, n])
     return rng.multinomial(n, np.full(n, 1.0 / n), size=resamples).T.astype(float)
 
 
@@ -94,7 +94,7 @@ class Studentised(NamedTuple):
         return lo, hi
 
 
-def studentise(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Studentised:
+def studentise(values: np.ndarray, resamples: int = RESAMPLES) -> Studentised:
     """Bootstrap the prompts of all rows together, [..., S, n], so that rows stay paired.
 
     Beyond 2,000 prompts the draws are those of the central limit theorem, with the rows' own correlation.
@@ -110,12 +110,12 @@ def studentise(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) ->
     sd = np.where(sd > rounding, sd, 0.0)
     unit = centred / np.where(sd > 0, sd, 1.0)[..., None]
     if n > _MANY_PROMPTS:
-        rng = np.random.default_rng([seed, n])
+        rng = np.random.default_rng([0, n])
         white = rng.standard_normal((values.shape[-2], resamples))
         left, size, _ = np.linalg.svd(unit / np.sqrt(n - 1), full_matrices=False)
         return Studentised(mean, sd / np.sqrt(n), (left * size[..., None, :]) @ white[: size.shape[-1]])
     draws = np.empty((*values.shape[:-1], resamples))
-    counts = _counts(n, resamples, seed)
+    counts = _counts(n, resamples)
     rows = unit.reshape(-1, n)
     flat = draws.reshape(-1, resamples)
     step = max(1, _BLOCK // resamples)
@@ -131,10 +131,10 @@ def studentise(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) ->
 
 
 def bootstrap_t(
-    values: np.ndarray, level: float, resamples: int = RESAMPLES, seed: int = 0
+    values: np.ndarray, level: float, resamples: int = RESAMPLES
 ) -> tuple[np.ndarray, np.ndarray]:
     """Percentile-t limits of the mean of `values` [..., n], lower and upper, [...] each."""
-    lo, hi = studentise(values[..., None, :], resamples, seed).interval(level)
+    lo, hi = studentise(values[..., None, :], resamples).interval(level)
     return lo[..., 0], hi[..., 0]
 
 
@@ -163,7 +163,7 @@ def betting(values: np.ndarray, low: float, high: float, level: float) -> tuple[
     martingale, so it exceeds 2/α at any time with probability at most α/2 (Ville). The limits are where it
     just does; it is monotone in m, so bisection finds them. Valid at every n; depends on the values' order.
     """
-    x = np.clip((values - low) / (high - low), 0.0, 1.0)
+    x = (values - low) / (high - low)
     n = x.shape[-1]
     alpha = 1.0 - level
     steps = np.arange(1, n + 1)

@@ -1,18 +1,95 @@
-"""Per-prompt values, whose sums and differences stay paired by prompt, and intervals of their means."""
+"""Rollouts of an arm as per-prompt values, whose sums and differences stay paired, and their intervals."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from functools import cached_property
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from alignpro.errors import AlignProError
 from alignpro.estimation.intervals import Bias, Estimate, betting, studentise
 from alignpro.rollouts import Rollouts
 
 Interval = Literal["bootstrap", "betting"]
 """Which intervals means get: percentile-t over prompts, or guaranteed limits where they are to be had."""
 Key = TypeVar("Key", bound=Hashable)
+COMBINED = "per-prompt values, combined prompt by prompt"
+"""The method of a sum of terms that come by different ones."""
 _FLIP: dict[Bias, Bias] = {"none": "none", "up": "down", "down": "up", "unknown": "unknown"}
+
+
+class Absent(Exception):
+    """Why a term cannot be had from these rollouts, and the remedy."""
+
+
+class Arm:
+    """The rows of one arm. Each answer to the prompt itself (arm none, a tuned policy) counts as a draw.
+
+    `index` has its rows' positions; `starts`, where in it each draw begins; `first` [n], each prompt's first
+    draw; `answers` and `draws` [n] count those of a draw and of a prompt.
+    """
+
+    def __init__(self, rollouts: Rollouts, name: str) -> None:
+        if name not in rollouts.arms:
+            raise Absent(f"arm {name} is absent; roll it out")
+        self.rollouts, self.name = rollouts, name
+        self.index = index = np.flatnonzero(rollouts.rows(name))
+        prompt = rollouts.prompt[index]
+        keys = (prompt, rollouts.seed[index], rollouts.draw[index])
+        new = np.ones(len(index), bool)
+        if name != "none" and name not in rollouts.direct:
+            new[1:] = np.any([np.diff(key) != 0 for key in keys], axis=0)
+        self.starts = np.flatnonzero(new)
+        self.answers = np.diff(np.append(self.starts, len(index)))
+        n = len(rollouts.prompt_ids)
+        self.draws = np.bincount(prompt[self.starts], minlength=n)
+        if not self.draws.all():
+            missing = rollouts.prompt_ids[int(np.argmin(self.draws))]
+            raise AlignProError(
+                f"arm {name}: has no rows for prompt_id {missing!r}, which other arms have; finish its "
+                "rollout, or remove the prompt"
+            )
+        self.first = np.cumsum(self.draws) - self.draws
+
+    def mean(self, values: np.ndarray) -> np.ndarray:
+        """Average `values` [rows of the arm] within draws, then over the draws of each prompt: [n]."""
+        by_draw = np.add.reduceat(values, self.starts) / self.answers
+        return np.add.reduceat(by_draw, self.first) / self.draws
+
+    def logp(self, name: str) -> np.ndarray:
+        """A log-probability of `LOGPS`, [rows of the arm], in nats. Raises Absent where a row has none."""
+        values = self.rollouts.logps[name][self.index]
+        missing = int(np.isnan(values).sum())
+        if missing:
+            raise Absent(
+                f"{name} is missing in {missing} of {len(values)} rows of arm {self.name}; roll it out with "
+                "a backend that gives log-probabilities"
+            )
+        return values
+
+    @cached_property
+    def reward(self) -> np.ndarray:
+        return self.rollouts.reward[self.index]
+
+    def least(self, draws: int, answers: int) -> None:
+        """Raise Absent unless every prompt has `draws` draws, and every draw `answers` answers."""
+        for what, given, need, each in (
+            ("prompt with {} draw", self.draws.min(), draws, "prompt"),
+            ("draw with {} answer", self.answers.min(), answers, "rewrite"),
+        ):
+            if given < need:
+                raise Absent(f"arm {self.name} has a {what.format(given)}; give every {each} at least {need}")
+
+    def per_prompt(self, statistic: Callable[[np.ndarray], Any]) -> np.ndarray:
+        """Apply `statistic` ([g, K, A] to [S, g]) to prompts of equally many draws K; [S, n], in their order.
+
+        A is the arm's least number of answers; the first A are taken of a draw with more.
+        """
+        cube = self.reward[self.starts[:, None] + np.arange(self.answers.min())]
+        groups = [np.flatnonzero(self.draws == size) for size in np.unique(self.draws)]
+        found = [statistic(cube[self.first[at][:, None] + np.arange(self.draws[at[0]])]) for at in groups]
+        return np.concatenate(found, axis=1)[:, np.argsort(np.concatenate(groups))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,38 +134,23 @@ class Term:
             high=self.high + other.high,
             arms=self.arms | other.arms,
             bias=bias,
-            method=self.method
-            if self.method == other.method
-            else "per-prompt values, combined prompt by prompt",
+            method=self.method if self.method == other.method else COMBINED,
             lower=lower,
             upper=upper,
             ess=min((t.ess for t in (self, other) if t.ess is not None), default=None),
         )
 
     def __neg__(self) -> "Term":
-        return replace(
-            self,
-            values=-self.values,
-            low=-self.high,
-            high=-self.low,
-            bias=_FLIP[self.bias],
-            lower=None if self.upper is None else -self.upper,
-            upper=None if self.lower is None else -self.lower,
-        )
+        return -1.0 * self
 
     def __sub__(self, other: "Term") -> "Term":
         return self + -other
 
     def __rmul__(self, factor: float) -> "Term":
-        """`factor` > 0 times the term."""
-        return replace(
-            self,
-            values=factor * self.values,
-            low=factor * self.low,
-            high=factor * self.high,
-            lower=None if self.lower is None else factor * self.lower,
-            upper=None if self.upper is None else factor * self.upper,
-        )
+        low, high = sorted((factor * self.low, factor * self.high))
+        lower, upper = (None if end is None else factor * end for end in (self.lower, self.upper))
+        found = replace(self, values=factor * self.values, low=low, high=high, lower=lower, upper=upper)
+        return found if factor > 0 else replace(found, bias=_FLIP[self.bias], lower=upper, upper=lower)
 
 
 def estimates(
@@ -106,29 +168,20 @@ def estimates(
     """
     if not terms:
         return {}
-    rows: list[np.ndarray] = []
-    at: dict[Key, int] = {}
-    for name, term in terms.items():
-        sides = [term.values]
-        if term.lower is not None and term.upper is not None:
-            sides += [term.lower, term.upper]
-        at[name] = len(rows)
-        rows += sides
-    found = studentise(np.stack(rows))
+    sides = ((term.values, term.lower, term.upper) for term in terms.values())
+    found = studentise(np.stack([side for three in sides for side in three if side is not None]))
     lo, hi = found.simultaneous(level) if simultaneous else found.interval(level)
-    out = {}
+    out, i = {}, 0
     for name, term in terms.items():
-        i = at[name]
         value, low, high = float(found.mean[i]), float(lo[i]), float(hi[i])
-        how = "percentile-t bootstrap over prompts"
-        if simultaneous:
-            how = "joint " + how
+        how = f"{'joint ' * simultaneous}percentile-t bootstrap over prompts"
         if term.weak:
             low, high = max(float(lo[i + 1]), term.low), min(float(hi[i + 2]), term.high)
             value, how = min(max(value, low), high), how + " of a lower and an upper bound"
         elif term.bounded and interval == "betting" and not simultaneous:
-            ends = betting(term.values, term.low, term.high, level)
-            low, high, how = float(ends[0]), float(ends[1]), "betting (hedged capital)"
+            low, high = map(float, betting(term.values, term.low, term.high, level))
+            how = "betting (hedged capital)"
+        i += 3 if term.weak else 1
         # What lies outside the quantity's range covers nothing. A bootstrap of few prompts may know no end.
         low, high = max(low, term.low, -1e308), min(high, term.high, 1e308)
         low, high = min(low, value), max(high, value)  # an unbiased estimate may lie outside

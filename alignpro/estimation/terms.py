@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from alignpro.estimation import samples
-from alignpro.estimation.arm import Absent, Arm
-from alignpro.estimation.paired import Term
+from alignpro.estimation.paired import COMBINED, Absent, Arm, Term
 from alignpro.rollouts import Rollouts
 
 LEAST_ESS = 8.0
@@ -19,10 +19,25 @@ MOST_NOISE_UNCORRECTED = 0.05
 """Such noise with fewer than 4 answers to a draw, too few for the jackknife over answers."""
 
 
-def _weighted(values, low, high, ends, ess: float, arm: str, method: str) -> Term:
-    """A term by importance weights, bracketed by `ends` where those are degenerate."""
-    lower, upper = (None, None) if ends is None else (np.broadcast_to(end, len(values)) for end in ends)
-    return Term(values, low, high, frozenset({arm}), "unknown", method, lower=lower, upper=upper, ess=ess)
+_BY_BETA = "self-normalised weights e^{r/beta}, jackknifed"
+
+
+class Weights(NamedTuple):
+    """Importance weights of an arm's samples."""
+
+    arm: str
+    ess: float
+    """Effective samples of a prompt, in the median."""
+    weak: bool
+    """Whether they are degenerate, so that what they give is bracketed by bounds."""
+
+    def term(self, values, low, high, lower, upper, method: str) -> Term:
+        """A term by these weights; `lower` and `upper` hold where they are degenerate."""
+        found = Term(values, low, high, frozenset({self.arm}), "unknown", method, ess=self.ess)
+        if not self.weak:
+            return found
+        lower, upper = (np.broadcast_to(end, len(values)) for end in (lower, upper))
+        return replace(found, lower=lower, upper=upper)
 
 
 class Terms:
@@ -63,103 +78,89 @@ class Terms:
             values, self.low, self.high, frozenset({name}), "none", "mean reward of each prompt", bounded=True
         )
 
-    def _model(self) -> tuple[np.ndarray, samples.Tilt, float]:
-        def make() -> tuple[np.ndarray, samples.Tilt, float]:
-            arm = self.arm("none")
-            arm.least(2, 1)
-            values = arm.per_prompt(lambda r: samples.model_tilt(r[..., 0], self.beta))
-            plain = samples.Tilt(*arm.per_prompt(lambda r: np.stack(samples.tilt(r[..., 0], self.beta))))
-            ess = float(np.median(plain.ess))
-            if ess < LEAST_ESS:
-                self.warnings["model weights"] = (
-                    f"the weights of pi* are degenerate: {ess:.1f} effective answers per prompt at beta "
-                    f"{self.beta:g}; draw more answers in arm none, or raise beta"
-                )
-            return values, plain, ess
-
-        return self._once("model", make)
-
-    def _model_term(self, values, low, high, lower, upper) -> Term:
-        ess = self._model()[2]
-        method = "self-normalised weights e^{r/beta}, jackknifed"
-        ends = (lower, upper) if ess < LEAST_ESS else None
-        return _weighted(values, low, high, ends, ess, "none", method)
+    @cached_property
+    def _model(self) -> tuple[np.ndarray, samples.Tilt, Weights]:
+        """π* by the answers of arm none: value, mean and TV freed of their bias, [3, n]; and as they are."""
+        arm = self.arm("none")
+        arm.least(2, 1)
+        values = arm.per_prompt(lambda r: samples.model_tilt(r[..., 0], self.beta))
+        plain = samples.Tilt(*arm.per_prompt(lambda r: samples.tilt(r[..., 0], self.beta)))
+        ess = float(np.median(plain.ess))
+        if ess < LEAST_ESS:
+            self.warnings["model weights"] = (
+                f"the weights of pi* are degenerate: {ess:.1f} effective answers per prompt at beta "
+                f"{self.beta:g}; draw more answers in arm none, or raise beta"
+            )
+        return values, plain, Weights("none", ess, ess < LEAST_ESS)
 
     def j_pi(self) -> Term:
         """J(π*), the expected reward of the RLHF optimum, by reweighting the answers of arm none."""
-        values, plain, _ = self._model()
-        return self._model_term(values[1], self.low, self.high, plain.mean, self.high)
+        values, plain, weights = self._model
+        return weights.term(values[1], self.low, self.high, plain.mean, self.high, _BY_BETA)
 
     def tv_model(self) -> Term:
         """TV(π*, π_F), the total variation between the RLHF optimum and the frozen model.
 
         Where weights are degenerate: at least (E_π* r − E_πF r)/width, at most tanh(width/(4β)).
         """
-        values, plain, _ = self._model()
+        values, plain, weights = self._model
         least = (plain.mean - self.j("none").values) / self.width
-        return self._model_term(values[2], 0.0, 1.0, least, np.tanh(self.width / (4.0 * self.beta)))
+        return weights.term(values[2], 0.0, 1.0, least, np.tanh(self.width / (4.0 * self.beta)), _BY_BETA)
 
     def model_kl(self) -> Term:
         """β KL(π*‖π_F) = J(π*) − β log Z*, in reward units."""
-        values = self._model()[0]
-        return self._model_term(values[1] - values[0], 0.0, self.width, 0.0, self.width)
+        values, _, weights = self._model
+        return weights.term(values[1] - values[0], 0.0, self.width, 0.0, self.width, _BY_BETA)
 
     def value_model(self) -> Term:
         """β log Z*, the optimal value of the RLHF objective."""
-        values, plain, _ = self._model()
-        return self._model_term(values[0], self.low, self.high, plain.value, self.high)
+        values, plain, weights = self._model
+        return weights.term(values[0], self.low, self.high, plain.value, self.high, _BY_BETA)
 
     def model_slack(self, width: float) -> Term:
         """Slack of Theorem 1's first term: width·TV(π*, π_F) − (E_π* r − E_πF r) ≥ 0."""
-        values = self._model()[0]
+        values, _, weights = self._model
         slack = width * values[2] - (values[1] - self.j("none").values)
-        return self._model_term(slack, -self.width, width, 0.0, width)
+        return weights.term(slack, -self.width, width, 0.0, width, _BY_BETA)
 
-    def _star(self, lam: float) -> samples.PrompterTilt:
-        def make() -> samples.PrompterTilt:
+    def _star(self, lam: float) -> tuple[samples.PrompterTilt, Weights]:
+        """ρ* by the draws of arm sft; a warning where noise, or few effective draws, make that useless."""
+
+        def make() -> tuple[samples.PrompterTilt, Weights]:
             arm = self.arm("sft")
             arm.least(2, 2)
-            return samples.PrompterTilt(*arm.per_prompt(lambda r: np.stack(samples.prompter_tilt(r, lam))))
+            star = samples.PrompterTilt(*arm.per_prompt(lambda r: samples.prompter_tilt(r, lam)))
+            ess, noise, given = float(np.median(star.ess)), float(np.mean(star.noise)), int(arm.answers.min())
+            most = MOST_NOISE if given >= 4 else MOST_NOISE_UNCORRECTED
+            if noise > most:
+                answers = max(4, int(np.ceil(noise / MOST_NOISE * (given - 1))) + 1)
+                self.warnings[f"noise {lam:g}"] = (
+                    f"R is known too coarsely for rho* at lambda {lam:g}: answers add {noise:.1f} to the "
+                    f"variance of log-weights; about {answers} answers per rewrite would do, or a larger "
+                    "lambda"
+                )
+            elif ess < LEAST_ESS:
+                self.warnings[f"weights {lam:g}"] = (
+                    f"the weights of rho* are degenerate: {ess:.1f} effective rewrites per prompt at lambda "
+                    f"{lam:g}; draw more rewrites in arm sft, or raise lambda"
+                )
+            return star, Weights("sft", ess, noise > most or ess < LEAST_ESS)
 
         return self._once(("star", lam), make)
-
-    def _star_state(self, lam: float) -> tuple[float, float, bool]:
-        """Effective draws, noise, and whether either makes the weights useless; then it keeps a warning."""
-        star = self._star(lam)
-        ess, noise = float(np.median(star.ess)), float(np.mean(star.noise))
-        given = int(self.arm("sft").answers.min())
-        most = MOST_NOISE if given >= 4 else MOST_NOISE_UNCORRECTED
-        if noise > most:
-            answers = max(4, int(np.ceil(noise / MOST_NOISE * (given - 1))) + 1)
-            self.warnings[f"noise {lam:g}"] = (
-                f"R is known too coarsely for rho* at lambda {lam:g}: answers add {noise:.1f} to the "
-                f"variance of log-weights; about {answers} answers per rewrite would do, or a larger lambda"
-            )
-        elif ess < LEAST_ESS:
-            self.warnings[f"weights {lam:g}"] = (
-                f"the weights of rho* are degenerate: {ess:.1f} effective rewrites per prompt at lambda "
-                f"{lam:g}; draw more rewrites in arm sft, or raise lambda"
-            )
-        return ess, noise, noise > most or ess < LEAST_ESS
 
     def _upper_value(self, lam: float) -> np.ndarray | None:
         """Values that are biased up for λ log Z, or None where the draws are too few to say."""
         value, ess = self.arm("sft").per_prompt(lambda r: samples.noisy_value(r, lam))
         return value if float(np.median(ess)) >= LEAST_ESS else None
 
-    def _star_term(self, values, low, high, lower, upper, lam: float, method: str) -> Term:
-        ess, _, weak = self._star_state(lam)
-        return _weighted(values, low, high, (lower, upper) if weak else None, ess, "sft", method)
-
     def value(self, lam: float | None = None) -> Term:
         """λ log Z = F(ρ*), the optimal value of the prompter's objective, in reward units."""
         lam = self.lam if lam is None else lam
-        star = self._star(lam)
-        upper = self._upper_value(lam) if self._star_state(lam)[2] else None
+        star, weights = self._star(lam)
+        known = self._upper_value(lam) if weights.weak else None
         method = "weights e^{R/lambda} along 0..1/lambda, cross-fitted over answers, jackknifed over draws"
-        return self._star_term(
-            star.value, self.low, self.high, star.lower, self.high if upper is None else upper, lam, method
-        )
+        upper = self.high if known is None else known
+        return weights.term(star.value, self.low, self.high, star.lower, upper, method)
 
     def j_rho(self, lam: float | None = None) -> Term:
         """E_ρ* R, the expected reward of the optimal prompter, by reweighting ρ_sft.
@@ -168,11 +169,11 @@ class Terms:
         convex in 1/λ with slope E_ρ* R.
         """
         lam = self.lam if lam is None else lam
-        star = self._star(lam)
-        half = self._upper_value(lam / 2.0) if self._star_state(lam)[2] else None
+        star, weights = self._star(lam)
+        half = self._upper_value(lam / 2.0) if weights.weak else None
         upper = self.high if half is None else 2.0 * half - star.lower
         method = "weights e^{R/lambda}, cross-fitted over answers, jackknifed over draws"
-        return self._star_term(star.mean, self.low, self.high, star.lower, upper, lam, method)
+        return weights.term(star.mean, self.low, self.high, star.lower, upper, method)
 
     def j_star(self) -> Term:
         """J(π_ρ*), from arm star where there is one, else by reweighting ρ_sft."""
@@ -185,10 +186,8 @@ class Terms:
                 return self.kl_reference("star")
             except Absent:
                 pass
-        difference = self.j_rho() - self.value()
-        n = len(difference.values)
-        ends = (np.zeros(n), np.full(n, self.width)) if difference.weak else (None, None)
-        return replace(difference, low=0.0, high=self.width, lower=ends[0], upper=ends[1])
+        star, weights = self._star(self.lam)
+        return weights.term(star.mean - star.value, 0.0, self.width, 0.0, self.width, COMBINED)
 
     def prompter_slack(self) -> Term:
         """Slack of Theorem 1's last step: F(ρ*) − E_ρsft R ≥ 0, with F(ρ*) of arm star where there is one."""
@@ -196,16 +195,16 @@ class Terms:
             return self.j("star") - self.star_kl() - self.j("sft")
         return self.value() - self.j("sft")
 
-    def best(self) -> Term:
-        """E R of the best of a prompt's draws of ρ_sft, chosen by all answers but one, valued by the last."""
+    def best(self, n: int | None = None) -> Term:
+        """E R of the best of n draws of ρ_sft (left out: of all that a prompt has), by `samples.best_of`."""
 
         def make() -> np.ndarray:
             arm = self.arm("sft")
             arm.least(2, 2)
-            return arm.per_prompt(lambda r: samples.best_of(r, r.shape[-2])[None])[0]
+            return arm.per_prompt(lambda r: samples.best_of(r, n or r.shape[-2])[None])[0]
 
         method = "best of a prompt's draws, cross-fitted over answers"
-        return Term(self._once("best", make), self.low, self.high, frozenset({"sft"}), "down", method)
+        return Term(self._once(("best", n), make), self.low, self.high, frozenset({"sft"}), "down", method)
 
     def tv_shift(self) -> Term:
         """E_{x′~ρ_sft} TV(π_F(·|x), π_F(·|x′)), how far rewriting moves the answers: unbiased."""

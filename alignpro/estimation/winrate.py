@@ -155,9 +155,9 @@ def length_regression(scores: np.ndarray, lengths: np.ndarray) -> tuple[float, f
     Gives θ and φ in log-odds, and t [N].
     """
     d = lengths[:, 0] - lengths[:, 1]
-    spread = d.std()
+    spread = d.std()  # of whole numbers: exactly 0 where all are alike
     # Without a spread there is a constant, which cannot be told from θ: nothing to control for.
-    t = np.tanh(d / spread) if spread > 8 * np.finfo(float).eps * np.abs(d).max() else np.zeros(len(d))
+    t = np.tanh(d / spread) if spread > 0 else np.zeros(len(d))
     at = np.array([logit(scores.mean()), 0.0])
 
     def objective(at: np.ndarray) -> float:

@@ -111,9 +111,8 @@ def _dots(chart: Dots) -> Drawing | None:
         return None
     groups = list(dict.fromkeys(dot.group for dot, _ in dots))
     labels: dict[str, list[float]] = {}
-    canvas = _canvas(
-        1.15 + 0.22 * len(dots) + 0.1 * len({d.label for d, _ in dots}) + 0.25 * (len(groups) > 1)
-    )
+    names = {d.label for d, _ in dots}
+    canvas = _canvas(1.15 + 0.22 * len(dots) + 0.1 * len(names) + 0.25 * (len(groups) > 1))
     axes = canvas.add_subplot()
     every = [v for d, _ in dots for v in d[1:4]] + [x for x, _ in chart.marks]
     left, right = _scale(axes, [v for v in every if v is None or chart.least is None or v >= chart.least])
@@ -157,10 +156,8 @@ def _draw_dot(axes: Axes, dot: Dot, value: float, y: float, look: tuple[str, str
         limits = [max(dot.lo, left), min(dot.hi, right)]  # an interval without an end leaves the axes
         axes.plot(limits, [y, y], color=colour, lw=2, solid_capstyle="butt", alpha=0.6)
     axes.plot(value, y, marker, ms=6, color=colour, label=dot.group)
-    box = _PLAIN | {"pad": 0.5}
-    _note(
-        axes, _said(value, ".3g"), (min(end, right), y), (6, 0), va="center", bbox=box, annotation_clip=False
-    )
+    box = {"bbox": _PLAIN | {"pad": 0.5}, "annotation_clip": False}
+    _note(axes, _said(value, ".3g"), (min(end, right), y), (6, 0), va="center", **box)
 
 
 def _scale(axes: Axes, values: Sequence[float | None]) -> tuple[float, float]:
@@ -243,14 +240,10 @@ def _mark_sides(axes: Axes, marks: Sequence[tuple[float, str]], inches: float) -
     shift = sum(p - y for p, (y, _) in zip(places, order, strict=True)) / len(places)
     beside = ("axes fraction", "data")
     line = {"arrowstyle": "-", "color": theme.MUTED, "lw": 0.7, "shrinkA": 1, "shrinkB": 0}
+    look: dict[str, Any] = {"textcoords": beside, "fontsize": 9.5, "annotation_clip": False}
     for (y, words), place in zip(order, places, strict=True):
-        look: dict[str, Any] = {
-            "textcoords": beside,
-            "fontsize": 9.5,
-            "annotation_clip": False,
-            "arrowprops": line,
-        }
-        _note(axes, _label(words, 32), (1, y), (1.03, place - shift), beside, va="center", **look)
+        at = (1.03, place - shift)
+        _note(axes, _label(words, 32), (1, y), at, beside, va="center", arrowprops=line, **look)
 
 
 def _stacks(chart: Stacks) -> Drawing | None:
@@ -283,10 +276,8 @@ def _stacks(chart: Stacks) -> Drawing | None:
     handles += axes.plot([], [], color=theme.INK, lw=3, label=_entry(chart.total))
     handles += [Patch(facecolor=theme.MUTED, label=_entry(chart.against))]
     canvas.legend(handles=handles, loc="outside lower center", ncols=2, columnspacing=2)
-    alt = "; ".join(
-        f"{s.label}: {chart.total} {number(s.total, '.3f')}, {chart.against} {number(s.against, '.3f')}"
-        for s in rows
-    )
+    sides = ((s.label, number(s.total, ".3f"), number(s.against, ".3f")) for s in rows)
+    alt = "; ".join(f"{name}: {chart.total} {one}, {chart.against} {other}" for name, one, other in sides)
     return Drawing(canvas, typographic(unplaced(f"{chart.title}, {chart.axis}. {alt}.")))
 
 

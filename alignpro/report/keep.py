@@ -42,9 +42,7 @@ def keep(page: Page, place: str | os.PathLike[str]) -> Path | None:
     if path.suffix != ".html" or path.is_dir():
         path = path / "report.html"
         head = path.read_bytes()[:2000].decode(errors="replace") if path.exists() else None
-        if head is not None and not re.search(
-            rf'<meta name="generator" content="alignpro {page.verb}"', head
-        ):
+        if head is not None and f'<meta name="generator" content="alignpro {page.verb}"' not in head:
             path = path.with_name(f"{page.verb}-report.html")
     try:
         from alignpro.report import render
@@ -80,6 +78,5 @@ def facts() -> dict[str, Any]:
 
 def _argument(word: str) -> str:
     # A path among the arguments may hold spaces: all of the word up to its last slash is folders.
-    shown = re.sub(r"^([^\s=/]*=)?(?:file:)?(?:~[\w-]*)?/.*/(?=.)", r"\1…/", word, flags=re.S)
-    shown = unplaced(shown)
+    shown = unplaced(re.sub(r"^([^\s=/]*=)?(?:file:)?(?:~[\w-]*)?/.*/(?=.)", r"\1…/", word, flags=re.S))
     return shown if shown != word and not re.search(r"\s", shown) else shlex.quote(shown)

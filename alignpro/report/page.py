@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from alignpro.report.numbers import Json, ends
+from alignpro.report.numbers import Json, ends, limits, number
 
 MOST_PROMPTS = 8
 """Number of prompts of which a page shows the texts."""
@@ -166,6 +166,10 @@ class Page:
         """Add a number to those at the top."""
         self.keys.append(Key(name, value, note))
 
+    def estimate(self, name: str, e: Any, form: str = ".4g") -> None:
+        """Add an `Estimate`, one read from JSON, or None to the numbers at the top, with its limits."""
+        self.key(name, number(ends(e)[0], form), limits(e, form))
+
     def add(
         self,
         heading: str,
@@ -187,3 +191,8 @@ def some(of: Json, keys: str) -> dict[str, Any]:
 def dot(label: str, e: Any, group: str = "") -> Dot:
     """The `Dot` of an `Estimate`, of one read from JSON, or of None."""
     return Dot(label, *ends(e), group)
+
+
+def dots(of: Mapping[str, Any], group: str = "") -> list[Dot]:
+    """The `Dot` of each estimate, by its label."""
+    return [dot(label, e, group) for label, e in of.items()]

@@ -1,5 +1,3 @@
 from alignpro.moved import moved
 
-__getattr__ = moved(
-    __name__, "alignpro.theory.proof.certify", "alignpro.theory.proof.balls", "alignpro.theory.proof.solution"
-)
+__getattr__ = moved(__name__, "alignpro.theory.proof.certify", "alignpro.theory.proof.balls")

@@ -13,7 +13,7 @@ from typing import Any
 
 from alignpro.errors import AlignProError
 from alignpro.llm.data import public
-from alignpro.llm.models import download
+from alignpro.llm.models import packages
 from alignpro.llm.training.settings import PRESETS, TrainSettings
 from paper_grid.plan import Job, Preset
 
@@ -298,6 +298,6 @@ def reachable(preset: Preset) -> list[str]:
                 f"{name}: the hub has no such {kind}, or it is private; check the name, or hf auth login"
             )
         except Exception as error:  # of httpx and huggingface_hub, without a common class
-            why = download.scrub(" ".join(str(error).split())[:120]) or type(error).__name__
+            why = packages.scrub(" ".join(str(error).split())[:120]) or type(error).__name__
             found.append(f"{name}: the hub cannot be reached ({why})")
     return found

@@ -18,11 +18,10 @@ import numpy as np
 from alignpro import rollouts
 from alignpro.errors import AlignProError
 from alignpro.estimation import winrate
-from alignpro.estimation.arm import Arm
 from alignpro.estimation.compare import compare
 from alignpro.estimation.estimate import estimate
 from alignpro.estimation.intervals import LEAST_PROMPTS, Estimate
-from alignpro.estimation.paired import Term, estimates
+from alignpro.estimation.paired import Arm, Term, estimates
 from alignpro.files import read_json, read_json_lines
 from alignpro.llm.arms.judge import FILE as JUDGEMENTS
 from alignpro.llm.arms.rollout import FILE as ROLLOUTS

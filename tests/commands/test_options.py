@@ -10,8 +10,8 @@ from typing import Annotated
 import pytest
 import tyro
 
-from alignpro.commands import help as shown
 from alignpro.commands import main
+from alignpro.commands import options as shown
 
 
 @dataclass(frozen=True)

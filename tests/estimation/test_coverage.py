@@ -75,7 +75,7 @@ def test_what_is_said_of_bias(setting):
     best = i.p @ (i.reward @ i.frozen.T).max(-1)
     assert terms.best().bias == "down"
     assert terms.best().values.mean() < best
-    plain = terms._model()[1].mean
+    plain = terms._model[1].mean
     error = by_repetition(plain).mean(-1).std() / np.sqrt(REPETITIONS)
     assert plain.mean() < true["J(pi*)"] - 5 * error
     corrected = terms.j_pi().values.mean() - true["J(pi*)"]

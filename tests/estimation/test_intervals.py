@@ -161,7 +161,7 @@ def test_errors_are_those_of_the_sample():
     found = studentise(x, resamples=200)
     assert found.error == pytest.approx(stats.sem(x, axis=-1), rel=1e-12)
     assert found.error != pytest.approx(stats.sem(x, axis=-1, ddof=0), rel=0.05)
-    counts = _counts(6, 200, 0).astype(int)
+    counts = _counts(6, 200).astype(int)
     for b in np.flatnonzero((counts > 0).sum(0) > 2)[:20]:
         sample = np.repeat(x, counts[:, b], -1)
         for ddof, same in ((1, True), (0, False)):

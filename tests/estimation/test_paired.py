@@ -97,14 +97,14 @@ def fewer(rollouts, answers):
 def test_noise_is_too_much_above_its_threshold(answers, most, rollouts, monkeypatch):
     """λ a little above and below where the noise of log-weights is `most`; the warning's remedy suffices."""
     given = fewer(rollouts, answers)
-    noise = float(np.mean(Terms(given, 1.0, 1.0)._star(1.0).noise))  # falls as 1/λ²
+    noise = float(np.mean(Terms(given, 1.0, 1.0)._star(1.0)[0].noise))  # falls as 1/λ²
 
     def weak_below_alone():
         found = []
         for share in (0.99, 1.01):
             lam = share * np.sqrt(noise / most)
             terms_ = Terms(given, 1.0, float(lam))
-            ess, _, weak = terms_._star_state(float(lam))
+            _, (_, ess, weak) = terms_._star(float(lam))
             assert ess > LEAST_ESS
             found.append(weak)
             assert weak == bool(terms_.warnings)
@@ -121,9 +121,9 @@ def test_noise_is_too_much_above_its_threshold(answers, most, rollouts, monkeypa
 def test_the_answers_that_a_warning_asks_for_suffice(rollouts):
     lam = 0.03
     found = Terms(rollouts, 1.0, lam)
-    _, noise, weak = found._star_state(lam)
+    star, (_, _, weak) = found._star(lam)
     assert weak
     (warning,) = found.warnings.values()
     asked = int(warning.split("about ")[1].split()[0])
-    per_answer = noise * (6 - 1)
+    per_answer = float(np.mean(star.noise)) * (6 - 1)
     assert per_answer / (asked - 1) <= MOST_NOISE < per_answer / (asked - 3)

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models import convert, packages
+from alignpro.llm.models import packages
 from alignpro.llm.models.catalogue import MODELS
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.load import load_model
 from alignpro.llm.models.policy import draw, sample_key
-from alignpro.llm.models.resolve import resolve
+from alignpro.llm.models.resolve import convert, resolve
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.policies.prompter import target_ids
 from alignpro.llm.targets.local import LocalTarget
@@ -325,7 +325,7 @@ def test_an_onnx_is_dequantised_to_the_last_bit(tmp_path, tied):
         model.config.tie_word_embeddings = True
         model.lm_head.weight = model.model.embed_tokens.weight
     quantised = onnx_export(tmp_path, model, tokenizer)
-    loaded, _ = load_model(convert.convert(tmp_path / "model.onnx", tmp_path / "converted"), device="cpu")
+    loaded, _ = load_model(convert(tmp_path / "model.onnx", tmp_path / "converted"), device="cpu")
     weights = dict(loaded.named_parameters())
     assert weights.keys() == dict(model.named_parameters()).keys()
     assert ("lm_head.weight" in weights) == (not tied)
@@ -357,7 +357,7 @@ def test_what_is_no_such_onnx_is_one_line(tmp_path, monkeypatch):
     ):
         change()
         with pytest.raises(AlignProError, match=match) as error:
-            convert.convert(path, tmp_path / "cache" / "converted")
+            convert(path, tmp_path / "cache" / "converted")
         assert "\n" not in str(error.value)
         assert not list((tmp_path / "cache").iterdir())
 

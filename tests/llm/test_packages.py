@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models import download, packages
+from alignpro.llm.models import packages
+from alignpro.llm.models.catalogue import PACKAGES, Package
 from alignpro.llm.models.packages import MANIFEST
-from alignpro.llm.models.registry import PACKAGES, Package
 
 
 @pytest.fixture
@@ -425,7 +425,7 @@ def test_scrub_removes_addresses_and_credentials():
         Looking in indexes: https://user:secret@index.example/simple, file:///private/wheels
         HTTPSConnectionPool(host='index.example', port=443): Max retries; user:secret@other.example
     """)
-    cleaned = download.scrub(log)
+    cleaned = packages.scrub(log)
     for word in ("secret", "index.example", "private", "other.example"):
         assert word not in cleaned
     assert "Max retries" in cleaned

@@ -2,13 +2,17 @@
 
 import itertools
 import math
+import types
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutants import kills, mutated
 
+from alignpro.llm.training import ppo
 from alignpro.llm.training.ppo import (
     Critic,
     clipped_surrogate,
@@ -153,11 +157,6 @@ def test_critic_starts_at_the_mean_return_in_its_units():
     assert critic.scale == 2
 
 
-def kills(check, mutant):
-    with pytest.raises(AssertionError):
-        check(mutant)
-
-
 def test_the_critic_learns_alike_in_any_unit_of_the_reward():
     """Mutant: a value loss that is not divided by the square of the critic's scale."""
     rng = np.random.default_rng(0)
@@ -204,6 +203,47 @@ def test_the_standard_error_is_that_of_the_mean_given_the_prompts():
     kills(check, lambda values, group: (within(values, group) / len(values) * group).sqrt())
     kills(check, lambda values, group: (within(values, group) / len(values) * group**0.5).sqrt())
     kills(check, lambda values, group: (values.var() / len(values)).sqrt())
+
+
+def check_controller(module):
+    """Ziegler et al.: the relative error, clipped to ±0.2, times sequences/horizon."""
+    kl = module.AdaptiveKL(0.2, 6.0, 10_000)
+    kl.update(12.0, 256)
+    assert kl.value == pytest.approx(0.2 * (1 + 0.2 * 256 / 10_000))
+    kl.update(6.6, 100)
+    assert kl.value == pytest.approx(0.2 * (1 + 0.2 * 256 / 10_000) * (1 + 0.1 * 100 / 10_000))
+    kl.update(0.0, 10_000)
+    assert kl.value == pytest.approx(0.8 * 0.2 * (1 + 0.2 * 256 / 10_000) * (1 + 0.1 * 100 / 10_000))
+
+
+def test_the_controller_of_lambda():
+    check_controller(ppo)
+    for right, wrong in {
+        "error * sequences": "error / sequences",
+        "kl / self.target": "kl * self.target",
+        "1.0, -0.2), 0.2)": "1.0, -0.4), 0.2)",
+        "sequences / self.horizon": "self.horizon / sequences",
+    }.items():
+        kills(check_controller, mutated(ppo, right, wrong))
+
+
+def check_means(module):
+    """Over the masked tokens, be it one; over none, 0 and no NaN."""
+    values = torch.tensor([[3.0, 9.0], [6.0, 50.0]])
+    of_processes = types.SimpleNamespace(accelerator=Accelerator(cpu=True))
+    for mean in (module.masked_mean, lambda *a: module.PPOTrainer.mean(of_processes, *a)):
+        for mask, expected in (([[1, 1], [1, 0]], 6.0), ([[0, 1], [0, 0]], 9.0), ([[0, 0], [0, 0]], 0.0)):
+            assert mean(values, torch.tensor(mask, dtype=torch.float32)) == expected
+
+
+def test_means_are_over_the_tokens_of_the_mask():
+    check_means(ppo)
+    for right, wrong in {
+        "total / count.clamp(min=1)": "total / count.clamp(min=2)",
+        "[(values * mask).sum(), mask.sum()]": "[values.sum(), mask.sum()]",
+        "(values * mask).sum() / mask.sum().clamp(min=1)": "(values * mask).mean()",
+    }.items():
+        kills(check_means, mutated(ppo, right, wrong))
 
 
 # --- what generalized advantages make of the optimum -------------------------------------------------------

@@ -18,7 +18,7 @@ from alignpro.llm.data import packaged
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.data.split import split_of
 from alignpro.llm.models import packages
-from alignpro.llm.rewards import accuracy, features, minilm, opening
+from alignpro.llm.rewards import accuracy, bradley_terry, features, minilm, opening
 from alignpro.llm.rewards.bradley_terry import BradleyTerryReward, bradley_terry_loss, fit_bradley_terry
 from alignpro.llm.rewards.features import TEXT_FEATURES, Embedder
 
@@ -245,6 +245,43 @@ def test_the_squash_is_chosen_from_the_training_answers():
         kills(check_squash, mutated(minilm, right, wrong)._squash)
 
 
+class Drawn:
+    """Embeds a text as a unit vector drawn by it."""
+
+    def embed(self, texts):
+        rows = np.stack([np.random.default_rng([*text.encode()]).normal(size=384) for text in texts])
+        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_a_head_that_was_saved_scores_as_it_did(tmp_path):
+    rng, size = np.random.default_rng(0), Embedder.DIMENSION + len(TEXT_FEATURES)
+    arrays = dict(zip(("weights", "mean", "scale_by"), rng.normal(size=(3, size)), strict=True))
+    baseline = rng.normal(size=Embedder.DIMENSION + 1)
+    texts = ["", "One.", "- two\n- three"]
+
+    def check(module, changed=baseline):
+        head = module.BradleyTerryReward(
+            **arrays, baseline=changed, centre=0.3, scale=40.0, facts={"name": "a"}, embedder=Drawn()
+        )
+        head.save(tmp_path / "head")
+        assert {p.name for p in (tmp_path / "head").iterdir()} == {"head.safetensors", "reward.json"}
+        try:
+            again = module.BradleyTerryReward.load(tmp_path / "head", Drawn())
+        except AlignProError as error:
+            raise AssertionError from error
+        assert again.describe() == {"name": "a"}
+        np.testing.assert_array_equal(again.score(texts, texts[::-1]), head.score(texts, texts[::-1]))
+
+    check(bradley_terry)
+    kills(lambda module: check(module, baseline[:-1]), bradley_terry)  # of another encoder
+    for right, wrong in {
+        "(Embedder.DIMENSION + 1,)": "(Embedder.DIMENSION - 1,)",
+        "np.array([self.centre, self.scale])": "np.array([self.scale, self.centre])",
+        'load_file(folder / "head.safetensors")': 'load_file(folder / "reward.json")',
+    }.items():
+        kills(check, mutated(bradley_terry, right, wrong))
+
+
 class Turned:
     """Embeds a text that is an angle in degrees as the unit vector of that angle."""
 
@@ -289,9 +326,9 @@ def test_the_key_of_the_head_follows_its_code_and_data(monkeypatch):
                 )
                 assert (minilm.cache_key(config) == key) == same, name
     monkeypatch.setitem(
-        minilm.registry.PACKAGES,
+        minilm.catalogue.PACKAGES,
         "minilm",
-        dataclasses.replace(minilm.registry.PACKAGES["minilm"], sha256="0" * 64),
+        dataclasses.replace(minilm.catalogue.PACKAGES["minilm"], sha256="0" * 64),
     )
     assert minilm.cache_key(config) != key
 
@@ -463,6 +500,12 @@ class TestTrainedReward:
         assert len(embedder._cache) == 3
         np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1, atol=1e-6)
 
+
+@pytest.mark.weights
+@needs_reward
+class TestTraining:
+    """Of small heads, which are not kept."""
+
     def test_training_is_deterministic_and_its_code_is_in_the_key(self, small):
         """A small configuration, twice; and another seed builds other pairs."""
         one = minilm.train_bradley_terry(SMALL, small)
@@ -477,7 +520,7 @@ class TestTrainedReward:
         other = dataclasses.replace(SMALL, seed=1)
         assert minilm.constructed_pairs(SMALL) != minilm.constructed_pairs(other)
         # They fetch, check and describe, and have no part in the head.
-        others = {f"alignpro.llm.models.{name}" for name in ("packages", "registry", "libraries")}
+        others = {f"alignpro.llm.models.{name}" for name in ("packages", "catalogue", "libraries")}
         others |= {"alignpro.files", "alignpro.llm.rewards.reward", "alignpro.llm.targets.target"}
         others |= {"alignpro.estimation.winrate"}
 
@@ -491,6 +534,19 @@ class TestTrainedReward:
         losses = one.facts["validation_loss"]
         assert losses[str(one.facts["weight_decay"])] == min(losses.values())
         assert len(set(losses.values())) == 2
+        judged = packaged.preference_pairs(SMALL.sources)
+        judged += [minilm._shortened(p, SMALL.short_words) for p in judged]
+        other = [p for p in minilm.constructed_pairs(SMALL) if p.source == "other answer"]
+        answers = [
+            (p.prompt, y) for p in judged + other if p.split == "train" for y in (p.chosen, p.rejected)
+        ]
+
+        def check_middle(head):
+            assert np.median(head.logits(*zip(*answers, strict=True))) == pytest.approx(0.0, abs=1e-6)
+
+        check_middle(one)
+        off = mutated(minilm, "(f - mean) * scale_by", "(f + mean) * scale_by")
+        kills(check_middle, off.train_bradley_terry(SMALL, small))
 
     def test_nothing_is_learned_from_the_test_split(self, small, monkeypatch):
         """Pairs of the test split with the preference turned round change what is measured, not the head."""

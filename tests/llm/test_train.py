@@ -27,7 +27,7 @@ from alignpro.llm.training.algorithms import ALGORITHMS
 from alignpro.llm.training.checkpoints import METRICS_FILE
 from alignpro.llm.training.environment import Environment
 from alignpro.llm.training.open_ended import TASKS, train
-from alignpro.llm.training.ppo import AdaptiveKL, PPOConfig
+from alignpro.llm.training.ppo import PPOConfig
 from alignpro.llm.training.settings import ALGORITHM_NAMES, PRESETS, TASK_NAMES, TrainSettings, moved_optimum
 
 PROMPTS = ["ab", "cd", "ef"]
@@ -236,17 +236,6 @@ def test_named_settings():
     assert {"loss_type", "scale_rewards"} <= set(
         moved_optimum(PPOConfig(output_dir="x", use_cpu=True, bf16=False))
     )
-
-
-def test_the_controller_of_lambda():
-    """Ziegler et al.: the relative error, clipped to ±0.2, times sequences/horizon."""
-    kl = AdaptiveKL(0.2, 6.0, 10_000)
-    kl.update(12.0, 256)
-    assert kl.value == pytest.approx(0.2 * (1 + 0.2 * 256 / 10_000))
-    kl.update(6.6, 100)
-    assert kl.value == pytest.approx(0.2 * (1 + 0.2 * 256 / 10_000) * (1 + 0.1 * 100 / 10_000))
-    kl.update(0.0, 10_000)
-    assert kl.value < 0.2
 
 
 @pytest.mark.parametrize(

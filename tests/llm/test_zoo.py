@@ -6,7 +6,7 @@ import torch
 import zoo
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models import check, forward
+from alignpro.llm.models import configure, forward
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.load import load_model
 from alignpro.llm.models.policy import draw, end_tokens, log_probs, sample_key
@@ -198,16 +198,16 @@ def test_the_check_finds_masks_without_windows(name, dtype, animals, monkeypatch
     model, tokenizer = load_model(animals(name), dtype, "cpu")
     assert forward.how_of(model).masks != "none"
     monkeypatch.setattr(forward, "windows", mutant)  # check has its own: it still looks beyond the window
-    assert check.check_model(model, tokenizer).masks == "none"
+    assert configure.check_model(model, tokenizer).masks == "none"
 
 
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_5"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_check_finds_layers_that_masks_do_not_reach(name, dtype, animals, monkeypatch):
     """Told that masks reach every layer, the check finds that branches leak into one another."""
-    monkeypatch.setattr(check, "masks_of", lambda model: ["one", "none"])
+    monkeypatch.setattr(configure, "masks_of", lambda model: ["one", "none"])
     model, tokenizer = load_model(animals(name), dtype, "cpu")
-    assert check.check_model(model, tokenizer).masks == "none"
+    assert configure.check_model(model, tokenizer).masks == "none"
 
 
 def test_what_agrees_with_nothing_is_refused(animals, monkeypatch):
@@ -217,7 +217,7 @@ def test_what_agrees_with_nothing_is_refused(animals, monkeypatch):
     monkeypatch.setattr(forward, "_EdgeLogProbs", None)
     model.get_output_embeddings().weight.requires_grad_(True)
     with pytest.raises(AlignProError, match=r"^model 'odd': the scores of sequences differ .* cannot use it"):
-        check.check_model(model, tokenizer, "odd")
+        configure.check_model(model, tokenizer, "odd")
 
 
 def test_a_model_that_was_not_checked_is_refused(animals):

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from theory_oracle import EPS, close, exact, fields, finite, kills, oracle
+from mutants import mutated
+from theory_oracle import COVER, EPS, close, exact, fields, finite, kills, oracle
 
 from alignpro.errors import AlignProError
 from alignpro.report.numbers import plain
@@ -24,6 +25,7 @@ from alignpro.theory.gibbs import grid
 from alignpro.theory.instance import Instance
 from alignpro.theory.scale.instances import solve_instances
 from alignpro.theory.solution import solution
+from alignpro.theory.statements import lemmas, lower, upper
 
 compiled = jax.jit(solution)
 TRUE = {**BOUNDS, **LOWER_BOUNDS, **LEMMAS, **IDENTITIES}
@@ -113,6 +115,60 @@ def test_rounding_error_is_within_its_bound(family):
 
     check_all(1.0)
     kills(check_all, 1e-6)
+
+
+CURVED = ("kl_only", "pinsker", "jeffreys_tv")
+"""Of an infinite slope where a divergence is 0 or an overlap vanishes: looked at away from there."""
+
+
+def test_the_error_of_a_statement_is_that_of_its_parts():
+    """Every number of a solution off by its own error, all the worst way: the sides are off by no more.
+
+    To first order, by automatic differentiation; and the error claimed is not far above, in the median.
+    """
+    rng = np.random.default_rng(10)
+    star, other = [], []
+    for instance in (i for family in FAMILIES for i in draw(family, 15, (2, 3, 3), 20)):
+        beta, lam = 10.0 ** rng.uniform(-3, 3, 2)
+        star.append(compiled(instance, beta, lam, None))
+        other.append(compiled(instance, beta, lam, random_prompters(rng, np.asarray(instance.prior))))
+    star, other = (jax.tree.map(lambda *leaves: np.stack(leaves), *many) for many in (star, other))
+
+    def share(statement, s):
+        """How much of the error claimed is used up, by instance."""
+
+        def slack(parts):
+            found = jax.vmap(statement)(s._replace(**parts))
+            return jnp.sum(found.rhs - found.lhs), found
+
+        slopes, found = jax.grad(slack, has_aux=True)({name: getattr(s, name) for name in COVER})
+        moved = 0.0
+        for name, slope in slopes.items():
+            bound = sum(getattr(s, cover) for cover in COVER[name])
+            with np.errstate(invalid="ignore"):  # an infinite KL where the statement does not apply
+                moved += np.where(slope != 0, np.abs(slope) * bound, 0.0).sum(-1)
+        error = np.asarray(found.error)
+        applies = np.all([error > 0, *found.assumptions.values()], axis=0)
+        if statement.__name__ in CURVED:
+            applies &= np.all((s.overlap_model > 0.5) & (s.model_kl > 1e3 * s.model_error), -1)
+        return (moved / np.where(applies, error, 1.0))[applies]
+
+    def check(claims):
+        for name, claim in claims.items():
+            used = share(claim.function, other if claim.any_prompter else star)
+            assert used.max() <= 1 + (1e-3 if name in CURVED else 1e-12), name
+            assert np.median(used) > 0.5 or name in CURVED, name
+
+    check(TRUE)
+    for name, module, right, wrong in (
+        ("any_gap", lemmas, "s.prompter_error + s.excess_error", "s.prompter_error - s.excess_error"),
+        ("any_gap", lemmas, "s.prompter_error + s.excess_error", "s.excess_error"),
+        ("suboptimality", lemmas, "2.0 * s.rho_error", "s.rho_error + s.prompter_error"),
+        ("theorem1_l1", lemmas, ', "tv_model_error", "tv_shift_error"', ""),
+        ("induced", upper, "s.span * s.tv_rho_error, {}", "4 * s.span * s.tv_rho_error, {}"),
+        ("mirror", lower, "s.model_error + s.prompter_error + s.span", "s.prompter_error + s.span"),
+    ):
+        kills(check, {name: mutated(module, right, wrong).CLAIMS[name]})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

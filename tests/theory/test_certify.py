@@ -10,7 +10,8 @@ import mpmath
 import numpy as np
 import pytest
 from flint import arb, ctx
-from theory_oracle import EPS, exact, fields, kills, oracle
+from mutants import mutated
+from theory_oracle import COVER, EPS, exact, fields, kills, oracle
 
 from alignpro.errors import AlignProError
 from alignpro.theory.bounds import (
@@ -30,51 +31,15 @@ from alignpro.theory.families import FAMILIES, draw, random_prompters
 from alignpro.theory.instance import Instance
 from alignpro.theory.proof import balls as module_balls
 from alignpro.theory.proof.balls import Ball, Undecided
-from alignpro.theory.proof.certify import EXAMINED, Case, Doubtful, certify, certify_many
-from alignpro.theory.proof.solution import solution_balls
+from alignpro.theory.proof.certify import EXAMINED, Case, Doubtful, certify, certify_many, solution_balls
 from alignpro.theory.solution import Solution, solution
+from alignpro.theory.statements import lemmas, lower, upper
 
 compiled = jax.jit(solution)
 
 
 TRUE = [*BOUNDS, *LOWER_BOUNDS, *IDENTITIES, *LEMMAS]
 
-# The error field that covers each number per prompt, or those whose sum does.
-COVER = {
-    "gap": ["gap_error"],
-    "delta1": ["model_error"],
-    "delta2": ["gap_error"],
-    "shift": ["shift_error"],
-    "ceiling": ["model_error", "prompter_error"],
-    "value_gap": ["model_error", "prompter_error"],
-    "own_sd": ["own_error"],
-    "own_rise": ["own_error"],
-    "tv_model": ["tv_model_error"],
-    "overlap_model": ["tv_model_error"],
-    "tv_shift": ["tv_shift_error"],
-    "tv_barycentre": ["tv_shift_error"],
-    "tv_induced": ["tv_rho_error"],
-    "tv_prompter": ["tv_rho_error"],
-    "model_kl": ["model_error"],
-    "model_jeffreys": ["model_error"],
-    "prompter_kl": ["prompter_error"],
-    "prompter_jeffreys": ["prompter_error"],
-    "prompter_gain": ["prompter_error"],
-    "induced_to_star": ["induced_error"],
-    "induced_to_model": ["induced_error"],
-    "kl_to_star": ["rho_error"],
-    "kl_from_star": ["rho_error"],
-    "kl_to_reference": ["rho_error"],
-    "kl_from_reference": ["rho_error"],
-    "kl_excess": ["excess_error"],
-    "shortfall": ["rho_error", "prompter_error"],
-    # Levels: a common offset is rounded too.
-    "value": ["prompter_error"],
-    "optimum": ["model_error"],
-    "original": ["gap_error"],
-    "reference": ["gap_error"],
-    "achieved": ["gap_error"],
-}
 LOGS = {"log_z": ("lam", "prompter_error"), "log_z_star": ("beta", "model_error")}
 GIVEN = ("eps", "p", "beta", "lam", "span", "reward_max", "reward_min")
 FLAGS = ("is_star", "supported", "covered")
@@ -174,6 +139,23 @@ def test_both_sides_contain_what_mpmath_finds_in_eighty_digits(family):
 
     check(1)
     kills(check, 1 + Fraction(1, 10**25))
+
+
+def test_a_statement_of_balls_claims_no_error():
+    """A ball's radius is its error: none comes on top."""
+    *case, prompter = next(cases("independent"))
+    with ctx.workprec(64):
+        star, other = solution_balls(*case), solution_balls(*case, prompter)
+
+        def check(*modules):
+            for name, claim in (item for module in modules for item in module.CLAIMS.items()):
+                error = claim.function(other if claim.any_prompter else star).error
+                assert -1e-15 < error.lower <= 0 <= error.upper < 1e-15, name
+
+        check(upper, lower, lemmas)
+        kills(check, mutated(upper, "return term, term * 0", "return term, term * 1"))
+        kills(check, mutated(upper, "(s, term, term * 0)", "(s, term, term)"))
+        kills(check, mutated(lemmas, "lhs * 0", "lhs / 0"))
 
 
 @pytest.mark.parametrize("name", TRUE)

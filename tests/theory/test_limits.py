@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from mutants import mutated
 from scipy.optimize import minimize
 from theory_oracle import EPS, exact, fields, finite, kills
 
@@ -16,7 +17,7 @@ from alignpro.theory.bounds import theorem1
 from alignpro.theory.families import FAMILIES, draw, random_prompters, take
 from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance
-from alignpro.theory.results import cost, derivatives, reach, readings
+from alignpro.theory.results import cost, reach, readings
 from alignpro.theory.solution import solution
 
 compiled, compiled_tilt = jax.jit(solution), jax.jit(tilt)
@@ -670,6 +671,15 @@ def test_limit_bounds_are_attained():
     assert got.tv_model == got.tv_shift == got.tv_prompter == got.off_best == got.shortfall == 0
     assert not J.limit_readings(two, 1.0, 1.0).reference_is_own.any()
 
+    def check(read):
+        """A rewrite that ρ_sft never gives may answer as it likes."""
+        alone = read(Instance([1.0], [[1.0, 0.0]], np.eye(2), [0], [[1.0, 0.0]]), 1.0, 1.0)
+        assert alone.reference_is_own.all()
+        assert alone.tv_shift == 0
+
+    check(J.limit_readings)
+    kills(check, mutated(readings, "(r.prior <= 0) |", "(r.prior < 0) |").limit_readings)
+
 
 @pytest.mark.parametrize("per_prompt", [False, True])
 def test_critical_temperatures(per_prompt):
@@ -788,9 +798,9 @@ def everything(instance, beta, lam):
         cost.best_of_n_rewrites(instance, 4),
         cost.best_of_n(jnp.asarray(instance.frozen)[instance.own], instance.reward, 4),
         cost.kl_price(instance, beta, jnp.asarray(instance.prior)),
-        derivatives.sensitivity(instance, beta, lam),
-        derivatives.headroom(instance, lam),
-        derivatives.variance_split(instance, jnp.asarray(instance.prior)),
+        readings.sensitivity(instance, beta, lam),
+        readings.headroom(instance, lam),
+        readings.variance_split(instance, jnp.asarray(instance.prior)),
         readings.limit_readings(instance, beta, lam),
         readings.critical_lam(instance, beta),
         readings.critical_beta(instance, lam, per_prompt=True),

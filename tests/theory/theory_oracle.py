@@ -8,6 +8,43 @@ import numpy as np
 
 EPS = 2.0**-52
 
+# The error field that covers each number per prompt, or those whose sum does.
+COVER = {
+    "gap": ["gap_error"],
+    "delta1": ["model_error"],
+    "delta2": ["gap_error"],
+    "shift": ["shift_error"],
+    "ceiling": ["model_error", "shift_error"],
+    "value_gap": ["model_error", "prompter_error"],
+    "own_sd": ["own_error"],
+    "own_rise": ["own_error"],
+    "tv_model": ["tv_model_error"],
+    "overlap_model": ["tv_model_error"],
+    "tv_shift": ["tv_shift_error"],
+    "tv_barycentre": ["tv_shift_error"],
+    "tv_induced": ["tv_rho_error"],
+    "tv_prompter": ["tv_rho_error"],
+    "model_kl": ["model_error"],
+    "model_jeffreys": ["model_error"],
+    "prompter_kl": ["prompter_error"],
+    "prompter_jeffreys": ["prompter_error"],
+    "prompter_gain": ["prompter_error"],
+    "induced_to_star": ["induced_error"],
+    "induced_to_model": ["induced_error"],
+    "kl_to_star": ["rho_error"],
+    "kl_from_star": ["rho_error"],
+    "kl_to_reference": ["rho_error"],
+    "kl_from_reference": ["rho_error"],
+    "kl_excess": ["excess_error"],
+    "shortfall": ["rho_error"],
+    # Levels: a common offset is rounded too.
+    "value": ["prompter_error"],
+    "optimum": ["model_error"],
+    "original": ["gap_error"],
+    "reference": ["gap_error"],
+    "achieved": ["gap_error"],
+}
+
 
 def oracle(p, prior, frozen, own, reward, beta, lam, prompter=None, exp=np.exp, log=np.log):
     """Scalars and per-prompt lists, from the definitions. Floats, or object arrays of mpmath numbers."""
@@ -206,4 +243,4 @@ def kills(check, mutant):
     raise RuntimeError("the property accepts the mutant")
 
 
-__all__ = ["EPS", "close", "exact", "fields", "finite", "kills", "oracle"]
+__all__ = ["COVER", "EPS", "close", "exact", "fields", "finite", "kills", "oracle"]

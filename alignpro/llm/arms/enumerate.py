@@ -7,6 +7,7 @@ Restriction is the only approximation. In the instance the rewrites and response
 diagonal blocks of `prior` and `frozen`; the rewards are real on every pair (x, y), reachable or not.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.linalg import block_diag
 from transformers import PreTrainedTokenizerBase
 
 from alignpro.errors import AlignProError
@@ -22,7 +24,7 @@ from alignpro.files import write_json
 from alignpro.llm.arms.settings import EnumerationSettings
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import how_of
-from alignpro.llm.models.policy import end_tokens
+from alignpro.llm.models.policy import end_tokens, left_padded
 from alignpro.llm.policies.prompter import Template, check_room, target_ids
 from alignpro.llm.policies.tree import PrefixTree, TreeTask, leaf_probabilities
 from alignpro.llm.rewards.reward import Reward, check_scores
@@ -62,20 +64,15 @@ def sample(
             if not how_of(model).padded:
                 rows = [i for i in rows if len(prompts[i]) == len(prompts[rows[0]])]
             order = order[len(rows) :]
-            width = max(len(prompts[i]) for i in rows)
-            ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-            mask = torch.zeros_like(ids)
-            for b, i in enumerate(rows):
-                ids[b, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[b, width - len(prompts[i]) :] = 1
+            ids, mask = left_padded([prompts[i] for i in rows], tokenizer.pad_token_id, model.device)
             done = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
+                input_ids=ids,
+                attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 do_sample=True,
                 temperature=temperature,
             )
-            for i, row in zip(rows, done[:, width:].tolist(), strict=True):
+            for i, row in zip(rows, done[:, ids.shape[1] :].tolist(), strict=True):
                 end = next((t for t, token in enumerate(row) if token in stop), len(row) - 1)
                 out[i] = tuple(row[: end + 1])
             progress(len(rows))
@@ -180,10 +177,7 @@ class Enumeration:
 
     def prompter(self, policy: Sequence[np.ndarray]) -> np.ndarray:
         """Leaf probabilities per prompt as ρ(x′|x), [X, K]."""
-        rho = np.zeros(self.instance.prior.shape)
-        for x, row in enumerate(policy):
-            rho[x, self.rows(x)] = row
-        return rho
+        return block_diag(*policy)
 
     def task(self, *, exact_rewards: bool = True) -> TreeTask:
         """The prompter's environment on its trees; rewarded by R(x, x′), or by r(x, y) of one response."""
@@ -314,20 +308,12 @@ def assemble(
         frozen_rows: one array per rewrite of every prompt in turn, π_F over that prompt's responses.
         scores: [X, Y] rewards of all responses for all prompts.
     """
-    sizes, widths = [len(r) for r in rewrites], [len(r) for r in responses]
-    k0, y0 = np.cumsum([0, *sizes]), np.cumsum([0, *widths])
-    prior = np.zeros((len(prompts), k0[-1]))
-    frozen = np.zeros((k0[-1], y0[-1]))
-    rows = iter(frozen_rows)
-    for x, row in enumerate(prior_rows):
-        prior[x, k0[x] : k0[x + 1]] = row
-        for k in range(k0[x], k0[x + 1]):
-            frozen[k, y0[x] : y0[x + 1]] = next(rows)
+    ends = np.cumsum([0, *map(len, rewrites)])
     return Instance(
         p=np.full(len(prompts), 1 / len(prompts)),
-        prior=prior,
-        frozen=frozen,
-        own=k0[:-1],
+        prior=block_diag(*prior_rows),
+        frozen=block_diag(*(np.stack(frozen_rows[a:b]) for a, b in itertools.pairwise(ends))),
+        own=ends[:-1],
         reward=scores,
         names=Names(
             prompts=tuple(prompts),

@@ -8,7 +8,6 @@ what it cannot give. Both of log π_F(y|x) and log π_F(y|x′) come from one sc
 ratio carries no more than that dtype's noise. Where the backend has none they are null.
 """
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from alignpro import rollouts
 from alignpro.errors import AlignProError
-from alignpro.estimation.arm import Arm as ArmRows
+from alignpro.estimation.paired import Arm as ArmRows
 from alignpro.estimation.paired import Term, estimates
 from alignpro.files import atomic_write, read_json, read_json_lines, writable_folder, write_json
 from alignpro.llm.arms.draws import Arm, Array, Work, arms_of, draws_of, stream
@@ -322,9 +321,3 @@ def summarise(path: Path, texts: int = 0) -> RolloutSummary:
     shown = tuple(row for rows in first.values() for row in rows.values())
     size = len(found), len(found.prompt_ids)
     return RolloutSummary(path, *size, found.low, found.high, tuple(arms), shown)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, shortened."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]

@@ -23,7 +23,7 @@ from alignpro.llm.data import packaged
 from alignpro.llm.data.own import Row
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.data.split import SPLITS, Split, normalised, split_of
-from alignpro.llm.models import download, packages
+from alignpro.llm.models import packages
 
 
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ def _refused(name: str, source: Source, folder: str | Path | None, error: Except
     from huggingface_hub.errors import GatedRepoError
 
     told = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    said = download.scrub(" ".join(str(told).split())[:200]) or type(told).__name__
+    said = packages.scrub(" ".join(str(told).split())[:200]) or type(told).__name__
     place = source.repository
     command = f"hf download {place} --repo-type dataset --local-dir DIR"
     if source.revision is not None:

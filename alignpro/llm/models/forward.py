@@ -2,7 +2,7 @@
 
 An attention model reads a whole forest of them as one row, under masks that show each token its ancestors,
 and in a layer with a window the nearest of them. Recurrent and convolutional layers have no such mask, and
-are read sequence by sequence. `check.check_model` finds out which (`How`), and records it on the model.
+are read sequence by sequence. `configure.check_model` finds out which (`How`), and records it on the model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +46,7 @@ def unwrap(model: Any) -> Any:
 
 
 def how_of(model: Any) -> How:
-    """The way found by `check.check_model`; refuses a model that was never checked."""
+    """The way found by `configure.check_model`; refuses a model that was never checked."""
     found = getattr(unwrap(model), _HOW, None)
     if found is None:
         raise AlignProError(
@@ -105,22 +105,12 @@ class Forest:
     tokens: np.ndarray
     parents: np.ndarray
 
-    def depths(self) -> np.ndarray:
-        """[N] position of each node in its sequence, from 0."""
-        found = np.zeros(len(self.tokens), int)
-        for i, parent in enumerate(self.parents):
-            if parent >= 0:
-                found[i] = found[parent] + 1
-        return found
-
     def sees(self) -> np.ndarray:
         """[N, N] whether node i has node j before it in its sequence, or is it."""
-        n = len(self.tokens)
-        found = np.zeros((n, n), bool)
+        found = np.eye(len(self.tokens), dtype=bool)
         for i, parent in enumerate(self.parents):
             if parent >= 0:
-                found[i, :i] = found[parent, :i]
-            found[i, i] = True
+                found[i] |= found[parent]
         return found
 
     def path(self, node: int) -> list[int]:
@@ -152,8 +142,8 @@ def states(
     sees = np.zeros((len(forests), size, size), bool)
     sees[:, np.arange(size), np.arange(size)] = True  # padding sees itself, so that no row is empty
     for b, forest in enumerate(forests):
-        n = len(forest.tokens)
-        ids[b, :n], positions[b, :n], sees[b, :n, :n] = forest.tokens, forest.depths(), forest.sees()
+        n, seen = len(forest.tokens), forest.sees()
+        ids[b, :n], positions[b, :n], sees[b, :n, :n] = forest.tokens, seen.sum(1) - 1, seen
     first = next(unwrap(model).parameters())
     device, dtype = first.device, unwrap(model).dtype
 

@@ -50,7 +50,18 @@ def load_model(
     check_dtype(dtype)
     folder = resolve(model)
     if is_adapter(folder):
-        return _load_adapter(folder, str(model), dtype, device, chat_template_kwargs)
+        if dtype == "4bit":
+            raise AlignProError(
+                f"dtype '4bit': {str(model)!r} is an adapter, which cannot be merged into 4 bits; run "
+                "alignpro merge first"
+            )
+        base, tokenizer = load_model(
+            adapter_base(folder), dtype, device, chat_template_kwargs=chat_template_kwargs
+        )
+        with quiet():
+            merged = attach_adapter(base, folder, str(model)).merge_and_unload()
+        merged.name_or_path = merged.config._name_or_path = str(folder.resolve())
+        return merged.eval(), tokenizer
     loaded, tokenizer = _load(folder, str(model), dtype, where)
     prepare(loaded, tokenizer, str(model), chat_template_kwargs=chat_template_kwargs)
     return loaded, tokenizer
@@ -141,18 +152,3 @@ def attach_adapter(model: Any, folder: Path, name: str) -> Any:
             "such tensors); it belongs to another model, or is damaged: save it again"
         )
     return adapted.eval()
-
-
-def _load_adapter(
-    folder: Path, name: str, dtype: str, device: str, options: Mapping[str, Any] | None
-) -> tuple[Any, Any]:
-    if dtype == "4bit":
-        raise AlignProError(
-            f"dtype '4bit': {name!r} is an adapter, which cannot be merged into 4 bits; run "
-            "alignpro merge first"
-        )
-    base, tokenizer = load_model(adapter_base(folder), dtype, device, chat_template_kwargs=options)
-    with quiet():
-        merged = attach_adapter(base, folder, name).merge_and_unload()
-    merged.name_or_path = merged.config._name_or_path = str(folder.resolve())
-    return merged.eval(), tokenizer

@@ -158,7 +158,7 @@ def draw(
         return out
     model = unwrap(model)
     distinct = [row for i, row in enumerate(rows) if not i or row != rows[i - 1]]
-    ids, mask = _left_padded(distinct, pad, model.device)
+    ids, mask = left_padded(distinct, pad, model.device)
     more = {}
     if len(distinct) < len(rows):
         # Whose prompt each row is: a cache repeats its rows as it does for a beam search.
@@ -229,7 +229,8 @@ def _read(model: Any, ids: Tensor, mask: Tensor) -> Any:
     return cache
 
 
-def _left_padded(rows: Sequence[Ids], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def left_padded(rows: Sequence[Ids], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [B, L] of rows that end together, and the mask of what is no padding."""
     width = max(len(row) for row in rows)
     ids, mask = np.full((len(rows), width), pad), np.zeros((len(rows), width), int)
     for i, row in enumerate(rows):

@@ -21,7 +21,7 @@ from alignpro.llm.models import adapters, catalogue, load
 from alignpro.llm.models.chat import Said, chat_of
 from alignpro.llm.models.forward import room
 from alignpro.llm.models.libraries import quiet
-from alignpro.llm.models.policy import log_probs, sample_and_score, sample_key
+from alignpro.llm.models.policy import Ids, log_probs, sample_and_score, sample_key
 from alignpro.llm.models.prompt import Message, messages_of
 from alignpro.llm.models.sampling import Sampling
 
@@ -298,9 +298,7 @@ def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ..
     return chat_of(tokenizer).ids(messages_of(prompt))
 
 
-def check_room(
-    model: Any, prompts: Sequence[str], ids: Sequence[Sequence[int]], tokens: int, name: str
-) -> None:
+def check_room(model: Any, prompts: Sequence[str], ids: Sequence[Ids], tokens: int, name: str) -> None:
     """Refuse prompts that leave no room for a continuation of `tokens` in what the model reads."""
     most = room(model)
     if most is None or not ids:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.forward import Forest, Head, passes, states
+from alignpro.llm.models.policy import Ids
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class TreeScores:
         return table[torch.as_tensor(TreeLayout.fit(index, steps), device=values.device)[leaves]]
 
 
-def tree_states(model: Any, prompts: Sequence[Sequence[int]], layouts: Sequence[TreeLayout]) -> list[Tensor]:
+def tree_states(model: Any, prompts: Sequence[Ids], layouts: Sequence[TreeLayout]) -> list[Tensor]:
     """Final hidden states at each tree's states, in one forward pass.
 
     Args:
@@ -175,9 +176,7 @@ def tree_states(model: Any, prompts: Sequence[Sequence[int]], layouts: Sequence[
     return states(model, forests, wanted)
 
 
-def tree_scores(
-    model: Any, prompts: Sequence[Sequence[int]], trees: Sequence[PrefixTree]
-) -> list[TreeScores]:
+def tree_scores(model: Any, prompts: Sequence[Ids], trees: Sequence[PrefixTree]) -> list[TreeScores]:
     """The model's exact policies on B prefix trees, in one differentiable forward pass."""
     layouts = [tree.layout for tree in trees]
     head = Head.of(model)
@@ -209,7 +208,7 @@ def tree_scores(
 @torch.no_grad()
 def leaf_probabilities(
     model: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
     trees: Sequence[PrefixTree],
     *,
     tokens_per_pass: int = 4096,

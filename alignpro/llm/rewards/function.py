@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models import download, libraries
+from alignpro.llm.models import libraries, packages
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
 from alignpro.llm.rewards.reward import Array, at_least, batches, check_texts, sample_shown, shown
 from alignpro.llm.targets import http
@@ -119,7 +119,7 @@ class CallableReward:
             where = sample_shown(part[0], prompts[part[0]], responses[part[0]])
             if len(part) > 1:
                 where = f"samples {part[0]} to {part[-1]}, the first being {where}"
-            said = download.scrub(libraries.one_line(error))
+            said = packages.scrub(libraries.one_line(error))
             raise AlignProError(
                 f"function {self.name} raised {type(error).__name__} ({shown(said, 200)}) on {where}"
             ) from error

@@ -21,7 +21,7 @@ from scipy import stats
 from alignpro.llm.data import packaged
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.data.split import split_of
-from alignpro.llm.models import packages, registry
+from alignpro.llm.models import catalogue, packages
 from alignpro.llm.rewards.accuracy import accuracy, longer_wins
 from alignpro.llm.rewards.bradley_terry import (
     BradleyTerryReward,
@@ -174,7 +174,7 @@ def cache_key(config: TrainingConfig) -> str:
     needed = ("minilm", "llamafactory", "eval-framework")
     facts = {
         "config": asdict(config),
-        "packages": {name: registry.PACKAGES[name].sha256 for name in needed},
+        "packages": {name: catalogue.PACKAGES[name].sha256 for name in needed},
         "code": {name: code_digest(inspect.getsource(import_module(name))) for name in MADE_BY},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]

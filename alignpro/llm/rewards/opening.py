@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.catalogue import HUB_ID, checked_folder
-from alignpro.llm.models.download import scrub
 from alignpro.llm.models.libraries import one_line
+from alignpro.llm.models.packages import scrub
 from alignpro.llm.rewards.bounds import SYNTAX, Bounds, parse_bounds
 from alignpro.llm.rewards.bradley_terry import BradleyTerryReward
 from alignpro.llm.rewards.classifier import SequenceReward, saved_facts

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
-from transformers import PrinterCallback
 from trl import GRPOConfig, RLOOConfig
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.adapters import adapter_config
-from alignpro.llm.training.checkpoints import Metrics
+from alignpro.llm.training.checkpoints import Metrics, trainer_of
 from alignpro.llm.training.ppo import PPOConfig, PPOTrainer
 from alignpro.llm.training.settings import SCHEDULES, TrainSettings, refuse_moved_optimum
 from alignpro.llm.training.trl_adapter import KLInReward, RLOORollouts, Rollouts
@@ -133,15 +131,14 @@ def trainer_on(
     """
     kind = ALGORITHMS[settings.algorithm].trainer
     torch.manual_seed(settings.seed)  # the adapter's initial values
-    trainer: Any = type(f"{rollouts.__name__}Of{kind.__name__}", (rollouts, kind), {})(
+    return trainer_of(
+        type(f"{rollouts.__name__}Of{kind.__name__}", (rollouts, kind), {}),
+        {"prompt": list(rows)},
+        metrics,
         model=model,
         peft_config=adapter_config(model, settings.lora_rank, settings.lora_layers),
         reward_funcs=reward,
         args=config,
-        train_dataset=Dataset.from_dict({"prompt": list(rows)}),
         processing_class=tokenizer,
-        callbacks=[metrics],
         **named,
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer

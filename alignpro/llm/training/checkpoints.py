@@ -3,18 +3,20 @@
 import contextlib
 import json
 import math
+import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from safetensors import SafetensorError
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, read_json_lines, write_text
+from alignpro.files import read_json, read_json_lines, write_json, write_text
 from alignpro.llm.training.settings import PairSettings
 from alignpro.runs import refuse_other_settings
 
@@ -36,9 +38,11 @@ class Trained:
     """The lines of its metrics file, in order of their `step`."""
 
 
-def pair_arguments(settings: PairSettings, folder: Path, processes: int = 1) -> dict[str, Any]:
+def pair_arguments(settings: PairSettings, folder: Path, on_cpu: bool, processes: int = 1) -> dict[str, Any]:
     """Arguments of TRL's configurations for training on pairs, into `folder`."""
     return {
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
         "output_dir": str(folder),
         "per_device_train_batch_size": settings.batch_size // processes,
         "num_train_epochs": settings.epochs,
@@ -53,6 +57,13 @@ def pair_arguments(settings: PairSettings, folder: Path, processes: int = 1) -> 
         "save_total_limit": 2,
         "disable_tqdm": not sys.stderr.isatty(),
     }
+
+
+def trainer_of(kind: Any, columns: Mapping[str, Any], metrics: "Metrics", **named: Any) -> Any:
+    """One of TRL's trainers on these columns, which tells its numbers to `metrics` and prints none."""
+    trainer = kind(train_dataset=Dataset.from_dict(dict(columns)), callbacks=[metrics], **named)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 class WholeCheckpoints:
@@ -107,6 +118,14 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(found[max(found)]) if found else None
 
 
+def begin(out: Path, record: dict[str, Any], resume: bool) -> None:
+    """Write settings.json, by the first of several processes; refuse to resume a run of another record."""
+    if resume and (out / SETTINGS_FILE).exists():
+        refuse_other_settings(out, read_json(out / SETTINGS_FILE), record)
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_json(out / SETTINGS_FILE, record)
+
+
 def check_begun(out: Path, record: dict[str, Any], resume: bool) -> None:
     """Raise AlignProError unless `out` is empty, or holds a run with that record which is to be resumed."""
     if resume and (out / SETTINGS_FILE).exists():
@@ -137,9 +156,7 @@ class Metrics(TrainerCallback):
         if state.is_world_process_zero and state.global_step and self.path.exists():
             self.lines = [line for line in read_json_lines(self.path) if line["step"] <= state.global_step]
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Line | None = None, **_: Any) -> None:
         if state.is_world_process_zero and "loss" in (logs or {}):
             self.add({"step": state.global_step, **self.kept(logs or {})})
 
@@ -163,9 +180,7 @@ class PairMetrics(Metrics):
     def kept(self, logs: Line) -> Line:
         return {name: logs[name] for name in self.names if name in logs}
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **named: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Line | None = None, **named: Any) -> None:
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
             raise AlignProError(

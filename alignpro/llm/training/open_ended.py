@@ -6,7 +6,6 @@ action the answer y, and λ plays β.
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, write_json
 from alignpro.llm.models.chat import Said, chat_of
 from alignpro.llm.models.forward import how_of, unwrap
 from alignpro.llm.models.libraries import quiet
@@ -31,16 +29,15 @@ from alignpro.llm.training.algorithms import configured, trainer_on
 from alignpro.llm.training.checkpoints import (
     METRICS_FILE,
     PROMPTER_FOLDER,
-    SETTINGS_FILE,
     Line,
     Metrics,
     Trained,
+    begin,
     last_checkpoint,
 )
 from alignpro.llm.training.environment import Environment
 from alignpro.llm.training.settings import TrainSettings, check_reporters
-from alignpro.llm.training.trl_adapter import Party, Rollouts
-from alignpro.runs import refuse_other_settings
+from alignpro.llm.training.trl_adapter import Party, Rollouts, Rows
 
 
 @dataclass(frozen=True)
@@ -74,12 +71,12 @@ class OpenRollouts(Rollouts):
         super().__init__(*positional, **named)
         self.rescored = self.use_vllm or unwrap(self.model).dtype != torch.float32
 
-    def tokens_of(self, prompts: Sequence[str]) -> list[list[int]]:
+    def tokens_of(self, prompts: Sequence[str]) -> Rows:
         tokenizer = self.processing_class  # type: ignore[attr-defined]
         ids = {x: list(self._task.prompt_ids(tokenizer, _prompt(x))) for x in dict.fromkeys(prompts)}
         return [ids[x] for x in prompts]
 
-    def draw(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+    def draw(self, prompt_ids: Rows) -> Rows:
         said = self.draw_by_vllm(prompt_ids) if self.use_vllm else self._sample(prompt_ids)
         if self.rescored:
             sampled = self._drawn
@@ -93,7 +90,7 @@ class OpenRollouts(Rollouts):
                 self.note("sampler_mismatch", torch.tensor(np.mean(off), device=values.device))
         return said
 
-    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+    def _sample(self, prompt_ids: Rows) -> Rows:
         step, args = self.state.global_step, self.args
         places = self.places(len(prompt_ids))
         rows: dict[tuple[int, ...], list[int]] = {}
@@ -116,9 +113,7 @@ class OpenRollouts(Rollouts):
                 out[i], self._drawn[i] = ids, values
         return out
 
-    def score(
-        self, party: Party, model: Any, prompts: list[list[int]], said: list[list[int]], steps: int
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, party: Party, model: Any, prompts: Rows, said: Rows, steps: int) -> tuple[Tensor, Tensor]:
         if party == "behaviour":
             kept = torch.zeros(len(self._drawn), steps, device=self.accelerator.device)
             for i, values in enumerate(self._drawn):
@@ -232,10 +227,7 @@ def train(
         record = {"settings": asdict(settings), "prompts": len(prompts)}
         record |= {"chat": chat_of(tokenizer).describe(), "read": how_of(prompter.model).describe(), **facts}
         record = json.loads(json.dumps(record))
-        if resume and (out / SETTINGS_FILE).exists():
-            refuse_other_settings(out, read_json(out / SETTINGS_FILE), record)
-        if int(os.environ.get("RANK", "0")) == 0:
-            write_json(out / SETTINGS_FILE, record)
+        begin(out, record, resume)
         metrics = _Rounds(out / METRICS_FILE, settings, progress)
         how: dict[str, Any] = {"task": task, "draws_seed": settings.seed}
         trainer = trainer_on(

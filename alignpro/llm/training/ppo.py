@@ -19,7 +19,7 @@ from trl import GRPOConfig
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json
 from alignpro.llm.models.forward import text_config
-from alignpro.llm.training.settings import refuse_moved_optimum
+from alignpro.llm.training.settings import TrainSettings, refuse_moved_optimum
 from alignpro.llm.training.trl_adapter import OwnLoss, without_groups
 
 
@@ -174,23 +174,24 @@ class Critic(nn.Module):
 class PPOConfig(GRPOConfig):
     """Settings of `PPOTrainer` beside those of `trl.GRPOConfig`, whose `num_iterations` are PPO's epochs.
 
-    Each means what it does in `TrainSettings`. `critic_width` is the number of the critic's hidden units.
+    Each means what it does in `TrainSettings` and has the default of there. `critic_width` is the number of
+    the critic's hidden units.
     """
 
-    beta: float = 0.05  # λ, by TRL's name
-    kl_estimator: str = "k1"
-    target_kl: float | None = None
-    kl_horizon: int = 10_000
-    gamma: float = 1.0
-    gae_lambda: float = 1.0
-    clip_range: float = 0.2
-    value_clip_range: float | None = None
-    whiten_rewards: bool = False
-    whiten_advantages: bool = False
-    vf_coef: float = 1.0
-    critic_learning_rate: float = 1e-3
+    beta: float = TrainSettings.lam  # λ, by TRL's name
+    kl_estimator: str = TrainSettings.kl_estimator
+    target_kl: float | None = TrainSettings.target_kl
+    kl_horizon: int = TrainSettings.kl_horizon
+    gamma: float = TrainSettings.gamma
+    gae_lambda: float = TrainSettings.gae_lambda
+    clip_range: float = TrainSettings.clip_range
+    value_clip_range: float | None = TrainSettings.value_clip_range
+    whiten_rewards: bool = TrainSettings.whiten_rewards
+    whiten_advantages: bool = TrainSettings.whiten_advantages
+    vf_coef: float = TrainSettings.vf_coef
+    critic_learning_rate: float = TrainSettings.critic_learning_rate
     critic_width: int = 128
-    allow_moved_optimum: bool = False
+    allow_moved_optimum: bool = TrainSettings.allow_moved_optimum
 
     def __post_init__(self) -> None:
         without_groups(self, super().__post_init__)

@@ -11,10 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from safetensors import SafetensorError
-from transformers import PrinterCallback
 from trl import RewardConfig, RewardTrainer
 
 from alignpro.errors import AlignProError
@@ -38,6 +36,7 @@ from alignpro.llm.training.checkpoints import (
     check_begun,
     last_checkpoint,
     pair_arguments,
+    trainer_of,
 )
 from alignpro.llm.training.settings import RewardSettings
 
@@ -154,9 +153,7 @@ def train_reward(
     return TrainedReward(out, record, metrics.lines, reward)
 
 
-def split_pairs(
-    pairs: Sequence[PreferencePair],
-) -> dict[Split, list[PreferencePair]]:
+def split_pairs(pairs: Sequence[PreferencePair]) -> dict[Split, list[PreferencePair]]:
     """The pairs of each split; refuses a prompt in two, and an empty `train` or `test`."""
     home: dict[str, str] = {}
     for pair in pairs:
@@ -224,26 +221,16 @@ def _fit(
     if settings.lora_rank:
         rank, kind = settings.lora_rank, "SEQ_CLS"  # which trains the head besides
         adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=kind)
-    cuda = where.type == "cuda"
-    folder = out / CHECKPOINTS
+    cuda, folder = where.type == "cuda", out / CHECKPOINTS
     with quiet():
         config = RewardConfig(
-            **pair_arguments(settings, folder),
+            **pair_arguments(settings, folder, not cuda),
             center_rewards_coefficient=settings.centre or None,
-            use_cpu=not cuda,
             bf16=cuda and torch.cuda.is_bf16_supported(),
-            dataloader_pin_memory=cuda,
             report_to="none",
         )
-        trainer = _Trainer(
-            model=reward.model,
-            args=config,
-            train_dataset=Dataset.from_dict(columns),
-            processing_class=reward.tokenizer,
-            peft_config=adapter,
-            callbacks=[metrics],
-        )
-        trainer.remove_callback(PrinterCallback)
+        named = {"model": reward.model, "processing_class": reward.tokenizer, "peft_config": adapter}
+        trainer = trainer_of(_Trainer, columns, metrics, args=config, **named)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         model = trainer.accelerator.unwrap_model(trainer.model)
         return model.merge_and_unload() if adapter else model

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from alignpro.errors import AlignProError
@@ -38,6 +36,7 @@ from alignpro.llm.training.checkpoints import (
     check_begun,
     last_checkpoint,
     pair_arguments,
+    trainer_of,
 )
 from alignpro.llm.training.settings import SFTSettings, check_reporters
 
@@ -183,21 +182,12 @@ def _trainer(
         raise AlignProError(f"batch_size {settings.batch_size}: {world} processes do not divide it")
     model = copy.deepcopy(prompter.model)
     config = SFTConfig(
-        **pair_arguments(settings, out, world),
+        **pair_arguments(settings, out, model.device.type == "cpu", world),
         gradient_accumulation_steps=1,
         packing=False,
-        use_cpu=model.device.type == "cpu",
         bf16=False,
-        dataloader_pin_memory=model.device.type != "cpu",
         report_to=list(report_to),
     )
-    trainer = _Trainer(
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_dict(columns(pairs)),
-        processing_class=prompter.tokenizer,
-        peft_config=adapter_config(model, settings.lora_rank, settings.lora_layers),
-        callbacks=[metrics],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    adapter = adapter_config(model, settings.lora_rank, settings.lora_layers)
+    named = {"model": model, "args": config, "processing_class": prompter.tokenizer, "peft_config": adapter}
+    return trainer_of(_Trainer, columns(pairs), metrics, **named)

@@ -1,7 +1,7 @@
 """Training a prompter on prefix trees, where ρ_θ, ρ* and every divergence between them are exact."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from alignpro.files import read_json, write_json
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.policies.tree import TreeScores, TreeTask, tree_scores, tree_states
 from alignpro.llm.training.algorithms import configured, trainer_on
-from alignpro.llm.training.checkpoints import SETTINGS_FILE, Metrics, Trained, last_checkpoint
+from alignpro.llm.training.checkpoints import Line, Metrics, Trained, begin, last_checkpoint
 from alignpro.llm.training.settings import TrainSettings, TreeSettings
-from alignpro.llm.training.trl_adapter import Party, Rollouts, parts_of
-from alignpro.runs import refuse_other_settings
+from alignpro.llm.training.trl_adapter import Party, Rollouts, Rows, parts_of
 
 CURVE_FILE = "curve.jsonl"
 
@@ -40,50 +38,47 @@ class TreeRollouts(Rollouts):
 
     # Log-probabilities without gradient are constant between optimizer steps (the reference's for ever), so
     # sampling, PPO's old log-probabilities and the exact curve share one forward pass.
-    def _tree_scores(self, party: Party, model: nn.Module, rows: Sequence[int]) -> list[TreeScores]:
-        task, model = self.task, self.accelerator.unwrap_model(model)
+    def _tree_scores(self, party: Party, model: nn.Module, rows: Iterable[int]) -> dict[int, TreeScores]:
+        task, model, rows = self.task, self.accelerator.unwrap_model(model), sorted(set(rows))
 
-        def fresh(rows: Sequence[int]) -> list[TreeScores]:
-            return tree_scores(model, [task.prompt_ids[x] for x in rows], [task.trees[x] for x in rows])
+        def fresh(rows: Sequence[int]) -> dict[int, TreeScores]:
+            trees = [task.trees[x] for x in rows]
+            return dict(zip(rows, tree_scores(model, [task.prompt_ids[x] for x in rows], trees), strict=True))
 
         if party == "policy":
             return fresh(rows)
-        kind, version = (party, 0) if party == "reference" else (party, self.state.global_step)
-        stale = [x for x in rows if self._cache.get((kind, x), (-1, None))[0] != version]
+        version = 0 if party == "reference" else self.state.global_step
+        stale = [x for x in rows if self._cache.get((party, x), (-1, None))[0] != version]
         if stale:
-            self._cache |= {(kind, x): (version, s) for x, s in zip(stale, fresh(stale), strict=True)}
-        return [self._cache[kind, x][1] for x in rows]
+            self._cache |= {(party, x): (version, s) for x, s in fresh(stale).items()}
+        return {x: self._cache[party, x][1] for x in rows}
 
     @torch.no_grad()
     def exact_policy(self) -> list[np.ndarray]:
         """ρ_θ(·|x) over the leaves of each prompt's tree, as X float64 arrays that sum to one."""
         scores = self._tree_scores("behaviour", self.model, range(len(self.task.prompts)))
-        return [s.probabilities() for s in scores]
+        return [s.probabilities() for s in scores.values()]
 
-    def tokens_of(self, prompts: Sequence[str]) -> list[list[int]]:
+    def tokens_of(self, prompts: Sequence[str]) -> Rows:
         return [list(self.task.prompt_ids[self._row[p]]) for p in prompts]
 
     @torch.no_grad()
-    def draw(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+    def draw(self, prompt_ids: Rows) -> Rows:
         rows = [self._row_of_ids[tuple(ids)] for ids in prompt_ids]
-        unique = sorted(set(rows))
-        scores = dict(zip(unique, self._tree_scores("behaviour", self.model, unique), strict=True))
-        actions: list[list[int]] = [[] for _ in rows]
-        for x in unique:
-            places = [i for i, row in enumerate(rows) if row == x]
-            probabilities = scores[x].leaf_log_probs.exp().cpu()
-            drawn = torch.multinomial(probabilities, len(places), replacement=True)
-            for i, leaf in zip(places, drawn, strict=True):
-                actions[i] = list(self.task.trees[x].layout.actions[leaf])
-        return actions
+        scores = self._tree_scores("behaviour", self.model, rows)
 
-    def leaves(self, prompts: list[list[int]], said: list[list[int]]) -> tuple[list[int], list[int]]:
-        """(row, leaf) of each action."""
-        rows = [self._row_of_ids[tuple(ids)] for ids in prompts]
-        return rows, [self._leaf[x][tuple(action)] for x, action in zip(rows, said, strict=True)]
+        def pick(x: int, places: Tensor) -> Tensor:
+            return torch.multinomial(scores[x].leaf_log_probs.exp().cpu(), len(places), replacement=True)
 
-    def _per_row(self, rows: list[int], leaves: list[int], pick: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Assemble [B, ...] from one call of `pick` per distinct row."""
+        leaves = self.per_row(rows, rows, pick).tolist()
+        return [list(self.task.trees[x].layout.actions[y]) for x, y in zip(rows, leaves, strict=True)]
+
+    def leaves(self, rows: Sequence[int], said: Rows) -> list[int]:
+        """Leaf of each action."""
+        return [self._leaf[x][tuple(action)] for x, action in zip(rows, said, strict=True)]
+
+    def per_row(self, rows: list[int], leaves: list[int], pick: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Assemble [B, ...] from one call of `pick`, by a row and leaves, per distinct row."""
         parts, places = [], []
         for x in sorted(set(rows)):
             where = [i for i, row in enumerate(rows) if row == x]
@@ -91,15 +86,12 @@ class TreeRollouts(Rollouts):
             places += where
         return torch.cat(parts)[torch.argsort(torch.tensor(places))]
 
-    def score(
-        self, party: Party, model: Any, prompts: list[list[int]], said: list[list[int]], steps: int
-    ) -> tuple[Tensor, Tensor]:
-        rows, leaves = self.leaves(prompts, said)
-        unique = sorted(set(rows))
-        scores = dict(zip(unique, self._tree_scores(party, model, unique), strict=True))
+    def score(self, party: Party, model: Any, prompts: Rows, said: Rows, steps: int) -> tuple[Tensor, Tensor]:
+        rows = [self._row_of_ids[tuple(ids)] for ids in prompts]
+        leaves, scores = self.leaves(rows, said), self._tree_scores(party, model, rows)
         return (
-            self._per_row(rows, leaves, lambda x, y: scores[x].step_log_probs(y, steps)),
-            self._per_row(rows, leaves, lambda x, y: scores[x].step_entropies(y, steps)),
+            self.per_row(rows, leaves, lambda x, y: scores[x].step_log_probs(y, steps)),
+            self.per_row(rows, leaves, lambda x, y: scores[x].step_entropies(y, steps)),
         )
 
     @torch.no_grad()
@@ -110,13 +102,13 @@ class TreeRollouts(Rollouts):
                 states = tree_states(model, self.task.prompt_ids, [t.layout for t in self.task.trees])
             self._features = [s.float() for s in states]
         prompts, said, keep = parts_of(batch)
-        rows, leaves = self.leaves(prompts, said)
+        rows = [self._row_of_ids[tuple(ids)] for ids in prompts]
 
         def pick(x: int, y: Tensor) -> Tensor:
             layout = self.task.trees[x].layout
             return self._features[x][torch.as_tensor(layout.fit(layout.leaf_states, keep) + 1)[y]]
 
-        return self._per_row(rows, leaves, pick)
+        return self.per_row(rows, self.leaves(rows, said), pick)
 
 
 class Curve(Metrics):
@@ -147,9 +139,7 @@ class Curve(Metrics):
         if state.global_step % self.every == 0:
             self._measure(state)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Line | None = None, **_: Any) -> None:
         sampled = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
         for line in self.lines:
             if line["step"] == state.global_step - self.every and "sampled" not in line:
@@ -194,23 +184,19 @@ def train(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    begun, record = out / SETTINGS_FILE, asdict(settings)
-    if resume and begun.exists():
-        refuse_other_settings(out, read_json(begun), record)
-    write_json(begun, record)
+    record = asdict(settings)
+    begin(out, record, resume)
 
     depth = max(t.layout.leaf_edges.shape[1] for t in task.trees)
     full = TrainSettings(**record, prompts=len(task.prompts), max_tokens=depth)
 
     def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         rows = [trainer._row[p] for p in prompts]
-        leaves = [trainer._leaf[x][tuple(ids)] for x, ids in zip(rows, completion_ids, strict=True)]
-        values = [0.0] * len(rows)
-        for x in sorted(set(rows)):
-            where = [i for i, row in enumerate(rows) if row == x]
-            for i, value in zip(where, task.reward(x, [leaves[i] for i in where]), strict=True):
-                values[i] = float(value)
-        return values
+
+        def pick(x: int, leaves: Tensor) -> Tensor:
+            return torch.tensor(task.reward(x, leaves.tolist()), dtype=torch.float64)
+
+        return trainer.per_row(rows, trainer.leaves(rows, completion_ids), pick).tolist()
 
     curve = Curve(out / CURVE_FILE, evaluate, settings.epochs, progress)
     with quiet():

@@ -60,17 +60,15 @@ class Rollouts(WholeCheckpoints):
     reads_features = False
     """Whether the algorithm asks for `features`."""
 
-    def tokens_of(self, prompts: Sequence[str]) -> list[list[int]]:
+    def tokens_of(self, prompts: Sequence[str]) -> Rows:
         """Token ids that the policy continues, for each prompt."""
         raise NotImplementedError
 
-    def draw(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+    def draw(self, prompt_ids: Rows) -> Rows:
         """One continuation of each."""
         raise NotImplementedError
 
-    def score(
-        self, party: Party, model: Any, prompts: list[list[int]], said: list[list[int]], steps: int
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, party: Party, model: Any, prompts: Rows, said: Rows, steps: int) -> tuple[Tensor, Tensor]:
         """[B, steps] log-probabilities of the tokens that were said, and entropies before them, in nats; 0
         past the end."""
         raise NotImplementedError
@@ -97,7 +95,7 @@ class Rollouts(WholeCheckpoints):
         start = self.accelerator.process_index * count
         return [(start + i) % self.group() for i in range(count)]
 
-    def draw_by_vllm(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+    def draw_by_vllm(self, prompt_ids: Rows) -> Rows:
         """Continuations drawn by vLLM with the policy's present weights."""
         step = self.state.global_step
         if step != self._last_loaded_step:

@@ -1,9 +1,8 @@
 """Results beside the bounds: what prompting can reach, at what cost, under what errors.
 
-The public functions and records of `reach`, `cost`, `derivatives`, `readings` and `shared` are here by name.
-They are pure, and safe under jit and vmap, but for `lam_for_kl` and `universal`, which check their input; per
-prompt [X] unless said otherwise. A β or λ that is not positive and finite is an `AlignProError`. Proofs:
-`docs/limits.md`.
+The public functions and records of `reach`, `cost`, `readings` and `shared` are here by name. They are pure,
+and safe under jit and vmap, but for `lam_for_kl` and `universal`, which check their input; per prompt [X]
+unless said otherwise. A β or λ that is not positive and finite is an `AlignProError`. Proofs: `docs/limits.md`.
 """
 
 # ruff: noqa: F401
@@ -19,14 +18,6 @@ from alignpro.theory.results.cost import (
     kl_price,
     lam_for_kl,
 )
-from alignpro.theory.results.derivatives import (
-    Headroom,
-    Sensitivity,
-    VarianceSplit,
-    headroom,
-    sensitivity,
-    variance_split,
-)
 from alignpro.theory.results.reach import (
     Ceiling,
     Projection,
@@ -37,9 +28,15 @@ from alignpro.theory.results.reach import (
 )
 from alignpro.theory.results.readings import (
     Critical,
+    Headroom,
     LimitReadings,
+    Sensitivity,
+    VarianceSplit,
     critical_beta,
     critical_lam,
+    headroom,
     limit_readings,
+    sensitivity,
+    variance_split,
 )
 from alignpro.theory.results.shared import Universal, strategy_table, universal

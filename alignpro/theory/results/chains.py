@@ -19,7 +19,7 @@ from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.divergences import Floats, log_quotient, scaled_kl
 from alignpro.theory.gibbs import Tilted, tilt
 from alignpro.theory.instance import Instance, bare, normalise, probabilities
-from alignpro.theory.results.rewards import reachable
+from alignpro.theory.results.rewards import rewards_of
 from alignpro.theory.solution import Solution, solution
 
 
@@ -170,11 +170,10 @@ def _solve(
     policies: tuple[Array, ...] | None,
 ) -> ChainSolution:
     prompts = single.p.shape[0]
-    # References and energies have axes [X, K_{i−1}, K_i]. What a prompt's rewards share would cost digits.
+    # References and energies have axes [X, K_{i−1}, K_i].
     bases = [stages[0][:, None], *(jnp.broadcast_to(s[None], (prompts, *s.shape)) for s in stages[1:])]
-    raw = jnp.asarray(instance.reward, float)
-    top = jnp.max(jnp.where(reachable(instance), raw, -jnp.inf), -1, keepdims=True)
-    reward = (raw - top) @ jnp.asarray(instance.frozen, float).T
+    measured = rewards_of(instance)  # from the best: what a prompt's rewards share would cost digits
+    reward, top = measured.rewrite, measured.top[:, None]
     own_reward = jnp.take_along_axis(reward, instance.own[:, None], -1)[:, 0]
 
     values: list[Array] = [reward]

@@ -19,9 +19,9 @@ from alignpro.theory.results.rewards import (
     as_temperature,
     extremes,
     rewards_of,
+    root_of,
     variance,
 )
-from alignpro.theory.results.solvers import root_of
 from alignpro.theory.solution import Solution
 
 
@@ -224,14 +224,13 @@ def _best_of_n(base: Array, energy: Array, draws: Array, tie: Array) -> BestOfN:
     spends = (divergence > 0) & (jnp.min(d, -1) < 0)
     lam = _lam_at_kl(rows, d, jnp.where(spends, divergence, 1.0))
     best = jnp.where(spends, tilt(rows, d, lam).lift, 0.0)
-    shape = lead if lead else ()
     return BestOfN(
         probs=probs.reshape(base.shape),
-        lift=lift.reshape(shape),
-        kl=divergence.reshape(shape),
-        kl_bound=jnp.broadcast_to(jnp.log(draws) - (draws - 1) / draws, shape),
-        lam=jnp.where(spends, lam, jnp.inf).reshape(shape),
-        frontier_lift=best.reshape(shape),
+        lift=lift.reshape(lead),
+        kl=divergence.reshape(lead),
+        kl_bound=jnp.broadcast_to(jnp.log(draws) - (draws - 1) / draws, lead),
+        lam=jnp.where(spends, lam, jnp.inf).reshape(lead),
+        frontier_lift=best.reshape(lead),
     )
 
 

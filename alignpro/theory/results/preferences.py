@@ -15,8 +15,8 @@ from scipy.stats import chi2
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance
-from alignpro.theory.results.perturbation import worst_loss
 from alignpro.theory.results.rewards import reachable
+from alignpro.theory.results.robustness import worst_loss
 
 _STEPS = 500
 _worst_loss = jax.jit(worst_loss)

@@ -1,10 +1,12 @@
-"""Rewards of an instance measured from the best reachable one, with variances and extremes of energies."""
+"""Rewards of an instance measured from the best reachable one; variances, extremes and roots."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from alignpro.errors import check_temperature
@@ -117,3 +119,30 @@ def extremes(base: Array, energy: Array, tie: Array) -> Extremes:
         maximum=maximum,
         span=maximum - jnp.min(jnp.where(inside, energy, jnp.inf), -1),
     )
+
+
+def root_of(function: Callable[[Array], tuple[Array, Array]], low: Array, high: Array) -> Array:
+    """t in [low, high] (> 0) where each entry of an increasing function changes sign.
+
+    `function(t)` gives the value and its derivative in log t. Newton steps in log t, with a bisection
+    every third round and wherever a step would leave the bracket.
+    """
+
+    def go_on(state):
+        _, _, _, done, rounds = state
+        return (rounds < 240) & ~jnp.all(done)
+
+    def step(state):
+        low, high, t, done, rounds = state
+        value, slope = function(t)
+        low, high = jnp.where(value < 0, t, low), jnp.where(value < 0, high, t)
+        newton = t * jnp.exp(jnp.clip(-value / slope, -700.0, 700.0))
+        middle = jnp.sqrt(low) * jnp.sqrt(high)
+        inside = (newton >= low) & (newton <= high)
+        good = inside & ((rounds % 3 < 2) | (jnp.abs(newton - t) <= 1e-6 * t))
+        new = jnp.where(good, newton, middle)
+        finished = (inside & (jnp.abs(newton - t) <= 4 * EPS * t)) | (high <= low * (1 + 4 * EPS))
+        return low, high, jnp.where(done, t, new), done | finished, rounds + 1
+
+    start = jnp.sqrt(low) * jnp.sqrt(high)
+    return lax.while_loop(go_on, step, (low, high, start, high <= low, 0))[2]

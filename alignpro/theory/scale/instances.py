@@ -13,7 +13,7 @@ import numpy as np
 
 from alignpro.claims import of_kind
 from alignpro.errors import AlignProError, check_temperature
-from alignpro.theory.bounds import STATEMENTS, BoundReport, Statement, paper_r_max, report, theorem1
+from alignpro.theory.bounds import STATEMENTS, BoundReport, paper_r_max, report, theorem1
 from alignpro.theory.instance import Instance, load, padded
 from alignpro.theory.solution import solution
 
@@ -157,8 +157,23 @@ def solve_instances(
             values = jax.tree.map(np.asarray, evaluate(stacked, beta, lam))
             for row, index in enumerate(chunk):
                 parts, checks = jax.tree.map(lambda leaf, row=row: leaf[row], values)
-                ordered = {name: checks[name] for name in bounds}  # as asked for, which jit forgets
-                results[index] = _solved(instances[index], beta, lam, parts, ordered, r_max)
+                least, own_r_max = parts.pop("reward_min"), parts.pop("r_max")
+                prompts = instances[index].shape[0]
+                more: dict[str, Any] = {
+                    key: value[:prompts].tolist() if np.ndim(value) else float(value)
+                    for key, value in parts.items()
+                }
+                convention = PAPER_CONVENTION if least >= 0 else SIGNED_CONVENTION
+                results[index] = Solved(
+                    file="",
+                    beta=beta,
+                    lam=lam,
+                    r_max=float(own_r_max) if r_max is None else r_max,
+                    r_max_convention=convention if r_max is None else GIVEN_CONVENTION,
+                    # In the order that was asked for, which jit forgets.
+                    bounds={name: report(name, checks[name]) for name in bounds},
+                    **more,
+                )
             progress(len(chunk))
     return [results[index] for index in range(len(instances))]
 
@@ -196,27 +211,3 @@ def _padded_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
         return shape
     x, k, y = (next(size for size in _SIZES if n <= size) for n in shape)
     return x, k, y
-
-
-def _solved(
-    instance: Instance,
-    beta: float,
-    lam: float,
-    parts: dict[str, Any],
-    checks: dict[str, Statement],
-    r_max: float | None,
-) -> Solved:
-    convention = PAPER_CONVENTION if parts["reward_min"] >= 0 else SIGNED_CONVENTION
-    numbers = ("j_star", "j_rho", "gap", "exact_gap", "delta1", "delta2")
-    prompts = instance.shape[0]
-    return Solved(
-        file="",
-        beta=beta,
-        lam=lam,
-        r_max=float(parts["r_max"]) if r_max is None else r_max,
-        r_max_convention=convention if r_max is None else GIVEN_CONVENTION,
-        log_z=parts["log_z"][:prompts].tolist(),
-        log_z_star=parts["log_z_star"][:prompts].tolist(),
-        bounds={name: report(name, statement) for name, statement in checks.items()},
-        **{key: float(parts[key]) for key in numbers},
-    )

@@ -114,18 +114,13 @@ def _rowwise(devices: tuple[Any, ...]) -> Callable[..., Any]:
     )
 
 
-def _pairs(own: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The different unordered pairs of rows needed, as codes; and for each entry of ρ_sft x, k, its pair."""
+def _by_pairs(own: np.ndarray, prior: np.ndarray, frozen: np.ndarray) -> np.ndarray:
     x, k = np.nonzero(prior)
     apart = own[x] != k
     x, k = x[apart], k[apart]
-    low, high = np.minimum(own[x], k), np.maximum(own[x], k)
-    codes, which = np.unique(low * prior.shape[1] + high, return_inverse=True)
-    return codes, x, k, which
-
-
-def _by_pairs(own: np.ndarray, prior: np.ndarray, frozen: np.ndarray) -> np.ndarray:
-    codes, x, k, which = _pairs(own, prior)
+    # The different unordered pairs of rows as codes, and the pair of each entry x, k of ρ_sft.
+    codes = np.minimum(own[x], k) * prior.shape[1] + np.maximum(own[x], k)
+    codes, which = np.unique(codes, return_inverse=True)
     low, high = codes // prior.shape[1], codes % prior.shape[1]
     distances = np.empty(len(codes))
     step = max(1, _HELD // 16 // frozen.shape[1])

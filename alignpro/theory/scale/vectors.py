@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
@@ -69,18 +69,18 @@ class Vectors:
     def __init__(self, builder: ir.IRBuilder, width: int):
         self.builder, self.width = builder, width
         # fmt: off
+        compare, shift = self.compare, self._shift
         self.operations: dict[str, Callable[..., Any]] = {
             "abs": self.abs, "add": self.add, "add_any": self.add, "and": builder.and_,
-            "atanh": self._atanh, "div": self._div, "eq": self._comparison("=="), "exp": self.exp,
-            "expm1": self.expm1, "ge": self._comparison(">="), "gt": self._comparison(">"),
-            "le": self._comparison("<="), "log": self.log, "log1p": self.log1p,
-            "lt": self._comparison("<"), "max": self._extreme("maximum", ">"),
-            "min": self._extreme("minimum", "<"), "mul": self.mul, "ne": self._comparison("!="),
-            "neg": self._neg, "not": builder.not_, "or": builder.or_, "rsqrt": self._rsqrt,
-            "select_n": self._select, "shift_left": self._shift(builder.shl),
-            "shift_right_arithmetic": self._shift(builder.ashr),
-            "shift_right_logical": self._shift(builder.lshr), "sqrt": self._sqrt, "square": self._square,
-            "sub": self.sub, "tanh": self._tanh, "xor": builder.xor,
+            "atanh": self._atanh, "div": self._div, "eq": partial(compare, "=="), "exp": self.exp,
+            "expm1": self.expm1, "ge": partial(compare, ">="), "gt": partial(compare, ">"),
+            "le": partial(compare, "<="), "log": self.log, "log1p": self.log1p, "lt": partial(compare, "<"),
+            "max": partial(self._extreme, "maximum", ">"), "min": partial(self._extreme, "minimum", "<"),
+            "mul": self.mul, "ne": partial(compare, "!="), "neg": self._neg, "not": builder.not_,
+            "or": builder.or_, "rsqrt": self._rsqrt, "select_n": self._select,
+            "shift_left": partial(shift, builder.shl), "shift_right_arithmetic": partial(shift, builder.ashr),
+            "shift_right_logical": partial(shift, builder.lshr), "sqrt": partial(self._intrinsic, "sqrt"),
+            "square": lambda x: self.mul(x, x), "sub": self.sub, "tanh": self._tanh, "xor": builder.xor,
         }
         # fmt: on
 
@@ -133,14 +133,8 @@ class Vectors:
             return self._intrinsic("fabs", x)
         return self.builder.select(self.compare("<", x, 0), self.builder.neg(x), x)
 
-    def _square(self, x: Any) -> Any:
-        return self.mul(x, x)
-
-    def _sqrt(self, x: Any) -> Any:
-        return self._intrinsic("sqrt", x)
-
     def _rsqrt(self, x: Any) -> Any:
-        return self.builder.fdiv(self.constant(1, x), self._sqrt(x))
+        return self.builder.fdiv(self.constant(1, x), self._intrinsic("sqrt", x))
 
     def power(self, x: Any, exponent: int) -> Any:
         """x to a whole positive power."""
@@ -155,25 +149,16 @@ class Vectors:
             return self.builder.icmp_signed(sign, x, y)
         return (self.builder.fcmp_unordered if sign == "!=" else self.builder.fcmp_ordered)(sign, x, y)
 
-    def _comparison(self, sign: str) -> Callable[[Any, Any], Any]:
-        return lambda x, y: self.compare(sign, x, y)
+    def _shift(self, operation: Callable[[Any, Any], Any], x: Any, y: Any) -> Any:
+        # By more than there are bits: JAX's value is not LLVM's.
+        if not (isinstance(y, ir.Constant) and 0 <= y.constant[0].constant < x.type.element.width):
+            raise NotImplementedError("shifts by a variable have no rule for batches in lanes")
+        return operation(x, y)
 
-    def _shift(self, operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        def shift(x: Any, y: Any) -> Any:
-            # By more than there are bits: JAX's value is not LLVM's.
-            if not (isinstance(y, ir.Constant) and 0 <= y.constant[0].constant < x.type.element.width):
-                raise NotImplementedError("shifts by a variable have no rule for batches in lanes")
-            return operation(x, y)
-
-        return shift
-
-    def _extreme(self, intrinsic: str, sign: str) -> Callable[[Any, Any], Any]:
-        def extreme(x: Any, y: Any) -> Any:
-            if _is_float(x):
-                return self._intrinsic(intrinsic, x, y)
-            return self.builder.select(self.compare(sign, x, y), x, y)
-
-        return extreme
+    def _extreme(self, intrinsic: str, sign: str, x: Any, y: Any) -> Any:
+        if _is_float(x):
+            return self._intrinsic(intrinsic, x, y)
+        return self.builder.select(self.compare(sign, x, y), x, y)
 
     def _select(self, which: Any, *cases: Any) -> Any:
         """`lax.select_n` of two cases: the second where `which` is true."""

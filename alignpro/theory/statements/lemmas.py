@@ -41,7 +41,7 @@ def suboptimality(s: Solution) -> Statement:
         s,
         s.shortfall,
         s.kl_to_star,
-        s.rho_error + s.prompter_error,
+        2.0 * s.rho_error,
         supported(s),
         abs(s.shortfall) + s.kl_to_star + s.kl_to_reference + s.prompter_kl,
     )
@@ -123,7 +123,8 @@ def jeffreys_tv(s: Solution) -> Statement:
 
 def theorem1_l1(s: Solution) -> Statement:
     """Theorem 1 misread with L1 in TV's place: still TRUE, only looser, as L1 = 2 TV ≥ TV."""
-    return theorem1(s._replace(tv_model=2 * s.tv_model, tv_shift=2 * s.tv_shift))
+    doubled = ("tv_model", "tv_shift", "tv_model_error", "tv_shift_error")
+    return theorem1(s._replace(**{name: 2 * getattr(s, name) for name in doubled}))
 
 
 def theorem1_kl_reversed(s: Solution) -> Statement:

@@ -110,7 +110,7 @@ def _variance_term(s: Solution) -> tuple[Floats, Floats]:
     term = minimum((s.own_sd / s.beta) * s.own_sd * growth, s.span)
     if is_ball(term[0]):
         return term, term * 0
-    relative = jnp.minimum(2.0 * s.own_error / s.beta + (64 + 2 * s.own_rise / s.beta) * s.eps, 1.0)
+    relative = jnp.minimum(2.0 * s.own_error / s.beta + 64 * s.eps, 1.0)
     error = 2.0 * relative * term + 4.0 * (s.own_sd / s.beta) * growth * s.own_error
     return term, jnp.minimum(error, s.span)
 
