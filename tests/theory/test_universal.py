@@ -1,5 +1,7 @@
 """One prompter for all prompts: its optimum, the price of not reading x, and the bounds on that."""
 
+from fractions import Fraction
+
 import jax
 import mpmath
 import numpy as np
@@ -224,3 +226,37 @@ def test_positions_that_are_none_are_refused(rewrites, message):
     )
     with pytest.raises(AlignProError, match=message):
         strategy_table(instance, np.array(rewrites))
+
+
+def test_its_bounds_are_proved_in_ball_arithmetic():
+    pytest.importorskip("flint")
+    from alignpro.theory.proof import shared as proof
+
+    def middle(ball):
+        """Of "[1.2 +/- 3e-9]", "[+/- 3e-9]" or a rational."""
+        text = ball.strip("[]").split("+/-")[0].strip()
+        return float(Fraction(text)) if text else 0.0
+
+    def check(prove):
+        proved = 0
+        for reward, lam, prior, p, _ in tables(40, 7):
+            if not ((prior > 0).all() and (p > 0).all()):
+                continue
+            bounds = prove(reward, lam, prior, p, 512)
+            assert "violated" not in {bound.verdict for bound in bounds}
+            if "inconclusive" in {bound.verdict for bound in bounds}:
+                continue  # equalities: one prompt, one or two strategies, no interaction
+            proved += 1
+            lower, upper = bounds
+            found = universal(reward, lam, prior, p)
+            error = float(found.error)
+            assert abs(middle(lower.rhs) - float(found.price)) <= error + 1e-15 * abs(middle(lower.rhs))
+            # The bounds in floating point leave room for rounding, and only for that.
+            assert float(found.lower) <= middle(lower.lhs) + error
+            assert float(found.upper) >= middle(upper.rhs) - error
+        assert proved >= 8
+
+    check(proof.certified_price)
+    kills(check, mutated(proof, '"max") for row', '"min") for row').certified_price)
+    with pytest.raises(AlignProError, match="positive"):
+        proof.certified_price(np.eye(2), 1.0, np.eye(2), np.full(2, 0.5))

@@ -2,7 +2,8 @@
 
 The public functions and records of `reach`, `cost`, `readings` and `shared` are here by name. They are pure,
 and safe under jit and vmap, but for `lam_for_kl` and `universal`, which check their input; per prompt [X]
-unless said otherwise. A β or λ that is not positive and finite is an `AlignProError`. Proofs: `docs/limits.md`.
+unless said otherwise. A β or λ that is not positive and finite is an `AlignProError`. Proofs are in
+`docs/limits.md`.
 """
 
 # ruff: noqa: F401

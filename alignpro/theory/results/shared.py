@@ -118,7 +118,7 @@ def _rest(z: Array) -> Array:
 
 
 def _two_point(log_variance: Array, log_reach: Array, sign: int) -> Array:
-    """log E e^u of the law on {m, −variance/m} with mean 0 and that variance, m = sign·reach; 0 where it is 0.
+    """log E e^u of the law on {m, −variance/m} with mean 0 and that variance, m = sign·reach; 0 without one.
 
     Of all laws with that mean and variance it has the largest E e^u where u ≤ m (m > 0), and the least where
     u ≥ m (m < 0): e^u has a positive third derivative.
