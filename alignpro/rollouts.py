@@ -4,8 +4,8 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,8 +16,10 @@ from alignpro.errors import AlignProError
 LOGPS = ("logp_frozen_x", "logp_frozen_rewrite", "logp_prompter", "logp_reference", "logp_policy")
 """The log-probabilities of a row, in nats, of whole texts with their end, under the sampler that was used."""
 SHARED = ("frozen", "reward_model", "sampling", "reward_low", "reward_high")
-"""The fields that all rows of a file have in common."""
+"""The fields that all rows of a file have in common; so are names and ranges of the reward's parts."""
 _ROUNDING = 1e-3  # nats: how far above 0 a log-probability summed in low precision may come out
+PARTS_ROUNDING = 1e-6
+"""How far a reward may be from the sum of its parts, as a share of the greatest magnitudes of all parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Rollout:
 
 OPTIONAL = ("context", "columns", "reward_parts", "reward_spread")
 """Fields that rows may lack."""
-FIELDS = tuple(field.name for field in fields(Rollout) if field.name not in OPTIONAL)
+FIELDS = tuple(each.name for each in fields(Rollout) if each.name not in OPTIONAL)
 _TEXTS = ("prompt_id", "x", "arm", "frozen", "prompter", "reward_model", "sampling")
 _WHOLE = ("seed", "draw", "answer")
 _NUMBERS = ("reward", "reward_low", "reward_high")
@@ -103,6 +105,8 @@ class Rollouts:
     draw: np.ndarray
     answer: np.ndarray
     reward: np.ndarray
+    refused: np.ndarray
+    """[N] truth values: whether the service refused to answer, so that `reward` is a declared stand-in."""
     logps: dict[str, np.ndarray]
     """Log-probabilities [N] in nats, by the names in `LOGPS`; NaN where a row has none."""
     prompters: dict[tuple[str, int], str]
@@ -114,6 +118,13 @@ class Rollouts:
     sampling: str
     low: float
     high: float
+    parts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Contributions [N] to the reward by name, which add up to it; none of a reward without parts."""
+    part_ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """The declared range of each part; they add up to [low, high]."""
+    spread: np.ndarray | None = None
+    """Standard deviations [N] between the members of a reward that is an ensemble, in reward units; NaN where
+    a row has none, and None where no row has one."""
 
     def __len__(self) -> int:
         return len(self.reward)
@@ -121,6 +132,18 @@ class Rollouts:
     def rows(self, arm: str) -> np.ndarray:
         """Which rows are of `arm`: [N] truth values, all False where it has none."""
         return self.arm == (self.arms.index(arm) if arm in self.arms else -1)
+
+    def prompter(self, arm: str) -> str:
+        """Names of an arm's prompters, those of several seeds separated by commas."""
+        return ", ".join(dict.fromkeys(name for (of, _), name in self.prompters.items() if of == arm))
+
+    def refusals(self) -> str:
+        """Say how many answers were refused in which arms, and what that means; empty where none was."""
+        counts = {
+            arm: (int(self.refused[self.rows(arm)].sum()), int(self.rows(arm).sum())) for arm in self.arms
+        }
+        said = ", ".join(f"{n} of {of} in arm {arm}" for arm, (n, of) in counts.items() if n)
+        return said and f"answers were refused, {said}: each counts with the reward declared for a refusal"
 
 
 def read(path: str | os.PathLike[str]) -> Rollouts:
@@ -151,7 +174,7 @@ def read(path: str | os.PathLike[str]) -> Rollouts:
 
 
 def _values(raw: bytes) -> list[Any]:
-    """The values of one line of a file, in the order of `FIELDS`."""
+    """The values of one line of a file, in the order of `FIELDS` and `OPTIONAL`."""
     try:
         row = json.loads(raw)
     except ValueError:
@@ -161,7 +184,7 @@ def _values(raw: bytes) -> list[Any]:
     if type(row) is not dict:
         _fail("is not a JSON object; write one per line")
     try:
-        return [row[name] for name in FIELDS]
+        return [row[name] for name in FIELDS] + [row.get(name) for name in OPTIONAL]
     except KeyError as error:
         _fail(
             f"lacks the field {error.args[0]!r}; give it, null where the backend has no such log-probability"
@@ -173,7 +196,7 @@ def collect(rollouts: Iterable[Rollout]) -> Rollouts:
     columns = _Columns()
     for i, rollout in enumerate(rollouts):
         try:
-            columns.add([getattr(rollout, name) for name in FIELDS])
+            columns.add([getattr(rollout, name) for name in FIELDS + OPTIONAL])
         except _Wrong as wrong:
             raise AlignProError(f"rollout {i}: {wrong}") from None
     if not columns.reward:
@@ -195,9 +218,25 @@ _TEXT_AT, _WHOLE_AT, _NUMBER_AT, _LOGP_AT = (
 _NUMBER = (float, int)
 
 
+_ASKED = ("x", "context", "columns")
+_TOTALS = ("reward", "reward_low", "reward_high")
+
+
 def _type_error(name: str, value: Any, wanted: str) -> NoReturn:
     shown = repr(value)
     _fail(f"{name} {shown if len(shown) <= 40 else shown[:37] + '...'} must be {wanted}; correct it")
+
+
+def _check_asked(context: Any, columns: Any) -> None:
+    """Check what a prompt comes with beside its text."""
+    turns = context if type(context) is list else [None]
+    if context is not None and not all(
+        type(turn) is dict and type(turn.get("role")) is str and type(turn.get("content")) is str
+        for turn in turns
+    ):
+        _type_error("context", context, "a list of messages with role and content, or null")
+    if columns is not None and type(columns) is not dict:
+        _type_error("columns", columns, "an object of values by column name, or null")
 
 
 class _Columns:
@@ -206,13 +245,17 @@ class _Columns:
     def __init__(self) -> None:
         self.prompts: dict[str, int] = {}
         self.arms: dict[str, int] = {}
-        self.x: list[str] = []
+        self.asked: list[tuple[Any, ...]] = []
+        self.ranges: dict[str, tuple[float, float]] | None = None
         self.shared: tuple[Any, ...] | None = None
         self.prompters: dict[tuple[str, int], str] = {}
         self.direct: dict[str, bool] = {}
         self.drawn: dict[tuple[int, int, int, int], int] = {}
         self.whole = {name: array("q") for name in ("prompt", "arm", *_WHOLE)}
         self.reward = array("d")
+        self.refused = array("b")
+        self.parts: dict[str, array[float]] = {}
+        self.spread = array("d")
         self.logps = {name: array("d") for name in LOGPS}
 
     def add(self, row: Sequence[Any]) -> None:
@@ -228,7 +271,7 @@ class _Columns:
         (prompt_id, x, arm, seed, draw, answer, rewrite, response, reward, *logps) = row[:14]
         if response is not None and type(response) is not str:
             _type_error("response", response, "a string, or null where it was refused")
-        frozen, prompter, reward_model, sampling, low, high = row[14:]
+        frozen, prompter, reward_model, sampling, low, high, context, columns, parts, spread = row[14:]
         if not low < high:
             _fail(f"reward_low {low} must be below reward_high {high}; declare the reward's range")
         if not low <= reward <= high:
@@ -250,10 +293,15 @@ class _Columns:
                 "give each its own arm or seed"
             )
         p = self.prompts.setdefault(prompt_id, len(self.prompts))
-        if p == len(self.x):
-            self.x.append(x)
-        elif self.x[p] != x:
-            _fail(f"x differs from that of prompt_id {prompt_id!r} before it; give each prompt its own id")
+        asked = (x, context, columns)
+        if p == len(self.asked):
+            _check_asked(context, columns)
+            self.asked.append(asked)
+        elif self.asked[p] != asked:
+            name = next(n for n, a, b in zip(_ASKED, asked, self.asked[p], strict=True) if a != b)
+            _fail(
+                f"{name} differs from that of prompt_id {prompt_id!r} before it; give each prompt its own id"
+            )
         self._check_rewrite(arm, x, rewrite)
         a = self.arms.setdefault(arm, len(self.arms))
         if self.direct.setdefault(arm, rewrite is None) != (rewrite is None):
@@ -284,6 +332,45 @@ class _Columns:
         for name, value in (("prompt", p), ("arm", a), ("seed", seed), ("draw", draw), ("answer", answer)):
             self.whole[name].append(value)
         self.reward.append(reward)
+        self.refused.append(response is None)
+        self._add_parts(parts, reward, low, high)
+        if spread is not None and not (type(spread) in _NUMBER and 0 <= spread < math.inf):
+            _type_error("reward_spread", spread, "a finite number of at least 0, or null")
+        self.spread.append(math.nan if spread is None else spread)
+
+    def _add_parts(self, parts: Any, reward: float, low: float, high: float) -> None:
+        """Check the parts of one row against its reward and against the first row's, and keep them."""
+        given = {} if parts is None else parts
+        if type(given) is not dict or not all(
+            type(part) in (list, tuple)
+            and len(part) == 3
+            and all(type(v) in _NUMBER and math.isfinite(v) for v in part)
+            for part in given.values()
+        ):
+            _type_error("reward_parts", parts, "an object of [value, low, high] by name, or null")
+        ranges = {name: (float(part[1]), float(part[2])) for name, part in given.items()}
+        if self.ranges is None:
+            self.ranges, self.parts = ranges, {name: array("d") for name in ranges}
+        elif ranges != self.ranges:
+            name = next(n for n in {**ranges, **self.ranges} if ranges.get(n) != self.ranges.get(n))
+            now, before = (of.get(name, "absent") for of in (ranges, self.ranges))
+            _fail(
+                f"reward_parts: the range of {name!r} is {now}, not {before} as before it; estimate one "
+                "reward at a time"
+            )
+        if not ranges:
+            return
+        rounding = PARTS_ROUNDING * sum(max(abs(a), abs(b)) for a, b in ranges.values())
+        for name, (value, a, b) in given.items():
+            if not a - rounding <= value <= b + rounding:
+                _fail(
+                    f"reward_parts: {name} {value} is outside its range [{a}, {b}]; declare the range it has"
+                )
+            self.parts[name].append(value)
+        sums = [math.fsum(column) for column in zip(*given.values(), strict=True)]
+        for name, total, declared in zip(_TOTALS, sums, (reward, low, high), strict=True):
+            if abs(total - declared) > rounding:
+                _fail(f"reward_parts add up to {total}, and {name} is {declared}; give all parts, weighted")
 
     @staticmethod
     def _check_rewrite(arm: str, x: str, rewrite: Any) -> None:
@@ -318,6 +405,7 @@ class _Columns:
             arms=tuple(self.arms),
             **{name: values[order] for name, values in whole.items()},
             reward=np.array(self.reward)[order],
+            refused=np.array(self.refused, dtype=bool)[order],
             logps={name: np.array(values)[order] for name, values in self.logps.items()},
             prompters=self.prompters,
             direct=frozenset(arm for arm, direct in self.direct.items() if direct),
@@ -326,4 +414,7 @@ class _Columns:
             sampling=sampling,
             low=float(low),
             high=float(high),
+            parts={name: np.array(values)[order] for name, values in self.parts.items()},
+            part_ranges=self.ranges or {},
+            spread=None if np.isnan(self.spread).all() else np.array(self.spread)[order],
         )

@@ -15,9 +15,10 @@ import torch
 
 from alignpro.estimation import winrate
 from alignpro.llm.arms.forced import ForcedChoice
-from alignpro.llm.arms.question import control_tokens, question
+from alignpro.llm.arms.question import question
 from alignpro.llm.data import packaged
 from alignpro.llm.targets.local import LocalTarget
+from alignpro.llm.targets.quoting import control_tokens
 
 
 def cut(text: str, words: int) -> str:

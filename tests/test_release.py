@@ -13,7 +13,7 @@ import pytest
 import alignpro
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = {"certify", "dev", "docs", "http", "llm", "native", "report", "testing"}
+EXTRAS = {"certify", "dev", "docs", "http", "llm", "native", "report", "rewards", "testing"}
 
 
 @pytest.fixture(scope="module")

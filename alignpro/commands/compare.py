@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from alignpro.commands.estimate import BOOTSTRAP_SEED
-from alignpro.commands.shared import read_rollouts, tell
+from alignpro.commands.estimate import BOOTSTRAP_SEED, add_warnings
+from alignpro.commands.shared import read_rollouts, tell, with_sums
 from alignpro.report.numbers import columns, interval, plain
-from alignpro.report.page import Dots, Page, Table, dots
+from alignpro.report.page import Dots, Page, Table, dot, dots
 
 if TYPE_CHECKING:
     from alignpro import estimation
@@ -29,13 +29,27 @@ def _rows(result: "estimation.Comparison", none: str) -> list[Sequence[str]]:
 def text(result: "estimation.Comparison") -> str:
     head = ("arm", "mean reward", "variance", f"mean - {result.baseline}", "variance -", "win rate")
     first = f"{result.n_prompts} prompts, paired; {result.level:.0%} intervals over prompts"
-    return f"{first}\n{columns([head, *_rows(result, '')])}"
+    lines = [first, columns([head, *_rows(result, "")])]
+    if result.parts:
+        of_parts = [("arm", "part", "mean", f"mean - {result.baseline}"), *_parts(result, "")]
+        lines += ["", "parts of the reward", columns(of_parts)]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in result.warnings)])
+
+
+def _parts(result: "estimation.Comparison", none: str) -> list[Sequence[str]]:
+    """The means of the reward's parts, and their differences from the baseline; `none` where it is that."""
+    gaps = with_sums(
+        {n: a.parts for n, a in result.against.items()}, {n: a.mean for n, a in result.against.items()}
+    )
+    found = {(arm, part): interval(e) for arm, part, e in gaps}
+    rows = with_sums(result.parts, result.mean)
+    return [(arm, part, interval(e), found.get((arm, part), none)) for arm, part, e in rows]
 
 
 def page(result: "estimation.Comparison") -> Page:
     base, level = result.baseline, f"{result.level:.0%} intervals"
     said = [f"{name} {a.finding} {base}, {interval(a.mean)}" for name, a in result.against.items()]
-    settings = {"level": result.level, "arms": list(result.mean), "prompts": result.n_prompts}
+    settings = {"level": result.level, "arms": result.prompters, "prompts": result.n_prompts}
     page = Page("compare", f"Arms compared with {base}", "; ".join(said) + ".", settings | BOOTSTRAP_SEED)
     for name, e in list(result.mean.items())[:4]:
         page.estimate(f"Mean reward, {name}", e)
@@ -47,6 +61,19 @@ def page(result: "estimation.Comparison") -> Page:
         Table(head, _rows(result, "-"), "wnnnnn"),
         Dots("Mean reward of each arm", f"reward units, {level}", dots(result.mean)),
     )
+    if result.parts:
+        page.add(
+            "Parts of the reward",
+            f"Their means add up to the mean reward; {level} over prompts, those of the differences cover "
+            "jointly over arms and parts.",
+            Table(["arm", "part", "mean", f"mean − {base}"], _parts(result, "-"), "wwnn"),
+            Dots(
+                f"Mean of each part minus that of {base}",
+                f"reward units, {level}",
+                [dot(name, e, part) for name, a in result.against.items() for part, e in a.parts.items()],
+                [(0.0, "no difference")],
+            ),
+        )
     page.add(
         f"Differences from {base}",
         "Of mean rewards, paired over prompts: right of 0 the arm earns more.",
@@ -67,6 +94,7 @@ def page(result: "estimation.Comparison") -> Page:
             [(0.5, "even")],
         ),
     )
+    add_warnings(page, result.warnings)
     return page
 
 

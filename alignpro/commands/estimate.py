@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from alignpro.commands.shared import read_rollouts, tell
+from alignpro.commands.shared import SUM, ranges, read_rollouts, tell, with_sums
 from alignpro.report.numbers import columns, interval, number, plain
 from alignpro.report.page import Dots, Page, Table, dot, dots, some
 
@@ -32,6 +32,11 @@ def text(result: "EstimateReport") -> str:
         "quantities",
         _lines(result.quantities),
     ]
+    if result.parts:
+        ends = ranges(result.part_ranges, *result.reward_range)
+        of_parts = [(arm, part, interval(e), ends[part]) for arm, part, e in _parts(result)]
+        lines += ["", "parts of the reward"]
+        lines += [columns([("arm", "part", "mean", "declared range"), *of_parts])]
     if result.gaps:
         lines += ["", "gap J(pi*) - J(arm), and of a tuned policy's J", _lines(result.gaps)]
     rows: list[Sequence[str]] = [("bound", "about", "gap", "rhs", "slack (joint interval)", "verdict")]
@@ -51,6 +56,10 @@ def text(result: "EstimateReport") -> str:
         lines += [f"  {name}: {why}" for name, why in result.missing.items()]
     lines += [f"warning: {warning}" for warning in result.warnings]
     return "\n".join(lines)
+
+
+def _parts(result: "EstimateReport") -> list[tuple[str, str, "Number"]]:
+    return with_sums(result.parts, {arm: result.quantities[f"J({arm})"] for arm in result.parts})
 
 
 def _split(arm: str, split: "Split", error: str) -> tuple[str, ...]:
@@ -104,6 +113,8 @@ def page(result: "EstimateReport") -> Page:
         shown_estimates(result.quantities, "quantity"),
         Dots("Expected rewards", axis, dots(rewards)),
     )
+    if result.parts:
+        add_parts(page, _parts(result), ranges(result.part_ranges, *result.reward_range), axis)
     page.add(
         "Gaps to the optimum",
         "J(π*) minus the J of each arm; “rlhf − …” has the tuned policy's J in J(π*)'s place.",
@@ -127,6 +138,20 @@ def shown_estimates(found: Mapping[Any, "Number"], first: str) -> Table:
         for name, e in found.items()
     ]
     return Table(f"{first} | value [interval] | remarks | rollouts | how", rows, "wnwnw")
+
+
+def add_parts(page: Page, rows: Sequence[tuple[str, str, Any]], ends: Mapping[str, str], axis: str) -> None:
+    """Add the section of the reward's parts, given as `with_sums` and `ranges` do, to `page`."""
+    page.add(
+        "Parts of the reward",
+        "The mean of each part in each arm, in the part's declared range; they add up to the mean reward.",
+        Table(
+            "arm | part | mean [interval] | declared range",
+            [(arm, part, interval(e), ends[part]) for arm, part, e in rows],
+            "wwnw",
+        ),
+        Dots("Mean of each part", axis, [dot(arm, e, part) for arm, part, e in rows if part != SUM]),
+    )
 
 
 def add_warnings(page: Page, warnings: Sequence[str]) -> None:

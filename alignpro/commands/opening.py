@@ -1,10 +1,12 @@
 """Opens what the options of a verb name: checked before anything is loaded, with what it will cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignpro.commands.options import EnvironmentSettings, PromptSettings
+from alignpro.commands.shared import REWARD_FILE
 from alignpro.errors import AlignProError
 
 if TYPE_CHECKING:
@@ -49,18 +51,16 @@ class World:
 
     def __init__(self, settings: EnvironmentSettings) -> None:
         from alignpro.llm.models import catalogue, configure
-        from alignpro.llm.rewards.opening import read_spec
+        from alignpro.llm.rewards.opening import JUDGE, judge_opener, read_plan
         from alignpro.llm.rewards.scores import Refusals
         from alignpro.llm.targets.ledger import Prices
 
         self.settings = settings
         self._endpoint: Target | None = None
-        for role, name in (("target", settings.target), ("reward", settings.reward)):
-            given = getattr(settings, f"{role}_endpoint").given()
-            if given and not is_address(name):
-                raise AlignProError(
-                    f"{role}_{given[0]}: is for an endpoint, and {name!r} is no http(s) address"
-                )
+        if (given := settings.target_endpoint.given()) and not is_address(settings.target):
+            raise AlignProError(
+                f"target_{given[0]}: is for an endpoint, and {settings.target!r} is no http(s) address"
+            )
         if is_address(settings.target):
             from alignpro.llm.targets.endpoint import Endpoint
 
@@ -70,18 +70,53 @@ class World:
         else:
             catalogue.check_name(settings.target)
             configure.check_dtype(settings.dtype)
-        self._reward = read_spec(settings.reward)
-        self.reward_name = self._reward.shown
+        self._plan, judge = read_plan(settings.reward), settings.reward_judge
+        specs = self._plan.specs
+        kinds = [spec.kind for spec in specs]
+        self.endpoints = kinds.count("endpoint")
+        """How many of the rewards are at an address, judges apart."""
+        self._judge: dict[str, Any] = {}
+        if JUDGE in kinds:
+            self._judge = {"settings": judge, "endpoint": settings.reward_endpoint, "dtype": settings.dtype}
+            self._judge["chat_template_kwargs"] = settings.chat_options() or {}
+            judge_opener(**self._judge)  # refused here, before it is opened
+            name = judge.shown(settings.reward_endpoint.model)
+            specs = tuple(replace(spec, shown=name) if spec.kind == JUDGE else spec for spec in specs)
+        elif given := judge.given():
+            raise AlignProError(f"reward_{given[0]}: is for --reward {JUDGE}; leave it out")
+        self.reward_name = replace(self._plan, specs=specs).shown
+        if self.endpoints and judge.address:
+            raise AlignProError(
+                "reward_judge: is at an address, as another reward is, and one --reward-key-env would go to "
+                "both; take a judge in this process, or the other reward in another way"
+            )
+        if not (self.endpoints or judge.address) and (given := settings.reward_endpoint.given()):
+            raise AlignProError(
+                f"reward_{given[0]}: is for an endpoint, and {self.reward_name!r} is no http(s) address"
+            )
+        if "classifier" not in kinds and (given := settings.reward_model.given()):
+            raise AlignProError(
+                f"reward_{given[0]}: is for a reward model in this process, and {self.reward_name!r} is none"
+            )
         self.refusals = Refusals(settings.refused_reward, settings.refused_most)
         """Reward of refused answers, and their count in this run."""
         self.prices = Prices(*settings.prices) if settings.prices is not None else None
 
-    def money(self, answers: int, tokens: int) -> str:
-        """Say what `answers` of at most `tokens` cost at most, to end a line with."""
-        if self.prices is None or not answers:
-            return ""
-        most = self.prices.cost(answers * PROMPT_TOKENS, answers * tokens)
-        return f"; about {most:.2f} at most for answers, at {PROMPT_TOKENS} tokens a prompt"
+    def money(self, answers: int, tokens: int, scores: int | None = None) -> str:
+        """Say what `answers` of at most `tokens` cost at most, and their scores, to end a line with.
+
+        Args:
+            scores: how many answers are scored. None: as many as are asked for.
+        """
+        said, scores = "", answers if scores is None else scores
+        if self.prices is not None and answers:
+            most = self.prices.cost(answers * PROMPT_TOKENS, answers * tokens)
+            said = f"; about {most:.2f} at most for answers, at {PROMPT_TOKENS} tokens a prompt"
+        if not scores:
+            return said
+        if self.endpoints:
+            said += f"; {self.endpoints * scores} scores from an endpoint"
+        return said + (self.settings.reward_judge.bill(scores, PROMPT_TOKENS + tokens) if self._judge else "")
 
     def target(self) -> "Target":
         from alignpro.llm.targets.local import LocalTarget
@@ -98,15 +133,58 @@ class World:
         """Answers of the frozen model on file, in `folder`."""
         return kept(target, folder, self.prices)
 
-    def reward(self, folder: Path) -> "Reward":
-        """The reward; scores of an endpoint are kept in `folder`."""
-        from alignpro.llm.rewards.endpoint import keep_scores
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the prompts' data that the reward needs."""
+        return self._plan.reads.needed
 
-        asked = self.settings.reward_endpoint
-        options = {"settings": asked} if self._reward.kind == "endpoint" else {}
-        found = keep_scores(self._reward.open(**options), folder / "scores")
-        self.refusals.worth(found)  # refused here, not at the first refusal
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Columns that it reads where they are there; `*` stands for all."""
+        return self._plan.reads.optional
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that the reward cannot judge, such as those without a column that it needs."""
+        self._plan.check_prompts(prompts)
+
+    def reward(self, folder: Path) -> "Reward":
+        """The reward; scores of endpoints are kept in `folder`."""
+        from alignpro.llm.rewards.endpoint import keep_scores
+        from alignpro.llm.targets.refusals import Refusals
+
+        def declared() -> Refusals:  # of its own samples
+            return Refusals(most=self.settings.refused_most)
+
+        model = self.settings.reward_model
+        options: dict[str, Callable[[], dict[str, Any]]] = {
+            "endpoint": lambda: {"settings": self.settings.reward_endpoint, "refusals": declared()},
+            "judge": lambda: self._judge | {"refusals": declared()},
+            "classifier": lambda: {
+                "dtype": model.dtype,
+                "batch_size": model.batch_size,
+                "max_tokens": model.sample_tokens,
+            },
+        }
+        opened = [spec.open(**options.get(spec.kind, dict)()) for spec in self._plan.specs]
+        found = self._plan.put_together([keep_scores(reward, folder / "scores") for reward in opened])
+        share = (self.refusals.worth(found) - found.low) / (found.high - found.low)
+        # What one does not score lies in its contribution's range where it lies in the whole one.
+        for weight, part in zip(self._plan.weights, opened, strict=True):
+            if (own := getattr(part, "refusals", None)) is not None:
+                at = share if weight > 0 else 1 - share
+                own.reward = min(part.high, part.low + at * (part.high - part.low))
         return found
+
+    def told(self, reward: "Reward", folder: Path) -> None:
+        """Say what scoring asked of services, and keep in `folder` what the reward says of itself."""
+        from alignpro.files import write_json
+        from alignpro.llm.models import packages
+        from alignpro.llm.rewards.combined import line_of
+        from alignpro.report.numbers import plain
+
+        for line in line_of(reward).splitlines():
+            packages.note(line)
+        write_json(folder / REWARD_FILE, plain(reward.describe()))
 
 
 def kept(target: "Target", folder: Path, prices: Any = None) -> "Cached":
@@ -138,23 +216,41 @@ def check_target_room(target: "Target", prompts: Sequence[str], tokens: int) -> 
 
 
 def user_prompts(
-    source: PromptSettings, prompter: str, split: str = "train", n: int | None = None
+    source: PromptSettings,
+    prompter: str,
+    split: str = "train",
+    n: int | None = None,
+    world: Any = None,
 ) -> list[str]:
-    """The user's prompts: those of the file, or a split of a row of `DATASETS`; the first n."""
+    """The user's prompts: those of the file, or a split of the data set; the first n.
+
+    Args:
+        world: says which columns the reward asks for, which are kept with them.
+    """
     from alignpro.llm.data import own as own_files
-    from alignpro.llm.data import public
+    from alignpro.llm.data import public, subset
+    from alignpro.llm.data.rows import Reading
+    from alignpro.llm.data.split import SPLITS
     from alignpro.llm.models import packages
 
     if n is not None and n < 1:
         raise AlignProError(f"prompts {n}: give at least 1")
-    public.check_dataset(source.dataset, source.data_folder, split)
+    if split not in SPLITS:  # a mistake also where a file is used whole
+        raise AlignProError(f"split {split!r}: choose from {', '.join(SPLITS)}")
     own, fits, longest = None, None, source.max_prompt_tokens
-    if source.prompts_file is not None:
-        own = own_files.read_prompts(source.prompts_file, source.prompt_column)
+    keep, optional = (tuple(getattr(world, name, ())) for name in ("columns", "optional_columns"))
+    reading = Reading(source.prompt_column, keep, optional, source.system_prompt)
+    if source.prompts_file is None:
+        public.check_dataset(source.dataset, source.data_folder, split)
+    else:
+        public.check_split(split)
+        path, used = Path(source.prompts_file).expanduser(), dict[str, None]()
+        own = list(dict.fromkeys(own_files.file_prompts(path, reading, used)))
     if longest is not None:
-        fits = public.shorter(tokens=longest, tokenizer=_tokenizer(prompter))
+        fits = subset.shorter(tokens=longest, tokenizer=_tokenizer(prompter))
     if own is None:
-        return public.prompts(source.dataset, split, n, folder=source.data_folder, fits=fits)
+        more: dict[str, Any] = {"folder": source.data_folder, "fits": fits, "reading": reading}
+        return public.prompts(source.dataset, split, n, **more)
     found = [x for x in own if fits is None or fits(x)]
     if not found:
         raise AlignProError(f"max_prompt_tokens {longest}: no prompt is as short; raise it")
@@ -162,6 +258,7 @@ def user_prompts(
         packages.note(f"{len(own) - len(found)} prompts of more than {longest} tokens left out")
     if n is not None and n > len(found):
         raise AlignProError(f"prompts {n}: choose from 1 to the {len(found)} there are")
+    own_files.note(len(found[:n]), used, path.name)
     return found[:n]
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, NamedTuple, cast
 
 import tyro
@@ -11,6 +11,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from alignpro.errors import AlignProError
 from alignpro.llm.models.chat import parse_options
 from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.rewards.rubric import JudgeRewardSettings
 from alignpro.llm.targets.settings import EndpointSettings
 
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
@@ -152,16 +153,22 @@ class PromptSettings:
     """The user prompts."""
 
     dataset: str = "instructions"
-    """Data set of the user prompts. Packaged: instructions, mt-bench, dpo-demo or healthbench. On the Hugging
-    Face hub: ultrafeedback, ultrafeedback-binarized, helpsteer, orca-dpo-pairs or openorca."""
+    """Data set of the user prompts: any id owner/name (or owner/name:configuration) of the Hugging Face hub,
+    a file or folder of your own, or a name. Packaged: instructions, mt-bench, dpo-demo, healthbench or
+    verifiable (for the reward of that name). On the hub: ultrafeedback, ultrafeedback-binarized, helpsteer,
+    orca-dpo-pairs, openorca or bpo-test. In files that you download: dolly-eval, self-instruct-eval or
+    vicuna-eval."""
     data_folder: str | None = None
     """Folder with the files of the hub's data set, for a machine that cannot reach the hub. Left out: they
     are downloaded."""
     prompts_file: str | None = None
-    """File of your own prompts, used instead of a data set: .jsonl, .json, .csv, .tsv or .parquet; any other
-    is read as text with one prompt per line. Left out: the data set's prompts."""
+    """File of your own prompts, used whole instead of a data set: .jsonl, .json, .csv, .tsv or .parquet; any
+    other is read as text with one prompt per line. Left out: the data set's prompts."""
     prompt_column: str | None = None
-    """Column of the prompts in that file. Left out: prompt."""
+    """Column of the prompts, texts or conversations (lists of messages); several texts are joined as
+    instruction+input. Left out: prompt, or another common name where it is the only one."""
+    system_prompt: str | None = None
+    """System message for every prompt that has none. Left out: prompts stay as they are."""
     max_prompt_tokens: int | None = None
     """Leave out prompts of more tokens than this, counted as the prompter reads them; long ones take memory
     and time. Left out: every prompt is used."""
@@ -171,8 +178,8 @@ class PromptSettings:
             raise AlignProError(
                 f"max_prompt_tokens {self.max_prompt_tokens}: give at least 1, or leave it out"
             )
-        if self.prompts_file is None and self.prompt_column is not None:
-            raise AlignProError(f"prompt_column {self.prompt_column}: is for prompts_file; leave it out")
+        if self.system_prompt is not None and not self.system_prompt.strip():
+            raise AlignProError("system_prompt: is empty; write one, or leave it out")
         if self.prompts_file is not None and self.data_folder is not None:
             raise AlignProError(f"data_folder {self.data_folder}: is for dataset; give it or prompts_file")
 
@@ -188,16 +195,42 @@ class MeasuredPrompts(PromptSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardModelSettings:
+    """How a reward model (a sequence classifier) works in this process."""
+
+    dtype: str = "float32"
+    """Number format of a reward model in this process: float32, bfloat16 or float16."""
+    batch_size: int = 16
+    """How many samples a reward model in this process scores at once; lower it where memory runs out."""
+    sample_tokens: int | None = None
+    """The most tokens of a sample, prompt and answer, that a reward model in this process reads; longer
+    prompts lose their beginning. (--reward-max-tokens is the budget of a reward behind an endpoint.) Left
+    out: what it was trained with, or what it can take."""
+
+    def given(self) -> list[str]:
+        """Names of the fields that are not at their defaults."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+
+    def record(self) -> dict[str, Any]:
+        """Settings not at their defaults that determine scores, as a run's record keeps them."""
+        return {f"reward_{name}": getattr(self, name) for name in self.given() if name != "batch_size"}
+
+
+@dataclass(frozen=True, kw_only=True)
 class EnvironmentSettings(ChatOption):
     """The frozen model, how it answers, and the reward that judges its answers."""
 
     target: str = "smollm2-135m-instruct"
     """The frozen model, which answers the rewritten prompts: a packaged model's name, a local folder, an id
     on the Hugging Face hub, or the http(s) address of an OpenAI-compatible endpoint."""
-    reward: str = "minilm-bt"
-    """The reward, which scores the answers: minilm-bt (packaged), or with its range after an @ a reward
-    model's folder or hub id (owner/name@squash:0,2), a Python function (module:function@0,1) or the address
-    of an endpoint. A folder that reward-model wrote knows its range."""
+    reward: tuple[str, ...] = ("minilm-bt",)
+    """The reward, which scores the answers. Packaged: minilm-bt (preferences), ease, sentiment, brevity,
+    json, list (list:5 for five items), clean or verifiable. A judge on a rubric: judge (see --reward-judge).
+    Your own, with its range after an @: a reward model's folder or hub id (owner/name@squash:0,2;
+    owner/name#LABEL@0,1 for the probability of one of several labels), a Python function
+    (module:function@0,1) or the address of an endpoint; a folder that reward-model wrote knows its range.
+    Several are added up (0.7*minilm-bt 0.3*ease) or, after the word mean, averaged, and each is reported
+    apart."""
     answer_tokens: int = 64
     """The most tokens of one answer; a longer one is cut."""
     answer_temperature: float = 1.0
@@ -223,17 +256,27 @@ class EnvironmentSettings(ChatOption):
     """How many sequences a model in this process works on at once; lower it where memory runs out."""
     target_endpoint: Annotated[EndpointSettings, Prefixed("target")] = field(default_factory=EndpointSettings)
     reward_endpoint: Annotated[EndpointSettings, Prefixed("reward")] = field(default_factory=EndpointSettings)
+    reward_judge: Annotated[JudgeRewardSettings, Prefixed("reward")] = field(
+        default_factory=JudgeRewardSettings
+    )
+    reward_model: Annotated[RewardModelSettings, Prefixed("reward")] = field(
+        default_factory=RewardModelSettings
+    )
 
     def record(self, reward: str) -> dict[str, Any]:
         """The frozen model, how it decodes, and the reward's name, as a run's record keeps them."""
         return {
             "target": self.target,
             "target_model": self.target_endpoint.model,
+            **self.target_endpoint.record("target"),
+            **self.reward_endpoint.record("reward"),
             "dtype": self.dtype,
             "reward": reward,
+            **self.reward_model.record(),
             "sampling": asdict(self.sampling()),
             "chat_template_kwargs": self.chat_options() or {},
             **({} if self.refused_reward is None else {"refused_reward": self.refused_reward}),
+            **self.reward_judge.record(),
         }
 
     def sampling(self) -> Sampling:

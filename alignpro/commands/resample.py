@@ -15,7 +15,7 @@ from alignpro.commands.options import (
     RunOptions,
     SeedOption,
 )
-from alignpro.commands.shared import check_least
+from alignpro.commands.shared import check_least, with_reward
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.report import keep
@@ -61,6 +61,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         from alignpro.commands.opening import World, check_prompter, trained_home, user_prompts
         from alignpro.llm.arms import resample
         from alignpro.llm.models import packages
+        from alignpro.llm.models.prompt import said
 
         prompter, environment = trained_home(self.prompter), self.environment
         folder = writable_folder(self.out)
@@ -70,7 +71,8 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
             raise AlignProError(f"--lam {' '.join(map(str, self.lam))}: give positive, finite numbers")
         check_prompter(prompter, self.template)
         world = World(environment)
-        xs = user_prompts(self.source, prompter, self.source.split, self.source.prompts)
+        xs = user_prompts(self.source, prompter, self.source.split, self.source.prompts, world)
+        world.check_prompts(xs)
         kept_as = ("template", "rewrite_tokens", "proposals", "responses", "seed")
         record = {"prompter": prompter, **{name: getattr(self, name) for name in kept_as}}
         record |= environment.record(world.reward_name)
@@ -91,10 +93,11 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         proposals = [found[x] for x in xs]
         result = resample.resampled(proposals, self.lam)
         print(text(result))
-        keep.keep(page(result, {**record, "lambda": list(self.lam)}), folder)
+        made = page(result, {**record, "lambda": list(self.lam)})
+        keep.keep(with_reward(made, folder), folder)
         if self.draws:
             rows = [
-                {"x": p.prompt, "lam": value, "draw": i, "rewrite": rewrite}
+                {**said(p.prompt), "lam": value, "draw": i, "rewrite": rewrite}
                 for value in self.lam
                 for p in proposals
                 for i, rewrite in enumerate(resample.resample(p, value, self.draws, seed=self.seed))
@@ -132,6 +135,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
                 found[p.prompt] = p
             resample.save_proposals(folder / FILE, list(found.values()))
         packages.note(target.ledger.line())
+        world.told(judge, folder)
 
 
 def text(result: "Resampled") -> str:

@@ -18,19 +18,40 @@ class Rewrite(ChatOption, SeedOption):
     prompter: tyro.conf.Positional[str]
     """The folder that training wrote, or the prompter/ in it; any model's name does, too, untrained."""
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Prompts to rewrite, each in quotes. Left out: one per line of standard input."""
+    """Prompts to rewrite, each in quotes. Left out: those of the file, or one per line of standard input."""
+    prompts_file: str | None = None
+    """File of prompts or chats to rewrite: .jsonl, .json, .csv, .tsv or .parquet; any other is read as text
+    with one prompt per line. Left out: standard input, where no prompts are given."""
+    prompt_column: str | None = None
+    """Column of the prompts in that file. Left out: prompt, or another common name where it is the only
+    one."""
+    system_prompt: str | None = None
+    """System message that the frozen model will be given with every prompt that has none. Left out: none."""
     samples: int = 1
     """How many rewrites of each prompt."""
     max_tokens: int | None = None
     """The most tokens of one rewrite; a longer one is cut. Left out: as many as in training."""
     json: bool = False
-    """Print one JSON object per line, with the prompt as x and the rewrite, instead of the rewrite alone."""
+    """Print one JSON object per line, with the prompt as x, the turns before it as context, and the rewrite,
+    instead of the rewrite alone."""
 
     def run(self) -> int:
         from alignpro.commands.opening import trained_home
+        from alignpro.llm.data.own import read_prompts
+        from alignpro.llm.data.rows import Reading
+        from alignpro.llm.models.prompt import said
         from alignpro.llm.policies.prompter import Prompter
 
-        given = list(self.prompts) or [line.strip() for line in sys.stdin if line.strip()]
+        reading = Reading(self.prompt_column, system=self.system_prompt)
+        if self.prompts_file is not None and not self.prompts:
+            given = read_prompts(self.prompts_file, reading=reading)
+        elif self.prompts_file is not None or self.prompt_column is not None:
+            raise AlignProError(
+                "prompts_file: give prompts or their file, and prompt_column with a file only"
+            )
+        else:
+            typed = self.prompts or tuple(sys.stdin)
+            given = [reading.made(x if self.prompts else x.strip()) for x in typed if x.strip()]
         if not given:
             raise AlignProError("prompts: none given; name some, or write one per line to standard input")
         check_least(1, samples=self.samples, max_tokens=self.max_tokens)
@@ -39,5 +60,6 @@ class Rewrite(ChatOption, SeedOption):
         prompter.max_tokens = self.max_tokens or prompter.max_tokens
         for x, row in zip(given, prompter.rewrites(given, self.samples, seed=self.seed), strict=True):
             for rewrite in row:
-                print(json.dumps({"x": x, "rewrite": rewrite}, ensure_ascii=False) if self.json else rewrite)
+                line = {**said(x), "rewrite": rewrite}
+                print(json.dumps(line, ensure_ascii=False) if self.json else rewrite)
         return 0

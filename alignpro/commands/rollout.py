@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from alignpro.commands import opening
+from alignpro.commands.estimate import add_parts
 from alignpro.commands.options import (
     DEFAULT_PROMPTER,
     EnvironmentSettings,
@@ -17,6 +18,7 @@ from alignpro.commands.options import (
     RunOptions,
     TemplateOption,
 )
+from alignpro.commands.shared import ranges, with_reward, with_sums
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder
 from alignpro.llm.arms.settings import RolloutSettings
@@ -26,7 +28,7 @@ from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dots
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.draws import Arm, Scorer
-    from alignpro.llm.arms.rollout import RolloutSummary
+    from alignpro.llm.arms.rollout import ArmSummary, RolloutSummary
     from alignpro.llm.policies.prompter import Prompter, Template
     from alignpro.llm.targets.target import Target
 
@@ -56,8 +58,11 @@ class Rollout(TemplateOption, RunOptions):
 
     def run(self) -> int:
         from alignpro.llm.arms import rollout
+        from alignpro.llm.arms.draws import RESAMPLED, draws_of
+        from alignpro.llm.arms.given import read_given
         from alignpro.llm.models import packages
         from alignpro.llm.models.libraries import quiet
+        from alignpro.llm.models.prompt import as_json, said_in
         from alignpro.llm.policies.prompter import PROMPTER_FILE, Prompter
 
         settings, environment = self.settings, self.environment
@@ -80,20 +85,34 @@ class Rollout(TemplateOption, RunOptions):
                 )
             settings = replace(settings, rewrite_tokens=lengths.pop())
         world = opening.World(environment)
-        xs = opening.user_prompts(self.source, reference, self.source.split, self.source.prompts)
+        xs = opening.user_prompts(self.source, reference, self.source.split, self.source.prompts, world)
+        world.check_prompts(xs)
+        given = {arm.name: read_given(arm.file, xs) for arm in arms if arm.file}
+        for name, found in given.items():
+            most = max(map(len, found.of.values()))
+            if most > settings.draws:
+                packages.note(f"{name}: the first {settings.draws} of up to {most} rewrites (--draws)")
 
-        weights = {name: packages.sha256(_weights(home))[:12] for name, home in homes.items()}
-        made = {name: {"folder": name, "weights": digest} for name, digest in weights.items()}
+        digests = {name: packages.sha256(_weights(home))[:12] for name, home in homes.items()}
+        files = {arm.file: Path(arm.file).expanduser() for arm in arms if arm.file}
+        digests |= {name: packages.sha256(file)[:12] for name, file in files.items()}
         resampling = {name: getattr(settings, name) for name in _RESAMPLING}
-        drawn = dict.fromkeys(("star", "best_of_n"), resampling)
+
+        def how(arm: "Arm") -> dict[str, Any]:
+            if arm.folder:
+                return {"folder": arm.folder, "weights": digests[arm.folder]}
+            if arm.file:
+                return {"file": arm.file, "sha256": digests[arm.file], **given[arm.name].cost}
+            return {"instruction": arm.text} if arm.text else resampling if arm.name in RESAMPLED else {}
+
         reward = world.reward_name
         record = {
-            "prompts": hashlib.sha256(json.dumps(xs).encode()).hexdigest()[:16],
+            "prompts": hashlib.sha256(json.dumps([as_json(x) for x in xs]).encode()).hexdigest()[:16],
             **{name: getattr(settings, name) for name in ("draws", "answers", "rewrite_tokens")},
             "prompter": reference,
             "template": asdict(chosen) if chosen else None,
             **environment.record(reward),
-            "arms": {str(arm): made[arm.folder] if arm.folder else drawn.get(arm.name, {}) for arm in arms},
+            "arms": {str(arm): how(arm) for arm in arms},
         }
         planned = rollout.plan(folder, xs, settings, record)
         if settings.rlhf and not sampling.natural:
@@ -128,10 +147,11 @@ class Rollout(TemplateOption, RunOptions):
                     opened.prompt_ids(xs)  # all have room, before the first is drawn
                 return opened
 
+            judge = world.reward(folder)
             scorer, size = getattr(target, "log_probs", None), environment.batch_size
             work = rollout.Work(
                 settings,
-                world.reward(folder),
+                judge,
                 frozen,
                 scorer,
                 sampling,
@@ -139,8 +159,14 @@ class Rollout(TemplateOption, RunOptions):
                 open_policy,
                 size,
                 world.refusals,
+                {name: found.of for name, found in given.items()},
             )
-            who = {
+            for arm in arms:
+                if arm.text or arm.file:
+                    drawn = zip(xs, draws_of(work, arm, xs), strict=True)
+                    asked_of = [said_in(x, draw.rewrite or "") for x, row in drawn for draw in row]
+                    opening.check_target_room(target, asked_of, sampling.max_tokens)
+            who = {arm.name: f"x, then {arm.text!r}" for arm in arms if arm.text} | {
                 "none": "none",
                 "sft": reference,
                 "star": f"rho* of {reference} at lam {settings.lam:g} by {settings.proposals} proposals",
@@ -148,9 +174,10 @@ class Rollout(TemplateOption, RunOptions):
             }
 
             def parties(arm: "Arm") -> dict[str, str]:
+                named, cost = arm.folder or arm.file, given[arm.name].costs() if arm.file else ""
                 return {
                     "frozen": f"{target.name} {target.revision}",
-                    "prompter": f"{arm.folder} {weights[arm.folder]}" if arm.folder else who[arm.name],
+                    "prompter": who.get(arm.name) or f"{named} {digests[named]}{cost}",
                     "reward_model": reward,
                     "sampling": json.dumps(asdict(sampling)),
                 }
@@ -158,9 +185,10 @@ class Rollout(TemplateOption, RunOptions):
             with quiet():
                 rollout.roll_out(planned, work, parties)
             packages.note(frozen.ledger.line())
+            world.told(judge, folder)
         result = rollout.summarise(path, MOST_PROMPTS)
         print(text(result))
-        keep.keep(page(result, record | {"seed": settings.seed}), folder)
+        keep.keep(with_reward(page(result, record | {"seed": settings.seed}), folder), folder)
         return 0
 
 
@@ -243,12 +271,23 @@ def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "
 
 
 def text(result: "RolloutSummary") -> str:
-    lines = [f"{a.name}: mean reward {a.mean.value:.4f} of {a.rollouts} rollouts" for a in result.arms]
+    lines = []
+    for arm in result.arms:
+        parts = "".join(f", {mean.value:.4f} of {part}" for part, mean in arm.parts.items())
+        told = f"{arm.name}: mean reward {arm.mean.value:.4f} of {arm.rollouts} rollouts"
+        told += f" ({parts[2:]})" if parts else ""
+        lines.append(f"{told}; refused: {_refused(arm)}" if arm.refused else told)
     return "\n".join([*lines, f"wrote {result.path}"])
+
+
+def _refused(arm: "ArmSummary") -> str:
+    return f"{arm.refused:,} ({arm.refused / arm.rollouts:.1%})" if arm.refused else "0"
 
 
 def page(result: "RolloutSummary", record: Json) -> Page:
     """Mean rewards by arm, and some of the texts; `record` is how they were made."""
+    from alignpro.llm.models.prompt import Prompt, transcript
+
     made = Page(
         "rollout",
         "Rollouts of prompters and policies",
@@ -258,23 +297,39 @@ def page(result: "RolloutSummary", record: Json) -> Page:
     )
     for arm in result.arms[:4]:
         made.estimate(f"Mean reward, {arm.name}", arm.mean)
-    means = {arm.name: arm.mean for arm in result.arms}
+    means, axis = {arm.name: arm.mean for arm in result.arms}, "reward units, 95% intervals"
+    spread = ["spread of members"] if any(arm.spread is not None for arm in result.arms) else []
+    worth = (
+        " A refused answer counts with its declared reward." if any(a.refused for a in result.arms) else ""
+    )
     made.add(
         "Mean reward by arm",
         f"On a scale from {number(result.low)} to {number(result.high)}, with 95% intervals over prompts "
-        "where there are enough of them.",
+        f"where there are enough of them.{worth}",
         Table(
-            "arm | mean reward | rollouts | seeds",
-            [(arm.name, interval(arm.mean), number(arm.rollouts), number(arm.seeds)) for arm in result.arms],
-            "wnnn",
+            ["arm", "mean reward", "rollouts", "seeds", "refused", *spread, "rewritten by"],
+            [
+                (
+                    *(arm.name, interval(arm.mean), number(arm.rollouts), number(arm.seeds), _refused(arm)),
+                    *([number(arm.spread)] if spread else []),
+                    arm.prompter,
+                )
+                for arm in result.arms
+            ],
+            "wnnnn" + "n" * len(spread) + "w",
         ),
-        Dots("Mean reward of each arm", "reward units, 95% intervals", dots(means)),
+        Dots("Mean reward of each arm", axis, dots(means)),
     )
+    if result.part_ranges:
+        rows = with_sums({arm.name: arm.parts for arm in result.arms}, means)
+        add_parts(made, rows, ranges(result.part_ranges, result.low, result.high), axis)
     texts = []
     for row in result.texts:
         rewrite = row.rewrite if row.rewrite and row.arm != "none" else "–"
         answer = "(refused)" if row.response is None else row.response
-        texts.append((row.x, row.arm, rewrite, answer, number(row.reward)))
+        texts.append(
+            (transcript(Prompt(row.x, row.context or ())), row.arm, rewrite, answer, number(row.reward))
+        )
     told = len({row.prompt_id for row in result.texts})
     made.add(
         "Texts",

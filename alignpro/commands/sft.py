@@ -31,14 +31,16 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
     pairs: str
     """File of pairs to learn from: JSON lines (or one JSON list) of objects with a prompt and a rewrite."""
     settings: tyro.conf.OmitArgPrefixes[SFTSettings] = field(default_factory=SFTSettings)
-    prompt_field: str = "prompt"
-    """Key of the prompt in those objects."""
-    rewrite_field: str = "rewrite"
-    """Key of the rewrite in those objects; optimized_prompt in the data of BPO."""
+    prompt_field: str | None = None
+    """Key of the prompt, a text or a conversation, in those objects. Left out: prompt, or another common name
+    where it is the only one."""
+    rewrite_field: str | None = None
+    """Key of the rewrite in those objects. Left out: rewrite, or optimized_prompt as in the data of BPO."""
 
     def run(self) -> int:
         from alignpro.commands.opening import check_prompter, trained_home
         from alignpro.llm.data import own, split
+        from alignpro.llm.data.rows import first_turn
         from alignpro.llm.models import packages
         from alignpro.llm.training.settings import check_reporters
 
@@ -55,7 +57,7 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
         from alignpro.llm.training.sft import sft
 
         read = own.read_rewrites(self.pairs, prompt=self.prompt_field, rewrite=self.rewrite_field)
-        sizes = Counter(split.split_of(pair.prompt) for pair in read)
+        sizes = Counter(split.split_of(first_turn(pair.prompt)) for pair in read)
         steps = settings.epochs * -(-sizes["train"] // settings.batch_size)
         packages.note(
             f"{len(read)} pairs: {sizes['train']} to learn from, {sizes['validation']} and {sizes['test']} "

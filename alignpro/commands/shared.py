@@ -14,6 +14,9 @@ from alignpro.report.keep import keep
 from alignpro.report.numbers import number, plain
 from alignpro.report.page import Curve, Curves, Json, Page
 
+REWARD_FILE = "reward.json"
+"""The reward of a run as it describes itself, with what scoring the run's answers did."""
+
 
 def check_least(least: int, **given: int | None) -> None:
     """Refuse an option --NAME whose number is below `least`; one that was left out is None."""
@@ -58,6 +61,17 @@ def tell(
         keep(page(), out)
 
 
+def with_reward(page: Page, folder: str | os.PathLike[str]) -> Page:
+    """The page, with what the reward of the run in `folder` says of itself, where that is on file."""
+    from alignpro.files import read_json
+
+    file = os.path.join(folder, REWARD_FILE)
+    if os.path.exists(file):
+        said = "The reward, as it describes itself."
+        page.add("The reward", said, facts=read_json(file), folded=True)
+    return page
+
+
 def save(result: Any, verb: str, page: Page, folder: Path) -> None:
     """Write VERB.json, report.html and the instances of a result of the theory into `folder`."""
     from alignpro.files import write_json
@@ -75,3 +89,17 @@ def fell(metrics: Sequence[Json], unit: str, panels: Mapping[str, str]) -> tuple
     first, last = metrics[0]["loss"], metrics[-1]["loss"]
     said = f"On the batches learned from, the loss went from {number(first)} to {number(last)} {unit}."
     return said, Curves([line["step"] for line in metrics], "optimizer steps", curves)
+
+
+SUM = "reward, their sum"
+"""The row of an arm's reward below those of its parts."""
+
+
+def with_sums(parts: Mapping[str, Mapping[str, Any]], sums: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """Estimates of the reward's parts as rows of (arm, part, estimate), each arm's own after its parts."""
+    return [(arm, part, e) for arm, of in parts.items() for part, e in [*of.items(), (SUM, sums[arm])]]
+
+
+def ranges(of: Mapping[str, tuple[float, float]], low: float, high: float) -> dict[str, str]:
+    """The declared range of each part of a reward, and its own at `SUM`, in words."""
+    return {part: f"{number(a)} to {number(b)}" for part, (a, b) in [*of.items(), (SUM, (low, high))]}

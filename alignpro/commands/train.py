@@ -1,18 +1,18 @@
 """`alignpro train`: a prompter, or the RLHF oracle, on open-ended text."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from alignpro.commands.options import EnvironmentSettings, PrompterOptions, PromptSettings, ReportedRun
+from alignpro.commands.shared import with_reward
 from alignpro.errors import AlignProError
 from alignpro.files import writable_folder
 from alignpro.llm.training.settings import PRESETS, TrainSettings, refuse_moved_optimum
 from alignpro.report import keep
 from alignpro.report.numbers import number
-from alignpro.report.page import Curve, Curves, Page, Table
+from alignpro.report.page import Curve, Curves, Page, Panel, Table
 
 if TYPE_CHECKING:
     from alignpro.llm.targets.ledger import Cached
@@ -60,11 +60,11 @@ class Train(PrompterOptions, ReportedRun):
         environment, answers = self.environment, self.environment.sampling()
         # The oracle is its own target.
         world = World(replace(environment, target=prompter) if rlhf else environment)
-        prompts = user_prompts(self.source, prompter, n=self.train_prompts)
+        prompts = user_prompts(self.source, prompter, n=self.train_prompts, world=world)
+        world.check_prompts(prompts)
 
-        from alignpro.commands.opening import how_read, is_address
+        from alignpro.commands.opening import check_target_room, how_read
         from alignpro.llm.policies.prompter import Prompter
-        from alignpro.llm.rewards.endpoint import CachedReward
         from alignpro.llm.training.environment import Environment
         from alignpro.llm.training.open_ended import train
 
@@ -73,15 +73,14 @@ class Train(PrompterOptions, ReportedRun):
         line = f"{len(prompts)} prompts; {rounds} rounds of {settings.prompts} x {settings.samples} "
         line += "answers" if rlhf else f"rewrites, {asked} answers of at most {answers.max_tokens} tokens"
         line += f"; {rounds * settings.steps_per_round} {settings.algorithm} steps"
-        if is_address(environment.reward):
-            line += f"; {asked or rounds * each} scores from an endpoint"
-        packages.note(line + world.money(asked, answers.max_tokens))
+        packages.note(line + world.money(asked, answers.max_tokens, asked or rounds * each))
 
         judge = world.reward(folder)
         target: Cached | None = None
         read: dict[str, Any] = {}
         if not rlhf:
             frozen = world.target()
+            check_target_room(frozen, prompts, answers.max_tokens)
             read, target = how_read(frozen), world.kept(frozen, folder)
         facts = {
             "prompter": prompter,
@@ -90,6 +89,8 @@ class Train(PrompterOptions, ReportedRun):
             "template": self.template,
             "target": environment.target,
             "reward": world.reward_name,
+            **environment.reward_judge.record(),
+            **environment.reward_model.record(),
             "answers": asdict(answers),
         }
         base = Prompter.from_pretrained(
@@ -104,11 +105,10 @@ class Train(PrompterOptions, ReportedRun):
         result = train(base, worth, prompts, settings, folder, **how)
         if target is not None:
             packages.note(target.ledger.line())
-        if isinstance(judge, CachedReward):
-            packages.note(judge.line())
+        world.told(judge, folder)
         if result.metrics:  # of several processes the first one tells
             print(text(result))
-            keep.keep(page(result), folder)
+            keep.keep(with_reward(page(result), folder), folder)
         return 0
 
 
@@ -122,15 +122,20 @@ def text(result: "Trained") -> str:
     )
 
 
-_PANELS: Mapping[str, tuple[tuple[str, str], ...]] = {
+_PANELS: dict[str, tuple[tuple[str, str], ...]] = {
     "reward units": (("reward", "score"), ("objective, reward − λ KL", "ppo/objective")),
+    "parts, reward units": (),
+    "spread between members": (("standard deviation", "reward_spread"),),
+    "share of answers refused": (("refused", "refused_share"),),
     "KL to ρ_sft, nats": (("sampled", "ppo/kl_k1"), ("sampled", "kl")),
     "explained variance": (("critic", "ppo/explained_variance"),),
     "entropy, nats a token": (("policy", "entropy"),),
     "share clipped": (("ratios", "ppo/clip_fraction"), ("ratios", "clip_ratio/region_mean")),
     "tokens of an answer": (("mean", "completions/mean_length"),),
 }
-"""By panel of the learning curves: the curves, and the keys of metrics.jsonl that hold them, where any do."""
+"""By panel of the learning curves: the curves, and the keys of metrics.jsonl that hold them, where any do.
+Those of the reward's parts, which add up to the reward, are known from the metrics."""
+_PART = "reward/"
 _TABLE_ROWS = 12
 
 
@@ -141,14 +146,17 @@ def page(result: "Trained") -> Page:
     def of(key: str) -> list[float | None]:
         return [line.get(key) for line in metrics]
 
-    panels: list[tuple[str, list[Curve]]] = []
+    panels: list[Panel] = []
     columns: dict[str, str] = {}
-    for axis, curves in _PANELS.items():
+    keys = [key for key in dict.fromkeys(key for line in metrics for key in line) if key.startswith(_PART)]
+    parts = {"parts, reward units": tuple((key.removeprefix(_PART), key) for key in keys)}
+    for axis, curves in (_PANELS | parts).items():
         there = [(name, key) for name, key in curves if any(value is not None for value in of(key))]
-        columns |= {key: name if axis == "reward units" else axis for name, key in there}
+        columns |= {key: name if axis.endswith("reward units") else axis for name, key in there}
         if there:
             bands = {key: [e and 2 * e for e in of(f"{key}_stderr")] for _, key in there}
-            panels.append((axis, [Curve(name, of(key), bands[key]) for name, key in there]))
+            drawn = [Curve(name, of(key), bands[key]) for name, key in there]
+            panels.append(Panel(axis, drawn, title=axis if axis in parts else ""))
     first, last = metrics[0], metrics[-1]
     task = record.get("settings", {}).get("task")
     start, end = number(first["score"]), number(last["score"])

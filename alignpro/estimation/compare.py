@@ -7,7 +7,7 @@ import numpy as np
 
 from alignpro.errors import AlignProError
 from alignpro.estimation.intervals import Estimate, check_level
-from alignpro.estimation.paired import Arm, Term, estimates
+from alignpro.estimation.paired import Arm, Term, by_arm, estimates
 from alignpro.estimation.samples import win_rate
 from alignpro.estimation.terms import Terms
 from alignpro.rollouts import Rollouts
@@ -23,6 +23,8 @@ class Against:
     """Difference of variances of the reward, over prompts and samples; reward units squared."""
     win_rate: Estimate
     """Probability that its answer earns more than the baseline's to the same prompt, ties a half."""
+    parts: Mapping[str, Estimate]
+    """Differences of the means of the reward's parts by name, which add up to `mean`."""
 
     @property
     def finding(self) -> str:
@@ -42,8 +44,13 @@ class Comparison:
     """J, the mean reward, of every arm."""
     variance: Mapping[str, Estimate]
     """Var(r) of every arm, over prompts and samples; reward units squared."""
+    parts: Mapping[str, Mapping[str, Estimate]]
+    """By arm, the mean of each part of the reward by name, which add up to `mean`; empty without parts."""
     against: Mapping[str, Against]
-    """Every other arm against the baseline. Each of the three kinds covers jointly over the arms."""
+    """Every other arm against the baseline. Each of the kinds covers jointly over the arms (and parts)."""
+    prompters: Mapping[str, str]
+    """Names of the prompters, by arm; several seeds' separated by commas."""
+    warnings: tuple[str, ...]
 
 
 def compare(rollouts: Rollouts, arms: Sequence[str], level: float = 0.95) -> Comparison:
@@ -76,6 +83,9 @@ def compare(rollouts: Rollouts, arms: Sequence[str], level: float = 0.95) -> Com
         "win_rate": {name: wins(name) for name in others},
     }
     joint = len(others) > 1
+    parts = terms.parts(arms)
+    differences = {key: term - parts[baseline, key[1]] for key, term in parts.items() if key[0] != baseline}
+    of_parts = by_arm(estimates(differences, rollouts, level, simultaneous=True))
     found = {kind: estimates(rows, rollouts, level, simultaneous=joint) for kind, rows in kinds.items()}
     return Comparison(
         level=level,
@@ -83,10 +93,15 @@ def compare(rollouts: Rollouts, arms: Sequence[str], level: float = 0.95) -> Com
         baseline=baseline,
         mean=estimates({name: terms.j(name) for name in arms}, rollouts, level),
         variance=estimates({name: variance(name) for name in arms}, rollouts, level),
+        parts=by_arm(estimates(parts, rollouts, level)),
         against={
-            name: Against(found["mean"][name], found["variance"][name], found["win_rate"][name])
+            name: Against(
+                found["mean"][name], found["variance"][name], found["win_rate"][name], of_parts.get(name, {})
+            )
             for name in others
         },
+        prompters={name: rollouts.prompter(name) for name in arms},
+        warnings=tuple(terms.warnings.values()),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from alignpro.claims import Relation, Verdict
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.estimation.intervals import Estimate, check_level, prompts_to_settle, verdict_of
-from alignpro.estimation.paired import Absent, Interval, Term, estimates
+from alignpro.estimation.paired import Absent, Interval, Term, by_arm, estimates
 from alignpro.estimation.statements import CLAIMS, Statement, theorem1
 from alignpro.estimation.terms import Terms
 from alignpro.rollouts import Rollouts
@@ -78,6 +78,10 @@ class EstimateReport:
     """Names of the prompters, by arm; several seeds' separated by commas."""
     quantities: Mapping[str, Estimate]
     """J of each arm, of π* and of ρ*, optimal values, λ and β KLs, in reward units; TVs. By name."""
+    parts: Mapping[str, Mapping[str, Estimate]]
+    """By arm, the mean of each part of the reward by name, in reward units; they add up to the arm's J. Empty
+    for a reward without parts."""
+    part_ranges: Mapping[str, tuple[float, float]]
     gaps: Mapping[str, Estimate]
     """J(π*) − J(π_arm), by arm; "rlhf - ARM" has the tuned policy's J in J(π*)'s place."""
     bounds: tuple[BoundEstimate, ...]
@@ -154,21 +158,16 @@ def estimate(
         reward_model=rollouts.reward_model,
         sampling=rollouts.sampling,
         reward_range=(rollouts.low, rollouts.high),
-        prompters=_prompters(rollouts),
+        prompters={arm: rollouts.prompter(arm) for arm in rollouts.arms},
         quantities=numbers,
+        parts=by_arm(estimates(terms.parts(rollouts.arms), rollouts, level, interval=interval)),
+        part_ranges=rollouts.part_ranges,
         gaps=gaps,
         bounds=tuple(bounds),
         splits=splits,
         missing=missing,
         warnings=tuple(terms.warnings.values()),
     )
-
-
-def _prompters(rollouts: Rollouts) -> dict[str, str]:
-    names: dict[str, dict[str, None]] = {}
-    for (arm, _), prompter in rollouts.prompters.items():
-        names.setdefault(arm, {})[prompter] = None
-    return {arm: ", ".join(of) for arm, of in names.items()}
 
 
 def _attempt(wanted: Mapping[Any, Callable[[], Any]]) -> tuple[dict[Any, Any], dict[Any, str]]:
@@ -200,6 +199,8 @@ def _quantities(terms: Terms) -> tuple[dict[str, Term], dict[str, str]]:
     for arm in sorted(terms.rollouts.direct):
         wanted[f"beta KL({arm}||pi_F)"] = partial(terms.kl_policy, arm)
         wanted[f"beta KL({arm}||pi*)"] = partial(terms.policy_shortfall, arm)
+    if terms.rollouts.refused.any():
+        wanted |= {f"refused({arm})": partial(terms.refused, arm) for arm in terms.rollouts.arms}
     return _attempt(wanted)
 
 

@@ -61,6 +61,8 @@ class Arm:
         """A log-probability of `LOGPS`, [rows of the arm], in nats. Raises Absent where a row has none."""
         values = self.rollouts.logps[name][self.index]
         missing = int(np.isnan(values).sum())
+        if missing == len(values) and name == "logp_prompter":
+            raise Absent(f"arm {self.name} has rewrites without a density ({name} is null)")
         if missing:
             raise Absent(
                 f"{name} is missing in {missing} of {len(values)} rows of arm {self.name}; roll it out with "
@@ -151,6 +153,14 @@ class Term:
         lower, upper = (None if end is None else factor * end for end in (self.lower, self.upper))
         found = replace(self, values=factor * self.values, low=low, high=high, lower=lower, upper=upper)
         return found if factor > 0 else replace(found, bias=_FLIP[self.bias], lower=upper, upper=lower)
+
+
+def by_arm(found: Mapping[tuple[str, str], Estimate]) -> dict[str, dict[str, Estimate]]:
+    """Estimates by arm and part, as a dictionary for each arm."""
+    out: dict[str, dict[str, Estimate]] = {}
+    for (arm, part), e in found.items():
+        out.setdefault(arm, {})[part] = e
+    return out
 
 
 def estimates(

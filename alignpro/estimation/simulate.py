@@ -120,11 +120,13 @@ def simulate(
     """
     columns, arms, (low, high) = _draw(instance, rng, size, prompters, policies, reward_range)
     order = np.lexsort([columns[name] for name in ("answer", "draw", "arm", "prompt")])
+    sorted_: Any = {name: columns[name][order] for name in ("prompt", "arm", "draw", "answer", "reward")}
     return Rollouts(
         prompt_ids=tuple(map(str, range(size.prompts))),
         arms=tuple(arms),
-        **{name: columns[name][order] for name in ("prompt", "arm", "draw", "answer", "reward")},
+        **sorted_,
         seed=np.zeros(len(order), np.int64),
+        refused=np.zeros(len(order), bool),
         logps={name: columns[name][order] for name in LOGPS},
         prompters={(arm, 0): arm for arm in arms},
         direct=frozenset(policies or ()),

@@ -1,6 +1,6 @@
 """The quantities of the theory, taken from rollouts as per-prompt values (`Term`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ class Terms:
         self.rollouts, self.beta, self.lam = rollouts, beta, lam
         self.low, self.high = rollouts.low, rollouts.high
         self.width = self.high - self.low
-        self.warnings: dict[str, str] = {}
+        self.warnings: dict[str, str] = {"refused": said} if (said := rollouts.refusals()) else {}
         self._arms: dict[str, Arm] = {}
         self._cache: dict[Any, Any] = {}
 
@@ -77,6 +77,22 @@ class Terms:
         return Term(
             values, self.low, self.high, frozenset({name}), "none", "mean reward of each prompt", bounded=True
         )
+
+    def part(self, name: str, part: str) -> Term:
+        """The mean of one part of the reward in an arm, unbiased; an arm's parts add up to its `j`."""
+        arm, ends = self.arm(name), self.rollouts.part_ranges[part]
+        values = arm.mean(self.rollouts.parts[part][arm.index])
+        return Term(values, *ends, frozenset({name}), "none", "mean of each prompt", bounded=True)
+
+    def parts(self, names: Sequence[str]) -> dict[tuple[str, str], Term]:
+        """The terms of all parts of the reward in some arms, by arm and part."""
+        return {(name, part): self.part(name, part) for name in names for part in self.rollouts.parts}
+
+    def refused(self, name: str) -> Term:
+        """The share of an arm's answers that were refused: unbiased."""
+        arm = self.arm(name)
+        values = arm.mean(self.rollouts.refused[arm.index].astype(float))
+        return Term(values, 0.0, 1.0, frozenset({name}), "none", "share of each prompt", bounded=True)
 
     @cached_property
     def _model(self) -> tuple[np.ndarray, samples.Tilt, Weights]:

@@ -97,9 +97,11 @@ NONE = Size(0, 0, 0, 0, 0)
 
 
 def _reward_model(reward: str) -> str | None:
-    """The model behind a reward; None where it is an address or a Python function."""
+    """The model behind a reward; None where it is an address, a Python function or a few lines of one."""
+    from alignpro.llm.rewards.texts import TEXTS
+
     name = reward.split("@")[0]
-    return None if ":" in name else name
+    return None if ":" in name or name in TEXTS else name.split("#")[0]
 
 
 def models(preset: Preset) -> dict[str, str]:

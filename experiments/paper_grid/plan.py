@@ -16,7 +16,7 @@ import yaml
 
 from alignpro.errors import AlignProError
 from alignpro.files import write_json, write_text
-from alignpro.llm.data import public
+from alignpro.llm.data import public, subset
 from alignpro.llm.data.split import SPLITS, split_of
 
 PRESETS = Path(__file__).parent / "presets"
@@ -314,7 +314,7 @@ def select_prompts(job: Job, out: Path) -> None:
         AlignProError: the data set cannot be had, or has too few.
     """
     o = job.options
-    short = public.shorter(characters=o["longest_prompt"])
+    short = subset.shorter(characters=o["longest_prompt"])
 
     def of(splits: tuple[str, ...]) -> list[str]:
         def fits(x: str) -> bool:

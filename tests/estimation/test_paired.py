@@ -85,7 +85,7 @@ def rollouts():
 
 def fewer(rollouts, answers):
     keep = rollouts.answer < answers
-    names = ("prompt", "arm", "seed", "draw", "answer", "reward")
+    names = ("prompt", "arm", "seed", "draw", "answer", "reward", "refused")
     return replace(
         rollouts,
         **{name: getattr(rollouts, name)[keep] for name in names},

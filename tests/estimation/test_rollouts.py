@@ -11,7 +11,7 @@ from estimate_oracle import halfway, instance
 
 from alignpro.errors import AlignProError
 from alignpro.estimation.simulate import Size, simulate, simulated_rows
-from alignpro.rollouts import LOGPS, Rollout, Rollouts, collect, read
+from alignpro.rollouts import Rollout, Rollouts, collect, read
 
 SIZE = Size(6, 3, 3, 2)
 
@@ -35,8 +35,9 @@ def write(path, lines):
 def same(a: Rollouts, b: Rollouts):
     for field in fields(Rollouts):
         mine, other = getattr(a, field.name), getattr(b, field.name)
-        if field.name == "logps":
-            for name in LOGPS:
+        if field.name in ("logps", "parts"):
+            assert mine.keys() == other.keys()
+            for name in mine:
                 np.testing.assert_array_equal(mine[name], other[name])
         else:
             np.testing.assert_array_equal(mine, other)
@@ -182,3 +183,116 @@ def test_only_a_newline_ends_a_line(tmp_path):
     path = write(tmp_path / "r.jsonl", [row.line() for row in changed])
     assert same(read(path), collect(rows()))
     assert len(path.read_text(encoding="utf-8").splitlines()) > len(changed)
+
+
+# --- fields that rows may lack ----------------------------------------------------------------------------
+
+BEFORE = [{"role": "system", "content": "Be brief."}]
+
+
+def in_parts(row, **more):
+    """The row with its reward in [0, 1] divided into two parts, of which one is a penalty."""
+    parts = {"good": [0.25 + 0.75 * row.reward, 0.25, 1.0], "bad": [0.25 * row.reward - 0.25, -0.25, 0.0]}
+    return replace(row, reward_parts=parts, **more)
+
+
+def test_parts_refusals_and_the_prompts_own_fields_are_read(tmp_path):
+    plain = rows()
+    given = [in_parts(row, context=BEFORE, columns={"answer": [1, None]}, reward_spread=0.1) for row in plain]
+    given[3] = replace(given[3], response=None, reward_spread=None)
+    random.Random(1).shuffle(given)
+    found = read(write(tmp_path / "r.jsonl", [row.line() for row in given]))
+    assert same(found, collect(given))
+    assert found.part_ranges == {"good": (0.25, 1.0), "bad": (-0.25, 0.0)}
+    np.testing.assert_allclose(found.parts["good"], 0.25 + 0.75 * found.reward)
+    np.testing.assert_allclose(sum(found.parts.values()), found.reward, atol=1e-15)
+    assert found.refused.sum() == np.isnan(found.spread).sum() == 1
+    at = int(np.flatnonzero(found.refused)[0])
+    lost = next(row for row in given if row.response is None)
+    assert (found.reward[at], found.arms[found.arm[at]]) == (lost.reward, lost.arm)
+    assert found.refusals().startswith(
+        f"answers were refused, 1 of {found.rows(lost.arm).sum()} in arm {lost.arm}:"
+    )
+    assert np.nanmax(found.spread) == 0.1
+    # A file without them is as it was: the other fields agree.
+    old = collect(plain)
+    assert (dict(old.parts), dict(old.part_ranges), old.spread, old.refusals()) == ({}, {}, None, "")
+    np.testing.assert_array_equal(np.sort(old.reward), np.sort(found.reward))
+
+
+def part(**changed):
+    return {"reward_parts": {"good": [0.7, 0.25, 1.0], "bad": [-0.1, -0.25, 0.0], **changed}, "reward": 0.6}
+
+
+OPTIONAL_FAULTS = {
+    "no parts": (
+        {"reward_parts": None},
+        "reward_parts: the range of 'good' is absent, not (0.25, 1.0) as before it",
+    ),
+    "no object": ({"reward_parts": [1]}, "reward_parts [1] must be an object of [value, low, high]"),
+    "no triple": (part(bad=[-0.1]), "reward_parts {'good'"),
+    "text": (part(bad=["-0.1", -0.25, 0.0]), "reward_parts {'good'"),
+    "nan": (part(bad=[np.nan, -0.25, 0.0]), "reward_parts {'good'"),
+    "another part": (
+        part(new=[0.0, 0.0, 1.0]),
+        "the range of 'new' is (0.0, 1.0), not absent as before it",
+    ),
+    "another range": (part(bad=[-0.1, -0.5, 0.0]), "the range of 'bad' is (-0.5, 0.0), not (-0.25, 0.0) as"),
+    "outside": (part(bad=[0.1, -0.25, 0.0]), "reward_parts: bad 0.1 is outside its range [-0.25, 0.0]"),
+    "sum": (part() | {"reward": 0.61}, "reward_parts add up to 0.6, and reward is 0.61"),
+    "spread": ({"reward_spread": -0.1}, "reward_spread -0.1 must be a finite number of at least 0"),
+    "no spread": ({"reward_spread": np.inf}, "reward_spread inf must be a finite number"),
+    "response": ({"response": 5}, "response 5 must be a string, or null where it was refused"),
+    "context": ({"context": []}, "context differs from that of prompt_id"),
+    "columns": ({"columns": {"answer": 2}}, "columns differs from that of prompt_id"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONAL_FAULTS)
+def test_faults_of_optional_fields_are_named_by_line(case, tmp_path):
+    change, message = OPTIONAL_FAULTS[case]
+    lines = [asdict(in_parts(row, context=BEFORE, columns={"answer": 1})) for row in rows()]
+    lines[SFT] |= change
+    path = write(tmp_path / "r.jsonl", [json.dumps(line) + "\n" for line in lines])
+    with pytest.raises(AlignProError) as caught:
+        read(path)
+    assert f"{path} line {SFT + 1}: " in str(caught.value)
+    assert message in str(caught.value)
+    assert "; " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": "Be brief."}, "context 'Be brief.' must be a list of messages"),
+        ({"context": [{"role": "user"}]}, "context [{'role': 'user'}] must be a list of messages"),
+        ({"columns": [1]}, "columns [1] must be an object of values by column name"),
+        ({"reward_parts": {"a": [0.2, 0.0, 0.7]}, "reward": 0.2}, "add up to 0.7, and reward_high is 1.0"),
+        ({"reward_parts": {"a": [0.2, 0.1, 1.0]}, "reward": 0.2}, "add up to 0.1, and reward_low is 0.0"),
+    ],
+)
+def test_faults_of_all_rows_are_named_too(change, message):
+    with pytest.raises(AlignProError, match=r"^rollout 0: ") as caught:
+        collect([replace(rows()[0], **change)])
+    assert message in str(caught.value)
+
+
+def test_rounding_of_parts_grows_with_their_size(monkeypatch):
+    """Contributions rounded to float32 add up, whatever the unit; what is off by more does not."""
+    for unit in (1e-6, 1.0, 1e6):
+        parts = {"a": [unit / 3, 0.0, unit], "b": [-unit / 7, -unit, 0.0]}
+        total = unit / 3 - unit / 7
+
+        def one(off, total=total, unit=unit, parts=parts):
+            row = replace(rows()[0], reward=total + off * unit, reward_low=-unit, reward_high=unit)
+            return replace(row, reward_parts=parts)
+
+        collect([one(1e-7)])
+        with pytest.raises(AlignProError, match="add up to"):
+            collect([one(1e-5)])
+        with monkeypatch.context() as mutant:
+            mutant.setattr("alignpro.rollouts.PARTS_ROUNDING", 0.0)
+            with pytest.raises(AlignProError, match="add up to"):
+                collect([one(1e-7)])
+            mutant.setattr("alignpro.rollouts.PARTS_ROUNDING", 1e-4)
+            collect([one(1e-5)])

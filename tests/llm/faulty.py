@@ -12,8 +12,9 @@ PATIENCE = 20.0  # seconds after which a handler gives up, whatever a test does 
 
 def text_of(body: dict[str, Any]) -> str:
     """What the server says: a function of prompt, seed and sampling parameters."""
-    asked = [body["messages"], body["seed"], body["temperature"], body["top_p"], body["max_tokens"]]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[: 3 + body["seed"] % 7]
+    seed = body.get("seed", 0)
+    asked = [body["messages"], seed, *(body.get(name) for name in ("temperature", "top_p", "max_tokens"))]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[: 3 + seed % 7]
 
 
 def completion(body: dict[str, Any], **changes: Any) -> dict[str, Any]:

@@ -28,11 +28,12 @@ from alignpro.errors import AlignProError
 from alignpro.llm.data import own as own_files
 from alignpro.llm.data import public
 from alignpro.llm.data.own import read_prompts
-from alignpro.llm.data.public import DATASETS, Source, pairs, prompts, sample, shorter
+from alignpro.llm.data.public import DATASETS, Source, pairs, prompts
 from alignpro.llm.data.split import SPLITS, split_of
+from alignpro.llm.data.subset import sample, shorter
 from alignpro.llm.models.configure import tiny_model
 
-SOURCES = [name for name, row in DATASETS.items() if isinstance(row, Source)]
+SOURCES = [name for name, row in DATASETS.items() if isinstance(row, Source) and not row.test]
 GRADED = [name for name in SOURCES if DATASETS[name].grades is not None]
 
 
@@ -422,9 +423,12 @@ def test_files_of_another_schema(tmp_path):
     wrong = {"question": "How?", "chosen": 7, "rejected": 8}
     for rows, message in (
         ([wrong], "row 1 has .* in chosen, rejected"),
-        ([wrong | {"question": None}, wrong | {"question": 3}], "row 1 has no text in 'question'"),
+        (
+            [wrong | {"question": None}, wrong | {"question": 3}],
+            "row 2: no text or conversation in column 'question'; check that these",
+        ),
     ):
-        other = tmp_path / message.split()[2]
+        other = tmp_path / message.split()[1].strip(":")
         other.mkdir(exist_ok=True)
         (other / "x.jsonl").write_text(jsonl(rows))
         with pytest.raises(AlignProError, match=message):
@@ -547,7 +551,7 @@ OWN = ["How?", 'Two\nlines, "quoted"', "Grüße 🙂"]
 
 
 def own(path, rows, column="prompt"):
-    if path.suffix == ".jsonl":
+    if path.suffix in (".jsonl", ".ndjson"):
         path.write_text("\n" + jsonl([{column: x, "n": 1} for x in rows]), encoding="utf-8")
     elif path.suffix == ".json":
         path.write_text(json.dumps([{column: x} for x in rows]), encoding="utf-8-sig")
@@ -565,12 +569,13 @@ def test_files_of_every_format(suffix, tmp_path):
     path = own(tmp_path / f"mine{suffix}", [*OWN, " How? "])
     assert read_prompts(path) == OWN
     path = own(tmp_path / f"other{suffix}", OWN, "question")
-    assert read_prompts(path, "question") == OWN
-    with pytest.raises(AlignProError, match=r"other.*, (line|item|row) \d: no column 'prompt'.*question"):
+    assert read_prompts(path, "question") == read_prompts(path) == OWN
+    path = own(tmp_path / f"odd{suffix}", OWN, "q")
+    with pytest.raises(AlignProError, match=r"odd\..*: no column 'prompt'; name one .*\(it has .*q"):
         read_prompts(path)
     path = own(tmp_path / f"blank{suffix}", ["a", " ", "b"])
-    where = {".jsonl": "line 3", ".json": "item 2", ".csv": "line 3", ".tsv": "line 3", ".parquet": "row 2"}
-    with pytest.raises(AlignProError, match=f"{where[suffix]}: no text in column 'prompt'; mend or remove"):
+    where = {".json": "item 2", ".parquet": "row 2"}.get(suffix, "line 3")
+    with pytest.raises(AlignProError, match=f"{where}: no text in column 'prompt'; mend or remove"):
         read_prompts(path)
     empty = tmp_path / f"empty{suffix}"
     empty.write_bytes(b"" if suffix != ".json" else b"[]")
@@ -680,9 +685,14 @@ def test_train_and_resample_take_a_data_set(base, tmp_path, capsys):
     [
         (
             ["--prompts-file", "{mine}"],
-            "mine.csv, line 2: no column 'prompt'; name one with --prompt-column (it",
+            "mine.csv, line 2: no column 'prompt'; name one with --prompt-column, or several",
         ),
-        (["--prompt-column", "q"], "prompt_column q: is for prompts_file; leave it out"),
+        (["--prompt-column", "q"], "prompt_column q: dataset instructions has prompts and no columns; leave"),
+        (["--system-prompt", " "], "system_prompt: is empty; write one, or leave it out"),
+        (
+            ["--dataset", "vicuna-eval", "--data-folder", "{d}"],
+            "vicuna-eval: is a test set, to be measured on",
+        ),
         (["--prompts-file", "{mine}", "--data-folder", "{d}"], "is for dataset; give it or prompts_file"),
         (["--max-prompt-tokens", "0"], "max_prompt_tokens 0: give at least 1"),
         (

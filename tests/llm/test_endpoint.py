@@ -41,7 +41,9 @@ def _no_proxy(monkeypatch):
 
 
 def endpoint(model, url, **options) -> Endpoint:
-    own = {name: options.pop(name) for name in ("extra_body", "weights") if name in options}
+    own = {name: options.pop(name) for name in ("weights", "role") if name in options}
+    if "extra_body" in options:
+        options["extra_body"] = json.dumps(options["extra_body"])
     return Endpoint(url, EndpointSettings(model, **options), **own)
 
 
@@ -255,24 +257,6 @@ FINAL = {
     404: (raw({"error": "no such model"}, 404), "check base_url"),
     422: (raw({"detail": "top_k"}, 422), "dialect"),
     "quota": (raw({"error": {"text": "x" * 500, "code": "insufficient_quota"}}, 429), "top up"),
-    "filtered": (
-        raw(
-            {
-                "choices": [{"message": {"content": "x"}, "finish_reason": "content_filter"}],
-                "usage": {"prompt_tokens": 1, "completion_tokens": 1},
-            }
-        ),
-        'finish_reason is "content_filter"',
-    ),
-    "all thought": (
-        raw(
-            {
-                "choices": [{"message": {"content": None}, "finish_reason": "length"}],
-                "usage": {"prompt_tokens": 1, "completion_tokens": 1},
-            }
-        ),
-        "content is null.*more max_tokens",
-    ),
 }
 
 

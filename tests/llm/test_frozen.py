@@ -12,6 +12,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from mutants import kills
 from scipy import stats
 from transformers import GenerationConfig
 
@@ -359,7 +360,6 @@ def test_bad_sampling_is_refused(field, value):
         {"first": -1},
         {"first": [0]},
         {"seed": "x"},
-        {"prompts": ["a" * 510, "a"]},
         {"prompts": ["a", ""]},
     ],
 )
@@ -370,6 +370,23 @@ def test_bad_requests_are_refused_before_any_work(target, bad, monkeypatch):
     with pytest.raises(AlignProError) as error:
         target.respond(arguments.pop("prompts"), Sampling(max_tokens=4), **arguments)
     assert "\n" not in str(error.value)
+
+
+def test_a_prompt_without_room_is_refused_and_the_others_answered(target):
+    """The mutant refuses one token too many."""
+
+    def check(most):
+        rows = target.respond(["a" * most, "a" * (most + 1), "b"], Sampling(max_tokens=4), samples=2, seed=3)
+        assert [{answer.finish == "refused" for answer in row} for row in rows] == [{False}, {True}, {False}]
+        assert rows[2] == target.respond(["b"], Sampling(max_tokens=4), samples=2, seed=3)[0]
+        assert (rows[1][0].tokens, rows[1][0].prompt_tokens) == (0, most + 1)
+        assert "beyond the 512 that model" in rows[1][0].text
+        values = target.log_probs(["a", "b"], [rows[1][0], rows[2][0]])
+        assert np.isnan(values[0])
+        assert np.isfinite(values[1])
+
+    check(508)
+    kills(check, 507)
 
 
 def test_bad_targets_and_bad_log_probs(target):

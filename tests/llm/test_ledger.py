@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -142,6 +143,7 @@ def test_the_ledger_adds_up(tmp_path):
         "prompt_tokens": prompt_tokens,
         "tokens": tokens,
         "thoughts": 0,
+        "refused": 0,
     }
     assert cost == pytest.approx((2 * prompt_tokens + 8 * tokens) / 1e6)
     assert seconds > 0
@@ -265,6 +267,46 @@ def test_the_lines_of_an_earlier_version_are_taken_over_once(tmp_path, mutant):
     counts = (total.calls, total.retries, total.answers, total.tokens, total.seconds, total.cost)
     assert (counts == (6, 3, 2, 4, 2.5, 0.25)) == (not mutant)
     assert (tmp_path / OLD_FILE).read_text() == old
+
+
+VERSION_1 = """
+CREATE TABLE answers (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, line TEXT NOT NULL);
+CREATE TABLE spent (owner TEXT PRIMARY KEY, calls INTEGER NOT NULL, retries INTEGER NOT NULL,
+    answers INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, tokens INTEGER NOT NULL,
+    thoughts INTEGER NOT NULL, seconds REAL NOT NULL, cost REAL);
+CREATE TABLE under_way (owner TEXT, process TEXT, tokens INTEGER NOT NULL, until REAL NOT NULL,
+    PRIMARY KEY (owner, process));
+CREATE TABLE imported (file TEXT PRIMARY KEY);
+PRAGMA user_version = 1;
+"""
+
+
+@pytest.mark.parametrize("mutant", ["", "mutant"])
+def test_a_file_of_the_first_form_is_gone_on_with(tmp_path, monkeypatch, mutant):
+    """Before refusals were counted; the mutant does not change the table."""
+    if mutant:
+        monkeypatch.setattr(store, "_FROM_1", "SELECT 1")
+    old = sqlite3.connect(tmp_path / FILE)
+    old.executescript(VERSION_1)
+    old.execute("INSERT INTO answers (key, line) VALUES (?, ?)", (bytes.fromhex(KEY), OLD[0]))
+    old.execute('INSERT INTO spent VALUES (\'["fake", "1"]\', 3, 2, 1, 8, 2, 0, 0.5, 0.25)')
+    old.commit()
+    old.close()
+
+    def goes_on():
+        for again in range(2):
+            target = cached(Fake(), tmp_path)
+            assert target.respond(PROMPTS[:1], SAMPLING) == [[Answer("kept", "stop", 8, 2)]]
+            assert target.respond(PROMPTS[1:2], SAMPLING)[0][0].text
+            total = target.total()
+            assert (total.calls, total.answers, total.refused, total.cost) == (4, 2, 0, 0.25), again
+        assert target._store._db.execute("PRAGMA user_version").fetchone() == (2,)
+
+    if mutant:
+        with pytest.raises(AlignProError, match="no column named refused"):
+            goes_on()
+    else:
+        goes_on()
 
 
 def test_answers_leave_as_lines_and_come_back(tmp_path):

@@ -503,9 +503,9 @@ def test_results_that_are_no_rewards_name_the_sample():
     np.testing.assert_array_equal(case(lambda x, y: torch.tensor(0.5), each=True).score(*samples), [0.5] * 3)
 
 
-def test_async_flags_are_checked_not_guessed():
-    with pytest.raises(AlignProError, match="set is_async=True"):
-        CallableReward(async_overlap, "0,1").score(["a"], ["b"])
+def test_async_flags_are_checked():
+    with pytest.raises(AlignProError, match="set is_async=True"):  # nothing shows it before it is called
+        CallableReward(lambda x, y: async_overlap(x, y), "0,1").score(["a"], ["b"])
     with pytest.raises(AlignProError, match="set is_async=False"):
         CallableReward(overlap, "0,1", is_async=True).score(["a"], ["b"])
     for bad in ({"concurrency": 0}, {"batch_size": 0}):
@@ -867,7 +867,7 @@ def test_scores_that_came_before_a_failure_are_kept(server, tmp_path, monkeypatc
         def late(self, prompts, responses, on_score, meter):
             scores = raw(self, prompts, responses, meter=meter)
             for i, score in enumerate(scores):
-                on_score(i, float(score))
+                on_score(i, score)
             return scores
 
         monkeypatch.setattr(EndpointReward, "raw", late)

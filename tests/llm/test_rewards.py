@@ -520,7 +520,7 @@ class TestTraining:
         other = dataclasses.replace(SMALL, seed=1)
         assert minilm.constructed_pairs(SMALL) != minilm.constructed_pairs(other)
         # They fetch, check and describe, and have no part in the head.
-        others = {f"alignpro.llm.models.{name}" for name in ("packages", "catalogue", "libraries")}
+        others = {f"alignpro.llm.models.{name}" for name in ("packages", "catalogue", "libraries", "prompt")}
         others |= {"alignpro.files", "alignpro.llm.rewards.reward", "alignpro.llm.targets.target"}
         others |= {"alignpro.estimation.winrate"}
 

@@ -262,17 +262,20 @@ def test_pairs_are_read_from_files(tmp_path):
     lines, whole = tmp_path / "p.jsonl", tmp_path / "p.json"
     lines.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     whole.write_text(json.dumps(rows, indent=1))
-    assert read_rewrites(lines, rewrite="optimized_prompt") == want
-    assert read_rewrites(whole, rewrite="optimized_prompt") == want
+    assert read_rewrites(lines, rewrite="optimized_prompt") == read_rewrites(lines) == want
+    assert read_rewrites(whole, rewrite="optimized_prompt") == read_rewrites(whole) == want
+    with pytest.raises(AlignProError, match=r"field .rewrite. is missing .*it has .prompt., .opt"):
+        read_rewrites(lines, rewrite="rewrite")
     for text, message in (
         (
-            json.dumps(rows[0]),
-            r"^p\.jsonl, line 1: field 'rewrite' is missing or no text; .*it has 'prompt', 'opt",
+            '{"prompt": "a", "improved": "b"}',
+            r"^p\.jsonl, line 1: field 'rewrite' is missing or no text; .*it has 'prompt', 'imp",
         ),
         (
             '{"prompt": "a", "rewrite": "b"}\n{"prompt": 3, "rewrite": "b"}',
-            r"^p\.jsonl, line 2: field 'prompt'",
+            r"^p\.jsonl, line 2: no text or conversation in column 'prompt'",
         ),
+        ('{"prompt": " ", "rewrite": "b"}', r"line 1: field 'prompt' is missing or no text"),
         ('{"prompt": "a", "rewrite": " "}', r"line 1: field 'rewrite' is missing or no text"),
         ('{"prompt": "a"', r"line 1: is no JSON object; mend or remove it$"),
         ("3", r"line 1: is no JSON object"),

@@ -306,11 +306,10 @@ def test_thoughts_are_taken_off_and_counted(animals, capsys):
     chat = chat_of(tokenizer)
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
     assert chat.opens_thought
-    assert chat.said(encode("so it is</think>\n\nYes.")) == ("Yes.", True) or vars(
-        chat.said(encode("so it is</think>\n\nYes."))
-    ) == {"text": "Yes.", "thought": True}
+    ended = chat.said(encode("so it is</think>\n\nYes."))
+    assert (ended.text, ended.thought, ended.cut) == ("Yes.", True, False)
     cut = chat.said(encode("so it is and on and on"))
-    assert (cut.text, cut.thought) == ("", True)
+    assert (cut.text, cut.thought, cut.cut) == ("", True, True)
     # A prompter's thought is closed at once: what follows is the rewrite.
     text = tokenizer.decode(list(Template().prompt_ids(tokenizer, "How?")))
     assert text.endswith("<think>\n\n</think>\n\nRewritten:")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json
-from alignpro.llm.arms.enumerate import Enumeration, enumerate_models
+from alignpro.llm.arms.enumerate import Enumeration, enumerate_models, refuse_chats
 from alignpro.llm.arms.settings import EnumerationSettings
 from alignpro.llm.data import own
 from alignpro.llm.data.packaged import instructions
@@ -200,7 +200,9 @@ def _run(out: Path, settings: DemoSettings, resume: bool, command: str | None) -
 def user_prompts(settings: DemoSettings) -> list[str]:
     """The user prompts that the settings name."""
     if settings.prompts_file:
-        return own.read_prompts(settings.prompts_file)[: settings.prompts]
+        found = own.read_prompts(settings.prompts_file)[: settings.prompts]
+        refuse_chats(found)
+        return found
     return instructions(settings.prompts, seed=settings.seed, max_words=settings.prompt_words)
 
 

@@ -2,7 +2,8 @@
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,11 +34,15 @@ class Arm:
     """One arm and seed of an experiment."""
 
     name: str
-    """A row of `ARMS`, rlhf, or any other name of a trained prompter's."""
+    """A row of `ARMS`, rlhf, or another: of a trained prompter, an instruction or a file of rewrites."""
     seed: int = 0
     """Determines its draws and answers."""
     folder: str = ""
     """Folder of the trained prompter or policy."""
+    text: str = ""
+    """The fixed instruction that it adds to every prompt."""
+    file: str = ""
+    """File of the rewrites that another system made."""
 
     def __str__(self) -> str:
         return f"{self.name} (seed {self.seed})"
@@ -52,13 +57,19 @@ class Draw:
     reference: float | None = None
 
 
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_WANTS = {
+    **{name: f"; name its folder in {name}" for name in ("trained", "rlhf")},
+    **{name: f"; give NAME=… in {name}" for name in ("instruction", "rewrites")},
+}
+
+
 def arms_of(settings: RolloutSettings) -> list[Arm]:
     """The arms that the settings name, in order; refuses an unknown one, one named twice, and none."""
     named = list(settings.arms)
     for name in named:
         if name not in ARMS:
-            given = f"; name its folder in {name}" if name in ("trained", "rlhf") else ""
-            raise AlignProError(f"arms {name!r}: choose from {', '.join(ARMS)}{given}")
+            raise AlignProError(f"arms {name!r}: choose from {', '.join(ARMS)}{_WANTS.get(name, '')}")
     if len(set(named)) != len(named):
         raise AlignProError(f"arms {' '.join(named)}: name each once")
     found = [Arm(name, settings.seed) for name in named]
@@ -69,8 +80,20 @@ def arms_of(settings: RolloutSettings) -> list[Arm]:
         name = name or "trained"
         found.append(Arm(name, settings.seed + sum(arm.name == name for arm in found), folder))
     found += [Arm("rlhf", settings.seed + i, folder) for i, folder in enumerate(settings.rlhf)]
+    for option, what in (("instruction", "text"), ("rewrites", "file")):
+        for given in getattr(settings, option):
+            name, equals, value = given.partition("=")
+            if not equals or not _NAME.fullmatch(name) or not value.strip():
+                raise AlignProError(
+                    f"{option} {given!r}: give NAME={what.upper()}, the name of letters, digits, _ and -"
+                )
+            if name in (*ARMS, "trained", "rlhf") or name in [arm.name for arm in found]:
+                raise AlignProError(f"{option} {given!r}: {name} is an arm of its own; choose another name")
+            found.append(Arm(name, settings.seed, **{what: value}))
     if not found:
-        raise AlignProError(f"arms: none given; choose from {', '.join(ARMS)}, or give trained or rlhf")
+        raise AlignProError(
+            f"arms: none given; choose from {', '.join(ARMS)}, or give trained, rlhf, instruction or rewrites"
+        )
     return found
 
 
@@ -93,6 +116,8 @@ class Work:
     batch_size: int = 64
     refusals: Refusals = field(default_factory=Refusals)
     """Reward of refused answers, and their count."""
+    given: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    """Rewrites from files by arm and prompt, at least one each."""
 
     def __post_init__(self) -> None:
         self.prompter = _keeping_last(self._trained)
@@ -203,6 +228,18 @@ def _resampled(weigh: Callable[..., Array]) -> Callable[..., list[list[Draw]]]:
     return arm_draws
 
 
+def _instructed(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
+    """Add the arm's text to x, after a space, or directly where it begins with white space of its own."""
+    space = "" if arm.text[0].isspace() else " "
+    return [[Draw(f"{x}{space}{arm.text}")] * work.settings.draws for x in prompts]
+
+
+def _given(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
+    """Take the rewrites of x in the arm's file in turn, the first of them again after the last."""
+    rows = [work.given[arm.name][x] for x in prompts]
+    return [[Draw(row[i % len(row)]) for i in range(work.settings.draws)] for row in rows]
+
+
 ARMS: dict[str, Callable[[Work, Arm, Sequence[str]], list[list[Draw]]]] = {
     "none": _none,
     "sft": _sft,
@@ -210,13 +247,16 @@ ARMS: dict[str, Callable[[Work, Arm, Sequence[str]], list[list[Draw]]]] = {
     "best_of_n": _resampled(lambda s, p: best_of_n(p, s.best_of).weights),
 }
 """Arms without training: the draws [prompts][draws] of each."""
+RESAMPLED = ("star", "best_of_n")
+"""Those that choose among proposals of ρ_sft, by answers that are asked for beside those of the rollouts."""
 
 
 def draws_of(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
-    """[prompts][draws] rewrites of an arm: of a row of `ARMS`, of rlhf (none), or of a trained prompter."""
+    """[prompts][draws] rewrites of an arm: none of rlhf, of a row of `ARMS`, or of what the arm names."""
     if arm.name == "rlhf":
         return [[Draw(None)] * work.settings.draws for _ in prompts]
-    return ARMS.get(arm.name, _trained)(work, arm, prompts)
+    other = _instructed if arm.text else _given if arm.file else _trained
+    return ARMS.get(arm.name, other)(work, arm, prompts)
 
 
 def stream(kind: str, seed: int) -> int:

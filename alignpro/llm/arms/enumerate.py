@@ -25,6 +25,7 @@ from alignpro.llm.arms.settings import EnumerationSettings
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import how_of
 from alignpro.llm.models.policy import end_tokens, left_padded
+from alignpro.llm.models.prompt import columns_of, context_of
 from alignpro.llm.policies.prompter import Template, check_room, target_ids
 from alignpro.llm.policies.tree import PrefixTree, TreeTask, leaf_probabilities
 from alignpro.llm.rewards.reward import Reward, check_scores
@@ -227,6 +228,14 @@ def _block(rows: Sequence[Sequence[Any]], x: int) -> slice:
     return slice(start, start + len(rows[x]))
 
 
+def refuse_chats(prompts: Sequence[str]) -> None:
+    """Refuse conversations and columns, which an instance has no place for."""
+    if x := next((x for x in prompts if context_of(x) or columns_of(x)), None):
+        raise AlignProError(
+            f"prompt {x[:60]!r}: ends a conversation; enumerate plain prompts, or train on it"
+        )
+
+
 def enumerate_models(
     prompter: Any,
     prompter_tokenizer: PreTrainedTokenizerBase,
@@ -245,6 +254,7 @@ def enumerate_models(
     """
     if len(set(prompts)) != len(prompts):
         raise AlignProError("prompts: some are repeated; give each once")
+    refuse_chats(prompts)
     template = template or Template()
     stage = progress or (lambda _name, _total: _silent)
     count = len(prompts)

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alignpro.errors import AlignProError
-from alignpro.llm.arms.question import control_tokens, question
-from alignpro.llm.models.sampling import Sampling, digest
-from alignpro.llm.targets.target import Answer, Answers, OnAnswer, Stopped, arrange, jobs
+from alignpro.llm.arms.question import question
+from alignpro.llm.models.sampling import digest
+from alignpro.llm.targets.given import GivenReplies
+from alignpro.llm.targets.quoting import control_tokens
 
 if TYPE_CHECKING:
     from alignpro.llm.targets.local import LocalTarget
@@ -20,7 +20,7 @@ CONTENT_FREE = ("N/A", "[MASK]", "")
 """Texts that stand for question and both answers where there is nothing to judge (arXiv 2102.09690)."""
 
 
-class ForcedChoice:
+class ForcedChoice(GivenReplies):
     """A model in this process made to choose: its reply is the likelier of `CANDIDATES`, calibrated.
 
     A candidate's probability is that of the whole reply. Nothing is drawn, and one choice is every sample's.
@@ -33,16 +33,9 @@ class ForcedChoice:
         target: the model. In low precision the shape of a batch can turn a close choice.
     """
 
-    remote: ClassVar[bool] = False
-
     def __init__(self, target: "LocalTarget") -> None:
-        self.target = target
-        self.tokenizer = target.tokenizer
+        super().__init__(target, CANDIDATES)
         self.name = f"forced choice of {target.name}"
-        self.calls = 0
-        """How many questions were answered; the content-free ones, asked once, are not counted."""
-        self.retried = 0
-        self._stopping = False
         control = control_tokens(target)
         self._blank = [question(text, text, text, control) for text in CONTENT_FREE]
 
@@ -60,52 +53,10 @@ class ForcedChoice:
 
     def log_odds(self, questions: Sequence[str]) -> np.ndarray:
         """[n] log π(A | question) − log π(B | question) in nats, as the model has it, not calibrated."""
-        each = [text for text in questions for _ in CANDIDATES]
-        scores = self.target.log_probs(each, CANDIDATES * len(questions))
-        return scores[::2] - scores[1::2]
+        scores = self.log_probs(questions)
+        return scores[:, 0] - scores[:, 1]
 
-    def respond(
-        self,
-        prompts: Sequence[str],
-        sampling: Sampling,
-        *,
-        first: Sequence[int] | int = 0,
-        samples: int = 1,
-        seed: int = 0,
-        on_answer: OnAnswer | None = None,
-    ) -> list[list[Answer]]:
-        """Choose for each prompt, as `Target.respond` does; `sampling` and `seed` change nothing."""
-        asked = jobs(prompts, first, samples, seed)
-        counts = [self.count_tokens(prompt) for prompt in prompts]
-        answers: Answers = {}
-        self._stopping = False
-        # The longest first: what is too long for the model or its memory fails before anything is answered.
-        order = sorted(asked, key=lambda job: -counts[job[0]])
-        size = self.target.batch_size
-        message, reason = "stopped", "stopped"
-        for batch in (order[i : i + size] for i in range(0, len(order), size)):
-            if self._stopping:
-                break
-            try:
-                odds = self.log_odds([prompts[p] for p, _ in batch]) - self.prior
-            except AlignProError as error:
-                message, reason = str(error), "failed"
-                break
-            for (position, index), value in zip(batch, odds, strict=True):
-                text = "VERDICT: TIE" if value == 0 else CANDIDATES[int(value < 0)]
-                # No tokens: none was generated.
-                answers[position, index] = Answer(text, "stop", counts[position], 0)
-                self.calls += 1
-                if on_answer:
-                    on_answer(position, index, answers[position, index])
-        if len(answers) == len(asked):
-            return arrange(asked, answers, len(prompts))
-        raise Stopped(f"{self.name}: {message}", reason, answers)
-
-    def stop(self) -> None:
-        """End a `respond` in another thread, once the batch at work is finished."""
-        self._stopping = True
-
-    def count_tokens(self, prompt: str) -> int:
-        """How many tokens `prompt` has for the model, its chat template included."""
-        return self.target.count_tokens(prompt)
+    def texts(self, prompts: Sequence[str]) -> list[str]:
+        """The verdict on each question."""
+        odds = self.log_odds(prompts) - self.prior
+        return ["VERDICT: TIE" if value == 0 else CANDIDATES[int(value < 0)] for value in odds]

@@ -16,17 +16,21 @@ from alignpro import rollouts
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.llm.arms.forced import ForcedChoice
-from alignpro.llm.arms.question import Reading, control_tokens, question, read_verdict
+from alignpro.llm.arms.question import Reading, question, read_verdict
 from alignpro.llm.arms.settings import JudgeSettings
 from alignpro.llm.models.chat import parse_options
+from alignpro.llm.models.prompt import Prompt, transcript
 from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.targets.quoting import control_tokens
+from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.settings import EndpointSettings
-from alignpro.llm.targets.target import Target
+from alignpro.llm.targets.target import Answer, Target
 
 FILE = "judgements.jsonl"
 """A line for each pair judged."""
 SETTINGS_FILE = "settings.json"
 """The comparison that a folder was begun with."""
+_COUNTED = 32  # replies after which it is seen whether too many are refused
 Row = tuple[int, int, int]
 """Seed, draw and answer of a rollout."""
 
@@ -37,11 +41,21 @@ class Pair:
 
     prompt_id: str
     x: str
-    """The prompt."""
-    answers: tuple[str, str]
-    """Texts of the two answers, the arm of interest's first."""
+    """The prompt, with what was said before it."""
+    answers: tuple[str | None, str | None]
+    """Texts of the two answers, the arm of interest's first; None of one that was refused."""
     rows: tuple[Row, Row] = ((0, 0, 0), (0, 0, 0))
     """Which rollouts they are."""
+
+    @property
+    def missing(self) -> bool:
+        """Whether there is nothing to judge: an answer was refused."""
+        return None in self.answers
+
+    @property
+    def identical(self) -> bool:
+        """Whether both answers are one text."""
+        return not self.missing and self.answers[0] == self.answers[1]
 
 
 @dataclass(frozen=True)
@@ -50,8 +64,8 @@ class Judgement:
 
     pair: Pair
     verdicts: tuple[Reading, Reading] | None
-    """With the pair's first answer shown first, then second; None where the answers are one text, which no
-    judge can tell apart."""
+    """With the pair's first answer shown first, then second, both failed where one was refused; None where
+    the answers are one text, which no judge can tell apart."""
 
     def said(self) -> tuple[str | None, str | None]:
         """Say win, tie or loss of the pair's first answer for each order; None where the order failed."""
@@ -68,7 +82,7 @@ class Judgement:
             "prompt_id": self.pair.prompt_id,
             "arms": list(arms),
             "rollouts": [dict(zip(names, row, strict=True)) for row in self.pair.rows],
-            "lengths": [len(answer) for answer in self.pair.answers],
+            "lengths": [len(answer or "") for answer in self.pair.answers],
             "judge": judge,
             "identical": self.verdicts is None,
             "verdicts": list(self.said()),
@@ -116,7 +130,8 @@ def pairs(
         for row in (json.loads(line) for line in file if not line.isspace()):
             key_ = row["prompt_id"], row["arm"], (row["seed"], row["draw"], row["answer"])
             if key_ in wanted:
-                texts[key_], asked[row["prompt_id"]] = row["response"], row["x"]
+                texts[key_] = row["response"]
+                asked[row["prompt_id"]] = Prompt(row["x"], row.get("context") or ())
     a, b = arms
     return [
         Pair(name, asked[name], (texts[name, a, rows[0]], texts[name, b, rows[1]]), rows)
@@ -131,26 +146,42 @@ def judge(
     *,
     seed: int = 0,
     on_reply: Callable[[], Any] = lambda: None,
+    refusals: Refusals | None = None,
 ) -> list[Judgement]:
-    """Judge each pair in both orders; nothing is asked where its answers are one text.
+    """Judge each pair in both orders; nothing is asked where its answers are one text, or one was refused.
 
     Args:
         target: the judge; a `ledger.Cached` one pays for no reply twice.
         sampling: how the judge decodes. Left out: temperature 0 and at most 256 tokens.
         on_reply: called as each reply arrives.
+        refusals: counts the replies, and ends a run in which too many are refused.
     """
-    asked = [i for i, pair in enumerate(compared) if pair.answers[0] != pair.answers[1]]
+    asked = [i for i, pair in enumerate(compared) if not pair.identical and not pair.missing]
     control = control_tokens(target)
     questions = [
-        question(compared[i].x, *answers, control)
+        question(transcript(compared[i].x), str(answers[0]), str(answers[1]), control)
         for i in asked
         for answers in (compared[i].answers, compared[i].answers[::-1])
     ]
     sampling = sampling or Sampling(temperature=0.0, max_tokens=256)
-    replies = target.respond(questions, sampling, seed=seed, on_answer=lambda *_: on_reply())
+    refusals, arrived = refusals or Refusals(most=1.0), list[Answer]()
+
+    def arrive(_position: int, _index: int, reply: Answer) -> None:
+        on_reply()
+        arrived.append(reply)
+        if len(arrived) == _COUNTED:  # not at the end alone: refused replies may have been paid for
+            refusals.count(arrived)
+            arrived.clear()
+
+    replies = target.respond(questions, sampling, seed=seed, on_answer=arrive)
+    refusals.count(arrived)
     read = [read_verdict(reply.text, reply.finish) for (reply,) in replies]
     verdicts = dict(zip(asked, zip(read[::2], read[1::2], strict=True), strict=True))
-    return [Judgement(pair, verdicts.get(i)) for i, pair in enumerate(compared)]
+    missing = Reading(None, "refused", "")
+    return [
+        Judgement(pair, (missing, missing) if pair.missing else verdicts.get(i))
+        for i, pair in enumerate(compared)
+    ]
 
 
 def opening(settings: JudgeSettings, endpoint: EndpointSettings) -> Callable[[], Target]:
@@ -166,7 +197,7 @@ def opening(settings: JudgeSettings, endpoint: EndpointSettings) -> Callable[[],
             raise AlignProError(f"judge_model: name the model that {settings.judge} serves")
         from alignpro.llm.targets.endpoint import Endpoint
 
-        opened = Endpoint(settings.judge, endpoint)
+        opened = Endpoint(settings.judge, endpoint, role="judge")
         return lambda: opened
     if given:
         raise AlignProError(
@@ -210,6 +241,7 @@ def judge_file(
     record: dict[str, Any] = {"arms": list(arms), "judge": settings.judge, "judge_model": endpoint.model}
     record |= {name: getattr(settings, name) for name in ("temperature", "reply_tokens", "seed")}
     record |= {"forced": True} if settings.forced else {}
+    record |= endpoint.record("judge")
     begun = folder / SETTINGS_FILE
     before = read_json(begun) if begun.exists() else record
     if not isinstance(before, dict) or before.keys() != record.keys():
@@ -221,12 +253,20 @@ def judge_file(
                 "choose another folder"
             )
     write_json(begun, record)
-    identical = sum(pair.answers[0] == pair.answers[1] for pair in compared)
+    identical, missing = (sum(getattr(p, name) for p in compared) for name in ("identical", "missing"))
     same = f" ({identical} identical, not asked)" if identical else ""
+    same += f" ({missing} with an answer that was refused, not asked)" if missing else ""
     packages.note(f"{len(compared)} pairs of {arms[0]} and {arms[1]}{same}, both orders")
     target = Cached(opened(), folder / "answers", prices=prices)
-    with tqdm(total=2 * (len(compared) - identical), unit="reply", disable=None) as bar:
-        judged = judge(target, compared, settings.sampling(), seed=settings.seed, on_reply=bar.update)
+    with tqdm(total=2 * (len(compared) - identical - missing), unit="reply", disable=None) as bar:
+        judged = judge(
+            target,
+            compared,
+            settings.sampling(),
+            seed=settings.seed,
+            on_reply=bar.update,
+            refusals=Refusals(most=settings.refused_most),
+        )
     packages.note(target.ledger.line())
     rows = [judgement.row((arms[0], arms[1]), target.name) for judgement in judged]
     # ASCII: a reply may hold what UTF-8 cannot.

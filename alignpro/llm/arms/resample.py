@@ -17,6 +17,7 @@ import numpy as np
 from alignpro.errors import AlignProError
 from alignpro.estimation.intervals import LEAST_PROMPTS, bootstrap_t
 from alignpro.files import write_text
+from alignpro.llm.models.prompt import as_json, from_json, said_in
 from alignpro.llm.models.sampling import digest, is_int
 from alignpro.llm.rewards.scores import judged
 
@@ -90,7 +91,8 @@ def appraise(
     include_original: bool = False,
 ) -> list[Proposals]:
     """R̂ of rewrites that were drawn from ρ_sft(·|x) elsewhere; the arguments are those of `propose`."""
-    asked = [dict.fromkeys([*row] + [x] * include_original) for x, row in zip(prompts, rewrites, strict=True)]
+    originals = [[str(x)] * include_original for x in prompts]
+    asked = [dict.fromkeys([*row, *x]) for x, row in zip(originals, rewrites, strict=True)]
     pairs = [(x, rewrite) for x, row in zip(prompts, asked, strict=True) for rewrite in row]
     xs, said = [x for x, _ in pairs], [rewrite for _, rewrite in pairs]
     scores = replace(environment, responses=responses).score(xs, said, [0] * len(pairs))
@@ -103,7 +105,7 @@ def appraise(
             tuple(worth[x, rewrite] for rewrite in row),
             responses,
             calls=len(distinct) * responses * asks,
-            original=worth[x, x] if include_original else None,
+            original=worth[x, str(x)] if include_original else None,
         )
         for x, row, distinct in zip(prompts, rewrites, asked, strict=True)
     ]
@@ -122,7 +124,8 @@ def answers(environment: "Environment", prompts: Sequence[str], n: int) -> list[
     _distinct(prompts)
     if environment.target is None:
         raise AlignProError("environment: has no target; give the frozen model that answers")
-    rows = environment.target.respond(list(prompts), environment.sampling, samples=n, seed=environment.seed)
+    said = [said_in(x, x) for x in prompts]
+    rows = environment.target.respond(said, environment.sampling, samples=n, seed=environment.seed)
     texts = [[answer.text for answer in row] for row in rows]
     flat = [answer for row in rows for answer in row]
     xs = [x for x in prompts for _ in range(n)]
@@ -135,7 +138,8 @@ def answers(environment: "Environment", prompts: Sequence[str], n: int) -> list[
 
 def save_proposals(path: str | Path, proposals: Sequence[Proposals]) -> None:
     """Write one JSON line for each prompt, atomically."""
-    write_text(path, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in proposals))
+    rows = [asdict(p) | {"prompt": as_json(p.prompt)} for p in proposals]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def load_proposals(path: str | Path) -> list[Proposals]:
@@ -144,8 +148,9 @@ def load_proposals(path: str | Path) -> list[Proposals]:
     try:
         for line in Path(path).read_text(encoding="utf-8").split("\n"):
             number += 1
-            found += [Proposals(**json.loads(line))] if line else []
-    except (OSError, ValueError, TypeError) as error:
+            row = json.loads(line) if line else None
+            found += [Proposals(**row | {"prompt": from_json(row["prompt"])})] if row else []
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise AlignProError(
             f"proposals {path}, line {number}: not what save_proposals wrote ({error}); propose again"
         ) from None

@@ -9,21 +9,23 @@ ratio carries no more than that dtype's noise. Where the backend has none they a
 """
 
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from alignpro import rollouts
 from alignpro.errors import AlignProError
-from alignpro.estimation.paired import Arm as ArmRows
-from alignpro.estimation.paired import Term, estimates
+from alignpro.estimation.paired import estimates
+from alignpro.estimation.terms import Terms
 from alignpro.files import atomic_write, read_json, read_json_lines, writable_folder, write_json
-from alignpro.llm.arms.draws import Arm, Array, Work, arms_of, draws_of, stream
+from alignpro.llm.arms.draws import RESAMPLED, Arm, Array, Work, arms_of, draws_of, stream
 from alignpro.llm.arms.resample import Mean
 from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.llm.models.prompt import columns_of, context_of, said_in
@@ -79,7 +81,8 @@ def block_rows(
     of_policy = policy_scorer(plain, answers, work.sampling, drawn=True) if policy_scorer else None
 
     def at(values: Array | None, i: int) -> float | None:
-        return None if values is None else float(values[i])
+        # Not a number: of an answer that was refused.
+        return None if values is None or math.isnan(values[i]) else float(values[i])
 
     out = []
     for i, (answer, reward) in enumerate(zip(answers, found.total, strict=True)):
@@ -156,10 +159,10 @@ class Plan:
                 policies += answers
                 continue
             frozen += answers
-            if arm.name in ("star", "best_of_n"):
+            if arm.name in RESAMPLED:
                 rewrites += n * s.proposals
                 frozen += n * s.proposals * s.proposal_answers
-            elif arm.name != "none":
+            elif arm.name != "none" and not (arm.text or arm.file):
                 rewrites += n * s.draws
         return rewrites, frozen, policies
 
@@ -282,6 +285,14 @@ class ArmSummary:
     """Mean reward, in reward units."""
     rollouts: int
     seeds: int
+    prompter: str
+    """Names of its prompters or policies, with what making the rewrites of a file took."""
+    parts: Mapping[str, Mean]
+    """Mean of each part of the reward, by name; they add up to the mean reward."""
+    refused: int
+    """Answers that the service would not give; each counts with its declared reward."""
+    spread: float | None
+    """Mean standard deviation between the members of a reward that is an ensemble; None without one."""
 
 
 @dataclass(frozen=True)
@@ -294,6 +305,8 @@ class RolloutSummary:
     low: float
     """Declared range of the reward."""
     high: float
+    part_ranges: Mapping[str, tuple[float, float]]
+    """Declared range of each part of the reward."""
     arms: tuple[ArmSummary, ...]
     texts: tuple[Rollout, ...]
     """The first draw and answer of each arm to some of the prompts, by prompt."""
@@ -302,22 +315,33 @@ class RolloutSummary:
 def summarise(path: Path, texts: int = 0) -> RolloutSummary:
     """Read rollouts: the mean reward of each arm, and the texts of the first `texts` prompts."""
     found = rollouts.read(path)
+    terms = Terms(found, 1.0, 1.0)
     arms = []
     for name in found.arms:
         mine = found.rows(name)
         try:
-            rows = ArmRows(found, name)
-            term = Term(rows.mean(rows.reward), found.low, found.high, frozenset({name}), "none", "")
-            e = estimates({name: term}, found, 0.95)[name]
-            mean = Mean(e.value, e.lo, e.hi)
+            wanted = {"": terms.j(name)} | {part: terms.part(name, part) for part in found.parts}
+            means = {k: Mean(e.value, e.lo, e.hi) for k, e in estimates(wanted, found, 0.95).items()}
         except AlignProError:  # too few prompts, or one that the arm lacks: no interval
-            mean = Mean(float(found.reward[mine].mean()))
-        arms.append(ArmSummary(name, mean, int(mine.sum()), len(set(found.seed[mine].tolist()))))
+            columns = {"": found.reward, **found.parts}
+            means = {key: Mean(float(values[mine].mean())) for key, values in columns.items()}
+        arms.append(
+            ArmSummary(
+                name,
+                means.pop(""),
+                rollouts=int(mine.sum()),
+                seeds=len(set(found.seed[mine].tolist())),
+                prompter=found.prompter(name),
+                parts=means,
+                refused=int(found.refused[mine].sum()),
+                spread=None if found.spread is None else float(np.nanmean(found.spread[mine])),
+            )
+        )
     first: dict[str, dict[str, Rollout]] = {}
     for row in read_json_lines(path) if texts else ():
         if row["draw"] == row["answer"] == 0 and (row["prompt_id"] in first or len(first) < texts):
-            row = Rollout(**{name: row[name] for name in rollouts.FIELDS})
+            row = Rollout(**{name: row.get(name) for name in rollouts.FIELDS + rollouts.OPTIONAL})
             first.setdefault(row.prompt_id, {}).setdefault(row.arm, row)
     shown = tuple(row for rows in first.values() for row in rows.values())
     size = len(found), len(found.prompt_ids)
-    return RolloutSummary(path, *size, found.low, found.high, tuple(arms), shown)
+    return RolloutSummary(path, *size, found.low, found.high, found.part_ranges, tuple(arms), shown)

@@ -19,6 +19,11 @@ class RolloutSettings:
     NAME=FOLDER makes an arm called NAME instead."""
     rlhf: tuple[str, ...] = ()
     """Folders that train --task rlhf wrote. They make the arm rlhf: no rewrite, the tuned model answers."""
+    instruction: tuple[str, ...] = ()
+    """Fixed instructions to compare too, as NAME=TEXT: the arm NAME adds the text to every prompt's end."""
+    rewrites: tuple[str, ...] = ()
+    """Files of rewrites that another system made (or people), as NAME=FILE: the arm NAME asks them. Rows of a
+    .jsonl, .json, .csv or .tsv file with a prompt and its rewrite, or a list of them."""
     draws: int = 4
     """How many rewrites of each prompt, in each arm and seed; more narrow the intervals and cost answers."""
     answers: int = 2
@@ -85,6 +90,9 @@ class JudgeSettings:
     reply_tokens: int = 256
     """Tokens of a reply, at most; one that reaches them counts as failed. A judge that reasons first needs
     more."""
+    refused_most: float = 0.2
+    """Share of replies that the judge's service refuses to give, from 0 to 1, above which the run ends; below
+    it they count as failed."""
     forced: bool = False
     """Take the verdict that the judge finds likelier, instead of having it write one: for a judge in this
     process that is too small to keep to the format."""
@@ -107,6 +115,8 @@ class JudgeSettings:
             raise AlignProError(f"prompts {self.prompts!r}: give a whole number of at least 1")
         if not is_int(self.seed):
             raise AlignProError(f"seed {self.seed!r}: give a whole number")
+        if not 0 <= self.refused_most <= 1:
+            raise AlignProError(f"refused_most {self.refused_most}: give a share from 0 to 1")
         if self.sampling().temperature and self.forced:
             raise AlignProError(
                 f"temperature {self.temperature}: a forced choice draws nothing; leave it at 0, or leave out "

@@ -1,18 +1,19 @@
-"""Prompts and pairs in files of the user's own: text, JSON, JSON lines, CSV or Parquet."""
+"""Prompts, chats and pairs in files of the user's own: text, JSON, JSON lines, CSV or Parquet."""
 
 import contextlib
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignpro.errors import AlignProError
 from alignpro.llm.data.packaged import PreferencePair
+from alignpro.llm.data.rows import Reading, Row, conversation, read_rows
 from alignpro.llm.data.split import split_of
-
-Row = Mapping[str, Any]
+from alignpro.llm.models import packages
+from alignpro.llm.models.prompt import from_json
 
 
 @dataclass(frozen=True)
@@ -23,34 +24,81 @@ class Rewrite:
     rewrite: str
 
 
-def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
-    """Read prompts from one column of a .jsonl, .json, .csv, .tsv or .parquet file, else one from each line.
+def read_prompts(path: str | Path, column: str | None = None, reading: Reading | None = None) -> list[str]:
+    """Read prompts from one column of a file in `FORMATS`, else one from each line of a text.
 
-    Equal prompts count once, and their order is kept. Only a newline ends a line.
+    Equal prompts count once, and their order is kept. Only a newline ends a line. The column may hold
+    conversations: their last user's turns are the prompts, which keep what was said before
+    (`alignpro.llm.models.prompt.Prompt`).
 
     Args:
-        column: name of the column, "prompt" if left out; a text file has none.
+        column: name of the column; see `Reading.column`. A text file has none.
+        reading: all of it: the column, a system message, and columns to keep.
 
     Raises:
         AlignProError: no prompt can be read, or a row is damaged or has no text there, by its number.
     """
     path = Path(path).expanduser()
-    read = FORMATS.get(path.suffix.lower())
-    if read is None and column is not None:
+    reading, used = reading or Reading(column), dict[str, None]()
+    found = list(dict.fromkeys(file_prompts(path, reading, used)))
+    note(len(found), used, path.name)
+    return found
+
+
+def note(count: int, used: dict[str, None], name: str) -> None:
+    """Say what was read as prompts, from which columns (none of a text) of the data of that name."""
+    where = f"column {', '.join(used)}" if used else "the lines"
+    packages.note(f"{count} prompts from {where} of {name}")
+
+
+def file_prompts(path: Path, reading: Reading, used: dict[str, None]) -> list[str]:
+    """The prompts of a file, repeats included; see `read_prompts` and, for `used`, `read_rows`."""
+    kind = path.suffix.lower()
+    read = FORMATS.get(kind)
+    if kind in UNREAD:
         raise AlignProError(
-            f"prompt_column {column}: {path.name} is read as text, without columns; leave it out, or give a "
-            f"file in {', '.join(FORMATS)}"
+            f"prompts_file {path}: {kind} files cannot be read; save it as one of {', '.join(FORMATS)}"
         )
-    with _reading("prompts_file", path, "text" if read is None else path.suffix[1:].upper()):
+    if read is None and (asked := reading.keep or (reading.column and [reading.column])):
+        field = "reward" if reading.keep else "prompt_column"
+        raise AlignProError(
+            f"{field} {', '.join(asked)}: {path.name} is read as text, without columns; leave it out, or "
+            f"give a file in {', '.join(FORMATS)}"
+        )
+    with _reading("prompts_file", path, "text" if read is None else kind[1:].upper()):
         if read is None:
-            found = [line.strip() for _, line in _lines(path)]
+            found = [reading.made(line.strip()) for _, line in _lines(path)]
         else:
-            name = column or "prompt"
-            found = [_text(path, where, row, name) for where, row in read(path, name)]
+            found = list(read_rows(read(path, reading), reading, path.name, used))
     if not found:
         each = "one on each line" if read is None else "one in each row"
         raise AlignProError(f"prompts_file {path}: holds no prompts; put {each}")
-    return list(dict.fromkeys(found))
+    return found
+
+
+def folder_prompts(folder: Path, reading: Reading, used: dict[str, None]) -> Iterator[str]:
+    """The prompts of all files in `FORMATS` in a folder and those within it, in the order of their names."""
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in FORMATS
+        and path.is_file()
+        and path.name not in _METADATA
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not files:
+        raise AlignProError(f"dataset {folder}: holds no file in {', '.join(FORMATS)}; put one there")
+    for path in files:
+        yield from file_prompts(path, reading, used)
+
+
+def all_rows(path: Path, option: str) -> list[tuple[str, Row]]:
+    """Read the rows of a file with all they hold, each after the words that name it; errors name `option`."""
+    read = {kind: found for kind, found in FORMATS.items() if kind != ".parquet"}.get(path.suffix.lower())
+    if read is None:
+        raise AlignProError(f"{option} {path}: give a file in .jsonl, .json, .csv or .tsv")
+    with _reading(option, path, path.suffix[1:].upper()):
+        return list(read(path, Reading()))
 
 
 def read_pairs(path: str | Path) -> list[PreferencePair]:
@@ -80,11 +128,15 @@ def read_pairs(path: str | Path) -> list[PreferencePair]:
     return pairs
 
 
-def read_rewrites(path: str | Path, *, prompt: str = "prompt", rewrite: str = "rewrite") -> list[Rewrite]:
-    """Read pairs from JSON lines, or from one JSON list, of objects with two non-empty strings.
+def read_rewrites(
+    path: str | Path, *, prompt: str | None = None, rewrite: str | None = None
+) -> list[Rewrite]:
+    """Read pairs from JSON lines, or from one JSON list, of objects with a prompt and its rewrite.
 
     Args:
-        prompt, rewrite: the fields' names; the second is "optimized_prompt" in BPO's data.
+        prompt: name of the prompt's field, which may hold a conversation. None: as in `Reading.column`, or
+            `x` (with its `context`) as the verbs write it.
+        rewrite: name of the rewrite's field. None: `rewrite`, or `optimized_prompt` as in BPO's data.
 
     Raises:
         AlignProError: the file cannot be read, has no pair, or one that lacks a field, by its number.
@@ -93,14 +145,27 @@ def read_rewrites(path: str | Path, *, prompt: str = "prompt", rewrite: str = "r
     pairs = []
     with _reading("rewrites", path, "JSONL"):
         listed = next((line for _, line in _lines(path)), "").lstrip().startswith("[")
-        for where, row in (_json if listed else _jsonl)(path, prompt):
-            for name in (prompt, rewrite):
-                if not isinstance(row.get(name), str) or not row[name].strip():
+        reading, parts = Reading(prompt), None
+        for where, row in (_json if listed else _jsonl)(path, reading):
+            if rewrite is None:
+                rewrite = next((name for name in ("rewrite", "optimized_prompt") if name in row), "rewrite")
+            try:
+                if prompt is None and "prompt" not in row and isinstance(row.get("x"), str):
+                    x = from_json({"text": row["x"].strip(), "context": row.get("context") or ()})
+                else:
+                    parts = parts or reading.parts([*row], "rewrites")
+                    x = reading.prompt(row, parts)
+                said = row.get(rewrite)
+                if not x or not isinstance(said, str) or not said.strip():
                     raise AlignProError(
-                        f"{path.name}, {where}: field {name!r} is missing or no text; mend it, or name "
-                        f"the right field (it has {', '.join(map(repr, row)) or 'none'})"
+                        f"field {rewrite if x else '+'.join(parts or ('x',))!r} is missing or no text"
                     )
-            pairs.append(Rewrite(row[prompt], row[rewrite].strip()))
+            except AlignProError as error:
+                raise AlignProError(
+                    f"{path.name}, {where}: {error}; mend it, or name the right field (it has "
+                    f"{', '.join(map(repr, row)) or 'none'})"
+                ) from None
+            pairs.append(Rewrite(x, said.strip()))
     if not pairs:
         raise AlignProError(f"rewrites {path}: it is empty; give a JSON object for each pair")
     return pairs
@@ -137,18 +202,6 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _text(path: Path, where: str, row: Row, column: str) -> str:
-    if column not in row:
-        has = ", ".join(map(str, row)) or "none"
-        raise AlignProError(
-            f"{path.name}, {where}: no column {column!r}; name one with --prompt-column (it has {has})"
-        )
-    text = row[column]
-    if not isinstance(text, str) or not text.strip():
-        raise AlignProError(f"{path.name}, {where}: no text in column {column!r}; mend or remove the row")
-    return text.strip()
-
-
 def _objects(path: Path, said: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Row]]:
     for where, row in said:
         if not isinstance(row, dict):
@@ -156,18 +209,22 @@ def _objects(path: Path, said: Iterable[tuple[str, Any]]) -> Iterator[tuple[str,
         yield where, row
 
 
-def _jsonl(path: Path, _column: str) -> Iterator[tuple[str, Row]]:
+def _jsonl(path: Path, _: Reading) -> Iterator[tuple[str, Row]]:
     return _objects(path, ((f"line {number}", _parsed(line)) for number, line in _lines(path)))
 
 
-def _json(path: Path, _column: str) -> Iterator[tuple[str, Row]]:
+def _json(path: Path, _: Reading) -> Iterator[tuple[str, Row]]:
     rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    if conversation(rows) is not None:  # a file with one chat
+        rows = [{"messages": rows}]
+    elif isinstance(rows, dict) and any(conversation(value) is not None for value in rows.values()):
+        rows = [rows]
     if not isinstance(rows, list):
         raise _NoList(f"it is of type {type(rows).__name__}")
     return _objects(path, ((f"item {number}", row) for number, row in enumerate(rows, 1)))
 
 
-def _csv(path: Path, _column: str) -> Iterator[tuple[str, Row]]:
+def _csv(path: Path, _: Reading) -> Iterator[tuple[str, Row]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
@@ -184,13 +241,14 @@ def _csv(path: Path, _column: str) -> Iterator[tuple[str, Row]]:
             ) from None
 
 
-def _parquet(path: Path, column: str) -> Iterator[tuple[str, Row]]:
+def _parquet(path: Path, reading: Reading) -> Iterator[tuple[str, Row]]:
     import pyarrow as arrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            only = [column] if column in file.schema_arrow.names else None
+            parts = reading.parts(file.schema_arrow.names, path.name)
+            only = list(dict.fromkeys((*parts, *reading.kept(file.schema_arrow.names, parts))))
             rows = (row for batch in file.iter_batches(columns=only) for row in batch.to_pylist())
             yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
     except arrow.ArrowInvalid as error:
@@ -199,11 +257,33 @@ def _parquet(path: Path, column: str) -> Iterator[tuple[str, Row]]:
         ) from None
 
 
-FORMATS: dict[str, Callable[[Path, str], Iterator[tuple[str, Row]]]] = {
+FORMATS: dict[str, Callable[[Path, Reading], Iterator[tuple[str, Row]]]] = {
     ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
     ".json": _json,
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
 }
-"""Readers of rows by a file's suffix: functions of a path and the column that is wanted."""
+"""Readers of rows by a file's suffix: functions of a path and of what is wanted of a row."""
+
+UNREAD = frozenset(
+    {
+        ".xlsx",
+        ".xls",
+        ".xlsm",
+        ".ods",
+        ".arrow",
+        ".feather",
+        ".avro",
+        ".orc",
+        ".db",
+        ".sqlite",
+        ".pkl",
+        ".pickle",
+    }
+    | {".npy", ".npz", ".pt", ".safetensors", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z"}
+    | {".pdf", ".docx", ".doc", ".odt", ".rtf", ".html", ".xml", ".yaml", ".yml", ".toml"}
+)
+"""Suffixes of files that are no text with a prompt on each line, and are refused."""
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")

@@ -9,6 +9,7 @@ from alignpro.errors import AlignProError
 from alignpro.files import read_json, read_json_lines
 from alignpro.llm.data.split import SPLITS, Split, normalised, split_of
 from alignpro.llm.models import packages
+from alignpro.llm.models.prompt import context_of
 
 _EARLIER = "\n\nEarlier turns:\n"
 
@@ -131,6 +132,13 @@ def _pair(turns: Sequence[tuple[str, str]], chosen: str, rejected: str, source: 
     prompt = said[-1] if len(said) == 1 else said[-1] + _EARLIER + "\n".join(said[:-1])
     # Split by the conversation's first turn too, so that continuations of one conversation stay together.
     return PreferencePair(prompt, chosen.strip(), rejected.strip(), source, split_of(said[0]))
+
+
+def last_first(x: str) -> str:
+    """The prompt x of a conversation as pairs have it: the last turn, then the earlier ones."""
+    before = [turn["content"].strip() for turn in context_of(x) if turn["role"] != "system"]
+    said = [text for text in before if text]
+    return str(x) + _EARLIER + "\n".join(said) if said else str(x)
 
 
 def _take(texts: list[str], n: int | None, seed: int, what: str) -> list[str]:

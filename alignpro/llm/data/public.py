@@ -1,43 +1,45 @@
-"""User prompts and preference pairs by the name of a data set, from packages or from the hub.
+"""User prompts and preference pairs of a data set: a named one, any of the hub, or the user's own.
 
 A public one comes through the `datasets` library, from the hub or from a folder with the files of the hub's
-repository. A prompt is what its user wrote, without system prompts. Prompts that differ only in case,
-punctuation or white space are one. The split is `split_of`, the publishers' being joined before, so that no
-prompt is in two; the order is a hash of the seed and the normalised prompt, so that n are a random sample.
+repository. Prompts that differ only in case, punctuation or white space are one. The split is `split_of`, the
+publishers' being joined before, so that no prompt is in two, and a conversation goes where its first turn
+does; the order is a hash of the seed and the normalised prompt, so that n are a random sample.
 """
 
 import contextlib
-import hashlib
-import heapq
 import itertools
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from alignpro.errors import AlignProError
-from alignpro.llm.data import packaged
-from alignpro.llm.data.own import Row
+from alignpro.llm.data import own, packaged
 from alignpro.llm.data.packaged import PreferencePair
-from alignpro.llm.data.split import SPLITS, Split, normalised, split_of
+from alignpro.llm.data.rows import Reading, Row, first_turn, identity
+from alignpro.llm.data.split import SPLITS, Split, split_of
+from alignpro.llm.data.subset import rank_of, sample
+from alignpro.llm.data.verifiable import verifiable
 from alignpro.llm.models import packages
+from alignpro.llm.models.catalogue import HUB_ID
+from alignpro.llm.models.prompt import columns_of, context_of
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set of the Hugging Face hub: where it is, and what its columns mean."""
+    """A published data set: where it is, and what its columns mean."""
 
     repository: str
-    """Hub id, owner/name."""
+    """Hub id, owner/name; of a data set that is on no hub, the page with its file."""
     licence: str
     """Licence that its card declares."""
-    prompt: str
-    """Column of the user's prompt."""
+    prompt: str | None
+    """Column of the user's prompt; None to look for it (see `Reading.column`)."""
     splits: tuple[str, ...] = ("train",)
-    """Splits of the publisher, which are read one after the other."""
+    """Splits of the publisher, which are read one after the other; none to read all."""
     answers: tuple[str, ...] = ()
     """Columns that `grades` reads."""
     grades: Callable[[Row], Iterable[tuple[float | None, str]]] | None = None
@@ -47,7 +49,20 @@ class Source:
     """Whether the answers to a prompt are in several rows, and comparable."""
     revision: str | None = None
     """Commit to read, where a later one must not be taken."""
+    config: str | None = None
+    """Configuration, where the repository has several."""
+    file: str = ""
+    """Name of its file in a folder, * for any letters, where that holds others too."""
+    test: bool = False
+    """Whether it is a published test set: all of it is measured on, and none learned from."""
 
+    @property
+    def hub(self) -> bool:
+        """Whether the hub has it."""
+        return not self.repository.startswith("https://")
+
+
+_BPO = "https://github.com/thu-coai/BPO/tree/main/data/testset"
 
 # Columns, splits and licences are those of the cards; docs/data.md has the sources.
 DATASETS: dict[str, Callable[..., list[str]] | Source] = {
@@ -57,6 +72,7 @@ DATASETS: dict[str, Callable[..., list[str]] | Source] = {
     # than training where it measures, as `split_of` has it.
     "dpo-demo": partial(packaged.preference_prompts, "dpo-demo"),
     "healthbench": partial(packaged.preference_prompts, "healthbench"),
+    "verifiable": verifiable,
     # Six .jsonl files, one split. The commit is that with the repaired overall_score (2,628 completions
     # had been given 10, many of them for a 1), from which ultrafeedback_binarized was made too.
     "ultrafeedback": Source(
@@ -95,22 +111,57 @@ DATASETS: dict[str, Callable[..., list[str]] | Source] = {
         grades=lambda row: [(1.0, row["chosen"]), (0.0, row["rejected"])],
     ),
     "openorca": Source("Open-Orca/OpenOrca", "MIT", prompt="question"),
+    # The four test sets of BPO (arXiv 2311.04155), joined as its evaluation joins them.
+    "bpo-test": Source(
+        "THUDM/BPO", "Apache-2.0", prompt="prompt", splits=("test",), file="bpo_test.json*", test=True
+    ),
+    "dolly-eval": Source(
+        _BPO, "CC-BY-SA-3.0", prompt="instruction+context", file="dolly_eval.json*", test=True
+    ),
+    "self-instruct-eval": Source(
+        _BPO, "Apache-2.0", prompt="instruction+context", file="self_instruct_eval.json*", test=True
+    ),
+    "vicuna-eval": Source(_BPO, "Apache-2.0", prompt="text", file="vicuna_eval.json*", test=True),
 }
 """The data sets by name: a function returns the prompts of a package, a `Source` describes a public one."""
 
 
-def check_dataset(name: str, folder: str | Path | None = None, split: str | None = None) -> None:
-    """Refuse what cannot be read, before any reading: an unknown data set or split, or a wrong folder."""
-    if name not in DATASETS:
-        raise AlignProError(f"dataset {name!r}: choose from {', '.join(DATASETS)}, or give prompts_file")
+def source_of(name: str) -> Callable[..., list[str]] | Source | Path:
+    """Find what `--dataset` names: a row of `DATASETS`, a file or folder here, or owner/name[:config] of the
+    hub."""
+    if name in DATASETS:
+        return DATASETS[name]
+    path = Path(name).expanduser()
+    if name and path.exists():
+        return path
+    repository, colon, config = name.partition(":")
+    if HUB_ID.fullmatch(repository) and (config or not colon):
+        return Source(repository, "see its card", None, (), config=config or None)
+    raise AlignProError(
+        f"dataset {name!r}: choose from {', '.join(DATASETS)}; or name one of the hub, owner/name, or a file "
+        "or folder that is here"
+    )
+
+
+def check_split(split: str | None) -> None:
+    """Refuse an unknown split."""
     if split is not None and split not in SPLITS:
         raise AlignProError(f"split {split!r}: choose from {', '.join(SPLITS)}")
-    if folder is None:
-        return
-    if not isinstance(DATASETS[name], Source):
-        raise AlignProError(f"data_folder {folder}: dataset {name} comes in a package; leave data_folder out")
-    if not Path(folder).expanduser().is_dir():
+
+
+def check_dataset(name: str, folder: str | Path | None = None, split: str | None = None) -> None:
+    """Refuse what cannot be read, before any reading: an unknown data set or split, or a wrong folder."""
+    source = source_of(name)
+    check_split(split)
+    if isinstance(source, Source) and source.test and split == "train":
+        raise AlignProError(f"dataset {name}: is a test set, to be measured on; learn from another")
+    if folder is not None and not isinstance(source, Source):
+        why = "is read from here" if isinstance(source, Path) else "comes in a package"
+        raise AlignProError(f"data_folder {folder}: dataset {name} {why}; leave data_folder out")
+    if folder is not None and not Path(folder).expanduser().is_dir():
         raise AlignProError(f"data_folder {folder}: no such folder; name the one with the files of {name}")
+    if folder is None and isinstance(source, Source) and not source.hub:
+        raise AlignProError(_elsewhere(name, source))
 
 
 @contextlib.contextmanager
@@ -133,14 +184,17 @@ def prompts(
     *,
     folder: str | Path | None = None,
     fits: Callable[[str], bool] | None = None,
+    reading: Reading | None = None,
 ) -> list[str]:
-    """Read the distinct prompts of a row of `DATASETS`, in an order fixed by `seed` alone.
+    """Read the distinct prompts of a data set, in an order fixed by `seed` alone.
 
     Args:
+        name: see `source_of`.
         split: keeps the prompts of this split (`split_of`); all if None.
         n: how many; all if None. Memory grows with n, not with the data set.
         folder: holds the files of the hub's repository, where the hub cannot be reached.
         fits: says of a prompt whether to keep it, such as `shorter(...)`.
+        reading: what of a row makes its prompt; its column is that of the row of `DATASETS` if None.
 
     Raises:
         AlignProError: an unknown name or split, too few prompts, a package or hub out of reach, a licence to
@@ -149,20 +203,58 @@ def prompts(
     check_dataset(name, folder, split)
     if n is not None and n < 1:
         raise AlignProError(f"prompts {n}: give at least 1")
+    source, reading, used = source_of(name), reading or Reading(), dict[str, None]()
+    if isinstance(source, Source) and source.test:
+        split = None
 
-    def wanted(text: str) -> bool:
-        return (split is None or split_of(text) == split) and (fits is None or fits(text))
+    def wanted(x: str) -> bool:
+        return (split is None or split_of(first_turn(x)) == split) and (fits is None or fits(x))
 
-    source = DATASETS[name]
-    if isinstance(source, Source):
-        found = sample((prompt for _, prompt, _ in _rows(name, source, (), folder)), n, seed, wanted)
+    if isinstance(source, Path):
+        given = own.folder_prompts if source.is_dir() else own.file_prompts
+        found = sample(given(source, reading, used), n, seed, wanted)
+    elif isinstance(source, Source):
+        reading = replace(reading, column=reading.column or source.prompt)
+        rows = _rows(name, source, reading, (), folder, used)
+        found = sample((prompt for _, prompt, _ in rows), n, seed, wanted)
     else:
-        found = [text for text in source(seed=seed) if wanted(text)]
+        found = _packaged(name, source, reading, seed, wanted)
     if not found:
-        raise AlignProError(f"dataset {name}: no prompts are left; choose another, or allow longer ones")
+        where = f" in split {split}" if split else ""
+        raise AlignProError(
+            f"dataset {name}: no prompts are left{where}; choose another, or allow longer ones"
+        )
     if n is not None and n > len(found):
         raise AlignProError(f"prompts {n}: choose from 1 to the {len(found)} there are in dataset {name}")
+    if used:
+        own.note(len(found[:n]), used, f"{name}, split {split}" if split else name)
     return found[:n]
+
+
+def _packaged(
+    name: str,
+    read: Callable[..., list[str]],
+    reading: Reading,
+    seed: int,
+    wanted: Callable[[str], bool],
+) -> list[str]:
+    """The prompts of a package, which has no columns but those that it gives with each."""
+    if reading.column is not None:
+        raise AlignProError(
+            f"prompt_column {reading.column}: dataset {name} has prompts and no columns; leave it out"
+        )
+    found = []
+    for x in read(seed=seed):
+        has = columns_of(x)
+        if absent := [column for column in reading.keep if column not in has]:
+            raise AlignProError(
+                f"dataset {name}: has no column {absent[0]!r}, which the reward asks for; choose a data set "
+                "with that column, or another reward"
+            )
+        x = reading.made(str(x), context_of(x), {column: has[column] for column in reading.kept(has, ())})
+        if wanted(x):
+            found.append(x)
+    return found
 
 
 @_quiet()
@@ -177,12 +269,12 @@ def pairs(
         AlignProError: a data set without graded answers, or without any of different grades; see `prompts`.
     """
     check_dataset(name, folder, split)
-    source = DATASETS[name]
+    source = source_of(name)
     if not isinstance(source, Source) or source.grades is None:
         named = [n for n, row in DATASETS.items() if isinstance(row, Source) and row.grades]
         raise AlignProError(f"dataset {name}: it has no preference pairs; choose from {', '.join(named)}")
     groups: dict[str | int, tuple[str, Split, list[tuple[float, str]]]] = {}
-    for number, prompt, row in _rows(name, source, source.answers, folder):
+    for number, prompt, row in _rows(name, source, Reading(source.prompt), source.answers, folder, {}):
         part = split_of(prompt)
         if split not in (None, part):
             continue
@@ -200,101 +292,69 @@ def pairs(
     }
     if not found:
         raise AlignProError(f"dataset {name}: no two answers to a prompt differ in grade; choose other data")
-    return sorted(found, key=lambda pair: _rank(normalised(pair.prompt), seed))
-
-
-def sample(
-    texts: Iterable[str], n: int | None = None, seed: int = 0, fits: Callable[[str], bool] | None = None
-) -> list[str]:
-    """Take the n texts (or all) whose hash with the seed is smallest, in the order of that hash.
-
-    Of texts that differ only in case, punctuation or white space the first that fits counts, and those
-    without a letter or digit not at all. One pass, memory for n texts; there may be fewer than n.
-    """
-    kept: dict[int, str] = {}
-    largest: list[int] = []  # a heap of the negated hashes of `kept`, while n bounds it
-    for text in texts:
-        normal = normalised(text)
-        rank = _rank(normal, seed)
-        full = n is not None and len(largest) == n
-        # Its hash first: few texts ever get as far as `fits`, which may have to count tokens.
-        if rank in kept or (full and rank > -largest[0]):
-            continue
-        if not normal or (fits is not None and not fits(text)):
-            continue
-        kept[rank] = text.strip()
-        if full:
-            del kept[-heapq.heappushpop(largest, -rank)]
-        elif n is not None:
-            heapq.heappush(largest, -rank)
-    return [kept[rank] for rank in sorted(kept)]
-
-
-def shorter(
-    *, characters: int | None = None, tokens: int | None = None, tokenizer: Any = None
-) -> Callable[[str], bool]:
-    """Make a function that says whether a text has at most so many characters and tokens.
-
-    Args:
-        characters, tokens: limits; none if None.
-        tokenizer: one of transformers, which counts; its special tokens are not counted.
-    """
-    for field, limit in (("characters", characters), ("tokens", tokens)):
-        if limit is not None and limit < 1:
-            raise AlignProError(f"{field} {limit}: give at least 1, or leave it out")
-    if tokens is not None and tokenizer is None:
-        raise AlignProError(f"tokens {tokens}: give the tokenizer that counts them")
-
-    def fits(text: str) -> bool:
-        if characters is not None and len(text) > characters:
-            return False
-        if tokens is None:
-            return True
-        return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) <= tokens
-
-    return fits
-
-
-def _rank(normal: str, seed: int) -> int:
-    # Not the hash of `split_of`: within a split, that one is not spread evenly.
-    return int.from_bytes(hashlib.sha256(f"{seed}\n{normal}".encode()).digest()[:16])
+    return sorted(found, key=lambda pair: rank_of(identity(pair.prompt), seed))
 
 
 def _rows(
-    name: str, source: Source, columns: tuple[str, ...], folder: str | Path | None
+    name: str,
+    source: Source,
+    reading: Reading,
+    columns: tuple[str, ...],
+    folder: str | Path | None,
+    used: dict[str, None],
 ) -> Iterator[tuple[int, str, Row]]:
-    """Read every row that has a prompt: its number, the prompt, and the named columns."""
+    """Read every row that has a prompt: its number, the prompt, and the named columns.
+
+    `used` gets the columns of the prompt, as they are to be shown.
+    """
     try:
         import datasets as library
     except ModuleNotFoundError:
         missing = f"dataset {name}: the package datasets is missing; run pip install 'alignpro[llm]'"
         raise AlignProError(missing) from None
-    needed = tuple(dict.fromkeys((source.prompt, *columns)))
     packages.note(f"reading {source.repository} ({source.licence}) from {folder or 'the hub or its cache'}")
+    folder = None if folder is None else Path(folder).expanduser().resolve()
+    if folder is not None and source.file:
+        for path in sorted(folder.glob(source.file)):
+            yield from ((i, x, {}) for i, x in enumerate(own.file_prompts(path, reading, used), 1))
+            return
+        if not source.hub:
+            raise AlignProError(f"data_folder {folder}: no {source.file} in it; {_elsewhere(name, source)}")
     try:
         if folder is None:
-            loaded = library.load_dataset(source.repository, revision=source.revision)
+            loaded = library.load_dataset(source.repository, source.config, revision=source.revision)
         else:  # streamed, since a copy in the library's cache would help nobody
-            loaded = library.load_dataset(str(Path(folder).expanduser().resolve()), streaming=True)
+            loaded = library.load_dataset(str(folder), source.config, streaming=True)
         # Files without their card have the splits that the library reads off their names.
         parts = [loaded[split] for split in source.splits if split in loaded] or list(loaded.values())
         number = 0
         for part in parts:
             has = part.column_names or list(next(iter(part), {}))
-            if absent := [column for column in needed if column not in has]:
-                raise _other_schema(name, f"no column {absent[0]!r} among {', '.join(has) or 'none'}")
-            for batch in part.select_columns(list(needed)).iter(batch_size=256):
+            chosen = reading.parts(has, f"dataset {name}")
+            if absent := [column for column in columns if column not in has]:
+                raise _other_schema(name, f"no column {absent[0]!r} among {', '.join(has)}")
+            used["+".join(chosen)] = None
+            needed = list(dict.fromkeys((*chosen, *reading.kept(has, chosen), *columns)))
+            for batch in part.select_columns(needed).iter(batch_size=256):
                 for values in zip(*(batch[column] for column in needed), strict=True):
                     number += 1
-                    prompt = values[0]
-                    if not isinstance(prompt, str):
-                        raise _other_schema(name, f"row {number} has no text in {source.prompt!r}")
-                    if prompt.strip():
-                        yield number, prompt.strip(), dict(zip(needed, values, strict=True))
+                    row = dict(zip(needed, values, strict=True))
+                    try:
+                        prompt = reading.prompt(row, chosen)
+                    except AlignProError as error:
+                        raise _other_schema(name, f"row {number}: {error}") from None
+                    if prompt:
+                        yield number, prompt, row
     except AlignProError:
         raise
     except Exception as error:  # of datasets, huggingface_hub, httpx and pyarrow, without a common class
         raise _refused(name, source, folder, error) from error
+
+
+def _elsewhere(name: str, source: Source) -> str:
+    """Say where to get a data set that is on no hub."""
+    where = f"of {source.repository} in a folder, and give --data-folder DIR"
+    return f"dataset {name}: is on no hub; put {source.file} {where}"
 
 
 def _other_schema(name: str, what: str) -> AlignProError:
@@ -313,6 +373,12 @@ def _refused(name: str, source: Source, folder: str | Path | None, error: Except
     if source.revision is not None:
         command += f" --revision {source.revision}"
     elsewhere = f"download it elsewhere ({command}) and give --data-folder DIR"
+    if configs := re.search(r"(?:available configs|Available): (\[[^\]]*\])", str(error)):
+        listed = re.sub(r"[\[\]']", "", configs[1])
+        what = (
+            "has several configurations" if source.config is None else f"has no configuration {source.config}"
+        )
+        return AlignProError(f"dataset {name}: {what}; name one as {place}:CONFIG, of {listed}")
     if folder is not None:
         return AlignProError(f"data_folder {folder}: cannot read it as {name} ({said}); {elsewhere}")
     if isinstance(error, GatedRepoError) or "gated" in str(error):
@@ -323,4 +389,5 @@ def _refused(name: str, source: Source, folder: str | Path | None, error: Except
         why = f"the hub cannot be reached and no copy of {place} is cached;"
     else:
         why = f"cannot read {place} ({said});"
-    return AlignProError(f"dataset {name}: {why} {elsewhere}")
+    here = "" if name in DATASETS else "no file or folder here has that name, and "
+    return AlignProError(f"dataset {name}: {here}{why} {elsewhere}")

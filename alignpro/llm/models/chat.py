@@ -4,6 +4,8 @@ Settled here, once for all: the date, a system message that the template refuses
 spells, the token that ends a turn, and thoughts before an answer.
 """
 
+import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -40,6 +42,22 @@ class Said:
     """Without special tokens and a leading thought; empty where the thought was cut off."""
     thought: bool = False
     """Whether there was a thought."""
+    cut: bool = False
+    """Whether the thought did not end."""
+
+
+def without_thought(text: str) -> Said:
+    """Take a leading thought off `text`; without its beginning, an end on a line of its own tells."""
+    for begin, close in THOUGHTS:
+        alone = rf"(?:(?!{re.escape(begin)}).)*?\n{re.escape(close)}[ \t]*(?:\n|\Z)"
+        if text.lstrip().startswith(begin) or re.match(alone, text, re.S):
+            return _after(text, close)
+    return Said(text)
+
+
+def _after(text: str, close: str) -> Said:
+    _, found, after = text.partition(close)
+    return Said(after.lstrip() if found else "", True, not found)
 
 
 @dataclass(eq=False)
@@ -94,7 +112,7 @@ class Chat:
     def render(self, messages: Sequence[Message], *, generate: bool = True) -> str:
         """The conversation as the template writes it on the pinned date; `generate`: and the turn's head."""
         try:
-            return str(self._apply(messages, generate))
+            return str(self._apply(self._merged(messages), generate))
         except Exception as error:  # a template raises what it likes
             why = " ".join(str(error).split())[:200] or type(error).__name__
             raise AlignProError(
@@ -169,13 +187,26 @@ class Chat:
         mark = _PRIVATE[2]
         return f" {mark} " not in self.render([{"role": "user", "content": f" {mark} "}])
 
+    @cached_property
+    def _alternates(self) -> bool:
+        """Whether a user's turn may not follow another's, as Gemma's template has it."""
+        turn = {"role": "user", "content": "?"}
+        try:
+            self._apply([turn, turn], True)
+        except Exception:
+            return True
+        return False
+
     def _merged(self, messages: Sequence[Message]) -> list[Message]:
-        """The system message before the first user's turn, where the template has no place for it."""
+        """The conversation as the template can take it, with what it has no place for at a turn's head."""
         messages = list(messages)
         if len(messages) > 1 and messages[0]["role"] == "system" and not self.takes_system:
-            first = messages[1]
-            merged = {**first, "content": f"{messages[0]['content']}\n\n{first['content']}"}
-            return [merged, *messages[2:]]
+            messages[0] = {**messages[0], "role": "user"}
+            if messages[1]["role"] == "user":
+                messages[:2] = [_joined(*messages[:2])]
+        if any(a["role"] == b["role"] for a, b in itertools.pairwise(messages)) and self._alternates:
+            runs = itertools.groupby(messages, key=lambda turn: turn["role"])
+            messages = [functools.reduce(_joined, run) for _, run in runs]
         return messages
 
     # --- control tokens ---
@@ -252,8 +283,7 @@ class Chat:
         for begin, close in THOUGHTS:
             starts = text.lstrip().startswith(begin)
             if starts or (opened and begin in self._closing.replace("/", "")):
-                _, found, after = text.partition(close)
-                return Said(after.lstrip() if found else "", True)
+                return _after(text, close)
         return Said(text)
 
     @cached_property
@@ -274,7 +304,11 @@ class Chat:
     def sample(self) -> str:
         """A short conversation as the model reads it: changes whenever the format does."""
         messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
-        return self.render(self._merged(messages))
+        return self.render(messages)
+
+
+def _joined(one: Message, other: Message) -> Message:
+    return {**other, "content": f"{one['content']}\n\n{other['content']}"}
 
 
 def chat_of(tokenizer: Any) -> Chat:

@@ -94,6 +94,11 @@ def transcript(x: str) -> str:
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in messages_of(x))
 
 
+def said(x: str) -> dict[str, Any]:
+    """x as the fields of a line in a file: `x`, and `context` where there is any."""
+    return {"x": str(x), **({"context": list(context_of(x))} if context_of(x) else {})}
+
+
 def as_json(x: str) -> Any:
     """x as a JSON value that tells it from every other prompt: its text, or an object (see `from_json`)."""
     if not isinstance(x, Prompt) or not (x.context or x.columns):

@@ -22,10 +22,12 @@ from alignpro.llm.models.chat import Said, chat_of
 from alignpro.llm.models.forward import room
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.models.policy import Ids, log_probs, sample_and_score, sample_key
-from alignpro.llm.models.prompt import Message, messages_of
+from alignpro.llm.models.prompt import Message, context_of, messages_of
 from alignpro.llm.models.sampling import Sampling
 
 PROMPTER_FILE = "prompter.json"
+BEFORE = "Conversation so far:"
+"""Words before the turns that x answers, as a prompter is shown them."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ class Template:
     nothing. Nothing of x can be lost, and x itself costs one end token."""
 
     def messages(self, x: str) -> list[Message]:
-        """The conversation that ends with the request to rewrite x."""
+        """The conversation that ends with the request to rewrite x, behind what was said before it."""
         out = [{"role": "system", "content": self.system}] if self.system else []
         for before, after in self.examples:
             out.append({"role": "user", "content": self.request + before})
             out.append({"role": "assistant", "content": self.opening + self.space + after})
-        return [*out, {"role": "user", "content": self.request + x}]
+        turns = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in context_of(x)]
+        quoted = "\n\n".join([BEFORE, *turns, ""]) if turns else ""
+        return [*out, {"role": "user", "content": quoted + self.request + x}]
 
     def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, x: str) -> tuple[int, ...]:
         """Token ids of x in the template, which the prompter continues with x′."""

@@ -13,6 +13,7 @@ from scipy.special import expit
 
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
+from alignpro.llm.data.packaged import last_first
 from alignpro.llm.rewards.features import TEXT_FEATURES, Embedder, features
 from alignpro.llm.rewards.reward import Array, check_scores, check_texts
 
@@ -97,6 +98,7 @@ class BradleyTerryReward:
 
     def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
         """Score before the logistic: [n] float64."""
+        prompts = [last_first(x) for x in prompts]
         phi = (features(prompts, responses, self.embedder) - self.mean) * self.scale_by
         ex = self.embedder.embed(prompts).astype(np.float64)
         return (phi @ self.weights - affine(ex) @ self.baseline - self.centre) / self.scale

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import expit
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -20,6 +21,7 @@ from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import room, text_config
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.models.load import read_weights
+from alignpro.llm.models.prompt import Message, Prompt, context_of, messages_of, transcript
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
 from alignpro.llm.rewards.reward import PLAIN, Array, at_least, batches, check_template, check_texts, fill
 
@@ -30,15 +32,17 @@ REWARD_FILE = "reward.json"
 class SequenceReward:
     """A reward that a sequence classifier gives: it reads prompt and response and answers with one number.
 
-    The sample is written by the tokenizer's own chat template (a user's and an assistant's turn), by a
-    `template` with {prompt} and {response}, or, where there is neither, as `PLAIN`. A chat template writes
-    its own special tokens, so the tokenizer adds none: exactly one BOS.
+    The sample is written by the tokenizer's own chat template (the prompt's conversation and an assistant's
+    turn), by a `template` with {prompt}, the conversation as one text, and {response}, or, where there is
+    neither, as `PLAIN`. A chat template writes its own special tokens, so the tokenizer adds none: exactly
+    one BOS.
 
     Special tokens spelled out in a prompt or response are taken out: they could forge the end of a turn.
-    Samples longer than `max_tokens` lose the beginning of the prompt; only a response that is too long by
-    itself is cut, at its end. Decoder classifiers read the score at the last token that is not padding, as
-    their configuration names it; where it names none, a token that ends nothing is chosen. Padding is on the
-    right, so a score does not depend on its batch (up to rounding: 1e-6 in float32, 1e-2 in bfloat16).
+    Samples longer than `max_tokens` lose the oldest turns, then a system message, then the beginning of the
+    prompt; only a response that is too long by itself is cut, at its end. Decoder classifiers read the score
+    at the last token that is not padding, as their configuration names it; where it names none, a token that
+    ends nothing is chosen. Padding is on the right, so a score does not depend on its batch (up to rounding:
+    1e-6 in float32, 1e-2 in bfloat16).
 
     Args:
         model: a transformers model with a sequence-classification head.
@@ -48,7 +52,9 @@ class SequenceReward:
         template: how a sample is written: None for the tokenizer's chat template; `chat` to insist on it;
             `pair` for encoders trained on (prompt, response) as two segments; or a text with {prompt} and
             {response}.
-        output: number of the output that is the reward; needed where the head has several.
+        output: the output that is the reward, by its label or its number; needed where the head has several.
+        probability: whether the reward is the label's probability, in [0, 1], and not the output itself: by a
+            softmax over the outputs, or by a sigmoid where the model is one for several labels at once.
         max_tokens: most tokens of a sample, template included; what the model can take if None.
         batch_size: samples per forward pass.
         facts: what `train_reward` recorded, for `describe`.
@@ -62,7 +68,8 @@ class SequenceReward:
         *,
         name: str = "model",
         template: str | None = None,
-        output: int | None = None,
+        output: int | str | None = None,
+        probability: bool = False,
         max_tokens: int | None = None,
         batch_size: int = 16,
         facts: Mapping[str, Any] | None = None,
@@ -73,7 +80,12 @@ class SequenceReward:
         self.name, self.model, self.tokenizer, self.batch_size = name, model, tokenizer, batch_size
         self.facts = dict(facts or {})
         self.template = self._choose_template(template)
-        self.output = self._choose_output(output)
+        self.output = choose_output(model.config, output, self.name)
+        self.probability = probability
+        if probability and model.config.num_labels == 1:
+            raise AlignProError(
+                f"output: reward model {name!r} has one output, and no probability of a label"
+            )
         most = longest(model, tokenizer)
         if max_tokens is not None and not 1 <= max_tokens <= most:
             raise AlignProError(f"max_tokens {max_tokens}: reward model {name!r} takes 1 to {most}")
@@ -94,7 +106,8 @@ class SequenceReward:
         bounds: Bounds | str | None = None,
         *,
         template: str | None = None,
-        output: int | None = None,
+        output: int | str | None = None,
+        probability: bool = False,
         max_tokens: int | None = None,
         batch_size: int = 16,
         dtype: str = "float32",
@@ -138,6 +151,7 @@ class SequenceReward:
             name=public_name(model),
             template=template if template is not None else saved.get("template"),
             output=output,
+            probability=probability,
             max_tokens=max_tokens if max_tokens is not None else saved.get("max_tokens"),
             batch_size=batch_size,
             facts=saved,
@@ -145,10 +159,14 @@ class SequenceReward:
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
         """Score each response to its prompt: [n] float64 in [low, high]."""
-        return self.bounded(prompts, responses, self.logits(prompts, responses))
+        logits = self.logits(prompts, responses)
+        return self.bounded(prompts, responses, expit(logits) if self.probability else logits)
 
     def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
-        """Compute the head's output, unbounded: [n] float64. Identical samples are computed once."""
+        """Compute the head's output, or the log-odds of a `probability`, unbounded: [n] float64.
+
+        Identical samples are computed once.
+        """
         check_texts(prompts, responses)
         samples = list(dict.fromkeys(zip(prompts, responses, strict=True)))
         found: dict[tuple[str, str], float] = {}
@@ -160,20 +178,27 @@ class SequenceReward:
             for part in tqdm(parts, desc="scoring", unit="batch", disable=len(parts) < 16 or None):
                 batch = [order[i] for i in part]
                 padded = self.tokenizer.pad([rows[i] for i in batch], padding=True, return_tensors="pt")
-                logits = self.model(**padded.to(self.model.device)).logits[:, self.output]
-                found.update(zip((samples[i] for i in batch), logits.double().tolist(), strict=True))
+                logits = self.model(**padded.to(self.model.device)).logits.double()
+                values = self._read(logits).tolist()
+                found.update(zip((samples[i] for i in batch), values, strict=True))
         return np.array([found[sample] for sample in zip(prompts, responses, strict=True)])
 
     def encode(self, prompt: str, response: str) -> dict[str, list[int]]:
         """Write one sample as at most `max_tokens` tokens; what was taken out is added to `counts`."""
-        prompt, response = self._without_special(prompt), self._without_special(response)
-        row = self._tokens(prompt, response)
+        clean, response = self._without_special, self._without_special(response)
+        context = [{**turn, "content": clean(turn["content"])} for turn in context_of(prompt)]
+        text = clean(str(prompt))
+        left = [Prompt(text, turns) for turns in _shorter(context)]
+        row = self._tokens(left[0], response)
         if len(row["input_ids"]) <= self.max_tokens:
             return row
         self.counts["prompts_truncated"] += 1
-        cut = _least(len(prompt), lambda k: self._fits(prompt[k:], response))
+        cut = _least(len(left) - 1, lambda k: self._fits(left[k], response))
         if cut is not None:
-            return self._tokens(prompt[cut:], response)
+            return self._tokens(left[cut], response)
+        cut = _least(len(text), lambda k: self._fits(text[k:], response))
+        if cut is not None:
+            return self._tokens(text[cut:], response)
         self.counts["responses_truncated"] += 1
         size = len(response)
         cut = _least(size, lambda k: self._fits("", response[: size - k]))
@@ -192,6 +217,8 @@ class SequenceReward:
                     "dtype": str(self.model.dtype).removeprefix("torch."),
                     "template": self.template,
                     "output": self.output,
+                    "label": label_names(self.model.config)[self.output],
+                    "read_as": "probability" if self.probability else "output",
                     "max_tokens": self.max_tokens,
                     "pad_token": self.tokenizer.pad_token,
                     "bounds": self.bounded.describe(),
@@ -206,10 +233,10 @@ class SequenceReward:
 
     def _tokens(self, prompt: str, response: str) -> dict[str, list[int]]:
         if self.template == "pair":
-            return dict(self.tokenizer(prompt, response))
+            return dict(self.tokenizer(transcript(prompt), response))
         if self.template != "chat":
-            return dict(self.tokenizer(fill(self.template, prompt, response)))
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            return dict(self.tokenizer(fill(self.template, transcript(prompt), response)))
+        turns = [*messages_of(prompt), {"role": "assistant", "content": response}]
         try:
             text = chat_of(self.tokenizer).render(turns, generate=False)
         except AlignProError as error:
@@ -240,16 +267,13 @@ class SequenceReward:
             )
         return template or PLAIN
 
-    def _choose_output(self, output: int | None) -> int:
-        n = int(self.model.config.num_labels)
-        if output is None and n > 1:
-            labels = ", ".join(f"{i} {label}" for i, label in list(self.model.config.id2label.items())[:10])
-            raise AlignProError(
-                f"output: reward model {self.name!r} has {n} outputs ({labels}); choose one as the reward"
-            )
-        if not 0 <= (output or 0) < n:
-            raise AlignProError(f"output {output}: reward model {self.name!r} has outputs 0 to {n - 1}")
-        return output or 0
+    def _read(self, logits: torch.Tensor) -> torch.Tensor:
+        """Take from outputs [n, labels] the chosen one, or its log-odds."""
+        chosen = logits[:, self.output]
+        if not self.probability or self.model.config.problem_type == "multi_label_classification":
+            return chosen
+        others = [i for i in range(logits.shape[1]) if i != self.output]
+        return chosen - logits[:, others].logsumexp(1)
 
     def _fix_padding(self) -> None:
         """One pad token in tokenizer and configuration, since the score is read before the padding.
@@ -266,6 +290,48 @@ class SequenceReward:
             self.tokenizer.pad_token = configure.choose_pad_token(self.tokenizer, ends or [-1], self.name)
             config.pad_token_id = self.tokenizer.pad_token_id
         self.tokenizer.padding_side = "right"
+
+
+def label_names(config: Any) -> list[str]:
+    """List the labels of a classifier's outputs, as its configuration names them."""
+    return [str(config.id2label.get(i, i)) for i in range(int(config.num_labels))]
+
+
+def choose_output(config: Any, output: int | str | None, name: str) -> int:
+    """Find an output by its label (in any case, if one alone fits) or its number; the only one if None.
+
+    Raises:
+        AlignProError: there is no such output, or several and none is chosen; lists the labels.
+    """
+    labels = label_names(config)
+    if output is None and len(labels) == 1:
+        return 0
+    alike = [i for i, label in enumerate(labels) if label.casefold() == str(output).casefold()]
+    if isinstance(output, str) and output in labels:
+        return labels.index(output)
+    if isinstance(output, str) and len(alike) == 1:
+        return alike[0]
+    if str(output).isdecimal() and int(str(output)) < len(labels):
+        return int(str(output))
+    listed = ", ".join(f"{i} {label}" for i, label in enumerate(labels[:10]))
+    listed += ", …" * (len(labels) > 10)
+    field, problem = f"output {output!r}", "has no such output"
+    if output is None:
+        field, problem = "output", f"has {len(labels)} outputs"
+    raise AlignProError(
+        f"{field}: reward model {name!r} {problem} ({listed}); name one by its label or number, as in "
+        "FOLDER#LABEL@0,1"
+    )
+
+
+def _shorter(context: Sequence[Message]) -> list[list[Message]]:
+    """The turns before a prompt, and what is left of them as the oldest go; a system message goes last."""
+    head = [turn for turn in context[:1] if turn["role"] == "system"]
+    turns = list(context[len(head) :])
+    # What is left begins with a user's turn, as chat templates want it.
+    starts = [k for k in range(1, len(turns)) if turns[k]["role"] == "user"]
+    found = [head + turns, *(head + turns[k:] for k in starts), head, []]
+    return [left for i, left in enumerate(found) if left not in found[:i]]
 
 
 def _least(n: int, fits: Callable[[int], bool]) -> int | None:

@@ -4,12 +4,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alignpro.errors import AlignProError
+from alignpro.llm.models.prompt import transcript
 from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
 from alignpro.llm.rewards.reward import (
@@ -24,6 +26,8 @@ from alignpro.llm.rewards.reward import (
 )
 from alignpro.llm.targets import http
 from alignpro.llm.targets.ledger import Cached, Ledger
+from alignpro.llm.targets.refusals import Refusals
+from alignpro.llm.targets.services import Complaint
 from alignpro.llm.targets.settings import EndpointSettings, Secret, check_address, read_key
 from alignpro.llm.targets.target import Answer, Known, OnAnswer, Stopped
 
@@ -57,7 +61,8 @@ _WORDS = {
     "address": "url",
     "found": "url and model",
     "json": "the url and the server",
-    "request": "dialect, model or template",
+    "request": "dialect, model, omit, extra_body or template",
+    "omit": "--reward-omit",
 }
 
 
@@ -72,6 +77,7 @@ class EndpointReward(http.Counted):
         url: http or https, without user name; a query is sent and never shown.
         bounds: see `parse_bounds`.
         settings: how it is asked; the dialect is a row of `STYLES`.
+        refusals: the reward of a sample that the server refuses to score, and how many are too many.
         template: for `classify`, a text with {prompt} and {response}.
         batch_size: samples per request.
 
@@ -81,6 +87,7 @@ class EndpointReward(http.Counted):
     url: str = field(repr=False)
     bounds: Bounds | str
     settings: EndpointSettings = field(default_factory=EndpointSettings)
+    refusals: Refusals = field(default_factory=Refusals)
     template: str = PLAIN
     batch_size: int = 32
     shown: str = field(init=False)
@@ -94,6 +101,8 @@ class EndpointReward(http.Counted):
         self.bounded = Bounded(self.bounds)
         self.low, self.high = self.bounds.low, self.bounds.high
         self.style, self.model = self.settings.chosen(STYLES), self.settings.model
+        own = {"model": "", **STYLES[self.style][0](["x"], ["y"], PLAIN)}
+        self.settings.check_fields(["model"], own)
         check_template(self.template)
         if self.template in ("chat", "pair"):
             raise AlignProError(
@@ -113,7 +122,7 @@ class EndpointReward(http.Counted):
     @property
     def revision(self) -> str:
         """Name what determines the raw scores, by a digest, since the address may hold a key."""
-        return digest(self.url, self.style, self.model, self.template).hex()
+        return digest(self.url, self.style, self.model, self.template, *self.settings.mark().split()).hex()
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
         """Ask for all scores and bound them: [n] float64 in [low, high].
@@ -123,43 +132,63 @@ class EndpointReward(http.Counted):
         Raises:
             Stopped: it cannot be reached or refuses, or the budget is spent; says why in `reason`.
         """
-        return self.bounded.apply(self.raw(prompts, responses))
+        return self.settled(prompts, responses, self.raw(prompts, responses))
+
+    def settled(self, prompts: Sequence[str], responses: Sequence[str], raw: Sequence[Answer]) -> Array:
+        """Bound what `raw` gave; a refused sample has the reward declared for it: [n] float64."""
+        self.refusals.count(raw)
+        given = [i for i, found in enumerate(raw) if found.finish != "refused"]
+        out = np.full(len(raw), self.refusals.worth(self) if len(given) < len(raw) else 0.0)
+        scores = [_number(raw[i].text) for i in given]
+        out[given] = self.bounded([prompts[i] for i in given], [responses[i] for i in given], scores)
+        return out
 
     def raw(
         self,
         prompts: Sequence[str],
         responses: Sequence[str],
-        on_score: Callable[[int, float], None] = lambda i, score: None,
+        on_score: Callable[[int, Answer], None] = lambda i, score: None,
         meter: http.Meter | None = None,
-    ) -> Array:
-        """Ask for all raw scores, not yet clipped or squashed: [n] float64.
+    ) -> list[Answer]:
+        """Ask for all raw scores, not yet clipped or squashed, each as an answer whose text is the number.
+
+        A sample that the server refuses to score is asked alone, so that no other is refused with it.
 
         Args:
             on_score: called with (sample, raw score) as each arrives.
             meter: counts the requests instead of this object.
         """
         check_texts(prompts, responses)
-        scores = np.full(len(prompts), np.nan)
+        prompts = [transcript(x) for x in prompts]
+        scores: dict[int, Answer] = {}
         secret = read_key(self.settings.key_env, self.url)
 
-        def call(part: range) -> http.Call[Array]:
+        def call(part: range) -> http.Call[list[Answer]]:
             some = [prompts[i] for i in part], [responses[i] for i in part]
 
-            def keep(found: Array) -> None:
-                scores[part[0] : part[-1] + 1] = found
-                for i in part:
-                    on_score(i, float(scores[i]))
+            def keep(found: list[Answer]) -> None:
+                for i, score in zip(part, found, strict=True):
+                    scores[i] = score
+                    on_score(i, score)
+
+            def settle(found: Complaint) -> tuple[list[Answer], int] | http.Instead | None:
+                if not found.refused:
+                    return None
+                if len(part) == 1:
+                    return [Answer(secret.said(found.text), "refused", 0, 0)], 0
+                half = len(part) // 2
+                return http.Instead([call(part[:half]), call(part[half:])])
 
             content = STYLES[self.style][0](*some, self.template)
             content |= {"model": self.model} if self.model else {}
-            body = json.dumps(content).encode()
-            return http.Call(body, lambda content: self._read(content, *some, part[0], secret), keep)
+            body = json.dumps(self.settings.fields(content)).encode()
+            read = partial(self._read, prompts=some[0], responses=some[1], start=part[0], secret=secret)
+            return http.Call(body, read, keep, settle=settle)
 
         failure = self._http.post(batches(len(prompts), self.batch_size), call, secret, meter)
         if failure is None:
-            return scores
-        done = np.isfinite(scores).sum()
-        raise Stopped(f"{failure.text} ({done} of {len(prompts)} scored)", failure.reason, {})
+            return [scores[i] for i in range(len(prompts))]
+        raise Stopped(f"{failure.text} ({len(scores)} of {len(prompts)} scored)", failure.reason, {})
 
     def describe(self) -> dict[str, Any]:
         """Say where and how the server is asked, and the bounds with what they did; not the key."""
@@ -168,18 +197,21 @@ class EndpointReward(http.Counted):
 
     def _read(
         self, content: Any, prompts: Sequence[str], responses: Sequence[str], start: int, secret: Secret
-    ) -> tuple[Array, int] | http.Problem:
+    ) -> tuple[list[Answer], int] | http.Problem:
         try:
             scores = STYLES[self.style][1](content)
             if not isinstance(scores, list):
                 raise TypeError
         except Exception:
+            if isinstance(content, dict) and content.get("error"):
+                return http.Problem("error", True, error=content["error"])
             return http.Problem(
                 f"answered {secret.said(json.dumps(content))}, which is not of dialect {self.style}; choose "
                 f"from {', '.join(STYLES)}, or mend the server",
                 False,
             )
-        return self.bounded.check(prompts, responses, scores, start=start), 0
+        found = self.bounded.check(prompts, responses, scores, start=start).tolist()
+        return [Answer(repr(score), "stop", 0, 0) for score in found], 0  # repr: to the bit
 
 
 def check_url(url: str) -> str:
@@ -217,9 +249,10 @@ class CachedReward:
         See `EndpointReward.score`; a full disk raises `Stopped` too. What arrived before is on file.
         """
         check_texts(prompts, responses)
-        asked = [json.dumps(sample) for sample in zip(prompts, responses, strict=True)]
+        texts = [transcript(x) for x in prompts]
+        asked = [json.dumps(sample) for sample in zip(texts, responses, strict=True)]
         rows = self._cached.respond(asked, _ONCE)
-        return self.reward.bounded(prompts, responses, [_number(row[0].text) for row in rows])
+        return self.reward.settled(prompts, responses, [row[0] for row in rows])
 
     def describe(self) -> dict[str, Any]:
         """Say what `EndpointReward.describe` says."""
@@ -230,12 +263,17 @@ class CachedReward:
         spent = self.ledger
         return (
             f"{spent.answers} scores in {spent.calls} requests ({spent.retries} retries), {spent.hits} more "
-            "from the file"
+            f"from the file{f', {spent.refused} refused' if spent.refused else ''}"
         )
 
 
 def keep_scores(reward: Reward, folder: str | Path) -> Reward:
-    """Put a reward whose scores are paid for behind a `CachedReward` in `folder`; others stay as they are."""
+    """Put a reward whose scores are paid for behind a `CachedReward` in `folder`.
+
+    One with a method `kept` gives what keeps its scores there itself; others stay as they are.
+    """
+    if kept := getattr(reward, "kept", None):
+        return kept(folder)
     return CachedReward(reward, folder) if isinstance(reward, EndpointReward) else reward
 
 
@@ -264,10 +302,10 @@ class _AsTarget(http.Counted):
     ) -> list[list[Answer]]:
         found: list[list[Answer]] = [[] for _ in prompts]
 
-        def keep(i: int, score: float) -> None:
-            found[i] = [Answer(repr(score), "stop", 0, 0)]  # repr: to the bit
+        def keep(i: int, score: Answer) -> None:
+            found[i] = [score]
             if on_answer:
-                on_answer(i, 0, found[i][0])
+                on_answer(i, 0, score)
 
         pairs = [json.loads(prompt) for prompt in prompts]
         self.reward.raw([x for x, _ in pairs], [y for _, y in pairs], keep, meter)

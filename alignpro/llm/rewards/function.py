@@ -13,6 +13,7 @@ import torch
 from alignpro.errors import AlignProError
 from alignpro.llm.models import libraries, packages
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
+from alignpro.llm.rewards.columns import Columns, columns_read_by
 from alignpro.llm.rewards.reward import Array, at_least, batches, check_texts, sample_shown, shown
 from alignpro.llm.targets import http
 
@@ -23,21 +24,23 @@ class CallableReward:
 
     Args:
         function: takes (prompts, responses), lists of strings, and gives one number per sample; or, with
-            `each`, takes one prompt and one response, and gives a number.
+            `each`, takes one prompt and one response, and gives a number. Further parameters get the columns
+            of that name that the prompts come with (see `Prompt`), as lists or, with `each`, as one value:
+            one without default must be there, one with it may be, and `**` takes all.
         bounds: see `parse_bounds`.
         each: whether the function takes one sample.
-        is_async: whether the function is `async def`. Every `score` runs its calls in an event loop of its
-            own, so nothing that belongs to a loop may outlive a call.
+        is_async: whether calls are awaited; None finds out whether the function is `async def`. Every `score`
+            runs its calls in an event loop of its own, so nothing that belongs to a loop may outlive a call.
         concurrency: how many asynchronous calls are under way at once.
         batch_size: samples per call, without `each`.
-        context: further keyword arguments of every call.
+        context: further keyword arguments of every call, which no column replaces.
         name: shown by `describe`; the function's own if empty.
     """
 
     function: Callable[..., Any]
     bounds: Bounds | str
     each: bool = False
-    is_async: bool = False
+    is_async: bool | None = None
     concurrency: int = 8
     batch_size: int = 64
     context: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -45,6 +48,7 @@ class CallableReward:
     bounded: Bounded = field(init=False, repr=False)
     low: float = field(init=False)
     high: float = field(init=False)
+    reads: Columns = field(init=False)
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -54,15 +58,24 @@ class CallableReward:
         self.bounded = Bounded(self.bounds)
         self.low, self.high = self.bounds.low, self.bounds.high
         self.name = self.name or getattr(self.function, "__name__", type(self.function).__name__)
+        if self.is_async is None:
+            called = getattr(self.function, "__call__", None)  # noqa: B004 - of an object, it may be async
+            self.is_async = any(map(inspect.iscoroutinefunction, (self.function, called)))
+        self.reads = columns_read_by(self.function, self.context)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that come without a column which the function needs."""
+        self.reads.check(prompts, self.name)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
         """Call the function and bound what it returns: [n] float64 in [low, high].
 
         Raises:
-            AlignProError: the function raised (its exception is the cause), or returned something else than
-                one finite number per sample; the sample is shown.
+            AlignProError: a column is missing; the function raised (its exception is the cause), or returned
+                something else than one finite number per sample; the sample is shown.
         """
         check_texts(prompts, responses)
+        self.check_prompts(prompts)
         parts = batches(len(prompts), 1 if self.each else self.batch_size)
         if self.is_async:
             raw = http.finish(self._score_all(prompts, responses, parts))
@@ -101,9 +114,12 @@ class CallableReward:
         return list(await asyncio.gather(*map(one, parts)))
 
     def _call(self, prompts: Sequence[str], responses: Sequence[str], part: range) -> Any:
-        if self.each:
-            return self.function(prompts[part[0]], responses[part[0]], **self.context)
-        return self.function([prompts[i] for i in part], [responses[i] for i in part], **self.context)
+        xs, ys = [prompts[i] for i in part], [responses[i] for i in part]
+        values: dict[str, Any] = self.reads.of(xs)
+        if not self.each:
+            return self.function(xs, ys, **(values | dict(self.context)))
+        single = {name: value for name, (value,) in values.items()}
+        return self.function(xs[0], ys[0], **(single | dict(self.context)))
 
     def _checked(self, prompts: Sequence[str], responses: Sequence[str], part: range, result: Any) -> Array:
         if self.each:

@@ -16,7 +16,12 @@ Array = np.ndarray
 
 
 class Reward(Protocol):
-    """A bounded reward r(x, y) of a response y to the user's own prompt x, not to its rewrite."""
+    """A bounded reward r(x, y) of a response y to the user's own prompt x, not to its rewrite.
+
+    It may have more: `scores` and `ranges` (see `Scores`) where it has parts; `reads`, the `Columns` of the
+    prompts' data that it needs; `check_prompts(prompts)`, which refuses prompts that it cannot judge before
+    anything is asked; `line()`, what it has asked of services, in words.
+    """
 
     low: float
     """Lower end of the range, finite: no score is below it, as Theorem 1 asks."""

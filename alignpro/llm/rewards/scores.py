@@ -1,6 +1,5 @@
-"""Scores of answers with the parts they consist of, and what stands for an answer that a service refused."""
+"""Scores of answers with the parts they consist of; a refused answer is worth what `Refusals` says."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -8,7 +7,11 @@ import numpy as np
 
 from alignpro.errors import AlignProError
 from alignpro.llm.rewards.reward import Array, Reward, check_scores
+from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.target import Answer
+from alignpro.rollouts import PARTS_ROUNDING
+
+__all__ = ["Refusals", "Scores", "judged", "ranges_of", "scored"]
 
 
 @dataclass(frozen=True)
@@ -38,50 +41,29 @@ def scored(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> 
     """Score each response to its prompt, with the reward's parts.
 
     Raises:
-        AlignProError: a score is no finite number in the reward's range (`check_scores`).
+        AlignProError: a score is no finite number in the reward's range (`check_scores`); its parts are not
+            those declared, leave their ranges, or do not add up.
     """
     with_parts = getattr(reward, "scores", None)
     found = Scores(reward.score(prompts, responses)) if with_parts is None else with_parts(prompts, responses)
-    return replace(found, total=check_scores(prompts, responses, found.total, reward.low, reward.high))
+    found = replace(found, total=check_scores(prompts, responses, found.total, reward.low, reward.high))
+    _check_parts(found, ranges_of(reward))
+    return found
 
 
-@dataclass
-class Refusals:
-    """Answers that a service would not give, counted; what they are worth, and how many are too many."""
-
-    reward: float | None = None
-    """Reward of a refused answer, in the reward's range. None: its lower end."""
-    most: float = 0.2
-    """Share of refused answers beyond which `count` raises: above chance, by three standard deviations."""
-    asked: int = 0
-    refused: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.most <= 1:
-            raise AlignProError(f"refused_most {self.most}: give a share from 0 to 1")
-        if self.reward is not None and not math.isfinite(self.reward):
-            raise AlignProError(f"refused_reward {self.reward}: give a finite number in the reward's range")
-
-    def worth(self, reward: Reward) -> float:
-        """The reward of a refused answer. Raises AlignProError where it is outside the reward's range."""
-        value = reward.low if self.reward is None else self.reward
-        if not reward.low <= value <= reward.high:
-            raise AlignProError(
-                f"refused_reward {value:g}: is outside the reward's range [{reward.low:g}, {reward.high:g}]"
-            )
-        return value
-
-    def count(self, answers: Sequence[Answer]) -> None:
-        """Count answers, and raise AlignProError where too many of all so far were refused."""
-        refused = [answer for answer in answers if answer.finish == "refused"]
-        self.asked += len(answers)
-        self.refused += len(refused)
-        chance = 3 * math.sqrt(self.most * (1 - self.most) * self.asked)
-        if refused and self.refused > self.most * self.asked + chance:
-            raise AlignProError(
-                f"refused_most {self.most:g}: {self.refused} of {self.asked} answers were refused, the last "
-                f"with {refused[-1].text[:120]!r}; choose other prompts or another model, or raise it"
-            )
+def _check_parts(found: Scores, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Refuse parts that a file of rollouts could not hold (`alignpro.rollouts`), before more is paid for."""
+    if found.parts.keys() != ranges.keys():
+        raise AlignProError(
+            f"reward: its parts are {', '.join(found.parts) or 'none'}, and it declares ranges of "
+            f"{', '.join(ranges) or 'none'}; return those from scores"
+        )
+    rounding = PARTS_ROUNDING * sum(max(abs(low), abs(high)) for low, high in ranges.values())
+    for name, (low, high) in ranges.items():
+        if not ((found.parts[name] >= low - rounding) & (found.parts[name] <= high + rounding)).all():
+            raise AlignProError(f"reward: its part {name} leaves the declared [{low:g}, {high:g}]; mend it")
+    if ranges and not (abs(sum(found.parts.values()) - found.total) <= rounding).all():
+        raise AlignProError("reward: its parts do not add up to it; return contributions, weights included")
 
 
 def judged(

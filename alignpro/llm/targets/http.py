@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from alignpro.errors import AlignProError
+from alignpro.llm.targets.services import REFUSES, Complaint, complaint
 from alignpro.llm.targets.settings import EndpointSettings, Secret
 
 T = TypeVar("T")
@@ -36,6 +37,15 @@ class Problem:
     wait_s: float | None = None
     """Seconds that the server asks to wait."""
     unreachable: bool = False
+    error: Any = None
+    """JSON of an error that the server tells inside a response of status 200."""
+
+
+@dataclass(frozen=True)
+class Instead:
+    """Calls to be made at once in the place of one that the server did not take: no failure of it."""
+
+    calls: Sequence["Call"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,9 @@ class Call(Generic[T]):
     """Tokens that it takes at most."""
     known: Callable[[], T | None] = lambda: None
     """Gives the value where another process has it by now: then nothing is sent."""
+    settle: Callable[[Complaint], tuple[T, int] | Instead | None] = lambda _: None
+    """Settles a call that the server will not serve: by a value and its tokens, by other calls, or, where it
+    gives None, by an error that ends the run."""
 
 
 class GiveUp(Exception):
@@ -107,7 +120,7 @@ class Transport:
     """Name of what is asked, in errors."""
     words: Mapping[str, str] = field(repr=False)
     """The owner's names, for errors: of its `address`; what to check where nothing is `found` or where no
-    `json` comes; and what determines the `request`."""
+    `json` comes; what determines the `request`; and how to `omit` a field of it."""
     settings: EndpointSettings
 
     def __post_init__(self) -> None:
@@ -246,7 +259,7 @@ class _Run(Generic[J]):
             used = 0
             try:
                 result = await self._attempt(client, call)
-                if not isinstance(result, Problem):
+                if isinstance(result, tuple):
                     used = result[1]
                     to._answered += 1
                     call.keep(result[0])
@@ -255,6 +268,10 @@ class _Run(Generic[J]):
                 to.tokens += used
                 to._token_pace.give_back(call.cost - used)
                 self.meter.settle(call.cost)
+            if isinstance(result, Instead):
+                for other in result.calls:
+                    await self._answer(client, other)
+                return
             # Nothing listens, and never did: not worth minutes of backoff.
             hopeless = result.unreachable and not to._answered and attempt >= 2
             if not result.transient or hopeless or attempt == settings.retries:
@@ -298,7 +315,7 @@ class _Run(Generic[J]):
                 await asyncio.wait_for(self.stopping.wait(), seconds)
         self._go_on()
 
-    async def _attempt(self, client: Any, call: Call[T]) -> tuple[T, int] | Problem:
+    async def _attempt(self, client: Any, call: Call[T]) -> tuple[T, int] | Instead | Problem:
         httpx = client_library()
         to, said, received = self.transport, self.secret.said, bytearray()
         address, timeout_s = to.words["address"], to.settings.timeout_s
@@ -328,22 +345,42 @@ class _Run(Generic[J]):
         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
             return Problem(f"{type(error).__name__} ({said(str(error))}); check the server", True)
         if response.status_code != 200:
-            return self._refusal(response, bytes(received))
+            return self._failed(call, response.status_code, bytes(received), response.headers)
         try:
             content = json.loads(received)
         except (ValueError, RecursionError):
             shown = said(received.decode(errors="replace"))
             return Problem(f"response {shown!r} is not JSON; check {to.words['json']}", True)
-        return call.read(content)
+        result = call.read(content)
+        if not isinstance(result, Problem) or result.error is None:
+            return result
+        code = result.error.get("code") if isinstance(result.error, dict) else None
+        status = code if isinstance(code, int) and 400 <= code < 600 else 200
+        return self._failed(call, status, json.dumps(result.error).encode(), {})
 
-    def _refusal(self, response: Any, body: bytes) -> Problem:
-        to, status = self.transport, response.status_code
+    def _failed(
+        self, call: Call[T], status: int, body: bytes, headers: Mapping[str, str]
+    ) -> tuple[T, int] | Instead | Problem:
+        """Settle a call whose response is an error; status 200 is one that names none."""
+        to = self.transport
         key_env, most = to.settings.key_env, to.settings.max_wait_s
         said = self.secret.said(body.decode(errors="replace"))
         text = f"status {status} ({said or 'no text'})"
         if 300 <= status < 400:
             where = to.words["address"]
             return Problem(f"status {status}: it redirects; give the final address as {where}", False)
+        if status in REFUSES:
+            try:
+                found = complaint(json.loads(body), json.loads(call.body))
+            except (ValueError, RecursionError):
+                found = Complaint("", False, ())
+            if (settled := call.settle(found)) is not None:
+                return settled
+            if found.fields:
+                omit = f"{to.words['omit']} {' '.join(found.fields)}"
+                return Problem(f"{text}; leave out what it does not take: {omit}", False)
+        if status == 200:
+            return Problem(f"the server answers with an error ({said}); try later", True)
         if status in (401, 403):
             remedy = f"check the key in {key_env}" if key_env else "name the key's variable in key_env"
             return Problem(f"{text}; {remedy}", False)
@@ -353,7 +390,7 @@ class _Run(Generic[J]):
             return Problem(f"{text}; change the request: {to.words['request']}", False)
         if b"insufficient_quota" in body:
             return Problem(f"{text}; top up the account", False)
-        wait = retry_after(response.headers.get("retry-after"))
+        wait = retry_after(headers.get("retry-after"))
         if wait is None:
             return Problem(f"{text}; try later", True, 0.0 if status == 429 else None)
         if wait > most:

@@ -58,6 +58,8 @@ class Ledger:
     """Tokens of the answers."""
     thoughts: int = 0
     """Answers that began with a thought, which was taken off."""
+    refused: int = 0
+    """Answers that the service refused to give; the others count them too."""
     seconds: float = 0.0
     """Time of waiting for the target, not of computing elsewhere."""
     cost: float | None = None
@@ -77,6 +79,7 @@ class Ledger:
         """One line of text."""
         money = "" if self.cost is None else f", cost {self.cost:.4f}"
         thoughts = f", {self.thoughts} thoughts taken off" if self.thoughts else ""
+        thoughts += f", {self.refused} refused" if self.refused else ""
         return (
             f"{self.answers} answers in {self.calls} calls ({self.retries} retries), {self.hits} more from "
             f"the cache, {self.prompt_tokens}+{self.tokens} tokens, {self.seconds:.1f} s{thoughts}{money}"
@@ -219,7 +222,7 @@ class Cached:
                 answers.update(dict.fromkeys(places[key], answer))  # kept even where it cannot be written
                 spent = spending.since()
                 spent.answers, spent.prompt_tokens, spent.tokens = 1, answer.prompt_tokens, answer.tokens
-                spent.thoughts = int(answer.thought)
+                spent.thoughts, spent.refused = int(answer.thought), int(answer.finish == "refused")
                 if self.prices:
                     spent.cost = self.prices.cost(answer.prompt_tokens, answer.tokens)
                 self.ledger.add(spent)

@@ -99,18 +99,29 @@ class LocalTarget:
         seed: int = 0,
         on_answer: OnAnswer | None = None,
     ) -> list[list[Answer]]:
-        """See `Target.respond`. Also refuses prompts that leave no room for `max_tokens`."""
+        """See `Target.respond`. The answer to a prompt that leaves no room for `max_tokens` is a refusal."""
         asked = jobs(prompts, first, samples, seed)
         ids = [target_ids(self.tokenizer, prompt) for prompt in prompts]
-        self._check_room(ids, [sampling.max_tokens] * len(ids))
+        too_long = [self.too_long(len(row), sampling.max_tokens) for row in ids]
+        self._check_some(ids)
         answers: Answers = {}
+
+        def keep(position: int, index: int, answer: Answer) -> None:
+            answers[position, index] = answer
+            if on_answer:
+                on_answer(position, index, answer)
+
+        for position, index in asked:
+            if (reason := too_long[position]) is not None:
+                keep(position, index, Answer(reason, "refused", len(ids[position]), 0))
 
         def run(batch: Sequence[tuple[int, int]]) -> list[list[int]]:
             keys = [stream_key(seed, sampling, prompts[p], i) for p, i in batch]
             return self._generate([ids[p] for p, _ in batch], keys, sampling)
 
         # Similar lengths together: little padding. Equal prompts together: each is read once.
-        order = sorted(asked, key=lambda job: (len(ids[job[0]]), ids[job[0]]))
+        fitting = [job for job in asked if too_long[job[0]] is None]
+        order = sorted(fitting, key=lambda job: (len(ids[job[0]]), ids[job[0]]))
         try:
             for batch, generated in self._batches(order, run):
                 for (position, index), new in zip(batch, generated, strict=True):
@@ -125,9 +136,7 @@ class LocalTarget:
                         ids=tuple(new),
                     )
                     self.calls += 1
-                    answers[position, index] = answer
-                    if on_answer:
-                        on_answer(position, index, answer)
+                    keep(position, index, answer)
         except torch.OutOfMemoryError:
             message = "one sequence alone exceeds the GPU's memory; use a smaller model, dtype or max_tokens"
             raise Stopped(f"model {self.name!r}: {message}", "failed", answers) from None
@@ -141,7 +150,8 @@ class LocalTarget:
         *,
         drawn: bool = False,
     ) -> np.ndarray:
-        """[n] float64: log π_F(responses[i] | prompts[i]) in nats, −inf where `sampling` excludes it.
+        """[n] float64: log π_F(responses[i] | prompts[i]) in nats, −inf where `sampling` excludes it and NaN
+        of a refusal.
 
         An `Answer` is the tokens it was, its end token among them unless it was cut off. A string is a
         finished answer, whichever token ends it, cut afresh: rare texts into other tokens than were drawn.
@@ -163,6 +173,8 @@ class LocalTarget:
             if isinstance(response, str):
                 said = chat_of(self.tokenizer).text_ids(response)
                 rows += [(i, ids, (*said, end)) for end in self._ends]
+            elif isinstance(response, Answer) and response.finish == "refused":
+                continue
             elif not isinstance(response, Answer):
                 raise AlignProError(
                     f"responses[{i}] is {type(response).__name__}: give a string or an answer"
@@ -174,10 +186,15 @@ class LocalTarget:
                 )
             else:
                 rows.append((i, ids, response.ids))
-        self._check_room([ids for _, ids, _ in rows], [len(said) for _, _, said in rows])
+        self._check_some([ids for _, ids, _ in rows])
+        for i, ids, said in rows:
+            if (reason := self.too_long(len(ids), len(said))) is not None:
+                raise AlignProError(f"prompts[{i}]: {reason}; shorten it")
         rows = [row for row in rows if row[2]]
         out = np.full(len(prompts), -np.inf)
-        out[[i for i, response in enumerate(responses) if isinstance(response, Answer)]] = 0.0
+        for i, response in enumerate(responses):
+            if isinstance(response, Answer):
+                out[i] = np.nan if response.finish == "refused" else 0.0
         order = sorted(rows, key=lambda row: (len(row[1]), row[1], row[2]))
 
         def run(batch: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> np.ndarray:
@@ -205,16 +222,20 @@ class LocalTarget:
         """Tokens of `prompt` as the user's turn, the chat template's included."""
         return len(target_ids(self.tokenizer, prompt))
 
-    def _check_room(self, ids: Sequence[Sequence[int]], new: Sequence[int]) -> None:
+    def too_long(self, tokens: int, more: int) -> str | None:
+        """Say why a prompt of so many tokens leaves no room for so many more; None where it does."""
         most = room(self.model)
-        for i, (row, extra) in enumerate(zip(ids, new, strict=True)):
+        if most is None or tokens + more <= most:
+            return None
+        return (
+            f"{tokens} tokens, with {more} more to come, are beyond the {most} that model {self.name!r} reads"
+        )
+
+    @staticmethod
+    def _check_some(ids: Sequence[Sequence[int]]) -> None:
+        for i, row in enumerate(ids):
             if not row:
                 raise AlignProError(f"prompts[{i}] has no tokens; give a prompt that is not empty")
-            if most is not None and len(row) + extra > most:
-                raise AlignProError(
-                    f"prompts[{i}] has {len(row)} tokens, with {extra} more to come beyond the {most} that "
-                    f"model {self.name!r} reads; shorten it or lower max_tokens"
-                )
 
     def _batches(self, rows: Sequence[T], run: Callable[[Sequence[T]], S]) -> Iterator[tuple[Sequence[T], S]]:
         """`run` on consecutive batches; out of memory halves the batch and tries again."""

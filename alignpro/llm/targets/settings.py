@@ -9,13 +9,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qsl, quote, urlsplit
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models.sampling import is_int
+from alignpro.llm.models.sampling import digest, is_int
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)  # NaN and infinities are not JSON
 
 
 def is_number(value: Any) -> bool:
@@ -34,6 +38,12 @@ class EndpointSettings:
     dialect: str | None = None
     """Form in which requests are written. Frozen models and judges: openai, vllm or transformers (the latter
     two take top-k). Rewards: rewards, score or classify. Left out: openai, or rewards."""
+    omit: tuple[str, ...] = ()
+    """Fields of a request not to send, such as seed, top_p or temperature, for a service that does not take
+    them; it then goes by its own defaults."""
+    extra_body: str | None = None
+    """Further fields of each request, as a JSON object such as '{"reasoning_effort": "low"}'; no secrets.
+    Left out: none."""
     max_calls: int | None = None
     """Budget of requests, retries included, after which the run stops; a larger one goes on. Left out: no
     limit."""
@@ -61,6 +71,15 @@ class EndpointSettings:
         if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", str(self.key_env)):
             # Not repeated: people paste the key itself here.
             raise AlignProError("key_env: give the NAME of an environment variable, such as OPENAI_API_KEY")
+        if isinstance(self.omit, str) or not all(isinstance(name, str) and name for name in self.omit):
+            raise AlignProError(f"omit {self.omit!r}: give names of fields, such as seed or top_p")
+        object.__setattr__(self, "omit", tuple(self.omit))
+        extra = self.extra
+        if not isinstance(extra, dict):
+            raise AlignProError(
+                f"extra_body {str(self.extra_body)[:80]!r}: is no JSON object; write one such as "
+                '\'{"reasoning_effort": "low"}\''
+            )
         for name, least in (("concurrency", 1), ("retries", 0), ("max_calls", 1), ("max_tokens", 1)):
             value = getattr(self, name)
             if not (value is None and name.startswith("max_")) and (not is_int(value) or value < least):
@@ -71,6 +90,37 @@ class EndpointSettings:
                 continue
             if not is_number(value) or not 0 < value < math.inf:
                 raise AlignProError(f"{name} {value!r}: choose a positive number")
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """The fields in `extra_body`."""
+        try:
+            return {} if self.extra_body is None else json.loads(self.extra_body, parse_constant=_refuse)
+        except (ValueError, TypeError, RecursionError):
+            return cast(Any, None)
+
+    def fields(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a request: `own` without those to omit, and the extra ones."""
+        return {name: value for name, value in own.items() if name not in self.omit} | self.extra
+
+    def mark(self) -> str:
+        """A digest of what changes requests here, for revisions; empty where nothing does."""
+        changes = bool(self.omit or self.extra)
+        return digest(self.extra, *sorted(self.omit)).hex()[:12] if changes else ""
+
+    def record(self, role: str) -> dict[str, Any]:
+        """Name the changes to requests for a run's record; nothing where there are none."""
+        changes = {"omit": list(self.omit), "extra_body": self.extra}
+        return {f"{role}_{name}": value for name, value in changes.items() if value}
+
+    def check_fields(self, sent: Collection[str], own: Collection[str]) -> None:
+        """Refuse to omit what is not `sent`, and to add what is the caller's `own`."""
+        for name in self.omit:
+            if name not in sent:
+                raise AlignProError(f"omit {name!r}: is no field that is sent; choose from {', '.join(sent)}")
+        for name in self.extra:
+            if name in own and name not in self.omit:
+                raise AlignProError(f"extra_body {name!r}: has its own setting; use that, or omit it too")
 
     def chosen(self, dialects: Iterable[str]) -> str:
         """The dialect: a row of `dialects`, whose first is the default."""

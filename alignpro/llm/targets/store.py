@@ -29,20 +29,21 @@ BUSY_S = 60.0
 _SYNC_S = 1.0
 _SPARE_S = 10.0  # beyond a request's deadline, for a call whose process was killed
 _AT_ONCE = 500  # keys of a query
-_VERSION = 1
+_VERSION = 2
 
-_COUNTS = ("calls", "retries", "answers", "prompt_tokens", "tokens", "thoughts", "seconds", "cost")
+_COUNTS = ("calls", "retries", "answers", "prompt_tokens", "tokens", "thoughts", "refused", "seconds", "cost")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, line TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS spent (owner TEXT PRIMARY KEY, calls INTEGER NOT NULL, retries INTEGER NOT NULL,
     answers INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, tokens INTEGER NOT NULL,
-    thoughts INTEGER NOT NULL, seconds REAL NOT NULL, cost REAL);
+    thoughts INTEGER NOT NULL, seconds REAL NOT NULL, cost REAL, refused INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS under_way (owner TEXT, process TEXT, tokens INTEGER NOT NULL, until REAL NOT NULL,
     PRIMARY KEY (owner, process));
 CREATE TABLE IF NOT EXISTS imported (file TEXT PRIMARY KEY);
 """
+_FROM_1 = "ALTER TABLE spent ADD COLUMN refused INTEGER NOT NULL DEFAULT 0"
 _ADD = f"""
-INSERT INTO spent VALUES (:owner, {", ".join(f":{name}" for name in _COUNTS)})
+INSERT INTO spent (owner, {", ".join(_COUNTS)}) VALUES (:owner, {", ".join(f":{name}" for name in _COUNTS)})
 ON CONFLICT (owner) DO UPDATE SET {", ".join(f"{name} = {name} + :{name}" for name in _COUNTS[:-1])},
 cost = coalesce(cost + :cost, cost, :cost)
 """
@@ -71,8 +72,12 @@ class Store:
             raise AlignProError(f"{self.path}: was written by a newer alignpro; update this one")
         if version < _VERSION:
             with self._transaction(lasting=True):
+                # Another process may have been first.
+                version = self._db.execute("PRAGMA user_version").fetchone()[0]
                 for statement in _SCHEMA.split(";"):
                     self._db.execute(statement)
+                if version == 1:
+                    self._db.execute(_FROM_1)
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
         if (old := folder / OLD_FILE).is_file():
             self._import(old)
@@ -260,5 +265,5 @@ def read_line(row: Mapping[str, Any]) -> tuple[str, dict[str, Any], Any]:
         if not isinstance(answer.text, str) or answer.finish not in ("stop", "length", "refused"):
             raise ValueError
         spent |= {"answers": 1, "prompt_tokens": answer.prompt_tokens, "tokens": answer.tokens}
-        spent["thoughts"] = int(answer.thought)
+        spent |= {"thoughts": int(answer.thought), "refused": int(answer.finish == "refused")}
     return owner_of(str(row["model"]), str(row["revision"])), spent, answer

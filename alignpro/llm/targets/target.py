@@ -28,7 +28,7 @@ class Answer:
     """Ids of the tokens generated, end token included; None from an endpoint. Cutting `text` afresh may give
     others."""
     thought: bool = False
-    """Whether a leading thought was taken off `text`; `ids` hold it."""
+    """Whether a leading thought was taken off `text`, here or by the service; `ids` hold it."""
 
     def __post_init__(self) -> None:
         if self.ids is not None:

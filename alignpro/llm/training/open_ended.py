@@ -211,11 +211,13 @@ def train(
             trainer.note("thought_share", torch.tensor(np.mean(thoughts), device=trainer.accelerator.device))
         step = trainer.state.global_step
         draws = [step * settings.samples + place for place in trainer.places(len(prompts))]
+        refusals = environment.refusals
+        asked, refused = refusals.asked, refusals.refused
         found = environment.scores(prompts, [each.text for each in said], draws)
         noted = {f"reward/{name}": values for name, values in found.parts.items()}
         noted |= {} if found.spread is None else {"reward_spread": found.spread}
-        if environment.refusals.refused:
-            noted["refused_share"] = np.array(environment.refusals.refused / environment.refusals.asked)
+        if refusals.asked > asked and environment.target is not None and environment.target.remote:
+            noted["refused_share"] = np.array((refusals.refused - refused) / (refusals.asked - asked))
         for name, values in noted.items():
             trainer.note(name, torch.tensor(values.mean(), device=trainer.accelerator.device))
         return found.total.tolist()

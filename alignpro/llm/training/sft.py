@@ -20,6 +20,7 @@ from alignpro.errors import AlignProError
 from alignpro.files import writable_folder, write_json
 from alignpro.llm.data import split as data
 from alignpro.llm.data.own import Rewrite
+from alignpro.llm.data.rows import first_turn
 from alignpro.llm.models.adapters import adapter_config
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import how_of, room
@@ -103,7 +104,7 @@ def sft(
     for pair in pairs:
         ids = encode(prompter, pair)
         if len(ids[1]) <= settings.max_tokens and len(ids[0]) + len(ids[1]) <= most:
-            split[data.split_of(pair.prompt)].append(ids)
+            split[data.split_of(first_turn(pair.prompt))].append(ids)
     held = {part: found for part, found in split.items() if part != "train" and found}
     if not split["train"] or not held:
         raise AlignProError(
