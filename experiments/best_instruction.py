@@ -132,8 +132,8 @@ def on_table(
         rows.append((means.max() - means[done.ranked[0].arm], done.calls, done.contenders))
     short, calls, contenders = np.array(rows).T
     print(
-        f"\n{name}: none {means[0]:.3f}, best {means.max():.3f} {candidates[int(means.argmax())]!r}; the winner "
-        f"is within 0.02 in {(short <= 0.02).sum()} of {seeds}, short by {short.mean():.4f} (at most "
+        f"\n{name}: none {means[0]:.3f}, best {means.max():.3f} {candidates[int(means.argmax())]!r}; the "
+        f"winner is within 0.02 in {(short <= 0.02).sum()} of {seeds}, short by {short.mean():.4f} (at most "
         f"{short.max():.4f}), after {calls.mean():,.0f} of {scores.size:,} answers, {contenders.mean():.0f} "
         "not ruled out"
     )
