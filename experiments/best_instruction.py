@@ -12,12 +12,13 @@ that each seed draws, are compared with the table's own best.
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from scipy import stats
 
-from alignpro.estimation.race import gain_over, race
+from alignpro.estimation.race import Pull, gain_over, race
 
 ARMS, PROMPTS, BUDGET, LEVEL = 103, 400, 40 * 103, 0.95
 Cells = Callable[[np.ndarray, int, int, np.random.Generator], np.ndarray]
@@ -57,25 +58,22 @@ POPULATIONS = {
 }
 
 
+def _drawn(draw: Cells, rng: np.random.Generator, arms: Sequence[int], at: range, answers: int) -> np.ndarray:
+    return draw(np.array(arms), len(at), answers, rng)
+
+
 def simulate(name: str, repetitions: int, seed: int) -> dict[str, float]:
     """Race in a population that is drawn anew each time."""
     rows = []
     for i in range(repetitions):
         rng = np.random.default_rng([seed, i])
         draw, true = POPULATIONS[name](rng)
-        done = race(
-            lambda arms, at, answers, draw=draw, rng=rng: draw(np.array(arms), len(at), answers, rng),
-            ARMS,
-            PROMPTS,
-            0.0,
-            1.0,
-            budget=BUDGET,
-            level=LEVEL,
-        )
+        pull: Pull = partial(_drawn, draw, rng)
+        done = race(pull, ARMS, PROMPTS, 0.0, 1.0, budget=BUDGET, level=LEVEL)
         best, winner = int(true.argmax()), done.ranked[0].arm
         everything = draw(np.arange(ARMS), 3 * BUDGET // ARMS, 1, rng).mean((1, 2)).argmax()
-        held = draw(np.array([winner, 0]), 100, 2, rng)
-        gain = gain_over(*held, 0.0, 1.0, LEVEL).gain
+        mine, none = draw(np.array([winner, 0]), 100, 2, rng)
+        gain = gain_over(mine, none, 0.0, 1.0, LEVEL).gain
         rows.append(
             {
                 "within 0.02 of the best": true[best] - true[winner] <= 0.02,
@@ -116,6 +114,11 @@ def table(folder: str, prompts: int, tokens: int, rewards: list[str], seeds: int
         on_table(name, candidates, scores, reward.low, reward.high, seeds)
 
 
+def _found(scores: np.ndarray, arms: Sequence[int], at: range, answers: int) -> np.ndarray:
+    # One answer to each prompt is what there is: asked again, it is the same.
+    return np.repeat(scores[np.ix_(arms, at)][..., None], answers, 2)
+
+
 def on_table(
     name: str, candidates: tuple[str, ...], scores: np.ndarray, low: float, high: float, seeds: int
 ) -> None:
@@ -124,11 +127,9 @@ def on_table(
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(scores.shape[1])
 
-        def look(arms, at, answers, order=order):
-            # One answer to each prompt is what there is: asked again, it is the same.
-            return np.repeat(scores[np.ix_(arms, order[at])][..., None], answers, 2)
-
-        done = race(look, *scores.shape, low, high, budget=scores.size // 3, level=LEVEL)
+        pull: Pull = partial(_found, scores[:, order])
+        arms, prompts = scores.shape
+        done = race(pull, arms, prompts, low, high, budget=scores.size // 3, level=LEVEL)
         rows.append((means.max() - means[done.ranked[0].arm], done.calls, done.contenders))
     short, calls, contenders = np.array(rows).T
     print(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SHOWN = 10
 """Candidates in the tables."""
-_CURVES, _DOTS = 5, 40
+_CURVES, _DOTS = 5, 25
 """Candidates whose course is drawn, and whose mean is."""
 
 
@@ -121,17 +121,17 @@ def _fate(candidate: "Candidate") -> str:
 
 def _certainty(result: "Instructed") -> str:
     """How sure the race is of its winner, in a sentence."""
-    n, sure = result.contenders, f"{result.level:.0%}"
+    n, every, sure = result.contenders, len(result.candidates), f"{result.level:.0%}"
     if n == 1:
-        return f"It is certainly ({sure}) the best of the {len(result.candidates)}."
+        return f"It is certainly ({sure}) the best of the {every}."
     return (
-        f"At {sure} certainty {len(result.candidates) - n} of the {len(result.candidates)} are not the best; "
-        f"of the other {n} it did best, and more answers (--budget) would tell more."
+        f"Certainly ({sure}) not the best are {every - n} of the {every}; {n - 1} dropped out because they "
+        "trailed, which is no proof: a larger --budget proves more."
     )
 
 
 def _worth(result: "Instructed") -> str:
-    """What the winner gains, in a sentence."""
+    """The gain of the winner, in a sentence."""
     found = result.held_out
     if found is None:
         return "No instruction at all did best: leave the prompts as they are."
