@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from mutants import kills, mutated
 
 from alignpro.errors import AlignProError
 from alignpro.estimation import race as racing
-from alignpro.estimation.race import gain_over, least_budget
+from alignpro.estimation.race import gain_over, least_budget, race
 
 
 def noisy(rng, means, sd=0.2, interaction=0.04):
@@ -199,6 +200,35 @@ def test_a_race_stops_when_one_is_separated():
 
     check(racing)
     kills(check, mutated(racing, "if arm not in left]", "]"))
+
+
+def test_a_bank_of_a_hundred_costs_a_third():
+    """Means of arms normal with deviation 0.1, as reading ease has them on the bank.
+
+    The winner is within 0.02 of the best in 98% of races (`experiments/best_instruction.py`), so in 17 of 20
+    but for a chance of 0.1%. The mutant asks every arm on 40 prompts.
+    """
+
+    def exhaustive(pull, arms, prompts, low, high, budget):
+        means = pull(range(arms), range(budget // arms), 1).mean((1, 2))
+        return [SimpleNamespace(arm=int(means.argmax()))], budget
+
+    def raced(*given, budget):
+        found = race(*given, budget=budget)
+        return found.ranked, found.calls
+
+    def check(way):
+        near = 0
+        for seed in range(20):
+            rng = np.random.default_rng([seed, 1])
+            means = 0.45 + 0.1 * rng.standard_normal(103)
+            ranked, calls = way(noisy(rng, means), 103, 400, 0.0, 1.0, budget=40 * 103)
+            assert calls <= 40 * 103
+            near += means.max() - means[ranked[0].arm] <= 0.02
+        assert near >= 17
+
+    check(raced)
+    kills(check, exhaustive)
 
 
 def test_the_same_rewards_give_the_same_race():
