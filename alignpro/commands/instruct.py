@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from alignpro.llm.arms.instruct import Candidate, Instructed
     from alignpro.llm.targets.target import Target
 
+HEAD = ("mean reward", "behind the winner", "prompts", "left the race (answers so far)")
+"""Columns of a candidate, after its text."""
 SHOWN = 10
 """Candidates in the tables."""
 _CURVES, _DOTS = 5, 25
@@ -119,6 +121,12 @@ def _fate(candidate: "Candidate") -> str:
     return f"{'not the best, for certain' if candidate.ruled_out else 'trailing'}, after {candidate.left:,}"
 
 
+def _row(candidate: "Candidate") -> tuple[str, str, str, str, str]:
+    mean, behind = interval(candidate.mean), number(candidate.behind)
+    prompts = number(candidate.mean.n_clusters)
+    return _name(candidate.instruction), mean, behind, prompts, _fate(candidate)
+
+
 def _certainty(result: "Instructed") -> str:
     """How sure the race is of its winner, in a sentence."""
     n, every, sure = result.contenders, len(result.candidates), f"{result.level:.0%}"
@@ -149,13 +157,11 @@ def _effort(result: "Instructed") -> str:
 
 
 def text(result: "Instructed") -> str:
-    rows = [("", "mean reward", "prompts", "left the race (answers so far)")]
-    for c in result.candidates[:SHOWN]:
-        rows.append((_name(c.instruction), interval(c.mean), number(c.mean.n_clusters), _fate(c)))
+    rows = [("", *HEAD), *map(_row, result.candidates[:SHOWN])]
     refused = f"\n{result.refused:,} answers were refused" if result.refused else ""
     return "\n".join(
         [
-            columns(rows, "wwnw"),
+            columns(rows, "wwnnw"),
             f"{_effort(result)}{refused}",
             "",
             f"best: {_name(result.winner)}",
@@ -208,15 +214,11 @@ def page(result: "Instructed", record: Json) -> Page:
     some = result.candidates[:_DOTS]
     made.add(
         "The candidates",
-        f"The last {len(best)} in the race, and in the figure {len(some)} of {len(result.candidates)}, with "
-        f"the mean rewards that the race saw. Intervals cover jointly at {result.level:.0%}, whenever the "
-        "race ended; the means of those that did well are somewhat flattered, since they were chosen for "
-        "them.",
-        Table(
-            "instruction | mean reward | prompts | left the race (answers so far)",
-            [(_name(c.instruction), interval(c.mean), number(c.mean.n_clusters), _fate(c)) for c in best],
-            "tnnw",
-        ),
+        f"The last {len(best)} in the race, and in the figure {len(some)} of {len(result.candidates)}, with the "
+        f"mean rewards that the race saw; intervals cover jointly at {result.level:.0%}, whenever the race "
+        "ended. How far a candidate is behind the winner is on the same prompts, and flatters the winner "
+        "somewhat, since it was chosen by that.",
+        Table(["instruction", *HEAD], [_row(c) for c in best], "tnnnw"),
         Dots("Mean reward in the race", axis, [dot(_name(c.instruction), c.mean) for c in some]),
     )
     return made

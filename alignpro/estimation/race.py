@@ -39,6 +39,8 @@ class Raced:
     mean: Estimate
     """Mean reward over the prompts that it was asked on. The intervals of all arms cover jointly, whenever
     the race ended; the mean of an arm that did well is biased up, as far as it was chosen for it."""
+    behind: float
+    """How much less it earned than the winner on the same prompts, in reward units."""
     ruled_out: bool
     """Whether it is certainly not the best."""
     left: int | None
@@ -155,6 +157,23 @@ class _Track:
         for k, arm in enumerate(arms):
             self.values[arm] += means[k].tolist()
 
+    def behind(self, arm: int, winner: int) -> float:
+        mine = self.values[arm]
+        return float(np.mean(self.values[winner][: len(mine)]) - np.mean(mine))
+
+    def estimates(self, arms: Sequence[int], level: float) -> dict[int, Estimate]:
+        """Mean rewards of arms; their intervals cover jointly, at any time."""
+        found, high, each = {}, self.low + self.width, 1.0 - (1.0 - level) / len(self.values)
+        for n in {len(self.values[arm]) for arm in arms}:
+            same = [arm for arm in arms if len(self.values[arm]) == n]
+            ends = betting(np.array([self.values[arm] for arm in same]), self.low, high, each, anytime=True)
+            for arm, lo, hi in zip(same, *ends, strict=True):
+                mean, size = self.mean(arm), int(self.counts[arm])
+                how = "mean over the race's answers; betting, at any time, all arms at once"
+                limits = min(float(lo), mean), max(float(hi), mean)
+                found[arm] = Estimate(mean, *limits, level, size, n, how, "unknown")
+        return found
+
 
 def race(
     pull: Pull,
@@ -216,21 +235,18 @@ def race(
         alive = sorted(kept)
     winner = track.leader(alive)
     order = sorted(range(arms), key=lambda a: (a != winner, -left.get(a, calls), -track.mean(a), a))
-    limits: dict[int, tuple[float, float]] = {}
-    for n in {len(values) for values in track.values}:
-        same = [arm for arm in order if len(track.values[arm]) == n]
-        rows = np.array([track.values[arm] for arm in same])
-        lo, hi = betting(rows, low, high, 1.0 - (1.0 - level) / arms, anytime=True)
-        limits |= dict(zip(same, zip(lo.tolist(), hi.tolist(), strict=True), strict=True))
-    ranked = []
-    for arm in order:
-        mean, (least, most) = track.mean(arm), limits[arm]
-        counts = int(track.counts[arm]), len(track.values[arm])
-        how = "mean over the race's answers; betting, at any time, all arms at once"
-        found = Estimate(mean, min(least, mean), max(most, mean), level, *counts, how, "unknown")
-        out = None if arm == winner else left.get(arm, calls)
-        ranked.append(Raced(arm, found, arm in track.ruled_out, out))
-    return Race(tuple(ranked), tuple(moments), calls, budget, used, level)
+    means = track.estimates(order, level)
+    ranked = tuple(
+        Raced(
+            arm,
+            means[arm],
+            track.behind(arm, winner),
+            arm in track.ruled_out,
+            None if arm == winner else left.get(arm, calls),
+        )
+        for arm in order
+    )
+    return Race(ranked, tuple(moments), calls, budget, used, level)
 
 
 @dataclass(frozen=True)

@@ -382,7 +382,8 @@ def test_numbers_of_the_language_models(ran):
     assert len(best) == len(found["candidates"]) == 6
     for row, candidate in zip(best, found["candidates"], strict=True):
         assert row[0] == (candidate["instruction"] or "(no instruction)")
-        assert row[1:3] == [limits(candidate["mean"]), str(candidate["mean"]["n_clusters"])]
+        mean, behind = candidate["mean"], candidate["behind"]
+        assert row[1:4] == [limits(mean), shown(behind), str(mean["n_clusters"])]
     if (held := found["held_out"]) is not None:
         rows = run.page.rows()
         assert rows["gain"][1] == limits(held["gain"])

@@ -77,6 +77,10 @@ def test_all_arms_of_a_moment_are_asked_on_the_same_new_prompts_within_the_budge
         for before, after in itertools.pairwise(asked for asked, *_ in pull.asked):
             assert set(after) <= set(before)
         assert sorted(raced.arm for raced in found.ranked) == list(range(arms))
+        winner, by_prompt = found.ranked[0].arm, {arm: {} for arm in range(arms)}
+        for asked, at, _, rewards in pull.asked:
+            for arm, rows in zip(asked, rewards, strict=True):
+                by_prompt[arm] |= dict(zip(at, rows.mean(1), strict=True))
         for raced in found.ranked:
             mine = [
                 rewards[asked.index(raced.arm)] for asked, _, _, rewards in pull.asked if raced.arm in asked
@@ -84,6 +88,8 @@ def test_all_arms_of_a_moment_are_asked_on_the_same_new_prompts_within_the_budge
             assert raced.mean.value == pytest.approx(np.mean(np.concatenate([r.ravel() for r in mine])))
             assert (raced.mean.n, raced.mean.n_clusters) == (sum(r.size for r in mine), sum(map(len, mine)))
             assert 0 <= raced.mean.lo <= raced.mean.value <= raced.mean.hi <= 1
+            behind = [by_prompt[winner][t] - by_prompt[raced.arm][t] for t in by_prompt[raced.arm]]
+            assert raced.behind == pytest.approx(np.mean(behind), abs=1e-12)
         ends = [math.inf if raced.left is None else raced.left for raced in found.ranked]
         assert ends == sorted(ends, reverse=True)
         assert ends[1] < math.inf

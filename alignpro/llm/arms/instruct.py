@@ -158,6 +158,8 @@ class Candidate:
     """Its text; empty for none at all."""
     mean: Estimate
     """Mean reward on the prompts of the race that it was asked on; see `race.Raced`."""
+    behind: float
+    """How much less it earned than the winner on the same prompts, in reward units."""
     ruled_out: bool
     """Whether it is certainly not the best."""
     left: int | None
@@ -232,7 +234,7 @@ def find(
     return Instructed(
         names[winner.arm],
         found,
-        tuple(Candidate(names[r.arm], r.mean, r.ruled_out, r.left) for r in done.ranked),
+        tuple(Candidate(names[r.arm], r.mean, r.behind, r.ruled_out, r.left) for r in done.ranked),
         tuple((m.calls, {place[arm]: mean for arm, mean in m.means.items()}) for m in done.track),
         done.calls,
         budget,
