@@ -214,8 +214,8 @@ def page(result: "Instructed", record: Json) -> Page:
     some = result.candidates[:_DOTS]
     made.add(
         "The candidates",
-        f"The last {len(best)} in the race, and in the figure {len(some)} of {len(result.candidates)}, with the "
-        f"mean rewards that the race saw; intervals cover jointly at {result.level:.0%}, whenever the race "
+        f"The last {len(best)} in the race, and in the figure {len(some)} of {len(result.candidates)}, with "
+        f"the mean rewards that the race saw; intervals cover jointly at {result.level:.0%}, whenever the race "
         "ended. How far a candidate is behind the winner is on the same prompts, and flatters the winner "
         "somewhat, since it was chosen by that.",
         Table(["instruction", *HEAD], [_row(c) for c in best], "tnnnw"),
