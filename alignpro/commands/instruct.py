@@ -216,8 +216,8 @@ def page(result: "Instructed", record: Json) -> Page:
         "The candidates",
         f"The last {len(best)} in the race, and in the figure {len(some)} of {len(result.candidates)}, with "
         f"the mean rewards that the race saw; intervals cover jointly at {result.level:.0%}, whenever the "
-        "race ended. How far a candidate is behind the winner is on the same prompts, and flatters the winner "
-        "somewhat, since it was chosen by that.",
+        "race ended. How far a candidate is behind the winner is on the same prompts, and flatters the "
+        "winner somewhat, since it was chosen by that.",
         Table(["instruction", *HEAD], [_row(c) for c in best], "tnnnw"),
         Dots("Mean reward in the race", axis, [dot(_name(c.instruction), c.mean) for c in some]),
     )
