@@ -133,8 +133,8 @@ def _certainty(result: "Instructed") -> str:
     if n == 1:
         return f"It is certainly ({sure}) the best of the {every}."
     return (
-        f"Certainly ({sure}) not the best: {every - n} of the {every}. The other {n - 1} dropped out because they "
-        "trailed, which is no proof; a larger --budget proves more."
+        f"Certainly ({sure}) not the best: {every - n} of the {every}. The other {n - 1} dropped out because "
+        "they trailed, which is no proof; a larger --budget proves more."
     )
 
 
