@@ -89,7 +89,8 @@ def said_in(x: str, text: str) -> str:
 
 def with_instruction(x: str, text: str) -> str:
     """The text of x, then `text` after a space, or directly where it begins with white space of its own."""
-    return f"{x}{'' if text[:1].isspace() or not text else ' '}{text}"
+    space = "" if not text or text[0].isspace() else " "
+    return f"{x}{space}{text}"
 
 
 def transcript(x: str) -> str:
