@@ -110,8 +110,8 @@ class EndpointSettings:
 
     def record(self, role: str) -> dict[str, Any]:
         """Say for a run's record what determines answers; None, which another run differs from, for none."""
-        facts = {"model": self.model, "dialect": self.dialect, "omit": list(self.omit)}
-        facts["extra_body"] = self.extra
+        facts: dict[str, Any] = {"model": self.model, "dialect": self.dialect}
+        facts |= {"omit": list(self.omit), "extra_body": self.extra}
         return {f"{role}_{name}": value or None for name, value in facts.items()}
 
     def check_fields(self, sent: Collection[str], own: Collection[str]) -> None:
