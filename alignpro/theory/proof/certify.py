@@ -31,14 +31,14 @@ def _rational(number: Any) -> "fmpq":
     return fmpq(*float(number).as_integer_ratio())
 
 
-_rationals = np.frompyfunc(_rational, 1, 1)
+rationals = np.frompyfunc(_rational, 1, 1)
 _balls = np.frompyfunc(Ball, 1, 1)
 _where: Any = np.where  # of object arrays, which its annotations leave out
 
 
-def _rows(array: Any) -> np.ndarray:
+def rows(array: Any) -> np.ndarray:
     """Rows of probabilities as rationals, each divided by its exact sum."""
-    weights = np.asarray(_rationals(np.asarray(array)), dtype=object)
+    weights = np.asarray(rationals(np.asarray(array)), dtype=object)
     return weights / weights.sum(-1, keepdims=True)
 
 
@@ -73,7 +73,7 @@ def _tilt(base: np.ndarray, energy: np.ndarray, temperature: Ball) -> _Tilt:
     )
 
 
-def _parameter(name: str, value: Any) -> Ball:
+def parameter(name: str, value: Any) -> Ball:
     """β or λ exactly: a float is the rational it stores, "1/3" or "0.1" the rational it names."""
     number = value
     if isinstance(value, str):
@@ -102,11 +102,11 @@ def solution_balls(
     exact. A KL with an entry q = 0 < p is +∞. All error fields are 0. Supports, `is_star`, `supported` and
     `covered` are decided on the given numbers and are plain booleans. Arguments and errors as of `certify`.
     """
-    b, t = _parameter("beta", beta), _parameter("lam", lam)
+    b, t = parameter("beta", beta), parameter("lam", lam)
     has_p, has_prior, has_frozen = (np.asarray(a) > 0 for a in (instance.p, instance.prior, instance.frozen))
     own = np.asarray(instance.own)
-    p, prior, frozen = (_rows(a) for a in (instance.p, instance.prior, instance.frozen))
-    reward = np.asarray(_rationals(np.asarray(instance.reward)), dtype=object)
+    p, prior, frozen = (rows(a) for a in (instance.p, instance.prior, instance.frozen))
+    reward = np.asarray(rationals(np.asarray(instance.reward)), dtype=object)
     if prompter is None:
         has_rho = has_prior
     else:
@@ -138,7 +138,7 @@ def solution_balls(
         kl_to_star = kl_from_star = shortfall = zero
         kl_to_reference, kl_from_reference, kl_excess = star.cost, star.gain, -star.cost
     else:
-        rho = _balls(_rows(prompter))
+        rho = _balls(rows(prompter))
         log_rho: Any = t * _log_quotient(rho, prior, has_rho & has_prior)
         outside, missed = has_rho & ~has_prior, has_prior & ~has_rho
         kl_to_star = _kl(rho, log_rho - log_star, outside)
@@ -352,11 +352,24 @@ def _attempt(name, function, equality, instance, beta, lam, prompter, precision)
         lhs, rhs, ceiling = (Ball(value) for value in (found.lhs, found.rhs, found.ceiling))
     except Undecided:
         assumptions, lhs, rhs, ceiling = {}, nothing, nothing, nothing
+    return certificate(name, lhs, rhs, ceiling, equality, assumptions, precision)
+
+
+def certificate(
+    name: str,
+    lhs: Ball,
+    rhs: Ball,
+    ceiling: Ball,
+    equality: bool = False,
+    assumptions: Mapping[str, bool] | None = None,
+    precision: int = PRECISION,
+) -> Certificate:
+    """The certificate of lhs ≤ rhs (or =) that these balls give; `ceiling` is a size to compare with."""
     slack = rhs - lhs
     size = max(abs(arb(v.value)).lower() for v in (lhs, rhs, ceiling))
     within = Ball(0) if slack.exact and slack == 0 else abs(slack) / Ball(size)
     verdict: Verdict = "inconclusive"
-    if not all(assumptions.values()):
+    if assumptions and not all(assumptions.values()):
         verdict = "inapplicable"
     elif slack.value < 0 or (equality and slack.value > 0):
         verdict = "violated"
@@ -372,7 +385,7 @@ def _attempt(name, function, equality, instance, beta, lam, prompter, precision)
         rhs=repr(rhs),
         within=within.upper,
         precision=precision,
-        assumptions=assumptions,
+        assumptions=assumptions or {},
     )
 
 

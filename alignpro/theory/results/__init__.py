@@ -1,8 +1,9 @@
 """Results beside the bounds: what prompting can reach, at what cost, under what errors.
 
-The public functions and records of `reach`, `cost` and `readings` are here by name. They are
-pure, and safe under jit and vmap, but for `lam_for_kl`; per prompt [X] unless said otherwise. A β or λ that
-is not positive and finite is an `AlignProError`. Proofs: `docs/limits.md`.
+The public functions and records of `reach`, `cost`, `readings` and `shared` are here by name. They are pure,
+and safe under jit and vmap, but for `lam_for_kl` and `universal`, which check their input; per prompt [X]
+unless said otherwise. A β or λ that is not positive and finite is an `AlignProError`. Proofs are in
+`docs/limits.md`.
 """
 
 # ruff: noqa: F401
@@ -39,3 +40,4 @@ from alignpro.theory.results.readings import (
     sensitivity,
     variance_split,
 )
+from alignpro.theory.results.shared import Universal, strategy_table, universal
