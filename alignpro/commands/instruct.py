@@ -1,7 +1,5 @@
 """`alignpro instruct`: the best of a list of instructions, and what it is worth."""
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -44,11 +42,17 @@ class Instruct(RunOptions):
     source: tyro.conf.OmitArgPrefixes[PromptSettings] = field(default_factory=PromptSettings)
 
     def run(self) -> int:
-        from alignpro.commands.opening import World, check_target_room, is_address, user_prompts
+        from alignpro.commands.opening import (
+            World,
+            check_target_room,
+            is_address,
+            prompts_digest,
+            user_prompts,
+        )
         from alignpro.llm.arms import instruct
         from alignpro.llm.models import packages
         from alignpro.llm.models.libraries import quiet
-        from alignpro.llm.models.prompt import as_json, said_in, with_instruction
+        from alignpro.llm.models.prompt import said_in, with_instruction
 
         settings, environment, source = self.settings, self.environment, self.source
         folder, sampling = writable_folder(self.out), environment.sampling()
@@ -63,13 +67,10 @@ class Instruct(RunOptions):
         raced, held = instruct.divided(training, others, settings)
         world.check_prompts([*raced, *held])
 
-        def digest(texts: list[str]) -> str:
-            return hashlib.sha256(json.dumps([as_json(x) for x in texts]).encode()).hexdigest()[:16]
-
         # Another budget or level asks for what is not on file; all else makes other answers.
         record = {
-            "candidates": digest([*candidates]),
-            "prompts": digest(raced),
+            "candidates": prompts_digest(candidates),
+            "prompts": prompts_digest(raced),
             "seed": settings.seed,
             **environment.record(world.reward_name),
         }

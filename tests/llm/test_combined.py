@@ -20,7 +20,8 @@ from alignpro.llm.rewards import combined
 from alignpro.llm.rewards.combined import Mean, Sum
 from alignpro.llm.rewards.function import CallableReward
 from alignpro.llm.rewards.opening import load_reward, read_plan
-from alignpro.llm.rewards.scores import Refusals, judged
+from alignpro.llm.rewards.scores import judged
+from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.target import Answer
 
 X, Y = ["p", "q", "r"], ["a", "bb", "ccc"]

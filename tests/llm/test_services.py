@@ -18,11 +18,11 @@ from alignpro.llm.models.prompt import Prompt, transcript
 from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.rewards.endpoint import CachedReward, EndpointReward
 from alignpro.llm.rewards.opening import load_reward
-from alignpro.llm.rewards.scores import Refusals
 from alignpro.llm.targets import endpoint as endpoint_module
 from alignpro.llm.targets import services
 from alignpro.llm.targets.endpoint import Endpoint
 from alignpro.llm.targets.ledger import Cached
+from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.services import FINISHES, complaint
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Stopped

@@ -20,7 +20,7 @@ from alignpro.llm.models.prompt import with_instruction
 from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.policies.prompter import Prompter
 from alignpro.llm.rewards.reward import Reward
-from alignpro.llm.rewards.scores import Refusals
+from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.target import Target
 from alignpro.llm.training.environment import Environment
 

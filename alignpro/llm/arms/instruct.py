@@ -28,7 +28,8 @@ from alignpro.llm.data.split import split_of
 from alignpro.llm.models.prompt import said_in, with_instruction
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.rewards.reward import Reward
-from alignpro.llm.rewards.scores import Refusals, judged
+from alignpro.llm.rewards.scores import judged
+from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.target import Target
 
 FILE = "cells.jsonl"
