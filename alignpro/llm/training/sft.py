@@ -165,8 +165,39 @@ def columns(pairs: Sequence[Encoded]) -> dict[str, list[list[int]]]:
     }
 
 
+def uncolumned(input_ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> list[Encoded]:
+    """The pairs that a collated batch of `columns` holds, without pads."""
+    pairs = []
+    for ids, wanted, kept in zip(input_ids.tolist(), labels.tolist(), mask.tolist(), strict=True):
+        row = [(token, label) for token, label, there in zip(ids, wanted, kept, strict=True) if there]
+        prompt = tuple(token for token, label in row if label == -100)
+        pairs.append((prompt, tuple(token for token, label in row if label != -100)))
+    return pairs
+
+
 class _Trainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc]
-    pass
+    """TRL's trainer, with its loss from a pass that reads the template once and not in every row.
+
+    The loss is −Σ log ρ(x′|x) over a batch divided by the batch's tokens. The entropy is logged beside it;
+    TRL's accuracy is not, which would need the logits once more."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        pairs = uncolumned(inputs["input_ids"], inputs["labels"], inputs["attention_mask"])
+        scores = log_probs(model, [prompt for prompt, _ in pairs], [said for _, said in pairs])
+        here = torch.tensor(sum(len(said) for _, said in pairs), device=scores.log_probs.device)
+        gathered = self.accelerator.gather_for_metrics
+        entropy = gathered(scores.entropies.sum()).sum() / gathered(here).sum()
+        self._metrics["train"]["entropy"].append(entropy.item())
+        # Over the tokens of all processes, whose gradients are then averaged: as TRL has it.
+        every = here if num_items_in_batch is None else num_items_in_batch
+        loss = -scores.log_probs.sum() / every
+        return loss if num_items_in_batch is None else loss * self.accelerator.num_processes
 
 
 def _trainer(
@@ -182,6 +213,7 @@ def _trainer(
     if settings.batch_size % world:
         raise AlignProError(f"batch_size {settings.batch_size}: {world} processes do not divide it")
     model = copy.deepcopy(prompter.model)
+    vars(model).pop("forward", None)  # one that a trainer of TRL has put there calls the original
     config = SFTConfig(
         **pair_arguments(settings, out, model.device.type == "cpu", world),
         gradient_accumulation_steps=1,
