@@ -12,13 +12,16 @@ from alignpro.llm.data.split import SPLITS, split_of
 from alignpro.llm.models.prompt import with_instruction
 
 
-def instruction_pairs(each: int = 2, alone: float = 0.03, seed: int = 0) -> list[Rewrite]:
+def instruction_pairs(
+    n: int | None = None, each: int = 4, alone: float = 0.03, seed: int = 0
+) -> list[Rewrite]:
     """Make pairs of a prompt x of the data set `instructions` and x followed by an instruction of the bank.
 
     In each split every instruction occurs about equally often. Some prompts are paired with themselves, so
     that a prompter that learns from the pairs can leave x as it is.
 
     Args:
+        n: how many prompts; all of them if None.
         each: pairs of a prompt.
         alone: share of the pairs in which x stands alone.
         seed: determines which prompts get which instructions.
@@ -28,7 +31,7 @@ def instruction_pairs(each: int = 2, alone: float = 0.03, seed: int = 0) -> list
     if not 0 <= alone <= 1:
         raise AlignProError(f"alone {alone}: give a share from 0 to 1")
     rng = np.random.default_rng(seed)
-    prompts = packaged.instructions()
+    prompts = packaged.instructions(n)
     found = []
     for part in SPLITS:
         rows = [x for x in prompts if split_of(x) == part for _ in range(each)]
@@ -40,5 +43,5 @@ def instruction_pairs(each: int = 2, alone: float = 0.03, seed: int = 0) -> list
     return found
 
 
-PAIRS: dict[str, Callable[[], list[Rewrite]]] = {"instructions": instruction_pairs}
+PAIRS: dict[str, Callable[..., list[Rewrite]]] = {"instructions": instruction_pairs}
 """Pairs that need no file, by name."""

@@ -33,6 +33,8 @@ class Recipe:
     """A row of `alignpro.llm.policies.prompter.TEMPLATES`."""
     pairs: str
     """A row of `alignpro.llm.data.pairs.PAIRS`."""
+    options: Mapping[str, Any]
+    """Arguments of the function there."""
     settings: Mapping[str, Any]
     """Every field of `alignpro.llm.training.settings.SFTSettings`."""
     data: tuple[str, ...]
@@ -46,6 +48,7 @@ RECIPES: dict[str, Recipe] = {
         base="smollm2-135m-instruct",
         template="append",
         pairs="instructions",
+        options={"each": 4, "alone": 0.03, "seed": 0},
         settings={
             "learning_rate": 1e-3,
             "epochs": 1,

@@ -33,7 +33,8 @@ def make(name: str, folder: Path, recipe: Recipe) -> None:
         base = Prompter.from_pretrained(recipe.base, template=recipe.template)
         version = folder.name.removeprefix(f"{name}-")
         base.facts = {"recipe": {"name": name, "version": version, "pairs": recipe.pairs}}
-        sft(base, PAIRS[recipe.pairs](), SFTSettings(**recipe.settings), work, resume=True, merge=False)
+        pairs = PAIRS[recipe.pairs](**recipe.options)
+        sft(base, pairs, SFTSettings(**recipe.settings), work, resume=True, merge=False)
         content = work / PROMPTER_FOLDER
         packages.write_manifest(content, source=name)
         packages.publish(content, folder)
