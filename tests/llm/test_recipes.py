@@ -29,10 +29,11 @@ needs_data = pytest.mark.skipif(not all(map(packages.cached, NEEDED)), reason="p
 
 
 def check_pairs(module):
-    made = module.instruction_pairs(each=3, alone=0.1, seed=1)
-    assert made == module.instruction_pairs(each=3, alone=0.1, seed=1)
-    assert made != module.instruction_pairs(each=3, alone=0.1, seed=2)
-    assert set(Counter(pair.prompt for pair in made).values()) == {3}
+    made = module.instruction_pairs(each=3, held_out=2, alone=0.1, seed=1)
+    assert made == module.instruction_pairs(each=3, held_out=2, alone=0.1, seed=1)
+    assert made != module.instruction_pairs(each=3, held_out=2, alone=0.1, seed=2)
+    of_each = Counter((split_of(pair.prompt) == "train", pair.prompt) for pair in made)
+    assert {(train, n) for (train, _), n in of_each.items()} == {(True, 3), (False, 2)}
     added = [pair.rewrite.removeprefix(pair.prompt) for pair in made]
     assert {*added} == {"", *(f" {text}" for text in INSTRUCTIONS)}
     assert added.count("") / len(added) == pytest.approx(0.1, abs=0.03)
@@ -57,7 +58,7 @@ def test_pairs_are_balanced_and_some_say_nothing():
     }.items():
         code = (right, wrong) if wrong else (f"{right} with_instruction", "with_instruction")
         kills(check_pairs, mutated(pairs, *code))
-    with pytest.raises(AlignProError, match=r"^each 0: give at least 1$"):
+    with pytest.raises(AlignProError, match=r"^each 0, held_out 1: give at least 1$"):
         pairs.instruction_pairs(each=0)
     with pytest.raises(AlignProError, match=r"^alone 2: give a share"):
         pairs.instruction_pairs(alone=2)

@@ -173,13 +173,43 @@ def test_the_loss_reads_the_template_once_and_is_that_of_a_plain_pass(prompter, 
         return SFTTrainer.compute_loss(trainer, model, batch, num_items_in_batch=total)
 
     for right, wrong in {
-        "-scores.log_probs.sum() / every": "-(scores.log_probs.sum(1) / 3).mean()",
-        "every = here if num_items_in_batch is None else num_items_in_batch": "every = here",
+        "-scores.log_probs.sum() / tokens": "-(scores.log_probs.sum(1) / 3).mean()",
+        "tokens = here if num_items_in_batch is None else num_items_in_batch": "tokens = here",
         "log_probs(model, [prompt for prompt, _ in pairs]": "log_probs(model, [pairs[0][0] for _ in pairs]",
     }.items():
         mutant = by(mutated(module, right, wrong))
         kills(lambda loss: check_loss(loss, prompter, tmp_path), mutant)
     kills(lambda loss: check_loss(loss, prompter, tmp_path), slow)
+
+
+def test_pairs_of_one_prompt_together(prompter, tmp_path, monkeypatch):
+    """All are learned from, each prompt's in one batch, in an order that the seed gives."""
+    pairs = [
+        Rewrite(x, y) for y in ("a", "b", "c", "d") for x in ("ab", "cd", "aa", "bd", "dd", "ca", "ba", "da")
+    ]
+    ids = [encode(prompter, p) for p in pairs if split_of(p.prompt) == "train"]
+    in_a_row = module.gathered(ids, 0)
+    assert sorted(in_a_row) == sorted(ids)
+    assert in_a_row != module.gathered(ids, 1)
+    seen, step = [], module._Trainer.compute_loss
+
+    def looked_at(self, model, inputs, **named):
+        seen.append(
+            [p for p, _ in module.uncolumned(*(inputs[n] for n in ("input_ids", "labels", "attention_mask")))]
+        )
+        return step(self, model, inputs, **named)
+
+    monkeypatch.setattr(module._Trainer, "compute_loss", looked_at)
+
+    def prompts_of_a_batch(together):
+        seen.clear()
+        settings = replace(SHORT, batch_size=4, together=together)
+        sft(prompter, pairs, settings, tmp_path / str(together))
+        assert sorted(p for batch in seen for p in batch) == sorted(p for p, _ in ids)
+        return max(len(set(batch)) for batch in seen)
+
+    assert prompts_of_a_batch(True) == 1
+    assert prompts_of_a_batch(False) > 1
 
 
 def test_seeds_are_honoured(prompter, tmp_path):
