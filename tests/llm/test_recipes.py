@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from mutants import kills, mutated
+from small_recipe import NAME, TINY, few_pairs
 
 from alignpro.commands import main
 from alignpro.errors import AlignProError
 from alignpro.llm.data import packaged, pairs
 from alignpro.llm.data.bank import INSTRUCTIONS
-from alignpro.llm.data.own import Rewrite
 from alignpro.llm.data.split import SPLITS, split_of
 from alignpro.llm.models import catalogue, packages, recipes
 from alignpro.llm.models.resolve import resolve
@@ -23,7 +23,6 @@ from alignpro.llm.policies.prompter import TEMPLATES, Prompter
 from alignpro.llm.training import recipe, sft
 from alignpro.llm.training.settings import SFTSettings
 
-NAME = "instructions-sft"
 NEEDED = catalogue.RECIPES[NAME].data
 needs_data = pytest.mark.skipif(not all(map(packages.cached, NEEDED)), reason="packages are not cached")
 
@@ -64,45 +63,9 @@ def test_pairs_are_balanced_and_some_say_nothing():
         pairs.instruction_pairs(alone=2)
 
 
-def few_pairs(**_):
-    """Thirty of the bank's instructions on ten prompts."""
-    found = [
-        Rewrite(f"Tell me of {i}.", f"Tell me of {i}. {INSTRUCTIONS[3 * i + j]}")
-        for i in range(10)
-        for j in range(3)
-    ]
-    assert {split_of(pair.prompt) for pair in found} == {*SPLITS}
-    return found
-
-
-TINY = {
-    "learning_rate": 1e-2,
-    "epochs": 1,
-    "batch_size": 8,
-    "lora_layers": 0.5,
-    "max_tokens": 60,
-    "save_every": 2,
-}
-
-
-@pytest.fixture
-def tiny(animals, tmp_path, monkeypatch):
-    """The recipe of that name, on a tiny model, in a cache of its own that has the data."""
-    monkeypatch.setitem(
-        catalogue.RECIPES,
-        NAME,
-        replace(catalogue.RECIPES[NAME], base=str(animals("qwen2_5")), settings=TINY, options={"n": 40}),
-    )
-    data = packages.cache_folder() / "packages"
-    monkeypatch.setenv("ALIGNPRO_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "packages").symlink_to(data)
-    return catalogue.RECIPES[NAME]
-
-
-def test_an_interrupted_training_goes_on_and_the_end_is_the_same(tiny, tmp_path, monkeypatch):
+def test_an_interrupted_training_goes_on_and_the_end_is_the_same(tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.setitem(pairs.PAIRS, "instructions", few_pairs)
-    tiny = replace(tiny, settings=TINY | {"epochs": 2, "batch_size": 4})
+    tiny = replace(tiny_recipe, settings=TINY | {"epochs": 2, "batch_size": 4})
     whole, cut = tmp_path / "whole" / f"{NAME}-1", tmp_path / "cut" / f"{NAME}-1"
     recipe.make(NAME, whole, tiny)
     assert {path.name for path in whole.parent.iterdir()} == {whole.name, f".{whole.name}.lock"}
@@ -144,7 +107,7 @@ def check_waits(module, tiny, folder):
     assert json.loads((folder / packages.MANIFEST).read_text())["source"] == "the first"
 
 
-def test_one_of_several_processes_trains(tiny, tmp_path, monkeypatch):
+def test_one_of_several_processes_trains(tiny_recipe, tmp_path, monkeypatch):
     trained = []
     mutants = {
         "right": recipe,
@@ -161,7 +124,7 @@ def test_one_of_several_processes_trains(tiny, tmp_path, monkeypatch):
 
         def check(module):
             trained.clear()
-            check_waits(module, tiny, tmp_path / name)  # noqa: B023
+            check_waits(module, tiny_recipe, tmp_path / name)  # noqa: B023
             assert not trained
 
         folder = tmp_path / name
@@ -169,7 +132,7 @@ def test_one_of_several_processes_trains(tiny, tmp_path, monkeypatch):
         assert folder.exists() or trained
 
 
-def test_the_key_follows_settings_data_and_code(tiny, monkeypatch):
+def test_the_key_follows_settings_data_and_code(tiny_recipe, monkeypatch):
     key, source = recipes.cache_key(NAME), recipes._source
     assert recipes.cache_key(NAME) == key
     for change in (
@@ -180,10 +143,10 @@ def test_the_key_follows_settings_data_and_code(tiny, monkeypatch):
         {"options": {}},
     ):
         with monkeypatch.context() as patch:
-            patch.setitem(catalogue.RECIPES, NAME, replace(tiny, **change))
+            patch.setitem(catalogue.RECIPES, NAME, replace(tiny_recipe, **change))
             assert recipes.cache_key(NAME) != key, change
     with monkeypatch.context() as patch:
-        patch.setitem(catalogue.RECIPES, NAME, replace(tiny, cost="an age"))
+        patch.setitem(catalogue.RECIPES, NAME, replace(tiny_recipe, cost="an age"))
         assert recipes.cache_key(NAME) == key
     for name in recipes.MADE_BY:
         for more, same in (("\nx = 1\n", False), ("\n# a comment\n", True)):
@@ -204,7 +167,7 @@ def test_the_recipe_says_every_setting():
 
 
 @needs_data
-def test_it_is_a_prompter_wherever_one_is_named(tiny, tmp_path, monkeypatch, capfd):
+def test_it_is_a_prompter_wherever_one_is_named(tiny_recipe, tmp_path, monkeypatch, capfd):
     """Made by a process of its own; then trained from, rolled out, rewritten with and merged by its name."""
     monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher of several processes sets it
     monkeypatch.setenv("RANK", "1")
@@ -226,7 +189,7 @@ def test_it_is_a_prompter_wherever_one_is_named(tiny, tmp_path, monkeypatch, cap
     assert {*merged.facts["sft"]["nats_per_token"]} == {"validation", "test"}
     xs = packaged.instructions(4)
     ys = [f"{x} Be brief." for x in xs]
-    base = Prompter.from_pretrained(tiny.base, template="append")
+    base = Prompter.from_pretrained(tiny_recipe.base, template="append")
     found = plain.log_probs(xs, ys)
     np.testing.assert_allclose(found, merged.log_probs(xs, ys), rtol=1e-4)
     assert np.all(found > base.log_probs(xs, ys) + 1)
@@ -234,7 +197,9 @@ def test_it_is_a_prompter_wherever_one_is_named(tiny, tmp_path, monkeypatch, cap
         Prompter.from_pretrained(NAME, template="append")
 
     (tmp_path / "x.txt").write_text("\n".join(xs))
-    world = f"--target {tiny.base} --reward brevity --answer-tokens 4 --prompts-file {tmp_path / 'x.txt'}"
+    world = (
+        f"--target {tiny_recipe.base} --reward brevity --answer-tokens 4 --prompts-file {tmp_path / 'x.txt'}"
+    )
     short = "--iterations 1 --prompts 2 --samples 2 --epochs 1 --max-tokens 5"
 
     def run(line):
@@ -263,8 +228,8 @@ def test_it_is_a_prompter_wherever_one_is_named(tiny, tmp_path, monkeypatch, cap
     assert f"was trained from another version of {NAME}" in capfd.readouterr().err
 
 
-def test_a_failure_is_one_line(tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(catalogue.RECIPES, NAME, replace(tiny, base=str(tmp_path / "gone")))
+def test_a_failure_is_one_line(tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(catalogue.RECIPES, NAME, replace(tiny_recipe, base=str(tmp_path / "gone")))
     monkeypatch.setattr(recipes, "TRAINER", "this")  # any module that trains nothing
     with pytest.raises(
         AlignProError, match=rf"^prompter {NAME}: training it failed \(.*\); run the command again$"
