@@ -136,7 +136,7 @@ def _learn(d: _Draws, seen: slice) -> _Learned | None:
     between = max((float((n * mean**2).sum()) / (k - 1) - noise) / each, 0.05 * noise)
     if not between > 0:
         return None
-    value = total / (n + noise / between)
+    value = total / np.maximum(n + noise / between, 1e-300)  # without noise, 0 of a strategy never drawn
     share = n / size
     return _Learned(value - float(share @ value), share, noise, float(np.sqrt(between)))
 

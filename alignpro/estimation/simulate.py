@@ -216,7 +216,7 @@ def simulate_instructions(
         known = (
             _log(np.take_along_axis(prior, strategy, 1)) if arm and size.density else np.full((n, 1), np.nan)
         )
-        columns = {
+        columns: dict[str, Any] = {
             "prompt": prompt,
             "arm": np.array(arm),
             "draw": draw,
@@ -226,9 +226,9 @@ def simulate_instructions(
             "logp": known[..., None],
         }
         parts.append({name: np.broadcast_to(v, mean.shape).ravel() for name, v in columns.items()})
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    order = np.lexsort([columns[name] for name in ("answer", "draw", "arm", "prompt")])
-    sorted_: Any = {name: values[order] for name, values in columns.items()}
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.lexsort([whole[name] for name in ("answer", "draw", "arm", "prompt")])
+    sorted_: Any = {name: values[order] for name, values in whole.items()}
     logp = sorted_.pop("logp")
     missing = np.full(len(order), np.nan)
     return Rollouts(
