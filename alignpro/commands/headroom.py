@@ -136,13 +136,16 @@ def _add_shared(page: Page, pooled: "estimation.Pooled", axis: str) -> None:
             "One instruction, or a prompter that reads",
             "Objectives J − λ KL over that of ρ_sft, of the best prompter that ignores the prompt and of the "
             "best that reads it, were the effects of strategies normal with the variances above.",
-            Table(["", *_PRICES], _prices(pooled, "λ = {}"), "wnnn"),
+            Table(["", *_PRICES], _prices(pooled, "at λ = {}"), "wnnn"),
         )
 
 
 @dataclass(frozen=True)
 class Headroom:
     """Should one train at all? Estimates, before any training, what the best prompter could gain.
+
+    Where rewrites add the same few instructions to many prompts, what each brings is learned over prompts:
+    whether one instruction for all would do, and what reading the prompt would add.
 
     Needs arm sft (rewrites by the reference prompter) with at least two draws per prompt and two answers per
     draw; arm none for the comparison with no prompter.

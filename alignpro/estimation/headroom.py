@@ -13,7 +13,7 @@ from alignpro.estimation.terms import Terms
 from alignpro.rollouts import Rollouts
 
 POOLED = 0.9
-"""What a wrong yes of the pooled estimate takes of the answer's error, where strategies are shared."""
+"""Share of the answer's error that the pooled estimate may take, where strategies are shared."""
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
 """The λ that are tried where none is given, as shares of the declared width of the reward."""
 
@@ -50,7 +50,7 @@ class Headroom:
     ceiling: Estimate | None
     """E R(best of all rewrites drawn) − J(no prompter); None without arm none."""
     pooled: Pooled | None
-    """What strategies that prompts share would bring; None where too few draws share one."""
+    """The gain that strategies shared among prompts would bring; None where too few draws share one."""
     answer: str
     """Whether one should train at all, in a sentence that begins with Yes, No or Undecided."""
     warnings: tuple[str, ...]

@@ -1,11 +1,10 @@
-"""What strategies that prompts share could bring: a prompter learned from some, judged on the next."""
+"""The gain of strategies that prompts share: prompters learned from some prompts, judged on others."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from scipy.special import stdtrit
 
 from alignpro.estimation.components import Components, PooledAt, components
 from alignpro.estimation.intervals import Bias, Estimate, studentise
@@ -47,11 +46,11 @@ class Pooled:
     """The best strategies that several prompts share, with how much more than the mean of ρ_sft each earns
     (reward units, shrunk; not an interval: they were chosen for it)."""
     components: Components | None
-    """Where the variance of R(x, s) is; None where prompts have too few draws of shared strategies."""
+    """The parts of the variance of R(x, s); None where prompts have too few draws of shared strategies."""
     at: tuple[PooledAt, ...]
     """The value of one instruction for all and of reading x, at each λ; empty without `components`."""
     finding: str
-    """What the evidence supports: leaving it, one instruction, or a prompter that reads."""
+    """Which of leaving it, one instruction and a prompter that reads is supported, in a sentence."""
     deciding: Estimate
     """The gain over no prompter (over ρ_sft without arm none), at the level that the answer rests on."""
 
@@ -200,6 +199,8 @@ def estimate_of(
     rows: np.ndarray, level: float, n: int, low: float, high: float, method: str, bias: Bias = "down"
 ) -> Estimate:
     """Estimate the mean of `rows` [n], with the wider of Student's and percentile-t limits on each side."""
+    from scipy.special import stdtrit  # here, since importing it takes longer than most estimates
+
     found = studentise(rows[None])
     lo, hi = (float(end[0]) for end in found.interval(level))
     value, error = float(found.mean[0]), float(found.error[0])

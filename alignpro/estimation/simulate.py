@@ -176,7 +176,7 @@ class Instructions(NamedTuple):
     """Answers to each prompt itself."""
     mean: float = 0.45
     own: float = -0.026
-    """What no instruction at all earns more than `mean`, but for the prompt's effect."""
+    """Reward without an instruction, less `mean` and the prompt's effect."""
     effect: float = 0.1
     best: float | None = None
     """Gain of the best instruction over the mean, to which the effects are scaled. Left out: as drawn."""

@@ -454,7 +454,8 @@ def test_headroom_answers():
     assert found.answer.startswith("No: ")
     i.frozen = np.random.default_rng(1).dirichlet(np.ones(2), 4)
     vague = constant(i, [0.3, 0.7])
-    found = headroom(simulate(vague, np.random.default_rng(0), Size(6, 4, 3, 2), reward_range=(0, 1)), (0.2,))
+    rollouts = simulate(vague, np.random.default_rng(0), Size(6, 4, 3, 2), reward_range=(0, 1))
+    found = headroom(replace(rollouts, strategy=None), (0.2,))
     assert found.answer.startswith("Undecided: ")
 
 

@@ -163,6 +163,9 @@ def test_values_of_normal_effects():
         none, large = module.normal_value((0.0, 0.01), shares, 10.0)
         assert none == pytest.approx(0.0, abs=1e-12)
         assert large == pytest.approx(0.01 * (1 - 1 / 30) / 20, rel=0.03)
+        curve = module.normal_value(np.linspace(0.0, 0.2, 30), shares, 0.05)
+        assert (np.diff(curve) > 0).all()
+        assert (np.diff(curve, 2) < 0).all()
         (small,) = module.normal_value((0.01,), shares, 1e-4)
         assert small == pytest.approx(0.1 * 2.0428, rel=0.01)  # E max of 30 standard normals
 

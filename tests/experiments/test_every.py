@@ -13,6 +13,7 @@ SMALL = {
     "beyond_the_bound": "--instances 4",
     "coverage": "--repetitions 2 --out OUT/coverage.json",
     "paper": "--preset small --dry-run",
+    "pooled": "--repetitions 1 --only flat --out OUT/pooled.json",
     "tiny_optimum": "--seeds 1 --iterations 1",
     "which_bound": "--instances 20",
 }
