@@ -36,7 +36,7 @@ POPULATIONS = {
     "flat, interaction sd 0.1": FLAT._replace(interaction=0.1),
     "flat, 2 instructions": FLAT._replace(instructions=2),
     "flat, 20 prompts": FLAT._replace(prompts=20),
-    "flat, 10 prompts": FLAT._replace(prompts=10),
+    "flat, 10 prompts, 5 instructions": FLAT._replace(prompts=10, instructions=5),
     "flat, 8 draws": FLAT._replace(draws=8),
     "flat, rho_sft(s|x) uneven, Dirichlet 1": FLAT._replace(instructions=10, concentration=1.0),
     "flat, no densities": FLAT._replace(density=False),

@@ -158,6 +158,9 @@ def _answer(
             f"over {rival}, less than 1% of the reward's range ({smallest:.3g})."
         )
     lam, gain = max(gains.items(), key=lambda item: item[1].value)
+    who = f"at lambda {lam:g} the optimal prompter"
+    if shared is not None:
+        who, gain = "a prompter that pools strategies over prompts", shared.deciding
     more = prompts_to_settle(gain)
     if gain.bracket:
         remedy = "more answers and rewrites per prompt would tell (see the warnings)"
@@ -165,4 +168,4 @@ def _answer(
         remedy = "no realistic number of prompts would tell"
     else:
         remedy = f"about {more} more prompts would tell"
-    return f"Undecided: at lambda {lam:g} the optimal prompter earns {said(gain)} over {rival}; {remedy}."
+    return f"Undecided: {who} earns {said(gain)} over {rival}; {remedy}."

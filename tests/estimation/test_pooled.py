@@ -11,6 +11,7 @@ import pytest
 from mutants import kills, mutated
 
 from alignpro.commands.headroom import page, text
+from alignpro.commands.main import main
 from alignpro.estimation import components, headroom, pooled
 from alignpro.estimation.paired import Arm
 from alignpro.estimation.pooled import _Draws
@@ -258,3 +259,24 @@ def test_draws_are_in_the_order_of_judging():
     d = _Draws(rollouts, sft, None)
     assert d.average(d.mean) == pytest.approx(sft.mean(sft.reward)[d.order])
     assert sorted(d.order) == list(range(60))
+
+
+def test_a_file_of_texts_is_pooled_too(tmp_path, capsys):
+    """From the text of each rewrite the same numbers come as from the instructions that were drawn."""
+    rollouts = simulate_instructions(np.random.default_rng(3), GAIN)
+    columns = ("prompt", "arm", "draw", "answer", "strategy", "reward")
+    values = zip(*(getattr(rollouts, name).tolist() for name in columns), strict=True)
+    logps = rollouts.logps["logp_reference"]
+    path = tmp_path / "rollouts.jsonl"
+    with open(path, "w") as file:
+        for i, (prompt, arm, draw, answer, strategy, reward) in enumerate(values):
+            x = f"Question {prompt}?"
+            text = f"{x} Answer in way {strategy}." if strategy else x
+            made = row(str(prompt), x, text, draw, answer, rollouts.arms[arm], reward)
+            file.write(replace(made, logp_reference=float(logps[i]) if arm else None).line())
+    assert main(["headroom", str(path), "--lam", "0.05", "--json"]) == 0
+    found, known = json.loads(capsys.readouterr().out), headroom(rollouts, (0.05,))
+    assert found["answer"] == known.answer
+    for name in ("over_none", "kl"):
+        assert found["pooled"][name]["lo"] == pytest.approx(getattr(known.pooled, name).lo)
+    assert found["pooled"]["favoured"][0][0].startswith("Answer in way ")
