@@ -162,12 +162,12 @@ def _weights(d: _Draws, exact: bool, learned: _Learned, slopes: np.ndarray, prom
 
 
 def judge(
-    d: _Draws, exact: bool, base: np.ndarray, measured: float
+    d: _Draws, exact: bool, base: np.ndarray, rival: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gain over ρ_sft and KL (nats) of the prompters learned on the way, and their weights; [n] each.
 
-    `base` [n] are gains of ρ_sft itself over the rival, and `measured` the variance of a row of them: the
-    tilt with the greatest foreseen gain, in standard errors, is played.
+    `base` [n] are gains of ρ_sft itself over the rival, and `rival` [n] rows that vary as they do: the tilt
+    with the greatest foreseen gain, in standard errors, is played.
 
     A row is the mean over the prompt's draws of (w − 1)(r − b), where w depends on the draw's strategy and
     on earlier prompts alone, and b is the mean of the prompt's other answers. Its expectation given the
@@ -188,7 +188,8 @@ def judge(
         noise = learned.noise * d.average(lift**2, before) / d.draws[before]
         variance = foreseen.var(-1) + noise.mean(-1)
         least = max(float(base[before].mean()), 0.0) + foreseen.mean(-1)
-        best = np.argmax(least / np.sqrt(measured + variance / (1.0 - BURN)))
+        error = np.sqrt(np.maximum(rival[before].var() + variance / (1.0 - BURN), 1e-300))
+        best = int(np.argmax(least / error))
         (w,) = _weights(d, exact, learned, _SLOPES[best : best + 1], now)
         gain[now] = d.average((w - 1.0) * (d.contrast if exact else d.mean)[d.of(now)], now)
         kl[now] = d.average(w * np.log(np.where(w > 0, w, 1.0)) - w + 1.0, now)
@@ -231,9 +232,9 @@ def pooled(
     width = rollouts.high - rollouts.low
     reference = d.average(d.mean)
     base = np.zeros(d.n) if none is None else reference - none.mean(none.reward)[d.order]
-    measured = float((reference if none is None else base).var())
     # With densities two prompters are to be had, and a half of each: their errors differ.
-    ways = [judge(d, exact, base, measured) for exact in (False, True)[: 1 + d.exact]]
+    rival = reference if none is None else base
+    ways = [judge(d, exact, base, rival) for exact in (False, True)[: 1 + d.exact]]
     gain, kl, trust = (np.mean(of, 0) for of in zip(*ways, strict=True))
     # The first prompts only teach: ρ_sft itself is played on them.
     weighted = trust / max(float(trust.mean()), 1e-300)

@@ -39,7 +39,7 @@ def judged(module, size, runs, rate=None):
         sft, none = Arm(rollouts, "sft"), Arm(rollouts, "none")
         d = module._Draws(rollouts, sft, none)
         base = d.average(d.mean) - none.mean(none.reward)[d.order]
-        ways = [module.judge(d, exact, base, float(base.var())) for exact in (False, True)]
+        ways = [module.judge(d, exact, base, base) for exact in (False, True)]
         gain, _, trust = (np.mean(of, 0) for of in zip(*ways, strict=True))
         rows = base + gain * trust / trust.mean()
         found.append(module.estimate_of(rows, 0.95, 1, -1.0, 1.0, "").lo)
@@ -146,14 +146,14 @@ def test_components_are_unbiased():
 
 
 def test_components_are_covered():
-    """In 51 runs of 60 or more, where 57 are due (false alarm 7e-4)."""
+    """In 33 runs of 40 or more, where 38 are due (false alarm 7e-4)."""
     size = Instructions(prompts=40, instructions=8, interaction=0.08, noise=0.1)
     covered = 0
-    for seed in range(60):
+    for seed in range(40):
         rollouts = simulate_instructions(np.random.default_rng([seed, 4]), size)
         split, _ = components.components(rollouts, Arm(rollouts, "sft"), np.arange(9), (0.1,), 0.95)
         covered += split.interaction.lo <= size.interaction**2 * 7 / 8 <= split.interaction.hi
-    assert covered >= 51
+    assert covered >= 33
 
 
 def test_values_of_normal_effects():
