@@ -159,7 +159,7 @@ def _answer(
         )
     lam, gain = max(gains.items(), key=lambda item: item[1].value)
     who = f"at lambda {lam:g} the optimal prompter"
-    if shared is not None:
+    if shared is not None and shared.deciding.value > 0:  # it is biased down: below 0 it says nothing
         who, gain = "a prompter that pools strategies over prompts", shared.deciding
     more = prompts_to_settle(gain)
     if gain.bracket:
