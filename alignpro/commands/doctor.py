@@ -24,6 +24,7 @@ EXTRAS = {
     "report": "figures and HTML reports",
     "llm": "language models: demo, train, rollout, judge, ...",
     "http": "frozen models, rewards and judges behind an endpoint",
+    "rewards": "rewards by word lists (sentiment), and instructions about languages",
     "docs": "the documentation site",
 }
 _REQUIREMENT = re.compile(r"([A-Za-z0-9][\w.-]*)(\[[^\]]*\])?\s*([^;]*?)\s*(?:;(.*))?$")

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
 from alignpro.errors import AlignProError, check_temperature
+from alignpro.llm.models.prompt import Prompt, transcript
 from alignpro.report import theme
 from alignpro.report.numbers import plain
 
@@ -82,7 +83,8 @@ class Reader:
                     ],
                 }
             )
-        return {"at": at, "id": name, "x": rows[0]["x"], "arms": arms}
+        x = transcript(Prompt(rows[0]["x"], rows[0].get("context") or ()))
+        return {"at": at, "id": name, "x": x, "arms": arms}
 
 
 class App:

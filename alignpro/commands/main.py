@@ -18,6 +18,7 @@ from alignpro.commands.estimate import Estimate
 from alignpro.commands.explore import Explore
 from alignpro.commands.headroom import Headroom
 from alignpro.commands.hunt import Hunt
+from alignpro.commands.instruct import Instruct
 from alignpro.commands.judge import Judge
 from alignpro.commands.merge import Merge
 from alignpro.commands.options import CONFIG, REGISTRY
@@ -41,6 +42,7 @@ VERBS: dict[str, type[Verb]] = {
     "sft": Sft,
     "reward-model": RewardModel,
     "resample": Resample,
+    "instruct": Instruct,
     "rollout": Rollout,
     "estimate": Estimate,
     "headroom": Headroom,

@@ -1,9 +1,12 @@
 """Opens what the options of a verb name: checked before anything is loaded, with what it will cost."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from alignpro.commands.options import EnvironmentSettings, PromptSettings
 from alignpro.commands.shared import REWARD_FILE
@@ -51,9 +54,9 @@ class World:
 
     def __init__(self, settings: EnvironmentSettings) -> None:
         from alignpro.llm.models import catalogue, configure
-        from alignpro.llm.rewards.opening import JUDGE, judge_opener, read_plan
-        from alignpro.llm.rewards.scores import Refusals
+        from alignpro.llm.rewards.opening import JUDGE, judge_opener, keyed, read_plan
         from alignpro.llm.targets.ledger import Prices
+        from alignpro.llm.targets.refusals import Refusals
 
         self.settings = settings
         self._endpoint: Target | None = None
@@ -89,6 +92,12 @@ class World:
             raise AlignProError(
                 "reward_judge: is at an address, as another reward is, and one --reward-key-env would go to "
                 "both; take a judge in this process, or the other reward in another way"
+            )
+        hosts = {urlsplit(spec.target).netloc for spec in self._plan.specs if spec.kind == "endpoint"}
+        if len(hosts) > 1 and keyed(settings.reward_endpoint).key_env:
+            raise AlignProError(
+                f"reward_key_env: would go to {' and '.join(sorted(hosts))}, and may be for one of them; "
+                "take one of the rewards in another way"
             )
         if not (self.endpoints or judge.address) and (given := settings.reward_endpoint.given()):
             raise AlignProError(
@@ -215,6 +224,13 @@ def check_target_room(target: "Target", prompts: Sequence[str], tokens: int) -> 
         check_room(local.model, prompts, ids, tokens, f"target {target.name!r}")
 
 
+def prompts_digest(prompts: Sequence[str]) -> str:
+    """Name the prompts, in their order and with all that they come with, in a run's record."""
+    from alignpro.llm.models.prompt import as_json
+
+    return hashlib.sha256(json.dumps([as_json(x) for x in prompts]).encode()).hexdigest()[:16]
+
+
 def user_prompts(
     source: PromptSettings,
     prompter: str,
@@ -230,20 +246,17 @@ def user_prompts(
     from alignpro.llm.data import own as own_files
     from alignpro.llm.data import public, subset
     from alignpro.llm.data.rows import Reading
-    from alignpro.llm.data.split import SPLITS
     from alignpro.llm.models import packages
 
     if n is not None and n < 1:
         raise AlignProError(f"prompts {n}: give at least 1")
-    if split not in SPLITS:  # a mistake also where a file is used whole
-        raise AlignProError(f"split {split!r}: choose from {', '.join(SPLITS)}")
+    public.check_split(split)  # a mistake also where a file is used whole
     own, fits, longest = None, None, source.max_prompt_tokens
     keep, optional = (tuple(getattr(world, name, ())) for name in ("columns", "optional_columns"))
     reading = Reading(source.prompt_column, keep, optional, source.system_prompt)
     if source.prompts_file is None:
         public.check_dataset(source.dataset, source.data_folder, split)
     else:
-        public.check_split(split)
         path, used = Path(source.prompts_file).expanduser(), dict[str, None]()
         own = list(dict.fromkeys(own_files.file_prompts(path, reading, used)))
     if longest is not None:

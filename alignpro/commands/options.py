@@ -212,8 +212,10 @@ class RewardModelSettings:
         return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
 
     def record(self) -> dict[str, Any]:
-        """Settings not at their defaults that determine scores, as a run's record keeps them."""
-        return {f"reward_{name}": getattr(self, name) for name in self.given() if name != "batch_size"}
+        """Settings that determine scores, as a run's record keeps them: None at their defaults."""
+        given = self.given()
+        names = ("dtype", "sample_tokens")
+        return {f"reward_{name}": getattr(self, name) if name in given else None for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +269,6 @@ class EnvironmentSettings(ChatOption):
         """The frozen model, how it decodes, and the reward's name, as a run's record keeps them."""
         return {
             "target": self.target,
-            "target_model": self.target_endpoint.model,
             **self.target_endpoint.record("target"),
             **self.reward_endpoint.record("reward"),
             "dtype": self.dtype,
@@ -275,7 +276,7 @@ class EnvironmentSettings(ChatOption):
             **self.reward_model.record(),
             "sampling": asdict(self.sampling()),
             "chat_template_kwargs": self.chat_options() or {},
-            **({} if self.refused_reward is None else {"refused_reward": self.refused_reward}),
+            "refused_reward": self.refused_reward,
             **self.reward_judge.record(),
         }
 

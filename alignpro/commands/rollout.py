@@ -1,6 +1,5 @@
 """`alignpro rollout`: texts, rewards and log-probabilities of prompters and policies."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -62,7 +61,7 @@ class Rollout(TemplateOption, RunOptions):
         from alignpro.llm.arms.given import read_given
         from alignpro.llm.models import packages
         from alignpro.llm.models.libraries import quiet
-        from alignpro.llm.models.prompt import as_json, said_in
+        from alignpro.llm.models.prompt import said_in
         from alignpro.llm.policies.prompter import PROMPTER_FILE, Prompter
 
         settings, environment = self.settings, self.environment
@@ -107,7 +106,7 @@ class Rollout(TemplateOption, RunOptions):
 
         reward = world.reward_name
         record = {
-            "prompts": hashlib.sha256(json.dumps([as_json(x) for x in xs]).encode()).hexdigest()[:16],
+            "prompts": opening.prompts_digest(xs),
             **{name: getattr(settings, name) for name in ("draws", "answers", "rewrite_tokens")},
             "prompter": reference,
             "template": asdict(chosen) if chosen else None,

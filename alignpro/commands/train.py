@@ -1,6 +1,6 @@
 """`alignpro train`: a prompter, or the RLHF oracle, on open-ended text."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -85,14 +85,10 @@ class Train(PrompterOptions, ReportedRun):
         facts = {
             "prompter": prompter,
             "target_read": read,
-            "chat_template_kwargs": environment.chat_options() or {},
             "template": self.template,
-            "target": environment.target,
-            "reward": world.reward_name,
-            **environment.reward_judge.record(),
-            **environment.reward_model.record(),
-            "answers": asdict(answers),
+            **environment.record(world.reward_name),
         }
+        facts["answers"] = facts.pop("sampling")
         base = Prompter.from_pretrained(
             prompter,
             template=self.template,
@@ -105,8 +101,8 @@ class Train(PrompterOptions, ReportedRun):
         result = train(base, worth, prompts, settings, folder, **how)
         if target is not None:
             packages.note(target.ledger.line())
-        world.told(judge, folder)
         if result.metrics:  # of several processes the first one tells
+            world.told(judge, folder)
             print(text(result))
             keep.keep(with_reward(page(result), folder), folder)
         return 0

@@ -155,13 +155,19 @@ def empirical_bernstein(
     return np.maximum(mean - half, low), np.minimum(mean + half, high)
 
 
-def betting(values: np.ndarray, low: float, high: float, level: float) -> tuple[np.ndarray, np.ndarray]:
+def betting(
+    values: np.ndarray, low: float, high: float, level: float, *, anytime: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Hedged-capital limits (arXiv 2010.09686) of the mean of independent `values` [..., n] in [low, high].
 
     Against a mean m one bets λ_t = √(2 log(2/α)/(n σ̂²_{t−1})), cut to ½/m (from the other side to
     ½/(1 − m)), where σ̂² is predictable. If m is the mean, the capital Π(1 ± λ_t (x_t − m)) is a nonnegative
     martingale, so it exceeds 2/α at any time with probability at most α/2 (Ville). The limits are where it
     just does; it is monotone in m, so bisection finds them. Valid at every n; depends on the values' order.
+
+    Args:
+        anytime: valid also where n was chosen by looking at the values, as by a rule when to stop: bets then
+            know no n, and have t log(1 + t) in its place.
     """
     x = (values - low) / (high - low)
     n = x.shape[-1]
@@ -170,7 +176,8 @@ def betting(values: np.ndarray, low: float, high: float, level: float) -> tuple[
     mean = (0.5 + np.cumsum(x, -1)) / (steps + 1)
     variance = (0.25 + np.cumsum(np.square(x - mean), -1)) / (steps + 1)
     before = np.concatenate([np.full((*x.shape[:-1], 1), 0.25), variance[..., :-1]], -1)
-    bets = np.sqrt(2.0 * np.log(2.0 / alpha) / (n * before))
+    horizon = steps * np.log1p(steps) if anytime else n
+    bets = np.sqrt(2.0 * np.log(2.0 / alpha) / (horizon * before))
     threshold = np.log(2.0 / alpha)
 
     def lower(x: np.ndarray) -> np.ndarray:

@@ -63,6 +63,11 @@ class Arm:
         missing = int(np.isnan(values).sum())
         if missing == len(values) and name == "logp_prompter":
             raise Absent(f"arm {self.name} has rewrites without a density ({name} is null)")
+        if missing and self.rollouts.refused[self.index][np.isnan(values)].all():
+            raise Absent(
+                f"{name} is not known of the {missing} refused answers of arm {self.name}; leave their "
+                "prompts out, or choose a model that answers them"
+            )
         if missing:
             raise Absent(
                 f"{name} is missing in {missing} of {len(values)} rows of arm {self.name}; roll it out with "

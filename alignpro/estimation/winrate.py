@@ -41,7 +41,7 @@ class Judgements:
     asked: np.ndarray
     """[N] truth values: False where both answers are the same text, a tie that no judge is needed for."""
     lengths: np.ndarray
-    """[N, 2] characters of the two answers, in the arms' order."""
+    """[N, 2] characters of the two answers, in the arms' order; NaN of one that was refused."""
     failures: Mapping[str, int]
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ def collect(rows: Iterable[Mapping[str, Any]], where: str = "judgement") -> Judg
     for number, row in enumerate(rows, 1):
         try:
             said = [VERDICTS[verdict] for verdict in row["verdicts"]]
-            size = [int(length) for length in row["lengths"]]
+            size = [math.nan if length is None else int(length) for length in row["lengths"]]
             names = [*map(str, row["arms"]), str(row["judge"])]
             if (len(said), len(size), len(names)) != (2, 2, 3) or min(size) < 0:
                 raise ValueError
@@ -273,7 +273,8 @@ def win_rates(judgements: Judgements, level: float = 0.95) -> WinRates:
     both = good & judgements.asked
     first, second = verdicts[both].T
     controlled, effect = length_controlled(scores, judgements.lengths[good], prompt[good], level)
-    mean = judgements.lengths.mean(0)
+    lengths = [column[~np.isnan(column)] for column in judgements.lengths.T]
+    mean = [column.mean() if len(column) else math.nan for column in lengths]
     return WinRates(
         arms=judgements.arms,
         judge=judgements.judge,

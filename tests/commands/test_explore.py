@@ -453,6 +453,17 @@ def test_the_filter_looks_everywhere(server, text, found):
     assert api(server, "find", text=text)["found"] == found
 
 
+def test_a_conversation_is_shown_and_a_refused_answer_is_null(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    before = [{"role": "system", "content": "Be brief."}]
+    path.write_text(rollout(0, "none", "Hi", response=None, context=before, x="Hi").line())
+    one = Reader(str(path)).prompt(0)
+    assert one["x"] == "System: Be brief.\n\nUser: Hi"
+    assert one["arms"][0]["draws"][0]["answers"] == [{"text": None, "reward": 0.5}]
+    # Which the page says, instead of failing at it.
+    assert 'a.text === null ? "refused" : visible(a.text)' in explore.html()[0].decode()
+
+
 def test_a_run_that_still_writes_can_be_read(files, tmp_path, monkeypatch):
     path = tmp_path / "growing.jsonl"
     shutil.copy(files / "rollouts.jsonl", path)

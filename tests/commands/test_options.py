@@ -84,7 +84,8 @@ def test_no_verb_speaks_of_none(verb, capsys):
 
 def test_verbs_of_models_start_without_libraries():
     heavy = ("numpy", "scipy", "jax", "torch", "transformers", "tqdm")
-    names = ("train", "sft", "reward_model", "resample", "rollout", "rewrite", "merge", "opening", "shared")
+    names = ("train", "sft", "reward_model", "resample", "rollout", "rewrite", "merge", "instruct")
+    names += ("opening", "shared")
 
     def met(*modules):
         code = f"import sys\nfor name in {modules}: __import__(name)\n"

@@ -122,6 +122,7 @@ def home(tmp_path_factory):
     (folder / "rollouts.jsonl").write_text("".join(row.line() for row in rows))
     (folder / "prompts.txt").write_text("\n".join(["abc", "def", "gab", "hhc", "e"]))
     texts = ["".join(letters) for letters in itertools.product("abcd", repeat=3)]
+    (folder / "many.txt").write_text("\n".join(texts))
     for name, rows in (
         ("rewrites", [{"prompt": x, "rewrite": x[::-1]} for x in texts]),
         ("pairs", [{"prompt": x, "chosen": "aab", "rejected": "dcdc"} for x in texts]),
@@ -163,8 +164,11 @@ COMMANDS = {
     "sft": f"sft --prompter MODEL --pairs HOME/rewrites.jsonl {FIT}",
     "reward-model": f"reward-model --base MODEL --pairs HOME/pairs.jsonl {FIT}",
     "resample": f"resample {WORLD} --rewrite-tokens 4 --proposals 4 --lam 0.05 2 --seed 5",
+    "instruct": "instruct "
+    + WORLD.replace(" --prompter MODEL", "").replace("prompts.txt", "many.txt")
+    + " --instructions HOME/prompts.txt --budget 60 --seed 5",
 }
-WITH_MODEL = ("judge", "train", "rollout", "sft", "reward-model", "resample")
+WITH_MODEL = ("judge", "train", "rollout", "sft", "reward-model", "resample", "instruct")
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +223,7 @@ def test_every_verb_writes_a_page_that_stands_alone(verb, ran, home):
     assert rows["python"][1] == ".".join(map(str, sys.version_info[:3]))
     assert rows["numpy"][1] == np.__version__
     assert any("seed" in name for name in rows)
-    if verb in ("train", "rollout", "sft", "reward-model", "resample"):
+    if verb in ("train", "rollout", "sft", "reward-model", "resample", "instruct"):
         assert "--seed 5" in page.text
     # And not by whom, where.
     for name in (str(home), str(run.out), str(Path.home()) + "/", f"/{getpass.getuser()}/", "/tmp/"):
@@ -371,6 +375,24 @@ def test_numbers_of_the_language_models(ran):
     assert table["λ = 2"][1].split(" [")[0] == shown(((w - 1 / 4) * rewards).sum(1).mean())
     assert table["best of 4"][1].split(" [")[0] == shown((rewards.max(1) - rewards.mean(1)).mean())
     assert list(table) == ["λ = 0.05", "λ = 2", "best of 2", "best of 4"]
+
+    run = ran("instruct")
+    found, tables = json.loads((run.out / "instruct.json").read_text()), run.page.tables
+    best = next(table for table in tables if table[0][0] == "instruction")[1:]
+    assert len(best) == len(found["candidates"]) == 6
+    for row, candidate in zip(best, found["candidates"], strict=True):
+        assert row[0] == (candidate["instruction"] or "(no instruction)")
+        mean, behind = candidate["mean"], candidate["behind"]
+        assert row[1:4] == [limits(mean), shown(behind), str(mean["n_clusters"])]
+    if (held := found["held_out"]) is not None:
+        rows = run.page.rows()
+        assert rows["gain"][1] == limits(held["gain"])
+        assert [rows[name][1] for name in ("with the instruction", "without")] == [
+            limits(held["mean"]),
+            limits(held["base"]),
+        ]
+    still = [len(means) for _, means in found["track"]]
+    assert f"candidates, in the race: {still[0]} → {still[-1]}" in " ".join(run.page.of("img", "alt"))
 
 
 # --- the grid ---

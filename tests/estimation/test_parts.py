@@ -163,6 +163,21 @@ def test_refused_answers_are_told_where_their_rewards_are_used(rows, tmp_path, c
     assert found["quantities"]["refused(sft)"]["value"] == pytest.approx(0.05)
 
 
+def test_a_refused_answer_has_no_log_probability_and_is_blamed_for_it(rows):
+    lost = [
+        replace(row, logp_frozen_x=None, logp_frozen_rewrite=None) if row.response is None else row
+        for row in refusing(rows, "sft", 16)
+    ]
+    said = "logp_frozen_rewrite is not known of the 16 refused answers of arm sft; leave their prompts out"
+    found = estimate(collect(lost), 0.3, 0.3)
+    assert found.missing["TV(pi_F(.|x), pi_F(.|x'))"].startswith(said)
+    assert "J(sft)" in found.quantities
+    i = next(i for i, row in enumerate(lost) if row.arm == "sft" and row.response is not None)
+    lost[i] = replace(lost[i], logp_frozen_rewrite=None)
+    found = estimate(collect(lost), 0.3, 0.3)
+    assert "a backend that gives log-probabilities" in found.missing["TV(pi_F(.|x), pi_F(.|x'))"]
+
+
 def test_an_arm_without_a_density_says_so(rows):
     other = [
         replace(row, arm="bpo", prompter="bpo", logp_prompter=None, logp_reference=None)

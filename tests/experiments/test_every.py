@@ -11,6 +11,7 @@ import pytest
 FOLDER = Path(paper.__file__).parent
 SMALL = {
     "beyond_the_bound": "--instances 4",
+    "best_instruction": "--repetitions 2",
     "coverage": "--repetitions 2 --out OUT/coverage.json",
     "paper": "--preset small --dry-run",
     "pooled": "--repetitions 1 --only flat --out OUT/pooled.json",

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ from test_datasets import Hub, base, offline, verb  # noqa: F401
 
 from alignpro.commands import main
 from alignpro.commands.opening import user_prompts
-from alignpro.commands.options import PromptSettings
+from alignpro.commands.options import EnvironmentSettings, PromptSettings, RewardModelSettings
 from alignpro.errors import AlignProError
 from alignpro.llm.data import own
 from alignpro.llm.data.own import read_prompts, read_rewrites
@@ -27,6 +28,8 @@ from alignpro.llm.data.rows import Reading, first_turn
 from alignpro.llm.data.split import SPLITS, split_of
 from alignpro.llm.models import packages
 from alignpro.llm.models.prompt import Prompt, columns_of, context_of
+from alignpro.llm.targets.settings import EndpointSettings
+from alignpro.runs import refuse_other_settings
 
 SYSTEM = {"role": "system", "content": "You are a gardener. Be brief."}
 
@@ -367,6 +370,50 @@ def test_a_reward_by_columns_and_a_system_prompt_through_all_verbs(base, tmp_pat
         "2",
     ]
     assert main.main([*verb("train", base, tmp_path / "w"), *told]) == 0
+
+
+def test_a_run_is_not_gone_on_with_under_other_prompts_or_settings(base, tmp_path, capsys):  # noqa: F811
+    data = jsonl(tmp_path / "a.jsonl", [{"prompt": x} for x in "ab"])
+    command = [*verb("train", base, tmp_path / "t"), "--prompts-file", str(data), "--prompts", "2"]
+    assert main.main([*command, "--refused-reward", "0.5"]) == 0
+    for more, said in (
+        ([], "refused_reward = 0.5, not None"),
+        (["--refused-reward", "0.5", "--system-prompt", "g"], "prompts_digest = "),
+    ):
+        capsys.readouterr()
+        assert main.main([*command, "--resume", *more]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_what_changes_requests_is_in_the_record_also_where_nothing_does():
+    """A run begun with a setting differs from one without: absent keys would not be compared."""
+    plain, changed = (
+        EnvironmentSettings(
+            target_endpoint=EndpointSettings(**options),
+            reward_endpoint=EndpointSettings(**options),
+            reward_model=RewardModelSettings(**model),
+            refused_reward=worth,
+        ).record("r")
+        for options, model, worth in (
+            ({}, {}, None),
+            (
+                {"model": "m", "dialect": "d", "omit": ("seed",), "extra_body": '{"a": 1}'},
+                {"dtype": "float16", "sample_tokens": 9},
+                0.5,
+            ),
+        )
+    )
+    assert plain.keys() == changed.keys()
+    names = tuple(
+        f"{role}_{name}"
+        for role in ("target", "reward")
+        for name in ("model", "dialect", "omit", "extra_body")
+    )
+    names += ("reward_dtype", "reward_sample_tokens", "refused_reward")
+    assert {name for name in plain if plain[name] != changed[name]} == set(names)
+    for before, now in ((plain, changed), (changed, plain)):
+        with pytest.raises(AlignProError, match="repeat that setting"):
+            refuse_other_settings(Path("x"), before, now)
 
 
 def keyed(prompts, responses, answer):

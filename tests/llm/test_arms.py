@@ -19,6 +19,7 @@ from alignpro.llm.arms.draws import Arm, Work, stream
 from alignpro.llm.arms.given import read_given
 from alignpro.llm.arms.judge import pairs
 from alignpro.llm.arms.settings import RolloutSettings
+from alignpro.llm.models import prompt
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.packages import sha256
 from alignpro.llm.models.prompt import Prompt, said_in
@@ -213,14 +214,14 @@ def test_an_instruction_follows_every_prompt(run):
     mine = [row for row in rows_of(run / "rolled") if row["arm"] == "step"]
 
     def check(module):
-        work = SimpleNamespace(settings=RolloutSettings(draws=2))
-        for text, expected in ((SAYS, f"abc {SAYS}"), ("\n\nBriefly.", "abc\n\nBriefly.")):
-            arm = Arm("step", text=text)
-            assert [d.rewrite for d in module._instructed(work, arm, ["abc"])[0]] == [expected] * 2
+        for text, expected in ((SAYS, f"abc {SAYS}"), ("\n\nBriefly.", "abc\n\nBriefly."), ("", "abc")):
+            assert module.with_instruction("abc", text) == expected
 
-    check(draws)
-    kills(check, mutated(draws, '"" if arm.text[0].isspace() else " "', '" "'))
-    kills(check, mutated(draws, '"" if arm.text[0].isspace() else " "', '""'))
+    check(prompt)
+    kills(check, mutated(prompt, '"" if not text or text[0].isspace() else " "', '" "'))
+    kills(check, mutated(prompt, '"" if not text or text[0].isspace() else " "', '""'))
+    work, arm = SimpleNamespace(settings=RolloutSettings(draws=2)), Arm("step", text=SAYS)
+    assert [d.rewrite for d in draws._instructed(work, arm, ["abc"])[0]] == [f"abc {SAYS}"] * 2
     assert {(row["x"], row["rewrite"]) for row in mine} == {(x, f"{x} {SAYS}") for x in PROMPTS}
     assert all(row["logp_prompter"] is row["logp_reference"] is None for row in mine)
     assert all(row["logp_frozen_rewrite"] > -np.inf for row in mine)
@@ -237,6 +238,9 @@ def test_it_stands_in_the_prompts_conversation():
     parties = dict.fromkeys(("frozen", "prompter", "reward_model", "sampling"), "a")
     rows = rollout.block_rows(work, Arm("step", text="hah"), [x], parties)
     assert len(rollouts.collect(rows)) == 4
+    itself = rollout.block_rows(work, Arm("none"), [x], parties)
+    assert {row.rewrite for row in itself} == {row.x for row in itself} == {"abc"}
+    assert len(rollouts.collect(itself)) == 4
     asked = said_in(x, "abc hah")
     [answers] = target.respond([asked], plain, samples=4, seed=stream("answers", 0))
 

@@ -20,7 +20,8 @@ from alignpro.llm.rewards import combined
 from alignpro.llm.rewards.combined import Mean, Sum
 from alignpro.llm.rewards.function import CallableReward
 from alignpro.llm.rewards.opening import load_reward, read_plan
-from alignpro.llm.rewards.scores import Refusals, judged
+from alignpro.llm.rewards.scores import judged
+from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.target import Answer
 
 X, Y = ["p", "q", "r"], ["a", "bb", "ccc"]
@@ -45,6 +46,7 @@ class Given:
 A = Given("a", -1.0, 3.0, (3.0, 0.0, -1.0))
 B = Given("b", 0.0, 1.0, (0.25, 1.0, 0.5))
 C = Given("c", 2.0, 4.0, (2.0, 3.0, 4.0))
+POINT = Given("point", 1, 1, (1.0,) * 3)
 
 
 def test_a_sum_is_its_weighted_parts():
@@ -158,6 +160,9 @@ def test_refused_answers_have_parts_that_add_up():
         (lambda: read_plan(["mean", "ease", "nope"]), "reward 'nope': choose from"),
         (lambda: read_plan("list:0"), "a whole number of items"),
         (lambda: read_plan("ease:3"), "choose from"),
+        (lambda: read_plan("brevity:x"), "give a number after brevity:"),
+        (lambda: read_plan("#POSITIVE@0,1"), "reward '#POSITIVE': choose from"),
+        (lambda: read_plan(f"{__name__}:POINT"), r"its range is \[1, 1\]"),
     ],
 )
 def test_what_cannot_be_put_together_is_named(make, message):
@@ -201,6 +206,25 @@ def test_parts_say_which_columns_they_read():
 
 def environment(**options):
     return EnvironmentSettings(target="smollm2-135m-instruct", **options)
+
+
+def test_one_key_goes_to_one_host(monkeypatch):
+    from alignpro.llm.rewards.opening import KEY_ENV
+    from alignpro.llm.targets.settings import EndpointSettings
+
+    monkeypatch.delenv(KEY_ENV, raising=False)
+    names = ("http://127.0.0.1:9/x@0,1", "http://localhost:9/x@0,1")
+    World(environment(reward=names))
+    keyed = environment(reward=names, reward_endpoint=EndpointSettings(key_env="MY_KEY"))
+    with pytest.raises(AlignProError, match=r"reward_key_env: would go to 127\.0\.0\.1:9 and localhost:9"):
+        World(keyed)
+    World(environment(reward=(names[0], "http://127.0.0.1:9/y@0,1"), reward_endpoint=keyed.reward_endpoint))
+    monkeypatch.setenv(KEY_ENV, "k")
+    with pytest.raises(AlignProError, match="reward_key_env: would go to"):
+        World(environment(reward=names))
+    with pytest.raises(AlignProError) as error:
+        read_plan("HTTPS://127.0.0.1/x?key=secret@0;1")
+    assert "secret" not in str(error.value)
 
 
 def test_flags_of_a_reward_model_are_for_one():

@@ -555,6 +555,10 @@ def test_an_answer_that_was_refused_is_a_failed_verdict_and_not_asked(tmp_path, 
     assert "(2 with an answer that was refused, not asked)" in said.err
     assert "won 1, lost 0, tied 0, failed 2" in said.out  # two that were both refused are no tie
     assert "verdicts that failed: 4 refused" in said.out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "judgements.jsonl").read_text().splitlines()]
+    # One that was refused has no length: none of it is in the mean.
+    assert [row["lengths"] for row in rows] == [[len(RIGHT), None], [None, None], [len(RIGHT), len(WRONG)]]
+    assert f"mean length {len(RIGHT)} against {len(WRONG)} characters" in said.out
 
 
 def test_a_judge_in_this_process(file, tmp_path, capsys):

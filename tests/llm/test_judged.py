@@ -24,10 +24,10 @@ from alignpro.llm.rewards import rubric
 from alignpro.llm.rewards.judged import JudgeReward
 from alignpro.llm.rewards.opening import judge_opener, load_reward
 from alignpro.llm.rewards.rubric import CRITERIA, FAILURES, RUBRIC, JudgeRewardSettings, question
-from alignpro.llm.rewards.scores import Refusals
 from alignpro.llm.targets.endpoint import Endpoint
 from alignpro.llm.targets.local import LocalTarget
 from alignpro.llm.targets.quoting import boundary, quoted
+from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Answer, Stopped
 

@@ -18,6 +18,7 @@ from kept import lines
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.models.prompt import Prompt
 from alignpro.llm.models.sampling import EVALUATION, Sampling
 from alignpro.llm.targets import ledger, store
 from alignpro.llm.targets.endpoint import Endpoint
@@ -197,6 +198,9 @@ def test_the_estimate_comes_before_the_first_call_and_bounds_it(tmp_path):
     local, said = LocalTarget(tiny_model()), []
     cached(local, tmp_path, note=said.append).respond(["abc"], SAMPLING, samples=2)
     assert "about 6 prompt tokens" in said[0]
+    chat = Prompt("x", [{"role": "user", "content": "y" * 400}])  # all of it is asked, and paid for
+    cached(Fake(), tmp_path / "chat", note=said.append).respond([chat], SAMPLING)
+    assert "about 111 prompt tokens" in said[1]
 
 
 def test_the_estimate_is_printed_on_standard_error(tmp_path, capsys):

@@ -276,7 +276,7 @@ def whole(home, tmp_path_factory):
 def test_an_interrupted_run_goes_on_to_the_same_file(cut, block, whole, home, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rollout, "BLOCK", 2)
     command = arguments(home, tmp_path, *trained(home)[:2], "--arms", "none", "star")
-    append, check, count = rollout._append, rollout._frozen_scores, iter(range(99))
+    append, check, count = rollout.append, rollout._frozen_scores, iter(range(99))
 
     def torn(path, data):
         if next(count) == block:
@@ -290,7 +290,7 @@ def test_an_interrupted_run_goes_on_to_the_same_file(cut, block, whole, home, tm
         return check(*positional)
 
     with pytest.MonkeyPatch.context() as patch:
-        name, cutter = ("_frozen_scores", unscored) if cut.endswith("block") else ("_append", torn)
+        name, cutter = ("_frozen_scores", unscored) if cut.endswith("block") else ("append", torn)
         patch.setattr(rollout, name, cutter)
         with pytest.raises(Cut):
             main.main(command)

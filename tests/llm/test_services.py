@@ -12,17 +12,21 @@ from mutants import kills
 
 from alignpro.errors import AlignProError
 from alignpro.llm.arms.judge import Pair, judge
+from alignpro.llm.arms.resample import answers
 from alignpro.llm.models.chat import without_thought
+from alignpro.llm.models.prompt import Prompt, transcript
 from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.rewards.endpoint import CachedReward, EndpointReward
-from alignpro.llm.rewards.scores import Refusals
+from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.targets import endpoint as endpoint_module
 from alignpro.llm.targets import services
 from alignpro.llm.targets.endpoint import Endpoint
 from alignpro.llm.targets.ledger import Cached
+from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.services import FINISHES, complaint
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Stopped
+from alignpro.llm.training.environment import Environment
 
 XS = [f"prompt {i}" for i in range(6)] + ["a painter", "b"]
 SAMPLING = Sampling(max_tokens=10)
@@ -605,3 +609,37 @@ def test_failures_and_refusals_lose_nothing(role, tmp_path, monkeypatch):
         monkeypatch.setattr(services, "_REFUSAL", re.compile("(?!)"))
         with pytest.raises(Stopped, match="status 400"):
             ask(role, server, tmp_path / "mutant", xs, retries=30)
+
+
+def test_a_budget_counts_the_whole_conversation(monkeypatch):
+    """A request starts only where it fits; the mutant counts the last turn alone."""
+    x = Prompt("x", [{"role": "user", "content": "a word " * 600}, {"role": "assistant", "content": "y"}])
+
+    def check(transcript):
+        monkeypatch.setattr(endpoint_module, "transcript", transcript)
+        with Server() as server:
+            target = Endpoint(server.url, settings(max_tokens=200))
+            stopped = ""
+            try:
+                target.respond([x], SAMPLING)
+            except Stopped as error:
+                stopped = error.reason
+            assert (stopped, len(server.requests)) == ("max_tokens", 0)
+
+    check(transcript)
+    kills(check, str)
+
+
+def test_a_refused_answer_is_no_text_to_resample():
+    def odd(_n, body):
+        return choice("Yes.") if int(body["seed"]) % 2 else AGAINST_WHAT["DeepSeek"]
+
+    with serving("target", odd) as server:
+        refusals = Refusals(most=1.0)
+        given = Environment(
+            load_reward("clean"), Endpoint(server.url, settings()), SAMPLING, refusals=refusals
+        )
+        [found] = answers(given, ["x"], 8)
+    pairs = set(zip(found.rewrites, found.rewards, strict=True))
+    assert pairs == {("Yes.", 1.0), ("", 0.0)}
+    assert 0 < refusals.refused < 8

@@ -36,7 +36,7 @@ def test_nothing_true_is_violated_and_the_draw_repeats():
 def test_a_false_statement_is_refuted_and_its_instance_saved(tmp_path):
     result = verify(("signed_max_abs",), 900, 0, ("signed",), quiet=True)
     assert result.violations > 0
-    command.save(result, tmp_path)
+    command.save(result, "verify", command.page(result), tmp_path)
     found = json.loads((tmp_path / "verify.json").read_text())["refuted"]["signed_max_abs"]
     instance = load(tmp_path / found["instance"])
     again = WRONG_BOUNDS["signed_max_abs"](solution(instance, found["beta"], found["lam"]))
@@ -47,7 +47,7 @@ def test_a_false_statement_is_refuted_and_its_instance_saved(tmp_path):
 
 def test_a_refuting_prompter_is_saved(tmp_path):
     result = verify(("suboptimality_reversed",), 300, 0, ("independent",), quiet=True)
-    command.save(result, tmp_path)
+    command.save(result, "verify", command.page(result), tmp_path)
     found = json.loads((tmp_path / "verify.json").read_text())["refuted"]["suboptimality_reversed"]
     instance = load(tmp_path / found["instance"])
     rho = np.array(found["prompter"])
@@ -102,7 +102,7 @@ def test_the_most_doubtful_instances_are_certified():
 def test_a_refutation_is_proved(tmp_path):
     result = verify(("quarter_l1", "trained_reversed"), 900, 0, ("signed",), quiet=True, certify=1)
     assert result.findings > 0
-    command.save(result, tmp_path)
+    command.save(result, "verify", command.page(result), tmp_path)
     found = json.loads((tmp_path / "verify.json").read_text())["refuted"]
     for name in ("quarter_l1", "trained_reversed"):
         rho = found[name]["prompter"]

@@ -16,10 +16,11 @@ from alignpro.errors import AlignProError
 from alignpro.llm.arms.resample import appraise, best_of_n, choose, star
 from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.llm.models.policy import log_probs, sample_and_score, sample_key
+from alignpro.llm.models.prompt import with_instruction
 from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.policies.prompter import Prompter
 from alignpro.llm.rewards.reward import Reward
-from alignpro.llm.rewards.scores import Refusals
+from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.target import Target
 from alignpro.llm.training.environment import Environment
 
@@ -174,7 +175,7 @@ def _text(prompter: Prompter, x: str, ids: tuple[int, ...]) -> str:
 
 def _none(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
     """Take x itself."""
-    return [[Draw(x)] * work.settings.draws for x in prompts]
+    return [[Draw(str(x))] * work.settings.draws for x in prompts]
 
 
 def _sft(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
@@ -229,9 +230,8 @@ def _resampled(weigh: Callable[..., Array]) -> Callable[..., list[list[Draw]]]:
 
 
 def _instructed(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:
-    """Add the arm's text to x, after a space, or directly where it begins with white space of its own."""
-    space = "" if arm.text[0].isspace() else " "
-    return [[Draw(f"{x}{space}{arm.text}")] * work.settings.draws for x in prompts]
+    """Add the arm's text to x."""
+    return [[Draw(with_instruction(x, arm.text))] * work.settings.draws for x in prompts]
 
 
 def _given(work: Work, arm: Arm, prompts: Sequence[str]) -> list[list[Draw]]:

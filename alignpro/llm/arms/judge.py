@@ -82,7 +82,7 @@ class Judgement:
             "prompt_id": self.pair.prompt_id,
             "arms": list(arms),
             "rollouts": [dict(zip(names, row, strict=True)) for row in self.pair.rows],
-            "lengths": [len(answer or "") for answer in self.pair.answers],
+            "lengths": [None if answer is None else len(answer) for answer in self.pair.answers],
             "judge": judge,
             "identical": self.verdicts is None,
             "verdicts": list(self.said()),
@@ -241,7 +241,8 @@ def judge_file(
     record: dict[str, Any] = {"arms": list(arms), "judge": settings.judge, "judge_model": endpoint.model}
     record |= {name: getattr(settings, name) for name in ("temperature", "reply_tokens", "seed")}
     record |= {"forced": True} if settings.forced else {}
-    record |= endpoint.record("judge")
+    changes = endpoint.record("judge")
+    record |= {name: changes[name] for name in ("judge_omit", "judge_extra_body") if changes[name]}
     begun = folder / SETTINGS_FILE
     before = read_json(begun) if begun.exists() else record
     if not isinstance(before, dict) or before.keys() != record.keys():

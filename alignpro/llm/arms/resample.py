@@ -126,7 +126,8 @@ def answers(environment: "Environment", prompts: Sequence[str], n: int) -> list[
         raise AlignProError("environment: has no target; give the frozen model that answers")
     said = [said_in(x, x) for x in prompts]
     rows = environment.target.respond(said, environment.sampling, samples=n, seed=environment.seed)
-    texts = [[answer.text for answer in row] for row in rows]
+    # What stands for a refused answer is the service's reason, which is none.
+    texts = [["" if answer.finish == "refused" else answer.text for answer in row] for row in rows]
     flat = [answer for row in rows for answer in row]
     xs = [x for x in prompts for _ in range(n)]
     scores_ = judged(environment.reward, xs, flat, environment.refusals).total

@@ -238,13 +238,14 @@ def roll_out(
         for arm, block in plan.todo:
             bar.set_postfix_str(str(arm))
             rows = block_rows(work, arm, block, parties(arm), bar.update)
-            _append(partial, "".join(row.line() for row in rows).encode("utf-8", "surrogatepass"))
+            append(partial, "".join(row.line() for row in rows).encode("utf-8", "surrogatepass"))
     os.replace(partial, final)
     return final
 
 
-def _append(path: Path, data: bytes) -> None:
-    size = path.stat().st_size
+def append(path: Path, data: bytes) -> None:
+    """Add `data` to a file for good; a failed write leaves the file as it was, and raises AlignProError."""
+    size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "ab") as file:
             file.write(data)

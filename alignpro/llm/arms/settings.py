@@ -54,6 +54,43 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True)
+class InstructSettings:
+    """The race of instructions, and how its winner is measured."""
+
+    instructions: str | None = None
+    """File of candidate instructions, one on each line; each is tried at the end of the prompts, and no
+    instruction is tried too. Left out: the 102 of the packaged bank, such as "Use simple words."."""
+    budget: int | None = None
+    """The most answers of the frozen model that the race may ask for; more find a better instruction, or the
+    same with more certainty. Left out: 40 for each candidate."""
+    answers: int = 1
+    """How many answers to each prompt with each instruction. More prompts tell more than more answers; where
+    prompts run out, answers grow by themselves."""
+    prompts: int | None = None
+    """How many prompts the race may use, at most. Left out: all that are for training."""
+    held_out: int = 100
+    """How many other prompts to measure the winner on, at most, which the race does not use: of the test
+    split of a data set, or of a file the 30% that are not for training. At least 5."""
+    held_out_answers: int = 2
+    """How many answers to each of those prompts, with the winner and without any instruction."""
+    level: float = 0.95
+    """How often an interval covers the truth, and how often the best instruction is not ruled out, between
+    0.5 and 1."""
+    seed: int = 0
+    """Number that determines the order of prompts, and the answers."""
+
+    def __post_init__(self) -> None:
+        # With fewer than 5 prompts there is no interval (`intervals.LEAST_PROMPTS`, which needs NumPy).
+        check_whole(self, {"answers": 1, "held_out": 5, "held_out_answers": 1, "seed": 0})
+        if not 0.5 < self.level < 1:
+            raise AlignProError(f"level {self.level}: must lie between 0.5 and 1; give 0.95, say")
+        for name in ("budget", "prompts"):
+            value = getattr(self, name)
+            if value is not None and (not is_int(value) or value < 1):
+                raise AlignProError(f"{name} {value!r}: give a whole number of at least 1, or leave it out")
+
+
+@dataclass(frozen=True)
 class EnumerationSettings:
     """How large the finite sets of rewrites and responses are, and how they are drawn."""
 

@@ -222,7 +222,8 @@ def prompts(
     if not found:
         where = f" in split {split}" if split else ""
         raise AlignProError(
-            f"dataset {name}: no prompts are left{where}; choose another, or allow longer ones"
+            f"dataset {name}: no prompts are left{where}; choose another, allow longer ones, or read a file "
+            "whole with --prompts-file"
         )
     if n is not None and n > len(found):
         raise AlignProError(f"prompts {n}: choose from 1 to the {len(found)} there are in dataset {name}")

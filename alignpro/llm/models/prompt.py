@@ -87,6 +87,12 @@ def said_in(x: str, text: str) -> str:
     return Prompt(text, context_of(x)) if context_of(x) else str(text)
 
 
+def with_instruction(x: str, text: str) -> str:
+    """The text of x, then `text` after a space, or directly where it begins with white space of its own."""
+    space = "" if not text or text[0].isspace() else " "
+    return f"{x}{space}{text}"
+
+
 def transcript(x: str) -> str:
     """The conversation that ends with x as one text, for a reader of plain text; x itself where it is all."""
     if not context_of(x):

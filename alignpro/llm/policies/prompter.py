@@ -231,7 +231,9 @@ class Prompter:
     def card(self) -> str:
         """The model card, as Markdown."""
         facts = "\n".join(
-            f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in self.facts.items()
+            f"- {key}: {json.dumps(value, ensure_ascii=False)}"
+            for key, value in self.facts.items()
+            if value is not None
         )
         on_hub = "/" in self.base and not self.base.startswith((".", "/", "~"))
         base = f"base_model: {self.base}\n" if on_hub else ""

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -48,7 +49,7 @@ _NAMES = (
     f"where it has several outputs), module:function or the address of an endpoint; BOUNDS is {SYNTAX}"
 )
 _BOUNDS = re.compile(r"clip\b|squash\b|[-+.\d]+[^/]*,")
-_ADDRESS = re.compile(r"https?://")
+_ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 _WITH_NUMBER = re.compile(r"([\w-]+):(\d+(?:\.\d+)?)")
 _WEIGHTED = re.compile(r"\s*([^*]*?)\s*\*\s*(.*)", re.DOTALL)
 _IMPORT = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
@@ -233,6 +234,8 @@ def read_spec(name: str) -> Spec:
         spec = Spec("packaged", name, None, name)
         spec.open()  # refuses a number that does not fit
         return spec
+    if (begun := name.partition(":"))[0] in NUMBERED and begun[1] and "@" not in name:
+        raise AlignProError(f"reward {shown(name)}: give a number after {begun[0]}:, or leave both out")
     folder = Path(name).expanduser()
     if name and folder.is_dir() and not (folder / "config.json").is_file():
         return Spec("head", name, None, name)
@@ -256,8 +259,12 @@ def read_spec(name: str) -> Spec:
                 choose_output(AutoConfig.from_pretrained(folder), label, public_name(folder))
         return Spec("classifier", target, bounds, name, label)
     if label is None and _IMPORT.fullmatch(target):
-        if not _is_reward(_imported(target)):
+        found = _imported(target)
+        if not _is_reward(found):
             return Spec("function", target, parse_bounds(bounds), name)
+        if not -math.inf < found.low < found.high < math.inf:
+            limits = f"[{found.low}, {found.high}]"
+            raise AlignProError(f"reward {target}: its range is {limits}; let low be below high, both finite")
         if bounds is not None:
             raise AlignProError(f"reward {target}: it has bounds of its own; leave out @{bounds}")
         return Spec("object", target, None, name)
@@ -265,7 +272,8 @@ def read_spec(name: str) -> Spec:
         bounds = parse_bounds(bounds) if label is None else _of_label(label, bounds)
         return Spec("classifier", target, bounds, name, label)
     known = ", ".join([*REWARDS, JUDGE])
-    raise AlignProError(f"reward {shown(target)}: choose from {known}, or name {_NAMES}")
+    name = target if label is None else f"{target}#{label}"
+    raise AlignProError(f"reward {shown(name)}: choose from {known}, or name {_NAMES}")
 
 
 def _of_label(label: str, bounds: Bounds | None) -> Bounds:

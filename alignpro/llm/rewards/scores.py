@@ -11,8 +11,6 @@ from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.target import Answer
 from alignpro.rollouts import PARTS_ROUNDING
 
-__all__ = ["Refusals", "Scores", "judged", "ranges_of", "scored"]
-
 
 @dataclass(frozen=True)
 class Scores:

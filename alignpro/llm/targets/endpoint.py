@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models.prompt import messages_of
+from alignpro.llm.models.prompt import messages_of, transcript
 from alignpro.llm.models.sampling import Sampling, is_int, stream_key
 from alignpro.llm.targets import http
 from alignpro.llm.targets.services import FINISHES, Complaint, content
@@ -138,7 +138,7 @@ class Endpoint(http.Counted):
                 self._body(prompt, index, sampling, seed),
                 lambda content: self._parse(content, secret, sampling),
                 keep,
-                sampling.max_tokens + len(prompt.encode(errors="replace")) // 4 + 8,
+                sampling.max_tokens + len(transcript(prompt).encode(errors="replace")) // 4 + 8,
                 lambda: known(position, index),
                 settle,
             )

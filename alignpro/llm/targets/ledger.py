@@ -15,7 +15,7 @@ from typing import Any
 from alignpro.errors import AlignProError
 from alignpro.files import writable_folder
 from alignpro.llm.models import packages
-from alignpro.llm.models.prompt import as_json
+from alignpro.llm.models.prompt import as_json, transcript
 from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.targets.settings import is_number
 from alignpro.llm.targets.store import FILE, OLD_FILE, Store, owner_of
@@ -287,7 +287,9 @@ class Cached:
         self, prompts: Sequence[str], sampling: Sampling, missing: Sequence[tuple[int, int]], hits: int
     ) -> Estimate:
         distinct = list({(prompts[p], i): prompts[p] for p, i in missing}.values())
-        count = getattr(self.target, "count_tokens", lambda text: len(text.encode(errors="replace")) // 4 + 8)
+        count = getattr(self.target, "count_tokens", None) or (
+            lambda x: len(transcript(x).encode(errors="replace")) // 4 + 8
+        )
         sizes = {prompt: count(prompt) for prompt in set(distinct)}
         prompt_tokens = sum(sizes[prompt] for prompt in distinct)
         tokens = len(distinct) * sampling.max_tokens

@@ -34,7 +34,8 @@ class EndpointSettings:
     model: str | None = None
     """Name that the server knows the model by. A server of frozen models or judges needs it."""
     key_env: str | None = None
-    """NAME of the environment variable that holds the key. Left out: no key is sent."""
+    """NAME of the environment variable that holds the key. Left out: no key is sent, or, to a reward, the one
+    in ALIGNPRO_REWARD_KEY where that is set."""
     dialect: str | None = None
     """Form in which requests are written. Frozen models and judges: openai, vllm or transformers (the latter
     two take top-k). Rewards: rewards, score or classify. Left out: openai, or rewards."""
@@ -109,9 +110,10 @@ class EndpointSettings:
         return digest(self.extra, *sorted(self.omit)).hex()[:12] if changes else ""
 
     def record(self, role: str) -> dict[str, Any]:
-        """Name the changes to requests for a run's record; nothing where there are none."""
-        changes = {"omit": list(self.omit), "extra_body": self.extra}
-        return {f"{role}_{name}": value for name, value in changes.items() if value}
+        """Say for a run's record what determines answers; None, which another run differs from, for none."""
+        facts: dict[str, Any] = {"model": self.model, "dialect": self.dialect}
+        facts |= {"omit": list(self.omit), "extra_body": self.extra}
+        return {f"{role}_{name}": value or None for name, value in facts.items()}
 
     def check_fields(self, sent: Collection[str], own: Collection[str]) -> None:
         """Refuse to omit what is not `sent`, and to add what is the caller's `own`."""

@@ -8,7 +8,8 @@ import numpy as np
 from alignpro.llm.models.prompt import said_in
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.rewards.reward import Reward
-from alignpro.llm.rewards.scores import Refusals, Scores, judged, scored
+from alignpro.llm.rewards.scores import Scores, judged, scored
+from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.target import Target
 
 

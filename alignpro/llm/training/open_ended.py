@@ -23,7 +23,7 @@ from alignpro.llm.models.forward import how_of, unwrap
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.models.policy import log_probs, sample_and_score, sample_key
 from alignpro.llm.models.prompt import as_json, from_json
-from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.policies.prompter import Prompter, Template, check_room, target_ids
 from alignpro.llm.training.algorithms import configured, trainer_on
 from alignpro.llm.training.checkpoints import (
@@ -206,9 +206,9 @@ def train(
         prompts = [_prompt(row) for row in prompts]
         pairs = zip(prompts, completion_ids, strict=True)
         said = [task.said(tokenizer, x, tuple(ids)) for x, ids in pairs]
-        thoughts = [each.thought for each in said]
-        if any(thoughts):
-            trainer.note("thought_share", torch.tensor(np.mean(thoughts), device=trainer.accelerator.device))
+        thoughts = torch.tensor(np.mean([each.thought for each in said]), device=trainer.accelerator.device)
+        if trainer.accelerator.gather(thoughts).any():  # in all processes or in none, as a note waits for all
+            trainer.note("thought_share", thoughts)
         step = trainer.state.global_step
         draws = [step * settings.samples + place for place in trainer.places(len(prompts))]
         refusals = environment.refusals
@@ -227,6 +227,7 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         facts = dict(facts or {})
         record = {"settings": asdict(settings), "prompts": len(prompts)}
+        record["prompts_digest"] = digest(*prompts).hex()[:16]
         record |= {"chat": chat_of(tokenizer).describe(), "read": how_of(prompter.model).describe(), **facts}
         record = json.loads(json.dumps(record))
         begin(out, record, resume)

@@ -1,0 +1,225 @@
+"""`alignpro instruct`: the best of a list of instructions, and what it is worth."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import tyro
+
+from alignpro.commands.options import DEFAULT_PROMPTER, EnvironmentSettings, PromptSettings, RunOptions
+from alignpro.commands.shared import with_reward
+from alignpro.files import read_json, writable_folder, write_json
+from alignpro.llm.arms.settings import InstructSettings
+from alignpro.report import keep
+from alignpro.report.numbers import columns, interval, number, plain
+from alignpro.report.page import Curve, Curves, Dots, Json, Page, Panel, Table, dot
+from alignpro.runs import refuse_other_settings
+
+if TYPE_CHECKING:
+    from alignpro.llm.arms.instruct import Candidate, Instructed
+    from alignpro.llm.targets.target import Target
+
+HEAD = ("mean reward", "behind the winner", "prompts", "left the race (answers so far)")
+"""Columns of a candidate, after its text."""
+SHOWN = 10
+"""Candidates in the tables."""
+_CURVES, _DOTS = 5, 25
+"""Candidates whose course is drawn, and whose mean is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruct(RunOptions):
+    """Find the best of a list of instructions for all prompts, and measure what it gains.
+
+    Races the candidates on the same prompts: the worse half drops out again and again, and whatever is
+    certainly not the best leaves at once. Then asks the winner, and no instruction, on prompts that the race
+    did not use. Interrupt at any time; the same command continues.
+    """
+
+    out: str
+    """Folder for instruct.json, report.html, cells.jsonl (every reward) and the answers paid for."""
+    settings: tyro.conf.OmitArgPrefixes[InstructSettings] = field(default_factory=InstructSettings)
+    environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(default_factory=EnvironmentSettings)
+    source: tyro.conf.OmitArgPrefixes[PromptSettings] = field(default_factory=PromptSettings)
+
+    def run(self) -> int:
+        from alignpro.commands.opening import (
+            World,
+            check_target_room,
+            is_address,
+            prompts_digest,
+            user_prompts,
+        )
+        from alignpro.llm.arms import instruct
+        from alignpro.llm.models import packages
+        from alignpro.llm.models.libraries import quiet
+        from alignpro.llm.models.prompt import said_in, with_instruction
+
+        settings, environment, source = self.settings, self.environment, self.source
+        folder, sampling = writable_folder(self.out), environment.sampling()
+        candidates = instruct.read_instructions(settings.instructions)
+        budget = instruct.budget_of(settings, candidates)
+        world = World(environment)
+        # Prompts are counted as the frozen model reads them, where it is here to be asked.
+        reader = DEFAULT_PROMPTER if is_address(environment.target) else environment.target
+        training = user_prompts(source, reader, "train", None, world)
+        whole = source.prompts_file is not None
+        others = training if whole else user_prompts(source, reader, "test", None, world)
+        raced, held = instruct.divided(training, others, settings)
+        world.check_prompts([*raced, *held])
+
+        # Another budget or level asks for what is not on file; all else makes other answers.
+        record = {
+            "candidates": prompts_digest(candidates),
+            "prompts": prompts_digest(raced),
+            "seed": settings.seed,
+            **environment.record(world.reward_name),
+        }
+        begun = folder / "settings.json"
+        if begun.exists():
+            refuse_other_settings(folder, read_json(begun), record, "--out")
+        after = 2 * len(held) * settings.held_out_answers
+        packages.note(
+            f"{len(candidates)} candidates on up to {len(raced)} prompts: at most {budget:,} answers of at "
+            f"most {sampling.max_tokens} tokens, and {after:,} to the winner on {len(held)} others"
+            + world.money(budget + after, sampling.max_tokens)
+        )
+        write_json(begun, record)
+
+        def open_target() -> "Target":
+            target = world.target()
+            longest = max(candidates, key=len)
+            asked = [said_in(x, with_instruction(x, longest)) for x in [*raced, *held]]
+            check_target_room(target, asked, sampling.max_tokens)
+            opened.append(world.kept(target, folder))
+            return opened[-1]
+
+        opened: list = []
+        judge = world.reward(folder)
+        cells = instruct.Cells(
+            folder, candidates, judge, sampling, settings.seed, open_target, world.refusals
+        )
+        with quiet():
+            result = instruct.find(cells, raced, held, settings)
+        for target in opened:
+            packages.note(target.ledger.line())
+        world.told(judge, folder)
+        print(text(result))
+        write_json(folder / "instruct.json", plain(result))
+        made = page(result, {**record, **plain(settings), "budget": budget})
+        keep.keep(with_reward(made, folder), folder)
+        print(f"wrote {folder / 'instruct.json'}")
+        return 0
+
+
+def _name(instruction: str) -> str:
+    return instruction or "(no instruction)"
+
+
+def _fate(candidate: "Candidate") -> str:
+    """How a candidate left the race."""
+    if candidate.left is None:
+        return "won"
+    return f"{'not the best, for certain' if candidate.ruled_out else 'trailing'}, after {candidate.left:,}"
+
+
+def _row(candidate: "Candidate") -> tuple[str, str, str, str, str]:
+    mean, behind = interval(candidate.mean), number(candidate.behind)
+    prompts = number(candidate.mean.n_clusters)
+    return _name(candidate.instruction), mean, behind, prompts, _fate(candidate)
+
+
+def _certainty(result: "Instructed") -> str:
+    """How sure the race is of its winner, in a sentence."""
+    n, every, sure = result.contenders, len(result.candidates), f"{result.level:.0%}"
+    if n == 1:
+        return f"It is certainly ({sure}) the best of the {every}."
+    return (
+        f"Certainly ({sure}) not the best: {every - n} of the {every}. The other {n - 1} dropped out because "
+        "they trailed, which is no proof; a larger --budget proves more."
+    )
+
+
+def _worth(result: "Instructed") -> str:
+    """The gain of the winner, in a sentence."""
+    found = result.held_out
+    if found is None:
+        return "No instruction at all did best: leave the prompts as they are."
+    return (
+        f"On {found.gain.n_clusters} other prompts it earns {number(found.mean.value)}, against "
+        f"{number(found.base.value)} without: a gain of {interval(found.gain)} at {result.level:.0%}."
+    )
+
+
+def _effort(result: "Instructed") -> str:
+    return (
+        f"{result.calls:,} answers on {result.prompts} prompts; every candidate on as many prompts as the "
+        f"winner would have taken {result.exhaustive:,}."
+    )
+
+
+def text(result: "Instructed") -> str:
+    rows = [("", *HEAD), *map(_row, result.candidates[:SHOWN])]
+    refused = f"\n{result.refused:,} answers were refused" if result.refused else ""
+    return "\n".join(
+        [
+            columns(rows, "wwnnw"),
+            f"{_effort(result)}{refused}",
+            "",
+            f"best: {_name(result.winner)}",
+            _certainty(result),
+            _worth(result),
+        ]
+    )
+
+
+def page(result: "Instructed", record: Json) -> Page:
+    """The race, its best candidates, and what the winner gains; `record` is how it was run."""
+    made = Page("instruct", "The best instruction", f"{_worth(result)} {_certainty(result)}", record)
+    axis = f"reward units, {result.level:.0%} intervals"
+    if (found := result.held_out) is not None:
+        made.estimate("Gain on other prompts", found.gain)
+    made.key("Answers of the race", number(result.calls), f"of at most {result.budget:,}")
+    made.key("Not ruled out", number(result.contenders), f"of {len(result.candidates)} candidates")
+    made.add("The instruction", "To be added to the end of every prompt:", quoted=_name(result.winner))
+    if found is not None:
+        rows = {"with the instruction": found.mean, "without": found.base, "gain": found.gain}
+        made.add(
+            "What it gains",
+            f"{found.answers} fresh answers to each of {found.gain.n_clusters} prompts that the race did not "
+            "use, with and without the instruction: that it was chosen does not flatter it here.",
+            Table(" | mean reward", [(name, interval(e)) for name, e in rows.items()], "wn"),
+            Dots("On held-out prompts", axis, [dot(name, e) for name, e in rows.items()], [(0.0, "no gain")]),
+        )
+    steps = [calls for calls, _ in result.track]
+    drawn = [*range(min(_CURVES, len(result.candidates)))]
+    drawn += [i for i, c in enumerate(result.candidates) if not c.instruction and i not in drawn]
+    courses = [
+        Curve(_name(result.candidates[i].instruction), [means.get(i) for _, means in result.track])
+        for i in drawn
+    ]
+    still = Curve("in the race", [len(means) for _, means in result.track])
+    made.add(
+        "The race",
+        f"{_effort(result)} All that are in the race at a time were asked on the same prompts; a line ends "
+        "where its candidate dropped out.",
+        figure=Curves(
+            steps,
+            "answers so far",
+            [
+                Panel("mean reward so far", courses, title="The last to leave"),
+                Panel("candidates", [still], title="Candidates in the race"),
+            ],
+        ),
+    )
+    best = result.candidates[:SHOWN]
+    some = result.candidates[:_DOTS]
+    made.add(
+        "The candidates",
+        f"The last {len(best)} in the race, and in the figure {len(some)} of {len(result.candidates)}, with "
+        f"the mean rewards that the race saw; intervals cover jointly at {result.level:.0%}, whenever the "
+        "race ended. How far a candidate is behind the winner is on the same prompts, and flatters the "
+        "winner somewhat, since it was chosen by that.",
+        Table(["instruction", *HEAD], [_row(c) for c in best], "tnnnw"),
+        Dots("Mean reward in the race", axis, [dot(_name(c.instruction), c.mean) for c in some]),
+    )
+    return made
