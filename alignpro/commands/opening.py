@@ -198,8 +198,8 @@ class World:
 
 
 def kept(target: "Target", folder: Path, prices: Any = None) -> "Cached":
-    """Answers on file in `folder`. A model in this process redoes a call that was cut short, so that an interruption
-    changes no answer; nothing that was paid for is asked again."""
+    """Answers on file in `folder`. A model in this process redoes a call that was cut short, so that an
+    interruption changes no answer; nothing that was paid for is asked again."""
     from alignpro.llm.targets.ledger import Cached
 
     return Cached(target, folder, prices=prices, note=None, whole=not target.remote)
