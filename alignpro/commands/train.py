@@ -41,8 +41,9 @@ class Train(PrompterOptions, ReportedRun):
     out: all of them."""
 
     def run(self) -> int:
-        from alignpro.commands.opening import World, check_prompter, trained_home, user_prompts
+        from alignpro.commands.opening import World, trained_home, user_prompts
         from alignpro.llm.models import configure, packages
+        from alignpro.llm.policies.prompter import check_prompter
         from alignpro.llm.training.settings import check_reporters
 
         if self.preset not in PRESETS:
