@@ -1,11 +1,11 @@
 """Evaluations on held-out prompts while a policy is trained: which round to keep, and when to stop.
 
 Every evaluation takes the same prompts and the same keys of draws, so that two of them differ by what was
-learned and little else. The rule that chooses is the sign of the mean gain over the best one so far, prompt by
-prompt, which is to keep the highest mean; equal ones leave the earlier. A margin (one standard error, say)
-would favour earlier rounds, for which there is no reason: the objective counts the KL already, and keeping a
-worse round costs what missing a better one costs. A mean that was the highest of several is too high on
-average, so it is no estimate of what the chosen prompter is worth.
+learned and little else. The rule that chooses is the sign of the mean gain over the best one so far, which
+is to keep the highest mean; equal ones leave the earlier. A margin (one standard error, say) would favour
+earlier rounds, for which there is no reason: the objective counts the KL already, and keeping a worse round
+costs what missing a better one costs. A mean that was the highest of several is too high on average, so it
+is no estimate of what the chosen prompter is worth.
 """
 
 import contextlib
@@ -49,8 +49,8 @@ def check_held_out(held_out: Sequence[str], prompts: Sequence[str]) -> None:
     """Raise AlignProError for fewer than two held-out prompts, or one that is learned from, however typed."""
     if len(held_out) < 2:
         raise AlignProError(
-            f"eval_every: {len(held_out)} held-out prompts are there, and a standard error takes 2; give more "
-            "prompts, or leave eval_every out"
+            f"eval_every: {len(held_out)} held-out prompts are there, and a standard error takes 2; give "
+            "more prompts, or leave eval_every out"
         )
     learned = {identity(x) for x in prompts}
     for x in held_out:
@@ -107,7 +107,7 @@ class Evaluations(TrainerCallback):
         return done if since >= self.how.patience else None
 
     def record(self) -> dict[str, Any]:
-        """Where the kept prompter is from, for the run's records."""
+        """The round that the kept prompter is from, for the records of the run."""
         stop = {} if self.stopped is None else {"stopped_after": self.stopped}
         return {"round": self.kept, "rounds": self.settings.iterations, "by": "held-out objective", **stop}
 
@@ -199,7 +199,10 @@ class Evaluations(TrainerCallback):
             line |= {"gain": float(gains.mean()), "gain_stderr": _error(gains)}
             line["best"] = done if line["gain"] > 0 else best["round"]
         elif how.eval_proposals > 1:
-            line["proposals"] = {"rewards": [r["rewards"] for r in found], "again": [r["again"] for r in found]}
+            line["proposals"] = {
+                "rewards": [r["rewards"] for r in found],
+                "again": [r["again"] for r in found],
+            }
         line["objectives"] = worth.tolist()
         line["examples"] = [
             {
@@ -254,7 +257,7 @@ def _trained(model: Any) -> Iterator[tuple[str, Tensor]]:
 def undisturbed(model: Any) -> Iterator[None]:
     """Read a model outside of training, and leave it and every random state as they were."""
     training, cuda = model.training, torch.cuda.is_available()
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 - others use it
     devices = torch.cuda.get_rng_state_all() if cuda else []
     model.eval()
     try:
@@ -262,7 +265,7 @@ def undisturbed(model: Any) -> Iterator[None]:
     finally:
         model.train(training)
         torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
         random.setstate(states[2])
         if cuda:
             torch.cuda.set_rng_state_all(devices)

@@ -50,7 +50,7 @@ class RewriteLog(TrainerCallback):
 
 
 def cut(path: Path, rounds: int) -> None:
-    """Leave the lines of the first `rounds` rounds in a file; one that a kill cut short goes with the rest."""
+    """Leave the lines of the first `rounds` rounds in a file; one that is cut short goes with the rest."""
     if not path.exists():
         return
     whole = 0

@@ -219,9 +219,10 @@ class EvaluationSettings:
 
     eval_every: int | None = None
     """Rounds between evaluations on held-out (validation) prompts, with one before the first round and one
-    after the last. The prompter that is kept is then that of the evaluation with the highest objective, reward
-    - lam KL: a later one replaces it where its mean gain on the same prompts and draws is positive. Left out:
-    there are none, and the last round's is kept."""
+    after the last. The prompter that is kept is then that of the evaluation with the highest objective,
+    reward - lam KL: a later one replaces the best before it where its mean gain on the same prompts and draws
+    is positive. That number is too high on average, for it was chosen: rollout on test prompts tells what the
+    prompter is worth. Left out: there are none, and the last round's is kept."""
     eval_prompts: int = 32
     """Held-out prompts of each evaluation, or as many as there are."""
     eval_draws: int = 2
@@ -252,11 +253,12 @@ class EvaluationSettings:
         """Rewrites of each held-out prompt in the evaluation before the first round."""
         return max(self.eval_draws, self.eval_proposals)
 
-    def answers(self, prompts: int, iterations: int, responses: int) -> int:
-        """Answers of the frozen model that all evaluations ask for, at most."""
+    def answers(self, prompts: int, iterations: int, responses: int, oracle: bool) -> int:
+        """Answers of the frozen model (with rlhf: of the oracle) in all evaluations, at most."""
         later = self.eval_draws * (len(self.rounds(iterations)) - 1)
-        first = self.first + (self.first if self.eval_proposals > 1 else 0)
-        return 0 if self.eval_every is None else prompts * responses * (first + later)
+        twice = self.eval_proposals > 1 and not oracle
+        each = 1 if oracle else responses
+        return 0 if self.eval_every is None else prompts * each * (self.first * (1 + twice) + later)
 
 
 @dataclass(frozen=True)
