@@ -14,6 +14,7 @@ from alignpro.llm.training.settings import PRESETS, EvaluationSettings, TrainSet
 from alignpro.report import keep
 from alignpro.report.numbers import number
 from alignpro.report.page import Curve, Curves, Json, Page, Panel, Table
+from alignpro.report.text import shorten
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.found import Example, Found, Used
@@ -140,11 +141,11 @@ def text(result: "TrainedPrompter") -> str:
     if result.evaluations:
         kept = _kept(result)
         lines.append(
-            f"objective on held-out prompts: {result.evaluations[0]['objective']:.4f} before training, "
-            f"{kept['objective']:.4f} {_after(kept['round'])}, the highest of {len(result.evaluations)} "
-            "(and so too high on average)"
+            f"objective on held-out prompts: {kept['objective']:.4f} {_after(kept['round'])}, the highest of "
+            f"{len(result.evaluations)} evaluations (and so too high on average); before training "
+            f"{result.evaluations[0]['objective']:.4f}, at last {result.evaluations[-1]['objective']:.4f}"
         )
-        lines.append(f"{_stopped(result)}the prompter kept is that {_after(kept['round'])}")
+        lines.append(f"{_stopped(result)}the prompter that is kept is that {_after(kept['round'])}")
     return "\n".join([*lines, f"wrote {result.folder / PROMPTER_FOLDER}"])
 
 
@@ -244,6 +245,7 @@ def page(found: "Found") -> Page:
     return made
 
 
+_MOST_CURVES = 6
 _TERMS = {"objective": "objective, reward − λ KL", "reward": "mean reward", "kl": "KL to ρ_sft, nats"}
 
 
@@ -335,7 +337,7 @@ def _add_strategies(made: Page, found: "Found") -> None:
         said = used.text or "(nothing)"
         return said if used.added else f"rewritten: {said}"
 
-    bands = [f"{a}" if a == b else f"{a}–{b}" for a, b in found.bands]
+    bands = [f"round {a}" if a == b else f"rounds {a}–{b}" for a, b in found.bands]
     rows = [
         (
             "all others" if used is found.rest else name(used),
@@ -345,7 +347,8 @@ def _add_strategies(made: Page, found: "Found") -> None:
         )
         for used in [*found.strategies, *([found.rest] if found.rest else [])]
     ]
-    curves = [Curve(name(used)[:40], [100 * share for share in used.shares]) for used in found.strategies]
+    drawn = found.strategies[:_MOST_CURVES]
+    curves = [Curve(shorten(name(used), 28), [100 * share for share in used.shares]) for used in drawn]
     made.add(
         "What it adds, over time",
         f"The {len(found.strategies)} commonest of what rewrites add to their prompts (or, of those that do "
@@ -353,9 +356,13 @@ def _add_strategies(made: Page, found: "Found") -> None:
         "drawn, their share of all draws, and their share of the draws of each band of rounds. Prompts and "
         "luck are in these means: a high one is no proof that the words did it.",
         Table(
-            ["what is added", "mean reward", "of all draws", *(f"rounds {band}" for band in bands)],
+            ["what is added", "mean reward", "of all draws", *bands],
             rows,
             "t" + "n" * (2 + len(bands)),
         ),
-        Curves([b for _, b in found.bands], "rounds", [Panel("share of draws, %", curves, title="Shares")]),
+        Curves(
+            [b for _, b in found.bands],
+            "rounds",
+            [Panel("share, %", curves, title="Shares of a band's draws")],
+        ),
     )
