@@ -81,6 +81,15 @@ def test_evaluating_leaves_training_as_it_is(algorithm, monkeypatch, tmp_path):
     """Equal to the bit with and without. Mutant: an evaluation that goes on with training's random state."""
     settings = replace(LITTLE, algorithm=algorithm, iterations=2)
 
+    class Reported(evaluation.Evaluations):
+        """Told to services as well, none of which is here."""
+
+        def evaluate(self, done):
+            self.trainer.args.report_to = ["a service"]
+            super().evaluate(done)
+
+    monkeypatch.setattr(open_ended, "Evaluations", Reported)
+
     def ran(name, how):
         np.random.seed(3)  # noqa: NPY002
         result = fit(tmp_path / name, Noisy(), settings, how)

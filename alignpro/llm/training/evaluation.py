@@ -121,7 +121,9 @@ class Evaluations(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         done, within = divmod(state.global_step, self.settings.steps_per_round)
         if not within and done in self.rounds:
+            logging = control.should_log  # of the round, which what is logged here would settle
             self.evaluate(done)
+            control.should_log = logging
             if self.stopped is not None:
                 control.should_training_stop = control.should_save = True
 
