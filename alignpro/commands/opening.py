@@ -139,8 +139,9 @@ class World:
         )
 
     def kept(self, target: "Target", folder: Path) -> "Cached":
-        """Answers of the frozen model on file, in `folder`."""
-        return kept(target, folder, self.prices)
+        """Answers of the frozen model on file, those of the run in `folder` or those that runs share."""
+        shared = self.settings.answers_folder
+        return kept(target, folder / "answers" if shared is None else Path(shared).expanduser(), self.prices)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -197,11 +198,11 @@ class World:
 
 
 def kept(target: "Target", folder: Path, prices: Any = None) -> "Cached":
-    """Answers on file. A model in this process redoes a call that was cut short, so that an interruption
-    changes no answer; nothing that was paid for is asked again."""
+    """Answers on file in `folder`. A model in this process redoes a call that was cut short, so that an
+    interruption changes no answer; nothing that was paid for is asked again."""
     from alignpro.llm.targets.ledger import Cached
 
-    return Cached(target, folder / "answers", prices=prices, note=None, whole=not target.remote)
+    return Cached(target, folder, prices=prices, note=None, whole=not target.remote)
 
 
 def how_read(target: "Target") -> dict[str, Any]:
