@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from alignpro.errors import AlignProError
+from alignpro.strategies import strategy_of
 
 LOGPS = ("logp_frozen_x", "logp_frozen_rewrite", "logp_prompter", "logp_reference", "logp_policy")
 """The log-probabilities of a row, in nats, of whole texts with their end, under the sampler that was used."""
@@ -351,18 +352,16 @@ class _Columns:
 
     def _add_strategy(self, p: int, x: str, rewrite: str | None) -> None:
         """Number what the rewrite does to x, and keep its text once a second prompt's rewrite does it."""
-        own = x.strip()
-        before, found, after = (rewrite or "").partition(own) if own else ("", "", "")
-        self.added.append(bool(found) and rewrite is not None)
         if rewrite is None:
+            self.added.append(False)
             self.strategy.append(-1)
             return
-        does = (before, after) if found else tuple(rewrite.lower().split(maxsplit=3)[:3])
-        number, first = self.strategies.setdefault(hash((bool(found), does)), (len(self.strategies), p))
+        does = strategy_of(x, rewrite)
+        self.added.append(does.added)
+        number, first = self.strategies.setdefault(hash(does), (len(self.strategies), p))
         self.strategy.append(number)
         if first != p and number not in self.strategy_texts:
-            said = " … ".join(part.strip() for part in does if part.strip()) if found else " ".join(does)
-            self.strategy_texts[number] = said if found else f"{said} …"
+            self.strategy_texts[number] = does.text
 
     def _add_parts(self, parts: Any, reward: float, low: float, high: float) -> None:
         """Check the parts of one row against its reward and against the first row's, and keep them."""
