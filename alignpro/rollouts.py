@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from alignpro.errors import AlignProError
+from alignpro.strategies import strategy_of
 
 LOGPS = ("logp_frozen_x", "logp_frozen_rewrite", "logp_prompter", "logp_reference", "logp_policy")
 """The log-probabilities of a row, in nats, of whole texts with their end, under the sampler that was used."""
@@ -125,6 +126,13 @@ class Rollouts:
     spread: np.ndarray | None = None
     """Standard deviations [N] between the members of a reward that is an ensemble, in reward units; NaN where
     a row has none, and None where no row has one."""
+    strategy: np.ndarray | None = None
+    """[N] integers: equal where rewrites add the same text to their prompts, or, of rewrites that do not
+    contain the prompt, where they open with the same three words; -1 without a rewrite. None: not known."""
+    added: np.ndarray | None = None
+    """[N] truth values: whether `strategy` is the text added, which with the prompt gives the rewrite."""
+    strategies: Mapping[int, str] = field(default_factory=dict)
+    """Texts of the strategies that rewrites of two prompts or more have, by their number in `strategy`."""
 
     def __len__(self) -> int:
         return len(self.reward)
@@ -257,6 +265,9 @@ class _Columns:
         self.parts: dict[str, array[float]] = {}
         self.spread = array("d")
         self.logps = {name: array("d") for name in LOGPS}
+        self.strategy, self.added = array("q"), array("b")
+        self.strategies: dict[int, tuple[int, int]] = {}
+        self.strategy_texts: dict[int, str] = {}
 
     def add(self, row: Sequence[Any]) -> None:
         for name, at in _TEXT_AT:
@@ -333,10 +344,24 @@ class _Columns:
             self.whole[name].append(value)
         self.reward.append(reward)
         self.refused.append(response is None)
+        self._add_strategy(p, x, rewrite)
         self._add_parts(parts, reward, low, high)
         if spread is not None and not (type(spread) in _NUMBER and 0 <= spread < math.inf):
             _type_error("reward_spread", spread, "a finite number of at least 0, or null")
         self.spread.append(math.nan if spread is None else spread)
+
+    def _add_strategy(self, p: int, x: str, rewrite: str | None) -> None:
+        """Number what the rewrite does to x, and keep its text once a second prompt's rewrite does it."""
+        if rewrite is None:
+            self.added.append(False)
+            self.strategy.append(-1)
+            return
+        does = strategy_of(x, rewrite)
+        self.added.append(does.added)
+        number, first = self.strategies.setdefault(hash(does), (len(self.strategies), p))
+        self.strategy.append(number)
+        if first != p and number not in self.strategy_texts:
+            self.strategy_texts[number] = does.text
 
     def _add_parts(self, parts: Any, reward: float, low: float, high: float) -> None:
         """Check the parts of one row against its reward and against the first row's, and keep them."""
@@ -417,4 +442,7 @@ class _Columns:
             parts={name: np.array(values)[order] for name, values in self.parts.items()},
             part_ranges=self.ranges or {},
             spread=None if np.isnan(self.spread).all() else np.array(self.spread)[order],
+            strategy=np.array(self.strategy, dtype=np.int64)[order],
+            added=np.array(self.added, dtype=bool)[order],
+            strategies=self.strategy_texts,
         )

@@ -44,6 +44,8 @@ TARGETS = {
             "estimation/statements.py",
             "estimation/estimate.py",
             "estimation/headroom.py",
+            "estimation/pooled.py",
+            "estimation/components.py",
             "estimation/compare.py",
             "estimation/winrate.py",
         ),

@@ -23,6 +23,37 @@ def _basis(result: "estimation.Headroom", best: "Mapping[str, Number]") -> "dict
     return found if result.ceiling is None else found | {"best rewrite drawn, over none": result.ceiling}
 
 
+def _shared(pooled: "estimation.Pooled") -> "dict[str, Number]":
+    """Estimates of strategies that prompts share, by name."""
+    found = {"pooled prompter, over sft": pooled.over_reference, "its KL from sft, nats": pooled.kl}
+    if pooled.over_none is not None:
+        found = {"pooled prompter, over none": pooled.over_none} | found
+    if pooled.components is not None:
+        found |= {
+            "variance between prompts": pooled.components.prompts,
+            "variance between strategies": pooled.components.strategies,
+            "variance of the interaction": pooled.components.interaction,
+        }
+    return found
+
+
+def _drawn(pooled: "estimation.Pooled") -> str:
+    """Say how many strategies there are, how far prompts share them, and which are favoured."""
+    said = f"{number(pooled.strategies)} strategies, {pooled.shared:.0%} of draws with one that others drew"
+    if pooled.favoured:
+        best = ", ".join(f"{text or 'the prompt itself'!r} ({gain:+.3g})" for text, gain in pooled.favoured)
+        said += f"; favoured, chosen for it: {best}"
+    return said
+
+
+def _prices(pooled: "estimation.Pooled", name: str = "{}") -> list[tuple[str, ...]]:
+    """The value of one instruction and of reading the prompt, a row for each lambda."""
+    return [(name.format(number(at.lam)), *map(interval, (at.one, at.read, at.price))) for at in pooled.at]
+
+
+_PRICES = ("one instruction, net", "reading the prompt, net", "price of not reading")
+
+
 def text(result: "estimation.Headroom") -> str:
     found = _basis(result, {f"best of {n} rewrites, over sft": e for n, e in result.best_of.items()})
     rows = [("lambda", "over sft", "net of lambda KL", "over none", "")]
@@ -36,11 +67,22 @@ def text(result: "estimation.Headroom") -> str:
         "",
         "the optimal prompter's gain",
         columns(rows),
+        *_text_of_shared(result.pooled),
         *(f"warning: {warning}" for warning in result.warnings),
         "",
         result.answer,
     ]
     return "\n".join(lines)
+
+
+def _text_of_shared(pooled: "estimation.Pooled | None") -> list[str]:
+    if pooled is None:
+        return []
+    lines = ["", f"shared among prompts: {_drawn(pooled)}"]
+    lines.append(columns([(name, interval(e)) for name, e in _shared(pooled).items()]))
+    if pooled.at:
+        lines += ["", "over sft, were effects normal", columns([("lambda", *_PRICES), *_prices(pooled)])]
+    return [*lines, pooled.finding, ""]
 
 
 def page(result: "estimation.Headroom") -> Page:
@@ -64,6 +106,8 @@ def page(result: "estimation.Headroom") -> Page:
         Table(["", *groups], rows, "wnnn"),
         Dots("Gain at each λ", axis, gained, [(0.0, "no gain")]),
     )
+    if result.pooled is not None:
+        _add_shared(page, result.pooled, axis)
     best = {f"best of {n}": e for n, e in result.best_of.items()}
     page.add(
         "What it rests on",
@@ -75,9 +119,33 @@ def page(result: "estimation.Headroom") -> Page:
     return page
 
 
+def _add_shared(page: Page, pooled: "estimation.Pooled", axis: str) -> None:
+    """Add the sections of strategies that prompts share."""
+    page.key("Supported", pooled.supports)
+    gains = {"over no prompter": pooled.over_none, "over ρ_sft": pooled.over_reference}
+    page.add(
+        "Strategies that prompts share",
+        f"{pooled.finding} It pools over prompts what the rewrites add to them, is learned from some prompts "
+        f"and judged on others: the best prompter earns no less than the lower limits. {_drawn(pooled)}.",
+        shown_estimates(_shared(pooled), "quantity"),
+        Dots("Gain of the pooled prompter", axis, dots({k: e for k, e in gains.items() if e is not None}),
+             [(0.0, "no gain")]),
+    )  # fmt: skip
+    if pooled.at:
+        page.add(
+            "One instruction, or a prompter that reads",
+            "Objectives J − λ KL over that of ρ_sft, of the best prompter that ignores the prompt and of the "
+            "best that reads it, were the effects of strategies normal with the variances above.",
+            Table(["", *_PRICES], _prices(pooled, "at λ = {}"), "wnnn"),
+        )
+
+
 @dataclass(frozen=True)
 class Headroom:
     """Should one train at all? Estimates, before any training, what the best prompter could gain.
+
+    Where rewrites add the same few instructions to many prompts, what each brings is learned over prompts:
+    whether one instruction for all would do, and what reading the prompt would add.
 
     Needs arm sft (rewrites by the reference prompter) with at least two draws per prompt and two answers per
     draw; arm none for the comparison with no prompter.

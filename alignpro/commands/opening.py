@@ -127,8 +127,9 @@ class World:
         )
 
     def kept(self, target: "Target", folder: Path) -> "Cached":
-        """Answers of the frozen model on file, in `folder`."""
-        return kept(target, folder, self.prices)
+        """Answers of the frozen model on file, those of the run in `folder` or those that runs share."""
+        shared = self.settings.answers_folder
+        return kept(target, folder / "answers" if shared is None else Path(shared).expanduser(), self.prices)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -185,11 +186,11 @@ class World:
 
 
 def kept(target: "Target", folder: Path, prices: Any = None) -> "Cached":
-    """Answers on file. A model in this process redoes a call that was cut short, so that an interruption
-    changes no answer; nothing that was paid for is asked again."""
+    """Answers on file in `folder`. A model in this process redoes a call that was cut short, so that an
+    interruption changes no answer; nothing that was paid for is asked again."""
     from alignpro.llm.targets.ledger import Cached
 
-    return Cached(target, folder / "answers", prices=prices, note=None, whole=not target.remote)
+    return Cached(target, folder, prices=prices, note=None, whole=not target.remote)
 
 
 def how_read(target: "Target") -> dict[str, Any]:
@@ -225,11 +226,14 @@ def user_prompts(
     split: str = "train",
     n: int | None = None,
     world: Any = None,
+    *,
+    fewer: bool = False,
 ) -> list[str]:
     """The user's prompts: those of the file, or a split of the data set; the first n.
 
     Args:
         world: says which columns the reward asks for, which are kept with them.
+        fewer: whether fewer than n of a data set will do.
     """
     from alignpro.llm.data import own as own_files
     from alignpro.llm.data import public, subset
@@ -250,7 +254,12 @@ def user_prompts(
     if longest is not None:
         fits = subset.shorter(tokens=longest, tokenizer=_tokenizer(prompter))
     if own is None:
-        more: dict[str, Any] = {"folder": source.data_folder, "fits": fits, "reading": reading}
+        more: dict[str, Any] = {
+            "folder": source.data_folder,
+            "fits": fits,
+            "reading": reading,
+            "fewer": fewer,
+        }
         return public.prompts(source.dataset, split, n, **more)
     found = [x for x in own if fits is None or fits(x)]
     if not found:
@@ -261,6 +270,31 @@ def user_prompts(
         raise AlignProError(f"prompts {n}: choose from 1 to the {len(found)} there are")
     own_files.note(len(found[:n]), used, path.name)
     return found[:n]
+
+
+def divided_prompts(
+    source: PromptSettings, prompter: str, n: int | None, held_out: int, world: Any = None
+) -> tuple[list[str], list[str]]:
+    """The user's prompts to learn from, the first n, and at most `held_out` to evaluate on meanwhile.
+
+    They are the train and the validation split of the data set. A file of prompts is divided in the same way
+    (`split_of`), and its test prompts are left alone.
+    """
+    from alignpro.llm.data.rows import first_turn
+    from alignpro.llm.data.split import split_of
+
+    if source.prompts_file is None:
+        learned = user_prompts(source, prompter, n=n, world=world)
+        return learned, user_prompts(source, prompter, "validation", held_out, world, fewer=True)
+    own = user_prompts(source, prompter, world=world)
+    parts = {part: [x for x in own if split_of(first_turn(x)) == part] for part in ("train", "validation")}
+    learned = parts["train"]
+    if not learned or (n is not None and not 1 <= n <= len(learned)):
+        raise AlignProError(
+            f"train_prompts {n}: {len(learned)} of the file's {len(own)} prompts are to learn from, the "
+            "others held out (eval_every); give more prompts, or lower it"
+        )
+    return learned[:n], parts["validation"][:held_out]
 
 
 def _tokenizer(prompter: str) -> Any:

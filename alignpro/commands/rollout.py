@@ -137,7 +137,7 @@ class Rollout(TemplateOption, RunOptions):
                 dtype, size = environment.dtype, environment.batch_size
                 policy = Prompter.from_pretrained(homes[name], dtype=dtype, chat_template_kwargs=options)
                 local = LocalTarget((policy.model, policy.tokenizer), batch_size=size, name=name)
-                return opening.kept(local, folder), local.log_probs
+                return opening.kept(local, folder / "answers"), local.log_probs
 
             def open_prompter(name: str) -> "Prompter":
                 home = homes[name] if name else reference

@@ -1,5 +1,6 @@
 """`alignpro train`: a prompter, or the RLHF oracle, on open-ended text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,14 +10,16 @@ from alignpro.commands.options import EnvironmentSettings, PrompterOptions, Prom
 from alignpro.commands.shared import with_reward
 from alignpro.errors import AlignProError
 from alignpro.files import writable_folder
-from alignpro.llm.training.settings import PRESETS, TrainSettings, refuse_moved_optimum
+from alignpro.llm.training.settings import PRESETS, EvaluationSettings, TrainSettings, refuse_moved_optimum
 from alignpro.report import keep
 from alignpro.report.numbers import number
-from alignpro.report.page import Curve, Curves, Page, Panel, Table
+from alignpro.report.page import Curve, Curves, Json, Page, Panel, Table
+from alignpro.report.text import shorten
 
 if TYPE_CHECKING:
+    from alignpro.llm.arms.found import Example, Found, Used
     from alignpro.llm.targets.ledger import Cached
-    from alignpro.llm.training.checkpoints import Trained
+    from alignpro.llm.training.open_ended import TrainedPrompter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +31,8 @@ class Train(PrompterOptions, ReportedRun):
     """
 
     out: str
-    """Folder for checkpoints, metrics.jsonl, report.html, the answers paid for, and prompter/, the trained
-    one."""
+    """Folder for checkpoints, metrics.jsonl, rewrites.jsonl, report.html, the answers paid for, and
+    prompter/, the trained one."""
     settings: tyro.conf.OmitArgPrefixes[TrainSettings] = field(default_factory=TrainSettings)
     preset: str = "faithful"
     """Named settings that the others start from: faithful (the optimum is the paper's closed form) or paper
@@ -39,9 +42,10 @@ class Train(PrompterOptions, ReportedRun):
     train_prompts: int | None = None
     """How many prompts of the data set's training split (or of the file) to learn from, from the first. Left
     out: all of them."""
+    evaluation: tyro.conf.OmitArgPrefixes[EvaluationSettings] = field(default_factory=EvaluationSettings)
 
     def run(self) -> int:
-        from alignpro.commands.opening import World, trained_home, user_prompts
+        from alignpro.commands.opening import World, divided_prompts, trained_home, user_prompts
         from alignpro.llm.models import configure, packages
         from alignpro.llm.policies.prompter import check_prompter
         from alignpro.llm.training.settings import check_reporters
@@ -61,12 +65,19 @@ class Train(PrompterOptions, ReportedRun):
         environment, answers = self.environment, self.environment.sampling()
         # The oracle is its own target.
         world = World(replace(environment, target=prompter) if rlhf else environment)
-        prompts = user_prompts(self.source, prompter, n=self.train_prompts, world=world)
-        world.check_prompts(prompts)
+        evaluation, held_out = self.evaluation, list[str]()
+        if evaluation.eval_every is None:
+            prompts = user_prompts(self.source, prompter, n=self.train_prompts, world=world)
+        else:
+            some = (self.train_prompts, evaluation.eval_prompts, world)
+            prompts, held_out = divided_prompts(self.source, prompter, *some)
+        world.check_prompts([*prompts, *held_out])
 
         from alignpro.commands.opening import check_target_room, how_read
+        from alignpro.llm.arms.found import found
         from alignpro.llm.policies.prompter import Prompter
         from alignpro.llm.training.environment import Environment
+        from alignpro.llm.training.evaluation import check_held_out
         from alignpro.llm.training.open_ended import train
 
         rounds, each = settings.iterations, settings.prompts * settings.samples
@@ -74,14 +85,21 @@ class Train(PrompterOptions, ReportedRun):
         line = f"{len(prompts)} prompts; {rounds} rounds of {settings.prompts} x {settings.samples} "
         line += "answers" if rlhf else f"rewrites, {asked} answers of at most {answers.max_tokens} tokens"
         line += f"; {rounds * settings.steps_per_round} {settings.algorithm} steps"
-        packages.note(line + world.money(asked, answers.max_tokens, asked or rounds * each))
+        scored = asked or rounds * each
+        if evaluation.eval_every is not None:
+            check_held_out(held_out, prompts)
+            scored += (more := evaluation.answers(len(held_out), rounds, settings.responses, rlhf))
+            line += f"; {len(evaluation.rounds(rounds))} evaluations on {len(held_out)} held-out prompts, "
+            line += f"{more} {'' if rlhf else 'more '}answers at most"
+            asked += 0 if rlhf else more
+        packages.note(line + world.money(asked, answers.max_tokens, scored))
 
         judge = world.reward(folder)
         target: Cached | None = None
         read: dict[str, Any] = {}
         if not rlhf:
             frozen = world.target()
-            check_target_room(frozen, prompts, answers.max_tokens)
+            check_target_room(frozen, [*prompts, *held_out], answers.max_tokens)
             read, target = how_read(frozen), world.kept(frozen, folder)
         facts = {
             "prompter": prompter,
@@ -99,23 +117,52 @@ class Train(PrompterOptions, ReportedRun):
         )
         worth = Environment(judge, target, answers, settings.responses, settings.seed, world.refusals)
         how: dict[str, Any] = {"resume": self.resume, "report_to": self.report_to, "facts": facts}
+        how |= {"held_out": held_out, "evaluation": evaluation}
         result = train(base, worth, prompts, settings, folder, **how)
         if target is not None:
             packages.note(target.ledger.line())
         if result.metrics:  # of several processes the first one tells
             world.told(judge, folder)
             print(text(result))
-            keep.keep(with_reward(page(result), folder), folder)
+            keep.keep(with_reward(page(found(result)), folder), folder)
         return 0
 
 
-def text(result: "Trained") -> str:
+def text(result: "TrainedPrompter") -> str:
     from alignpro.llm.training.checkpoints import PROMPTER_FOLDER
 
     first, last = result.metrics[0]["score"], result.metrics[-1]["score"]
+    lines = [f"mean reward of a round: {first:.4f} at first, {last:.4f} at last"]
+    if result.evaluations:
+        kept = _kept(result)
+        lines.append(
+            f"objective on held-out prompts: {kept['objective']:.4f} {_after(kept['round'])}, the highest of "
+            f"{len(result.evaluations)} evaluations (and so too high on average); before training "
+            f"{result.evaluations[0]['objective']:.4f}, at last {result.evaluations[-1]['objective']:.4f}"
+        )
+        lines.append(f"{_stopped(result)}the prompter that is kept is that {_after(kept['round'])}")
+    return "\n".join([*lines, f"wrote {result.folder / PROMPTER_FOLDER}"])
+
+
+def _kept(result: "TrainedPrompter") -> Json:
+    """The evaluation whose prompter was kept."""
+    best = result.record["kept"]["round"]
+    return next(line for line in result.evaluations if line["round"] == best)
+
+
+def _after(rounds: int) -> str:
+    return f"after round {rounds}" if rounds else "before the first round"
+
+
+def _stopped(result: "TrainedPrompter") -> str:
+    """A clause on an early stop, to begin a sentence with; empty where there was none."""
+    kept = result.record["kept"]
+    if (after := kept.get("stopped_after")) is None:
+        return ""
+    patience = result.record["evaluation"]["patience"]
     return (
-        f"mean reward of a round: {first:.4f} at first, {last:.4f} at last\n"
-        f"wrote {result.folder / PROMPTER_FOLDER}"
+        f"stopped after round {after} of {kept['rounds']}: {patience} evaluations in a row were no better "
+        f"than that {_after(kept['round'])}, so training is finished; "
     )
 
 
@@ -128,17 +175,20 @@ _PANELS: dict[str, tuple[tuple[str, str], ...]] = {
     "explained variance": (("critic", "ppo/explained_variance"),),
     "entropy, nats a token": (("policy", "entropy"),),
     "share clipped": (("ratios", "ppo/clip_fraction"), ("ratios", "clip_ratio/region_mean")),
-    "tokens of an answer": (("mean", "completions/mean_length"),),
+    "tokens of a rewrite": (("mean", "completions/mean_length"),),
 }
 """By panel of the learning curves: the curves, and the keys of metrics.jsonl that hold them, where any do.
-Those of the reward's parts, which add up to the reward, are known from the metrics."""
+Those of the reward's parts, which add up to the reward, are known from the metrics; the oracle's rewrites are
+answers."""
 _PART = "reward/"
 _TABLE_ROWS = 12
 
 
-def page(result: "Trained") -> Page:
-    """The learning curves, as a picture and as a table, with the settings."""
+def page(found: "Found") -> Page:
+    """The learning curves, the evaluations and what was found, as pictures and tables, with the settings."""
+    result = found.trained
     metrics, record = result.metrics, result.record
+    oracle = record.get("settings", {}).get("task") == "rlhf"
 
     def of(key: str) -> list[float | None]:
         return [line.get(key) for line in metrics]
@@ -148,6 +198,7 @@ def page(result: "Trained") -> Page:
     keys = [key for key in dict.fromkeys(key for line in metrics for key in line) if key.startswith(_PART)]
     parts = {"parts, reward units": tuple((key.removeprefix(_PART), key) for key in keys)}
     for axis, curves in (_PANELS | parts).items():
+        axis = axis.replace("a rewrite", "an answer") if oracle else axis
         there = [(name, key) for name, key in curves if any(value is not None for value in of(key))]
         columns |= {key: name if axis.endswith("reward units") else axis for name, key in there}
         if there:
@@ -155,11 +206,10 @@ def page(result: "Trained") -> Page:
             drawn = [Curve(name, of(key), bands[key]) for name, key in there]
             panels.append(Panel(axis, drawn, title=axis if axis in parts else ""))
     first, last = metrics[0], metrics[-1]
-    task = record.get("settings", {}).get("task")
     start, end = number(first["score"]), number(last["score"])
     made = Page(
         "train",
-        f"Training the {'RLHF oracle' if task == 'rlhf' else 'prompter'}",
+        f"Training the {'RLHF oracle' if oracle else 'prompter'}",
         f"The mean reward of a round went from {start} to {end}, on the prompts that were trained on; "
         "alignpro rollout tells what it is on others.",
         record,
@@ -181,4 +231,133 @@ def page(result: "Trained") -> Page:
         Table(["step", *columns.values()], rows, "w" + "n" * len(columns)),
         Curves([line["step"] for line in metrics], "optimizer steps", panels),
     )
+    if result.evaluations:
+        _add_evaluations(made, found)
+    if found.examples:
+        _add_examples(made, found)
+    if found.strategies:
+        _add_strategies(made, found)
     return made
+
+
+_MOST_CURVES = 6
+_TERMS = {"objective": "objective, reward − λ KL", "reward": "mean reward", "kl": "KL to ρ_sft, nats"}
+
+
+def _add_evaluations(made: Page, found: "Found") -> None:
+    """Results of training on held-out prompts, beside ρ_sft and resampling."""
+    result, lines, beside = found.trained, found.trained.evaluations, found.resampling
+    kept, first = _kept(result), lines[0]
+    made.key("Kept", _after(kept["round"]), f"of {result.record['kept']['rounds']} rounds")
+    made.key("Held-out objective", number(kept["objective"]), f"before training {number(first['objective'])}")
+
+    def cells(of: Json) -> list[str]:
+        return [f"{number(of[name])} ± {number(of[f'{name}_stderr'], '.2g')}" for name in _TERMS]
+
+    rows = [
+        (
+            "ρ_sft, before the first round" if line is first else f"trained, round {line['round']}",
+            *cells(line),
+            "" if line is first else f"{number(line['gain'], '+.3g')} ± {number(line['gain_stderr'], '.2g')}",
+        )
+        for line in lines
+    ]
+    marks: dict[str, list[tuple[float, str]]] = {name: [(first[name], "ρ_sft")] for name in _TERMS}
+    said = ""
+    if beside is not None:
+        numbers = [getattr(beside, name) for name in _TERMS]
+        shown = [f"{number(value)} ± {number(error, '.2g')}" for value, error in numbers]
+        rows.append((f"ρ* by resampling {beside.draws} draws", *shown, ""))
+        for name, (value, _) in zip(_TERMS, numbers, strict=True):
+            marks[name].append((value, "ρ* by resampling"))
+        said = (
+            f"\n\nρ* by resampling takes {beside.draws} rewrites of ρ_sft of each prompt and chooses among "
+            "them with weights exp(R/λ), without training; other answers judge it than gave the weights. "
+            f"Its KL, an upper bound, is at most log {beside.draws} = {beside.most_kl:.2f} nats, which "
+            "training may exceed: its objective is on average a lower bound of what the best prompter "
+            "attains."
+        )
+    at = next(i for i, line in enumerate(lines) if line is kept)
+    steps = [line["round"] for line in lines]
+    panels = []
+    for name, axis in _TERMS.items():
+        bands = [2 * line[f"{name}_stderr"] for line in lines]
+        panels.append(Panel(axis, [Curve("trained", [e[name] for e in lines], bands)], marks[name]))
+    stopped = _stopped(result)
+    made.add(
+        "Held-out prompts",
+        f"{stopped[:1].upper()}{stopped[1:]}{'t' if stopped else 'T'}he prompter that was kept is that "
+        f"{_after(kept['round'])}: of {len(lines)} evaluations on {len(first['objectives'])} prompts that "
+        "were never learned from, the one with the highest objective. A later one replaced the best before "
+        "it where its mean gain on the same prompts and draws, the last column, was positive; λ is the fixed "
+        "one of the settings. ± is one standard error over prompts.\n\nThe number of the chosen evaluation "
+        "is too high on average, since it was chosen for being high; alignpro rollout on test prompts tells "
+        "what the prompter is worth."
+        f"{said}",
+        Table(["", *_TERMS.values(), "gain over the best before"], rows, "wnnnn", best={(at, 0)}),
+        Curves(steps, "rounds", panels),
+    )
+    made.add(
+        "The same held-out prompts, before and after",
+        f"The first draw of the first {len(first['examples'])} held-out prompts, by the same random numbers, "
+        "before the first round and at the round that was kept.",
+        _examples(found.before_after),
+    )
+
+
+def _examples(examples: "Sequence[Example]") -> Table:
+    oracle = all(e.rewrite is None for e in examples)
+    rows = [
+        (number(e.round), e.prompt, *([] if oracle else [e.rewrite or "–"]), e.answer, number(e.reward))
+        for e in examples
+    ]
+    names = ["round", "prompt", *([] if oracle else ["rewrite"]), "first answer", "reward"]
+    return Table(names, rows, "nttn" if oracle else "ntttn")
+
+
+def _add_examples(made: Page, found: "Found") -> None:
+    rounds = list(dict.fromkeys(e.round for e in found.examples))
+    made.add(
+        "What it found",
+        "The first draw of the first prompts of the first, the middle and the last round, on training "
+        f"prompts, good or bad (rounds {', '.join(map(str, rounds))}). All draws are in rewrites.jsonl.",
+        _examples(found.examples),
+    )
+
+
+def _add_strategies(made: Page, found: "Found") -> None:
+    """The commonest strategies by their shares over time."""
+
+    def name(used: "Used") -> str:
+        said = used.text or "(nothing)"
+        return said if used.added else f"rewritten: {said}"
+
+    bands = [f"round {a}" if a == b else f"rounds {a}–{b}" for a, b in found.bands]
+    rows = [
+        (
+            "all others" if used is found.rest else name(used),
+            number(used.reward),
+            f"{used.share:.1%}",
+            *(f"{share:.0%}" for share in used.shares),
+        )
+        for used in [*found.strategies, *([found.rest] if found.rest else [])]
+    ]
+    drawn = found.strategies[:_MOST_CURVES]
+    curves = [Curve(shorten(name(used), 28), [100 * share for share in used.shares]) for used in drawn]
+    made.add(
+        "What it adds, over time",
+        f"The {len(found.strategies)} commonest of what rewrites add to their prompts (or, of those that do "
+        "not contain the prompt, of the three words they begin with), with their mean reward where they were "
+        "drawn, their share of all draws, and their share of the draws of each band of rounds. Prompts and "
+        "luck are in these means: a high one is no proof that the words did it.",
+        Table(
+            ["what is added", "mean reward", "of all draws", *bands],
+            rows,
+            "t" + "n" * (2 + len(bands)),
+        ),
+        Curves(
+            [b for _, b in found.bands],
+            "rounds",
+            [Panel("share, %", curves, title="Shares of a band's draws")],
+        ),
+    )

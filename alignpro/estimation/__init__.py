@@ -4,6 +4,7 @@ from alignpro.estimation.compare import Comparison, compare
 from alignpro.estimation.estimate import BoundEstimate, EstimateReport, estimate
 from alignpro.estimation.headroom import Headroom, headroom
 from alignpro.estimation.intervals import Estimate
+from alignpro.estimation.pooled import Pooled
 
 __all__ = [
     "BoundEstimate",
@@ -11,6 +12,7 @@ __all__ = [
     "Estimate",
     "EstimateReport",
     "Headroom",
+    "Pooled",
     "compare",
     "estimate",
     "headroom",

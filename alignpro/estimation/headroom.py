@@ -8,9 +8,12 @@ from alignpro.errors import AlignProError, check_temperature
 from alignpro.estimation import samples
 from alignpro.estimation.intervals import Estimate, check_level, prompts_to_settle
 from alignpro.estimation.paired import Absent, Term, estimates
+from alignpro.estimation.pooled import Pooled, pooled
 from alignpro.estimation.terms import Terms
 from alignpro.rollouts import Rollouts
 
+POOLED = 0.9
+"""Share of the answer's error that the pooled estimate may take, where strategies are shared."""
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
 """The λ that are tried where none is given, as shares of the declared width of the reward."""
 
@@ -46,6 +49,8 @@ class Headroom:
     """E R(best of n rewrites) − E_ρsft R, chosen by all answers but one: no training, n times the cost."""
     ceiling: Estimate | None
     """E R(best of all rewrites drawn) − J(no prompter); None without arm none."""
+    pooled: Pooled | None
+    """The gain that strategies shared among prompts would bring; None where too few draws share one."""
     answer: str
     """Whether one should train at all, in a sentence that begins with Yes, No or Undecided."""
     warnings: tuple[str, ...]
@@ -60,7 +65,8 @@ def headroom(rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95
     """Estimate the gain that prompt optimization could reach at each λ, from arm sft (and none).
 
     Arm sft needs two draws per prompt with two answers each. `lams` left out are `SHARES` of the declared
-    width of the reward. Intervals cover at `level` by themselves; the answer's cover jointly over λ.
+    width of the reward. Intervals cover at `level` by themselves; the answer's cover jointly over λ, and it
+    rests on the pooled estimate too: a wrong yes of either has probability (1 − level)/2 at most.
     """
     level = check_level(level)
     lams = tuple(check_temperature("lam", lam) for lam in lams)
@@ -98,6 +104,11 @@ def headroom(rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95
         rows["ceiling"] = terms.best() - terms.j("none")
     found = estimates(rows, rollouts, level)
     joint = estimates(decisive, rollouts, level, simultaneous=True)
+    error = 1.0 - level
+    shared = pooled(rollouts, arm, terms.arm("none") if none else None, lams, level, 1.0 - POOLED * error)
+    sure = joint
+    if shared is not None:
+        sure = estimates(decisive, rollouts, 1.0 - (1.0 - POOLED) * error, simultaneous=True)
     return Headroom(
         level=level,
         n=len(rollouts),
@@ -110,23 +121,35 @@ def headroom(rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95
         ),
         best_of={n: found["best", n] for n in counts},
         ceiling=found.get("ceiling"),
-        answer=_answer(lams, joint, none, terms.width),
+        pooled=shared,
+        answer=_answer(lams, joint, sure, shared, none, terms.width),
         warnings=tuple(terms.warnings.values()),
     )
 
 
-def _answer(lams: Sequence[float], joint: dict[Any, Estimate], none: bool, width: float) -> str:
-    """Say in one sentence whether to train, from limits that cover jointly over λ."""
+def _answer(
+    lams: Sequence[float],
+    joint: dict[Any, Estimate],
+    sure: dict[Any, Estimate],
+    shared: Pooled | None,
+    none: bool,
+    width: float,
+) -> str:
+    """Say in one sentence whether to train: a yes by the limits `sure`, a no by `joint`, both over all λ."""
     rival = "no prompter" if none else "the reference prompter"
-    gains = {lam: joint["none" if none else "over", lam] for lam in lams}
+    gains, wins = ({lam: of["none" if none else "over", lam] for lam in lams} for of in (joint, sure))
 
     def said(gain: Estimate) -> str:
         return f"{gain.value:+.3g} [{gain.lo:+.3g}, {gain.hi:+.3g}]"
 
     smallest = 0.01 * width
-    sure = {lam: gain for lam, gain in gains.items() if gain.lo > 0}
-    if sure:
-        lam, gain = max(sure.items(), key=lambda item: item[1].lo)
+    lam, gain = max(wins.items(), key=lambda item: item[1].lo)
+    if shared is not None and shared.deciding.lo > max(gain.lo, 0.0):
+        return (
+            f"Yes: a prompter that pools strategies over prompts, learned from some and judged on others, "
+            f"earns {said(shared.deciding)} over {rival}, and the best one at least that lower limit."
+        )
+    if gain.lo > 0:
         return f"Yes: at lambda {lam:g} the optimal prompter earns {said(gain)} over {rival}."
     if all(gain.hi < smallest for gain in gains.values()):
         lam, gain = max(gains.items(), key=lambda item: item[1].hi)
@@ -135,6 +158,9 @@ def _answer(lams: Sequence[float], joint: dict[Any, Estimate], none: bool, width
             f"over {rival}, less than 1% of the reward's range ({smallest:.3g})."
         )
     lam, gain = max(gains.items(), key=lambda item: item[1].value)
+    who = f"at lambda {lam:g} the optimal prompter"
+    if shared is not None and shared.deciding.value > 0:  # it is biased down: below 0 it says nothing
+        who, gain = "a prompter that pools strategies over prompts", shared.deciding
     more = prompts_to_settle(gain)
     if gain.bracket:
         remedy = "more answers and rewrites per prompt would tell (see the warnings)"
@@ -142,4 +168,4 @@ def _answer(lams: Sequence[float], joint: dict[Any, Estimate], none: bool, width
         remedy = "no realistic number of prompts would tell"
     else:
         remedy = f"about {more} more prompts would tell"
-    return f"Undecided: at lambda {lam:g} the optimal prompter earns {said(gain)} over {rival}; {remedy}."
+    return f"Undecided: {who} earns {said(gain)} over {rival}; {remedy}."

@@ -120,6 +120,8 @@ def simulate(
     """
     columns, arms, (low, high) = _draw(instance, rng, size, prompters, policies, reward_range)
     order = np.lexsort([columns[name] for name in ("answer", "draw", "arm", "prompt")])
+    added = columns["rewrite"] == np.asarray(instance.own)[columns["x"]]
+    strategy, names = _strategies(columns["rewrite"], added, columns["prompt"])
     sorted_: Any = {name: columns[name][order] for name in ("prompt", "arm", "draw", "answer", "reward")}
     return Rollouts(
         prompt_ids=tuple(map(str, range(size.prompts))),
@@ -135,6 +137,116 @@ def simulate(
         sampling="enumerated",
         low=low,
         high=high,
+        strategy=strategy[order],
+        added=added[order],
+        strategies=names,
+    )
+
+
+def _strategies(
+    rewrite: np.ndarray, own: np.ndarray, prompt: np.ndarray
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Number what rewrites [N] do, in order of appearance, and name what they do to several prompts.
+
+    The prompt itself (`own`) is one thing for all prompts, and so is every other rewrite.
+    """
+    does = np.where(own, np.max(rewrite, initial=0) + 1, rewrite)
+    known, first, at = np.unique(does, return_index=True, return_inverse=True)
+    first = np.where(known < 0, len(does), first)
+    number = np.argsort(np.argsort(first))
+    number[known < 0] = -1
+    pairs = np.unique(np.stack([at, prompt]), axis=1)[0]
+    shared = np.flatnonzero((np.bincount(pairs, minlength=len(known)) > 1) & (known >= 0))
+    names = {int(number[i]): "" if known[i] > rewrite.max() else f"rewrite {known[i]} …" for i in shared}
+    return number[at], names
+
+
+class Instructions(NamedTuple):
+    """A population of prompts to which a reference adds one of a few instructions; rewards are in [0, 1].
+
+    R(x, s) = mean + prompt effect + instruction effect + interaction, each normal with its standard
+    deviation, cut to [noise, 1 − noise]; an answer earns R ± noise with even chances.
+    """
+
+    instructions: int = 30
+    prompts: int = 60
+    draws: int = 2
+    answers: int = 2
+    own_answers: int = 4
+    """Answers to each prompt itself."""
+    mean: float = 0.45
+    own: float = -0.026
+    """Reward without an instruction, less `mean` and the prompt's effect."""
+    effect: float = 0.1
+    best: float | None = None
+    """Gain of the best instruction over the mean, to which the effects are scaled. Left out: as drawn."""
+    interaction: float = 0.04
+    prompt: float = 0.1
+    noise: float = 0.2
+    concentration: float | None = None
+    """Dirichlet parameter of each prompt's own ρ_sft. Left out: all instructions alike."""
+    density: bool = True
+    """Whether ρ_sft's log-probabilities are known."""
+
+
+def simulate_instructions(
+    rng: np.random.Generator,
+    size: Instructions = Instructions(),  # noqa: B008 - immutable
+) -> Rollouts:
+    """Draw rollouts of arms none and sft from a population with shared instructions."""
+    n, count = size.prompts, size.instructions
+    effect = size.effect * rng.standard_normal(count)
+    effect -= effect.mean()
+    if size.best is not None:
+        effect *= size.best / effect.max()
+    own = size.mean + size.prompt * rng.standard_normal((n, 1))
+    table = own + effect + size.interaction * rng.standard_normal((n, count))
+    alike = np.full((n, count), 1.0 / count)
+    prior = alike if size.concentration is None else rng.dirichlet(size.concentration * count * alike[0], n)
+    strategy = _pick(rng, prior, size.draws)
+    means = {
+        0: np.broadcast_to(own + size.own, (n, size.own_answers))[..., None],
+        1: np.repeat(np.take_along_axis(table, strategy, 1)[..., None], size.answers, -1),
+    }
+    parts = []
+    for arm, mean in means.items():
+        prompt, draw, answer = np.indices(mean.shape)
+        sign = rng.choice([-1.0, 1.0], mean.shape)
+        does = (strategy + 1)[..., None] if arm else np.zeros((n, 1, 1), int)
+        known = (
+            _log(np.take_along_axis(prior, strategy, 1)) if arm and size.density else np.full((n, 1), np.nan)
+        )
+        columns: dict[str, Any] = {
+            "prompt": prompt,
+            "arm": np.array(arm),
+            "draw": draw,
+            "answer": answer,
+            "reward": np.clip(mean, size.noise, 1.0 - size.noise) + size.noise * sign,
+            "strategy": does,
+            "logp": known[..., None],
+        }
+        parts.append({name: np.broadcast_to(v, mean.shape).ravel() for name, v in columns.items()})
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.lexsort([whole[name] for name in ("answer", "draw", "arm", "prompt")])
+    sorted_: Any = {name: values[order] for name, values in whole.items()}
+    logp = sorted_.pop("logp")
+    missing = np.full(len(order), np.nan)
+    return Rollouts(
+        prompt_ids=tuple(map(str, range(n))),
+        arms=("none", "sft"),
+        **sorted_,
+        seed=np.zeros(len(order), np.int64),
+        refused=np.zeros(len(order), bool),
+        logps=dict.fromkeys(LOGPS, missing) | {"logp_reference": logp},
+        prompters={("none", 0): "none", ("sft", 0): "sft"},
+        direct=frozenset(),
+        frozen="frozen",
+        reward_model="reward",
+        sampling="simulated",
+        low=0.0,
+        high=1.0,
+        added=np.ones(len(order), bool),
+        strategies={s: f"instruction {s}" if s else "" for s in range(count + 1)},
     )
 
 

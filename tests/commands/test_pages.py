@@ -1,6 +1,7 @@
 """Every verb's page: written by the verb, well-formed, self-contained, with the numbers of its JSON."""
 
 import base64
+import collections
 import getpass
 import html.parser
 import io
@@ -159,7 +160,8 @@ COMMANDS = {
     "headroom": "headroom HOME/rollouts.jsonl --lam 0.1 0.3 --json --out OUT",
     "compare": "compare HOME/rollouts.jsonl --arms none sft trained --out OUT",
     "judge": "judge HOME/rollouts.jsonl --arms trained none --judge MODEL --forced --prompts 6 --out OUT",
-    "train": f"train {WORLD} --iterations 2 --prompts 2 --samples 4 --epochs 1 --max-tokens 4 --seed 5",
+    "train": f"train {WORLD.replace('prompts.txt', 'many.txt')} --iterations 2 --prompts 2 --samples 4"
+    " --epochs 1 --max-tokens 4 --eval-every 1 --eval-proposals 3 --template append --seed 5",
     "rollout": f"rollout {WORLD} --rewrite-tokens 4 --draws 2 --answers 2 --seed 5",
     "sft": f"sft --prompter MODEL --pairs HOME/rewrites.jsonl {FIT}",
     "reward-model": f"reward-model --base MODEL --pairs HOME/pairs.jsonl {FIT}",
@@ -353,6 +355,19 @@ def test_numbers_of_the_language_models(ran):
         assert by_name["explained variance"] == shown(line["ppo/explained_variance"])
     assert run.page.rows()["settings.seed"][1] == "5"
     assert "explained variance, critic: " in run.page.of("img", "alt")[0]
+    evaluations = [json.loads(line) for line in (run.out / "evaluations.jsonl").read_text().splitlines()]
+    held = next(table for table in run.page.tables if "gain over the best before" in table[0])
+    for row, line in zip(held[1:-1], evaluations, strict=True):
+        assert [cell.split(" ± ")[0] for cell in row[1:4]] == [
+            shown(line[name]) for name in ("objective", "reward", "kl")
+        ]
+    assert held[-1][0] == "ρ* by resampling 3 draws"
+    drawn = [json.loads(line) for line in (run.out / "rewrites.jsonl").read_text().splitlines()]
+    added = next(table for table in run.page.tables if table[0][0] == "what is added")
+    common = collections.Counter(line["rewrite"].removeprefix(line["prompt"]) for line in drawn)
+    assert added[1][2] == f"{common.most_common(1)[0][1] / len(drawn):.1%}"
+    examples = next(table for table in run.page.tables if table[0][:3] == ["round", "prompt", "rewrite"])
+    assert evaluations[0]["examples"][0]["rewrite"] == examples[1][2]
 
     run = ran("rollout")
     rows = [json.loads(line) for line in (run.out / "rollouts.jsonl").read_text().splitlines()]

@@ -444,7 +444,9 @@ def test_headroom_answers():
     i.own, i.prior = np.zeros(10, int), np.full((10, 4), 0.25)
     yes = constant(i, [0.1, 0.9])
     size = Size(60, 16, 16, 4)
-    found = headroom(simulate(yes, np.random.default_rng(0), size, reward_range=(0, 1)), (0.3, 0.5))
+    rollouts = simulate(yes, np.random.default_rng(0), size, reward_range=(0, 1))
+    assert headroom(rollouts, (0.3, 0.5)).answer.startswith("Yes: a prompter that pools strategies")
+    found = headroom(replace(rollouts, strategy=None), (0.3, 0.5))
     assert found.answer.startswith("Yes: at lambda 0.5 the optimal prompter earns +0.4")
     i.frozen = np.array([[0.5, 0.5]] * 4)
     flat = constant(i, [0.4999, 0.5001])
@@ -452,7 +454,8 @@ def test_headroom_answers():
     assert found.answer.startswith("No: ")
     i.frozen = np.random.default_rng(1).dirichlet(np.ones(2), 4)
     vague = constant(i, [0.3, 0.7])
-    found = headroom(simulate(vague, np.random.default_rng(0), Size(6, 4, 3, 2), reward_range=(0, 1)), (0.2,))
+    rollouts = simulate(vague, np.random.default_rng(0), Size(6, 4, 3, 2), reward_range=(0, 1))
+    found = headroom(replace(rollouts, strategy=None), (0.2,))
     assert found.answer.startswith("Undecided: ")
 
 

@@ -438,6 +438,22 @@ def test_a_template_that_appends(home, tmp_path):
     assert main.main(both) == 2
 
 
+def test_runs_that_share_their_answers_ask_once(home, tmp_path, capsys):
+    """And get the rows of runs that do not; another reward of the same answers costs none."""
+    shared = ["--answers-folder", str(tmp_path / "shared")]
+    assert main.main(arguments(home, tmp_path / "own")) == 0
+    assert main.main(arguments(home, tmp_path / "first", *shared)) == 0
+    asked = len(lines(tmp_path / "shared"))
+    capsys.readouterr()
+    assert main.main(arguments(home, tmp_path / "second", *shared, reward="noise")) == 0
+    assert " 0 answers in 0 calls" in capsys.readouterr().err.replace("alignpro:", "")
+    assert len(lines(tmp_path / "shared")) == asked == len(lines(tmp_path / "own" / "answers"))
+    assert not (tmp_path / "first" / "answers").exists()
+    own, first, second = (rows_of(tmp_path / name) for name in ("own", "first", "second"))
+    assert own == first
+    assert [row["response"] for row in second] == [row["response"] for row in own]
+
+
 def test_old_cached_answers_without_ids_are_refused(home):
 
     target = LocalTarget(tiny_model(seed=1))

@@ -28,7 +28,14 @@ from alignpro.llm.training.checkpoints import METRICS_FILE
 from alignpro.llm.training.environment import Environment
 from alignpro.llm.training.open_ended import TASKS, train
 from alignpro.llm.training.ppo import PPOConfig
-from alignpro.llm.training.settings import ALGORITHM_NAMES, PRESETS, TASK_NAMES, TrainSettings, moved_optimum
+from alignpro.llm.training.settings import (
+    ALGORITHM_NAMES,
+    PRESETS,
+    TASK_NAMES,
+    EvaluationSettings,
+    TrainSettings,
+    moved_optimum,
+)
 
 PROMPTS = ["ab", "cd", "ef"]
 LAM = 0.35
@@ -313,6 +320,10 @@ def test_every_round_has_distinct_prompts():
 
 
 SHORT = replace(SETTINGS, iterations=8, samples=32, minibatches=2)
+HELD = {
+    "held_out": ["ba", "dc", "bb"],
+    "evaluation": EvaluationSettings(eval_every=3, eval_proposals=2),
+}
 
 
 def test_seed_zero_is_honoured(tmp_path):
@@ -404,7 +415,7 @@ rng, kills, folder = random.Random(0), 0, sys.argv[2]
 while True:
     child = os.fork()
     if child == 0:
-        t.fit(folder, t.SHORT, resume=True)
+        t.fit(folder, t.SHORT, resume=True, **t.HELD)
         os._exit(0)
     deadline = time.monotonic() + rng.uniform(0.1, 1.2)
     while time.monotonic() < deadline or kills >= 20:
@@ -426,8 +437,8 @@ while True:
 
 
 def test_killed_at_random_moments_ends_in_the_same_result(tmp_path):
-    """kill −9, twenty times at least; each run continues what the one before it left."""
-    whole = fit(tmp_path / "whole", SHORT).metrics
+    """kill −9, twenty times at least; each run continues what the one before it left, evaluations too."""
+    whole = fit(tmp_path / "whole", SHORT, **HELD).metrics
     command = [sys.executable, "-c", _KILLER, str(Path(__file__).parent), str(tmp_path / "cut")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -435,6 +446,8 @@ def test_killed_at_random_moments_ends_in_the_same_result(tmp_path):
     assert int(done.stdout.split()[-1]) >= 20
     lines = (tmp_path / "cut" / METRICS_FILE).read_text().splitlines()
     assert [json.loads(line) for line in lines] == whole
+    for name in ("evaluations.jsonl", "rewrites.jsonl", "prompter/adapter_model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 _TWO = """
@@ -443,7 +456,7 @@ from dataclasses import replace
 sys.path.insert(0, sys.argv[1])
 import test_train as t
 from alignpro.llm.training.ppo import PPOTrainer
-t.fit(sys.argv[2] + "/together", replace(t.SHORT, minibatches=1))
+t.fit(sys.argv[2] + "/together", replace(t.SHORT, minibatches=1), **t.HELD)
 # The mutant: each process's critic goes its own way.
 PPOTrainer.join_critic_gradients = lambda self: None
 t.fit(sys.argv[2] + "/apart", replace(t.SHORT, minibatches=1))
@@ -454,8 +467,11 @@ d.destroy_process_group()
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """DDP on two CPU processes: the loss curve of one process at equal global batch, critic included."""
-    one = fit(tmp_path / "one", replace(SHORT, minibatches=1)).metrics
+    """DDP on two CPU processes: the loss curve of one process at equal global batch, critic included.
+
+    Evaluations, of which each process has a share of the prompts, and the rewrites are those of one, too.
+    """
+    one = fit(tmp_path / "one", replace(SHORT, minibatches=1), **HELD).metrics
     script = tmp_path / "run.py"
     script.write_text(_TWO)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -472,6 +488,19 @@ def test_two_processes_train_as_one(tmp_path):
             np.testing.assert_allclose([x[name] for x in two], [x[name] for x in one], rtol=1e-3, atol=1e-4)
 
     check("together")
+
+    def lines(folder, name):
+        return [json.loads(line) for line in (tmp_path / folder / name).read_text().splitlines()]
+
+    for a, b in zip(*(lines(of, "evaluations.jsonl") for of in ("one", "together")), strict=True):
+        assert a["best"] == b["best"]
+        for key in ("objectives", "kl", "objective_stderr"):
+            np.testing.assert_allclose(b[key], a[key], atol=1e-3)
+    said = [
+        [(x["round"], x["prompt"], x["answer"]) for x in lines(of, "rewrites.jsonl")]
+        for of in ("one", "together")
+    ]
+    assert said[0] == said[1]
     with pytest.raises(AssertionError):
         check("apart")
 

@@ -185,6 +185,7 @@ def prompts(
     folder: str | Path | None = None,
     fits: Callable[[str], bool] | None = None,
     reading: Reading | None = None,
+    fewer: bool = False,
 ) -> list[str]:
     """Read the distinct prompts of a data set, in an order fixed by `seed` alone.
 
@@ -195,6 +196,7 @@ def prompts(
         folder: holds the files of the hub's repository, where the hub cannot be reached.
         fits: says of a prompt whether to keep it, such as `shorter(...)`.
         reading: what of a row makes its prompt; its column is that of the row of `DATASETS` if None.
+        fewer: whether fewer than n will do, where there are no more.
 
     Raises:
         AlignProError: an unknown name or split, too few prompts, a package or hub out of reach, a licence to
@@ -225,7 +227,7 @@ def prompts(
             f"dataset {name}: no prompts are left{where}; choose another, allow longer ones, or read a file "
             "whole with --prompts-file"
         )
-    if n is not None and n > len(found):
+    if n is not None and n > len(found) and not fewer:
         raise AlignProError(f"prompts {n}: choose from 1 to the {len(found)} there are in dataset {name}")
     if used:
         own.note(len(found[:n]), used, f"{name}, split {split}" if split else name)

@@ -153,8 +153,13 @@ class Metrics(TrainerCallback):
         return {k: v for k, v in logs.items() if not any(clock in k for clock in self.clocks)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero and state.global_step and self.path.exists():
-            self.lines = [line for line in read_json_lines(self.path) if line["step"] <= state.global_step]
+        if state.is_world_process_zero and state.global_step:
+            self.go_on(state.global_step)
+
+    def go_on(self, step: int) -> None:
+        """Take up the lines of the file up to that optimizer step."""
+        if self.path.exists():
+            self.lines = [line for line in read_json_lines(self.path) if line["step"] <= step]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Line | None = None, **_: Any) -> None:
         if state.is_world_process_zero and "loss" in (logs or {}):

@@ -33,8 +33,14 @@ class Environment:
 
         `draws` says which draw of π_F each action gets: equal draws of equal rewrites are the same answers.
         """
+        return self.answered(prompts, actions, draws)[0]
+
+    def answered(
+        self, prompts: Sequence[str], actions: Sequence[str], draws: Sequence[int]
+    ) -> tuple[Scores, list[str]]:
+        """`scores`, and the first answer to each action: the action itself in rlhf, none where refused."""
         if self.target is None:
-            return scored(self.reward, prompts, actions)
+            return scored(self.reward, prompts, actions), list(actions)
         # Something is asked, even where the rewrite is empty.
         asked = [said_in(x, a if a.strip() else " ") for x, a in zip(prompts, actions, strict=True)]
         answers = self.target.respond(
@@ -46,7 +52,9 @@ class Environment:
         )
         flat = [answer for row in answers for answer in row]
         found = judged(self.reward, [x for x in prompts for _ in range(self.responses)], flat, self.refusals)
-        return found.each(lambda values: values.reshape(len(prompts), self.responses).mean(1))
+        # What stands for a refused answer is the service's reason, which is none.
+        first = ["" if row[0].finish == "refused" else row[0].text for row in answers]
+        return found.each(lambda values: values.reshape(len(prompts), self.responses).mean(1)), first
 
     def score(self, prompts: Sequence[str], actions: Sequence[str], draws: Sequence[int]) -> np.ndarray:
         """[n] mean rewards; see `scores`."""

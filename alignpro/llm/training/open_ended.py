@@ -7,7 +7,7 @@ action the answer y, and λ plays β.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from alignpro.errors import AlignProError
+from alignpro.files import write_json
 from alignpro.llm.models.chat import Said, chat_of
 from alignpro.llm.models.forward import how_of, unwrap
 from alignpro.llm.models.libraries import quiet
@@ -29,6 +30,7 @@ from alignpro.llm.training.algorithms import configured, trainer_on
 from alignpro.llm.training.checkpoints import (
     METRICS_FILE,
     PROMPTER_FOLDER,
+    SETTINGS_FILE,
     Line,
     Metrics,
     Trained,
@@ -36,7 +38,9 @@ from alignpro.llm.training.checkpoints import (
     last_checkpoint,
 )
 from alignpro.llm.training.environment import Environment
-from alignpro.llm.training.settings import TrainSettings, check_reporters
+from alignpro.llm.training.evaluation import EVALUATIONS_FILE, Evaluations, check_held_out
+from alignpro.llm.training.rewrites import REWRITES_FILE, RewriteLog
+from alignpro.llm.training.settings import EvaluationSettings, TrainSettings, check_reporters
 from alignpro.llm.training.trl_adapter import Party, Rollouts, Rows
 
 
@@ -64,12 +68,36 @@ class OpenRollouts(Rollouts):
     they are scored as training scores them, and `sampler_mismatch` tells by how much that differs.
     """
 
-    def __init__(self, *positional: Any, task: Task, draws_seed: int, **named: Any) -> None:
-        self._task, self._draws_seed = task, draws_seed
+    def __init__(
+        self,
+        *positional: Any,
+        task: Task,
+        draws_seed: int,
+        evaluations: Evaluations | None = None,
+        **named: Any,
+    ) -> None:
+        self._task, self._draws_seed, self._evaluations = task, draws_seed, evaluations
         self._drawn: list[list[float]] = []
         self._hidden: Tensor | None = None
         super().__init__(*positional, **named)
         self.rescored = self.use_vllm or unwrap(self.model).dtype != torch.float32
+        if evaluations is not None:
+            evaluations.trainer = self
+            self.add_callback(evaluations)  # type: ignore[attr-defined]
+
+    def save_more(self, folder: Path) -> None:
+        super().save_more(folder)
+        if self._evaluations is not None:
+            self._evaluations.save(folder)
+
+    def load_more(self, folder: Path) -> None:
+        super().load_more(folder)
+        if self._evaluations is not None:
+            self._evaluations.load(folder)
+
+    def sums(self) -> tuple[list[float], list[float]]:
+        """Log-probabilities of this process's rewrites of the round, by the policy that drew and ρ_sft."""
+        return [*map(math.fsum, self._drawn)], self._reference[1].double().sum(1).tolist()
 
     def tokens_of(self, prompts: Sequence[str]) -> Rows:
         tokenizer = self.processing_class  # type: ignore[attr-defined]
@@ -159,6 +187,8 @@ class TrainedPrompter(Trained):
     """Result of training a prompter (or, with rlhf, a policy)."""
 
     prompter: Prompter
+    evaluations: list[Line] = field(default_factory=list)
+    """Lines of evaluations.jsonl; none where nothing was held out."""
 
 
 def train(
@@ -168,6 +198,8 @@ def train(
     settings: TrainSettings,
     out: str | Path,
     *,
+    held_out: Sequence[str] = (),
+    evaluation: EvaluationSettings | None = None,
     resume: bool = False,
     report_to: Sequence[str] = (),
     facts: Mapping[str, Any] | None = None,
@@ -179,7 +211,10 @@ def train(
         prompter: ρ_sft, without an adapter (rlhf: the frozen model; its template is not used).
         environment: what rewrites are worth.
         prompts: the users' prompts, gone through in random order, again and again.
-        out: folder for metrics.jsonl, settings.json, checkpoints, and prompter/, the trained one.
+        out: folder for metrics.jsonl, rewrites.jsonl, settings.json, checkpoints, and prompter/, the trained
+            one: the last round's, or with `evaluation` that of the best evaluation (evaluations.jsonl).
+        held_out: prompts never learned from, which `evaluation` evaluates on.
+        evaluation: how often to evaluate, and when to stop.
         resume: continue from the last checkpoint in `out`, if there is one; on a CPU to the bit.
         report_to: tensorboard, wandb, trackio.
         facts: for the model card and settings.json.
@@ -196,11 +231,17 @@ def train(
     prompts, tokenizer = list(dict.fromkeys(prompts)), prompter.tokenizer
     if settings.prompts > len(prompts):
         raise AlignProError(f"prompts {settings.prompts}: more than the {len(prompts)} distinct ones given")
+    if evaluation is not None and evaluation.eval_every is None:
+        evaluation = None
+    if evaluation is not None:
+        held_out = list(dict.fromkeys(held_out))
+        check_held_out(held_out, prompts)
     rows = _rounds(prompts, settings.prompts, settings.iterations, np.random.default_rng([settings.seed, 1]))
 
     task = TASKS[settings.task](prompter.template)
-    ids = [task.prompt_ids(tokenizer, x) for x in prompts]
-    check_room(prompter.model, prompts, ids, settings.max_tokens, f"prompter {prompter.base or 'model'!r}")
+    read = prompts if evaluation is None else [*prompts, *held_out]
+    ids = [task.prompt_ids(tokenizer, x) for x in read]
+    check_room(prompter.model, read, ids, settings.max_tokens, f"prompter {prompter.base or 'model'!r}")
 
     def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         prompts = [_prompt(row) for row in prompts]
@@ -213,14 +254,20 @@ def train(
         draws = [step * settings.samples + place for place in trainer.places(len(prompts))]
         refusals = environment.refusals
         asked, refused = refusals.asked, refusals.refused
-        found = environment.scores(prompts, [each.text for each in said], draws)
+        texts = [each.text for each in said]
+        found, answers = environment.answered(prompts, texts, draws)
         noted = {f"reward/{name}": values for name, values in found.parts.items()}
         noted |= {} if found.spread is None else {"reward_spread": found.spread}
         if refusals.asked > asked and environment.target is not None and environment.target.remote:
             noted["refused_share"] = np.array((refusals.refused - refused) / (refusals.asked - asked))
         for name, values in noted.items():
             trainer.note(name, torch.tensor(values.mean(), device=trainer.accelerator.device))
-        return found.total.tolist()
+        rewards = found.total.tolist()
+        own = [None] * len(texts) if settings.task == "rlhf" else texts
+        columns = zip(map(as_json, prompts), own, answers, rewards, *trainer.sums(), strict=True)
+        names = ("prompt", "rewrite", "answer", "reward", "logp", "logp_reference")
+        sampled.add(trainer, [dict(zip(names, row, strict=True)) for row in columns])
+        return rewards
 
     with quiet():
         config = configured(settings, out, prompter.model, report_to)
@@ -228,11 +275,29 @@ def train(
         facts = dict(facts or {})
         record = {"settings": asdict(settings), "prompts": len(prompts)}
         record["prompts_digest"] = digest(*prompts).hex()[:16]
+        if evaluation is not None:
+            shown = {"held_out": len(held_out), "held_out_digest": digest(*held_out).hex()[:16]}
+            record["evaluation"] = asdict(evaluation) | shown
+        else:
+            record["evaluation"] = None
         record |= {"chat": chat_of(tokenizer).describe(), "read": how_of(prompter.model).describe(), **facts}
         record = json.loads(json.dumps(record))
         begin(out, record, resume)
         metrics = _Rounds(out / METRICS_FILE, settings, progress)
-        how: dict[str, Any] = {"task": task, "draws_seed": settings.seed}
+        sampled = RewriteLog(out / REWRITES_FILE, settings.steps_per_round)
+        evaluations = None
+        if evaluation is not None:
+            evaluations = Evaluations(
+                held_out,
+                evaluation,
+                settings,
+                environment,
+                lambda x: task.prompt_ids(tokenizer, x),
+                lambda x, ids: task.said(tokenizer, x, ids),
+                out / EVALUATIONS_FILE,
+                progress,
+            )
+        how: dict[str, Any] = {"task": task, "draws_seed": settings.seed, "evaluations": evaluations}
         trainer = trainer_on(
             OpenRollouts,
             settings,
@@ -245,16 +310,30 @@ def train(
             **how,
         )
         _refuse_sharded(trainer.accelerator)
-        trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
+        trainer.add_callback(sampled)
+        last = last_checkpoint(out) if resume else None
+        if evaluations is not None and last is not None:
+            evaluations.load(Path(last))
+        if evaluations is not None and evaluations.stopped is not None:
+            metrics.go_on(evaluations.lines[-1]["step"])  # patience ended before: nothing is left to train
+        else:
+            trainer.train(resume_from_checkpoint=last)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if evaluations is not None:
+            evaluations.restore(model)
+            record["kept"] = facts["kept"] = evaluations.record()
         trained = replace(
             prompter,
-            model=trainer.accelerator.unwrap_model(trainer.model).eval(),
+            model=model.eval(),
             max_tokens=settings.max_tokens,
             facts={**prompter.facts, "settings": asdict(settings), **facts},
         )
         if trainer.args.should_save:
             trained.save(out / PROMPTER_FOLDER)
-    return TrainedPrompter(out, record, metrics.lines, trained)
+            if evaluations is not None:
+                write_json(out / SETTINGS_FILE, record)
+    lines = [] if evaluations is None else evaluations.lines
+    return TrainedPrompter(out, record, metrics.lines, trained, lines)
 
 
 _OBJECT = "\ufdd0"

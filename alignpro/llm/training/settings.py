@@ -214,6 +214,54 @@ class TrainSettings(PolicySettings):
 
 
 @dataclass(frozen=True)
+class EvaluationSettings:
+    """Evaluations on held-out prompts while a prompter is trained, by which it is chosen."""
+
+    eval_every: int | None = None
+    """Rounds between evaluations on held-out (validation) prompts, with one before the first round and one
+    after the last. The prompter that is kept is then that of the evaluation with the highest objective,
+    reward - lam KL: a later one replaces the best before it where its mean gain on the same prompts and draws
+    is positive. That number is too high on average, for it was chosen: rollout on test prompts tells what the
+    prompter is worth. Left out: there are none, and the last round's is kept."""
+    eval_prompts: int = 32
+    """Held-out prompts of each evaluation, or as many as there are."""
+    eval_draws: int = 2
+    """Rewrites of each held-out prompt in each evaluation."""
+    eval_proposals: int = 8
+    """Rewrites of each held-out prompt that the reference prompter is asked for before the first round, to
+    show what resampling them, without training, would earn; 0 leaves that out."""
+    patience: int | None = None
+    """Stop training after this many evaluations in a row without a new best one. Left out: all rounds are
+    trained. The learning rate falls as planned for all rounds, whenever training stops."""
+
+    def __post_init__(self) -> None:
+        check_whole(self, {"eval_prompts": 2, "eval_draws": 1, "eval_proposals": 0})
+        check_whole(self, {n: 1 for n in ("eval_every", "patience") if getattr(self, n) is not None})
+        if self.patience is not None and self.eval_every is None:
+            raise AlignProError(
+                f"patience {self.patience}: counts evaluations on held-out prompts; give eval_every too"
+            )
+
+    def rounds(self, iterations: int) -> list[int]:
+        """The rounds after which there is an evaluation, 0 before the first among them."""
+        if self.eval_every is None:
+            return []
+        return sorted({*range(0, iterations, self.eval_every), iterations})
+
+    @property
+    def first(self) -> int:
+        """Rewrites of each held-out prompt in the evaluation before the first round."""
+        return max(self.eval_draws, self.eval_proposals)
+
+    def answers(self, prompts: int, iterations: int, responses: int, oracle: bool) -> int:
+        """Answers of the frozen model (with rlhf: of the oracle) in all evaluations, at most."""
+        later = self.eval_draws * (len(self.rounds(iterations)) - 1)
+        twice = self.eval_proposals > 1 and not oracle
+        each = 1 if oracle else responses
+        return 0 if self.eval_every is None else prompts * each * (self.first * (1 + twice) + later)
+
+
+@dataclass(frozen=True)
 class PairSettings(FitSettings):
     """Settings that training on pairs of texts has."""
 
