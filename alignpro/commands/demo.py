@@ -6,11 +6,12 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignpro.commands.demo_page import EXAMPLES, PROMPTERS, answers_of, page, shown
+from alignpro.errors import AlignProError
 from alignpro.report import keep
 from alignpro.report.numbers import Json
 from alignpro.report.text import visible
@@ -25,6 +26,7 @@ class Demo:
 
     Restricts SmolLM2-135M-Instruct, as prompter and as frozen model, to finite sets of rewrites and responses
     on which everything is exact; trains the prompter; checks Theorem 1 before and after; writes report.html.
+    With --task it trains a prompter on open-ended text that a person can see working.
     """
 
     out: str
@@ -33,9 +35,13 @@ class Demo:
     """Continue an interrupted run in that folder (or start one)."""
     quick: bool = False
     """Smaller sets and a shorter training: minutes become one or two."""
+    task: str | None = None
+    """Show instead what a prompter can do on open-ended text: plain-language trains one, by PPO, to have the
+    frozen model answer in plain words, and shows held-out prompts before and after. Left out: the exact
+    demo."""
     model: str | None = None
-    """Prompter and frozen model: a packaged name, a local folder or a hub id. Left out:
-    smollm2-135m-instruct."""
+    """Prompter and frozen model (with --task, the frozen model alone): a packaged name, a local folder or a
+    hub id. Left out: smollm2-135m-instruct."""
     reward: str | None = None
     """Reward model: a packaged name or the folder of a saved one. Left out: minilm-bt."""
     prompts_file: str | None = None
@@ -62,6 +68,13 @@ class Demo:
     """Determines prompts, samples and training."""
 
     def run(self) -> int:
+        if self.task is not None:
+            from alignpro.commands import demo_task
+
+            self._refuse_exact()
+            named = {name: getattr(self, name) for name in ("quick", "resume", "seed", "model")}
+            return demo_task.run(self.task, self.out, **named)
+
         from alignpro.files import write_text
         from alignpro.llm.arms import demo
 
@@ -84,6 +97,13 @@ class Demo:
         keep.keep(page(result), self.out)
         print(f"{text(result)} ({time.monotonic() - started:.0f} s in all)", file=sys.stderr)
         return 0
+
+    def _refuse_exact(self) -> None:
+        """Refuse, with --task, the options of the exact demo."""
+        kept = ("out", "resume", "quick", "task", "model", "seed")
+        for option in fields(self):
+            if option.name not in kept and getattr(self, option.name) != option.default:
+                raise AlignProError(f"--{option.name.replace('_', '-')}: is not for --task; leave it out")
 
 
 def text(result: "DemoResult") -> str:

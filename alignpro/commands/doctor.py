@@ -95,7 +95,7 @@ def _devices() -> dict[str, Any]:
 
 def examine() -> dict[str, Any]:
     """Everything, as JSON values."""
-    from alignpro.llm.models import catalogue, packages
+    from alignpro.llm.models import catalogue, packages, recipes
 
     folder = packages.cache_folder()
     there = next(path for path in (folder, *folder.parents) if path.exists())
@@ -115,6 +115,10 @@ def examine() -> dict[str, Any]:
             "free_gb": round(shutil.disk_usage(there).free / 1e9, 1),
             "writable": os.access(there, os.W_OK),
             "packages": kept,
+            "prompters": [
+                {"prompter": name, "cached": recipes.cached(name), "cost": recipe.cost}
+                for name, recipe in catalogue.RECIPES.items()
+            ],
         },
         "programs": {"npm": shutil.which("npm") is not None},
     }
@@ -142,6 +146,9 @@ def table(found: dict[str, Any]) -> str:
     for row in cache["packages"]:
         state = "cached" if row["cached"] else f"fetched at first use from {row['from']}"
         lines.append(f"    {row['package']:<15} {row['size_mb']:>6.1f} MB  {state}")
+    for row in cache["prompters"]:
+        state = "cached" if row["cached"] else f"trained at first use, {row['cost']}"
+        lines.append(f"    {row['prompter']:<27} {state}")
     if not cache["writable"]:
         todo.append("export ALIGNPRO_CACHE=FOLDER    # the cache cannot be written to")
     if not found["programs"]["npm"]:

@@ -25,11 +25,13 @@ class Merge:
 
     def run(self) -> int:
         from alignpro.commands.opening import trained_home
-        from alignpro.llm.models import adapters, catalogue, configure, load, packages
+        from alignpro.llm.models import adapters, catalogue, configure, load, packages, resolve
         from alignpro.llm.models.libraries import quiet
         from alignpro.llm.policies.prompter import PROMPTER_FILE, Prompter
 
         home = Path(trained_home(self.adapter)).expanduser()
+        if self.adapter in catalogue.RECIPES:
+            home = resolve.resolve(self.adapter)
         if not (home / catalogue.ADAPTER_CONFIG).is_file():
             raise AlignProError(
                 f"adapter {self.adapter!r}: holds no {catalogue.ADAPTER_CONFIG}; name the folder of a "

@@ -30,23 +30,11 @@ def is_address(name: str) -> bool:
 
 def trained_home(name: str) -> str:
     """The folder of a trained prompter where `name` is that of the run that made it; else `name`."""
+    from alignpro.llm.models.catalogue import packaged
     from alignpro.llm.policies.prompter import PROMPTER_FILE
 
     inner = Path(name).expanduser() / PROMPTER_FOLDER
-    return str(inner) if name and (inner / PROMPTER_FILE).is_file() else name
-
-
-def check_prompter(name: str, template: str | None = None) -> None:
-    """Refuse what is neither a prompter's folder nor a model's name, and a template that does not fit."""
-    from alignpro.llm.models import catalogue
-    from alignpro.llm.policies.prompter import PROMPTER_FILE, check_template
-
-    check_template(template)
-    folder = Path(name).expanduser()
-    if not (folder / PROMPTER_FILE).is_file():
-        catalogue.check_name(name)
-    elif template is not None:
-        raise AlignProError(f"template {template}: {folder} has its own; leave it out")
+    return str(inner) if name and not packaged(name) and (inner / PROMPTER_FILE).is_file() else name
 
 
 class World:

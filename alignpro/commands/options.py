@@ -121,7 +121,8 @@ class PrompterOptions(TemplateOption):
 
     prompter: str = DEFAULT_PROMPTER
     """The reference prompter, rho_sft in the paper: a packaged model's name, a local folder, an id on the
-    Hugging Face hub, or the folder of a fine-tuned prompter."""
+    Hugging Face hub, the folder of a fine-tuned prompter, or instructions-sft, which appends a plain
+    instruction (a packaged model, fine-tuned once on this machine)."""
 
 
 @dataclass(frozen=True, kw_only=True)

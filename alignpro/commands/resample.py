@@ -58,10 +58,11 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
     source: tyro.conf.OmitArgPrefixes[MeasuredPrompts] = field(default_factory=MeasuredPrompts)
 
     def run(self) -> int:
-        from alignpro.commands.opening import World, check_prompter, trained_home, user_prompts
+        from alignpro.commands.opening import World, trained_home, user_prompts
         from alignpro.llm.arms import resample
         from alignpro.llm.models import packages
         from alignpro.llm.models.prompt import said
+        from alignpro.llm.policies.prompter import check_prompter
 
         prompter, environment = trained_home(self.prompter), self.environment
         folder = writable_folder(self.out)

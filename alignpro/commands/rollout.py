@@ -51,8 +51,9 @@ class Rollout(TemplateOption, RunOptions):
         default_factory=lambda: EnvironmentSettings(dtype="float32")
     )
     prompter: str | None = None
-    """The reference prompter, rho_sft in the paper: a packaged model's name, a local folder or an id on the
-    Hugging Face hub. Left out: what the trained prompters were trained from, or smollm2-135m-instruct."""
+    """The reference prompter, rho_sft in the paper: a packaged model's name, a local folder, an id on the
+    Hugging Face hub, or instructions-sft (see alignpro train --help). Left out: what the trained prompters
+    were trained from, or smollm2-135m-instruct."""
     source: tyro.conf.OmitArgPrefixes[MeasuredPrompts] = field(default_factory=MeasuredPrompts)
 
     def run(self) -> int:
@@ -192,8 +193,12 @@ class Rollout(TemplateOption, RunOptions):
 
 
 def _prompter_folder(name: str) -> Path:
+    from alignpro.llm.models.catalogue import RECIPES
+    from alignpro.llm.models.resolve import resolve
     from alignpro.llm.policies.prompter import PROMPTER_FILE
 
+    if name in RECIPES:
+        return resolve(name)
     home = Path(opening.trained_home(name)).expanduser()
     if (home / PROMPTER_FILE).is_file():
         return home
@@ -253,7 +258,7 @@ def _reference(prompter: str | None, trained: Mapping[str, Any], homes: Mapping[
 
 def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "Template | None":
     """The template for ρ_sft: the trained prompters', as they are compared with it; None where it has one."""
-    from alignpro.llm.policies.prompter import PROMPTER_FILE, Template, check_template
+    from alignpro.llm.policies.prompter import Template, check_prompter, check_template, has_template
 
     saved = [said["template"] for said in trained.values()]
     for said in saved:
@@ -261,8 +266,8 @@ def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "
             raise AlignProError("trained: their templates differ; roll each out in a folder of its own")
     if name is not None and saved:
         raise AlignProError(f"template {name}: the trained prompters have their own; leave it out")
-    opening.check_prompter(reference, name)
-    if (Path(reference).expanduser() / PROMPTER_FILE).is_file():
+    check_prompter(reference, name)
+    if has_template(reference):
         return None
     if not saved:
         return check_template(name)

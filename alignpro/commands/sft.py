@@ -29,7 +29,9 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
     out: str
     """Folder for checkpoints, metrics.jsonl, report.html and prompter/, the fine-tuned one."""
     pairs: str
-    """File of pairs to learn from: JSON lines (or one JSON list) of objects with a prompt and a rewrite."""
+    """File of pairs to learn from: JSON lines (or one JSON list) of objects with a prompt and a rewrite. Or
+    the word instructions: packaged prompts, each followed by one of about a hundred plain instructions; the
+    template is then append, unless another is named."""
     settings: tyro.conf.OmitArgPrefixes[SFTSettings] = field(default_factory=SFTSettings)
     prompt_field: str | None = None
     """Key of the prompt, a text or a conversation, in those objects. Left out: prompt, or another common name
@@ -38,14 +40,23 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
     """Key of the rewrite in those objects. Left out: rewrite, or optimized_prompt as in the data of BPO."""
 
     def run(self) -> int:
-        from alignpro.commands.opening import check_prompter, trained_home
+        from alignpro.commands.opening import trained_home
         from alignpro.llm.data import own, split
+        from alignpro.llm.data.pairs import PAIRS
         from alignpro.llm.data.rows import first_turn
         from alignpro.llm.models import packages
+        from alignpro.llm.policies.prompter import check_prompter, has_template
         from alignpro.llm.training.settings import check_reporters
 
         settings, prompter = self.settings, trained_home(self.prompter)
-        check_prompter(prompter, self.template)
+        made, template = self.pairs in PAIRS, self.template
+        if made and (self.prompt_field or self.rewrite_field):
+            raise AlignProError(
+                f"--pairs {self.pairs}: is packaged; leave out --prompt-field and --rewrite-field"
+            )
+        if made and template is None and not has_template(prompter):
+            template = "append"
+        check_prompter(prompter, template)
         check_reporters(self.report_to)
         folder = writable_folder(self.out)
         if any(folder.iterdir()) and not self.resume:
@@ -56,7 +67,10 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
         from alignpro.llm.policies.prompter import Prompter
         from alignpro.llm.training.sft import sft
 
-        read = own.read_rewrites(self.pairs, prompt=self.prompt_field, rewrite=self.rewrite_field)
+        if made:
+            read = PAIRS[self.pairs]()
+        else:
+            read = own.read_rewrites(self.pairs, prompt=self.prompt_field, rewrite=self.rewrite_field)
         sizes = Counter(split.split_of(first_turn(pair.prompt)) for pair in read)
         steps = settings.epochs * -(-sizes["train"] // settings.batch_size)
         packages.note(
@@ -64,7 +78,7 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
             f"to measure on; {settings.epochs} epochs, {steps} steps of {settings.batch_size} at most"
         )
         base = Prompter.from_pretrained(
-            prompter, template=self.template, chat_template_kwargs=self.chat_options(), merged=True
+            prompter, template=template, chat_template_kwargs=self.chat_options(), merged=True
         )
         result = sft(base, read, settings, folder, resume=self.resume, report_to=self.report_to)
         keep.keep(page(result), folder)
@@ -111,7 +125,7 @@ def page(result: "Tuned") -> Page:
         Table("split | pairs | before | after", rows, "wnnn"),
         Dots("What a held-out rewrite costs", "nats per token", dots),
     )
-    panels = {"nats per token": "loss", "share of tokens foreseen": "mean_token_accuracy"}
+    panels = {"nats per token": "loss", "entropy, nats a token": "entropy"}
     said, curves = fell(result.metrics, "nats per token", panels)
     made.add("Learning", said, None, curves)
     return made

@@ -45,14 +45,9 @@ class Train(PrompterOptions, ReportedRun):
     evaluation: tyro.conf.OmitArgPrefixes[EvaluationSettings] = field(default_factory=EvaluationSettings)
 
     def run(self) -> int:
-        from alignpro.commands.opening import (
-            World,
-            check_prompter,
-            divided_prompts,
-            trained_home,
-            user_prompts,
-        )
+        from alignpro.commands.opening import World, divided_prompts, trained_home, user_prompts
         from alignpro.llm.models import configure, packages
+        from alignpro.llm.policies.prompter import check_prompter
         from alignpro.llm.training.settings import check_reporters
 
         if self.preset not in PRESETS:

@@ -15,6 +15,7 @@ SMALL = {
     "coverage": "--repetitions 2 --out OUT/coverage.json",
     "paper": "--preset small --dry-run",
     "pooled": "--repetitions 1 --only flat --out OUT/pooled.json",
+    "tasks": "--dry-run --out OUT/tasks",
     "tiny_optimum": "--seeds 1 --iterations 1",
     "which_bound": "--instances 20",
 }

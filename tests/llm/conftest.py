@@ -1,8 +1,13 @@
 """Small models on one thread: two threads on models this small only wait for each other."""
 
+from dataclasses import replace
+
 import pytest
+import small_recipe
 import torch
 import zoo
+
+from alignpro.llm.models import catalogue, packages
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,3 +30,30 @@ def animals(tmp_path_factory):
         return built[name]
 
     return get
+
+
+@pytest.fixture
+def tiny_recipe(animals, tmp_path, monkeypatch):
+    """The packaged recipe on a tiny model, in a cache of its own that has the data."""
+    name = small_recipe.NAME
+    base, settings = str(animals("qwen2_5")), small_recipe.TINY
+    row = replace(catalogue.RECIPES[name], base=base, settings=settings, options={"n": 40})
+    monkeypatch.setitem(catalogue.RECIPES, name, row)
+    data = packages.cache_folder() / "packages"
+    monkeypatch.setenv("ALIGNPRO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "packages").symlink_to(data)
+    return row
+
+
+@pytest.fixture
+def made_recipe(tiny_recipe, monkeypatch):
+    """The same, trained on a few pairs without a process of its own."""
+    from alignpro.llm.data import pairs
+    from alignpro.llm.models import recipes
+    from alignpro.llm.training import recipe
+
+    with monkeypatch.context() as patch:
+        patch.setitem(pairs.PAIRS, tiny_recipe.pairs, small_recipe.few_pairs)
+        recipe.make(small_recipe.NAME, recipes.home(small_recipe.NAME), tiny_recipe)
+    return tiny_recipe

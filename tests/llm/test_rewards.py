@@ -335,9 +335,9 @@ def test_the_key_of_the_head_follows_its_code_and_data(monkeypatch):
 
 def test_code_is_what_it_does():
     code = 'def f(x):\n    """Doc."""\n    return 2 * x  # twice\n'
-    assert minilm.code_digest(code) == minilm.code_digest("def f(x):\n\n    return (2 * x)\n")
+    assert packages.code_digest(code) == packages.code_digest("def f(x):\n\n    return (2 * x)\n")
     others = ("3 * x", "2 + x", "2 * x, 'Doc.'")
-    assert len({minilm.code_digest(code.replace("2 * x", other)) for other in ("2 * x", *others)}) == 4
+    assert len({packages.code_digest(code.replace("2 * x", other)) for other in ("2 * x", *others)}) == 4
     assert ast.parse(code).body  # it is the code that is compared, not a failure to read it
 
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from mutants import kills, mutated
+from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from alignpro.errors import AlignProError
@@ -124,6 +126,90 @@ def test_pads_cost_nothing(prompter, tmp_path):
     sft(prompter, pairs, replace(SHORT, batch_size=len(ids)), tmp_path / "out")
     line = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["loss"] == pytest.approx(nats_per_token(prompter, ids), rel=1e-5)
+
+
+def check_loss(loss_of, prompter, folder):
+    """The loss and its gradients are those of a plain forward pass over every row, its template included."""
+    pairs = [Rewrite(x, y) for x, y in (("ab", "ba"), ("abcd", "d"), ("ab", "bacd"), ("dd", "ddab"))]
+    metrics = module.PairMetrics(folder / "metrics.jsonl")
+    trainer = module._trainer(prompter, [encode(prompter, p) for p in pairs], SHORT, folder, (), metrics)
+    model = trainer.model
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for i, p in enumerate(weights.values()):  # a fresh adapter would give most of them no gradient
+        torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(i))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(pairs))])
+    read = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda _m, ids, _o: read.append(ids[0]))
+    for total in (None, torch.tensor(40)):  # of one process alone, and of several
+        found = torch.autograd.grad(loss_of(trainer, model, dict(batch), total), [*weights.values()])
+        tokens = sum(ids.numel() for ids in read)
+        handle.remove()
+        value = loss_of(trainer, model, dict(batch), total)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        wanted = batch["labels"][:, 1:].flatten()
+        plain = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).double(), wanted, reduction="sum", ignore_index=-100
+        ) / (total or (wanted != -100).sum())
+        assert value.item() == pytest.approx(plain.item(), rel=1e-5)
+        expected = torch.autograd.grad(plain, [*weights.values()])
+        for name, one, other in zip(weights, found, expected, strict=True):
+            scale = other.abs().max()
+            assert scale > 1e-4, name
+            assert (one - other).abs().max() < 1e-4 * scale, name
+    assert tokens < 0.7 * int(batch["attention_mask"].sum())
+
+
+def test_the_loss_reads_the_template_once_and_is_that_of_a_plain_pass(prompter, tmp_path):
+    prompter = replace(prompter, template=replace(TEMPLATE, examples=(("abcd", "dcba"),)))
+
+    def by(module):
+        return lambda trainer, model, batch, total: module._Trainer.compute_loss(
+            trainer, model, batch, num_items_in_batch=total
+        )
+
+    check_loss(by(module), prompter, tmp_path)
+
+    def slow(trainer, model, batch, total):
+        return SFTTrainer.compute_loss(trainer, model, batch, num_items_in_batch=total)
+
+    for right, wrong in {
+        "-scores.log_probs.sum() / tokens": "-(scores.log_probs.sum(1) / 3).mean()",
+        "tokens = here if num_items_in_batch is None else num_items_in_batch": "tokens = here",
+        "log_probs(model, [prompt for prompt, _ in pairs]": "log_probs(model, [pairs[0][0] for _ in pairs]",
+    }.items():
+        mutant = by(mutated(module, right, wrong))
+        kills(lambda loss: check_loss(loss, prompter, tmp_path), mutant)
+    kills(lambda loss: check_loss(loss, prompter, tmp_path), slow)
+
+
+def test_pairs_of_one_prompt_together(prompter, tmp_path, monkeypatch):
+    """All are learned from, each prompt's in one batch, in an order that the seed gives."""
+    pairs = [
+        Rewrite(x, y) for y in ("a", "b", "c", "d") for x in ("ab", "cd", "aa", "bd", "dd", "ca", "ba", "da")
+    ]
+    ids = [encode(prompter, p) for p in pairs if split_of(p.prompt) == "train"]
+    in_a_row = module.gathered(ids, 0)
+    assert sorted(in_a_row) == sorted(ids)
+    assert in_a_row != module.gathered(ids, 1)
+    seen, step = [], module._Trainer.compute_loss
+
+    def looked_at(self, model, inputs, **named):
+        seen.append(
+            [p for p, _ in module.uncolumned(*(inputs[n] for n in ("input_ids", "labels", "attention_mask")))]
+        )
+        return step(self, model, inputs, **named)
+
+    monkeypatch.setattr(module._Trainer, "compute_loss", looked_at)
+
+    def prompts_of_a_batch(together):
+        seen.clear()
+        settings = replace(SHORT, batch_size=4, together=together)
+        sft(prompter, pairs, settings, tmp_path / str(together))
+        assert sorted(p for batch in seen for p in batch) == sorted(p for p, _ in ids)
+        return max(len(set(batch)) for batch in seen)
+
+    assert prompts_of_a_batch(True) == 1
+    assert prompts_of_a_batch(False) > 1
 
 
 def test_seeds_are_honoured(prompter, tmp_path):

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json
-from alignpro.llm.models.catalogue import ADAPTER_CONFIG, HUB_ID, MODELS
+from alignpro.llm.models.catalogue import ADAPTER_CONFIG, HUB_ID, packaged
 from alignpro.llm.models.forward import text_config, unwrap
 
 _OTHER_TOWERS = ("vision", "visual", "audio", "image")
@@ -78,7 +78,7 @@ def find_base(base: str, folder: Path) -> str:
     """`base` as a name that can be opened now: a relative path is looked for from the working folder, then
     from `folder` and each folder above it."""
     path = Path(base).expanduser()
-    if base in MODELS or path.exists():
+    if packaged(base) or path.exists():
         return base
     if not path.is_absolute():
         home = folder.expanduser().resolve()

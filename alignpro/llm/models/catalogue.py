@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from alignpro.errors import AlignProError
 
@@ -21,19 +21,68 @@ MODELS: dict[str, PackagedModel] = {
     "smollm2-135m-instruct": PackagedModel("smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "minimind2-small": PackagedModel("minimind2", "model_quantized.onnx"),
 }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A prompter that is fine-tuned on this machine, once, from a packaged model and pairs that are made."""
+
+    base: str
+    """A key of `MODELS`."""
+    template: str
+    """A row of `alignpro.llm.policies.prompter.TEMPLATES`."""
+    pairs: str
+    """A row of `alignpro.llm.data.pairs.PAIRS`."""
+    options: Mapping[str, Any]
+    """Arguments of the function there."""
+    settings: Mapping[str, Any]
+    """Every field of `alignpro.llm.training.settings.SFTSettings`."""
+    data: tuple[str, ...]
+    """The rows of `PACKAGES` that the pairs are made from."""
+    cost: str
+    """How long it takes, in words."""
+
+
+RECIPES: dict[str, Recipe] = {
+    "instructions-sft": Recipe(
+        base="smollm2-135m-instruct",
+        template="append",
+        pairs="instructions",
+        options={"each": 8, "held_out": 1, "alone": 0.03, "seed": 0},
+        settings={
+            "learning_rate": 2e-3,
+            "epochs": 1,
+            "batch_size": 32,
+            "lora_rank": 16,
+            "lora_layers": 1 / 3,
+            "max_tokens": 24,
+            "together": True,
+            "save_every": 10,
+            "seed": 0,
+        },
+        data=("llamafactory", "mtbench"),
+        cost="about four minutes on two cores",
+    ),
+}
+"""Prompters by name, which `alignpro.llm.models.recipes` has made. Named as models are."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """The form of a hub id, owner/name."""
+
+
+def packaged(model: str | Path) -> bool:
+    """Whether `model` is the name of a packaged model, or of a prompter that is made from one."""
+    return str(model) in MODELS or str(model) in RECIPES
 
 
 def check_name(model: str | Path) -> None:
     """Refuse what names no packaged model, folder, GGUF file or hub id, without reaching for the hub."""
     path = Path(model).expanduser()
-    if str(model) in MODELS or (str(model) and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
+    if packaged(model) or (str(model) and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
         return
     if path.is_absolute() or str(model).startswith((".", "~")) or not HUB_ID.fullmatch(str(model)):
         raise AlignProError(
             f"model {str(model)!r}: no such folder, GGUF file or packaged model; name one of "
-            f"{', '.join(MODELS)}, a folder of safetensors, or a hub id owner/name"
+            f"{', '.join([*MODELS, *RECIPES])}, a folder of safetensors, or a hub id owner/name"
         )
 
 

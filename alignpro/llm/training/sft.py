@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from trl import SFTConfig, SFTTrainer
 
@@ -157,6 +158,15 @@ def encode(prompter: Prompter, pair: Rewrite) -> Encoded:
     return template.prompt_ids(tokenizer, pair.prompt), said
 
 
+def gathered(pairs: Sequence[Encoded], seed: int) -> list[Encoded]:
+    """The pairs in another order, in which those of one prompt follow each other."""
+    by_prompt: dict[tuple[int, ...], list[Encoded]] = {}
+    for pair in pairs:
+        by_prompt.setdefault(pair[0], []).append(pair)
+    groups = [*by_prompt.values()]
+    return [pair for i in np.random.default_rng([seed, 2]).permutation(len(groups)) for pair in groups[i]]
+
+
 def columns(pairs: Sequence[Encoded]) -> dict[str, list[list[int]]]:
     """The columns that TRL's trainer reads; `labels` is −100 where a token is no part of the loss."""
     return {
@@ -165,8 +175,39 @@ def columns(pairs: Sequence[Encoded]) -> dict[str, list[list[int]]]:
     }
 
 
+def uncolumned(input_ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> list[Encoded]:
+    """The pairs that a collated batch of `columns` holds, without pads."""
+    pairs = []
+    for ids, wanted, kept in zip(input_ids.tolist(), labels.tolist(), mask.tolist(), strict=True):
+        row = [(token, label) for token, label, there in zip(ids, wanted, kept, strict=True) if there]
+        prompt = tuple(token for token, label in row if label == -100)
+        pairs.append((prompt, tuple(token for token, label in row if label != -100)))
+    return pairs
+
+
 class _Trainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc]
-    pass
+    """TRL's trainer, with its loss from a pass that reads the template once and not in every row.
+
+    The loss is −Σ log ρ(x′|x) over a batch divided by the batch's tokens. The entropy is logged beside it;
+    TRL's accuracy is not, which would need the logits once more."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        pairs = uncolumned(inputs["input_ids"], inputs["labels"], inputs["attention_mask"])
+        scores = log_probs(model, [prompt for prompt, _ in pairs], [said for _, said in pairs])
+        here = torch.tensor(sum(len(said) for _, said in pairs), device=scores.log_probs.device)
+        every = self.accelerator.gather_for_metrics
+        entropy = every(scores.entropies.sum()).sum() / every(here).sum()
+        self._metrics["train"]["entropy"].append(entropy.item())
+        # Over the tokens of all processes, whose gradients are then averaged: as TRL has it.
+        tokens = here if num_items_in_batch is None else num_items_in_batch
+        loss = -scores.log_probs.sum() / tokens
+        return loss if num_items_in_batch is None else loss * self.accelerator.num_processes
 
 
 def _trainer(
@@ -182,7 +223,11 @@ def _trainer(
     if settings.batch_size % world:
         raise AlignProError(f"batch_size {settings.batch_size}: {world} processes do not divide it")
     model = copy.deepcopy(prompter.model)
+    vars(model).pop("forward", None)  # one that a trainer of TRL has put there calls the original
+    if settings.together:
+        pairs = gathered(pairs, settings.seed)
     config = SFTConfig(
+        train_sampling_strategy="sequential" if settings.together else "random",
         **pair_arguments(settings, out, model.device.type == "cpu", world),
         gradient_accumulation_steps=1,
         packing=False,

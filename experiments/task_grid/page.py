@@ -1,0 +1,222 @@
+"""The results as Markdown and as a figure, from results.json alone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from alignpro.files import atomic_write, write_text
+from alignpro.report import theme
+from alignpro.report.text import visible
+from task_grid.plan import FIXED
+from task_grid.results import tally
+
+Results = Mapping[str, Any]
+NAMES = {
+    "none": "no prompter",
+    "sft": "ρ_sft",
+    FIXED: "best fixed instruction",
+    "star": "ρ\\* by resampling",
+    "best_of_n": "best of n",
+    "rloo": "RLOO",
+    "trained": "PPO",
+    "rlhf": "RLHF",
+}
+
+
+def interval(e: Mapping[str, Any] | None, sign: bool = True) -> str:
+    """An estimate for reading."""
+    if e is None:
+        return "–"
+    plus = "+" if sign else ""
+    return f"{e['value']:{plus}.3f} [{e['lo']:{plus}.3f}, {e['hi']:{plus}.3f}]"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def means(results: Results) -> str:
+    """Mean rewards of every arm, a row for each task."""
+    arms = [arm for arm in NAMES if any(arm in task["mean"] for task in results["tasks"].values())]
+    rows = [
+        [name, *(f"{task['mean'][arm]['value']:.3f}" if arm in task["mean"] else "–" for arm in arms)]
+        for name, task in results["tasks"].items()
+    ]
+    return _table(["task", *(NAMES[arm] for arm in arms)], rows)
+
+
+def gains(results: Results) -> str:
+    """What PPO gains over its rivals, a row for each task."""
+    rivals = ("none", FIXED, "star", "rlhf")
+    rows = [
+        [
+            name,
+            interval(task["trained and none"]["mean"]),
+            *(interval(task["trained over"].get(arm)) for arm in rivals[1:]),
+            interval(task["trained and none"]["variance"]),
+            interval(task["trained and none"]["win rate"], sign=False),
+        ]
+        for name, task in results["tasks"].items()
+    ]
+    head = ["task", *(f"over {NAMES[arm]}" for arm in rivals), "variance, over no prompter's", "win rate"]
+    return _table(head, rows)
+
+
+def verdicts(results: Results) -> str:
+    """What `headroom` said before training, and the instruction that `instruct` found."""
+    rows = [
+        [
+            name,
+            f"`{task['reward']}`",
+            task["foreseen"],
+            repr(task["instruction"]) if task["instruction"] else "none beats no instruction",
+        ]
+        for name, task in results["tasks"].items()
+    ]
+    return _table(["task", "reward", "`headroom`, before training", "best fixed instruction"], rows)
+
+
+def bounds(results: Results) -> str:
+    """Theorem 1 and its relatives on each task."""
+    rows = [
+        [name, b["prompter"].replace("*", "\\*"), b["name"], interval(b["gap"]), interval(b["rhs"], False),
+         interval(b["slack"]), b["finding"]]
+        for name, task in results["tasks"].items()
+        for b in task["bounds"]
+    ]  # fmt: skip
+    return _table(["task", "prompter", "bound", "gap", "right side", "slack", "verdict"], rows)
+
+
+def calibration(results: Results) -> str:
+    """How often foresight was right."""
+    kinds = {
+        "ρ\\* by resampling": [p for p in results["foresight"] if p["by"] == "resampling"],
+        "PPO": [p for p in results["foresight"] if p["by"] != "resampling"],
+    }
+    counts = {name: tally(points) for name, points in kinds.items() if points}
+    rows = []
+    for name, c in counts.items():
+        rows.append(
+            [name, str(c["points"]), str(c["covers"]), str(c["apart"]), f"{c['width']:.2f}"]
+            + [
+                " / ".join(str(c[f"{decision}, {gained}"]) for gained in ("yes", "open", "no"))
+                for decision in ("yes", "undecided", "no")
+            ]
+        )
+    head = ["realised by", "points", "in the foreseen interval", "intervals apart", "its width (median)"]
+    said = [f"said {d}: gained / open / not" for d in ("yes", "undecided", "no")]
+    return _table([*head, *said], rows)
+
+
+def points(results: Results) -> str:
+    """Every point of the calibration."""
+    rows = [
+        [p["prompter"], p["task"], f"{p['lam']:g}", p["by"], p["decision"], interval(p["foreseen"]),
+         interval(p["pooled"]), interval(p["realised"])]
+        for p in results["foresight"]
+    ]  # fmt: skip
+    head = [
+        "prompter",
+        "task",
+        "λ",
+        "realised by",
+        "said",
+        "foreseen for ρ\\*",
+        "foreseen, pooled",
+        "realised",
+    ]
+    return _table(head, rows)
+
+
+def examples(results: Results) -> str:
+    """The first three held-out prompts of each task, before and after."""
+    parts = []
+    for name, task in results["tasks"].items():
+        rows = [
+            [
+                _cell(e["x"]),
+                *(f"{_cell(e['none']['response'])} ({e['none']['reward']:.2f})",),
+                _cell(e["trained"]["rewrite"].removeprefix(e["x"]).strip() or "(nothing)"),
+                *(f"{_cell(e['trained']['response'])} ({e['trained']['reward']:.2f})",),
+            ]
+            for e in task["examples"]
+        ]
+        head = ["prompt", "answer (reward)", "PPO's prompter adds", "answer (reward)"]
+        parts.append(f"**{name}**\n\n{_table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def _cell(text: str) -> str:
+    """Text that models wrote, for a cell of a table."""
+    return visible(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")
+
+
+def markdown(results: Results) -> str:
+    """The whole page."""
+    size = results["size"]
+    held = f"{size['held_out']} held-out prompts, {size['draws']} draws of {size['answers']} answers each"
+    trained = f"{size['iterations']} rounds of {size['prompts']} × {size['samples']}"
+    said = [
+        "# Five tasks",
+        f"Frozen model {size['target']}; {trained}, λ = {size['lam']:g} of the reward's width, "
+        f"{len(size['seeds'])} seeds; {held}. Intervals are at {results['level']:.0%} over prompts.",
+        "## Mean rewards",
+        means(results),
+        "## What PPO gains",
+        "Over no prompter by itself; over the others jointly.",
+        gains(results),
+        "## What was foreseen",
+        verdicts(results),
+        "![Foreseen and realised gains](foresight.png)",
+        calibration(results),
+        "## Theorem 1",
+        bounds(results),
+        "## Before and after",
+        examples(results),
+        "## Every point of the calibration",
+        points(results),
+        *(f"Missing: {what}." for what in results["missing"]),
+    ]
+    return "\n\n".join(said) + "\n"
+
+
+def figure(results: Results, path: Path) -> None:
+    """Foreseen and realised gains over no prompter, one panel for each way of realising them."""
+    kinds = {"ρ* by resampling": "resampling", "PPO": "PPO"}
+    drawn = Figure(figsize=(8.4, 4.2), dpi=160, layout="constrained")
+    FigureCanvasAgg(drawn)
+    for axes, (title, by) in zip(drawn.subplots(1, 2), kinds.items(), strict=True):
+        some = [p for p in results["foresight"] if p["by"].startswith(by)]
+        for decision, colour, marker in (
+            ("yes", theme.BLUE, "o"),
+            ("undecided", theme.MUTED, "s"),
+            ("no", theme.VERMILION, "D"),
+        ):
+            at = [p for p in some if p["decision"] == decision]
+            if not at:
+                continue
+            x, y = ([p[key]["value"] for p in at] for key in ("foreseen", "realised"))
+            errors = [
+                [[abs(p[key]["value"] - p[key][end]) for p in at] for end in ("lo", "hi")]
+                for key in ("foreseen", "realised")
+            ]
+            axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], fmt=marker, color=colour, ms=4, lw=0.6,
+                          label=f"said {decision}")  # fmt: skip
+        axes.axline((0, 0), slope=1, color=theme.MUTED, lw=0.8, ls="--")
+        axes.axhline(0, color=theme.MUTED, lw=0.5)
+        axes.axvline(0, color=theme.MUTED, lw=0.5)
+        axes.set(title=title, xlabel="foreseen gain of ρ* over no prompter", ylabel="realised gain")
+        axes.legend(frameon=False, fontsize=8)
+    with atomic_write(path) as file:
+        drawn.savefig(file, format="png")
+
+
+def write(results: Results, out: Path) -> list[Path]:
+    """Write results.md and foresight.png into `out`."""
+    write_text(out / "results.md", markdown(results))
+    figure(results, out / "foresight.png")
+    return [out / "results.md", out / "foresight.png"]

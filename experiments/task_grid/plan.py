@@ -1,0 +1,171 @@
+"""The jobs of the tasks: each is one verb of `alignpro` with one file of options.
+
+Everything that is drawn for all tasks is drawn once: the reference rollouts are the same texts whatever
+rewards them, and all runs keep their answers in one folder (`--answers-folder`).
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from paper_grid.plan import Job
+
+from alignpro.files import read_json
+
+TASKS: Mapping[str, str] = {
+    "reading ease": "ease",
+    "sentiment": "sentiment",
+    "brevity": "brevity",
+    "format": "list",
+    "preference": "minilm-bt",
+}
+"""By name: the reward. The format is verifiable: 1 for an answer that is a list of two items or more."""
+PROMPTERS: Mapping[str, Mapping[str, Any]] = {
+    "instructions-sft": {"prompter": "instructions-sft"},
+    "append": {"prompter": "smollm2-135m-instruct", "template": "append", "rewrite_tokens": 16},
+}
+"""Reference prompters that foresight is tried with. The first one is trained on."""
+FIXED = "fixed"
+"""The arm of the best fixed instruction."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    iterations: int = 10
+    prompts: int = 8
+    samples: int = 8
+    rlhf_iterations: int = 10
+    seeds: tuple[int, ...] = (0, 1, 2)
+    lam: float = 0.02
+    held_out: int = 60
+    draws: int = 2
+    answers: int = 2
+    """Answers to each rewrite, where foresight and the choice of an instruction rest on them."""
+    arm_answers: int = 1
+    """Answers to each rewrite of the arms that are compared."""
+    reference_draws: int = 4
+    """Rewrites of each held-out prompt from which ρ* is resampled at any λ."""
+    answer_tokens: int = 40
+    rewrite_tokens: int = 16
+    target: str = "smollm2-135m-instruct"
+    prompters: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: PROMPTERS)
+    tasks: Mapping[str, str] = field(default_factory=lambda: TASKS)
+    source: Mapping[str, Any] = field(default_factory=lambda: {"dataset": "instructions"})
+    training: Mapping[str, Any] = field(
+        default_factory=lambda: {
+            "epochs": 2,
+            "minibatches": 2,
+            "lora_layers": 0.34,
+            "policy_dtype": "bfloat16",
+        }
+    )
+    """Further options of train."""
+    race: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of instruct."""
+
+    @property
+    def calls(self) -> int:
+        """Answers of the frozen model that one training asks for, and so each of its rivals."""
+        return self.iterations * self.prompts * self.samples
+
+
+@dataclass(frozen=True)
+class Late(Job):
+    """A job one of whose options is another's result."""
+
+    def resolved(self, out: Path) -> dict[str, Any]:
+        """Its options, with the best instruction that was found (none, where no instruction won)."""
+        found = super().resolved(out)
+        winner = read_json(out / found.pop("instructed") / "instruct.json")["winner"]
+        return found | ({"instruction": [f"{FIXED}={winner}"]} if winner else {})
+
+
+def slug(name: str) -> str:
+    """`name` for a folder."""
+    return name.replace(" ", "-")
+
+
+def jobs(size: Size, out: Path) -> list[Job]:
+    """All of them, so that each comes after what it needs."""
+    return list(_jobs(size, out))
+
+
+def _jobs(size: Size, out: Path) -> Iterator[Job]:
+    asked = {
+        **size.source,
+        "target": size.target,
+        "answer_tokens": size.answer_tokens,
+        "answers_folder": str(out / "answers"),
+        "dtype": "bfloat16",
+    }
+    # Whatever rewards them, the texts are the same; `results.rewarded` scores them for every task.
+    first = next(iter(size.tasks.values()))
+    drawn = {**asked, "reward": first, "arms": ["none", "sft"], "answers": size.answers}
+    for name, prompter in size.prompters.items():
+        options = {**drawn, **prompter, "prompts": size.held_out}
+        yield Job(f"foreseen/{name}", "rollout", {**options, "split": "train", "draws": size.draws})
+        yield Job(f"resampled/{name}", "rollout", {**options, "split": "test", "draws": size.reference_draws})
+    start = next(iter(size.prompters.values()))
+    for task, reward in size.tasks.items():
+        here, world = slug(task), {**asked, "reward": reward}
+        race = {**world, "budget": size.calls, "held_out": size.held_out, "held_out_answers": size.answers}
+        race |= size.race
+        yield Job(f"{here}/instruct", "instruct", race)
+        shape = {"iterations": size.iterations, "prompts": size.prompts, "samples": size.samples}
+        training = {**world, **_kept(start), **shape, "lam": size.lam, "resume": True}
+        training |= {"max_tokens": size.rewrite_tokens, **size.training}
+        trained = [f"{here}/ppo-{seed}" for seed in size.seeds]
+        for name, seed in zip(trained, size.seeds, strict=True):
+            yield Job(name, "train", {**training, "seed": seed})
+        yield Job(f"{here}/rloo-0", "train", {**training, "algorithm": "rloo", "seed": 0})
+        oracle = {k: v for k, v in training.items() if k not in ("prompter", "template", "answers_folder")}
+        oracle |= {"task": "rlhf", "prompter": size.target, "max_tokens": size.answer_tokens}
+        yield Job(f"{here}/rlhf-0", "train", {**oracle, "iterations": size.rlhf_iterations, "seed": 0})
+        measured = {
+            **world,
+            "prompter": start["prompter"],  # trained prompters have its template
+            "split": "test",
+            "prompts": size.held_out,
+            "draws": size.draws,
+            "answers": size.arm_answers,
+            "rewrite_tokens": size.rewrite_tokens,
+            "arms": ["none", "sft", "star", "best_of_n"],
+            "trained": [*trained, f"rloo={here}/rloo-0"],
+            "rlhf": [f"{here}/rlhf-0"],
+            "lam": size.lam,
+            # As many answers as one training asked for, spread over the held-out prompts.
+            "proposals": max(1, round(size.calls / size.held_out)),
+            "instructed": f"{here}/instruct",
+        }
+        needs = (f"{here}/instruct", *trained, f"{here}/rloo-0", f"{here}/rlhf-0")
+        yield Late(f"{here}/rollout", "rollout", measured, needs)
+
+
+def _kept(prompter: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in prompter.items() if name != "rewrite_tokens"}
+
+
+def asks(job: Job) -> int:
+    """Answers that a job asks for at most, those on file included."""
+    o = job.options
+    if job.verb == "instruct":
+        return o["budget"] + 2 * o["held_out"] * o["held_out_answers"]
+    if job.verb == "train":
+        return o["iterations"] * o["prompts"] * o["samples"]
+    each = o["draws"] * o["answers"]
+    arms = len(o["arms"]) + len(o.get("trained", ())) + len(o.get("rlhf", ())) + ("instructed" in o)
+    return o["prompts"] * (arms * each + o.get("proposals", 0))
+
+
+def words(job: Job) -> str:
+    """A job on a line."""
+    return f"{job.name:<28} {job.verb:<9} {asks(job):>6,} answers"
+
+
+def recorded(size: Size) -> dict[str, Any]:
+    """The sizes as JSON values."""
+    return json.loads(json.dumps(vars(size)))

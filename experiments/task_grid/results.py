@@ -1,0 +1,229 @@
+"""What the finished jobs say: what each arm earns, Theorem 1, and whether `headroom` foresaw it.
+
+Everything is computed from the jobs' files. Intervals are over prompts, with all seeds of a prompt together.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from paper_grid.work import FINISHED
+
+from alignpro import rollouts
+from alignpro.estimation import headroom
+from alignpro.estimation.compare import compare
+from alignpro.estimation.estimate import estimate
+from alignpro.estimation.intervals import Estimate
+from alignpro.estimation.paired import Arm, Term, estimates
+from alignpro.files import read_json, read_json_lines
+from alignpro.llm.arms.rollout import FILE
+from alignpro.llm.rewards.opening import load_reward
+from alignpro.llm.training.checkpoints import METRICS_FILE
+from alignpro.rollouts import Rollout, Rollouts
+from alignpro.runs import environment
+from task_grid.plan import FIXED, Size, recorded, slug
+
+LEVEL = 0.95
+LAMS = (0.02, 0.05, 0.1, 0.2)
+"""Shares of the reward's width at which foresight is tried."""
+SMALLEST = 0.01
+"""Share of the reward's width below which a gain is none, as `headroom` has it."""
+RIVALS = ("sft", FIXED, "star", "best_of_n", "rloo", "rlhf")
+
+
+@cache
+def rewarded(file: Path, name: str) -> Rollouts:
+    """The rollouts on file with another reward of the same texts."""
+    reward = load_reward(name)
+    rows = [Rollout(**row) for row in read_json_lines(file)]
+    values = reward.score([row.x for row in rows], [row.response or "" for row in rows])
+    named = {"reward_model": name, "reward_low": reward.low, "reward_high": reward.high, "reward_parts": None}
+    return rollouts.collect(
+        replace(row, reward=float(value), **named) for row, value in zip(rows, values, strict=True)
+    )
+
+
+def shown(e: Estimate | None) -> dict[str, Any] | None:
+    """What of an estimate goes on file."""
+    return None if e is None else {"value": e.value, "lo": e.lo, "hi": e.hi, "prompts": e.n_clusters}
+
+
+def less(e: Estimate) -> dict[str, Any]:
+    """The estimate of the opposite difference."""
+    return {"value": -e.value, "lo": -e.hi, "hi": -e.lo, "prompts": e.n_clusters}
+
+
+def summarise(size: Size, out: Path) -> dict[str, Any]:
+    """Results of what is finished; the rest is named in "missing"."""
+    done = {task: reward for task, reward in size.tasks.items()
+            if (out / slug(task) / "rollout" / FINISHED).is_file()}  # fmt: skip
+    missing = [f"{task}: not rolled out yet" for task in size.tasks if task not in done]
+    return {
+        "size": recorded(size),
+        "level": LEVEL,
+        "environment": environment(),
+        "tasks": {task: _task(size, out, task, reward) for task, reward in done.items()},
+        "foresight": list(_foresight(size, out, done)),
+        "missing": missing,
+    }
+
+
+def _task(size: Size, out: Path, task: str, reward: str) -> dict[str, Any]:
+    here = out / slug(task)
+    table = rollouts.read(here / "rollout" / FILE)
+    lam = size.lam * (table.high - table.low)
+    arms = ["none", *(arm for arm in (*RIVALS, "trained") if arm in table.arms)]
+    against = compare(table, arms, LEVEL).against
+    # Others' gains over the trained prompter, with the sign turned: what it gains over each.
+    trained = compare(table, ["trained", *(arm for arm in arms if arm != "trained")], LEVEL)
+    alone = compare(table, ["none", "trained"], LEVEL).against["trained"]
+    race = read_json(here / "instruct" / "instruct.json")
+    report = estimate(table, lam, lam, LEVEL)
+    foreseen = headroom(rewarded(out / "foreseen" / next(iter(size.prompters)) / FILE, reward), (lam,))
+    return {
+        "reward": reward,
+        "instruction": race["winner"],
+        "instruct": race["held_out"],
+        "race": {name: race[name] for name in ("calls", "budget", "contenders")},
+        "foreseen": foreseen.answer,
+        "pooled": None if foreseen.pooled is None else foreseen.pooled.finding,
+        "mean": {arm: shown(e) for arm, e in compare(table, arms, LEVEL).mean.items()},
+        "over none": {arm: shown(of.mean) for arm, of in against.items()},
+        "trained over": {arm: less(of.mean) for arm, of in trained.against.items()},
+        "trained and none": {
+            "mean": shown(alone.mean),
+            "variance": shown(alone.variance),
+            "win rate": shown(alone.win_rate),
+        },
+        "by seed": [shown(e) for e in _by_seed(here / "rollout" / FILE, len(size.seeds))],
+        "curves": {str(seed): _curve(here / f"ppo-{seed}" / METRICS_FILE) for seed in size.seeds},
+        "bounds": [
+            {
+                "name": bound.name,
+                "prompter": bound.prompter,
+                "gap": shown(bound.gap),
+                "rhs": shown(bound.rhs),
+                "slack": shown(bound.slack),
+                "finding": bound.finding,
+                "why": bound.why,
+            }
+            for bound in report.bounds
+            if bound.prompter in ("rho*", "star", "trained")
+            and bound.name in ("theorem1", "trained", "trained_rewards_only")
+        ],
+        "examples": _examples(here / "rollout" / FILE),
+    }
+
+
+def _curve(file: Path) -> list[dict[str, Any]]:
+    names = ("step", "score", "ppo/kl_k1", "ppo/objective", "ppo/explained_variance")
+    return [{name: line.get(name) for name in names} for line in read_json_lines(file)]
+
+
+def _examples(file: Path) -> list[dict[str, Any]]:
+    """The first three held-out prompts, with the first draw of no prompter and of the first trained one."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in read_json_lines(file):
+        first = row["seed"] == row["draw"] == row["answer"] == 0
+        if first and row["arm"] in ("none", "trained"):
+            of = found.setdefault(row["prompt_id"], {"x": row["x"]})
+            of[row["arm"]] = {name: row[name] for name in ("rewrite", "response", "reward")}
+    return list(found.values())[:3]
+
+
+def _by_seed(file: Path, seeds: int) -> list[Estimate]:
+    """Gain over no prompter of each training."""
+    rows = [Rollout(**row) for row in read_json_lines(file)]
+    found = []
+    for seed in range(seeds):
+        kept = [r for r in rows if r.arm == "none" or (r.arm == "trained" and r.seed == seed)]
+        found.append(compare(rollouts.collect(kept), ["none", "trained"], LEVEL).against["trained"].mean)
+    return found
+
+
+def _foresight(size: Size, out: Path, done: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """What was foreseen on training prompts, and what came of it on held-out prompts."""
+    for place, prompter in enumerate(size.prompters):
+        before, after = (out / kind / prompter for kind in ("foreseen", "resampled"))
+        if not all((folder / FINISHED).is_file() for folder in (before, after)):
+            continue
+        for task, reward in size.tasks.items():
+            seen, held = rewarded(before / FILE, reward), rewarded(after / FILE, reward)
+            width = seen.high - seen.low
+            for share in LAMS:
+                lam = share * width
+                point = {"prompter": prompter, "task": task, "lam": lam, **_foreseen(seen, lam)}
+                realised = {"by": "resampling", **_judged(point, resampled(held, lam), width)}
+                yield point | realised
+                if place == 0 and task in done and share == size.lam:
+                    file = out / slug(task) / "rollout" / FILE
+                    for seed, e in enumerate(_by_seed(file, len(size.seeds))):
+                        yield point | {"by": f"PPO, seed {seed}", **_judged(point, e, width)}
+
+
+def _foreseen(seen: Rollouts, lam: float) -> dict[str, Any]:
+    found = headroom(seen, (lam,), LEVEL)
+    pooled = found.pooled
+    return {
+        "decision": found.decision,
+        "foreseen": shown(found.at[0].over_none),
+        "pooled": None if pooled is None else shown(pooled.over_none),
+    }
+
+
+def resampled(table: Rollouts, lam: float) -> Estimate:
+    """Gain over no prompter of drawing among a prompt's rewrites with chances in proportion to e^{R/λ}.
+
+    R is one answer's reward; another answer to the same rewrite values the choice. Every answer has both
+    parts in turn.
+    """
+    sft, none = Arm(table, "sft"), Arm(table, "none")
+    (chosen,) = sft.per_prompt(lambda r: crossed(r, lam)[None])
+    values = chosen - none.mean(none.reward)
+    width = table.high - table.low
+    term = Term(
+        values, -width, width, frozenset({"sft", "none"}), "none", "choice and value by other answers"
+    )
+    return estimates({"gain": term}, table, LEVEL)["gain"]
+
+
+def crossed(rewards: np.ndarray, lam: float) -> np.ndarray:
+    """Mean reward [...] of a draw chosen by one answer and valued by the others; `rewards` are [..., draws,
+    answers]."""
+    answers = rewards.shape[-1]
+    weights = np.exp((rewards - rewards.max(-2, keepdims=True)) / lam)
+    weights = weights / weights.sum(-2, keepdims=True)
+    others = (rewards.sum(-1, keepdims=True) - rewards) / (answers - 1)
+    return (weights * others).sum(-2).mean(-1)
+
+
+def _judged(point: Mapping[str, Any], realised: Estimate, width: float) -> dict[str, Any]:
+    """Whether the foreseen interval holds the realised gain, and whether the decision was right."""
+    gained = "yes" if realised.lo > 0 else "no" if realised.hi < SMALLEST * width else "open"
+    foreseen = point["foreseen"]
+    return {
+        "realised": shown(realised),
+        # Two intervals of independent prompts: they are apart where no number is in both.
+        "covers": foreseen["lo"] <= realised.value <= foreseen["hi"],
+        "apart": realised.hi < foreseen["lo"] or realised.lo > foreseen["hi"],
+        "gained": gained,
+    }
+
+
+def tally(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How often foresight was right, over points."""
+    counts = {
+        f"{decision}, {gained}": sum(p["decision"] == decision and p["gained"] == gained for p in points)
+        for decision in ("yes", "undecided", "no")
+        for gained in ("yes", "open", "no")
+    }
+    return {
+        "points": len(points),
+        "covers": sum(p["covers"] for p in points),
+        "apart": sum(p["apart"] for p in points),
+        "width": float(np.median([p["foreseen"]["hi"] - p["foreseen"]["lo"] for p in points])),
+        **counts,
+    }

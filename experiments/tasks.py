@@ -1,0 +1,89 @@
+"""Five tasks for a prompter: what `headroom` foresees, what PPO earns, and what a fixed instruction would.
+
+    python experiments/tasks.py --out runs/tasks --processes 2     # two CPU cores, nothing but packages
+    python experiments/tasks.py --out runs/tasks --dry-run         # every job, and what it asks for
+
+Reading ease, sentiment, brevity, format and preference (`minilm-bt`). Of each: rollouts of the reference
+prompter, from which `headroom` says whether to train; a race of instructions; PPO with three seeds, RLOO and
+the RLHF oracle; and all arms on held-out prompts, with equal numbers of answers. Interrupt at any time; the
+same command goes on. Each job's options are in its folder, for `alignpro <verb> --config`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from paper_grid import work
+from task_grid import page, plan, results
+
+from alignpro.errors import AlignProError
+from alignpro.files import writable_folder, write_json
+from alignpro.llm.models import packages
+
+SECONDS = 0.5
+"""Of one core for an answer, with all that is done about it: measured, see LOG.md."""
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of all jobs")
+    parser.add_argument("--only", default="", help="jobs whose name holds this, and what they need")
+    parser.add_argument("--processes", type=int, default=1, help="workers on this machine, sharing its cores")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    parser.add_argument("--summary-only", action="store_true", help="results of what is finished")
+    parser.add_argument("--publish", type=Path, help="copy the results into this folder")
+    args = parser.parse_args(arguments)
+    try:
+        return run(args, plan.Size())
+    except AlignProError as error:
+        print(f"tasks.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tasks.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def run(args, size: plan.Size) -> int:
+    """Do what is not done, and write the results."""
+    if args.processes < 1:
+        raise AlignProError(f"--processes {args.processes}: give at least 1")
+    out = writable_folder(args.out.resolve())
+    jobs = work.plan.chosen(plan.jobs(size, out), args.only)
+    work.check_settings(jobs, out)
+    todo = [job for job in jobs if not work.finished(job, out)]
+    if args.dry_run:
+        print("\n".join(map(plan.words, todo)))
+    asked = sum(map(plan.asks, todo))
+    hours = asked * SECONDS / args.processes / 3600
+    said = f"{len(todo)} of {len(jobs)} jobs to do, at most {asked:,} answers"
+    packages.note(f"{said}, about {hours:.1f} hours of {args.processes} cores")
+    if args.dry_run:
+        return 0
+    if todo and not args.summary_only:
+        if args.processes > 1:
+            command = [str(Path(__file__)), "--out", str(out), "--only", args.only]
+            if status := work.fan_out([*command, "--processes", "1"], args.processes, jobs, out):
+                raise AlignProError(f"a worker stopped (exit status {status}); see worker-*.log in {out}")
+        else:
+            work.work(jobs, out)
+    if args.only and not args.summary_only:
+        return 0
+    with work.claim(out) as mine:
+        if mine:
+            found = results.summarise(size, out)
+            write_json(out / "results.json", found)
+            write_json(out / "times.json", work.times(jobs, out))
+            written = [out / "results.json", out / "times.json", *page.write(found, out)]
+            print(page.means(found), page.gains(found), page.calibration(found), sep="\n\n")
+            print("wrote", ", ".join(map(str, written)))
+            if args.publish is not None:
+                folder = writable_folder(args.publish, "--publish")
+                for path in written:
+                    (folder / path.name).write_bytes(path.read_bytes())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""The grid of tasks, whole, on a model of two layers: what it runs, resumes and says."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tasks
+from mutants import kills, mutated
+from paper_grid import work
+from task_grid import plan, results
+
+from alignpro import rollouts
+from alignpro.files import read_json
+from alignpro.llm.arms.rollout import FILE
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.targets.ledger import spent
+
+
+@pytest.fixture(scope="module")
+def size(tmp_path_factory):
+    """Two tasks on a tiny model, with prompts and instructions of its few letters."""
+    folder = tmp_path_factory.mktemp("home")
+    model, tokenizer = tiny_model(0)
+    model.config.max_position_embeddings = 4096  # one character a token
+    model.save_pretrained(str(folder / "model"), safe_serialization=True)
+    tokenizer.save_pretrained(str(folder / "model"))
+    letters = np.random.default_rng(0)
+    rows = ["".join(letters.choice(list("abcdefgh"), 6)) for _ in range(80)]
+    lines = (json.dumps({"prompt": x, "response": x, "helpfulness": 1}) + "\n" for x in rows)
+    (folder / "train.jsonl").write_text("".join(lines))
+    (folder / "instructions.txt").write_text("ab\ncd\nef\n")
+    prompter = {"prompter": str(folder / "model"), "template": "append", "rewrite_tokens": 4}
+    return plan.Size(
+        iterations=2, prompts=2, samples=4, rlhf_iterations=1, seeds=(0, 1), lam=0.1, held_out=6,
+        answer_tokens=6, rewrite_tokens=4, target=str(folder / "model"), prompters={"tiny": prompter},
+        tasks={"short": "brevity:3", "plain": "ease"},
+        source={"dataset": "helpsteer", "data_folder": str(folder)},
+        training={"epochs": 1, "lora_rank": 2},
+        race={"instructions": str(folder / "instructions.txt"), "budget": 24},
+    )  # fmt: skip
+
+
+def arguments(out, **more):
+    given = {"only": "", "processes": 1, "dry_run": False, "summary_only": False, "publish": None}
+    return argparse.Namespace(out=out, **given | more)
+
+
+@pytest.fixture(scope="module")
+def whole(size, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    assert tasks.run(arguments(out), size) == 0
+    return out
+
+
+def test_what_it_says(size, whole, tmp_path, capsys):
+    found = read_json(whole / "results.json")
+    assert not found["missing"]
+    for name, task in found["tasks"].items():
+        assert set(task["mean"]) >= {"none", "sft", "star", "best_of_n", "rloo", "trained", "rlhf"}
+        assert ("fixed" in task["mean"]) == bool(task["instruction"]), name
+        gain = task["trained and none"]["mean"]
+        assert gain["value"] == pytest.approx(
+            task["mean"]["trained"]["value"] - task["mean"]["none"]["value"]
+        )
+        assert gain["value"] == pytest.approx(np.mean([e["value"] for e in task["by seed"]]))
+        assert task["trained over"]["none"]["value"] == pytest.approx(gain["value"])
+        assert {b["name"] for b in task["bounds"]} == {"theorem1", "trained", "trained_rewards_only"}
+        assert len(task["examples"]) == 3
+    assert len(found["foresight"]) == 2 * (len(results.LAMS) + len(size.seeds))
+    counts = results.tally(found["foresight"])
+    assert sum(n for name, n in counts.items() if ", " in name) == counts["points"] == 12
+    page = (whole / "results.md").read_text()
+    assert all(f"| {name} |" in page for name in size.tasks)
+    assert (whole / "foresight.png").read_bytes()[:4] == b"\x89PNG"
+    before = (whole / "results.json").read_bytes()
+    assert tasks.run(arguments(whole, summary_only=True, publish=tmp_path), size) == 0
+    assert (whole / "results.json").read_bytes() == before
+    assert (tmp_path / "results.md").read_text() == page
+
+
+def test_everything_that_tasks_share_is_asked_once(size, whole):
+    """The rewrites of ρ_sft are the same for every reward, and so are the answers to them."""
+    one, two = (rollouts.read(whole / plan.slug(task) / "rollout" / FILE) for task in size.tasks)
+    assert (
+        one.logps["logp_reference"][one.rows("sft")] == two.logps["logp_reference"][two.rows("sft")]
+    ).all()
+    assert not list(whole.glob("**/ppo-*/answers"))
+    jobs = plan.jobs(size, whole)
+    assert all(work.finished(job, whole) for job in jobs)
+    paid = sum(of.answers for of in spent(whole / "answers").values())
+    assert paid < sum(plan.asks(job) for job in jobs if "rlhf" not in job.name)
+
+
+def test_another_reward_of_the_same_texts(size, whole):
+    file = whole / "foreseen" / "tiny" / FILE
+    own, other = rollouts.read(file), results.rewarded(file, "ease")
+    assert (results.rewarded(file, "brevity:3").reward == own.reward).all()
+    assert (other.reward != own.reward).any()
+    assert (other.prompt == own.prompt).all()
+
+
+def test_a_training_is_a_point_at_its_own_lambda(size, whole):
+    assert len(list(results._foresight(replace(size, lam=0.07), whole, size.tasks))) == 2 * len(results.LAMS)
+
+
+def test_a_choice_is_not_valued_by_the_answer_that_made_it():
+    """Noise gains nothing (4.5 standard errors, false alarm 7e-6); of known rewards the best is taken."""
+    noise = np.random.default_rng(0).standard_normal((20_000, 4, 2))
+
+    def fair(module):
+        found = module.crossed(noise, 0.1)
+        assert abs(found.mean()) <= 4.5 * found.std() / np.sqrt(len(found))
+        known = np.broadcast_to(np.array([0.0, 0.2, 1.0])[:, None], (3, 2))
+        assert module.crossed(known, 1e-3) == pytest.approx(1.0)
+        assert module.crossed(known, 1e9) == pytest.approx(0.4)
+
+    fair(results)
+    kills(fair, mutated(results, "(weights * others)", "(weights * rewards)"))
+    kills(fair, mutated(results, "np.exp((rewards", "np.exp(-(rewards"))
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    assert tasks.main(["--out", str(tmp_path / "a"), "--only", "nothing"]) == 2
+    assert tasks.main(["--out", str(tmp_path / "a"), "--processes", "0"]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+    assert tasks.main(["--out", str(tmp_path / "a"), "--dry-run"]) == 0
+    assert "reading-ease/ppo-0" in capsys.readouterr().out
+    assert not list(Path(tmp_path / "a").iterdir())
