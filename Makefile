@@ -1,10 +1,10 @@
-# Two commands: `make demo` and `make test`. Both install what they need into .venv.
+# `make demo`, `make task` and `make test`. Each installs what it needs into .venv.
 PYTHON ?= python3
 BIN    := .venv/bin
 OUT    ?= runs/demo
 ARGS   ?=
 
-.PHONY: demo test lint types docs clean
+.PHONY: demo task test lint types docs clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"alignpro needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12 ...")'
@@ -16,6 +16,10 @@ ARGS   ?=
 
 demo: .venv/.installed
 	$(BIN)/alignpro demo --resume --out $(OUT) $(ARGS)
+
+task: OUT = runs/task
+task: .venv/.installed
+	$(BIN)/alignpro demo --task plain-language --resume --out $(OUT) $(ARGS)
 
 test: .venv/.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)

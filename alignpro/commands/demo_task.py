@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 RECORD, RESULT = "task.json", "report.json"
 TRAINING, ROLLED = "training", "rollouts"
-_MOST_ADDED = 12
+_MOST_ADDED, _DIGITS = 12, ".3f"
 
 
 def run(name: str, out: str, *, quick: bool, resume: bool, seed: int, model: str | None) -> int:
@@ -88,8 +88,8 @@ def text(result: "TaskResult") -> str:
         for a in result.added[:3]
     ]
     for e in result.examples:
-        lines += ["", f"{e.x}", f"  {number(e.reward)}  {_one(e.answer)}", f"{e.rewrite}"]
-        lines += [f"  {number(e.reward_after)}  {_one(e.answer_after)}"]
+        lines += ["", e.x, f"  {number(e.reward, _DIGITS)}  {_one(e.answer)}", e.rewrite]
+        lines += [f"  {number(e.reward_after, _DIGITS)}  {_one(e.answer_after)}"]
     return "\n".join(lines)
 
 
@@ -103,28 +103,28 @@ def page(result: "TaskResult", record: dict) -> Page:
     trained, base = found.against["trained"], found.baseline
     made = Page(
         "demo",
-        f"A prompter trained on {result.name}",
+        f"A prompter trained on {result.name.replace('-', ' ')}",
         f"A frozen language model, {record['model']}, answers requests; the reward is the {task.measures}. A "
         "prompter may add a few words to each request, and was trained by PPO to earn more; the model itself "
         f"did not change. On {found.n_prompts} prompts that were not trained on, the trained prompter "
-        f"{trained.finding} no prompter: {interval(found.mean['trained'])} against "
-        f"{interval(found.mean[base])}, a gain of {interval(trained.mean)}.",
+        f"{trained.finding} no prompter: {interval(found.mean['trained'], _DIGITS)} against "
+        f"{interval(found.mean[base], _DIGITS)}, a gain of {interval(trained.mean, _DIGITS)}.",
         record,
     )
-    made.estimate("Gain over no prompter", trained.mean)
-    made.estimate("Gain over the prompter it started from", result.over_start.mean)
-    made.estimate("Win rate against no prompter", trained.win_rate)
-    made.estimate("Change of the reward's variance", trained.variance)
+    made.estimate("Gain over no prompter", trained.mean, _DIGITS)
+    made.estimate("Gain over the prompter it started from", result.over_start.mean, _DIGITS)
+    made.estimate("Win rate against no prompter", trained.win_rate, _DIGITS)
+    made.estimate("Change of the reward's variance", trained.variance, _DIGITS)
     rows = []
     for e in result.examples:
-        rows.append((e.x, "before", e.x, e.answer, number(e.reward)))
-        rows.append((e.x, "after", e.rewrite, e.answer_after, number(e.reward_after)))
+        rows.append(("before", e.x, e.answer, number(e.reward, _DIGITS)))
+        rows.append(("after", e.rewrite, e.answer_after, number(e.reward_after, _DIGITS)))
     made.add(
         "Before and after",
         f"The first {len(result.examples)} held-out prompts, not the best: the model's first answer to "
         "the prompt itself, and its first answer to the trained prompter's first rewrite, with the reward of "
         f"each. Answers end after {task.answer_tokens} tokens.",
-        Table("prompt | | asked | answer | reward", rows, "twttn"),
+        Table("| asked | answer | reward", rows, "wttn"),
     )
     shown = result.added[:_MOST_ADDED]
     made.add(
@@ -140,11 +140,7 @@ def page(result: "TaskResult", record: dict) -> Page:
     steps = [line["step"] for line in result.metrics]
     panels = []
     for axis, key in (("reward units", "score"), ("KL to ρ_sft, nats", "ppo/kl_k1")):
-        values = [line.get(key) for line in result.metrics]
-        errors = [
-            2 * e if e is not None else None for e in (line.get(f"{key}_stderr") for line in result.metrics)
-        ]
-        panels.append(Panel(axis, [Curve("a round's mean", values, errors)]))
+        panels.append(Panel(axis, [Curve("a round's mean", [line.get(key) for line in result.metrics])]))
     made.add(
         "How it learned",
         f"One point for each of {len(steps)} rounds, on the prompts that were trained on.",

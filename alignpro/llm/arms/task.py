@@ -15,6 +15,7 @@ from alignpro.estimation.compare import Against, Comparison, compare
 from alignpro.files import read_json_lines
 from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.llm.training.settings import TrainSettings
+from alignpro.strategies import strategy_of
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Added:
-    """Words that prompters put after held-out prompts; none where they leave x as it is."""
+    """Something that prompters did to held-out prompts."""
 
     text: str
+    """Words that are added, none where x was left as it is (see `alignpro.strategies.Strategy.text`)."""
     before: float
     """Share of the rewrites of the prompter that training started from."""
     after: float
@@ -123,7 +125,7 @@ def result(
         if row["answer"]:
             continue
         if row["arm"] in words:
-            words[row["arm"]][row["rewrite"].removeprefix(row["x"]).strip()] += 1
+            words[row["arm"]][strategy_of(row["x"], row["rewrite"]).text] += 1
         if not row["draw"]:
             first.setdefault(row["x"], {})[row["arm"]] = row
     of = {arm: {text: n / count.total() for text, n in count.items()} for arm, count in words.items()}

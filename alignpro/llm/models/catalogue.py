@@ -48,7 +48,7 @@ RECIPES: dict[str, Recipe] = {
         base="smollm2-135m-instruct",
         template="append",
         pairs="instructions",
-        options={"each": 8, "held_out": 1, "alone": 0.03, "seed": 0},
+        options={"each": 16, "held_out": 1, "alone": 0.03, "seed": 0},
         settings={
             "learning_rate": 2e-3,
             "epochs": 1,
