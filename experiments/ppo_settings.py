@@ -43,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "16 × 4": {"prompts": 16, "samples": 4},
     "4 × 16": {"prompts": 4, "samples": 16},
     "4 epochs × 1": {"epochs": 4, "minibatches": 1},
+    "1 epoch × 4": {"epochs": 1, "minibatches": 4},
 }
 """By name: what differs from `CENTRE`."""
 
