@@ -235,7 +235,7 @@ def page(found: "Found") -> Page:
         _add_evaluations(made, found)
     if found.examples:
         _add_examples(made, found)
-    if found.strategies:
+    if found.bands:
         _add_strategies(made, found)
     return made
 
@@ -327,6 +327,10 @@ def _add_examples(made: Page, found: "Found") -> None:
 
 def _add_strategies(made: Page, found: "Found") -> None:
     """The commonest strategies by their shares over time."""
+    heading = "What it adds, over time"
+    if not found.strategies:
+        made.add(heading, "Nothing that rewrites of two prompts have in common.")
+        return
 
     def name(used: "Used") -> str:
         said = used.text or "(nothing)"
@@ -345,11 +349,11 @@ def _add_strategies(made: Page, found: "Found") -> None:
     drawn = found.strategies[:_MOST_CURVES]
     curves = [Curve(shorten(name(used), 28), [100 * share for share in used.shares]) for used in drawn]
     made.add(
-        "What it adds, over time",
-        f"The {len(found.strategies)} commonest of what rewrites add to their prompts (or, of those that do "
-        "not contain the prompt, of the three words they begin with), with their mean reward where they were "
-        "drawn, their share of all draws, and their share of the draws of each band of rounds. Prompts and "
-        "luck are in these means: a high one is no proof that the words did it.",
+        heading,
+        f"The {len(found.strategies)} commonest of what rewrites of two prompts or more add to them (or, of "
+        "rewrites that do not contain the prompt, of the three words they begin with), with their mean "
+        "reward where they were drawn, their share of all draws, and their share of the draws of each band "
+        "of rounds. Prompts and luck are in these means: a high one is no proof that the words did it.",
         Table(
             ["what is added", "mean reward", "of all draws", *bands],
             rows,

@@ -19,7 +19,7 @@ SMALL = {
     "tiny_optimum": "--seeds 1 --iterations 1",
     "which_bound": "--instances 20",
 }
-WEIGHTS = ("enumerated_ppo", "frames", "judge_choice", "open_ppo", "training_free")
+WEIGHTS = ("enumerated_ppo", "frames", "judge_choice", "open_ppo", "ppo_settings", "training_free")
 EVERY = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 

@@ -298,19 +298,25 @@ def test_resampling_is_not_judged_by_what_it_was_chosen_by():
 
 
 def test_shares_of_what_is_added():
+    """Of what prompts share. Mutant: what one prompt's rewrites do alone."""
     lines = [
         {"round": r, "prompt": x, "rewrite": f"{x} {text}", "answer": "", "reward": reward}
         for r in range(1, 21)
         for x in ("u", "v")
-        for text, reward in ((("Be brief.", 1.0),) if r > 10 else (("Be long.", 0.0), (f"no {r} {x}", 0.5)))
+        for text, reward in ((("Be brief.", 1.0),) if r > 10 else (("Be long.", 0.0), (f"only {x}", 0.5)))
     ]
     bands, top, rest = used(lines)
     assert (bands[0], bands[-1], len(bands)) == ((1, 3), (19, 20), 8)
     assert {(s.text, s.added, s.draws) for s in top[:2]} == {("Be brief.", True, 20), ("Be long.", True, 20)}
     brief = next(s for s in top if s.text == "Be brief.")
     assert (brief.shares[0], brief.shares[-1], brief.reward, brief.share) == (0, 1, 1.0, 20 / 60)
-    assert len(top) == 8
-    assert rest.draws == 60 - sum(s.draws for s in top) == 14
+    assert rest.draws == 20
+
+    def check(module):
+        assert len(module.used(lines)[1]) == 2
+
+    check(found_module)
+    kills(check, mutated(found_module, "if prompts[strategy] > 1", ""))
     for i in range(8):
         assert sum(s.shares[i] for s in (*top, rest)) == pytest.approx(1)
     assert used([line | {"rewrite": None} for line in lines]) == ((), (), None)

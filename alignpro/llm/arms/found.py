@@ -13,12 +13,12 @@ import numpy as np
 from alignpro.files import read_json_lines
 from alignpro.llm.arms.resample import Proposals, star
 from alignpro.llm.models.prompt import from_json
+from alignpro.llm.training.rewrites import REWRITES_FILE
 from alignpro.strategies import Strategy, strategy_of
 
 if TYPE_CHECKING:
     from alignpro.llm.training.open_ended import TrainedPrompter
 
-REWRITES_FILE = "rewrites.jsonl"
 MOST_STRATEGIES = 8
 MOST_BANDS = 8
 EXAMPLES = 3
@@ -91,7 +91,8 @@ class Found:
     bands: tuple[tuple[int, int], ...]
     """First and last round of each band of rounds."""
     strategies: tuple[Used, ...]
-    """The strategies with the most rewrites, most first; none of the oracle."""
+    """The strategies with the most rewrites, most first, of those that two prompts or more share; none of the
+    oracle."""
     rest: Used | None
     """All other rewrites; None where there are none."""
     before_after: tuple[Example, ...]
@@ -150,7 +151,8 @@ def _example(number: int, line: Mapping[str, Any]) -> Example:
 def used(
     lines: Sequence[Mapping[str, Any]],
 ) -> tuple[tuple[tuple[int, int], ...], tuple[Used, ...], Used | None]:
-    """Bands of rounds, the strategies with the most rewrites and their shares of each band, and the rest."""
+    """Bands of rounds, the commonest strategies that prompts share with their shares of each band, and the
+    rest."""
     rows = [line for line in lines if line["rewrite"] is not None]
     if not rows:
         return (), (), None
@@ -159,7 +161,10 @@ def used(
     band = {number: i for i, part in enumerate(parts) for number in part}
     does = [strategy_of(from_json(row["prompt"]), row["rewrite"]) for row in rows]
     sizes = Counter(band[row["round"]] for row in rows)
-    top = sorted(Counter(does).items(), key=lambda item: (-item[1], item[0]))[:MOST_STRATEGIES]
+    pairs = {(strategy, str(row["prompt"])) for strategy, row in zip(does, rows, strict=True)}
+    prompts = Counter(strategy for strategy, _ in pairs)
+    shared = Counter(strategy for strategy in does if prompts[strategy] > 1)
+    top = sorted(shared.items(), key=lambda item: (-item[1], item[0]))[:MOST_STRATEGIES]
 
     def of(text: str, added: bool, mine: Sequence[Mapping[str, Any]]) -> Used:
         counts = Counter(band[row["round"]] for row in mine)
