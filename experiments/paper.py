@@ -83,12 +83,8 @@ def _run(args) -> int:
         packages.note(f"{len(todo)} of {len(jobs)} jobs to do, about {hours:.1f} hours of {machine}")
         if problems := cost.reachable(preset):
             raise AlignProError(problems[0])
-        if args.processes > 1:
-            command = [str(Path(__file__)), "--preset", args.preset, "--out", str(out), "--only", args.only]
-            if status := work.fan_out([*command, "--processes", "1"], args.processes, jobs, out):
-                raise AlignProError(f"a worker stopped (exit status {status}); see worker-*.log in {out}")
-        else:
-            work.work(jobs, out)
+        command = [str(Path(__file__)), "--preset", args.preset, "--out", str(out), "--only", args.only]
+        work.do_all(command, args.processes, jobs, out)
     if args.only and not args.summary_only:
         return 0
     with work.claim(out) as mine:

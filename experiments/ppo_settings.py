@@ -127,12 +127,8 @@ def main() -> int:
         todo = [job for job in planned if not work.finished(job, out)]
         if not args.summary_only:
             packages.note(f"{len(todo)} of {len(planned)} trainings to do, of {ANSWERS} answers each")
-            if args.processes > 1:
-                command = [str(Path(__file__)), "--out", str(out), "--only", args.only]
-                if status := work.fan_out([*command, "--processes", "1"], args.processes, planned, out):
-                    raise AlignProError(f"a worker stopped (exit status {status}); see worker-*.log in {out}")
-            else:
-                work.work(planned, out)
+            command = [str(Path(__file__)), "--out", str(out), "--only", args.only]
+            work.do_all(command, args.processes, planned, out)
         results = summarise(out)
         write_json(out / "results.json", results)
         print(table(results))

@@ -62,12 +62,8 @@ def run(args, size: plan.Size) -> int:
     if args.dry_run:
         return 0
     if todo and not args.summary_only:
-        if args.processes > 1:
-            command = [str(Path(__file__)), "--out", str(out), "--only", args.only]
-            if status := work.fan_out([*command, "--processes", "1"], args.processes, jobs, out):
-                raise AlignProError(f"a worker stopped (exit status {status}); see worker-*.log in {out}")
-        else:
-            work.work(jobs, out)
+        command = [str(Path(__file__)), "--out", str(out), "--only", args.only]
+        work.do_all(command, args.processes, jobs, out)
     if args.only and not args.summary_only:
         return 0
     with work.claim(out) as mine:

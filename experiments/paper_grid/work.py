@@ -164,6 +164,20 @@ def fan_out(command: Sequence[str], processes: int, jobs: Sequence[Job], out: Pa
     return max(abs(child.returncode) for child in children)
 
 
+def do_all(command: Sequence[str], processes: int, jobs: Sequence[Job], out: Path) -> None:
+    """Do all jobs in this process, or in so many that each runs `command` with --processes 1.
+
+    Raises:
+        AlignProError: a job cannot be done, or one of the processes stopped.
+    """
+    if processes < 1:
+        raise AlignProError(f"--processes {processes}: give at least 1")
+    if processes == 1:
+        work(jobs, out)
+    elif status := fan_out([*command, "--processes", "1"], processes, jobs, out):
+        raise AlignProError(f"a worker stopped (exit status {status}); see worker-*.log in {out}")
+
+
 def times(jobs: Sequence[Job], out: Path) -> dict[str, dict[str, float]]:
     """What each finished job took, its last run alone: clocks, which no two runs share."""
     return {job.name: read_json(out / job.name / FINISHED) for job in jobs if finished(job, out)}
