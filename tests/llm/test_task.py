@@ -57,7 +57,7 @@ def check_result(module, folder):
     both = rollouts.read(file)
     assert found.comparison == compare(both, ["none", "sft", "trained"])
     assert found.over_start == compare(both, ["sft", "trained"]).against["trained"]
-    assert [line["step"] for line in found.metrics] == [4, 8, 12]
+    assert [line["step"] for line in found.metrics] == [2, 4, 6]
 
 
 def test_a_task_from_start_to_page(small, tmp_path, monkeypatch, capfd):
