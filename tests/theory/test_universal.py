@@ -13,7 +13,6 @@ from alignpro.errors import AlignProError
 from alignpro.theory import Instance, solution
 from alignpro.theory.results import shared, strategy_table, universal
 
-
 SHAPES = ((1, 1), (3, 1), (1, 4), (2, 3), (5, 2), (4, 5))
 """Prompts and strategies of random problems: few, since each is compiled anew."""
 
