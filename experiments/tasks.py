@@ -21,7 +21,7 @@ from alignpro.files import writable_folder, write_json
 from alignpro.llm.models import packages
 
 SECONDS = 0.5
-"""Of one core for an answer, with all that is done about it: measured, see LOG.md."""
+"""Of one core for an answer, training and scoring included: about what it took on two shared cores."""
 
 
 def main(arguments=None) -> int:

@@ -84,12 +84,13 @@ def _commit() -> str | None:
     return said[0] + "+" * bool(said[1])
 
 
-def _shown(e: Estimate | None) -> Interval | None:
-    """What of an estimate goes on file."""
+def shown(e: Estimate | None) -> Interval | None:
+    """Value, ends and number of prompts of an estimate, as they go on file."""
     return None if e is None else {"value": e.value, "lo": e.lo, "hi": e.hi, "prompts": e.n_clusters}
 
 
-def _minus(e: Estimate) -> Interval:
+def minus(e: Estimate) -> Interval:
+    """The estimate of the opposite difference."""
     return {"value": -e.value, "lo": -e.hi, "hi": -e.lo, "prompts": e.n_clusters}
 
 
@@ -105,22 +106,22 @@ def _combination(preset: Preset, here: Path, data: Path, missing: list[str]) -> 
     baselines = [arm for arm in ("sft", "star", "best_of_n", "rloo") if arm in arms]
     others = compare(table, ["trained", *baselines], LEVEL).against
     report = estimate(table, beta, lam, LEVEL)
-    shown: dict[str, Any] = {
+    found: dict[str, Any] = {
         "prompts": read_json(data / "counts.json"),
         "reward": {"model": table.reward_model, "low": table.low, "high": table.high},
-        "mean": {arm: _shown(every.mean[arm]) for arm in arms},
-        "variance": {arm: _shown(every.variance[arm]) for arm in arms},
+        "mean": {arm: shown(every.mean[arm]) for arm in arms},
+        "variance": {arm: shown(every.variance[arm]) for arm in arms},
         "contrasts": _contrasts(table, LEVEL),
         "corrected": _contrasts(table, _corrected(preset)),
-        "baselines": {arm: _minus(others[arm].mean) for arm in baselines},
-        "wins_by_reward": _shown(compare(table, ["none", "trained"], LEVEL).against["trained"].win_rate),
+        "baselines": {arm: minus(others[arm].mean) for arm in baselines},
+        "wins_by_reward": shown(compare(table, ["none", "trained"], LEVEL).against["trained"].win_rate),
         "theorem1": [
             {
                 "name": bound.name,
                 "about": bound.prompter,
-                "gap": _shown(bound.gap),
-                "rhs": _shown(bound.rhs),
-                "slack": _shown(bound.slack),
+                "gap": shown(bound.gap),
+                "rhs": shown(bound.rhs),
+                "slack": shown(bound.slack),
                 "verdict": bound.verdict,
                 "vacuous": bound.vacuous,
                 "why": bound.why,
@@ -139,30 +140,30 @@ def _combination(preset: Preset, here: Path, data: Path, missing: list[str]) -> 
             moved = rollouts.read(path)
             of = compare(moved, ["none", "sft", "trained"], LEVEL)
             against_sft = compare(moved, ["sft", "trained"], LEVEL).against["trained"].mean
-            shown["transfer"][name] = {
-                "mean": {arm: _shown(e) for arm, e in of.mean.items()},
-                "trained - none": _shown(of.against["trained"].mean),
-                "trained - sft": _shown(against_sft),
+            found["transfer"][name] = {
+                "mean": {arm: shown(e) for arm, e in of.mean.items()},
+                "trained - none": shown(of.against["trained"].mean),
+                "trained - sft": shown(against_sft),
             }
     judged = here / "judge" / JUDGEMENTS
     if judged.is_file():
         verdicts = winrate.read(judged)
         rates = winrate.win_rates(verdicts, LEVEL)
-        shown["win_rate"] = {
+        found["win_rate"] = {
             "judge": rates.judge,
             **{name: getattr(rates, name) for name in ("pairs", "wins", "ties", "losses", "failed", "kappa")},
             "failures": dict(rates.failures),
             **{
-                name: _shown(getattr(rates, name))
+                name: shown(getattr(rates, name))
                 for name in ("win_rate", "length_controlled", "agreement", "first_shown")
             },
         }
         corrected = winrate.win_rates(verdicts, _corrected(preset))
-        shown["contrasts"]["win_rate"] = [_above_half(rates.win_rate)]
-        shown["corrected"]["win_rate"] = [_above_half(corrected.win_rate)]
+        found["contrasts"]["win_rate"] = [_above_half(rates.win_rate)]
+        found["corrected"]["win_rate"] = [_above_half(corrected.win_rate)]
     elif preset.judge is not None:
         missing.append(f"{here.relative_to(here.parents[2])}: not judged yet")
-    return shown
+    return found
 
 
 def _corrected(preset: Preset) -> float:
@@ -192,10 +193,10 @@ def _contrasts(table: rollouts.Rollouts, level: float) -> dict[str, list[Interva
     )
     above = compare(table, ["none", "rlhf"], level).against["rlhf"].mean
     return {
-        "mean_above": [_minus(compare(table, ["trained", "none"], level).against["none"].mean)],
-        "near_oracle": [_shown(estimates({"near": halfway}, table, level)["near"]), _shown(above)],
-        "oracle_above": [_shown(compare(table, ["trained", "rlhf"], level).against["rlhf"].mean)],
-        "lowest_variance": [_shown(against[name].variance) for name in ("none", "rlhf")],
+        "mean_above": [minus(compare(table, ["trained", "none"], level).against["none"].mean)],
+        "near_oracle": [shown(estimates({"near": halfway}, table, level)["near"]), shown(above)],
+        "oracle_above": [shown(compare(table, ["trained", "rlhf"], level).against["rlhf"].mean)],
+        "lowest_variance": [shown(against[name].variance) for name in ("none", "rlhf")],
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from paper_grid.summary import interval
 
 from alignpro.files import atomic_write, write_text
 from alignpro.report import theme
@@ -24,14 +25,6 @@ NAMES = {
     "trained": "PPO",
     "rlhf": "RLHF",
 }
-
-
-def interval(e: Mapping[str, Any] | None, sign: bool = True) -> str:
-    """An estimate for reading."""
-    if e is None:
-        return "–"
-    plus = "+" if sign else ""
-    return f"{e['value']:{plus}.3f} [{e['lo']:{plus}.3f}, {e['hi']:{plus}.3f}]"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -83,8 +76,8 @@ def verdicts(results: Results) -> str:
 def bounds(results: Results) -> str:
     """Theorem 1 and its relatives on each task."""
     rows = [
-        [name, b["prompter"].replace("*", "\\*"), b["name"], interval(b["gap"]), interval(b["rhs"], False),
-         interval(b["slack"]), b["finding"]]
+        [name, b["prompter"].replace("*", "\\*"), b["name"], interval(b["gap"]),
+         interval(b["rhs"], sign=False), interval(b["slack"]), b["finding"]]
         for name, task in results["tasks"].items()
         for b in task["bounds"]
     ]  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from paper_grid.summary import LEVEL, minus, shown
 from paper_grid.work import FINISHED
 
 from alignpro import rollouts
@@ -26,7 +27,6 @@ from alignpro.rollouts import Rollout, Rollouts
 from alignpro.runs import environment
 from task_grid.plan import FIXED, Size, recorded, slug
 
-LEVEL = 0.95
 LAMS = (0.02, 0.05, 0.1, 0.2)
 """Shares of the reward's width at which foresight is tried."""
 SMALLEST = 0.01
@@ -44,16 +44,6 @@ def rewarded(file: Path, name: str) -> Rollouts:
     return rollouts.collect(
         replace(row, reward=float(value), **named) for row, value in zip(rows, values, strict=True)
     )
-
-
-def shown(e: Estimate | None) -> dict[str, Any] | None:
-    """What of an estimate goes on file."""
-    return None if e is None else {"value": e.value, "lo": e.lo, "hi": e.hi, "prompts": e.n_clusters}
-
-
-def less(e: Estimate) -> dict[str, Any]:
-    """The estimate of the opposite difference."""
-    return {"value": -e.value, "lo": -e.hi, "hi": -e.lo, "prompts": e.n_clusters}
 
 
 def summarise(size: Size, out: Path) -> dict[str, Any]:
@@ -76,7 +66,7 @@ def _task(size: Size, out: Path, task: str, reward: str) -> dict[str, Any]:
     table = rollouts.read(here / "rollout" / FILE)
     lam = size.lam * (table.high - table.low)
     arms = ["none", *(arm for arm in (*RIVALS, "trained") if arm in table.arms)]
-    against = compare(table, arms, LEVEL).against
+    every = compare(table, arms, LEVEL)
     # Others' gains over the trained prompter, with the sign turned: what it gains over each.
     trained = compare(table, ["trained", *(arm for arm in arms if arm != "trained")], LEVEL)
     alone = compare(table, ["none", "trained"], LEVEL).against["trained"]
@@ -90,9 +80,9 @@ def _task(size: Size, out: Path, task: str, reward: str) -> dict[str, Any]:
         "race": {name: race[name] for name in ("calls", "budget", "contenders")},
         "foreseen": foreseen.answer,
         "pooled": None if foreseen.pooled is None else foreseen.pooled.finding,
-        "mean": {arm: shown(e) for arm, e in compare(table, arms, LEVEL).mean.items()},
-        "over none": {arm: shown(of.mean) for arm, of in against.items()},
-        "trained over": {arm: less(of.mean) for arm, of in trained.against.items()},
+        "mean": {arm: shown(e) for arm, e in every.mean.items()},
+        "over none": {arm: shown(of.mean) for arm, of in every.against.items()},
+        "trained over": {arm: minus(of.mean) for arm, of in trained.against.items()},
         "trained and none": {
             "mean": shown(alone.mean),
             "variance": shown(alone.variance),
@@ -134,6 +124,7 @@ def _examples(file: Path) -> list[dict[str, Any]]:
     return list(found.values())[:3]
 
 
+@cache
 def _by_seed(file: Path, seeds: int) -> list[Estimate]:
     """Gain over no prompter of each training."""
     rows = [Rollout(**row) for row in read_json_lines(file)]
