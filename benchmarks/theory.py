@@ -307,7 +307,7 @@ def peak(dtype: str) -> float:
     for total, place in zip(totals, places, strict=False):
         b.store(b.load(total, typ=wide), place, align=8)
     b.ret_void()
-    code, steps, cores, best = Code(written), 2**24, os.cpu_count() or 1, 0.0
+    code, steps, cores, best = Code.of(written), 2**24, os.cpu_count() or 1, 0.0
     for threads in (1, cores):
         data = np.random.default_rng(0).uniform(size=(threads, (sums + 1) * size // 8))
         with ThreadPoolExecutor(threads) as pool:

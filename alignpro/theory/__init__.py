@@ -1,7 +1,7 @@
 """Exact theory on finite spaces, in float64 JAX. Imports nothing heavy beside JAX.
 
 Importing this package switches JAX to 64-bit floats: in float32, which `solution` accepts too, few identities
-and near-tight bounds can be told from rounding. All logarithms are natural; TV is half the L1 distance;
+and near-tight bounds can be told from rounding. It also keeps what JAX compiles (`compiled`). All logarithms are natural; TV is half the L1 distance;
 "reward units" are those of the rewards. β and λ lie in 1e-18 to 1e18; any other is an `AlignProError`.
 """
 
@@ -9,6 +9,10 @@ and near-tight bounds can be told from rounding. All logarithms are natural; TV 
 import jax
 
 jax.config.update("jax_enable_x64", True)
+
+from alignpro.theory import compiled
+
+compiled.keep()
 
 from alignpro.theory import results
 from alignpro.theory.bounds import (

@@ -132,6 +132,19 @@ def tv(p: Float[Floats, "... n"], q: Float[Floats, "... n"]) -> Float[Array, "..
     return 0.5 * jnp.sum(jnp.abs(p - q), -1)
 
 
+def tv_above(p: Float[Floats, "... n"], q: Float[Floats, "... n"]) -> Float[Array, "..."]:
+    """Total variation in [0, 1] from above: the larger of Σ max(p − q, 0) and Σ max(q − p, 0).
+
+    Both are the total variation of rows that sum to 1. Rows that do to rounding only, as (1e-17, 1) does, are
+    meant divided by their sums; then TV is at most the larger (to first order in rounding, relative to
+    itself), while ½ Σ|p − q| can be half of TV. Proof: with P ≥ Q the sums, Σ max(p/P − q/Q, 0) ≤
+    Σ max(p − q, 0)/P, as q/Q ≥ q/P.
+    """
+    p, q = same_floats(p, q)
+    more, less = jnp.sum(jnp.maximum(p - q, 0.0), -1), jnp.sum(jnp.maximum(q - p, 0.0), -1)
+    return jnp.minimum(jnp.maximum(more, less), 1.0)
+
+
 def jeffreys(p: Float[Floats, "... n"], q: Float[Floats, "... n"]) -> Float[Array, "..."]:
     """KL(p‖q) + KL(q‖p) = Σ (p − q) log p/q in nats; infinite where exactly one of them is 0."""
     p, q = jnp.broadcast_arrays(*same_floats(p, q))

@@ -8,9 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.sparse.csgraph import connected_components
-from scipy.special import expit, log_expit
-from scipy.stats import chi2
 
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.gibbs import tilt
@@ -76,6 +73,8 @@ def _counts(wins: Any) -> np.ndarray:
 
 def _components(wins: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Components of one prompt's comparison graph, and responses that never lost to the rest (or None)."""
+    from scipy.sparse.csgraph import connected_components
+
     labels = connected_components(wins > 0, connection="weak")[1].astype(np.int64)
     strong = connected_components(wins > 0, connection="strong")[1]
     if len(set(zip(labels.tolist(), strong.tolist(), strict=True))) == labels.max() + 1:
@@ -107,6 +106,8 @@ def fit_rewards(wins: Any, ridge: float = 0.0, tolerance: float = 1e-10) -> Fit:
         AlignProError: no such array, a negative or infinite count, a response compared with itself, a ridge
             that is negative, or rewards without a maximum (which names the responses and the remedy).
     """
+    from scipy.special import expit, log_expit
+
     counts = _counts(wins)
     if not (isinstance(ridge, int | float | np.number) and 0 <= ridge < np.inf):
         raise AlignProError(
@@ -224,6 +225,8 @@ def _pairs(instance: Instance, pairs: Any, n: Any) -> tuple[np.ndarray, np.ndarr
 
 
 def _win_probability(instance: Instance, pairs: np.ndarray) -> np.ndarray:
+    from scipy.special import expit
+
     reward = np.asarray(instance.reward)
     return expit(reward[:, pairs[:, 0]] - reward[:, pairs[:, 1]])
 
@@ -310,6 +313,8 @@ def propagate(instance: Instance, fit: Fit, beta: float, lam: float, level: floa
     Raises:
         AlignProError: β, λ or the level is out of range, or the fit is about other prompts or responses.
     """
+    from scipy.special import chdtri
+
     beta, lam = check_temperature("beta", beta), check_temperature("lam", lam)
     if not 0 < level < 1:
         raise AlignProError(f"level {level}: must lie between 0 and 1; give one such as 0.95")
@@ -343,7 +348,7 @@ def propagate(instance: Instance, fit: Fit, beta: float, lam: float, level: floa
     support = prior > 0
     widest = np.where(support[:, :, None] & support[:, None, :], se, 0.0).max((1, 2))
     freedom = np.minimum(support.sum(-1), reach.sum(-1)) - 1
-    span = np.sqrt(chi2.ppf(level, np.maximum(freedom, 1))) * widest
+    span = np.sqrt(chdtri(np.maximum(freedom, 1), 1 - level)) * widest
     bound = np.asarray(_worst_loss(span, np.full(prompts, lam)))
 
     def known(values: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.bounds import paper_r_max
-from alignpro.theory.divergences import Floats, log1p, log_quotient, psi, scaled_kl, tv
+from alignpro.theory.divergences import Floats, log1p, log_quotient, psi, scaled_kl, tv, tv_above
 from alignpro.theory.gibbs import Tilted, tilt
 from alignpro.theory.instance import Instance, bare, probabilities, replaced
 from alignpro.theory.results.rewards import reachable, rewards_of
@@ -336,7 +336,7 @@ def _contraction(prior: Float[Array, "X K"], frozen: Float[Array, "K Y"]) -> Flo
     support = prior > 0
 
     def from_row(k: Array) -> Array:
-        distances = 0.5 * jnp.sum(jnp.abs(frozen - frozen[k][None, :]), -1)
+        distances = tv_above(frozen, jnp.broadcast_to(frozen[k], frozen.shape))
         farthest = jnp.max(jnp.where(support, distances[None, :], 0.0), -1)
         return jnp.where(support[:, k], farthest, 0.0)
 
@@ -347,7 +347,7 @@ class FrozenNoise(NamedTuple):
     """The cost of deciding by π̃_F in place of π_F, per prompt [X], in reward units unless said otherwise."""
 
     tv_rows: Float[Array, " K"]
-    """d_TV(π_F(·|x′), π̃_F(·|x′)) per rewrite (probability)."""
+    """d_TV(π_F(·|x′), π̃_F(·|x′)) per rewrite (probability), from above (`tv_above`)."""
     tv: Float[Array, " X"]
     """δ(x): the largest of `tv_rows` over the support of ρ_sft and x itself (probability)."""
     span: Float[Array, " X"]
@@ -394,7 +394,7 @@ def _frozen_noise(instance: Instance, estimate: Array, beta: Array, lam: Array) 
     lowest, highest = extent(reward, reach)
     width = highest - lowest
     r = jnp.where(reach, reward - highest[:, None], 0.0)
-    rows = tv(frozen, estimate)
+    rows = tv_above(frozen, estimate)
     own_tv = rows[own]
     worst = jnp.maximum(jnp.max(jnp.where(prior > 0, rows[None, :], 0.0), -1), own_tv)
     prompter = perturbation(prior, r @ frozen.T, r @ estimate.T, lam, r @ (estimate - frozen).T)
