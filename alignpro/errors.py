@@ -21,7 +21,9 @@ def as_number(name: str, value: object) -> float:
     elif shape := getattr(value, "shape", None):
         raise AlignProError(f"{name}: is an array of shape {tuple(shape)}; give one number")
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise AlignProError(f"{name} {value!r}: is no number but of type {type(value).__name__}; give a number")
+        raise AlignProError(
+            f"{name} {value!r}: is no number but of type {type(value).__name__}; give a number"
+        )
     try:
         return float(value)
     except OverflowError:

@@ -62,7 +62,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """The JSON value in `path`. Raises AlignProError if it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AlignProError(f"{path}: missing or damaged; remove it or choose another folder") from error
 
 
@@ -79,7 +79,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
     for i, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
         try:
             values.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             remedy = "remove that line or choose another file"
             raise AlignProError(f"{path}: line {i} is no JSON; {remedy}") from error
     return values

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from alignpro.claims import Claim, Relation, Verdict, of_kind
 from alignpro.errors import AlignProError, check_number, check_temperature
-from alignpro.theory.divergences import Floats
+from alignpro.theory.divergences import Floats, Scalar
 from alignpro.theory.instance import Instance, probabilities
 from alignpro.theory.solution import solution
 from alignpro.theory.statements import lemmas, lower, upper, wrong
@@ -51,8 +51,8 @@ class BoundReport:
     assumptions: Mapping[str, bool]
     """Whether each assumption is met, by a phrase that says it."""
     verdict: Verdict
-    """holds | violated | inconclusive (|slack| within rounding; of an identity, both sides) | inapplicable (an
-    assumption fails)."""
+    """holds | violated | inconclusive (|slack| within rounding, or both sides of an identity) | inapplicable
+    (an assumption fails)."""
     vacuous: bool
     """Whether it would hold whatever the policies: an upper bound no smaller than the reward span, or a lower
     bound no larger than minus it."""
@@ -77,7 +77,7 @@ def judge(
     if equality:
         if abs(slack) > error:
             return "violated"
-        return "inconclusive" if 0 < error and size <= error else "holds"
+        return "inconclusive" if error > 0 and size <= error else "holds"
     if error == 0:
         return "holds" if slack >= 0 else "violated"
     if abs(slack) <= error:
@@ -107,12 +107,12 @@ def report(name: str, statement: Statement) -> BoundReport:
 
 def check(
     instance: Instance,
-    beta: float,
-    lam: float,
+    beta: Scalar,
+    lam: Scalar,
     bound: str = "theorem1",
     *,
     prompter: Float[Floats, "X K"] | None = None,
-    r_max: float | None = None,
+    r_max: Scalar | None = None,
 ) -> BoundReport:
     """The report of one claim on one instance.
 

@@ -89,7 +89,9 @@ def folder() -> Path | None:
 def _sources() -> bytes:
     """A digest of the code that writes machine code."""
     here = Path(__file__).parent / "scale"
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in ("lanes.py", "vectors.py"))).digest()
+    return hashlib.sha256(
+        b"".join((here / name).read_bytes() for name in ("lanes.py", "vectors.py"))
+    ).digest()
 
 
 def key(*parts: object) -> str:

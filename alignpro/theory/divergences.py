@@ -6,6 +6,7 @@ float32 when every array given is float32.
 """
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 Floats = Array | np.ndarray
+Scalar = float | Fraction | Float[Floats, ""]
+"""A number, or an array of one."""
 
 # Probabilities below the smallest normal float64 count as zero: XLA flushes them anyway.
 TINY = 2.2250738585072014e-308

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.divergences import Floats, expm1_psi, log1p_or, same_floats, scaled_kl
+from alignpro.theory.instance import rectangular
 
 # Above this the mass sits far from the base's mean, and centring at the maximum is the accurate choice.
 _FAR = 8.0
@@ -80,9 +81,9 @@ def positive(name: str, value: Any) -> Any:
     """
     if isinstance(value, jax.core.Tracer):
         return value
-    if np.ndim(value) == 0:
+    array = rectangular(name, value)
+    if array.ndim == 0:
         return check_temperature(name, value)
-    array = np.asarray(value)
     if array.dtype.kind not in "fiu":
         raise AlignProError(f"{name}: has dtype {array.dtype}; give real numbers")
     for extreme in (array.min(), array.max()) if array.size else ():

@@ -151,7 +151,9 @@ def load(path: str | os.PathLike[str]) -> Instance:
 def _names_of(stored: np.ndarray) -> Names:
     try:
         raw = json.loads(str(stored[()]))
-        return Names(**{axis: tuple(labels) if isinstance(labels, list) else labels for axis, labels in raw.items()})
+        return Names(
+            **{axis: tuple(labels) if isinstance(labels, list) else labels for axis, labels in raw.items()}
+        )
     except (TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise AlignProError(_BAD_NAMES) from error
 
@@ -234,7 +236,9 @@ def _checked_names(names: Any, sizes: Mapping[str, int]) -> Names | None:
     if names is None:
         return None
     if not isinstance(names, Names):
-        raise AlignProError(f"names: is of type {type(names).__name__}; give Names(prompts=…), of the axes named")
+        raise AlignProError(
+            f"names: is of type {type(names).__name__}; give Names(prompts=…), of the axes named"
+        )
     checked = {}
     for letter, axis in _AXIS_NAMES.items():
         labels = getattr(names, axis)

@@ -97,7 +97,9 @@ def _header(archive: zipfile.ZipFile, name: str) -> Header:
     """The header of a member; ValueError where it is none, or declares another size than the member has."""
     with archive.open(name) as file:
         version = np.lib.format.read_magic(file)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        reader = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
         try:
             shape, _, dtype = reader(file)
         except Exception as error:  # NumPy parses it as Python, and passes on whatever that raises

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from alignpro.theory.divergences import Floats, log_quotient, same_floats, scaled_kl
+from alignpro.theory.divergences import Floats, Scalar, log_quotient, same_floats, scaled_kl
 from alignpro.theory.elementwise import average
 from alignpro.theory.gibbs import Tilted, exponent, positive, power_of_two, tilt_scaled
 from alignpro.theory.instance import Instance, bare, padded, probabilities, replaced
@@ -176,8 +176,8 @@ def _from(policy, base, tilted: Tilted, scaled_log, temperature):
 
 def solution(
     instance: Instance,
-    beta: Float[Floats, ""] | float,
-    lam: Float[Floats, ""] | float,
+    beta: Scalar,
+    lam: Scalar,
     prompter: Float[Floats, "X K"] | None = None,
     tv_shift: Float[Floats, " X"] | None = None,
 ) -> Solution:
@@ -193,9 +193,9 @@ def solution(
 
     Pure: use it under jit, vmap (over instances, or over (β, λ) with `gibbs.grid`) and grad, which compile it
     for each shape. Called outside them on at most 32 prompts, rewrites and responses, it is padded to one of
-    two shapes, so that a new shape costs no compilation. In float64, or in float32 when p, prior, frozen and reward all are: every error
-    bound is then that of float32. Never NaN for a valid instance with |rewards| below 1e300 (float32: below
-    1e30, β and λ from 1e-6 to 1e6).
+    two shapes, so that a new shape costs no compilation. In float64, or in float32 when p, prior, frozen and
+    reward all are: every error bound is then that of float32. Never NaN for a valid instance with |rewards|
+    below 1e300 (float32: below 1e30, β and λ from 1e-6 to 1e6).
 
     Raises:
         AlignProError: β or λ is not positive and finite, or the prompter no matrix of probabilities, where
@@ -215,9 +215,7 @@ _ROOMS = (8, 32)
 _WIDE = {"rewrite_reward": 1, "rho_star": 1, "pi_star": 2}
 
 
-def _padded(
-    instance: Instance, beta: Any, lam: Any, prompter: Any, tv_shift: Any, size: int
-) -> Solution:
+def _padded(instance: Instance, beta: Any, lam: Any, prompter: Any, tv_shift: Any, size: int) -> Solution:
     """`solution` on arrays with copies of probability 0, of which nothing is left in the result.
 
     Sums have further terms that are exactly 0, so bounds on rounding are those of the instance's own sizes.

@@ -278,7 +278,7 @@ class Ball:
     def sqrt(self) -> "Ball":
         """The root; a ball that reaches below 0 is taken for a number that does not.
 
-        What roots are taken of (a variance, a KL, 1 − e^{−KL}) is never negative, so that [0, √upper] holds it.
+        What roots are taken of (a variance, a KL, 1 − e^{−KL}) is never negative: [0, √upper] holds the root.
         """
         if isinstance(self.value, arb) and self.value.contains(0) and not self.value.is_exact():
             half = arb(self.value.upper()).sqrt() / 2

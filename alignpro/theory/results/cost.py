@@ -156,9 +156,7 @@ def frontier(instance: Instance, lams: Float[Floats, " L"], *, responses: bool =
     if not isinstance(lams, jax.core.Tracer):
         lams = positive("lams", rectangular("lams", lams))
     lams, r = jnp.asarray(lams, float), rewards_of(instance)
-    base, energy = r.prior, r.rewrite
-    if responses:  # a product that underflows must not leave the support
-        base, energy = jnp.where(given(r.prior, r.frozen), jnp.maximum(r.prior @ r.frozen, TINY), 0.0), r.response
+    base, energy = (r.prior @ r.frozen, r.response) if responses else (r.prior, r.rewrite)
     reference = jnp.sum(base * energy, -1) + r.top
     tilted = jax.vmap(lambda t: tilt(base, energy, t))(lams)
     spent = tilted.cost / lams[:, None]

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from alignpro.errors import AlignProError, check_temperature
+from alignpro.errors import AlignProError, as_number, check_temperature
 from alignpro.theory.gibbs import tilt
-from alignpro.theory.instance import Instance
+from alignpro.theory.instance import Instance, rectangular
 from alignpro.theory.results.rewards import reachable
 from alignpro.theory.results.robustness import worst_loss
 
@@ -209,7 +209,7 @@ def _pairs(instance: Instance, pairs: Any, n: Any) -> tuple[np.ndarray, np.ndarr
     prompts, _, responses = instance.shape
     if pairs is None:
         pairs = np.argwhere(np.triu(np.ones((responses, responses), bool), 1)).reshape(-1, 2)
-    array = np.asarray(pairs)
+    array = rectangular("pairs", pairs)
     if array.ndim != 2 or array.shape[1] != 2 or array.dtype.kind not in "iu":
         raise AlignProError(f"pairs: has shape {array.shape} and dtype {array.dtype}; give integers [M, 2]")
     bad = ((array < 0) | (array >= responses)).any(1) | (array[:, 0] == array[:, 1])
@@ -218,7 +218,7 @@ def _pairs(instance: Instance, pairs: Any, n: Any) -> tuple[np.ndarray, np.ndarr
         raise AlignProError(
             f"pairs[{i}] = {array[i].tolist()}: give two different responses, 0 to {responses - 1}"
         )
-    number = np.asarray(n)
+    number = rectangular("n", n)
     if number.dtype.kind not in "iuf" or number.shape not in ((), (prompts,)) or not (number >= 0).all():
         raise AlignProError(f"n {n}: give one number of comparisons of at least 0, or one for each prompt")
     return array, np.broadcast_to(number.reshape(-1, 1), (prompts, len(array)))
@@ -316,7 +316,7 @@ def propagate(instance: Instance, fit: Fit, beta: float, lam: float, level: floa
     from scipy.special import chdtri
 
     beta, lam = check_temperature("beta", beta), check_temperature("lam", lam)
-    if not 0 < level < 1:
+    if not 0 < as_number("level", level) < 1:
         raise AlignProError(f"level {level}: must lie between 0 and 1; give one such as 0.95")
     prompts, _, responses = instance.shape
     if fit.reward.shape != (prompts, responses):

@@ -18,7 +18,7 @@ Temperature = Float[Floats, ""] | float
 
 
 def given(prompter: Float[Floats, "X K"], frozen: Float[Floats, "K Y"]) -> Bool[Array, "X Y"]:
-    """Whether a prompter's rewrites can give the response: by supports, as products of probabilities underflow."""
+    """Whether a prompter's rewrites can give the response: by supports, as products may underflow."""
     return (jnp.asarray(prompter) > 0).astype(float) @ (jnp.asarray(frozen) > 0).astype(float) > 0
 
 

@@ -149,7 +149,12 @@ def _parts(flat: Any) -> list[Any]:
     jaxpr = flat.jaxpr
     ends = [[(name(v), str(v.aval)) for v in vs] for vs in (jaxpr.constvars, jaxpr.invars)]
     steps = [
-        (eqn.primitive.name, str(eqn.params), [*map(name, eqn.invars)], [(name(v), str(v.aval)) for v in eqn.outvars])
+        (
+            eqn.primitive.name,
+            str(eqn.params),
+            [*map(name, eqn.invars)],
+            [(name(v), str(v.aval)) for v in eqn.outvars],
+        )
         for eqn in jaxpr.eqns
     ]
     return [ends, steps, [*map(name, jaxpr.outvars)], [*map(_identity, flat.consts)]]
