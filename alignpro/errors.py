@@ -27,7 +27,7 @@ def as_number(name: str, value: object) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return -math.inf if value <= 0 else math.inf
 
 
 def check_number(name: str, value: object, least: float = -math.inf) -> float:

@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -43,7 +44,7 @@ def keep() -> None:
 
     Where the folder cannot be written to, nothing is kept and nothing is said.
     """
-    config = jax.config
+    config: Any = jax.config
     if config.jax_compilation_cache_dir is not None or not config.jax_enable_compilation_cache:
         return
     try:
@@ -79,7 +80,7 @@ def _prune(folder: Path, most: int = MOST) -> None:
 
 def folder() -> Path | None:
     """The folder in use; None where nothing is to be kept."""
-    config = jax.config
+    config: Any = jax.config
     if not config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return None
     return Path(config.jax_compilation_cache_dir)

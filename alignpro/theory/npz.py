@@ -21,10 +21,6 @@ class Header(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
 
 def read(
     path: str | os.PathLike[str],

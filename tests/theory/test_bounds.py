@@ -498,7 +498,7 @@ def test_an_identity_of_nothing_but_rounding_is_inconclusive():
 
 
 def test_the_error_of_what_is_induced_counts_that_of_the_optimal_prompter():
-    """Two rewrites whose rewards tie to within rounding, at a λ below that: ρ* is only known to be on both."""
+    """Rewrites whose rewards tie to within rounding, at a λ below that: ρ* is only known to be on both."""
     rng = np.random.default_rng(0)
     cases = []
     for _ in range(12):

@@ -308,7 +308,7 @@ def test_a_policy_outside_the_reference_costs_infinitely():
 
 
 def test_a_reference_that_underflows_is_refused():
-    """1e-300 · 1e-16 is 0 in float64: the best rewrite would be missing from the span and from every bound."""
+    """1e-300 · 1e-16 is 0 in float64: the best rewrite would be missing from every bound."""
     stages = [np.array([[1.0, 1e-300]]), np.array([[1.0, 0.0], [1.0, 1e-16]])]
     arguments = np.eye(2), [0], [[0.0, 1.0]]
 
