@@ -1,7 +1,7 @@
 """How long one waits for small things: CPU seconds (user and system) of whole commands, start included.
 
     python benchmarks/felt.py                          # this checkout
-    python benchmarks/felt.py --checkouts ../old .     # two, in turn, so that other work on the machine hits both
+    python benchmarks/felt.py --checkouts ../old .     # two in turn: other work on the machine hits both
     python benchmarks/felt.py --only solve hunt --repeats 3
 
 The first run of each checkout finds nothing compiled (its cache is a new folder); the others find what the
