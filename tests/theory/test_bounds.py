@@ -494,7 +494,7 @@ def test_an_identity_of_nothing_but_rounding_is_inconclusive():
         assert of(far, 1.0, 1.0, "suboptimality").verdict == "holds"  # 0 = 0 by construction
 
     verdicts(check)
-    kills(verdicts, mutated(bounds, "0 < error and size <= error", "False").check)
+    kills(verdicts, mutated(bounds, "error > 0 and size <= error", "False").check)
 
 
 def test_the_error_of_what_is_induced_counts_that_of_the_optimal_prompter():
