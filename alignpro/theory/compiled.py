@@ -26,7 +26,7 @@ _DIGEST = 32
 
 
 def _processor() -> str:
-    """What tells processors apart that cannot run each other's code."""
+    """Words that tell processors apart which cannot run each other's code."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         lines = {line for line in file if line.startswith(("model name", "flags", "Features"))}
         return platform.machine() + "".join(sorted(lines))
@@ -105,7 +105,7 @@ def key(*parts: object) -> str:
 
 
 def load(name: str) -> bytes | None:
-    """What was stored under the name; None where there is nothing, or what is there is damaged."""
+    """The content kept under the name; None where there is none, or a damaged one."""
     if (where := folder()) is None:
         return None
     try:
