@@ -150,7 +150,7 @@ def solve_chain(
     """
     beta = check_temperature("beta", beta)
     count = len(chain.stages)
-    given: list[Any] = [lams] * count if np.ndim(lams) == 0 else [*lams]
+    given: list[Any] = [lams] * count if np.ndim(lams) == 0 else [*np.asarray(lams, dtype=object)]
     if len(given) != count:
         raise AlignProError(f"lams: {len(given)} given for {count} stages; give one for each, or one number")
     temperatures = jnp.asarray([check_temperature(f"lams[{i}]", lam) for i, lam in enumerate(given)])
