@@ -1,6 +1,5 @@
 """The one exception users see, and the check of β and λ that the theory and its estimation share."""
 
-import contextlib
 import math
 import numbers
 
@@ -15,12 +14,34 @@ class AlignProError(ValueError):
     """
 
 
+def as_number(name: str, value: object) -> float:
+    """A real number, or an array of one without axes (NumPy's or JAX's), as a float; ±∞ beyond floats."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    elif shape := getattr(value, "shape", None):
+        raise AlignProError(f"{name}: is an array of shape {tuple(shape)}; give one number")
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise AlignProError(
+            f"{name} {value!r}: is no number but of type {type(value).__name__}; give a number"
+        )
+    try:
+        return float(value)
+    except OverflowError:
+        return -math.inf if value <= 0 else math.inf
+
+
+def check_number(name: str, value: object, least: float = -math.inf) -> float:
+    """Give `value` as a finite float of at least `least`, or raise AlignProError; `name` heads it."""
+    number = as_number(name, value)
+    if not least <= number < math.inf or number == -math.inf:
+        most = "" if least == -math.inf else f" of at least {least:g}"
+        raise AlignProError(f"{name} {value}: must be a finite number{most}; give one")
+    return number
+
+
 def check_temperature(name: str, value: object) -> float:
     """Give `value` as a float usable as β or λ, or raise AlignProError; `name` (a flag, say) heads it."""
-    number = math.nan
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):
-            number = float(value)
+    number = as_number(name, value)
     if not 0 < number < math.inf:
         raise AlignProError(
             f"{name} {value}: must be a positive finite number; give one such as {name} 0.5 "

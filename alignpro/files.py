@@ -11,6 +11,14 @@ from typing import Any, BinaryIO
 from alignpro.errors import AlignProError
 
 
+def cache_folder() -> Path:
+    """The cache: `ALIGNPRO_CACHE`, else `alignpro` under `XDG_CACHE_HOME`, else `~/.cache/alignpro`."""
+    if chosen := os.environ.get("ALIGNPRO_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "alignpro"
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` and move it over `path` only once the block succeeds.
@@ -54,7 +62,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """The JSON value in `path`. Raises AlignProError if it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AlignProError(f"{path}: missing or damaged; remove it or choose another folder") from error
 
 
@@ -71,7 +79,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
     for i, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
         try:
             values.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             remedy = "remove that line or choose another file"
             raise AlignProError(f"{path}: line {i} is no JSON; {remedy}") from error
     return values

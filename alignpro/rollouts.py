@@ -18,6 +18,7 @@ LOGPS = ("logp_frozen_x", "logp_frozen_rewrite", "logp_prompter", "logp_referenc
 """The log-probabilities of a row, in nats, of whole texts with their end, under the sampler that was used."""
 SHARED = ("frozen", "reward_model", "sampling", "reward_low", "reward_high")
 """The fields that all rows of a file have in common; so are names and ranges of the reward's parts."""
+_MOST = 1e150  # sums of squares of what is larger overflow
 _ROUNDING = 1e-3  # nats: how far above 0 a log-probability summed in low precision may come out
 PARTS_ROUNDING = 1e-6
 """How far a reward may be from the sum of its parts, as a share of the greatest magnitudes of all parts."""
@@ -185,7 +186,7 @@ def _values(raw: bytes) -> list[Any]:
     """The values of one line of a file, in the order of `FIELDS` and `OPTIONAL`."""
     try:
         row = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         if not raw.endswith(b"\n"):
             _fail("is cut short; remove this last line, or let the rollout finish")
         _fail("is not JSON; write one object per line")
@@ -277,8 +278,8 @@ class _Columns:
             if type(row[at]) is not int or not -(2**63) <= row[at] < 2**63:
                 _type_error(name, row[at], "a whole number")
         for name, at in _NUMBER_AT:
-            if type(row[at]) not in _NUMBER or not math.isfinite(row[at]):
-                _type_error(name, row[at], "a finite number")
+            if type(row[at]) not in _NUMBER or not abs(row[at]) < _MOST:
+                _type_error(name, row[at], f"a finite number, below {_MOST:g} in size")
         (prompt_id, x, arm, seed, draw, answer, rewrite, response, reward, *logps) = row[:14]
         if response is not None and type(response) is not str:
             _type_error("response", response, "a string, or null where it was refused")
@@ -327,7 +328,7 @@ class _Columns:
             value = row[at]
             if value is None:
                 value = math.nan
-            elif type(value) not in _NUMBER or not value <= _ROUNDING:
+            elif type(value) not in _NUMBER or not (-_MOST < value <= _ROUNDING or value == -math.inf):
                 _type_error(name, value, "a log-probability (nats, at most 0) or null")
             self.logps[name].append(value)
         given_x, given_rewrite = logps[0], logps[1]
@@ -346,7 +347,7 @@ class _Columns:
         self.refused.append(response is None)
         self._add_strategy(p, x, rewrite)
         self._add_parts(parts, reward, low, high)
-        if spread is not None and not (type(spread) in _NUMBER and 0 <= spread < math.inf):
+        if spread is not None and not (type(spread) in _NUMBER and 0 <= spread < _MOST):
             _type_error("reward_spread", spread, "a finite number of at least 0, or null")
         self.spread.append(math.nan if spread is None else spread)
 
@@ -369,7 +370,7 @@ class _Columns:
         if type(given) is not dict or not all(
             type(part) in (list, tuple)
             and len(part) == 3
-            and all(type(v) in _NUMBER and math.isfinite(v) for v in part)
+            and all(type(v) in _NUMBER and abs(v) < _MOST for v in part)
             for part in given.values()
         ):
             _type_error("reward_parts", parts, "an object of [value, low, high] by name, or null")

@@ -9,10 +9,12 @@ Two tasks, in float64 unless said otherwise:
 - `pairs`: E_{x'~rho_sft} TV(pi_F(.|x), pi_F(.|x')) for every x, one instance of X, K, Y;
 - `batch`: gap, three terms and right side of Theorem 1 for many instances of 4 x 4 x 8.
 
-Every rival runs alone in a process of its own, so that the peak memory is its own; the data are made anew
-there from the seed, outside the clock, and arrays are handed over in the library's own form. The first call
-(compilation) is reported by itself and not counted. Times are wall-clock: the least and the median of the
-repeats. The load average says whether the machine was idle; where it was not, compare CPU seconds.
+Rivals have all cores where they can use them: SciPy's `cdist` is given some of the prompts on each, and
+JAX's jit(vmap) some of the instances. Every rival runs alone in a process of its own, so that the peak memory
+is its own; the data are made anew there from the seed, outside the clock, and arrays are handed over in the
+library's own form. The first call (compilation) is reported by itself and not counted. Times are wall-clock:
+the least and the median of the repeats. The load average says whether the machine was idle; where it was not,
+compare CPU seconds.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -64,7 +67,18 @@ def batch_data(count: int, seed: int) -> list[np.ndarray]:
 def pairs_scipy(frozen, own, prior):
     from scipy.spatial.distance import cdist
 
-    return lambda: 0.5 * np.einsum("xk,xk->x", prior, cdist(frozen[own], frozen, "cityblock"))
+    # `cdist` uses one core and lets go of the GIL: each core takes some of the prompts.
+    cores = os.cpu_count() or 1
+    parts = [part for part in np.array_split(np.arange(len(own)), cores) if len(part)]
+
+    def some(part):
+        return 0.5 * np.einsum("xk,xk->x", prior[part], cdist(frozen[own[part]], frozen, "cityblock"))
+
+    def run():
+        with ThreadPoolExecutor(cores) as pool:
+            return np.concatenate(list(pool.map(some, parts)))
+
+    return run
 
 
 def pairs_numpy(frozen, own, prior):
@@ -132,8 +146,11 @@ def sparse_prior(prior: np.ndarray) -> np.ndarray:
 # Theorem 1 on many small instances.
 
 
-def theorem1_numpy(p, prior, frozen, own, reward):
-    """Gap, right side and the three terms; leading axes allowed. Log-space, as one would write it."""
+def theorem1_numpy(p, prior, frozen, own, reward, np=np):
+    """Gap, right side and the three terms; leading axes allowed. Log-space, as one would write it.
+
+    `np` is NumPy, or JAX's copy of it.
+    """
     own_rows = np.take_along_axis(frozen, own[..., None], -2)
     r = reward @ np.swapaxes(frozen, -1, -2)
     top = reward.max(-1, keepdims=True)
@@ -184,6 +201,23 @@ def batch_numpy(*arrays):
             theorem1_numpy(*(a[i : i + 10_000] for a in arrays)) for i in range(0, len(arrays[0]), 10_000)
         ]
         return np.concatenate([np.stack(part) for part in parts], -1)
+
+    return run
+
+
+def batch_jax(*arrays):
+    """The formulas under jit(vmap), 10,000 instances at a time, a chunk for each core."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    one = jax.jit(jax.vmap(lambda *instance: jax.numpy.stack(theorem1_numpy(*instance, np=jax.numpy))))
+
+    def some(start):
+        return np.asarray(one(*(a[start : start + 10_000] for a in arrays))).T
+
+    def run():
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return np.concatenate(list(pool.map(some, range(0, len(arrays[0]), 10_000))), -1)
 
     return run
 
@@ -261,6 +295,7 @@ BATCH: dict[str, tuple[Callable[..., Any], int]] = {
     "numpy loop": (batch_loop, 100),
     "scipy loop": (batch_loop_scipy, 100),
     "torch batched": (batch_torch, 1),
+    "jax jit(vmap)": (batch_jax, 1),
     "alignpro": (batch_alignpro, 1),
     "alignpro with errors": (batch_alignpro_error, 1),
     "alignpro float32": (batch_alignpro_single, 1),
@@ -273,8 +308,6 @@ def peak(dtype: str) -> float:
     Eight sums side by side, which wait for nothing but their own last term; by one thread, and by as many as
     there are cores; the best of several. It is measured, so other work on the machine lowers it.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     from llvmlite import ir
 
     from alignpro.theory.scale.vectors import (
@@ -307,7 +340,7 @@ def peak(dtype: str) -> float:
     for total, place in zip(totals, places, strict=False):
         b.store(b.load(total, typ=wide), place, align=8)
     b.ret_void()
-    code, steps, cores, best = Code(written), 2**24, os.cpu_count() or 1, 0.0
+    code, steps, cores, best = Code.of(written), 2**24, os.cpu_count() or 1, 0.0
     for threads in (1, cores):
         data = np.random.default_rng(0).uniform(size=(threads, (sums + 1) * size // 8))
         with ThreadPoolExecutor(threads) as pool:

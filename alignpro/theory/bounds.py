@@ -3,6 +3,7 @@
 A claim is one function and one row in `upper`, `lower`, `lemmas` or `wrong` of `alignpro.theory.statements`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,8 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from alignpro.claims import Claim, Relation, Verdict, of_kind
-from alignpro.errors import AlignProError, check_temperature
-from alignpro.theory.divergences import Floats
+from alignpro.errors import AlignProError, check_number, check_temperature
+from alignpro.theory.divergences import Floats, Scalar
 from alignpro.theory.instance import Instance, probabilities
 from alignpro.theory.solution import solution
 from alignpro.theory.statements import lemmas, lower, upper, wrong
@@ -50,7 +51,8 @@ class BoundReport:
     assumptions: Mapping[str, bool]
     """Whether each assumption is met, by a phrase that says it."""
     verdict: Verdict
-    """holds | violated | inconclusive (|slack| within rounding) | inapplicable (an assumption fails)."""
+    """holds | violated | inconclusive (|slack| within rounding, or both sides of an identity) | inapplicable
+    (an assumption fails)."""
     vacuous: bool
     """Whether it would hold whatever the policies: an upper bound no smaller than the reward span, or a lower
     bound no larger than minus it."""
@@ -60,17 +62,22 @@ class BoundReport:
     """How `gap` stands to `rhs`."""
 
 
-def judge(slack: float, error: float, applicable: bool = True, equality: bool = False) -> Verdict:
+def judge(
+    slack: float, error: float, applicable: bool = True, equality: bool = False, size: float = math.inf
+) -> Verdict:
     """The verdict of a slack known to ± `error`. An error of exactly 0 with slack ≥ 0 holds.
 
-    With `equality`, it holds while |slack| ≤ error. NaN (an overflow of both sides) is inconclusive.
+    With `equality`, it holds while |slack| ≤ error < `size`, the larger of both sides' magnitudes: of sides
+    that are lost in their error nothing is known. NaN (an overflow of both sides) is inconclusive.
     """
     if not applicable:
         return "inapplicable"
     if np.isnan(slack) or np.isnan(error):
         return "inconclusive"
     if equality:
-        return "holds" if abs(slack) <= error else "violated"
+        if abs(slack) > error:
+            return "violated"
+        return "inconclusive" if error > 0 and size <= error else "holds"
     if error == 0:
         return "holds" if slack >= 0 else "violated"
     if abs(slack) <= error:
@@ -91,7 +98,7 @@ def report(name: str, statement: Statement) -> BoundReport:
         slack=slack,
         terms={key: float(value) for key, value in statement.terms.items()},
         assumptions=assumptions,
-        verdict=judge(slack, error, all(assumptions.values()), relation == "="),
+        verdict=judge(slack, error, all(assumptions.values()), relation == "=", max(abs(lhs), abs(rhs))),
         vacuous=lhs <= -ceiling if lower else rhs >= ceiling,
         error=error,
         relation=relation,
@@ -100,12 +107,12 @@ def report(name: str, statement: Statement) -> BoundReport:
 
 def check(
     instance: Instance,
-    beta: float,
-    lam: float,
+    beta: Scalar,
+    lam: Scalar,
     bound: str = "theorem1",
     *,
     prompter: Float[Floats, "X K"] | None = None,
-    r_max: float | None = None,
+    r_max: Scalar | None = None,
 ) -> BoundReport:
     """The report of one claim on one instance.
 
@@ -118,11 +125,14 @@ def check(
         r_max: override of Theorem 1's r_max; "inapplicable" when rewards leave [0, r_max].
 
     Raises:
-        AlignProError: a bad β or λ, an unknown bound, or a prompter that is no matrix of probabilities.
+        AlignProError: a bad β, λ or r_max, an unknown bound, or a prompter that is no matrix of
+            probabilities.
     """
     beta, lam = check_temperature("beta", beta), check_temperature("lam", lam)
-    if bound not in STATEMENTS:
+    if not isinstance(bound, str) or bound not in STATEMENTS:
         raise AlignProError(f"bound {bound!r} is unknown; give one of {', '.join(STATEMENTS)}")
+    if r_max is not None:
+        r_max = check_number("r_max", r_max, 0)
     if prompter is not None:
         prompter = probabilities("prompter", prompter, np.shape(instance.prior))
     s = solution(instance, beta, lam, prompter)

@@ -6,6 +6,7 @@ float32 when every array given is float32.
 """
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 Floats = Array | np.ndarray
+Scalar = float | Fraction | Float[Floats, ""]
+"""A number, or an array of one."""
 
 # Probabilities below the smallest normal float64 count as zero: XLA flushes them anyway.
 TINY = 2.2250738585072014e-308
@@ -130,6 +133,19 @@ def tv(p: Float[Floats, "... n"], q: Float[Floats, "... n"]) -> Float[Array, "..
     """Total variation ½ Σ|p − q| in [0, 1], of probability vectors on the last axis."""
     p, q = same_floats(p, q)
     return 0.5 * jnp.sum(jnp.abs(p - q), -1)
+
+
+def tv_above(p: Float[Floats, "... n"], q: Float[Floats, "... n"]) -> Float[Array, "..."]:
+    """Total variation in [0, 1] from above: the larger of Σ max(p − q, 0) and Σ max(q − p, 0).
+
+    Both are the total variation of rows that sum to 1. Rows that do to rounding only, as (1e-17, 1) does, are
+    meant divided by their sums; then TV is at most the larger (to first order in rounding, relative to
+    itself), while ½ Σ|p − q| can be half of TV. Proof: with P ≥ Q the sums, Σ max(p/P − q/Q, 0) ≤
+    Σ max(p − q, 0)/P, as q/Q ≥ q/P.
+    """
+    p, q = same_floats(p, q)
+    more, less = jnp.sum(jnp.maximum(p - q, 0.0), -1), jnp.sum(jnp.maximum(q - p, 0.0), -1)
+    return jnp.minimum(jnp.maximum(more, less), 1.0)
 
 
 def jeffreys(p: Float[Floats, "... n"], q: Float[Floats, "... n"]) -> Float[Array, "..."]:

@@ -6,7 +6,7 @@ with optimal value temperature·log Z.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.divergences import Floats, expm1_psi, log1p_or, same_floats, scaled_kl
+from alignpro.theory.instance import rectangular
 
 # Above this the mass sits far from the base's mean, and centring at the maximum is the accurate choice.
 _FAR = 8.0
@@ -72,7 +74,23 @@ def exponent(x: Float[Floats, "..."]) -> Int[Array, "..."]:
     return jnp.where(x > 0, jnp.clip((bits >> f.nmant) + f.minexp, -most, most), 0)
 
 
-@jax.jit
+def positive(name: str, value: Any) -> Any:
+    """β or λ, one or an array of them, checked by `check_temperature` where they are concrete.
+
+    What JAX traces cannot be looked at, and passes.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return value
+    array = rectangular(name, value)
+    if array.ndim == 0:
+        return check_temperature(name, value)
+    if array.dtype.kind not in "fiu":
+        raise AlignProError(f"{name}: has dtype {array.dtype}; give real numbers")
+    for extreme in (array.min(), array.max()) if array.size else ():
+        check_temperature(name, float(extreme))
+    return value
+
+
 def tilt(
     base: Float[Floats, "... K"], energy: Float[Floats, "... K"], temperature: Float[Floats, "..."] | float
 ) -> Tilted:
@@ -88,7 +106,15 @@ def tilt(
     over the support; temperatures near 0 give the limit, all mass on the best. Where energies differ little
     beside the temperature, log Z is log1p(Σ base ψ(u)) about the base's mean, ψ(u) = eᵘ − 1 − u, which keeps
     the relative accuracy of `gain`, `cost` and `lift`.
+
+    Raises:
+        AlignProError: a temperature that is not positive and finite, where it is not traced.
     """
+    return _tilt(base, energy, positive("temperature", temperature))
+
+
+@jax.jit
+def _tilt(base: Any, energy: Any, temperature: Any) -> Tilted:
     base, energy = jnp.broadcast_arrays(*same_floats(base, energy))
     dtype = base.dtype
     temperature = jnp.broadcast_to(jnp.asarray(temperature, dtype), base.shape[:-1])
@@ -156,5 +182,5 @@ def grid(function: Callable[[Array, Array], T], betas: Float[Floats, "B"], lams:
 
     One vmapped call: nothing that depends on β alone is computed again for every λ.
     """
-    betas, lams = jnp.asarray(betas, float), jnp.asarray(lams, float)
+    betas, lams = jnp.asarray(positive("betas", betas), float), jnp.asarray(positive("lams", lams), float)
     return jax.vmap(lambda beta: jax.vmap(lambda lam: function(beta, lam))(lams))(betas)

@@ -3,6 +3,7 @@
 Log-space throughout (`gibbs.tilt`), so that no temperature makes a NaN.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from alignpro.theory.divergences import Floats, log_quotient, same_floats, scaled_kl
+from alignpro.theory.divergences import Floats, Scalar, log_quotient, same_floats, scaled_kl
 from alignpro.theory.elementwise import average
-from alignpro.theory.gibbs import Tilted, exponent, power_of_two, tilt_scaled
-from alignpro.theory.instance import Instance, bare
+from alignpro.theory.gibbs import Tilted, exponent, positive, power_of_two, tilt_scaled
+from alignpro.theory.instance import Instance, bare, padded, probabilities, replaced
 from alignpro.theory.pairwise import expected_tv
 
 EPS = 2.0**-52
@@ -175,8 +176,8 @@ def _from(policy, base, tilted: Tilted, scaled_log, temperature):
 
 def solution(
     instance: Instance,
-    beta: Float[Floats, ""] | float,
-    lam: Float[Floats, ""] | float,
+    beta: Scalar,
+    lam: Scalar,
     prompter: Float[Floats, "X K"] | None = None,
     tv_shift: Float[Floats, " X"] | None = None,
 ) -> Solution:
@@ -190,21 +191,68 @@ def solution(
         tv_shift: the field of that name where it is known (`scale.prompt_shift`): the one cost of X·K·Y, and
             the same for every β, λ and ρ.
 
-    Compiled for each shape, and pure: use it under jit, vmap (over instances, or over (β, λ) with
-    `gibbs.grid`) and grad. In float64, or in float32 when p, prior, frozen and reward all are: every error
-    bound is then that of float32. Never NaN for a valid instance with |rewards| below 1e300 (float32: below
-    1e30, β and λ from 1e-6 to 1e6).
+    Pure: use it under jit, vmap (over instances, or over (β, λ) with `gibbs.grid`) and grad, which compile it
+    for each shape. Called outside them on at most 32 prompts, rewrites and responses, it is padded to one of
+    two shapes, so that a new shape costs no compilation. In float64, or in float32 when p, prior, frozen and
+    reward all are: every error bound is then that of float32. Never NaN for a valid instance with |rewards|
+    below 1e300 (float32: below 1e30, β and λ from 1e-6 to 1e6).
+
+    Raises:
+        AlignProError: β or λ is not positive and finite, or the prompter no matrix of probabilities, where
+            they are not traced.
     """
-    return _solution(bare(instance), beta, lam, prompter, tv_shift)
+    beta, lam = positive("beta", beta), positive("lam", lam)
+    if prompter is not None and not isinstance(prompter, jax.core.Tracer):
+        probabilities("prompter", prompter, np.shape(instance.prior))
+    given = bare(instance), beta, lam, prompter, tv_shift
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given))
+    if traced or max(shape := instance.shape) > _ROOMS[-1] or np.ndim(instance.p) != 1:
+        return _solution(*given)
+    return _padded(*given, next(size for size in _ROOMS if max(shape) <= size))
+
+
+_ROOMS = (8, 32)
+_WIDE = {"rewrite_reward": 1, "rho_star": 1, "pi_star": 2}
+
+
+def _padded(instance: Instance, beta: Any, lam: Any, prompter: Any, tv_shift: Any, size: int) -> Solution:
+    """`solution` on arrays with copies of probability 0, of which nothing is left in the result.
+
+    Sums have further terms that are exactly 0, so bounds on rounding are those of the instance's own sizes.
+    """
+    shape = instance.shape
+    to = (size, size, size)
+    wide = padded(instance, to)
+    if prompter is not None:
+        prompter = padded(replaced(instance, prior=np.asarray(prompter)), to).prior
+    if tv_shift is not None:
+        tv_shift = np.pad(np.asarray(tv_shift), (0, size - shape[0]), mode="edge")
+    return _cut(_solution(wide, beta, lam, prompter, tv_shift, np.asarray(shape[1:], float)), shape)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cut(found: Solution, shape: tuple[int, int, int]) -> Solution:
+    def cut(name: str, array: Any) -> Any:
+        if name in _WIDE:
+            return array[: shape[0], : shape[_WIDE[name]]]
+        return array[: shape[0]] if array.ndim else array
+
+    return Solution(*(cut(name, leaf) for name, leaf in found._asdict().items()))
 
 
 @jax.jit
-def _solution(instance: Instance, beta: Any, lam: Any, prompter: Any, tv_shift: Any) -> Solution:
+def _solution(
+    instance: Instance, beta: Any, lam: Any, prompter: Any, tv_shift: Any, sizes: Any = None
+) -> Solution:
+    """`solution`; `sizes` are the numbers of rewrites and of responses in sums, where arrays are padded."""
     p, prior, frozen, reward = same_floats(instance.p, instance.prior, instance.frozen, instance.reward)
     dtype, own = p.dtype, jnp.asarray(instance.own)
     eps = float(jnp.finfo(dtype).eps)
     beta, lam = jnp.asarray(beta, dtype), jnp.asarray(lam, dtype)
     _, rewrites, responses = instance.shape
+    every = jnp.arange(rewrites)
+    if sizes is not None:
+        rewrites, responses = sizes.astype(dtype)
     own_frozen = frozen[own]
 
     # What lies out of reach has probability 0 under every policy compared, but could be huge: drop it.
@@ -223,7 +271,7 @@ def _solution(instance: Instance, beta: Any, lam: Any, prompter: Any, tv_shift: 
     model = tilt_scaled(own_frozen, d, b)
     star = tilt_scaled(prior, r, t)
     rho = star.probs if prompter is None else jnp.asarray(prompter, dtype)
-    is_own = jnp.arange(rewrites)[None, :] == own[:, None]
+    is_own = every[None, :] == own[:, None]
     own_r = jnp.sum(jnp.where(is_own, r, 0.0), -1)  # one entry: exact, and cheaper than a gather
     reference = jnp.sum(prior * r, -1)
     optimum = jnp.sum(model.probs * d, -1)
@@ -272,7 +320,7 @@ def _solution(instance: Instance, beta: Any, lam: Any, prompter: Any, tv_shift: 
     live = span > 0
     scale = jnp.where(live, span, 0.0)
 
-    def ratio_noise(probs: Array, energy: Array, free: Array, temperature: Array, n: int) -> Array:
+    def ratio_noise(probs: Array, energy: Array, free: Array, temperature: Array, n: Any) -> Array:
         distance = -jnp.sum(probs * energy, -1) + jnp.abs(free)
         return jnp.where(live, eps * (4.0 * distance / temperature + n + 8), 0.0)
 
@@ -308,6 +356,17 @@ def _solution(instance: Instance, beta: Any, lam: Any, prompter: Any, tv_shift: 
     e_induced = e_model + (responses + rewrites + 12) * eps * (
         4.0 * jnp.sum(on_induced, -1) + b * moved + scale
     )
+    if prompter is None:
+        # Each log ρ*(x′) errs by up to `noise`, by which π_ρ(y) moves as a share of itself. Where all of them
+        # may be anything (rewards tied to within rounding, a λ below it), KL(·‖π_F) is only known to be at
+        # most log max 1/π_F, being convex, and β KL(·‖π*) exceeds it by the span at most.
+        slip = 2.0 * e_r / t
+        noise = slip[:, None] + eps * (4.0 * jnp.abs(r - star.free_energy[:, None]) / tk + rewrites + 8)
+        share = (rho * jnp.minimum(noise, 1.0)) @ frozen
+        on_share = jnp.where(within, share * (jnp.abs(bk * log_induced) + jnp.abs(model_log) + bk), 0.0)
+        most = scale - b * jnp.log(jnp.min(jnp.where(own_frozen > 0, own_frozen, 1.0), -1))
+        known = jnp.where(slip < 0.25, 2.0 * jnp.sum(on_share, -1), most)
+        e_induced = e_induced + jnp.where(live, jnp.minimum(known, most), 0.0)
     tilt_noise = jnp.where(live, star_noise + jnp.minimum(2.0 * e_r / t, 1.0), 0.0)
     e_rho_tv = (tilt_noise if prompter is None else 0.0) + model_noise + (responses + rewrites + 8) * eps
     e_gap = e_model + (e_star if prompter is None else e_r + (rewrites + 8) * eps * scale)

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from theory_oracle import COVER, EPS, close, exact, fields, finite, kills, oracl
 
 from alignpro.errors import AlignProError
 from alignpro.report.numbers import plain
+from alignpro.theory import bounds
 from alignpro.theory.bounds import (
     BOUNDS,
     IDENTITIES,
@@ -24,7 +26,7 @@ from alignpro.theory.families import FAMILIES, draw, random_prompters
 from alignpro.theory.gibbs import grid
 from alignpro.theory.instance import Instance
 from alignpro.theory.scale.instances import solve_instances
-from alignpro.theory.solution import solution
+from alignpro.theory.solution import Solution, solution
 from alignpro.theory.statements import lemmas, lower, upper
 
 compiled = jax.jit(solution)
@@ -470,6 +472,56 @@ def test_verdicts():
     assert judge(float("inf"), 0.1) == "holds"
     assert judge(0.2, 0.1, equality=True) == "violated"
     assert judge(-0.1, 0.1, equality=True) == "holds"
+    assert judge(-0.1, 0.1, equality=True, size=0.1) == "inconclusive"
+    assert judge(-0.1, 0.1, equality=True, size=0.11) == "holds"
+    assert judge(0.2, 0.1, equality=True, size=0.1) == "violated"
+    assert judge(0.0, 0.0, equality=True, size=0.0) == "holds"
+
+
+def test_an_identity_of_nothing_but_rounding_is_inconclusive():
+    """Rewards apart by a unit of rounding: the gap is lost in its error, and says nothing of the identity."""
+    near = Instance([1.0], [[0.5, 0.5]], np.eye(2), [0], [[1.0, 1.0 + EPS]])
+    far = Instance([1.0], [[0.5, 0.5]], np.eye(2), [0], [[0.0, 1.0]])
+
+    def verdicts(of):
+        for name in ("exact_gap", "any_gap"):
+            found = of(near, 1e-3, 1e-3, name)
+            assert found.verdict == ("inconclusive" if found.error >= abs(found.gap) else "holds")
+            assert of(far, 1.0, 1.0, name).verdict == "holds"
+        # λ so small beside a tie within rounding that ρ* itself is unknown.
+        tied = Instance([1.0], [[0.5, 0.5]], [[0.5, 0.5], [0.5 + 1e-15, 0.5 - 1e-15]], [0], [[0.0, 1.0]])
+        assert of(tied, 1e3, 1e-17, "regularised").verdict == "inconclusive"
+        assert of(far, 1.0, 1.0, "suboptimality").verdict == "holds"  # 0 = 0 by construction
+
+    verdicts(check)
+    kills(verdicts, mutated(bounds, "error > 0 and size <= error", "False").check)
+
+
+def test_the_error_of_what_is_induced_counts_that_of_the_optimal_prompter():
+    """Rewrites whose rewards tie to within rounding, at a λ below that: ρ* is only known to be on both."""
+    rng = np.random.default_rng(0)
+    cases = []
+    for _ in range(12):
+        frozen = rng.dirichlet(np.ones(3), 2)
+        reward = np.array([[0.3, 0.3, 0.9]])
+        frozen[1] = frozen[0][[1, 0, 2]]
+        reward[0, 1] *= 1 + 10.0 ** rng.uniform(-15, -13)
+        instance = Instance([1.0], [rng.dirichlet([1, 1])], frozen, [0], reward)
+        lam, beta = 10.0 ** rng.uniform(-15, -12), 10.0 ** rng.uniform(-2, 3)
+        cases.append((instance, beta, lam, exact(instance, beta, lam, None, 60)))
+
+    def covers(solve):
+        for instance, beta, lam, want in cases:
+            found = lower.drift(Solution(*solve(instance, beta, lam)))
+            lhs, rhs = want["sides"]["drift"]
+            assert abs(float(found.rhs - found.lhs) - float(rhs - lhs)) <= float(found.error)
+
+    covers(solution)
+    counted = "e_induced = e_induced + jnp.where(live, jnp.minimum(known, most), 0.0)"
+    kills(covers, mutated(importlib.import_module("alignpro.theory.solution"), counted, "pass").solution)
+    # Where ρ* is known the error is no larger than it was: that of rounding.
+    plain = Instance([1.0], [[0.5, 0.5]], [[0.5, 0.5], [0.9, 0.1]], [0], [[0.0, 1.0]])
+    assert float(solution(plain, 1.0, 0.1).induced_error[0]) < 1e-12
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-150, 1.0, 1e150, 1e300])

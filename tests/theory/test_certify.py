@@ -470,6 +470,20 @@ def test_bad_input(change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_the_root_of_what_is_not_negative_is_known_to_be_small():
+    """A KL whose ball reaches below 0 has a root, in [0, √upper]; a negative number has none."""
+
+    def roots(ball):
+        for middle, radius in ((0, 1e-30), (1e-31, 1e-30), (-1e-31, 1e-30)):
+            found = ball(module_balls.arb(middle, radius)).sqrt()
+            assert -1e-20 <= found.lower <= 0 <= np.sqrt(max(middle + radius, 0)) <= found.upper <= 1.1e-15
+        assert ball(module_balls.arb(-1, 1e-3)).sqrt().upper == np.inf
+        assert ball(4).sqrt() == 2
+
+    roots(Ball)
+    kills(roots, mutated(module_balls, "self.value.contains(0) and", "False and").Ball)
+
+
 def test_a_batch_is_refused():
     batch = FAMILIES["independent"](np.random.default_rng(0), 3, (1, 2, 2))
     with pytest.raises(AlignProError, match="certify one instance, without batch axes"):

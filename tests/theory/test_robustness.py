@@ -4,12 +4,14 @@ import jax
 import mpmath
 import numpy as np
 import pytest
+from mutants import mutated
 from scipy.optimize import minimize_scalar
 from theory_oracle import EPS, close, fields, finite, kills, oracle
 
 from alignpro.errors import AlignProError
 from alignpro.theory import Instance, solution
 from alignpro.theory.families import FAMILIES, draw
+from alignpro.theory.results import robustness
 from alignpro.theory.results.robustness import (
     _frozen_noise,
     _reward_noise,
@@ -350,6 +352,38 @@ def test_a_little_mass_on_a_great_reward_moves_pi_star():
     np.testing.assert_allclose(back.model_loss, 0.5 * (hat * np.log(hat / star)).sum(), rtol=1e-12)
     np.testing.assert_allclose(back.model_reward_loss, star[1] - hat[1], rtol=1e-12)
     np.testing.assert_allclose(back.tv_rows, [0.4, 0, 0, 0], rtol=1e-14)
+
+
+def test_a_move_of_less_than_a_rounding_unit():
+    """(1e-17, 1) sums to 1 in float64: half of the L1 distance from (0, 1) is half of what is moved."""
+    cases = []
+    for moved in ([[1e-17, 1.0]], [[0.0, 0.5, 0.5 + 1e-16]], [[3e-17, 1e-17, 1.0]], [[0.25, 0.75 - 1e-16]]):
+        frozen = np.zeros((1, len(moved[0])))
+        frozen[0, -1] = 1.0
+        if moved[0][1] == 0.5:
+            frozen[0] = [0.0, 0.5, 0.5]
+        if moved[0][0] == 0.25:
+            frozen[0] = [0.25, 0.75]
+        reward = np.linspace(1.0, 0.0, len(frozen[0]))[None]
+        p, q = ([mpmath.mpf(float(v)) for v in row] for row in (frozen[0], moved[0]))
+        with mpmath.workdps(60):
+            p, q = ([v / mpmath.fsum(row) for v in row] for row in (p, q))
+            distance = float(sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2)
+            change = float(abs(sum((a - b) * float(r) for a, b, r in zip(p, q, reward[0], strict=True))))
+        cases.append((Instance([1.0], [[1.0]], frozen, [0], reward), np.array(moved), distance, change))
+
+    def check(found_of):
+        for instance, moved, distance, change in cases:
+            found = found_of(instance, moved, 1.0, 1.0)
+            assert found.tv_rows[0] >= distance * (1 - 1e-12)
+            assert found.span[0] * found.tv[0] >= change * (1 - 1e-12)
+            assert found.prompter.error[0] <= found.span[0] * found.tv[0] * (1 + 1e-12)
+
+    check(frozen_noise)
+    kills(
+        check,
+        mutated(robustness, "rows = tv_above(frozen, estimate)", "rows = tv(frozen, estimate)").frozen_noise,
+    )
 
 
 def test_misspecified_lambda():

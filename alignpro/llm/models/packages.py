@@ -28,7 +28,7 @@ from typing import IO
 from tqdm import tqdm
 
 from alignpro.errors import AlignProError
-from alignpro.files import write_json
+from alignpro.files import cache_folder, write_json
 from alignpro.llm.models.catalogue import Package, package_of
 
 
@@ -182,14 +182,6 @@ def mismatch(filename: str, expected: str, got: str) -> str:
 
 MANIFEST = "manifest.json"
 _STALE_SECONDS = 24 * 3600  # longer than any download
-
-
-def cache_folder() -> Path:
-    """The cache: `ALIGNPRO_CACHE`, else `alignpro` under `XDG_CACHE_HOME`, else `~/.cache/alignpro`."""
-    if chosen := os.environ.get("ALIGNPRO_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "alignpro"
 
 
 def cached(name: str) -> bool:

@@ -276,6 +276,13 @@ class Ball:
     _root = _function("sqrt", 0, 0)
 
     def sqrt(self) -> "Ball":
+        """The root; a ball that reaches below 0 is taken for a number that does not.
+
+        What roots are taken of (a variance, a KL, 1 − e^{−KL}) is never negative: [0, √upper] holds the root.
+        """
+        if isinstance(self.value, arb) and self.value.contains(0) and not self.value.is_exact():
+            half = arb(self.value.upper()).sqrt() / 2
+            return Ball(half.union(arb(0)).union(2 * half))
         if isinstance(self.value, fmpq) and self.value >= 0:
             root = fmpq(*(math.isqrt(int(n)) for n in (self.value.p, self.value.q)))
             if root**2 == self.value:

@@ -316,7 +316,7 @@ def certify(
         AlignProError: an unknown statement, a bad β, λ or prompter, a batch of instances, or a precision
             below 2 bits or above `max_precision`.
     """
-    if isinstance(statement, str) and statement not in STATEMENTS:
+    if not callable(statement) and not (isinstance(statement, str) and statement in STATEMENTS):
         raise AlignProError(f"statement {statement!r} is unknown; give one of {', '.join(STATEMENTS)}")
     function = STATEMENTS[statement] if isinstance(statement, str) else statement
     name = statement if isinstance(statement, str) else getattr(function, "__name__", type(function).__name__)

@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from alignpro.errors import AlignProError, check_temperature
-from alignpro.theory.divergences import Floats, log_quotient, scaled_kl
+from alignpro.theory.divergences import TINY, Floats, log_quotient, scaled_kl
 from alignpro.theory.gibbs import Tilted, tilt
-from alignpro.theory.instance import Instance, bare, normalise, probabilities
+from alignpro.theory.instance import Instance, bare, normalise, probabilities, rectangular
 from alignpro.theory.results.rewards import rewards_of
 from alignpro.theory.solution import Solution, solution
 
@@ -39,12 +39,12 @@ class Chain:
     """r*(x, y) [X, Y]."""
 
     def __post_init__(self) -> None:
-        if not len(self.stages):
-            raise AlignProError("stages: is empty; give at least one reference prompter [X, K]")
+        if not isinstance(self.stages, Sequence | np.ndarray) or not len(self.stages):
+            raise AlignProError("stages: is empty; give at least one reference prompter [X, K], in a list")
         stages = []
-        rows = len(np.atleast_1d(np.asarray(self.p)))
+        rows = len(np.atleast_1d(rectangular("p", self.p)))
         for i, stage in enumerate(self.stages):
-            array = np.asarray(stage)
+            array = rectangular(f"stages[{i}]", stage)
             if array.ndim != 2 or array.shape[0] != rows or not array.shape[1]:
                 before = "prompts in p" if i == 0 else f"columns of stages[{i - 1}]"
                 raise AlignProError(
@@ -53,6 +53,14 @@ class Chain:
                 )
             stages.append(probabilities(f"stages[{i}]", array, array.shape))
             rows = array.shape[1]
+        # Products of probabilities underflow, and what is then missing would be missing from every bound.
+        lost = _visited(stages) & (functools.reduce(np.matmul, stages) < TINY)
+        if lost.any():
+            x, k = (int(i) for i in np.argwhere(lost)[0])
+            raise AlignProError(
+                f"stages: lead from prompt {x} to rewrite {k} with probability below {TINY:.1e}, which is no "
+                "normal float64; make a stage's probability on the way larger, or 0"
+            )
         instance = Instance(self.p, _compose(stages), self.frozen, self.own, self.reward)
         object.__setattr__(self, "stages", tuple(stages))
         for key in ("p", "frozen", "own", "reward"):
@@ -62,6 +70,11 @@ class Chain:
     def composed(self) -> Instance:
         """The one-stage problem whose reference is the chain's: ρ̄_sft(x_n|x) = Σ_{x₁…} Π ρ_sft,i."""
         return Instance(self.p, _compose(self.stages), self.frozen, self.own, self.reward)
+
+
+def _visited(stages: Sequence[Any]) -> np.ndarray:
+    """Whether the chain can reach x_n from x [X, K_n], by supports."""
+    return functools.reduce(lambda a, b: (a.astype(float) @ b.astype(float)) > 0, [s > 0 for s in stages])
 
 
 def _compose(stages: Sequence[Any]) -> np.ndarray:
@@ -153,7 +166,7 @@ def _policies(chain: Chain, policies: Sequence[Any]) -> tuple[np.ndarray, ...]:
         raise AlignProError(f"policies: {len(policies)} given for {count} stages; give one for each")
     checked = []
     for i, (policy, stage) in enumerate(zip(policies, chain.stages, strict=True)):
-        array = np.asarray(policy)
+        array = rectangular(f"policies[{i}]", policy)
         if array.ndim == 2:
             array = array[:, None] if i == 0 else np.broadcast_to(array[None], (prompts, *array.shape))
         shape = (prompts, 1 if i == 0 else stage.shape[0], stage.shape[1])
@@ -189,17 +202,20 @@ def _solve(
             visits.append(jnp.einsum("xa,xab->xb", visits[-1], rho))
         return visits
 
-    def over(visits: Sequence[Array], each: Sequence[Array]) -> Array:
-        # A prompt that is never visited costs nothing, whatever its KL.
+    def over(rhos: Sequence[Array], each: Sequence[Array]) -> Array:
+        # A prompt that is never visited costs nothing, whatever its KL. Whether it is, supports tell: the
+        # probability may underflow, but an infinite cost is infinite at any.
+        seen = walk([(rho > 0).astype(float) for rho in rhos])
         weighted = [
-            jnp.where(v > 0, v * jnp.where(v > 0, c, 0.0), 0.0) for v, c in zip(visits, each, strict=False)
+            jnp.where(v > 0, v * jnp.where(v > 0, c, 0.0), jnp.where((s > 0) & (c == jnp.inf), c, 0.0))
+            for v, c, s in zip(walk(rhos), each, seen, strict=False)
         ]
         return jnp.stack([jnp.sum(w, -1) for w in weighted])
 
     optimal = [star.probs for star in stars]
-    star_visits, reference_visits = walk(optimal), walk(bases)
-    star_cost = over(star_visits, [star.cost for star in stars])
-    jeffreys = star_cost + over(reference_visits, [star.gain for star in stars])
+    star_visits = walk(optimal)
+    star_cost = over(optimal, [star.cost for star in stars])
+    jeffreys = star_cost + over(bases, [star.gain for star in stars])
     if policies is None:
         visits, stage_cost, stage_shortfall = star_visits, star_cost, jnp.zeros_like(star_cost)
         excess = -star_cost
@@ -218,7 +234,7 @@ def _solve(
             costs.append(scaled_kl(t, rho, base, ratio, t * ratio))
             to_star = jnp.where(inside, ratio - star.log_ratio, 0.0)
             shortfalls.append(scaled_kl(t, rho, floored, to_star, t * ratio - star_log))
-        stage_cost, stage_shortfall, excess = (over(visits, each) for each in (costs, shortfalls, excesses))
+        stage_cost, stage_shortfall, excess = (over(policies, each) for each in (costs, shortfalls, excesses))
     achieved = jnp.sum(visits[-1] * reward, -1)
     objective = achieved - jnp.sum(stage_cost, 0)
     value = values[0][:, 0]
@@ -280,7 +296,11 @@ def joint_tilt(chain: Chain, lam: float) -> Float[Floats, "..."]:
     lam = check_temperature("lam", lam)
     paths = np.asarray(chain.stages[0])
     for stage in chain.stages[1:]:
-        paths = paths[..., None] * stage.reshape((1,) * (paths.ndim - 1) + stage.shape)
+        after = stage.reshape((1,) * (paths.ndim - 1) + stage.shape)
+        product = paths[..., None] * after
+        if ((product < TINY) & (paths[..., None] > 0) & (after > 0)).any():
+            raise AlignProError(f"chain: a path has a probability below {TINY:.1e}; leave such paths out")
+        paths = product
     reward = chain.reward @ chain.frozen.T
     flat = paths.reshape(len(paths), -1)
     energy = np.broadcast_to(reward.reshape(len(paths), *(1,) * (paths.ndim - 2), -1), paths.shape).reshape(

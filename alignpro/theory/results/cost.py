@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from alignpro.errors import LEAST, MOST, AlignProError, check_temperature
+from alignpro.errors import LEAST, MOST, AlignProError, as_number
 from alignpro.theory.bounds import paper_r_max
 from alignpro.theory.divergences import TINY, Floats, kl, log1p, log_quotient, scaled_kl
 from alignpro.theory.elementwise import average
-from alignpro.theory.gibbs import tilt
-from alignpro.theory.instance import Instance, bare
+from alignpro.theory.gibbs import positive, tilt
+from alignpro.theory.instance import Instance, bare, rectangular
 from alignpro.theory.results.rewards import (
     Temperature,
     as_prompter,
     as_temperature,
     extremes,
+    given,
     rewards_of,
     root_of,
     variance,
@@ -90,7 +91,7 @@ def lam_for_kl(
         AlignProError: kl is not a positive number, R is constant so that nothing can be spent, kl is not
             below the supremum (which is stated), or the λ lies outside 1e-18 to 1e18.
     """
-    wanted = float(kl)
+    wanted = as_number("kl", kl)
     if not 0 < wanted < np.inf:
         raise AlignProError(f"kl {kl}: must be a positive finite number of nats; kl 0 is the limit λ → ∞")
     p = np.asarray(instance.p)
@@ -153,7 +154,7 @@ def frontier(instance: Instance, lams: Float[Floats, " L"], *, responses: bool =
     from π_ρsft (base Σ ρ_sft π_F, energy r*): it lies on or above the first.
     """
     if not isinstance(lams, jax.core.Tracer):
-        lams = np.asarray([check_temperature("lams", v) for v in np.asarray(lams).tolist()])
+        lams = positive("lams", rectangular("lams", lams))
     lams, r = jnp.asarray(lams, float), rewards_of(instance)
     base, energy = (r.prior @ r.frozen, r.response) if responses else (r.prior, r.rewrite)
     reference = jnp.sum(base * energy, -1) + r.top
@@ -203,7 +204,7 @@ def best_of_n(
     Raises:
         AlignProError: n is less than 1 or not an integer.
     """
-    if not isinstance(n, jax.Array) and (isinstance(n, bool) or int(n) != n or n < 1):
+    if not isinstance(n, jax.core.Tracer) and not ((draws := as_number("n", n)) >= 1 and draws.is_integer()):
         raise AlignProError(f"n {n}: must be an integer of at least 1; give the number of draws")
     base, energy = jnp.broadcast_arrays(jnp.asarray(base, float), jnp.asarray(energy, float))
     return _best_of_n(base, energy, jnp.asarray(n, float), jnp.asarray(tie, float))
@@ -287,6 +288,7 @@ def kl_price(instance: Instance, beta: Temperature, prompter: Float[Floats, "X K
     rho = as_prompter(instance, prompter)
     model = tilt(r.own, r.response, beta)
     policy = rho @ r.frozen
+    leaves = jnp.any(given(rho, r.frozen) & (r.own <= 0), -1)
     to_own = log_quotient(policy, r.own)
     # log π_ρ/π* through log π*/π_F, which is known where π* underflows.
     ratio = jnp.where(model.probs > TINY, log_quotient(policy, model.probs), to_own - model.log_ratio)
@@ -294,6 +296,6 @@ def kl_price(instance: Instance, beta: Temperature, prompter: Float[Floats, "X K
     return KLPrice(
         gap=jnp.sum(model.probs * r.response, -1) - jnp.sum(rho * r.rewrite, -1),
         star=model.cost / beta,
-        policy=kl(policy, r.own),
-        between=scaled_kl(jnp.ones_like(policy), policy, star, ratio, ratio),
+        policy=jnp.where(leaves, jnp.inf, kl(policy, r.own)),
+        between=jnp.where(leaves, jnp.inf, scaled_kl(jnp.ones_like(policy), policy, star, ratio, ratio)),
     )

@@ -8,13 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.sparse.csgraph import connected_components
-from scipy.special import expit, log_expit
-from scipy.stats import chi2
 
-from alignpro.errors import AlignProError, check_temperature
+from alignpro.errors import AlignProError, as_number, check_temperature
 from alignpro.theory.gibbs import tilt
-from alignpro.theory.instance import Instance
+from alignpro.theory.instance import Instance, rectangular
 from alignpro.theory.results.rewards import reachable
 from alignpro.theory.results.robustness import worst_loss
 
@@ -76,6 +73,8 @@ def _counts(wins: Any) -> np.ndarray:
 
 def _components(wins: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Components of one prompt's comparison graph, and responses that never lost to the rest (or None)."""
+    from scipy.sparse.csgraph import connected_components
+
     labels = connected_components(wins > 0, connection="weak")[1].astype(np.int64)
     strong = connected_components(wins > 0, connection="strong")[1]
     if len(set(zip(labels.tolist(), strong.tolist(), strict=True))) == labels.max() + 1:
@@ -107,6 +106,8 @@ def fit_rewards(wins: Any, ridge: float = 0.0, tolerance: float = 1e-10) -> Fit:
         AlignProError: no such array, a negative or infinite count, a response compared with itself, a ridge
             that is negative, or rewards without a maximum (which names the responses and the remedy).
     """
+    from scipy.special import expit, log_expit
+
     counts = _counts(wins)
     if not (isinstance(ridge, int | float | np.number) and 0 <= ridge < np.inf):
         raise AlignProError(
@@ -208,7 +209,7 @@ def _pairs(instance: Instance, pairs: Any, n: Any) -> tuple[np.ndarray, np.ndarr
     prompts, _, responses = instance.shape
     if pairs is None:
         pairs = np.argwhere(np.triu(np.ones((responses, responses), bool), 1)).reshape(-1, 2)
-    array = np.asarray(pairs)
+    array = rectangular("pairs", pairs)
     if array.ndim != 2 or array.shape[1] != 2 or array.dtype.kind not in "iu":
         raise AlignProError(f"pairs: has shape {array.shape} and dtype {array.dtype}; give integers [M, 2]")
     bad = ((array < 0) | (array >= responses)).any(1) | (array[:, 0] == array[:, 1])
@@ -217,13 +218,15 @@ def _pairs(instance: Instance, pairs: Any, n: Any) -> tuple[np.ndarray, np.ndarr
         raise AlignProError(
             f"pairs[{i}] = {array[i].tolist()}: give two different responses, 0 to {responses - 1}"
         )
-    number = np.asarray(n)
+    number = rectangular("n", n)
     if number.dtype.kind not in "iuf" or number.shape not in ((), (prompts,)) or not (number >= 0).all():
         raise AlignProError(f"n {n}: give one number of comparisons of at least 0, or one for each prompt")
     return array, np.broadcast_to(number.reshape(-1, 1), (prompts, len(array)))
 
 
 def _win_probability(instance: Instance, pairs: np.ndarray) -> np.ndarray:
+    from scipy.special import expit
+
     reward = np.asarray(instance.reward)
     return expit(reward[:, pairs[:, 0]] - reward[:, pairs[:, 1]])
 
@@ -310,8 +313,10 @@ def propagate(instance: Instance, fit: Fit, beta: float, lam: float, level: floa
     Raises:
         AlignProError: β, λ or the level is out of range, or the fit is about other prompts or responses.
     """
+    from scipy.special import chdtri
+
     beta, lam = check_temperature("beta", beta), check_temperature("lam", lam)
-    if not 0 < level < 1:
+    if not 0 < as_number("level", level) < 1:
         raise AlignProError(f"level {level}: must lie between 0 and 1; give one such as 0.95")
     prompts, _, responses = instance.shape
     if fit.reward.shape != (prompts, responses):
@@ -343,7 +348,7 @@ def propagate(instance: Instance, fit: Fit, beta: float, lam: float, level: floa
     support = prior > 0
     widest = np.where(support[:, :, None] & support[:, None, :], se, 0.0).max((1, 2))
     freedom = np.minimum(support.sum(-1), reach.sum(-1)) - 1
-    span = np.sqrt(chi2.ppf(level, np.maximum(freedom, 1))) * widest
+    span = np.sqrt(chdtri(np.maximum(freedom, 1), 1 - level)) * widest
     bound = np.asarray(_worst_loss(span, np.full(prompts, lam)))
 
     def known(values: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from alignpro.errors import AlignProError
+from alignpro.errors import AlignProError, as_number
 from alignpro.theory.divergences import TINY, log_quotient, scaled_kl
 from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance
@@ -153,7 +153,7 @@ def information_projection(
             it is `converged`, per prompt.
     """
     beta = as_temperature("beta", beta)
-    if not tol > 0:
+    if not as_number("tol", tol) > 0:
         raise AlignProError(f"tol {tol}: must be positive; give one such as 1e-10")
     return _project(rewards_of(instance), beta, tol, max_iterations)
 

@@ -55,7 +55,11 @@ def sensitivity(instance: Instance, beta: Temperature, lam: Temperature) -> Sens
 
     def slopes(base, energy, t):
         tilted = tilt(base, energy, t)
-        first = variance(tilted.probs, energy) / t / t
+        inside = base > 0
+        width = extremes(base, energy, jnp.zeros_like(energy[..., 0])).span
+        width = jnp.where(width > 0, width, 1.0)
+        spread = variance(tilted.probs, jnp.where(inside, energy, 0.0) / width[:, None])
+        first = spread * (width / t) * (width / t)  # Var/t² with no square of rewards
         return -first, -tilted.cost / t, -first / t, first
 
     achieved, value, spent, gap = slopes(r.prior, r.rewrite, lam)
@@ -88,16 +92,17 @@ def headroom(instance: Instance, lam: Temperature) -> Headroom:
     mean = jnp.sum(r.prior * r.rewrite, -1)
     centred = jnp.where(r.prior > 0, r.rewrite - mean[:, None], 0.0)
     growth = jnp.expm1(star.log_ratio)  # e^{R/λ}/E e^{R/λ} − 1
-    first = variance(r.prior, r.rewrite) / lam
+    # Squares in units of the span: they neither overflow nor underflow.
+    width = jnp.where(edge.span > 0, edge.span, 1.0)
+    spread = edge.span * variance(r.prior, r.rewrite / width[:, None])  # Var/span
     a = edge.span / lam
-    some = jnp.where(a > 0, a, 1.0)
-    upper = jnp.where(a > 0, first * jnp.expm1(jnp.minimum(a, 600.0)) / some, 0.0)
+    upper = spread * jnp.expm1(jnp.minimum(a, 600.0))
     most = jnp.minimum(edge.span * jnp.tanh(a / 4), edge.maximum - mean)
     return Headroom(
         lift=star.lift,
         covariance=jnp.sum(jnp.where(r.prior > 0, r.prior * centred * growth, 0.0), -1),
-        first_order=first,
-        lower=jnp.where(a > 0, -first * jnp.expm1(-a) / some, 0.0),
+        first_order=spread * a,
+        lower=-spread * jnp.expm1(-a),
         upper=jnp.where(a < 600.0, jnp.minimum(upper, most), most),
     )
 

@@ -9,19 +9,23 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from alignpro.errors import check_temperature
 from alignpro.theory.divergences import Floats
+from alignpro.theory.gibbs import positive
 from alignpro.theory.instance import Instance, bare, probabilities
 from alignpro.theory.solution import EPS
 
 Temperature = Float[Floats, ""] | float
 
 
+def given(prompter: Float[Floats, "X K"], frozen: Float[Floats, "K Y"]) -> Bool[Array, "X Y"]:
+    """Whether a prompter's rewrites can give the response: by supports, as products may underflow."""
+    return (jnp.asarray(prompter) > 0).astype(float) @ (jnp.asarray(frozen) > 0).astype(float) > 0
+
+
 def reachable(instance: Instance) -> Bool[Array, "X Y"]:
     """Whether π_F(·|x), or π_F(·|x′) for some x′ in the support of ρ_sft(·|x), can give the response."""
-    frozen = jnp.asarray(instance.frozen) > 0
-    through = (jnp.asarray(instance.prior) > 0).astype(float) @ frozen.astype(float)
-    return (through > 0) | frozen[jnp.asarray(instance.own)]
+    own = jnp.asarray(instance.frozen)[jnp.asarray(instance.own)]
+    return given(instance.prior, instance.frozen) | (own > 0)
 
 
 class Rewards(NamedTuple):
@@ -69,8 +73,8 @@ def _compiled_rewards(instance: Instance) -> Rewards:
 
 
 def as_temperature(name: str, value: Temperature) -> Array:
-    """Convert β or λ to an array; check it where it is a plain number (a traced one cannot be)."""
-    return jnp.asarray(value if isinstance(value, jax.Array) else check_temperature(name, value), float)
+    """Convert β or λ to an array; check it where it is concrete (a traced one cannot be)."""
+    return jnp.asarray(positive(name, value), float)
 
 
 def as_prompter(instance: Instance, prompter: Float[Floats, "X K"]) -> Array:

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float
 
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.bounds import paper_r_max
-from alignpro.theory.divergences import Floats, log1p, log_quotient, psi, scaled_kl, tv
-from alignpro.theory.gibbs import Tilted, tilt
+from alignpro.theory.divergences import Floats, log1p, log_quotient, psi, scaled_kl, tv, tv_above
+from alignpro.theory.gibbs import Tilted, positive, tilt
 from alignpro.theory.instance import Instance, bare, probabilities, replaced
 from alignpro.theory.results.rewards import reachable, rewards_of
 from alignpro.theory.solution import Solution, solution
@@ -74,7 +74,8 @@ def worst_tv(width: Numbers, temperature: Numbers) -> Float[Array, "..."]:
 
     Attained by two outcomes.
     """
-    return jnp.tanh(jnp.asarray(width, float) / (4.0 * jnp.asarray(temperature, float)))
+    temperature = jnp.asarray(positive("temperature", temperature), float)
+    return jnp.tanh(jnp.asarray(width, float) / (4.0 * temperature))
 
 
 def worst_loss(width: Numbers, temperature: Numbers) -> Float[Array, "..."]:
@@ -82,7 +83,8 @@ def worst_loss(width: Numbers, temperature: Numbers) -> Float[Array, "..."]:
 
     At most s²/(8t) (approached for s ≪ t) and at most s (for s ≫ t); attained by two outcomes.
     """
-    width, temperature = jnp.asarray(width, float), jnp.asarray(temperature, float)
+    width = jnp.asarray(width, float)
+    temperature = jnp.asarray(positive("temperature", temperature), float)
     z = jnp.clip(width / (2.0 * temperature), 0.0, 1e300)
     # log κ = z − log(sinh z / z) with z = s/2t.
     small = z < 0.5
@@ -143,7 +145,7 @@ def perturbation(
     """
     base, energy, estimate = jnp.broadcast_arrays(*(jnp.asarray(a, float) for a in (base, energy, estimate)))
     delta = estimate - energy if delta is None else jnp.broadcast_to(jnp.asarray(delta, float), base.shape)
-    t = jnp.broadcast_to(jnp.asarray(temperature, float), base.shape[:-1])
+    t = jnp.broadcast_to(jnp.asarray(positive("temperature", temperature), float), base.shape[:-1])
     tk = jnp.broadcast_to(t[..., None], base.shape)
     support = base > 0
     (low, high), (e_low, e_high) = extent(delta, support), extent(energy, support)
@@ -336,7 +338,7 @@ def _contraction(prior: Float[Array, "X K"], frozen: Float[Array, "K Y"]) -> Flo
     support = prior > 0
 
     def from_row(k: Array) -> Array:
-        distances = 0.5 * jnp.sum(jnp.abs(frozen - frozen[k][None, :]), -1)
+        distances = tv_above(frozen, jnp.broadcast_to(frozen[k], frozen.shape))
         farthest = jnp.max(jnp.where(support, distances[None, :], 0.0), -1)
         return jnp.where(support[:, k], farthest, 0.0)
 
@@ -347,7 +349,7 @@ class FrozenNoise(NamedTuple):
     """The cost of deciding by π̃_F in place of π_F, per prompt [X], in reward units unless said otherwise."""
 
     tv_rows: Float[Array, " K"]
-    """d_TV(π_F(·|x′), π̃_F(·|x′)) per rewrite (probability)."""
+    """d_TV(π_F(·|x′), π̃_F(·|x′)) per rewrite (probability), from above (`tv_above`)."""
     tv: Float[Array, " X"]
     """δ(x): the largest of `tv_rows` over the support of ρ_sft and x itself (probability)."""
     span: Float[Array, " X"]
@@ -394,7 +396,7 @@ def _frozen_noise(instance: Instance, estimate: Array, beta: Array, lam: Array) 
     lowest, highest = extent(reward, reach)
     width = highest - lowest
     r = jnp.where(reach, reward - highest[:, None], 0.0)
-    rows = tv(frozen, estimate)
+    rows = tv_above(frozen, estimate)
     own_tv = rows[own]
     worst = jnp.maximum(jnp.max(jnp.where(prior > 0, rows[None, :], 0.0), -1), own_tv)
     prompter = perturbation(prior, r @ frozen.T, r @ estimate.T, lam, r @ (estimate - frozen).T)

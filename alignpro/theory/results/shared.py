@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from alignpro.errors import AlignProError
 from alignpro.theory.divergences import Floats
 from alignpro.theory.elementwise import average
-from alignpro.theory.instance import Instance, probabilities
+from alignpro.theory.instance import Instance, probabilities, rectangular
 from alignpro.theory.results.rewards import Temperature, as_temperature, rewards_of
 from alignpro.theory.solution import EPS
 
@@ -77,20 +77,21 @@ def universal(
         AlignProError: a bad shape or number; a λ that is not positive and finite; or no strategy in the
             support of ρ_sft(·|x) for every x, so that every prompter that ignores x has KL = ∞.
     """
-    given = np.asarray(reward, float)
-    if given.ndim != 2 or not given.size or not np.isfinite(given).all():
+    given = rectangular("reward", reward)
+    numbers = given.dtype.kind in "fiu" and given.ndim == 2 and given.size
+    if not numbers or not np.isfinite(given := given.astype(float)).all():
         raise AlignProError(f"reward: has shape {given.shape}; give finite numbers [prompts, strategies]")
     prompts, strategies = given.shape
     weights = np.full(prompts, 1 / prompts) if p is None else probabilities("p", p, (prompts,))
     if prior is None:
         prior = np.full((prompts, strategies), 1 / strategies)
-    elif np.ndim(prior) == 1:
+    elif rectangular("prior", prior).ndim == 1:
         prior = np.tile(probabilities("prior", prior, (strategies,)), (prompts, 1))
     else:
         prior = probabilities("prior", prior, (prompts, strategies))
     if not ((prior > 0) | (weights == 0)[:, None]).all(0).any():
         raise AlignProError("prior: excludes every strategy for some prompt; leave one that all share")
-    kinds = np.zeros(prompts, int) if labels is None else np.asarray(labels)
+    kinds = np.zeros(prompts, int) if labels is None else rectangular("labels", labels)
     if kinds.shape != (prompts,) or kinds.dtype.kind not in "iu" or kinds.min() < 0:
         raise AlignProError(f"labels: give {prompts} whole numbers from 0, one for each prompt")
     found = _universal(
@@ -228,7 +229,7 @@ def strategy_table(
     Raises:
         AlignProError: a position that is none, or a prompt for which ρ_sft excludes every strategy.
     """
-    at = np.asarray(rewrites)
+    at = rectangular("rewrites", rewrites)
     most = np.shape(instance.frozen)[0]
     if at.ndim != 2 or at.shape[0] != len(instance.own) or at.dtype.kind not in "iu":
         raise AlignProError(f"rewrites: give whole numbers [{len(instance.own)} prompts, strategies]")

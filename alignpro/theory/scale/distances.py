@@ -102,4 +102,4 @@ def _code(dtype: np.dtype) -> tuple[Code, int]:
             for total, place in places:
                 b.store(b.load(total, typ=vectors.vector(of)), place, align=dtype.itemsize)
     b.ret_void()
-    return Code(written), width
+    return Code.of(written), width

@@ -34,6 +34,7 @@ LONGEST, LONGEST_QUICK = 2**14, 2**16
 """Operations that are worth compiling, at some 0.3 ms each, or 0.1 ms quickly."""
 # Instances that a thread takes at a time.
 _CHUNK = 2**12
+_ARGUMENTS = (INDEX, INDEX, POINTER, POINTER, POINTER, INDEX)
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
 _CHAINS = {
     "reduce_sum": "add",
@@ -67,7 +68,8 @@ def in_lanes(function: Callable[..., Any], *examples: Any, quick: bool = False) 
     arguments, results = ([v.aval for v in vs] for vs in (flat.jaxpr.invars, flat.jaxpr.outvars))
     # A register of 64 bytes, or what the machine makes of it.
     width = 64 // min((a.dtype.itemsize for a in arguments if a.dtype.kind == "f"), default=8)
-    code = Code(_written(flat, width, LONGEST_QUICK if quick else LONGEST), quick)
+    longest = LONGEST_QUICK if quick else LONGEST
+    code = Code.kept(lambda: _written(flat, width, longest), _ARGUMENTS, quick, width, _parts(flat))
     structure = jax.tree.structure(shapes)
 
     def bound(given: Sequence[np.ndarray], out: Sequence[np.ndarray]) -> Callable[[int, int], None]:
@@ -137,6 +139,27 @@ def _inlined(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], seen: 
     return [read(v) for v in jaxpr.outvars]
 
 
+def _parts(flat: Any) -> list[Any]:
+    """All that a traced function's code is made of: equal lists, equal code."""
+    numbers: dict[Any, int] = {}
+
+    def name(v: Any) -> Any:
+        return _identity(v.val) if isinstance(v, core.Literal) else numbers.setdefault(v, len(numbers))
+
+    jaxpr = flat.jaxpr
+    ends = [[(name(v), str(v.aval)) for v in vs] for vs in (jaxpr.constvars, jaxpr.invars)]
+    steps = [
+        (
+            eqn.primitive.name,
+            str(eqn.params),
+            [*map(name, eqn.invars)],
+            [(name(v), str(v.aval)) for v in eqn.outvars],
+        )
+        for eqn in jaxpr.eqns
+    ]
+    return [ends, steps, [*map(name, jaxpr.outvars)], [*map(_identity, flat.consts)]]
+
+
 def _live(jaxpr: Any) -> list[Any]:
     """The equations that the results need."""
     needed = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
@@ -159,7 +182,7 @@ def _written(flat: Any, width: int, longest: int) -> ir.Function:
             raise NotImplementedError(f"{eqn.primitive} has no rule for batches in lanes")
     if (count := sum(map(_count, live))) > longest:
         raise NotImplementedError(f"{count} operations would take too long to compile; {longest} are fine")
-    written = function(INDEX, INDEX, POINTER, POINTER, POINTER, INDEX)
+    written = function(*_ARGUMENTS)
     start, stop, arguments, strides, results, length = written.args
     b = ir.IRBuilder(written.append_basic_block("entry"))
     vectors = Vectors(b, width)

@@ -20,7 +20,8 @@ from jaxtyping import Float
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.theory.bounds import theorem1
 from alignpro.theory.divergences import Floats
-from alignpro.theory.instance import KEYS, Instance, probabilities, unchecked
+from alignpro.theory.gibbs import positive
+from alignpro.theory.instance import KEYS, Instance, probabilities, rectangular, unchecked
 from alignpro.theory.pairwise import pairwise_tv
 from alignpro.theory.solution import Solution, solution
 
@@ -297,12 +298,11 @@ def solve_batch(
 
 
 def _temperatures(name: str, value: Any, count: int) -> np.ndarray:
-    array = np.asarray(value, dtype=float)
+    array = rectangular(name, value)
     if array.shape not in ((), (count,)):
         raise AlignProError(f"{name}: has shape {array.shape}; give one number or {count}, one per instance")
-    for extreme in (array.min(), array.max()) if array.size else ():
-        check_temperature(name, float(extreme))
-    return np.broadcast_to(array, (count,))
+    positive(name, array)
+    return np.broadcast_to(array.astype(float), (count,))
 
 
 def _on_one(statement: Callable[[Solution], Any]) -> Callable[..., Any]:

@@ -7,15 +7,18 @@ through everything. exp, expm1, log, log1p and tanh are within 2 units of roundi
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
+import llvmlite
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
+
+from alignpro.theory import compiled
 
 BIT, BYTE = ir.IntType(1), ir.IntType(8)
 _TYPES: dict[str, Any] = {
@@ -315,28 +318,64 @@ def function(*arguments: Any) -> ir.Function:
     return ir.Function(ir.Module(), of, "kernel")
 
 
-class Code:
-    """A written function, compiled; called with whole numbers and addresses, while the GIL is free.
+def _machine(quick: bool) -> Any:
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(),
+        features=llvm.get_host_cpu_features().flatten(),
+        opt=0 if quick else 2,
+        jit=True,
+    )
 
-    With `quick` it is compiled in a third of the time, to code that takes about twice as long.
+
+def machine_code(written: ir.Function, quick: bool = False) -> bytes:
+    """Compile a written function; with `quick` in a third of the time, to code that takes twice as long."""
+    parsed, machine = llvm.parse_assembly(str(written.module)), _machine(quick)
+    parsed.verify()
+    if not quick:
+        builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+        builder.getModulePassManager().run(parsed, builder)
+    return bytes(machine.emit_object(parsed))
+
+
+class Code:
+    """Machine code of a function, called with whole numbers and addresses while the GIL is free.
+
+    Args:
+        content: what `machine_code` gave for this processor.
+        arguments: the types of the function's arguments, INDEX or POINTER.
     """
 
-    def __init__(self, written: ir.Function, quick: bool = False):
-        parsed = llvm.parse_assembly(str(written.module))
-        parsed.verify()
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(),
-            features=llvm.get_host_cpu_features().flatten(),
-            opt=0 if quick else 2,
-            jit=True,
-        )
-        if not quick:
-            builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
-            builder.getModulePassManager().run(parsed, builder)
-        self._engine = llvm.create_mcjit_compiler(parsed, machine)  # the code lives as long as this
-        self._engine.finalize_object()
-        signature = ctypes.CFUNCTYPE(None, *(_C[a.type] for a in written.args))
+    def __init__(self, content: bytes, arguments: Sequence[ir.Type]):
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(True))
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(content))
+        self._engine.finalize_object()  # the code lives as long as the engine
+        signature = ctypes.CFUNCTYPE(None, *(_C[a] for a in arguments))
         self._call = signature(self._engine.get_function_address("kernel"))
+
+    @classmethod
+    def of(cls, written: ir.Function, quick: bool = False) -> "Code":
+        """Compile a written function (`machine_code`)."""
+        return cls(machine_code(written, quick), [a.type for a in written.args])
+
+    @classmethod
+    def kept(
+        cls, write: Callable[[], ir.Function], arguments: Sequence[ir.Type], quick: bool, *parts: object
+    ) -> "Code":
+        """The code on file for these parts and this processor (`compiled`); written and compiled if none is.
+
+        Args:
+            write: writes the function.
+            arguments: the types of its arguments.
+            quick: as of `machine_code`.
+            parts: everything that the function is made of.
+        """
+        machine = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), llvmlite.__version__
+        name = compiled.key(quick, *machine, *parts)
+        content = compiled.load(name)
+        if content is None:
+            content = machine_code(write(), quick)
+            compiled.store(name, content)
+        return cls(content, arguments)
 
     def __call__(self, *arguments: int) -> None:
         self._call(*arguments)

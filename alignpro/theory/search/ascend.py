@@ -81,6 +81,9 @@ def _arrays(point: Point, fixed: Fixed) -> tuple[Instance, Array, Array, Array]:
     return instance, jnp.exp(point.beta), jnp.exp(point.lam), rho
 
 
+_compiled_arrays = jax.jit(_arrays)
+
+
 def _objective(wanted: Target, point: Point, fixed: Fixed) -> Float[Array, ""]:
     instance, beta, lam, rho = _arrays(point, fixed)
     found = wanted.statement(solution(instance, beta, lam, rho if wanted.any_prompter else None))
@@ -270,7 +273,7 @@ def ascend(
 
 def _finalists(wanted: Target, state: _State, fixed: Fixed, shape: Shape) -> list[Found]:
     """The best points of the best restarts, as validated instances."""
-    instance, beta, lam, rho = jax.tree.map(np.asarray, _arrays(state.best, fixed))
+    instance, beta, lam, rho = jax.tree.map(np.asarray, _compiled_arrays(state.best, fixed))
     low, high = TEMPERATURES
     value, aim = np.asarray(state.value), np.asarray(fixed.aim)
     first = [i for one in (0, 1) for i in [j for j in np.argsort(-value) if aim[j] == one][:FINALISTS]]

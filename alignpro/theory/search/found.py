@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alignpro.claims import Verdict
@@ -108,7 +109,11 @@ class Found:
 def _evaluator(statement: Callable[[Solution], Statement], any_prompter: bool) -> Callable[..., Any]:
     def one(instance: Instance, beta, lam, prompter):
         s = solution(instance, beta, lam, prompter if any_prompter else None)
-        return statement(s), (s.rho_star, s.pi_star, s.rewrite_reward)
+        found = statement(s)
+        applies = functools.reduce(jnp.logical_and, found.assumptions.values(), jnp.asarray(True))
+        # One array: of several, each costs as much to bring back as all of this.
+        parts = (*found[:4], applies, s.rho_star, s.pi_star, s.rewrite_reward)
+        return jnp.concatenate([jnp.ravel(part).astype(s.span.dtype) for part in parts])
 
     # Compiling is nearly all the time a hunt takes.
     return jax.jit(one, compiler_options=quick_options())
@@ -130,11 +135,14 @@ def evaluate(
     to = instance.shape if shape is None else shape
     rho = np.asarray(instance.prior if prompter is None else prompter)
     wide_rho = padded(replaced(instance, prior=rho), to).prior
-    found, (rho_star, pi_star, rewrite_reward) = jax.device_get(
+    numbers = np.asarray(
         _evaluator(wanted.statement, wanted.any_prompter)(padded(instance, to), beta, lam, wide_rho)
     )
-    lhs, rhs, error, span = (float(v) for v in found[:4])
-    applies = all(bool(v) for v in found.assumptions.values())
+    lhs, rhs, error, span, applies = numbers[:5].tolist()
+    rewrites, responses = to[0] * to[1], to[0] * to[2]
+    rho_star, pi_star, rewrite_reward = (
+        part.reshape(to[0], -1) for part in np.split(numbers[5:], [rewrites, rewrites + responses])
+    )
     return Found(
         target=wanted,
         instance=instance,
@@ -145,7 +153,7 @@ def evaluate(
         rhs=rhs,
         error=error,
         span=span,
-        verdict=judge(rhs - lhs, error, applies, wanted.equality),
+        verdict=judge(rhs - lhs, error, bool(applies), wanted.equality, max(abs(lhs), abs(rhs))),
         rho_star=rho_star[:x, :k],
         pi_star=pi_star[:x, :y],
         rewrite_reward=rewrite_reward[:x, :k],

@@ -142,7 +142,10 @@ def smallest(
     def search(sizes: Shape, tries: int) -> Found | None:
         cases = problems(*sizes, low=low, temperature=TEMPERATURES)
         refuted = counterexample(holds, cases, seed=seed, tries=tries)
-        return None if refuted is None else evaluate(wanted, *refuted[0])
+        if refuted is None:
+            return None
+        instance, beta, lam, rho = refuted[0]
+        return evaluate(wanted, instance, beta, lam, rho, shape)
 
     try:
         least = again = search(shape, tries)

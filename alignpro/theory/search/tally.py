@@ -159,7 +159,8 @@ class Tally:
         known = ~(np.isnan(slack) | np.isnan(error))
         if equality:
             violated = applicable & known & (np.abs(slack) > error)
-            unclear = applicable & ~known
+            lost = (error > 0) & (np.maximum(np.abs(lhs), np.abs(rhs)) <= error)
+            unclear = applicable & (~known | (lost & ~violated))
         else:
             violated = applicable & known & (slack < -error)
             unclear = applicable & (~known | ((np.abs(slack) <= error) & (error > 0)))

@@ -37,13 +37,15 @@ def suboptimality(s: Solution) -> Statement:
 
     Proof: log ρ* = log ρ_sft + R/λ − log Z, so λ KL(ρ‖ρ*) = λ KL(ρ‖ρ_sft) − E_ρ R + λ log Z.
     """
+    # At ρ* itself both sides are 0 by construction, not by rounding.
+    other = 1 - s.is_star
     return identity(
         s,
         s.shortfall,
         s.kl_to_star,
-        2.0 * s.rho_error,
+        2.0 * s.rho_error * other,
         supported(s),
-        abs(s.shortfall) + s.kl_to_star + s.kl_to_reference + s.prompter_kl,
+        (abs(s.shortfall) + s.kl_to_star + s.kl_to_reference + s.prompter_kl) * other,
     )
 
 
