@@ -3,6 +3,7 @@
 Log-space throughout (`gibbs.tilt`), so that no temperature makes a NaN.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from alignpro.theory.instance import Instance, bare
 from alignpro.theory.pairwise import expected_tv
 
 EPS = 2.0**-52
+_SORTED = 48  # responses, above which sorting them is cheaper than comparing each with each
 
 
 class Solution(NamedTuple):
@@ -65,10 +67,12 @@ class Solution(NamedTuple):
     """E_π* r* − max of R(x,·) over the support of ρ_sft: what no prompter there can undercut."""
     value_gap: Float[Array, " X"]
     """E_π* r* − F(ρ*) = E_π* r* − λ log Z(x)."""
-    own_sd: Float[Array, " X"]
-    """Standard deviation of r*(x,y) under y ~ π_F(·|x)."""
+    own_span: Float[Array, " X"]
+    """max − min of r*(x,·) over the support of π_F(·|x); at most `span`."""
     own_rise: Float[Array, " X"]
-    """max of r*(x,·) over the support of π_F(·|x), minus its mean there."""
+    """M: max of r*(x,·) over the support of π_F(·|x), minus its mean there."""
+    own_fall: Float[Array, " X"]
+    """Var(r*)/M under π_F(·|x), 0 where M is: with M, the two points of `two_point`'s bound."""
     tv_model: Float[Array, " X"]
     """d_TV(π*(·|x), π_F(·|x))."""
     overlap_model: Float[Array, " X"]
@@ -81,6 +85,13 @@ class Solution(NamedTuple):
     """d_TV(π*(·|x), π_ρ(·|x))."""
     tv_prompter: Float[Array, " X"]
     """d_TV(ρ(·|x), ρ_sft(·|x))."""
+    law_model: Float[Array, " X"]
+    """W1 of the laws of r*(x,y), y from π*(·|x) and from π_F(·|x): ∫ |difference of their distribution
+    functions|. Equal to `delta1`."""
+    law_shift: Float[Array, " X"]
+    """W1 of the laws of r*(x,y) under π_F(·|x) and under π_ρsft(·|x); at most span times `tv_barycentre`."""
+    law_induced: Float[Array, " X"]
+    """W1 of the laws of r*(x,y) under π*(·|x) and under π_ρ(·|x); at most span times `tv_induced`."""
     model_kl: Float[Array, " X"]
     """β KL(π*‖π_F)."""
     model_jeffreys: Float[Array, " X"]
@@ -134,8 +145,12 @@ class Solution(NamedTuple):
     """Bound on the rounding of `shift`."""
     induced_error: Float[Array, " X"]
     """Bound on the rounding of `induced_to_star` and of `induced_to_model`."""
-    own_error: Float[Array, " X"]
-    """Bound on the rounding of `own_sd` and of `own_rise`."""
+    rise_error: Float[Array, " X"]
+    """Bound on the rounding of `own_rise`."""
+    fall_error: Float[Array, " X"]
+    """Bound on the rounding of `own_fall`."""
+    law_error: Float[Array, " X"]
+    """Bound on the rounding of `law_model`, of `law_shift` and of `law_induced`."""
     tv_model_error: Float[Array, " X"]
     """Bound on the rounding of `tv_model` (probability)."""
     tv_shift_error: Float[Array, " X"]
@@ -171,6 +186,37 @@ def _from(policy, base, tilted: Tilted, scaled_log, temperature):
     scaled_ratio = jnp.where(inside, temperature * log_base - scaled_log, 0.0)
     to_tilted = scaled_kl(t, policy, probs, ratio, scaled_ratio)
     return to_tilted, scaled_kl(t, policy, base, log_base, temperature * log_base), inside, log_base
+
+
+def _own_rewards(own: Array, reward: Array) -> tuple[Array, Array, Array]:
+    """max − min, max − mean and variance over (max − mean) of rewards [X, Y] on the support of rows [X, Y].
+
+    Measured from the best there, each difference is rounded once and sums have one sign: all are relatively
+    accurate. The variance's own rounding is relative but for the square of the mean's.
+    """
+    inside = own > 0
+    below = jnp.where(inside, reward - jnp.max(jnp.where(inside, reward, -jnp.inf), -1, keepdims=True), 0.0)
+    rise = -jnp.sum(own * below, -1)
+    some = jnp.where(rise > 0, rise, 1.0)
+    away = jnp.where(inside, below + rise[:, None], 0.0)
+    fall = jnp.sum(own * away * (away / some[:, None]), -1)
+    width = -jnp.min(below, -1)
+    return width, rise, jnp.where(rise > 0, jnp.minimum(fall, width), 0.0)
+
+
+def wasserstein(reward: Array, p: Array, q: Array) -> Array:
+    """W1 of the laws of `reward` [X, Y] under rows p and q [X, Y]: ∫ |F_p(t) − F_q(t)| dt, reward units."""
+    apart = p - q
+    if reward.shape[-1] > _SORTED:
+        order = jnp.argsort(reward, -1)
+        steps = jnp.diff(jnp.take_along_axis(reward, order, -1), axis=-1)
+        return jnp.sum(jnp.abs(jnp.cumsum(jnp.take_along_axis(apart, order, -1), -1)[:, :-1]) * steps, -1)
+    # Few responses: each against each, which needs no sort. Of tied rewards the first stands for all.
+    r, other = reward[:, :, None], reward[:, None, :]
+    lead = jnp.sum(jnp.where(other <= r, apart[:, None, :], 0.0), -1)
+    step = jnp.min(jnp.where(other > r, other - r, jnp.inf), -1)
+    tied = jnp.any((other == r) & np.tri(reward.shape[-1], k=-1, dtype=bool)[None], -1)
+    return jnp.sum(jnp.abs(lead) * jnp.where(tied | (step == jnp.inf), 0.0, step), -1)
 
 
 def solution(
@@ -262,9 +308,8 @@ def _solution(instance: Instance, beta: Any, lam: Any, prompter: Any, tv_shift: 
     given = (prior if prompter is None else rho) > 0
     responses_given = (given.astype(np.float32) @ (frozen > 0).astype(np.float32)) > 0
     covered = jnp.all(jnp.where(responses_given & (p > 0)[:, None], own_frozen > 0, True))
-    rise = jnp.max(jnp.where(own_frozen > 0, d, -jnp.inf), -1) - own_r
-    width = jnp.where(span > 0, span, 1.0)  # squares in units of the span: they neither over- nor underflow
-    own_sd = width * jnp.sqrt(jnp.sum(own_frozen * jnp.square((d - own_r[:, None]) / width[:, None]), -1))
+    own_span, rise, fall = _own_rewards(own_frozen, scaled)
+    law = partial(wasserstein, d)
 
     # Rounding: first-order bounds on what was just done, doubled. Sums of n terms err by n·eps times the
     # sum of magnitudes. A log-ratio of a tilt errs by eps times (energy/temperature + |log Z| + n), and an
@@ -311,6 +356,10 @@ def _solution(instance: Instance, beta: Any, lam: Any, prompter: Any, tv_shift: 
     tilt_noise = jnp.where(live, star_noise + jnp.minimum(2.0 * e_r / t, 1.0), 0.0)
     e_rho_tv = (tilt_noise if prompter is None else 0.0) + model_noise + (responses + rewrites + 8) * eps
     e_gap = e_model + (e_star if prompter is None else e_r + (rewrites + 8) * eps * scale)
+    own_noise = (2 * responses + 8) * eps
+    e_tv_model = 2.0 * (model_noise + jnp.where(live, responses * eps * model.tv, 0.0))
+    e_tv_shift = 2.0 * jnp.where(tv_shift > 0, (responses + rewrites + 8) * eps, zero)
+    e_tv_rho = 2.0 * jnp.where(live | (prompter is not None), e_rho_tv, 0.0)
 
     return Solution(
         p=p,
@@ -337,14 +386,18 @@ def _solution(instance: Instance, beta: Any, lam: Any, prompter: Any, tv_shift: 
         shift=(own_r - reference) * unit,
         ceiling=(optimum - best) * unit,
         value_gap=(optimum - star.free_energy) * unit,
-        own_sd=own_sd * unit,
+        own_span=own_span * unit,
         own_rise=rise * unit,
+        own_fall=fall * unit,
         tv_model=model.tv,
         overlap_model=jnp.sum(jnp.minimum(model.probs, own_frozen), -1),
         tv_shift=tv_shift,
         tv_barycentre=jnp.where(tv_shift > 0, 0.5 * jnp.sum(jnp.abs(own_frozen - barycentre), -1), 0.0),
         tv_induced=0.5 * jnp.sum(jnp.abs(model.probs - induced), -1),
         tv_prompter=tv_prompter,
+        law_model=law(model.probs, own_frozen) * unit,
+        law_shift=jnp.where(tv_shift > 0, law(own_frozen, barycentre) * unit, 0.0),
+        law_induced=law(model.probs, induced) * unit,
         model_kl=model.cost * unit,
         model_jeffreys=model.lift * unit,
         prompter_kl=star.cost * unit,
@@ -371,9 +424,12 @@ def _solution(instance: Instance, beta: Any, lam: Any, prompter: Any, tv_shift: 
         excess_error=2.0 * e_excess * unit,
         shift_error=2.0 * e_shift * unit,
         induced_error=2.0 * e_induced * unit,
-        own_error=2.0 * jnp.where(live, (2 * responses + 8) * eps * scale, 0.0) * unit,
-        tv_model_error=2.0 * (model_noise + jnp.where(live, responses * eps * model.tv, 0.0)),
-        tv_shift_error=2.0 * jnp.where(tv_shift > 0, (responses + rewrites + 8) * eps, zero),
-        tv_rho_error=2.0 * jnp.where(live | (prompter is not None), e_rho_tv, 0.0),
+        rise_error=own_noise * rise * unit,
+        fall_error=own_noise * (fall + own_noise * rise) * unit,
+        # W1 moves by at most the span times the total variation between what was meant and what was found.
+        law_error=scale * jnp.maximum(jnp.maximum(e_tv_model, e_tv_shift), e_tv_rho) * unit,
+        tv_model_error=e_tv_model,
+        tv_shift_error=e_tv_shift,
+        tv_rho_error=e_tv_rho,
         eps=jnp.asarray(eps, dtype),
     )
