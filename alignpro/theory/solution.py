@@ -16,6 +16,7 @@ from alignpro.theory.elementwise import average
 from alignpro.theory.gibbs import Tilted, exponent, power_of_two, tilt_scaled
 from alignpro.theory.instance import Instance, bare
 from alignpro.theory.pairwise import expected_tv
+from alignpro.theory.two_points import points
 
 EPS = 2.0**-52
 _SORTED = 48  # responses, above which sorting them is cheaper than comparing each with each
@@ -188,23 +189,7 @@ def _from(policy, base, tilted: Tilted, scaled_log, temperature):
     return to_tilted, scaled_kl(t, policy, base, log_base, temperature * log_base), inside, log_base
 
 
-def _own_rewards(own: Array, reward: Array) -> tuple[Array, Array, Array]:
-    """max − min, max − mean and variance over (max − mean) of rewards [X, Y] on the support of rows [X, Y].
-
-    Measured from the best there, each difference is rounded once and sums have one sign: all are relatively
-    accurate. The variance's own rounding is relative but for the square of the mean's.
-    """
-    inside = own > 0
-    below = jnp.where(inside, reward - jnp.max(jnp.where(inside, reward, -jnp.inf), -1, keepdims=True), 0.0)
-    rise = -jnp.sum(own * below, -1)
-    some = jnp.where(rise > 0, rise, 1.0)
-    away = jnp.where(inside, below + rise[:, None], 0.0)
-    fall = jnp.sum(own * away * (away / some[:, None]), -1)
-    width = -jnp.min(below, -1)
-    return width, rise, jnp.where(rise > 0, jnp.minimum(fall, width), 0.0)
-
-
-def wasserstein(reward: Array, p: Array, q: Array) -> Array:
+def wasserstein(reward: Floats, p: Floats, q: Floats) -> Array:
     """W1 of the laws of `reward` [X, Y] under rows p and q [X, Y]: ∫ |F_p(t) − F_q(t)| dt, reward units."""
     apart = p - q
     if reward.shape[-1] > _SORTED:
@@ -308,7 +293,7 @@ def _solution(instance: Instance, beta: Any, lam: Any, prompter: Any, tv_shift: 
     given = (prior if prompter is None else rho) > 0
     responses_given = (given.astype(np.float32) @ (frozen > 0).astype(np.float32)) > 0
     covered = jnp.all(jnp.where(responses_given & (p > 0)[:, None], own_frozen > 0, True))
-    own_span, rise, fall = _own_rewards(own_frozen, scaled)
+    own_span, rise, fall = points(own_frozen, scaled)
     law = partial(wasserstein, d)
 
     # Rounding: first-order bounds on what was just done, doubled. Sums of n terms err by n·eps times the

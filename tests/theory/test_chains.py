@@ -191,7 +191,8 @@ def test_suboptimality_and_the_trained_bound_for_any_chain():
             assert (np.asarray(found.stage_shortfall) >= 0).all()
             assert (np.asarray(found.trained_bound) >= found.gap - 1e-12 * size).all()
             trained = found.stage_shortfall - found.stage_cost
-            width = found.single.span * (found.single.tv_model + found.single.tv_shift)
+            one = found.single
+            width = one.own_span * one.tv_model + one.span * one.tv_shift
             np.testing.assert_allclose(found.trained_bound, width + trained.sum(0), atol=1e-11 * size.max())
 
     def at_the_optimal_visits(c, b, t, rho):

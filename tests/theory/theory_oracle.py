@@ -74,10 +74,13 @@ def oracle(p, prior, frozen, own, reward, beta, lam, prompter=None, exp=np.exp, 
     def wasserstein(a, b, values):
         """∫ |F_a(t) − F_b(t)| dt of the laws of the values, from one value to the next."""
         steps = sorted(set(values))
-        return sum(
-            (abs(sum(s - t for s, t, v in zip(a, b, values, strict=True) if v <= low)) * (high - low))
-            for low, high in pairwise(steps)
-        ) + 0 * a[0]
+        return (
+            sum(
+                (abs(sum(s - t for s, t, v in zip(a, b, values, strict=True) if v <= low)) * (high - low))
+                for low, high in pairwise(steps)
+            )
+            + 0 * a[0]
+        )
 
     out = {key: [] for key in ("log_z", "log_z_star", "rho", "pi", "span")}
     sums: dict = {}
