@@ -2,8 +2,9 @@
 
     python experiments/which_bound.py [--instances 20000] [--seed 0]
 
-Prints Markdown tables, the second by family. Upper bounds are compared at rho*; lower bounds at prompters on the way from rho_sft
-to rho* and as far again beyond it (rho proportional to rho_sft^(1-s) rho*^s, s uniform over 0 to 2).
+Prints Markdown tables, the second by family. Upper bounds are compared at rho*; lower bounds at prompters on
+the way from rho_sft to rho* and as far again beyond it (rho proportional to rho_sft^(1-s) rho*^s, s uniform
+over 0 to 2).
 """
 
 import argparse
