@@ -394,7 +394,7 @@ def test_best_of_n_against_high_precision():
             np.testing.assert_allclose(found.lift, gained, rtol=1e-11, atol=1e-14)
             assert found.kl <= found.kl_bound + 1e-14
             top = base[energy == energy[base > 0].max()].sum()
-            most = min(np.log(n) - (n - 1) / n, np.log(-np.expm1(n * np.log1p(-min(top, 1 - 1e-17))) / top))
+            most = min(np.log(n) - (n - 1) / n, np.log(-np.expm1(n * np.log1p(-min(top, 1 - 1e-16))) / top))
             np.testing.assert_allclose(found.kl_bound, most, rtol=1e-9, atol=1e-14)
             assert found.lift <= found.frontier_lift + 1e-12
 
