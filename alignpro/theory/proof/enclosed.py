@@ -114,7 +114,7 @@ def solution_balls(
     rise, best, low = _over(max, d, has_own) - own_r, _over(max, r, has_prior), _over(min, d, reach)
     own_span, fall = rise + own_r - _over(min, d, has_own), variance / _where(rise > 0, rise, fmpq(1))
     order = np.array([sorted(range(row.size), key=row.__getitem__) for row in d])
-    steps = _balls(np.diff(np.take_along_axis(d, order, -1), axis=-1))
+    steps: Any = _balls(np.diff(np.take_along_axis(d, order, -1), axis=-1))
     p, prior, frozen, own_frozen, top, d, own_r, tv_rows, own_span, rise, fall, best, low = (
         _balls(a)
         for a in (p, prior, frozen, own_frozen, top, d, own_r, tv_rows, own_span, rise, fall, best, low)
