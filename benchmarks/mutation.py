@@ -30,9 +30,10 @@ TARGETS = {
     "statements": (
         (
             "theory/bounds.py",
+            "theory/two_points.py",
             *(f"theory/statements/{n}.py" for n in ("statement", "upper", "lower", "lemmas")),
         ),
-        ("tests/theory/test_bounds.py", "tests/theory/test_certify.py"),
+        tuple(f"tests/theory/test_{n}.py" for n in ("bounds", "certify", "two_points", "laws")),
     ),
     "results": (("theory/results/reach.py", "theory/results/readings.py"), ("tests/theory/test_limits.py",)),
     "estimation": (

@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 EXAMPLES = "examples.csv"
 PROMPTERS = {"sft": "ρ_sft", "theta": "ρ_θ", "star": "ρ*"}
 
-_BOUNDS = {"theorem1": "Theorem 1", "span": "Span form", "tight": "Tight form", "trained": "Trained form"}
+_BOUNDS = {
+    "theorem1": "Theorem 1",
+    "span": "Span form",
+    "tight": "Tight form",
+    "law": "Laws of rewards",
+    "trained": "Trained form",
+}
 _TERMS = {
     "model": "model: TV(π*, π_F)",
     "prompt_shift": "+ prompt shift: TV(π_F(x), π_F(x′))",
@@ -229,7 +235,9 @@ def _add_figures(page: Page, result: "DemoResult") -> None:
         "Each bound and the true gap below it. Coloured terms add up; the hatched part is then subtracted, "
         "which leaves the right side (thick mark). Total variation is multiplied by r_max = "
         f"{_n(result.r_max)} in Theorem 1 and by each prompt's span of rewards in the other forms. The tight "
-        "form subtracts λ times Jeffreys' divergence in the KL's place. The trained form moves one for one "
+        "form subtracts λ times Jeffreys' divergence in the KL's place. The form by laws of rewards has no "
+        "total variation: its first two terms are distances between distributions of the reward, not of "
+        "texts. The trained form moves one for one "
         "with the gap, so its slack is the same for every prompter. A verdict “holds” means the slack "
         "exceeds a bound on its rounding error.",
         Table(

@@ -72,6 +72,26 @@ def rewards_only(terms: Terms) -> Statement:
     )
 
 
+def law(terms: Terms) -> Statement:
+    """gap(ρ*) ≤ Δ1 + W1(laws of r under π_F(·|x), under π_ρsft(·|x)) − λ Jeff(ρ*,ρ_sft): of rewards alone.
+
+    Proof: that of `alignpro.theory`'s `law`. Its slack is W1 − (R(x,x) − E_ρsft R), without weights; as W1 is
+    estimated from above, and never below that difference, it says how large the bound is and is no test of
+    it.
+    """
+    shift, jeffreys = terms.j("none") - terms.j("sft"), terms.j_star() - terms.j("sft")
+    return Statement(
+        terms.j_pi() - terms.j_star(),
+        {
+            "model": terms.j_pi() - terms.j("none"),
+            "law_shift": terms.law_shift(),
+            "prompter_jeffreys": -jeffreys,
+        },
+        terms.law_shift() - shift,
+        {},
+    )
+
+
 def _of_any(terms: Terms, arm: str, shift: dict[str, Term], shift_slack: Term | None) -> Statement:
     """width·TV1 + shift + λKL(ρ‖ρ*) − λKL(ρ‖ρ_sft), about the prompter of `arm`."""
     model = terms.model_slack(terms.width)
@@ -104,6 +124,7 @@ CLAIMS: dict[str, Claim] = {
     "span": Claim(span, "upper bound"),
     "tight": Claim(tight, "upper bound"),
     "rewards_only": Claim(rewards_only, "upper bound"),
+    "law": Claim(law, "upper bound"),
     "trained": Claim(trained, "upper bound", any_prompter=True),
     "trained_rewards_only": Claim(trained_rewards_only, "upper bound", any_prompter=True),
 }

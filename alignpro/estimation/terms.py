@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignpro.estimation import samples
+from alignpro.estimation import laws, samples
 from alignpro.estimation.paired import COMBINED, Absent, Arm, Term
 from alignpro.rollouts import Rollouts
 
@@ -236,6 +236,13 @@ class Terms:
     def shift_slack(self, width: float) -> Term:
         """Slack of Theorem 1's second term: width·E TV − (R(x,x) − E_ρsft R) ≥ 0."""
         return width * self.tv_shift() - (self.j("none") - self.j("sft"))
+
+    def law_shift(self) -> Term:
+        """E_x W1 of the laws of r under π_F(·|x) and under π_ρsft(·|x), from rewards alone: biased up."""
+        none, sft = self.arm("none"), self.arm("sft")
+        values = self._once("law_shift", lambda: laws.shift(laws.by_prompt(none), laws.by_prompt(sft)))
+        method = "area between the distribution functions of rewards of arms none and sft"
+        return Term(values, 0.0, self.width, frozenset({"none", "sft"}), "up", method)
 
     def kl_reference(self, name: str) -> Term:
         """λ KL(ρ‖ρ_sft) of an arm's prompter, from the summed log-ratios of its rewrites: unbiased."""

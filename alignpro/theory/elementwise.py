@@ -28,7 +28,7 @@ def _apply(name: str, *args: Any, method: str | None = None) -> Any:
     return np.frompyfunc(one, len(args), 1)(*args)
 
 
-sqrt, expm1, tanh = (partial(_apply, name) for name in ("sqrt", "expm1", "tanh"))
+sqrt, exp, expm1, tanh = (partial(_apply, name) for name in ("sqrt", "exp", "expm1", "tanh"))
 arctanh = partial(_apply, "arctanh", method="atanh")
 # Of balls, a ball that encloses the lesser or the greater.
 minimum, maximum = partial(_apply, "minimum", method="min"), partial(_apply, "maximum", method="max")
@@ -37,15 +37,6 @@ minimum, maximum = partial(_apply, "minimum", method="min"), partial(_apply, "ma
 def ones_like(x: Any) -> Any:
     """Ones of the same shape and kind."""
     return x * 0 + 1 if is_ball(x) else jnp.ones_like(x)
-
-
-def exprel(x: Any) -> Any:
-    """(eˣ − 1)/x ≥ 0, 1 at 0; in floating point capped at x = 700, so finite for every x."""
-    if is_ball(x):
-        return np.frompyfunc(lambda v: v * 0 + 1 if v == 0 else v.expm1() / v, 1, 1)(x)
-    zero = x == 0
-    safe = jnp.where(zero, 1.0, jnp.minimum(x, 700.0))
-    return jnp.where(zero, 1.0, jnp.expm1(safe) / safe)
 
 
 def average(p: Any, values: Any) -> Any:

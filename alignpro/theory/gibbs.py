@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from alignpro.errors import AlignProError, check_temperature
-from alignpro.theory.divergences import Floats, expm1_psi, log1p_or, same_floats, scaled_kl
+from alignpro.theory.divergences import Floats, expm1_psi, log1p_or, log_quotient, same_floats, scaled_kl
 from alignpro.theory.instance import rectangular
 
 # Above this the mass sits far from the base's mean, and centring at the maximum is the accurate choice.
@@ -184,3 +184,16 @@ def grid(function: Callable[[Array, Array], T], betas: Float[Floats, "B"], lams:
     """
     betas, lams = jnp.asarray(positive("betas", betas), float), jnp.asarray(positive("lams", lams), float)
     return jax.vmap(lambda beta: jax.vmap(lambda lam: function(beta, lam))(lams))(betas)
+
+
+def policy_kl(policy, base, tilted: Tilted, scaled_log, temperature):
+    """temperature·KL(policy‖tilted), temperature·KL(policy‖base), their common support, log policy/base."""
+    t = jnp.broadcast_to(temperature, policy.shape)
+    inside = (policy > 0) & (base > 0)
+    log_base = jnp.where(inside, log_quotient(policy, base), 0.0)
+    # Where the tilt underflows the divergence stays finite: its log is known. A floor keeps the support.
+    probs = jnp.where(base > 0, jnp.maximum(tilted.probs, jnp.finfo(policy.dtype).tiny), 0.0)
+    ratio = jnp.where(inside, log_base - tilted.log_ratio, 0.0)
+    scaled_ratio = jnp.where(inside, temperature * log_base - scaled_log, 0.0)
+    to_tilted = scaled_kl(t, policy, probs, ratio, scaled_ratio)
+    return to_tilted, scaled_kl(t, policy, base, log_base, temperature * log_base), inside, log_base

@@ -3,7 +3,7 @@
 Log-space throughout (`gibbs.tilt`), so that no temperature makes a NaN.
 """
 
-import functools
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from alignpro.theory.divergences import Floats, Scalar, log_quotient, same_floats, scaled_kl
+from alignpro.theory.divergences import Floats, Scalar, same_floats, scaled_kl, wasserstein
 from alignpro.theory.elementwise import average
-from alignpro.theory.gibbs import Tilted, exponent, positive, power_of_two, tilt_scaled
+from alignpro.theory.gibbs import exponent, policy_kl, positive, power_of_two, tilt_scaled
 from alignpro.theory.instance import Instance, bare, padded, probabilities, replaced
 from alignpro.theory.pairwise import expected_tv
+from alignpro.theory.two_points import points
 
 EPS = 2.0**-52
 
@@ -66,10 +67,12 @@ class Solution(NamedTuple):
     """E_π* r* − max of R(x,·) over the support of ρ_sft: what no prompter there can undercut."""
     value_gap: Float[Array, " X"]
     """E_π* r* − F(ρ*) = E_π* r* − λ log Z(x)."""
-    own_sd: Float[Array, " X"]
-    """Standard deviation of r*(x,y) under y ~ π_F(·|x)."""
+    own_span: Float[Array, " X"]
+    """max − min of r*(x,·) over the support of π_F(·|x); at most `span`."""
     own_rise: Float[Array, " X"]
-    """max of r*(x,·) over the support of π_F(·|x), minus its mean there."""
+    """M: max of r*(x,·) over the support of π_F(·|x), minus its mean there."""
+    own_fall: Float[Array, " X"]
+    """Var(r*)/M under π_F(·|x), 0 where M is: with M, the two points of `two_point`'s bound."""
     tv_model: Float[Array, " X"]
     """d_TV(π*(·|x), π_F(·|x))."""
     overlap_model: Float[Array, " X"]
@@ -82,6 +85,13 @@ class Solution(NamedTuple):
     """d_TV(π*(·|x), π_ρ(·|x))."""
     tv_prompter: Float[Array, " X"]
     """d_TV(ρ(·|x), ρ_sft(·|x))."""
+    law_model: Float[Array, " X"]
+    """W1 of the laws of r*(x,y), y from π*(·|x) and from π_F(·|x): ∫ |difference of their distribution
+    functions|. Equal to `delta1`."""
+    law_shift: Float[Array, " X"]
+    """W1 of the laws of r*(x,y) under π_F(·|x) and under π_ρsft(·|x); at most span times `tv_barycentre`."""
+    law_induced: Float[Array, " X"]
+    """W1 of the laws of r*(x,y) under π*(·|x) and under π_ρ(·|x); at most span times `tv_induced`."""
     model_kl: Float[Array, " X"]
     """β KL(π*‖π_F)."""
     model_jeffreys: Float[Array, " X"]
@@ -135,8 +145,12 @@ class Solution(NamedTuple):
     """Bound on the rounding of `shift`."""
     induced_error: Float[Array, " X"]
     """Bound on the rounding of `induced_to_star` and of `induced_to_model`."""
-    own_error: Float[Array, " X"]
-    """Bound on the rounding of `own_sd` and of `own_rise`."""
+    rise_error: Float[Array, " X"]
+    """Bound on the rounding of `own_rise`."""
+    fall_error: Float[Array, " X"]
+    """Bound on the rounding of `own_fall`."""
+    law_error: Float[Array, " X"]
+    """Bound on the rounding of `law_model`, of `law_shift` and of `law_induced`."""
     tv_model_error: Float[Array, " X"]
     """Bound on the rounding of `tv_model` (probability)."""
     tv_shift_error: Float[Array, " X"]
@@ -159,19 +173,6 @@ class Solution(NamedTuple):
     def j_rho(self) -> Float[Array, ""]:
         """J(π_ρ), the mean reward of the prompter asked about."""
         return self.average(self.achieved)
-
-
-def _from(policy, base, tilted: Tilted, scaled_log, temperature):
-    """temperature·KL(policy‖tilted), temperature·KL(policy‖base), their common support, log policy/base."""
-    t = jnp.broadcast_to(temperature, policy.shape)
-    inside = (policy > 0) & (base > 0)
-    log_base = jnp.where(inside, log_quotient(policy, base), 0.0)
-    # Where the tilt underflows the divergence stays finite: its log is known. A floor keeps the support.
-    probs = jnp.where(base > 0, jnp.maximum(tilted.probs, jnp.finfo(policy.dtype).tiny), 0.0)
-    ratio = jnp.where(inside, log_base - tilted.log_ratio, 0.0)
-    scaled_ratio = jnp.where(inside, temperature * log_base - scaled_log, 0.0)
-    to_tilted = scaled_kl(t, policy, probs, ratio, scaled_ratio)
-    return to_tilted, scaled_kl(t, policy, base, log_base, temperature * log_base), inside, log_base
 
 
 def solution(
@@ -230,7 +231,7 @@ def _padded(instance: Instance, beta: Any, lam: Any, prompter: Any, tv_shift: An
     return _cut(_solution(wide, beta, lam, prompter, tv_shift, np.asarray(shape[1:], float)), shape)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@partial(jax.jit, static_argnums=1)
 def _cut(found: Solution, shape: tuple[int, int, int]) -> Solution:
     def cut(name: str, array: Any) -> Any:
         if name in _WIDE:
@@ -288,7 +289,7 @@ def _solution(
         supported = jnp.asarray(True)
         tv_prompter = star.tv
     else:
-        kl_to_star, kl_to_reference, inside, log_rho = _from(rho, prior, star, star_log, tk)
+        kl_to_star, kl_to_reference, inside, log_rho = policy_kl(rho, prior, star, star_log, tk)
         ratio = jnp.where(inside, log_rho - star.log_ratio, 0.0)
         scaled_ratio = jnp.where(inside, tk * log_rho - star_log, 0.0)
         tkk = jnp.broadcast_to(tk, rho.shape)
@@ -305,14 +306,15 @@ def _solution(
     barycentre, induced = prior @ frozen, rho @ frozen
     bk = b[:, None]
     model_log = jnp.where(own_frozen > 0, d - model.free_energy[:, None], 0.0)
-    induced_to_star, induced_to_model, within, log_induced = _from(induced, own_frozen, model, model_log, bk)
+    induced_to_star, induced_to_model, within, log_induced = policy_kl(
+        induced, own_frozen, model, model_log, bk
+    )
     # By supports, as the product of two small probabilities may underflow; ρ* has that of ρ_sft.
     given = (prior if prompter is None else rho) > 0
     responses_given = (given.astype(np.float32) @ (frozen > 0).astype(np.float32)) > 0
     covered = jnp.all(jnp.where(responses_given & (p > 0)[:, None], own_frozen > 0, True))
-    rise = jnp.max(jnp.where(own_frozen > 0, d, -jnp.inf), -1) - own_r
-    width = jnp.where(span > 0, span, 1.0)  # squares in units of the span: they neither over- nor underflow
-    own_sd = width * jnp.sqrt(jnp.sum(own_frozen * jnp.square((d - own_r[:, None]) / width[:, None]), -1))
+    own_span, rise, fall = points(own_frozen, scaled)
+    law = partial(wasserstein, d)
 
     # Rounding: first-order bounds on what was just done, doubled. Sums of n terms err by n·eps times the
     # sum of magnitudes. A log-ratio of a tilt errs by eps times (energy/temperature + |log Z| + n), and an
@@ -370,6 +372,10 @@ def _solution(
     tilt_noise = jnp.where(live, star_noise + jnp.minimum(2.0 * e_r / t, 1.0), 0.0)
     e_rho_tv = (tilt_noise if prompter is None else 0.0) + model_noise + (responses + rewrites + 8) * eps
     e_gap = e_model + (e_star if prompter is None else e_r + (rewrites + 8) * eps * scale)
+    own_noise = (2 * responses + 8) * eps
+    e_tv_model = 2.0 * (model_noise + jnp.where(live, responses * eps * model.tv, 0.0))
+    e_tv_shift = 2.0 * jnp.where(tv_shift > 0, (responses + rewrites + 8) * eps, zero)
+    e_tv_rho = 2.0 * jnp.where(live | (prompter is not None), e_rho_tv, 0.0)
 
     return Solution(
         p=p,
@@ -396,14 +402,18 @@ def _solution(
         shift=(own_r - reference) * unit,
         ceiling=(optimum - best) * unit,
         value_gap=(optimum - star.free_energy) * unit,
-        own_sd=own_sd * unit,
+        own_span=own_span * unit,
         own_rise=rise * unit,
+        own_fall=fall * unit,
         tv_model=model.tv,
         overlap_model=jnp.sum(jnp.minimum(model.probs, own_frozen), -1),
         tv_shift=tv_shift,
         tv_barycentre=jnp.where(tv_shift > 0, 0.5 * jnp.sum(jnp.abs(own_frozen - barycentre), -1), 0.0),
         tv_induced=0.5 * jnp.sum(jnp.abs(model.probs - induced), -1),
         tv_prompter=tv_prompter,
+        law_model=law(model.probs, own_frozen) * unit,
+        law_shift=jnp.where(tv_shift > 0, law(own_frozen, barycentre) * unit, 0.0),
+        law_induced=law(model.probs, induced) * unit,
         model_kl=model.cost * unit,
         model_jeffreys=model.lift * unit,
         prompter_kl=star.cost * unit,
@@ -430,9 +440,12 @@ def _solution(
         excess_error=2.0 * e_excess * unit,
         shift_error=2.0 * e_shift * unit,
         induced_error=2.0 * e_induced * unit,
-        own_error=2.0 * jnp.where(live, (2 * responses + 8) * eps * scale, 0.0) * unit,
-        tv_model_error=2.0 * (model_noise + jnp.where(live, responses * eps * model.tv, 0.0)),
-        tv_shift_error=2.0 * jnp.where(tv_shift > 0, (responses + rewrites + 8) * eps, zero),
-        tv_rho_error=2.0 * jnp.where(live | (prompter is not None), e_rho_tv, 0.0),
+        rise_error=own_noise * rise * unit,
+        fall_error=own_noise * (fall + own_noise * rise) * unit,
+        # W1 moves by at most the span times the total variation between what was meant and what was found.
+        law_error=scale * jnp.maximum(jnp.maximum(e_tv_model, e_tv_shift), e_tv_rho) * unit,
+        tv_model_error=e_tv_model,
+        tv_shift_error=e_tv_shift,
+        tv_rho_error=e_tv_rho,
         eps=jnp.asarray(eps, dtype),
     )

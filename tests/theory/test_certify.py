@@ -41,7 +41,7 @@ compiled = jax.jit(solution)
 TRUE = [*BOUNDS, *LOWER_BOUNDS, *IDENTITIES, *LEMMAS]
 
 LOGS = {"log_z": ("lam", "prompter_error"), "log_z_star": ("beta", "model_error")}
-GIVEN = ("eps", "p", "beta", "lam", "span", "reward_max", "reward_min")
+GIVEN = ("eps", "p", "beta", "lam", "span", "own_span", "reward_max", "reward_min")
 FLAGS = ("is_star", "supported", "covered")
 
 
@@ -153,7 +153,14 @@ def test_a_statement_of_balls_claims_no_error():
                 assert -1e-15 < error.lower <= 0 <= error.upper < 1e-15, name
 
         check(upper, lower, lemmas)
-        kills(check, mutated(upper, "return term, term * 0", "return term, term * 1"))
+        kills(
+            check,
+            mutated(
+                upper,
+                "s.rise_error, s.fall_error, s.eps)",
+                "s.own_rise, s.fall_error, s.eps)._replace(error=s.own_rise)",
+            ),
+        )
         kills(check, mutated(upper, "(s, term, term * 0)", "(s, term, term)"))
         kills(check, mutated(lemmas, "lhs * 0", "lhs / 0"))
 

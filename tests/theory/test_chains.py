@@ -193,7 +193,8 @@ def test_suboptimality_and_the_trained_bound_for_any_chain():
             assert (np.asarray(found.stage_shortfall) >= 0).all()
             assert (np.asarray(found.trained_bound) >= found.gap - 1e-12 * size).all()
             trained = found.stage_shortfall - found.stage_cost
-            width = found.single.span * (found.single.tv_model + found.single.tv_shift)
+            one = found.single
+            width = one.own_span * one.tv_model + one.span * one.tv_shift
             np.testing.assert_allclose(found.trained_bound, width + trained.sum(0), atol=1e-11 * size.max())
 
     def at_the_optimal_visits(c, b, t, rho):
@@ -361,3 +362,12 @@ def test_bad_input():
         solve_chain(chain, 1.0, 1.0, [chain.stages[0]])
     with pytest.raises(AlignProError, match=r"^policies\[2\]: has shape"):
         solve_chain(chain, 1.0, 1.0, [chain.stages[0], chain.stages[1], np.eye(4)])
+
+
+def test_the_higher_value_may_have_the_lower_reward():
+    """Against one prompter at its smallest λ a chain's value never wins, but its reward may."""
+    stages = [np.array([[0.5, 0.5]]), np.array([[1.0, 0.0, 0.0], [0.0, 0.999, 0.001]])]
+    chain = Chain(np.ones(1), stages, np.eye(3), np.zeros(1, int), np.array([[0.5, 0.0, 1.0]]))
+    gamble, single = (solve_chain(chain, 1.0, lams) for lams in ((1000.0, 0.1), (0.1, 0.1)))
+    assert gamble.value < single.value
+    np.testing.assert_allclose([gamble.achieved[0], single.achieved[0]], [0.728, 0.561], atol=1e-3)

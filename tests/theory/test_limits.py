@@ -393,6 +393,9 @@ def test_best_of_n_against_high_precision():
             np.testing.assert_allclose(found.kl, spent, rtol=1e-11, atol=1e-14)
             np.testing.assert_allclose(found.lift, gained, rtol=1e-11, atol=1e-14)
             assert found.kl <= found.kl_bound + 1e-14
+            top = base[energy == energy[base > 0].max()].sum()
+            most = min(np.log(n) - (n - 1) / n, np.log(-np.expm1(n * np.log1p(-min(top, 1 - 1e-16))) / top))
+            np.testing.assert_allclose(found.kl_bound, most, rtol=1e-9, atol=1e-14)
             assert found.lift <= found.frontier_lift + 1e-12
 
     def untied(base, energy, n):
@@ -401,6 +404,7 @@ def test_best_of_n_against_high_precision():
     check(J.best_of_n)
     kills(check, untied)
     kills(check, lambda b, e, n: J.best_of_n(b, e, n + 1))
+    kills(check, mutated(cost, "(draws - 1) / draws, largest)", "(draws - 1) / draws, jnp.inf)").best_of_n)
 
 
 def test_best_of_n_by_enumeration_and_in_the_limit():
@@ -583,10 +587,14 @@ def test_headroom_and_sensitivity_at_any_scale(scale):
         assert (found.lift <= found.upper * (1 + 1e-12)).all()
         assert np.isfinite(found.upper).all()
         assert (found.lower > 0).all()
+        plain = np.asarray(readings.headroom(instance, 1.0).first_order)
+        with np.errstate(over="ignore"):
+            np.testing.assert_allclose(found.first_order, scale * plain * (scale / lam), rtol=1e-9)
 
     check(readings.headroom)
-    squared = "edge.span * variance(r.prior, r.rewrite / width[:, None])"
-    kills(check, mutated(readings, squared, "variance(r.prior, r.rewrite) / width").headroom)
+    squared = mutated(readings, "most * (below / lam)", "variance(r.prior, r.rewrite) / lam").headroom
+    if scale == 1e155:  # at 1e300 both overflow
+        kills(check, squared)
     assert all(not np.isnan(v).any() for v in readings.sensitivity(scaled, lam, lam))
 
 
@@ -603,29 +611,21 @@ def test_a_policy_that_leaves_the_support_seldom_leaves_it():
     kills(check, mutated(cost, "given(rho, r.frozen) &", "(rho @ r.frozen > 0) &").kl_price)
 
 
-def test_each_limit_of_the_headroom_is_attained():
-    """Two rewrites with rewards 0 and 1, the better of mass b, at λ = 1/a: each part of `upper` in turn."""
-    cases = [(1 / (1 + np.exp(2.0)), 4.0), (0.1, 1e-6), (0.1, 1e3)]  # tanh; first order; max R − E R
+def test_both_ends_of_the_headroom_are_attained_by_two_rewrites():
+    """Rewards 0 and 1, the better of mass b, at λ = 1/a: both laws of two values are ρ_sft's own."""
+    cases = [(1 / (1 + np.exp(2.0)), 4.0), (0.1, 1e-6), (0.1, 1e3), (1e-12, 30.0), (0.999, 0.5)]
 
     def check(head):
         for mass, a in cases:
             found = head(Instance([1.0], [[1 - mass, mass]], np.eye(2), [0], [[0.0, 1.0]]), 1 / a)
-            np.testing.assert_allclose(found.upper, found.lift, rtol=1e-5)
-            np.testing.assert_allclose(found.lower, found.lift, rtol=1e-5 if a < 1 else np.inf)
-
-    def without(part):
-        def mutant(instance, lam):
-            mass, a = float(instance.prior[0, 1]), 1 / lam
-            parts = [np.tanh(a / 4), mass * (1 - mass) * np.expm1(min(a, 600.0)), 1 - mass]
-            return J.headroom(instance, lam)._replace(upper=[min(parts[:part] + parts[part + 1 :])])
-
-        return mutant
+            np.testing.assert_allclose(found.upper, found.lift, rtol=1e-11)
+            np.testing.assert_allclose(found.lower, found.lift, rtol=1e-11)
 
     check(J.headroom)
-    check(without(3))  # none left out: the formula itself
-    for part in range(3):
-        kills(check, without(part))
-    kills(check, lambda i, t: J.headroom(i, t)._replace(lower=J.headroom(i, t).lower / 2))
+    swapped = mutated(readings, "lift(most, below, lam)", "lift(below, most, lam)")
+    kills(check, jax.jit(swapped.headroom))
+    swapped = mutated(readings, "lift(above, least, lam)", "lift(least, above, lam)")
+    kills(check, jax.jit(swapped.headroom))
 
 
 def test_variance_split():
@@ -762,7 +762,7 @@ def test_critical_temperatures(per_prompt):
 
 
 def test_the_enclosure_of_a_critical_temperature_is_sharp():
-    """A fair coin that must gain little reaches `upper`, a rare best that must nearly win `lower`."""
+    """A coin of the odds e^{−span/(2λ)} reaches `upper`, a rare best that must nearly win `lower`."""
 
     def of_lam(mass, target):
         """ρ_sft gives reward 1 with probability `mass`; π*, at β far above its reward, has `target`."""
@@ -775,8 +775,10 @@ def test_the_enclosure_of_a_critical_temperature_is_sharp():
 
     def check(lam_of, beta_of):
         for function, made in ((lam_of, of_lam), (beta_of, of_beta)):
-            slow, rare = function(made(0.5, 0.501), 1e12), function(made(1e-200, 0.01), 1e12)
-            np.testing.assert_allclose(slow.upper, slow.value, rtol=1e-4)
+            for mass in (0.5 - 1e-3, 0.3, 1e-3):  # from m to 1 − m: odds e^{−a/2} to e^{a/2}, a = span/λ
+                found = function(made(mass, 1 - mass), 1e12)
+                np.testing.assert_allclose(found.upper, found.value, rtol=1e-7)
+            rare = function(made(1e-200, 0.01), 1e12)
             np.testing.assert_allclose(rare.lower, rare.value, rtol=0.03)
 
     check(J.critical_lam, J.critical_beta)
@@ -788,6 +790,26 @@ def test_the_enclosure_of_a_critical_temperature_is_sharp():
 
         kills(lambda f: check(f, J.critical_beta), partial(off, J.critical_lam))
         kills(lambda f: check(J.critical_lam, f), partial(off, J.critical_beta))
+
+
+def test_the_mean_span_encloses_no_critical_temperature():
+    """Where prompts differ in span, span/(4 artanh(τ/span)) of the means is none: the widest prompt
+    counts."""
+    mass, width = 0.1, np.array([0.0, 2.0])
+    frozen = [[1.0, 0.0], [0.0, 1.0], [mass, 1 - mass]]
+    instance = Instance(
+        [0.5, 0.5], [[1 - mass, mass, 0.0]] * 2, frozen, [2, 2], width[:, None] * np.array([[0.0, 1.0]])
+    )
+    gain = 0.5 * width[1] * (1 - 2 * mass)
+
+    def check(upper):
+        assert J.critical_lam(instance, 1e12).value <= upper * (1 + 1e-9)
+
+    check(width.max() / (4 * np.arctanh(gain / width.mean())))
+    np.testing.assert_allclose(
+        J.critical_lam(instance, 1e12).upper, width.max() / (4 * np.arctanh(gain / width.mean())), rtol=1e-9
+    )
+    kills(check, width.mean() / (4 * np.arctanh(gain / width.mean())))
 
 
 def test_a_difference_within_rounding_has_no_critical_temperature():

@@ -3,6 +3,8 @@
 `exact` evaluates the same lines on mpmath numbers, for temperatures and scales where floats give out.
 """
 
+from itertools import pairwise
+
 import mpmath
 import numpy as np
 
@@ -16,14 +18,17 @@ COVER = {
     "shift": ["shift_error"],
     "ceiling": ["model_error", "shift_error"],
     "value_gap": ["model_error", "prompter_error"],
-    "own_sd": ["own_error"],
-    "own_rise": ["own_error"],
+    "own_rise": ["rise_error"],
+    "own_fall": ["fall_error"],
     "tv_model": ["tv_model_error"],
     "overlap_model": ["tv_model_error"],
     "tv_shift": ["tv_shift_error"],
     "tv_barycentre": ["tv_shift_error"],
     "tv_induced": ["tv_rho_error"],
     "tv_prompter": ["tv_rho_error"],
+    "law_model": ["law_error"],
+    "law_shift": ["law_error"],
+    "law_induced": ["law_error"],
     "model_kl": ["model_error"],
     "model_jeffreys": ["model_error"],
     "prompter_kl": ["prompter_error"],
@@ -59,9 +64,23 @@ def oracle(p, prior, frozen, own, reward, beta, lam, prompter=None, exp=np.exp, 
     def tanh(a):
         return (1 - exp(-2 * a)) / (1 + exp(-2 * a))
 
-    def growth(a):
-        """(eᵃ − 1)/a, its limit at 0, and beyond any use above 700."""
-        return 1 + 0 * a if a == 0 else (exp(a) - 1) / a if a < 700 else exp(0 * a + 700) / 700
+    def two_point(var, rise):
+        """σ²(e^z − 1)/(M + (σ²/M) e^z), z = (M + σ²/M)/β, with both sides divided by e^z."""
+        if rise <= 0:
+            return 0 * rise
+        small = exp(-(rise + var / rise) / beta)
+        return var * (1 - small) / (rise * small + var / rise)
+
+    def wasserstein(a, b, values):
+        """∫ |F_a(t) − F_b(t)| dt of the laws of the values, from one value to the next."""
+        steps = sorted(set(values))
+        return (
+            sum(
+                (abs(sum(s - t for s, t, v in zip(a, b, values, strict=True) if v <= low)) * (high - low))
+                for low, high in pairwise(steps)
+            )
+            + 0 * a[0]
+        )
 
     out = {key: [] for key in ("log_z", "log_z_star", "rho", "pi", "span")}
     sums: dict = {}
@@ -90,7 +109,9 @@ def oracle(p, prior, frozen, own, reward, beta, lam, prompter=None, exp=np.exp, 
         rise = max(reward[x][y] for y in ys if pi_f[y] > 0) - mean
         kl_pi = max(kl(pi, pi_f), 0 * e_pi)
         root = min((kl_pi / 2) ** 0.5, (1 - exp(-kl_pi)) ** 0.5)
-        by_variance = min(var / beta * growth(rise / beta), span)
+        own_rewards = [reward[x][y] for y in ys if pi_f[y] > 0]
+        own_span = max(own_rewards) - min(own_rewards)
+        by_points = two_point(var, rise)
         artanh = (log(1 + tv1) - log(overlap)) / 2
         out["log_z"].append(log(z))
         out["log_z_star"].append(log(z_star))
@@ -105,7 +126,7 @@ def oracle(p, prior, frozen, own, reward, beta, lam, prompter=None, exp=np.exp, 
             "shift": r[own[x]] - e_prior,
             "tv_model": tv1,
             "tv_shift": tv2,
-            "span_model": span * tv1,
+            "span_model": own_span * tv1,
             "span_shift": span * tv2,
             "span_mean": span,
             "prompter_kl": lam * kl(star, prior[x]),
@@ -118,18 +139,22 @@ def oracle(p, prior, frozen, own, reward, beta, lam, prompter=None, exp=np.exp, 
             "kl_from_reference": lam * kl(prior[x], rho),
             "span_barycentre": span * tv(pi_f, mixed),
             "span_induced": span * tv(pi, induced),
-            "by_variance": by_variance,
-            "by_tanh": span * tanh(span / (4 * beta)),
-            "by_beta": min(span**2 / (4 * beta), span),
-            "by_eighth": min(span**2 / (8 * beta), span),
-            "by_kl": span * root,
-            "by_best": min(span * tv1, by_variance),
+            "law_model": wasserstein(pi, pi_f, reward[x]),
+            "law_shift": wasserstein(pi_f, mixed, reward[x]),
+            "law_induced": wasserstein(pi, induced, reward[x]),
+            "by_points": by_points,
+            "by_swapped": by_points if rise <= 0 else two_point(var, var / rise),
+            "by_tanh": own_span * tanh(own_span / (4 * beta)),
+            "by_beta": min(own_span**2 / (4 * beta), own_span),
+            "by_eighth": min(own_span**2 / (8 * beta), own_span),
+            "by_kl": own_span * root,
+            "by_best": min(own_span * tv1, by_points),
             "ceiling": e_pi - max(r[k] for k in ks if prior[x][k] > 0),
             "value_gap": e_pi - lam * log(z),
             "induced_to_star": beta * kl(induced, pi) if covered else 0 * e_pi,
             "induced_to_model": beta * kl(induced, pi_f) if covered else 0 * e_pi,
             "pinsker": (kl_pi / 2) ** 0.5,
-            "tanh": tanh(span / (4 * beta)),
+            "tanh": tanh(own_span / (4 * beta)),
             "quadratic": 4 * beta * tv1 * artanh,
         }
         row["shortfall"] = (e_star - row["prompter_kl"]) - (e_rho - row["kl_to_reference"])
@@ -149,7 +174,12 @@ def oracle(p, prior, frozen, own, reward, beta, lam, prompter=None, exp=np.exp, 
         "tight": (g, spans - jeffreys),
         "barycentre": (g, t["span_model"] + rest),
         "combined": (g, t["by_best"] + rest),
-        "variance": (g, t["by_variance"] + rest),
+        "two_point": (g, t["by_points"] + rest),
+        "two_point_swapped": (g, t["by_swapped"] + rest),
+        "law": (g, t["delta1"] + t["law_shift"] - jeffreys),
+        "law_half": (g, t["delta1"] + t["law_shift"] / 2 - jeffreys),
+        "induced_law": (g, t["law_induced"]),
+        "model_law": (t["law_model"], t["delta1"]),
         "beta_tanh": (g, t["by_tanh"] + rest),
         "beta_only": (g, t["by_beta"] + rest),
         "kl_only": (g, t["by_kl"] + rest),

@@ -312,7 +312,7 @@ def _cost(model: Any, settings: DemoSettings, skip_enumeration: bool) -> str:
     )
 
 
-FORMS = ("theorem1", "span", "tight", "trained")
+FORMS = ("theorem1", "span", "tight", "law", "trained")
 """The bounds that are checked; `alignpro solve` has the rest, on the instance that is saved."""
 
 

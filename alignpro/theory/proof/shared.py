@@ -13,10 +13,8 @@ from alignpro.theory.proof.certify import (
     PRECISION,
     Certificate,
     certificate,
-    parameter,
-    rationals,
-    rows,
 )
+from alignpro.theory.proof.enclosed import parameter, rationals, rows
 
 
 def certified_price(

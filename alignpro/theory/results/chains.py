@@ -118,7 +118,7 @@ class ChainSolution(NamedTuple):
     exact_gap: Float[Array, " X"]
     """β Jeff(π*,π_F) + [R(x,x) − E_ρ̄_sft R] − Σ `star_jeffreys`: the gap of the OPTIMAL chain."""
     span_bound: Float[Array, " X"]
-    """span·TV1 + span·TV2 − Σ `star_cost` ≥ the optimal chain's gap: Theorem 1 (span form) for chains."""
+    """span·TV1 + span·TV2 − Σ `star_cost` ≥ the optimal chain's gap: Theorem 1 (`span`) for chains."""
     tight_bound: Float[Array, " X"]
     """`span_bound` with Σ `star_jeffreys` subtracted in place of Σ `star_cost`; never larger."""
     trained_bound: Float[Array, " X"]
@@ -238,7 +238,7 @@ def _solve(
     achieved = jnp.sum(visits[-1] * reward, -1)
     objective = achieved - jnp.sum(stage_cost, 0)
     value = values[0][:, 0]
-    widths = single.span * (single.tv_model + single.tv_shift)
+    widths = single.own_span * single.tv_model + single.span * single.tv_shift
     best = jnp.sum(star_visits[-1] * reward, -1)
     return ChainSolution(
         values=tuple(v + top for v in values),

@@ -176,7 +176,7 @@ class BestOfN(NamedTuple):
     kl: Float[Array, "..."]
     """KL of `probs` to the base, nats, exactly."""
     kl_bound: Float[Array, "..."]
-    """log n − (n−1)/n ≥ kl, nats."""
+    """The lesser of log n − (n−1)/n and log((1 − (1−m)ⁿ)/m), m the mass of the best energy: ≥ kl, nats."""
     lam: Float[Array, "..."]
     """The temperature at which the Gibbs tilt spends the same KL; ∞ where that is 0."""
     frontier_lift: Float[Array, "..."]
@@ -193,7 +193,8 @@ def best_of_n(
     """Best of n with ties: draw n times from `base`, keep a draw of the largest energy (any of those tied).
 
     With F, F₋ the base's mass at or below, and strictly below, an energy, p(k) = base(k)·(Fⁿ − F₋ⁿ)/(F − F₋);
-    and KL(p‖base) ≤ log n − (n−1)/n (arXiv 2401.01879), which is loose where the best value has much mass.
+    and KL(p‖base) ≤ log n − (n−1)/n (arXiv 2401.01879), and at most the largest log p/base, that of the best
+    energy, which is the lesser where that has much mass.
 
     Args:
         base: probability vectors on the last axis.
@@ -219,6 +220,7 @@ def _best_of_n(base: Array, energy: Array, draws: Array, tie: Array) -> BestOfN:
     probs = rows * jnp.exp(ratio)
     ones = jnp.ones_like(rows)
     divergence = scaled_kl(ones, probs, rows, ratio, ratio)
+    largest = jnp.max(jnp.where(rows > 0, ratio, -jnp.inf), -1)
     top = extremes(rows, values, ties).maximum
     d = jnp.where(rows > 0, values - top[:, None], 0.0)
     lift = jnp.maximum(jnp.sum(rows * jnp.expm1(ratio) * d, -1), 0.0)
@@ -229,7 +231,7 @@ def _best_of_n(base: Array, energy: Array, draws: Array, tie: Array) -> BestOfN:
         probs=probs.reshape(base.shape),
         lift=lift.reshape(lead),
         kl=divergence.reshape(lead),
-        kl_bound=jnp.broadcast_to(jnp.log(draws) - (draws - 1) / draws, lead),
+        kl_bound=jnp.minimum(jnp.log(draws) - (draws - 1) / draws, largest).reshape(lead),
         lam=jnp.where(spends, lam, jnp.inf).reshape(lead),
         frontier_lift=best.reshape(lead),
     )

@@ -23,6 +23,7 @@ from alignpro.theory.results.rewards import (
     root_of,
     variance,
 )
+from alignpro.theory.two_points import lift, points
 
 
 class Sensitivity(NamedTuple):
@@ -77,33 +78,30 @@ class Headroom(NamedTuple):
     first_order: Float[Array, " X"]
     """Var_ρsft(R)/λ, its limit as λ → ∞."""
     lower: Float[Array, " X"]
-    """first_order·(1 − e^{−a})/a ≤ lift, a = span_R/λ."""
+    """The lift of the law on {−m, Var/m}, m = E_ρsft R − min R on the support: ≤ lift."""
     upper: Float[Array, " X"]
-    """min{first_order·(eᵃ − 1)/a, span_R tanh(a/4), max R − E_ρsft R} ≥ lift."""
+    """The lift of the law on {−Var/M, M}, M = max R − E_ρsft R on the support: ≥ lift."""
 
 
 def headroom(instance: Instance, lam: Temperature) -> Headroom:
-    """E_ρ* R − E_ρsft R = Cov_ρsft(R, e^{R/λ})/E_ρsft e^{R/λ}, bracketed by its first-order term.
+    """E_ρ* R − E_ρsft R = Cov_ρsft(R, e^{R/λ})/E_ρsft e^{R/λ}, between the lifts of two laws of two values.
 
-    Informative: `first_order` when λ ≥ span_R (it is right to a factor e there); below, max R − E_ρsft R.
+    Both have the mean and the variance of R, the upper its largest value and the lower its least
+    (`two_points.lift`, with the proof); with two rewrites, or two values of R, both are equalities.
     """
     lam, r = as_temperature("lam", lam), rewards_of(instance)
-    star, edge = tilt(r.prior, r.rewrite, lam), extremes(r.prior, r.rewrite, r.tie)
+    star = tilt(r.prior, r.rewrite, lam)
     mean = jnp.sum(r.prior * r.rewrite, -1)
     centred = jnp.where(r.prior > 0, r.rewrite - mean[:, None], 0.0)
     growth = jnp.expm1(star.log_ratio)  # e^{R/λ}/E e^{R/λ} − 1
-    # Squares in units of the span: they neither overflow nor underflow.
-    width = jnp.where(edge.span > 0, edge.span, 1.0)
-    spread = edge.span * variance(r.prior, r.rewrite / width[:, None])  # Var/span
-    a = edge.span / lam
-    upper = spread * jnp.expm1(jnp.minimum(a, 600.0))
-    most = jnp.minimum(edge.span * jnp.tanh(a / 4), edge.maximum - mean)
+    _, most, below = points(r.prior, r.rewrite)
+    _, least, above = points(r.prior, -r.rewrite)
     return Headroom(
         lift=star.lift,
         covariance=jnp.sum(jnp.where(r.prior > 0, r.prior * centred * growth, 0.0), -1),
-        first_order=spread * a,
-        lower=-spread * jnp.expm1(-a),
-        upper=jnp.where(a < 600.0, jnp.minimum(upper, most), most),
+        first_order=most * (below / lam),  # Var = M (Var/M), with no square of rewards
+        lower=lift(above, least, lam).value,
+        upper=lift(most, below, lam).value,
     )
 
 
@@ -219,7 +217,8 @@ def _critical(
     target = combine(target)
     head = combine(edge.maximum) - target
     tail = target - combine(jnp.sum(base * energy, -1))
-    price, width = combine(-jnp.log(edge.mass)), combine(edge.span**2)
+    price, width, square = combine(-jnp.log(edge.mass)), combine(edge.span), combine(edge.span**2)
+    widest = edge.span if p is None else jnp.max(jnp.where(p > 0, edge.span, 0.0))[None]
     least = combine(noise)
     inside = (head > least) & (tail > least)
 
@@ -229,7 +228,10 @@ def _critical(
         return target - mean, combine(variance(tilted.probs, energy) / t)
 
     lower = jnp.where(inside, head / jnp.where(price > 0, price, 1.0), 0.0)
-    upper = jnp.where(inside, width / (4 * jnp.where(inside, tail, 1.0)), jnp.inf)
+    # The share of the span that is to be gained, less its rounding: artanh grows without bound.
+    share = jnp.where(inside, (tail - least) / jnp.where(inside, width, 1.0) * (1 - 1e-12), 0.5)
+    upper = jnp.minimum(square / (4 * jnp.where(inside, tail, 1.0)), widest / (4 * jnp.arctanh(share)))
+    upper = jnp.where(inside, upper, jnp.inf)
     start = jnp.where(inside, jnp.clip(lower * (1 - 1e-9), LEAST, MOST), 1.0)
     end = jnp.where(inside, jnp.clip(upper * (1 + 1e-9), LEAST, MOST), 1.0)
     root = jnp.where(
@@ -244,7 +246,8 @@ def critical_lam(instance: Instance, beta: Temperature, *, per_prompt: bool = Fa
 
     Some λ makes the gap negative iff max_{support} R > E_π* r* (in the mean over P, or per prompt with
     `per_prompt`); 0: never, ∞: ρ_sft itself outperforms π*. Differences of R within its rounding count as
-    none.
+    none. `upper` is span/(4 artanh(τ/span)) per prompt, τ = E_π* r* − E_ρsft R; in the mean the lesser of
+    E span²/(4 E τ) and max span/(4 artanh(E τ/E span)).
     """
     r = rewards_of(instance)
     model = tilt(r.own, r.response, as_temperature("beta", beta))

@@ -96,8 +96,11 @@ def pinsker_with(s: Solution, times: float) -> Statement:
 
 
 def tanh_tv(s: Solution) -> Statement:
-    """E_x d_TV(π*,π_F) ≤ E_x tanh(span/(4β)), attained by two points of equal weight; see `beta_tanh`."""
-    rhs = tanh(s.span / (4.0 * s.beta))
+    """E_x d_TV(π*,π_F) ≤ E_x tanh(span/(4β)), span that of r* on the support of π_F(·|x); see `beta_tanh`.
+
+    Attained by two rewards whose odds under π_F, the better to the other, are e^{−span/(2β)}.
+    """
+    rhs = tanh(s.own_span / (4.0 * s.beta))
     error = s.tv_model_error + 8 * s.eps * rhs
     return averaged(s, s.tv_model, rhs, error, {}, s.tv_model + rhs, ceiling=ones_like(rhs))
 
@@ -123,6 +126,16 @@ def jeffreys_tv(s: Solution) -> Statement:
     return averaged(s, lhs, s.model_jeffreys, error + s.model_error, {}, lhs + s.model_jeffreys)
 
 
+def model_law(s: Solution) -> Statement:
+    """W1(laws of r* under π*, under π_F(·|x)) = Δ1: between laws of the reward, RLHF moves just what it
+    gains.
+
+    Proof: π*/π_F = e^{r/β}/Z* rises in r, so π*(r* > t) ≥ π_F(r* > t) for every t, and the area between two
+    distribution functions that do not cross is the difference of their means.
+    """
+    return identity(s, s.law_model, s.delta1, s.law_error + s.model_error, {}, abs(s.law_model) + s.delta1)
+
+
 def theorem1_l1(s: Solution) -> Statement:
     """Theorem 1 misread with L1 in TV's place: still TRUE, only looser, as L1 = 2 TV ≥ TV."""
     doubled = ("tv_model", "tv_shift", "tv_model_error", "tv_shift_error")
@@ -142,6 +155,7 @@ CLAIMS: dict[str, Claim] = {
     "suboptimality": Claim(suboptimality, "identity", "=", any_prompter=True),
     "any_gap": Claim(any_gap, "identity", "=", any_prompter=True),
     "regularised": Claim(regularised, "identity", "=", any_prompter=True),
+    "model_law": Claim(model_law, "identity", "="),
     "pinsker": Claim(pinsker, "lemma"),
     "tanh_tv": Claim(tanh_tv, "lemma"),
     "jeffreys_tv": Claim(jeffreys_tv, "lemma"),

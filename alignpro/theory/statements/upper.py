@@ -7,18 +7,25 @@ from jaxtyping import Float
 
 from alignpro.claims import Claim
 from alignpro.theory.divergences import Floats
-from alignpro.theory.elementwise import expm1, exprel, is_ball, minimum, ones_like, sqrt, tanh
+from alignpro.theory.elementwise import expm1, is_ball, minimum, ones_like, sqrt, tanh
 from alignpro.theory.solution import Solution
 from alignpro.theory.statements.statement import Statement, averaged, optimal, paper_r_max, supported, upper
+from alignpro.theory.two_points import Lift, lift
 
 
-def three_terms(s: Solution, width: Floats, third: Floats, assumptions: dict[str, Any]) -> Statement:
-    """gap ≤ width·TV(π*,π_F) + width·E TV(π_F(·|x), π_F(·|x′)) − third, per prompt, then averaged."""
+def three_terms(
+    s: Solution, width: Floats, third: Floats, assumptions: dict[str, Any], own: Floats | None = None
+) -> Statement:
+    """gap ≤ own·TV(π*,π_F) + width·E TV(π_F(·|x), π_F(·|x′)) − third, per prompt, then averaged.
+
+    `own` is `width` unless given.
+    """
+    own = width if own is None else own
     return upper(
         s,
-        {"model": width * s.tv_model, "prompt_shift": width * s.tv_shift},
+        {"model": own * s.tv_model, "prompt_shift": width * s.tv_shift},
         {"prompter_kl": third},
-        s.prompter_error + width * (s.tv_model_error + s.tv_shift_error),
+        s.prompter_error + own * s.tv_model_error + width * s.tv_shift_error,
         assumptions,
     )
 
@@ -43,13 +50,13 @@ def theorem1(s: Solution, r_max: Float[Floats, ""] | float | None = None) -> Sta
 
 
 def span(s: Solution) -> Statement:
-    """Theorem 1 with span(x) = max − min of r*(x,·) over the responses reachable from x in r_max's place.
+    """Theorem 1 with the spans max − min of r*(x,·) over reachable responses in r_max's place.
 
-    Reachable: positive probability under π_F(·|x) or under π_F(·|x′) for some x′ in the support of ρ_sft.
-    Proof: as for Theorem 1; both TV steps only involve distributions on reachable responses, and
-    |E_p r − E_q r| ≤ span·TV(p,q) there. Never looser than `theorem1`.
+    Reachable: positive probability under π_F(·|x), which is all that the model's term needs, or under
+    π_F(·|x′) for some x′ in the support of ρ_sft. Proof: as for Theorem 1, as |E_p r − E_q r| ≤ span·TV(p,q)
+    for the span over the support of p and q; π* has that of π_F(·|x). Never looser than `theorem1`.
     """
-    return three_terms(s, s.span, s.prompter_kl, optimal(s))
+    return three_terms(s, s.span, s.prompter_kl, optimal(s), s.own_span)
 
 
 def tight(s: Solution) -> Statement:
@@ -58,7 +65,7 @@ def tight(s: Solution) -> Statement:
     Proof: log(ρ*/ρ_sft) = R/λ − log Z, so λ Jeff(ρ*,ρ_sft) = E_ρ* R − E_ρsft R exactly (cf. 2605.07105),
     where Theorem 1 used an inequality. An equality when r* is an indicator aligned with both TV steps.
     """
-    return three_terms(s, s.span, s.prompter_jeffreys, optimal(s))
+    return three_terms(s, s.span, s.prompter_jeffreys, optimal(s), s.own_span)
 
 
 def model_and_barycentre(s: Solution, model: Floats, error: Floats) -> Statement:
@@ -81,49 +88,46 @@ def barycentre(s: Solution) -> Statement:
     Proof: R(x,x) − E_ρsft R = E_πF(·|x) r* − E_π_ρsft r* is at most span·TV of the two policies, and TV is
     convex, so that is at most the average of TV over ρ_sft. Far smaller where rewrites err in different ways.
     """
-    return model_and_barycentre(s, s.span * s.tv_model, s.span * s.tv_model_error)
+    return model_and_barycentre(s, s.own_span * s.tv_model, s.own_span * s.tv_model_error)
 
 
 def beta_only(s: Solution) -> Statement:
-    """`barycentre` with span²/(4β) (at most span) for the model's term: no policy π* is needed.
+    """`barycentre` with span²/(4β) (at most span), that of π_F(·|x)'s support, for the model's term: without
+    π*.
 
     Proof: with π_s ∝ π_F e^{s r}, d/ds E_π_s r = Var_π_s(r) ≤ span²/4 (Popoviciu); integrate s over [0, 1/β].
     """
-    share = minimum(s.span / (4.0 * s.beta), ones_like(s.span))
-    return model_and_barycentre(s, s.span * share, 8 * s.eps * s.span * share)
+    share = minimum(s.own_span / (4.0 * s.beta), ones_like(s.own_span))
+    return model_and_barycentre(s, s.own_span * share, 8 * s.eps * s.own_span * share)
 
 
 def beta_tanh(s: Solution) -> Statement:
-    """`barycentre` with span·tanh(span/(4β)) for the model's term: sharper than `beta_only` at every β.
+    """`barycentre` with span·tanh(span/(4β)), of π_F(·|x)'s support, for the model's term: beats `beta_only`.
 
     Proof: on A = {r* > β log Z*}, TV = π*(A) − π_F(A), and the odds of A under π* are at most e^{span/β}
     times those under π_F (π*/π_F = e^{r/β}/Z*). Two probabilities whose log-odds differ by a differ by at
     most tanh(a/4). So TV(π*,π_F) ≤ tanh(span/(4β)), attained by two points; then Δ1 ≤ span·TV.
     """
-    share = tanh(s.span / (4.0 * s.beta))
-    return model_and_barycentre(s, s.span * share, 8 * s.eps * s.span * share)
+    share = tanh(s.own_span / (4.0 * s.beta))
+    return model_and_barycentre(s, s.own_span * share, 8 * s.eps * s.own_span * share)
 
 
-def _variance_term(s: Solution) -> tuple[Floats, Floats]:
-    """min(span, Var(r*)/β · (e^{M/β} − 1)/(M/β)), M = max r* − E r* under π_F(·|x), and its rounding."""
-    growth = exprel(s.own_rise / s.beta)
-    term = minimum((s.own_sd / s.beta) * s.own_sd * growth, s.span)
-    if is_ball(term[0]):
-        return term, term * 0
-    relative = jnp.minimum(2.0 * s.own_error / s.beta + 64 * s.eps, 1.0)
-    error = 2.0 * relative * term + 4.0 * (s.own_sd / s.beta) * growth * s.own_error
-    return term, jnp.minimum(error, s.span)
+def two_point_lift(s: Solution) -> Lift:
+    """The two-point bound on Δ1, from M and Var(r*)/M of π_F(·|x), and its rounding."""
+    return lift(s.own_rise, s.own_fall, s.beta, s.rise_error, s.fall_error, s.eps)
 
 
-def variance(s: Solution) -> Statement:
-    """`barycentre` with Var(r*)/β·(e^{M/β} − 1)/(M/β) (at most span) for the model's term.
+def two_point(s: Solution) -> Statement:
+    """`barycentre` with the two-point bound σ²(e^z − 1)/(M + (σ²/M) e^z), z = (M + σ²/M)/β, for the model's
+    term.
 
-    Variance and M = max r* − E r* are those of π_F(·|x): rewards of the frozen model's own samples suffice.
-    Proof: with u = r* − E_πF r*, Δ1 = E[u e^{u/β}]/E[e^{u/β}]; the denominator is ≥ 1 (Jensen), and E u = 0
-    makes the numerator E[u (e^{u/β} − 1)] = E[u²/β · (e^{u/β} − 1)/(u/β)]; its last factor grows with u ≤ M.
-    Beats span·TV for large β, where Δ1 → Var/β while span·TV → span·E|u|/(2β).
+    σ² is the variance of r* under π_F(·|x) and M = max r* − E r* there: rewards of the frozen model's own
+    samples suffice. Proof: `two_points.lift`, with u = r* − E r* and Δ1 = E[u e^{u/β}]/E[e^{u/β}]. An
+    equality for two rewards, so that it is the least bound in M, σ² and β. Never above M, `beta_tanh`'s term
+    (M + σ²/M ≤ span, as σ² ≤ M·(E r* − min r*)), or σ²/β·(e^{M/β} − 1)/(M/β), each of which bounds Δ1 of the
+    two-point law too.
     """
-    return model_and_barycentre(s, *_variance_term(s))
+    return model_and_barycentre(s, *two_point_lift(s))
 
 
 def kl_only(s: Solution) -> Statement:
@@ -133,25 +137,45 @@ def kl_only(s: Solution) -> Statement:
     """
     kl, noise = s.model_kl / s.beta, s.model_error / s.beta
     root, huber = sqrt(kl / 2.0), sqrt(-expm1(-kl))
-    term = s.span * minimum(root, huber)
+    term = s.own_span * minimum(root, huber)
     if is_ball(kl[0]):
         return model_and_barycentre(s, term, term * 0)
     error = jnp.minimum(jnp.sqrt((kl + noise) / 2.0) - root, 1.0) + 8 * s.eps * jnp.minimum(root, 1.0)
-    return model_and_barycentre(s, term, 2.0 * s.span * error)
+    return model_and_barycentre(s, term, 2.0 * s.own_span * error)
 
 
 def combined(s: Solution) -> Statement:
-    """The lesser of the model's terms of `barycentre` and `variance`, prompt by prompt: no looser than they.
+    """The lesser of the model's terms of `barycentre` and `two_point`, prompt by prompt: no looser than they.
 
-    `beta_only`, `beta_tanh` and `kl_only` need no place in it, being bounds on TV.
+    M, `beta_only`, `beta_tanh` and `kl_only` need no place in it: the first three are above `two_point`'s
+    term, the last is above `barycentre`'s.
     """
-    by_variance, error = _variance_term(s)
-    model = minimum(s.span * s.tv_model, by_variance)
-    return model_and_barycentre(s, model, error + s.span * s.tv_model_error)
+    by_rewards = two_point_lift(s)
+    model = minimum(s.own_span * s.tv_model, by_rewards.value)
+    return model_and_barycentre(s, model, by_rewards.error + s.own_span * s.tv_model_error)
+
+
+def law(s: Solution) -> Statement:
+    """gap ≤ Δ1 + W1(laws of r* under π_F(·|x), under π_ρsft(·|x)) − λ Jeff(ρ*,ρ_sft): of rewards, not of
+    texts.
+
+    W1 is the area between two distribution functions, here of the number r*(x, y). Proof: the exact gap, with
+    R(x,x) − E_ρsft R ≤ W1, as r ↦ r is 1-Lipschitz. Never looser than `combined`: W1 ≤ span·TV. An equality
+    where answers to x have the larger rewards at every level. Δ1 itself is W1(laws under π*, under π_F):
+    `model_law`. So the first two terms bound E_π* f(r*) − E_π_ρsft f(r*) for every 1-Lipschitz f at once;
+    with the third it is about f(r) = r alone.
+    """
+    return upper(
+        s,
+        {"model": s.model_jeffreys, "prompt_shift": s.law_shift},
+        {"prompter_kl": s.prompter_jeffreys},
+        s.model_error + s.prompter_error + s.law_error,
+        optimal(s),
+    )
 
 
 def trained(s: Solution) -> Statement:
-    """For ANY ρ: gap(ρ) ≤ span·TV1 + span·TV2 + λ KL(ρ‖ρ*) − λ KL(ρ‖ρ_sft).
+    """For ANY ρ: gap(ρ) ≤ span·TV1 + span·TV2 + λ KL(ρ‖ρ*) − λ KL(ρ‖ρ_sft), the spans as in `span`.
 
     Proof: F(ρ*) − F(ρ) = λ KL(ρ‖ρ*) (`suboptimality`), so E_ρ R = F(ρ*) − λ KL(ρ‖ρ*) + λ KL(ρ‖ρ_sft), and
     F(ρ*) ≥ F(ρ_sft) = E_ρsft R. An optimisation shortfall is thus a term, never read as a violation.
@@ -167,12 +191,12 @@ def with_any_prompter(
 
     `excess` is `shortfall` − Σ `subtracted` without its cancellation, known to ± `error`.
     """
-    model, prompt_shift = s.span * s.tv_model, s.span * tv_shift
+    model, prompt_shift = s.own_span * s.tv_model, s.span * tv_shift
     return averaged(
         s,
         s.gap,
         model + prompt_shift + excess,
-        s.gap_error + error + s.span * (s.tv_model_error + s.tv_shift_error),
+        s.gap_error + error + s.own_span * s.tv_model_error + s.span * s.tv_shift_error,
         supported(s),
         abs(s.gap) + model + prompt_shift + abs(excess),
         {"model": model, "prompt_shift": prompt_shift, "shortfall": shortfall},
@@ -200,17 +224,30 @@ def induced(s: Solution) -> Statement:
     return upper(s, {"policies": s.span * s.tv_induced}, {}, s.span * s.tv_rho_error, {})
 
 
+def induced_law(s: Solution) -> Statement:
+    """For ANY ρ: gap(ρ) ≤ W1(laws of r* under π*, under π_ρ); the same for E f(r*) with any 1-Lipschitz f at
+    once.
+
+    Proof: the gap is E_π* r* − E_π_ρ r*. Never looser than `induced`, as W1 ≤ span·TV of the laws, which is
+    at most that of the policies: responses of equal reward do not count. An equality where π* has the larger
+    rewards at every level.
+    """
+    return upper(s, {"policies": s.law_induced}, {}, s.law_error, {})
+
+
 CLAIMS: dict[str, Claim] = {
     "theorem1": Claim(theorem1, "upper bound"),
     "span": Claim(span, "upper bound"),
     "tight": Claim(tight, "upper bound"),
     "barycentre": Claim(barycentre, "upper bound"),
     "combined": Claim(combined, "upper bound"),
-    "variance": Claim(variance, "upper bound"),
+    "two_point": Claim(two_point, "upper bound"),
+    "law": Claim(law, "upper bound"),
     "beta_tanh": Claim(beta_tanh, "upper bound"),
     "beta_only": Claim(beta_only, "upper bound"),
     "kl_only": Claim(kl_only, "upper bound"),
     "trained": Claim(trained, "upper bound", any_prompter=True),
     "trained_tight": Claim(trained_tight, "upper bound", any_prompter=True),
     "induced": Claim(induced, "upper bound", any_prompter=True),
+    "induced_law": Claim(induced_law, "upper bound", any_prompter=True),
 }

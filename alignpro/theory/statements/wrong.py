@@ -9,7 +9,14 @@ from alignpro.theory.elementwise import maximum, minimum, ones_like
 from alignpro.theory.solution import Solution
 from alignpro.theory.statements.lemmas import pinsker_with, suboptimality
 from alignpro.theory.statements.statement import Statement, averaged, lower, optimal
-from alignpro.theory.statements.upper import model_and_barycentre, theorem1, three_terms, with_any_prompter
+from alignpro.theory.statements.upper import (
+    law,
+    model_and_barycentre,
+    theorem1,
+    three_terms,
+    with_any_prompter,
+)
+from alignpro.theory.two_points import lift
 
 
 def signed_max_abs(s: Solution) -> Statement:
@@ -34,8 +41,25 @@ def beta_eighth(s: Solution) -> Statement:
 
     That bounds β log Z* − E_πF r*, which leaves out β KL(π*‖π_F), as large again when β is large.
     """
-    share = minimum(s.span / (8.0 * s.beta), ones_like(s.span))
-    return model_and_barycentre(s, s.span * share, 8 * s.eps * s.span * share)
+    share = minimum(s.own_span / (8.0 * s.beta), ones_like(s.own_span))
+    return model_and_barycentre(s, s.own_span * share, 8 * s.eps * s.own_span * share)
+
+
+def two_point_swapped(s: Solution) -> Statement:
+    """FALSE: `two_point` with its points exchanged, −M and σ²/M for −σ²/M and M.
+
+    For two rewards the true one is an equality, and the other has the better answer as likely as the worse.
+    """
+    found = lift(s.own_fall, s.own_rise, s.beta)
+    return model_and_barycentre(s, found.value, 64 * s.eps * found.value)
+
+
+def law_half(s: Solution) -> Statement:
+    """FALSE: `law` with half of W1, as if it had the ½ of TV.
+
+    Where the answers to x have larger rewards at every level than those to rewrites, the whole is needed.
+    """
+    return law(s._replace(law_shift=s.law_shift / 2))
 
 
 def never_outperforms(s: Solution) -> Statement:
@@ -82,6 +106,8 @@ CLAIMS: dict[str, Claim] = {
     "signed_max_abs": Claim(signed_max_abs, "known wrong"),
     "quarter_l1": Claim(quarter_l1, "known wrong"),
     "beta_eighth": Claim(beta_eighth, "known wrong"),
+    "two_point_swapped": Claim(two_point_swapped, "known wrong"),
+    "law_half": Claim(law_half, "known wrong"),
     "never_outperforms": Claim(never_outperforms, "known wrong", ">="),
     "pinsker_l1": Claim(pinsker_l1, "known wrong"),
     "l1_at_most_one": Claim(l1_at_most_one, "known wrong"),
