@@ -8,11 +8,14 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from alignpro.errors import AlignProError
-from alignpro.estimation.intervals import Bias, Estimate, betting, studentise
+from alignpro.estimation.intervals import Bias, Estimate
+from alignpro.estimation.means import WAYS, Limits, limits
 from alignpro.rollouts import Rollouts
 
 Interval = Literal["bootstrap", "betting"]
-"""Which intervals means get: percentile-t over prompts, or guaranteed limits where they are to be had."""
+"""Which intervals means get: percentile-t over prompts where it can be trusted (`means.doubtful`), or
+guaranteed limits wherever they are to be had."""
+Range = tuple[float, float]
 Key = TypeVar("Key", bound=Hashable)
 COMBINED = "per-prompt values, combined prompt by prompt"
 """The method of a sum of terms that come by different ones."""
@@ -117,24 +120,43 @@ class Term:
     ess: float | None = None
     """Effective number of importance-weighted samples of a prompt; None where nothing is weighted."""
     bounded: bool = False
-    """Whether each of `values` is unbiased and within [low, high]: betting then applies."""
+    """Whether each of `values` is unbiased and within `reach`, or, of a bracket, each of `lower` and `upper`
+    errs on its side and is within its own: betting then has guaranteed coverage."""
+    reach: Range | None = None
+    """Within which each of `values` lies; left out: [low, high]."""
+    lower_reach: Range | None = None
+    upper_reach: Range | None = None
+    """Within which each of `lower` and `upper` lies; one number twice where they are constant and known."""
 
     @property
     def weak(self) -> bool:
         """Whether the interval is a bracket by `lower` and `upper`."""
         return self.lower is not None
 
+    @property
+    def rows(self) -> list[tuple[np.ndarray, Range]]:
+        """The values that limits are made of, with their ranges: of a bracket the lower, then the upper."""
+        own = self.reach or (self.low, self.high)
+        if self.lower is None or self.upper is None:
+            return [(self.values, own)]
+        sides = ((self.lower, self.lower_reach), (self.upper, self.upper_reach))
+        return [(side, reach or (self.low, self.high)) for side, reach in sides]
+
     def __add__(self, other: "Term") -> "Term":
         if other.bias in ("none", self.bias):
             bias = self.bias
         else:
             bias = other.bias if self.bias == "none" else "unknown"
-        lower = upper = None
+        lower = upper = lower_reach = upper_reach = None
         if self.weak or other.weak:
-            lower, upper = (
-                (self.values if mine is None else mine) + (other.values if theirs is None else theirs)
-                for mine, theirs in ((self.lower, other.lower), (self.upper, other.upper))
+            (lower, lower_reach), (upper, upper_reach) = (
+                (mine + theirs, (a[0] + b[0], a[1] + b[1]))
+                for (mine, a), (theirs, b) in (
+                    (self.rows[0], other.rows[0]),
+                    (self.rows[-1], other.rows[-1]),
+                )
             )
+        a, b = (of.reach or (of.low, of.high) for of in (self, other))
         return Term(
             values=self.values + other.values,
             low=self.low + other.low,
@@ -145,6 +167,10 @@ class Term:
             lower=lower,
             upper=upper,
             ess=min((t.ess for t in (self, other) if t.ess is not None), default=None),
+            bounded=self.bounded and other.bounded,
+            reach=(a[0] + b[0], a[1] + b[1]),
+            lower_reach=lower_reach,
+            upper_reach=upper_reach,
         )
 
     def __neg__(self) -> "Term":
@@ -154,10 +180,32 @@ class Term:
         return self + -other
 
     def __rmul__(self, factor: float) -> "Term":
-        low, high = sorted((factor * self.low, factor * self.high))
+        def scaled(ends: Range | None) -> Range | None:
+            return None if ends is None else (min(at := (factor * ends[0], factor * ends[1])), max(at))
+
+        low, high = scaled((self.low, self.high)) or (0.0, 0.0)
         lower, upper = (None if end is None else factor * end for end in (self.lower, self.upper))
-        found = replace(self, values=factor * self.values, low=low, high=high, lower=lower, upper=upper)
-        return found if factor > 0 else replace(found, bias=_FLIP[self.bias], lower=upper, upper=lower)
+        found = replace(
+            self,
+            values=factor * self.values,
+            low=low,
+            high=high,
+            lower=lower,
+            upper=upper,
+            reach=scaled(self.reach),
+            lower_reach=scaled(self.lower_reach),
+            upper_reach=scaled(self.upper_reach),
+        )
+        if factor > 0:
+            return found
+        return replace(
+            found,
+            bias=_FLIP[self.bias],
+            lower=upper,
+            upper=lower,
+            lower_reach=found.upper_reach,
+            upper_reach=found.lower_reach,
+        )
 
 
 def by_arm(found: Mapping[tuple[str, str], Estimate]) -> dict[str, dict[str, Estimate]]:
@@ -178,26 +226,30 @@ def estimates(
 ) -> dict[Key, Estimate]:
     """Estimate every term with its interval, all prompts resampled together.
 
-    Intervals cover at `level` each, or all at once when `simultaneous` (by the bootstrap of the largest |t|);
-    betting has guaranteed coverage, for the terms that are unbiased and bounded.
+    Intervals cover at `level` each, or all at once when `simultaneous`. By `means.limits`: percentile-t where
+    the values' shape lets it be trusted, betting elsewhere; with `interval` "betting", betting for all terms
+    whose values are bounded and err on no side, or on a known one.
     """
     if not terms:
         return {}
-    sides = ((term.values, term.lower, term.upper) for term in terms.values())
-    found = studentise(np.stack([side for three in sides for side in three if side is not None]))
-    lo, hi = found.simultaneous(level) if simultaneous else found.interval(level)
+    rows = [(row, *reach, term) for term in terms.values() for row, reach in term.rows]
+    found = limits(
+        np.stack([row for row, *_ in rows]),
+        np.array([low for _, low, _, _ in rows]),
+        np.array([high for _, _, high, _ in rows]),
+        level,
+        joint=simultaneous,
+        sure=np.array([interval == "betting" and term.bounded for *_, term in rows]),
+    )
     out, i = {}, 0
     for name, term in terms.items():
-        value, low, high = float(found.mean[i]), float(lo[i]), float(hi[i])
-        how = f"{'joint ' * simultaneous}percentile-t bootstrap over prompts"
+        first, last = i, i + len(term.rows) - 1
+        i = last + 1
+        value, low, high = float(term.values.mean()), float(found.lo[first]), float(found.hi[last])
         if term.weak:
-            low, high = max(float(lo[i + 1]), term.low), min(float(hi[i + 2]), term.high)
-            value, how = min(max(value, low), high), how + " of a lower and an upper bound"
-        elif term.bounded and interval == "betting" and not simultaneous:
-            low, high = map(float, betting(term.values, term.low, term.high, level))
-            how = "betting (hedged capital)"
-        i += 3 if term.weak else 1
-        # What lies outside the quantity's range covers nothing. A bootstrap of few prompts may know no end.
+            low, high = max(low, term.low), min(high, term.high)
+            value = min(max(value, low), high)
+        # What lies outside the quantity's range covers nothing. Some limits know no end.
         low, high = max(low, term.low, -1e308), min(high, term.high, 1e308)
         low, high = min(low, value), max(high, value)  # an unbiased estimate may lie outside
         out[name] = Estimate(
@@ -207,9 +259,16 @@ def estimates(
             level=level,
             n=int(sum(rollouts.rows(arm).sum() for arm in term.arms)),
             n_clusters=len(term.values),
-            method=f"{term.method}; {how}",
+            method=f"{term.method}; {_how(term, found, first, last, simultaneous)}",
             bias=term.bias,
             bracket=term.weak,
             ess=term.ess,
         )
     return out
+
+
+def _how(term: Term, found: Limits, first: int, last: int, joint: bool) -> str:
+    """Say how the limits of one term were computed, in words."""
+    ways = list(dict.fromkeys(WAYS[found.way[at]] for at in (first, last)))
+    said = "; ".join(("joint " if joint and way != WAYS["exact"] else "") + way for way in ways)
+    return said + " of a lower and an upper bound" * term.weak

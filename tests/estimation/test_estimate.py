@@ -365,8 +365,9 @@ def test_vacuous_from_the_width_on(monkeypatch):
     for low, high in RANGES:
         rollouts, beta, lam = ranged(low, high)
         for share, vacuous in ((1.0, True), (1.0 - 2**-40, False)):
-            gap = Term(np.zeros(20), -9.0, 9.0, frozenset({"none"}), "none", "nothing")
-            slack = replace(gap, values=np.full(20, share * (high - low)))
+            gap = Term(np.zeros(20), -9.0, 9.0, frozenset({"none"}), "none", "nothing", reach=(0.0, 0.0))
+            known = share * (high - low)
+            slack = replace(gap, values=np.full(20, known), reach=(known, known))
             flat = statements.Statement(gap, {"all": slack}, slack, {})
             monkeypatch.setitem(statements.CLAIMS, "flat", Claim(lambda t, flat=flat: flat, "upper bound"))
             (found,) = (b for b in estimate(rollouts, beta, lam).bounds if b.name == "flat")
