@@ -227,8 +227,8 @@ def _bound(name, prompter, gap, rhs, slack, parts, statement: Statement, terms: 
     more, why = None, ""
     if verdict == "inapplicable":
         why = "not so: " + "; ".join(key for key, true in assumed.items() if not true)
-    elif verdict == "inconclusive" and statement.slack.weak:
-        why = "importance weights cannot be trusted; see the warnings" if terms.warnings else "limits are wide"
+    elif verdict == "inconclusive" and statement.slack.weak and not terms.sure:
+        why = "importance weights cannot be trusted; see the warnings"
     elif verdict == "inconclusive":
         more = prompts_to_settle(slack)
         why = "no realistic number of prompts would settle it"

@@ -20,8 +20,9 @@ WAYS: dict[Way, str] = {
     "exact": "known exactly",
 }
 """How limits were computed, in words."""
-NEAR = 4.0
-"""Standard errors of the mean from an end of the range, within which the normal law fails there."""
+NEAR = 3.0, 8.0
+"""Standard errors of the mean from an end of the range, within which the normal law fails there: the first
+number, and the second over the number of prompts more, for the error of a standard error from few."""
 _LARGE = 100.0  # |t| of a resample that has as good as no spread
 _TIED = 0.1  # share of the error 1 − level that such resamples may have
 
@@ -48,7 +49,8 @@ def doubtful(
     """
     n = values.shape[-1]
     tied = (found.error == 0) | (np.mean(np.abs(found.draws) > _LARGE, axis=-1) > _TIED * (1.0 - level))
-    near = np.minimum(found.mean - low, high - found.mean) < NEAR * found.error
+    margin = (NEAR[0] + NEAR[1] / n) * found.error
+    near = np.minimum(found.mean - low, high - found.mean) < margin
     centred = values - found.mean[..., None]
     second = np.square(centred).mean(-1)
     skewness = (centred**3).mean(-1) / np.maximum(second**1.5, np.finfo(float).tiny)
@@ -57,7 +59,7 @@ def doubtful(
 
 
 def shuffled(values: np.ndarray) -> np.ndarray:
-    """`values` [..., n] in an order drawn once, without looking at them: files may be sorted, and bets see it."""
+    """Put `values` [..., n] into an order drawn once, without looking at them."""
     n = values.shape[-1]
     return values[..., np.random.default_rng([0, n]).permutation(n)]
 
@@ -70,6 +72,7 @@ def limits(
     *,
     joint: bool = False,
     sure: np.ndarray | bool = False,
+    ordered: bool = False,
     resamples: int = RESAMPLES,
 ) -> Limits:
     """Limits of the mean of each row of `values` [..., S, n], prompts that are independent draws.
@@ -83,6 +86,8 @@ def limits(
         joint: limits cover all rows at once. Of the error 1 − level each of k doubtful rows takes 1/S, and
             the others, by the bootstrap of the largest |t|, what is left.
         sure: rows that get betting limits whatever their shape.
+        ordered: bets take the prompts in the order given, in which each value's mean may depend on those
+            before it. Otherwise in an order drawn once: files may be sorted.
     """
     found = studentise(values, resamples)
     mean, count = found.mean, values.shape[-2]
@@ -102,7 +107,7 @@ def limits(
         lo, hi = found.interval(level)
     lo, hi = np.where(constant, low, lo), np.where(constant, high, hi)
     if bet.any():
-        x, a, b = shuffled(values[bet]), low[bet], high[bet]
+        x, a, b = values[bet] if ordered else shuffled(values[bet]), low[bet], high[bet]
         least, most = x.min(-1), x.max(-1)
         reach = most - least
         free = ~np.isfinite(b - a)

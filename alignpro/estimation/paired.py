@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from alignpro.errors import AlignProError
+from alignpro.estimation.copies import copies
 from alignpro.estimation.intervals import Bias, Estimate
 from alignpro.estimation.means import WAYS, Limits, limits
 from alignpro.rollouts import Rollouts
@@ -54,6 +55,7 @@ class Arm:
                 "rollout, or remove the prompt"
             )
         self.first = np.cumsum(self.draws) - self.draws
+        self.copies = copies(rollouts, name, index)
 
     def mean(self, values: np.ndarray) -> np.ndarray:
         """Average `values` [rows of the arm] within draws, then over the draws of each prompt: [n]."""
@@ -84,12 +86,30 @@ class Arm:
 
     def least(self, draws: int, answers: int) -> None:
         """Raise Absent unless every prompt has `draws` draws, and every draw `answers` answers."""
+        if alike := self._copied(answers):
+            raise Absent(alike)
         for what, given, need, each in (
             ("prompt with {} draw", self.draws.min(), draws, "prompt"),
             ("draw with {} answer", self.answers.min(), answers, "rewrite"),
         ):
             if given < need:
                 raise Absent(f"arm {self.name} has a {what.format(given)}; give every {each} at least {need}")
+
+    def _copied(self, answers: int) -> str:
+        """Say that most draws (prompts, where one answer each is asked for) have one answer in effect, or ""."""
+        if not self.copies.certain or self.rollouts.texts is None:
+            return ""
+        starts = self.starts if answers > 1 else self.starts[self.first]
+        text = self.rollouts.texts[self.index, 0]
+        single = np.maximum.reduceat(text, starts) == np.minimum.reduceat(text, starts)
+        if single.mean() <= 0.5:
+            return ""
+        return (
+            f"all answers to {'a rewrite' if answers > 1 else 'the prompt'} are one text in {single.sum()} of "
+            f"{len(single)} cases of arm {self.name}, more often than chance allows: they are copies, and count "
+            "as one answer; turn off the server's cache, or give each answer a seed of its own (where the model "
+            "answers deterministically, give its log-probabilities)"
+        )
 
     def per_prompt(self, statistic: Callable[[np.ndarray], Any]) -> np.ndarray:
         """Apply `statistic` ([g, K, A] to [S, g]) to prompts of equally many draws K; [S, n], in their order.

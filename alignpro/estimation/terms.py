@@ -72,7 +72,9 @@ class Terms:
 
     def arm(self, name: str) -> Arm:
         if name not in self._arms:
-            self._arms[name] = Arm(self.rollouts, name)
+            self._arms[name] = found = Arm(self.rollouts, name)
+            if found.copies.certain:
+                self.warnings[f"copies {name}"] = found.copies.warning(name)
         return self._arms[name]
 
     def prompters(self) -> tuple[str, ...]:
@@ -235,6 +237,19 @@ class Terms:
         arm = self.arm("sft")
         total = int(arm.draws.sum())
         return arm.per_prompt(lambda r: self._doubt(r.mean(-1), lam, total)[None])[0]
+
+    def hidden(self, lam: float, share: float) -> float:
+        """Bound how much more ρ* could earn if `share` of the rewrites, none of them drawn, were perfect.
+
+        On average over prompts; concave in each prompt's own share, so that an even one is the worst.
+        """
+        (rise,) = self.arm("sft").per_prompt(
+            lambda r: (
+                unseen.hidden(r.mean(-1), lam, self.high, share)
+                * (self.high - samples.tilt(r.mean(-1), lam).mean)
+            )[None]
+        )
+        return float(rise.mean())
 
     def _upper_value(self, lam: float) -> Side:
         """Values that are biased up for λ log Z; where the draws are too few to say, limits for the unseen."""
