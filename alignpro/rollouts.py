@@ -134,7 +134,7 @@ class Rollouts:
     strategies: Mapping[int, str] = field(default_factory=dict)
     """Texts of the strategies that rewrites of two prompts or more have, by their number in `strategy`."""
     texts: np.ndarray | None = None
-    """[N, 2] integers: equal in column 0 where responses are, and their length in characters (refused: -1)."""
+    """[N, 2] integers: equal in column 0 where responses are, and their length in characters, -1 refused."""
 
     def __len__(self) -> int:
         return len(self.reward)

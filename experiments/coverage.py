@@ -3,15 +3,15 @@
     python experiments/coverage.py [--repetitions 500] [--seed 0] [--instance FILE.npz ...] [--out FILE.json]
     python experiments/coverage.py --hard [NAME ...] [--prompts 5 8 12 20 40 60] [--beside FOLDER]
 
-The first: enumerated instances of ordinary rewards. Each repetition draws 60 prompts with their rollouts anew.
-`--instance` adds saved instances, such as the one that `alignpro demo` keeps of SmolLM2-135M-Instruct. Prints a
-Markdown table; writes experiments/results/coverage.json.
+The first: enumerated instances of ordinary rewards. Each repetition draws 60 prompts with rollouts anew.
+`--instance` adds saved instances, such as the one that `alignpro demo` keeps of SmolLM2-135M-Instruct. Prints
+a Markdown table; writes experiments/results/coverage.json.
 
 The second: the populations of `experiments/populations.py` on which means are hard, through `estimate`,
-`compare`, `headroom`, `win_rates` and `gain_over`, as users call them. Every population and number of prompts has a file of
-its own in `--out` (experiments/results/coverage/): what is there is not done again, so that it can be run in
-pieces, and by several processes with different NAMEs. `--beside` prints another folder's numbers first, such
-as those of an earlier version (run this file with its code on PYTHONPATH).
+`compare`, `headroom`, a judge's `rate` and `gain_over`, as users call them. Every population and number of
+prompts has a file of its own in `--out` (experiments/results/coverage/): what is there is not done again, so
+that it can be run in pieces, and by several processes with different NAMEs. `--beside` prints another
+folder's numbers first, such as those of an earlier version (run this file with its code on PYTHONPATH).
 """
 
 import argparse

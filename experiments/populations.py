@@ -45,7 +45,7 @@ def _mean(draw: Draw) -> float:
 
 
 def gains() -> dict[str, Gains]:
-    """The populations of single rewards; the means of four are those of 4 million draws (error below 1e-4)."""
+    """The populations of single rewards; four means are those of 4 million draws (error below 1e-4)."""
     drawn: dict[str, Draw] = {
         "lognormal(1.5)/50": _lognormal(50.0, 0.0),
         "lognormal(1.5)/200": _lognormal(200.0, 0.0),

@@ -33,7 +33,8 @@ class Copies(NamedTuple):
         return (
             f"answers of arm {arm} are copies: {self.same} of {self.pairs} have the text of the answer "
             f"before them to the same rewrite, where about {self.expected:.3g} would if answers were "
-            "independent, as all intervals assume; turn off the server's cache, or give each answer a seed of its own"
+            "independent, as all intervals assume; turn off the server's cache, or give each answer a "
+            "seed of its own"
         )
 
 

@@ -96,7 +96,7 @@ class Arm:
                 raise Absent(f"arm {self.name} has a {what.format(given)}; give every {each} at least {need}")
 
     def _copied(self, answers: int) -> str:
-        """Say that most draws (prompts, where one answer each is asked for) have one answer in effect, or ""."""
+        """Say that most draws (prompts, with one answer to a draw) have one answer in effect, or ""."""
         if not self.copies.certain or self.rollouts.texts is None:
             return ""
         starts = self.starts if answers > 1 else self.starts[self.first]
@@ -105,10 +105,10 @@ class Arm:
         if single.mean() <= 0.5:
             return ""
         return (
-            f"all answers to {'a rewrite' if answers > 1 else 'the prompt'} are one text in {single.sum()} of "
-            f"{len(single)} cases of arm {self.name}, more often than chance allows: they are copies, and count "
-            "as one answer; turn off the server's cache, or give each answer a seed of its own (where the model "
-            "answers deterministically, give its log-probabilities)"
+            f"all answers to {'a rewrite' if answers > 1 else 'the prompt'} are one text in {single.sum()} "
+            f"of {len(single)} cases of arm {self.name}, more often than chance allows: they are copies, and "
+            "count as one answer; turn off the server's cache, or give each answer a seed of its own (where "
+            "the model answers deterministically, give its log-probabilities)"
         )
 
     def per_prompt(self, statistic: Callable[[np.ndarray], Any]) -> np.ndarray:

@@ -35,7 +35,7 @@ class Weights(NamedTuple):
     """Whether these bounds hold at every n: each is a mean of bounded values that err on its side."""
 
     def term(self, values, low, high, lower, upper, method: str) -> Term:
-        """A term by these weights; `lower` and `upper` (known numbers, or a `Side`) hold where they are weak."""
+        """A term by these weights; `lower` and `upper`, known numbers or a `Side`, hold if they are weak."""
         found = Term(values, low, high, frozenset({self.arm}), "unknown", method, ess=self.ess)
         if not self.weak:
             return found
@@ -62,7 +62,7 @@ class Terms:
     """
 
     def __init__(self, rollouts: Rollouts, beta: float, lam: float, sure: bool = False) -> None:
-        """Take rollouts at β and λ; `sure` brackets all that rests on weights by limits that hold at every n."""
+        """Take rollouts at β and λ; `sure` brackets what rests on weights, by limits that hold at every n."""
         self.rollouts, self.beta, self.lam, self.sure = rollouts, beta, lam, sure
         self.low, self.high = rollouts.low, rollouts.high
         self.width = self.high - self.low
@@ -115,7 +115,7 @@ class Terms:
         return unseen.unresolved(rewards, temperature, self.low, self.high, total)
 
     def _unsettled(self, doubt: np.ndarray) -> str:
-        """Say how many prompts what was not drawn could decide, where that counts; empty where it does not."""
+        """Say how many prompts what was not drawn could decide, where that counts; otherwise nothing."""
         some = np.mean(doubt) > unseen.SHARE
         return f"in {int((doubt > 0).sum())} of {len(doubt)} prompts" if some else ""
 
@@ -136,14 +136,14 @@ class Terms:
             )
         elif unsettled := self._unsettled(doubt):
             self.warnings["model weights"] = (
-                f"answers too rare to be drawn could decide what pi* earns {unsettled}, where all rewards are "
-                f"alike or one or two answers carry the weight at beta {self.beta:g}; draw more answers in "
-                "arm none, or raise beta"
+                f"answers too rare to be drawn could decide what pi* earns {unsettled}, where all rewards "
+                f"are alike or one or two answers carry the weight at beta {self.beta:g}; draw more answers "
+                "in arm none, or raise beta"
             )
         return values, plain, Weights("none", ess, self.sure or "model weights" in self.warnings, True)
 
     def _above(self, arm: str, temperature: float) -> Side:
-        """Bound t log E e^{r/t} (arm none, at β) or λ log Z (arm sft) from above, whatever was not drawn.
+        """Bound t log E e^{r/t} (arm none) or λ log Z (arm sft) from above, whatever was not drawn.
 
         e^{R/λ} is at most the mean of e^{R̂/λ} over answers (Jensen), R̂ a draw's mean reward.
         """
@@ -252,7 +252,7 @@ class Terms:
         return float(rise.mean())
 
     def _upper_value(self, lam: float) -> Side:
-        """Values that are biased up for λ log Z; where the draws are too few to say, limits for the unseen."""
+        """Values that are biased up for λ log Z; where draws are too few, limits for the unseen."""
         arm = self.arm("sft")
         value, ess = arm.per_prompt(lambda r: samples.noisy_value(r, lam))
         settled = float(np.median(ess)) >= LEAST_ESS and not self._unsettled(self._star_doubt(lam))

@@ -3,7 +3,7 @@
 A tilt by e^{r/t} may live on answers (or rewrites) so rare that none was drawn, and then its weights look
 their best: all alike. With g = e^{(r − high)/t}, in [0, 1], two limits hold however rare these are:
 
-    t log E e^{r/t} = high + t log E g, and by Jensen, over prompts, E_x t log E[e^{r/t}|x] ≤ high + t log E g;
+    t log E e^{r/t} = high + t log E g, and, by Jensen, E_x t log E[e^{r/t}|x] ≤ high + t log E g;
     the tilt's mean is at most 2 V(t/2) − V(t), V(t) = t log E e^{r/t}.
 
 Proof of the second: A(s) = log E e^{sr} is convex, and A′(s) is the mean under the tilt by s. So
@@ -61,7 +61,7 @@ def mean_above(half: Side, value: np.ndarray, low: float, high: float) -> Side:
 
 
 def hidden(rewards: np.ndarray, temperature: float, high: float, share: float) -> np.ndarray:
-    """Shares of the tilt that unseen samples of reward `high` would take, if they were `share` of all; [...].
+    """Shares of the tilt that unseen samples of reward `high` would take, were they `share` of all; [...].
 
     `rewards` [..., m] are those seen. With V = t log mean e^{r/t} it is s/(1 + s), s = share·e^{(high − V)/t}.
     """
