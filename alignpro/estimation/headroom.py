@@ -168,8 +168,8 @@ def _answer(
         if most >= smallest:
             return (
                 f"Undecided: nothing drawn earns more than {max(gain.hi, 0.0):.3g} over {rival}, but "
-                f"rewrites that are one in {1.0 / rare:.0f} or rarer, which may have been missed, could earn up "
-                f"to {most:.3g} at lambda {at:g}; more rewrites would tell."
+                f"rewrites that are one in {1.0 / rare:.0f} or rarer, which may have been missed, could earn "
+                f"up to {most:.3g} at lambda {at:g}; more rewrites would tell."
             )
         return (
             f"No: at none of these lambdas does the optimal prompter earn more than {most:.3g} "

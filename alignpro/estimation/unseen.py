@@ -61,9 +61,9 @@ def mean_above(half: Side, value: np.ndarray, low: float, high: float) -> Side:
 
 
 def hidden(rewards: np.ndarray, temperature: float, high: float, share: float) -> np.ndarray:
-    """Shares of the tilt that unseen samples of reward `high` would take, were they `share` of all; [...].
+    """Shares of the tilt that unseen samples of reward `high` would take, were they `share` of all.
 
-    `rewards` [..., m] are those seen. With V = t log mean e^{r/t} it is s/(1 + s), s = share·e^{(high − V)/t}.
+    `rewards` [..., m] are those seen. With V = t log mean e^{r/t}: s/(1 + s), s = share·e^{(high − V)/t}.
     """
     with np.errstate(over="ignore"):
         s = share * np.exp((high - tilt(rewards, temperature).value) / temperature)
