@@ -19,6 +19,8 @@ from alignpro.estimation.samples import tilt
 
 FEW = 3.0
 """Effective samples of a prompt below which one or two of them are all that its tilt is known by."""
+APART = 4.0
+"""Temperatures by which these one or two then exceed the next best: a weight e⁴ = 55 times as large."""
 SHARE = 0.01
 """Share of the prompts, or of the range of the reward, from which on they count."""
 RARE = 10.0
@@ -73,11 +75,14 @@ def hidden(rewards: np.ndarray, temperature: float, high: float, share: float) -
 def unresolved(rewards: np.ndarray, temperature: float, low: float, high: float, total: int) -> np.ndarray:
     """How much of each prompt's tilt is not settled by its rewards [..., m], in [0, 1], of `total` in all.
 
-    1 where fewer than `FEW` effective samples carry it, as then others like those may have been missed. Where
+    1 where fewer than `FEW` effective samples carry it, which stand apart (`APART`) from the others: then more
+    like those may have been missed. Where
     all rewards are alike and below `high`, weights show nothing: then the share of the range that the tilt's
     mean would rise by if `RARE` in `total` samples, unseen, had reward `high`.
     """
     top = rewards.max(-1)
     alike = (top - rewards.min(-1) <= 1e-9 * (high - low)) & (top < high)
     rise = hidden(rewards, temperature, high, min(RARE / total, 1.0)) * (high - top) / (high - low)
-    return np.where(alike, rise, np.where(tilt(rewards, temperature).ess < FEW, 1.0, 0.0))
+    best = -np.sort(-rewards, axis=-1)[..., :3]
+    apart = (best[..., :-1] - best[..., 1:]).max(-1) > APART * temperature
+    return np.where(alike, rise, np.where(apart & (tilt(rewards, temperature).ess < FEW), 1.0, 0.0))

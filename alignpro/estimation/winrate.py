@@ -13,7 +13,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from scipy.special import expit, logit
+from scipy.special import expit, logit, stdtrit
 
 from alignpro.errors import AlignProError
 from alignpro.estimation.intervals import LEAST_PROMPTS, Estimate, betting, check_level
@@ -192,7 +192,7 @@ def length_controlled(
 ) -> tuple[Estimate | None, float]:
     """The win rate at equal lengths, σ(θ), and the length effect φ (see `length_regression`).
 
-    The interval is Wald's for θ with the sandwich variance over prompts, through σ. All won or all lost, and
+    The interval is Wald's for θ with the sandwich variance over prompts and Student's t, through σ. All won or all lost, and
     all lengths alike, leave nothing to control for: then it is the raw rate.
     """
     raw = rate(scores, prompt, level)
@@ -208,7 +208,7 @@ def length_controlled(
     n = len(meat)
     left = np.linalg.solve(information, meat.T)
     error = math.sqrt(n / (n - 1) * float(left[0] @ left[0]))
-    width = NormalDist().inv_cdf(0.5 + level / 2) * error
+    width = float(stdtrit(n - 1, 0.5 + level / 2)) * error
     value, lo, hi = map(float, expit([theta, theta - width, theta + width]))
     method = "logistic regression on length, sandwich variance over prompts"
     return Estimate(value, lo, hi, level, raw.n, n, method, "unknown"), phi

@@ -294,7 +294,7 @@ def test_the_controlled_interval_is_the_sandwich_over_prompts():
         bread += p[i] * (1 - p[i]) * np.outer([1, t[i]], [1, t[i]])
     bread[1, 1] += winrate.RIDGE
     error = math.sqrt((np.linalg.inv(bread) @ meat @ np.linalg.inv(bread))[0, 0])
-    want = special.expit(theta + error * stats.norm.ppf([0.05, 0.5, 0.95]))
+    want = special.expit(theta + error * stats.t.ppf([0.05, 0.5, 0.95], 7))
     np.testing.assert_allclose([found.lo, found.value, found.hi], want, rtol=1e-9)
     assert (found.n, found.n_clusters) == (24, 8)
 
