@@ -4,7 +4,7 @@
     python experiments/ppo_settings.py --out runs/ppo_settings --summary-only    # of what is finished
 
 From `instructions-sft`, on reading ease and on format (a list or not, which is rare), each setting beside
-the others changed alone. Every training asks for 640 answers, and its last prompter is measured on 48
+the others changed alone. Every training asks for 1,280 answers, and its last prompter is measured on 48
 validation prompts, the same for all, with the same keys. Interrupt at any time; the same command goes on.
 """
 
@@ -25,7 +25,7 @@ from alignpro.runs import environment
 
 TASKS = {"reading ease": "ease", "format": "list"}
 SEEDS = (0, 1, 2)
-ANSWERS = 640
+ANSWERS = 1280
 CENTRE: dict[str, Any] = {
     "lam": 0.02,
     "learning_rate": 1e-3,
@@ -43,7 +43,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "16 × 4": {"prompts": 16, "samples": 4},
     "4 × 16": {"prompts": 4, "samples": 16},
     "4 epochs × 1": {"epochs": 4, "minibatches": 1},
-    "1 epoch × 4": {"epochs": 1, "minibatches": 4},
 }
 """By name: what differs from `CENTRE`."""
 

@@ -33,7 +33,7 @@ def run(name: str, out: str, *, quick: bool, resume: bool, seed: int, model: str
     catalogue.check_name(frozen)
     folder = writable_folder(out)
     record = plain({"task": name, "model": frozen, **asdict(task)})
-    record.pop("cost")
+    record.pop("minutes")
     if resume and (folder / RECORD).exists():
         refuse_other_settings(folder, read_json(folder / RECORD), record)
     elif any(folder.iterdir()):
@@ -75,7 +75,7 @@ def cost(name: str, task: "Task", untrained: bool) -> str:
     said = (
         f"{name}: {training.iterations} rounds of {training.prompts} x {training.samples} rewrites, {asked} "
         f"answers of at most {answers} tokens; then {more} answers at most to {task.held_out} held-out "
-        f"prompts; {task.cost}"
+        f"prompts; about {task.minutes} minutes on two cores"
     )
     return f"{said}; {task.prompter} is trained first" if untrained else said
 

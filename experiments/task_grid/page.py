@@ -162,7 +162,8 @@ def markdown(results: Results) -> str:
     trained = f"{size['iterations']} rounds of {size['prompts']} × {size['samples']}"
     said = [
         "# Five tasks",
-        f"Frozen model {size['target']}; {trained}, λ = {size['lam']:g} of the reward's width, "
+        f"Frozen model {size['target']}, in bfloat16, which leaves tenths of a nat of noise in its "
+        f"log-probabilities; {trained}, λ = {size['lam']:g} of the reward's width, "
         f"{len(size['seeds'])} seeds; {held}. Intervals are at {results['level']:.0%} over prompts.",
         "## Mean rewards",
         means(results),

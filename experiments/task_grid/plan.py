@@ -35,7 +35,7 @@ FIXED = "fixed"
 class Size:
     """How much of everything."""
 
-    iterations: int = 10
+    iterations: int = 20
     prompts: int = 8
     samples: int = 8
     rlhf_iterations: int = 10

@@ -37,7 +37,7 @@ def tiny_recipe(animals, tmp_path, monkeypatch):
     """The packaged recipe on a tiny model, in a cache of its own that has the data."""
     name = small_recipe.NAME
     base, settings = str(animals("qwen2_5")), small_recipe.TINY
-    row = replace(catalogue.RECIPES[name], base=base, settings=settings, options={"n": 40})
+    row = replace(catalogue.RECIPES[name], base=base, settings=settings, options={"n": 20, "each": 1})
     monkeypatch.setitem(catalogue.RECIPES, name, row)
     data = packages.cache_folder() / "packages"
     monkeypatch.setenv("ALIGNPRO_CACHE", str(tmp_path / "cache"))

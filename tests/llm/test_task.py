@@ -14,6 +14,7 @@ from alignpro.llm.arms import task as tasks
 from alignpro.llm.data import packaged
 from alignpro.llm.data.split import split_of
 from alignpro.llm.models import catalogue, recipes
+from alignpro.llm.policies.prompter import Prompter
 from alignpro.llm.training import open_ended
 
 NAME = "plain-language"
@@ -60,16 +61,32 @@ def check_result(module, folder):
 
 
 def test_a_task_from_start_to_page(small, tmp_path, monkeypatch, capfd):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run = ["demo", "--task", NAME, "--model", str(small), "--seed", "1", "--out"]
-    assert main.main([*run, str(whole)]) == 0
-    told = capfd.readouterr()
-    assert (
-        f"{NAME}: 3 rounds of 2 x 4 rewrites, 24 answers of at most 6 tokens; then 144 answers at" in told.err
-    )
-    assert "instructions-sft is trained first" not in told.err
-    assert "trained - none" not in told.err
-    assert "add '" in told.out
+    """Cut short in training, and gone on with; that training and rollouts end the same, their tests show."""
+    whole = tmp_path / "whole"
+    run = ["demo", "--task", NAME, "--model", str(small), "--out", str(whole), "--seed"]
+    draw, rounds = open_ended.OpenRollouts.draw, []
+
+    def interrupted(self, *positional):
+        rounds.append(1)
+        if len(rounds) == 2:
+            raise KeyboardInterrupt
+        return draw(self, *positional)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(open_ended.OpenRollouts, "draw", interrupted)
+        assert main.main([*run, "1"]) == 130
+        told = capfd.readouterr().err
+        assert (
+            f"{NAME}: 3 rounds of 2 x 4 rewrites, 24 answers of at most 6 tokens; then 144 answers at" in told
+        )
+        assert "instructions-sft is trained first" not in told
+        assert main.main([*run, "1"]) == 2
+        assert "it is not empty; name a new folder, or continue with --resume" in capfd.readouterr().err
+        assert main.main([*run, "2", "--resume"]) == 2
+        assert "training.seed = 1, not 2" in capfd.readouterr().err
+        assert main.main([*run, "1", "--resume"]) == 0
+        assert len(rounds) == 4  # two of them after the interruption
+    assert "add '" in capfd.readouterr().out
     check_result(tasks, whole)
     for right, wrong in {
         'if row["answer"]:': "if False:",
@@ -80,28 +97,17 @@ def test_a_task_from_start_to_page(small, tmp_path, monkeypatch, capfd):
         "list(first.items())[:examples]": "list(first.items())[-examples:]",
     }.items():
         kills(lambda module: check_result(module, whole), mutated(tasks, right, wrong))
-    # Cut short in training and gone on with, it is the same.
-    step, steps = open_ended.OpenRollouts.draw, []
-
-    def interrupted(self, *positional):
-        steps.append(1)
-        if len(steps) == 2:
-            raise KeyboardInterrupt
-        return step(self, *positional)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(open_ended.OpenRollouts, "draw", interrupted)
-        assert main.main([*run, str(cut)]) == 130
-    assert main.main([*run, str(cut)]) == 2
-    assert "it is not empty; name a new folder, or continue with --resume" in capfd.readouterr().err
-    assert main.main([*run, str(cut), "--resume"]) == 0
-    same = [cut / file for file in ("report.json", "rollouts/rollouts.jsonl", "training/metrics.jsonl")]
-    assert all(
-        file.read_text() == (whole / file.relative_to(cut)).read_text().replace("whole", "cut")
-        for file in same
-    )
-    assert main.main([*run[:-3], "--seed", "2", "--out", str(cut), "--resume"]) == 2
-    assert "training.seed = 1, not 2" in capfd.readouterr().err
+    # The prompter that it was trained from is named, not where it lies in a cache, and is the reference.
+    prompter = json.loads((whole / "training" / "prompter" / "prompter.json").read_text())
+    assert prompter["base"] == "instructions-sft"
+    rows = read_json_lines(whole / "rollouts" / "rollouts.jsonl")
+    assert {row["prompter"] for row in rows if row["arm"] == "sft"} == {"instructions-sft"}
+    assert all(row["logp_reference"] < 0 for row in rows if row["arm"] == "trained")
+    # Opened on a base of another version, it is said.
+    prompter["facts"]["recipe"]["version"] = "another"
+    (whole / "training" / "prompter" / "prompter.json").write_text(json.dumps(prompter))
+    Prompter.from_pretrained(whole / "training" / "prompter")
+    assert "was trained from another version of instructions-sft" in capfd.readouterr().err
     # What is seen first, in this order; and a mutant, in which it is not.
     html = (whole / "report.html").read_text()
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from mutants import kills, mutated
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models import configure, forward
+from alignpro.llm.models import configure, forward, policy
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.load import load_model
 from alignpro.llm.models.policy import draw, end_tokens, log_probs, sample_key
@@ -184,6 +185,37 @@ def test_draws_are_scored_as_the_model_scores_them(name, loaded):
         for row, key in zip(rows, keys, strict=True)
     ]
     assert sum(a[0] == b[0] for a, b in zip(alone, drawn, strict=True)) >= len(rows) - 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_prompts_begin_with_is_read_once(name, loaded):
+    """Prompts that share an opening, of one length and of several, past the window where there is one."""
+    model, tokenizer = loaded(name)
+    rng, ordinary = np.random.default_rng(5), np.arange(20, min(300, len(tokenizer)))
+
+    def tokens(n):
+        return tuple(rng.choice(ordinary, n).tolist())
+
+    start = tokens(40)
+    rows = [(*start, *tokens(5)) for _ in range(3)]
+    uneven = [(*start[:6], *tokens(n)) for n in (1, 4, 4)]
+    pad = tokenizer.pad_token_id
+    for some, opening in ((rows, 40), (uneven, 6), ([start, start[:9], start[:9]], 8)):
+        keys = [sample_key("opening", i) for i in range(len(some))]
+
+        def right(module, some=some, keys=keys):
+            drawn = module.draw(model, pad, some, keys, Sampling(max_tokens=3), score=True)
+            for row, (ids, values) in zip(some, drawn, strict=True):
+                np.testing.assert_allclose(values, plain_log_probs(model, row, ids), rtol=0, atol=NEAR)
+
+        right(policy)
+        found = policy._opening(model, list(dict.fromkeys(some)), 3)
+        if found and forward.how_of(model).opening:
+            assert found == opening
+            kills(right, mutated(policy, "row[opening:] for row", "row[opening - 1 :] for row"))
+            kills(
+                right, mutated(policy, "(mask.cumsum(-1) - 1).clamp", "(mask.cumsum(-1) - mask.sum()).clamp")
+            )
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral"])

@@ -34,13 +34,13 @@ class Task:
     """The prompter to start from."""
     dataset: str = "instructions"
     answer_tokens: int = 40
-    cost: str = ""
-    """How long it takes, in words."""
+    minutes: int = 15
+    """How long it takes on two cores, about."""
 
     def quick(self) -> "Task":
         """The task with a shorter training and fewer prompts to measure on."""
         training = replace(self.training, iterations=self.training.iterations // 3)
-        return replace(self, training=training, held_out=self.held_out // 3, cost="a third of that")
+        return replace(self, training=training, held_out=self.held_out // 3, minutes=self.minutes // 3)
 
 
 TASKS: dict[str, Task] = {
@@ -51,7 +51,6 @@ TASKS: dict[str, Task] = {
             lam=0.02, iterations=20, prompts=8, samples=8, epochs=2, minibatches=2, max_tokens=24
         ),
         rollout=RolloutSettings(arms=("none", "sft"), draws=2, answers=2),
-        cost="about ten minutes on two cores",
     ),
 }
 """The tasks by name."""

@@ -42,6 +42,16 @@ class _Plain(NamedTuple):
     tolerance: float
 
 
+_WAYS_TO_DRAW = (
+    (True, True, True),
+    (True, True, False),
+    (False, True, False),
+    (True, False, False),
+    (False, False, False),
+)
+"""Fields shared, padded and opening of `How`, the fastest first."""
+
+
 def check_model(model: Any, tokenizer: Any, name: str = "model") -> How:
     """Find the fastest way to read and sample the model that gives a plain forward pass's numbers; record it.
 
@@ -58,8 +68,8 @@ def check_model(model: Any, tokenizer: Any, name: str = "model") -> How:
                 break
         else:
             raise _refused(name, "the scores of sequences", off)
-        for shared, padded in ((True, True), (False, True), (True, False), (False, False)):
-            found = replace(found, shared=shared, padded=padded)
+        for shared, padded, opening in _WAYS_TO_DRAW:
+            found = replace(found, shared=shared, padded=padded, opening=opening)
             off = _drawn_off(model, tokenizer, pairs, found, name)
             if off <= 1.0:
                 break

@@ -32,6 +32,8 @@ class How:
     """Whether a prompt that is continued several times is read once, its cache repeated."""
     padded: bool = True
     """Whether prompts of different lengths are continued in one batch, padded on the left."""
+    opening: bool = True
+    """Whether the tokens that all prompts of a batch begin with are read once, with padding behind them."""
 
     def describe(self) -> dict[str, Any]:
         """The fields, as JSON values."""

