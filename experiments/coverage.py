@@ -202,7 +202,9 @@ def _of_rollouts(case: Problem, prompts: int, rng: np.random.Generator) -> tuple
     return found | {"headroom's answer": said}, true | {"headroom's answer": 0.0}
 
 
-def hard(case: Gains | Problem, prompts: int, repetitions: int, seed: int) -> dict[str, dict[str, float]]:
+def hard(
+    case: Gains | Problem, prompts: int, repetitions: int, seed: int
+) -> dict[str, dict[str, float | None]]:
     """How often each interval covers, how wide it is, and how often it has no width or is not given."""
     rows: dict[str, list[tuple[float, float]]] = {}
     for i in range(repetitions):
@@ -219,7 +221,7 @@ def hard(case: Gains | Problem, prompts: int, repetitions: int, seed: int) -> di
         covered, width = np.array(seen).T
         out[name] = {
             "covered": float(covered.mean()),
-            "width": float(np.median(width)),
+            "width": number if np.isfinite(number := float(np.median(width))) else None,
             "no width": float((width <= 1e-12).mean()),
             "not given": 1.0 - float(np.isfinite(width).sum()) / repetitions,
         }
@@ -248,9 +250,11 @@ def _all_hard(options: argparse.Namespace) -> None:
                 print(f"| {key} | {' | '.join(_beside(was, row, column) for column in row)} |", flush=True)
 
 
-def _beside(was: dict[str, float] | None, row: dict[str, float], column: str) -> str:
-    form = ".3f" if column == "width" else ".1%"
-    return ("" if was is None else f"{was[column]:{form}} -> ") + f"{row[column]:{form}}"
+def _beside(was: dict[str, float | None] | None, row: dict[str, float | None], column: str) -> str:
+    def said(value: float | None) -> str:
+        return "none" if value is None else f"{value:.3f}" if column == "width" else f"{value:.1%}"
+
+    return ("" if was is None else said(was[column]) + " -> ") + said(row[column])
 
 
 def cpu() -> str:

@@ -75,10 +75,9 @@ def hidden(rewards: np.ndarray, temperature: float, high: float, share: float) -
 def unresolved(rewards: np.ndarray, temperature: float, low: float, high: float, total: int) -> np.ndarray:
     """How much of each prompt's tilt is not settled by its rewards [..., m], in [0, 1], of `total` in all.
 
-    1 where fewer than `FEW` effective samples carry it, which stand apart (`APART`) from the others: then more
-    like those may have been missed. Where
-    all rewards are alike and below `high`, weights show nothing: then the share of the range that the tilt's
-    mean would rise by if `RARE` in `total` samples, unseen, had reward `high`.
+    1 where fewer than `FEW` effective samples carry it, which stand apart (`APART`) from the others: more of
+    those may have been missed. Where all rewards are alike and below `high`, weights show nothing: then the
+    share of the range that the tilt's mean would rise by if `RARE` in `total` had reward `high`, unseen.
     """
     top = rewards.max(-1)
     alike = (top - rewards.min(-1) <= 1e-9 * (high - low)) & (top < high)

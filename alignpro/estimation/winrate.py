@@ -192,8 +192,8 @@ def length_controlled(
 ) -> tuple[Estimate | None, float]:
     """The win rate at equal lengths, σ(θ), and the length effect φ (see `length_regression`).
 
-    The interval is Wald's for θ with the sandwich variance over prompts and Student's t, through σ. All won or all lost, and
-    all lengths alike, leave nothing to control for: then it is the raw rate.
+    The interval is Wald's for θ with the sandwich variance over prompts and Student's t, through σ.
+    All won or all lost, and all lengths alike, leave nothing to control for: then it is the raw rate.
     """
     raw = rate(scores, prompt, level)
     if raw is None or raw.n_clusters < LEAST_PROMPTS:
