@@ -1,4 +1,4 @@
-"""What samples that were not drawn could change: when a tilt cannot be told from them, and limits that can.
+"""Limits that hold whatever samples were not drawn, and when a tilt cannot be told without these.
 
 A tilt by e^{r/t} may live on answers (or rewrites) so rare that none was drawn, and then its weights look
 their best: all alike. With g = e^{(r − high)/t}, in [0, 1], two limits hold however rare these are:
@@ -19,8 +19,8 @@ from alignpro.estimation.samples import tilt
 
 FEW = 3.0
 """Effective samples of a prompt below which one or two of them are all that its tilt is known by."""
-APART = 4.0
-"""Temperatures by which these one or two then exceed the next best: a weight e⁴ = 55 times as large."""
+APART = 2.5
+"""Temperatures by which these one or two then exceed the next best: a weight 12 times as large."""
 SHARE = 0.01
 """Share of the prompts, or of the range of the reward, from which on they count."""
 RARE = 10.0
