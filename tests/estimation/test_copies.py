@@ -62,7 +62,7 @@ def test_answers_that_are_likely_to_agree_are_no_copies():
             logps = rollouts.logps["logp_frozen_rewrite"]
             rollouts = replace(rollouts, logps={**rollouts.logps, "logp_frozen_rewrite": chance(logps)})
             found = copies.copies(rollouts, "sft", index(rollouts))
-            assert found.pairs == 36
+            assert found.pairs >= 36  # and those of different draws of x itself
             count += found.certain
         assert count == 0  # allowed: 12 times 1e-4
 
