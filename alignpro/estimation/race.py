@@ -273,8 +273,8 @@ def gain_over(rewards: np.ndarray, base: np.ndarray, low: float, high: float, le
     """
     rows = np.stack([rewards.mean(1) - base.mean(1), rewards.mean(1), base.mean(1)])
     width = high - low
-    ends = np.array([[-width, low, low], [width, high, high]])
-    _, lo, hi, way = limits(rows, *ends, level)
+    least, most = np.array([-width, low, low]), np.array([width, high, high])
+    _, lo, hi, way = limits(rows, least, most, level)
 
     def of(i: int, least: float, most: float, each: int) -> Estimate:
         value = float(rows[i].mean())
