@@ -29,10 +29,11 @@ ANSWERS = 1280
 CENTRE: dict[str, Any] = {
     "lam": 0.02,
     "learning_rate": 1e-3,
+    "schedule": "constant",
     "prompts": 8,
-    "samples": 8,
+    "samples": 4,
     "epochs": 2,
-    "minibatches": 2,
+    "minibatches": 1,
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "centre": {},
@@ -40,9 +41,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "λ 0.05": {"lam": 0.05},
     "learning rate 5e-4": {"learning_rate": 5e-4},
     "learning rate 2e-3": {"learning_rate": 2e-3},
-    "16 × 4": {"prompts": 16, "samples": 4},
-    "4 × 16": {"prompts": 4, "samples": 16},
-    "4 epochs × 1": {"epochs": 4, "minibatches": 1},
+    "learning rate falling from 1e-3": {"schedule": "cosine_with_min_lr"},
+    "8 × 8, half the rounds": {"samples": 8},
+    "16 × 2": {"prompts": 16, "samples": 2},
+    "4 epochs": {"epochs": 4},
 }
 """By name: what differs from `CENTRE`."""
 

@@ -35,14 +35,16 @@ FIXED = "fixed"
 class Size:
     """How much of everything."""
 
-    iterations: int = 20
+    iterations: int = 40
     prompts: int = 8
-    samples: int = 8
-    rlhf_iterations: int = 10
+    samples: int = 4
+    rlhf_iterations: int = 20
     seeds: tuple[int, ...] = (0, 1, 2)
     lam: float = 0.02
     held_out: int = 60
     draws: int = 2
+    foreseen_draws: int = 8
+    """Rewrites of each training prompt from which it is foreseen what training earns."""
     answers: int = 2
     """Answers to each rewrite, where foresight and the choice of an instruction rest on them."""
     arm_answers: int = 1
@@ -58,7 +60,8 @@ class Size:
     training: Mapping[str, Any] = field(
         default_factory=lambda: {
             "epochs": 2,
-            "minibatches": 2,
+            "minibatches": 1,
+            "schedule": "constant",
             "lora_layers": 0.34,
             "policy_dtype": "bfloat16",
         }
@@ -107,7 +110,7 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
     drawn = {**asked, "reward": first, "arms": ["none", "sft"], "answers": size.answers}
     for name, prompter in size.prompters.items():
         options = {**drawn, **prompter, "prompts": size.held_out}
-        yield Job(f"foreseen/{name}", "rollout", {**options, "split": "train", "draws": size.draws})
+        yield Job(f"foreseen/{name}", "rollout", {**options, "split": "train", "draws": size.foreseen_draws})
         yield Job(f"resampled/{name}", "rollout", {**options, "split": "test", "draws": size.reference_draws})
     start = next(iter(size.prompters.values()))
     for task, reward in size.tasks.items():

@@ -35,6 +35,7 @@ def size(tmp_path_factory):
     prompter = {"prompter": str(folder / "model"), "template": "append", "rewrite_tokens": 4}
     return plan.Size(
         iterations=2, prompts=2, samples=4, rlhf_iterations=1, seeds=(0, 1), lam=0.1, held_out=6,
+        foreseen_draws=2,
         answer_tokens=6, rewrite_tokens=4, target=str(folder / "model"), prompters={"tiny": prompter},
         tasks={"short": "brevity:3", "plain": "ease"},
         source={"dataset": "helpsteer", "data_folder": str(folder)},

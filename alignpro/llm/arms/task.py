@@ -48,7 +48,14 @@ TASKS: dict[str, Task] = {
         reward="ease",
         measures="reading ease of the answer (Flesch's score in hundredths, from 0 to 1)",
         training=TrainSettings(
-            lam=0.02, iterations=20, prompts=8, samples=8, epochs=2, minibatches=2, max_tokens=24
+            lam=0.02,
+            iterations=40,
+            prompts=8,
+            samples=4,
+            epochs=2,
+            schedule="constant",
+            lora_layers=0.34,
+            max_tokens=24,
         ),
         rollout=RolloutSettings(arms=("none", "sft"), draws=2, answers=2),
     ),
