@@ -134,6 +134,8 @@ class Rollouts:
     """[N] truth values: whether `strategy` is the text added, which with the prompt gives the rewrite."""
     strategies: Mapping[int, str] = field(default_factory=dict)
     """Texts of the strategies that rewrites of two prompts or more have, by their number in `strategy`."""
+    texts: np.ndarray | None = None
+    """[N, 2] integers: equal in column 0 where responses are, and their length in characters, -1 refused."""
 
     def __len__(self) -> int:
         return len(self.reward)
@@ -225,8 +227,6 @@ _TEXT_AT, _WHOLE_AT, _NUMBER_AT, _LOGP_AT = (
     tuple((name, FIELDS.index(name)) for name in names) for names in (_TEXTS, _WHOLE, _NUMBERS, LOGPS)
 )
 _NUMBER = (float, int)
-
-
 _ASKED = ("x", "context", "columns")
 _TOTALS = ("reward", "reward_low", "reward_high")
 
@@ -262,7 +262,7 @@ class _Columns:
         self.drawn: dict[tuple[int, int, int, int], int] = {}
         self.whole = {name: array("q") for name in ("prompt", "arm", *_WHOLE)}
         self.reward = array("d")
-        self.refused = array("b")
+        self.text, self.length = array("q"), array("q")
         self.parts: dict[str, array[float]] = {}
         self.spread = array("d")
         self.logps = {name: array("d") for name in LOGPS}
@@ -344,7 +344,8 @@ class _Columns:
         for name, value in (("prompt", p), ("arm", a), ("seed", seed), ("draw", draw), ("answer", answer)):
             self.whole[name].append(value)
         self.reward.append(reward)
-        self.refused.append(response is None)
+        self.text.append(hash(response))
+        self.length.append(-1 if response is None else len(response))
         self._add_strategy(p, x, rewrite)
         self._add_parts(parts, reward, low, high)
         if spread is not None and not (type(spread) in _NUMBER and 0 <= spread < _MOST):
@@ -431,7 +432,8 @@ class _Columns:
             arms=tuple(self.arms),
             **{name: values[order] for name, values in whole.items()},
             reward=np.array(self.reward)[order],
-            refused=np.array(self.refused, dtype=bool)[order],
+            refused=np.array(self.length)[order] < 0,
+            texts=np.stack([np.array(self.text), np.array(self.length)], 1)[order],
             logps={name: np.array(values)[order] for name, values in self.logps.items()},
             prompters=self.prompters,
             direct=frozenset(arm for arm, direct in self.direct.items() if direct),

@@ -1,24 +1,40 @@
-"""Do 95% intervals cover in 95% of cases? On enumerated instances, where every estimated quantity is exact.
+"""Do 95% intervals cover in 95% of cases? On populations where every estimated quantity is exact.
 
     python experiments/coverage.py [--repetitions 500] [--seed 0] [--instance FILE.npz ...] [--out FILE.json]
+    python experiments/coverage.py --hard [NAME ...] [--prompts 5 8 12 20 40 60] [--beside FOLDER]
 
-Each repetition draws 60 prompts with their rollouts anew. `--instance` adds saved instances, such as the one
-that `alignpro demo` keeps of SmolLM2-135M-Instruct. Prints a Markdown table; writes
-experiments/results/coverage.json.
+The first: enumerated instances of ordinary rewards. Each repetition draws 60 prompts with rollouts anew.
+`--instance` adds saved instances, such as the one that `alignpro demo` keeps of SmolLM2-135M-Instruct. Prints
+a Markdown table; writes experiments/results/coverage.json.
+
+The second: the populations of `experiments/populations.py` on which means are hard, through `estimate`,
+`compare`, `headroom`, a judge's `rate` and `gain_over`, as users call them. Every population and number of
+prompts has a file of its own in `--out` (experiments/results/coverage/): what is there is not done again, so
+that it can be run in pieces, and by several processes with different NAMEs. `--beside` prints another
+folder's numbers first, such as those of an earlier version (run this file with its code on PYTHONPATH).
 """
 
 import argparse
 import datetime
+import json
 import os
 import platform
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from populations import Gains, Problem, draw, gains, problems
+from populations import truth as truth_of
 
-from alignpro.estimation.intervals import betting, bootstrap_t, empirical_bernstein, studentise
+from alignpro.errors import AlignProError
+from alignpro.estimation import compare, estimate, headroom
+from alignpro.estimation.intervals import Estimate, betting, bootstrap_t, empirical_bernstein, studentise
+from alignpro.estimation.race import gain_over
 from alignpro.estimation.simulate import Size, simulate
 from alignpro.estimation.statements import span
 from alignpro.estimation.terms import Terms
+from alignpro.estimation.winrate import rate
 from alignpro.files import write_json
 from alignpro.theory import FAMILIES, Instance, load, solution
 
@@ -152,6 +168,95 @@ def _joint(rows, truth, info) -> dict:
     return out
 
 
+Found = dict[str, Estimate | None]
+
+
+def _of_gains(case: Gains, prompts: int, rng: np.random.Generator) -> tuple[Found, dict[str, float]]:
+    """The held-out gain of `instruct`, both means, and a judge's win rate of like chances."""
+    ours = case.draw(rng, (prompts, 1))
+    base = np.clip(0.5 + 0.1 * rng.standard_normal((prompts, 1)), 0.0, 1.0)
+    gain = gain_over(ours, base, 0.0, 1.0)
+    won = (rng.random(prompts) < case.mean).astype(float)
+    found = {"mean": gain.mean, "gain": gain.gain, "judge": rate(won, np.arange(prompts), 0.95)}
+    return found, {"mean": case.mean, "gain": case.mean - 0.5, "judge": case.mean}
+
+
+def _of_rollouts(case: Problem, prompts: int, rng: np.random.Generator) -> tuple[Found, dict[str, float]]:
+    rollouts, true = draw(case, prompts, rng), truth_of(case)
+    report = estimate(rollouts, case.beta, case.lam)
+    both = compare(rollouts, ["none", "trained"]).against["trained"]
+    found: Found = {name: e for name, e in report.quantities.items() if name in true}
+    found |= {f"gap {arm}": e for arm, e in report.gaps.items() if f"gap {arm}" in true}
+    found |= {f"slack {b.name}": b.slack for b in report.bounds if f"slack {b.name}" in true}
+    found |= {"difference": both.mean, "win rate": both.win_rate}
+    try:
+        at = headroom(rollouts, (case.lam,))
+    except AlignProError:  # refused: no interval is given
+        return found, true
+    found |= {"gain over sft": at.at[0].over_reference, "gain over none": at.at[0].over_none}
+    # The answer in place of an interval: wrong where it says yes or no against the truth.
+    wrong = (at.decision == "yes" and true["gain over none"] <= 0) or (
+        at.decision == "no" and true["gain over none"] > 0.01
+    )
+    said = replace(at.at[0].net, value=float(wrong), lo=-1.0, hi=float(not wrong) - 0.5)
+    return found | {"headroom's answer": said}, true | {"headroom's answer": 0.0}
+
+
+def hard(
+    case: Gains | Problem, prompts: int, repetitions: int, seed: int
+) -> dict[str, dict[str, float | None]]:
+    """How often each interval covers, how wide it is, and how often it has no width or is not given."""
+    rows: dict[str, list[tuple[float, float]]] = {}
+    for i in range(repetitions):
+        rng = np.random.default_rng([seed, prompts, i])
+        of = _of_gains if isinstance(case, Gains) else _of_rollouts
+        found, true = of(case, prompts, rng)  # type: ignore[arg-type]
+        for name, e in found.items():
+            given = e is not None and max(abs(e.lo), abs(e.hi)) < 1e300
+            inside = e is None or e.lo - 1e-9 <= true[name] <= e.hi + 1e-9
+            width = float(e.hi - e.lo) if e is not None and given else np.inf
+            rows.setdefault(name, []).append((float(inside), width))
+    out = {}
+    for name, seen in rows.items():
+        covered, width = np.array(seen).T
+        out[name] = {
+            "covered": float(covered.mean()),
+            "width": number if np.isfinite(number := float(np.median(width))) else None,
+            "no width": float((width <= 1e-12).mean()),
+            "not given": 1.0 - float(np.isfinite(width).sum()) / repetitions,
+        }
+    return out
+
+
+def _all_hard(options: argparse.Namespace) -> None:
+    cases = {**gains(), **problems()}
+    folder = Path(options.out or Path(__file__).parent / "results" / "coverage")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in options.hard or cases:
+        for prompts in options.prompts:
+            path = folder / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}-{prompts}.json"
+            known = json.loads(path.read_text()) if path.exists() else {}
+            if known.get("repetitions") != options.repetitions:
+                rows = hard(cases[name], prompts, options.repetitions, options.seed)
+                known = {"population": name, "prompts": prompts, "repetitions": options.repetitions}
+                known |= {"seed": options.seed, "date": datetime.date.today().isoformat(), "rows": rows}
+                write_json(path, known)
+            other = Path(options.beside) / path.name if options.beside else None
+            before = json.loads(other.read_text())["rows"] if other and other.exists() else {}
+            print(f"\n{name}, {prompts} prompts\n\n| interval | covered | width | no width | not given |")
+            print("|---|---|---|---|---|")
+            for key, row in known["rows"].items():
+                was = before.get(key)
+                print(f"| {key} | {' | '.join(_beside(was, row, column) for column in row)} |", flush=True)
+
+
+def _beside(was: dict[str, float | None] | None, row: dict[str, float | None], column: str) -> str:
+    def said(value: float | None) -> str:
+        return "none" if value is None else f"{value:.3f}" if column == "width" else f"{value:.1%}"
+
+    return ("" if was is None else said(was[column]) + " -> ") + said(row[column])
+
+
 def cpu() -> str:
     if os.path.exists("/proc/cpuinfo"):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -165,8 +270,14 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--instance", nargs="*", default=[], help="saved instances (.npz)")
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "coverage.json"))
+    parser.add_argument("--out", default="")
+    parser.add_argument("--hard", nargs="*", help="populations of populations.py; all of them without names")
+    parser.add_argument("--prompts", nargs="*", type=int, default=[5, 8, 12, 20, 40, 60])
+    parser.add_argument("--beside", default="", help="a folder with results of --hard")
     options = parser.parse_args()
+    if options.hard is not None:
+        return _all_hard(options)
+    options.out = options.out or str(Path(__file__).parent / "results" / "coverage.json")
     results = []
     for name, instance in instances(options.instance, options.seed).items():
         width = float(np.ptp(instance.reward))

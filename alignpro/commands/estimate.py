@@ -184,8 +184,8 @@ class Estimate:
     """Theorem 1's r_max, in reward units, when it is known beforehand. Left out: the upper end of the
     declared range of the reward, or the width of that range where rewards can be negative."""
     betting: bool = False
-    """Give mean rewards and total variations intervals that are guaranteed at any number of prompts; they are
-    wider."""
+    """Give intervals that are guaranteed at any number of prompts, also to the slacks, whatever answers and
+    rewrites were not drawn; they are wider. KLs from log-probabilities have none."""
     json: bool = False
     """Print one JSON object, instead of tables."""
     out: str | None = None

@@ -68,14 +68,17 @@ def compare(rollouts: Rollouts, arms: Sequence[str], level: float = 0.95) -> Com
 
     def variance(name: str) -> Term:
         values = _variances(terms.j(name).values, terms.arm(name).mean(np.square(terms.arm(name).reward)))
-        return Term(values, 0.0, square, frozenset({name}), "none", "total variance, jackknifed over prompts")
+        method = "total variance, jackknifed over prompts"
+        # A pseudo-value is, to order 1/n, the mean of (r - E r)² over the prompt's answers.
+        reach = 0.0, terms.width**2
+        return Term(values, 0.0, square, frozenset({name}), "none", method, reach=reach)
 
     baseline, *others = arms
 
     def wins(name: str) -> Term:
         method = "share of pairs won, ties a half"
         values = _wins(terms.arm(name), terms.arm(baseline))
-        return Term(values, 0.0, 1.0, frozenset({name, baseline}), "none", method)
+        return Term(values, 0.0, 1.0, frozenset({name, baseline}), "none", method, bounded=True)
 
     kinds = {
         "mean": {name: terms.j(name) - terms.j(baseline) for name in others},

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alignpro.estimation.intervals import LEAST_PROMPTS, Estimate, studentise
+from alignpro.estimation.intervals import LEAST_PROMPTS, Estimate
+from alignpro.estimation.means import limits
 from alignpro.estimation.paired import Arm
 from alignpro.rollouts import Rollouts
 
@@ -108,8 +109,8 @@ def components(
 ) -> tuple[Components | None, tuple[PooledAt, ...]]:
     """Split the variance of R over draws of the strategies `shared`, and value strategies at each λ.
 
-    Intervals are percentile-t over jackknife pseudo-values of groups of prompts; those of values are the
-    range over limits that cover both variances jointly.
+    Intervals are those of a mean (`means.limits`) of jackknife pseudo-values of groups of prompts; those of
+    values are the range over limits that cover both variances jointly.
     """
     cells = _Cells(rollouts, sft, shared)
     if cells.n < LEAST_PROMPTS:
@@ -118,8 +119,8 @@ def components(
     count = int(group.max()) + 1
     whole = cells.moments(np.ones(cells.n, bool))
     left = np.stack([cells.moments(group != g) for g in range(count)], -1)
-    found = studentise(count * whole[:, None] - (count - 1) * left)
-    lo, hi = found.interval(level)
+    values, free = count * whole[:, None] - (count - 1) * left, np.full(3, np.inf)
+    _, lo, hi, _ = limits(values, -free, free, level)
     square = 0.25 * (rollouts.high - rollouts.low) ** 2
     n = len(sft.index)
 
@@ -127,15 +128,15 @@ def components(
         ends = min(low, value), max(high, value)
         return Estimate(value, *ends, level, n, cells.n, method, bias)  # type: ignore[arg-type]
 
-    ways = "pairs of answers, of draws and of prompts; percentile-t over jackknifed groups of prompts"
+    ways = "pairs of answers, of draws and of prompts; limits over jackknifed groups of prompts"
     split = Components(
         *(
             told(float(v), max(float(a), -square), min(float(b), square), ways, "none")
             for v, a, b in zip(whole, lo, hi, strict=True)
         )
     )
-    joint = studentise((count * whole[:, None] - (count - 1) * left)[1:]).simultaneous(level)
-    (b_lo, i_lo), (b_hi, i_hi) = (np.clip(end, 0.0, square) for end in joint)
+    joint = limits(values[1:], -free[1:], free[1:], level, joint=True)
+    (b_lo, i_lo), (b_hi, i_hi) = (np.clip(end, 0.0, square) for end in (joint.lo, joint.hi))
     b, i = np.clip(whole[1:], 0.0, square)
     way = "normal effects of the estimated variances; range over their joint limits"
     at = []

@@ -118,7 +118,9 @@ def estimate(
     Args:
         r_max: Theorem 1's, in reward units. Left out: taken from the declared range of the reward; where that
             leaves [0, r_max] the verdict is "inapplicable".
-        interval: "betting" gives guaranteed limits to means of rewards and to E TV(π_F(·|x), π_F(·|x′)).
+        interval: "betting" gives guaranteed limits: to mean rewards and E TV(π_F(·|x), π_F(·|x′)), and, by
+            bounds that hold whatever was not drawn, to π*, ρ* and the slacks, so that "holds" is a theorem at
+            every number of prompts. KLs from log-probabilities have no bound, and none.
 
     Raises:
         AlignProError: a bad argument, fewer than 5 prompts, or an arm that lacks a prompt.
@@ -128,7 +130,7 @@ def estimate(
         raise AlignProError(f"interval {interval!r}: choose bootstrap or betting")
     if r_max is not None and not 0 < r_max < math.inf:
         raise AlignProError(f"r_max {r_max!r}: must be a positive finite number, in reward units")
-    terms = Terms(rollouts, beta, lam)
+    terms = Terms(rollouts, beta, lam, sure=interval == "betting")
     for name in rollouts.arms:
         terms.arm(name)  # complains of prompts that an arm lacks
     found, missing = _quantities(terms)
@@ -140,14 +142,15 @@ def estimate(
         for key, s in statements.items()
         for name, term in {"gap": s.gap, "rhs": s.rhs, **s.terms}.items()
     }
-    by_part = estimates(parts, rollouts, level)
-    slacks = estimates({key: s.slack for key, s in statements.items()}, rollouts, level, simultaneous=True)
+    by_part = estimates(parts, rollouts, level, interval=interval)
+    claims = {key: s.slack for key, s in statements.items()}
+    slacks = estimates(claims, rollouts, level, interval=interval, simultaneous=True)
     bounds = []
     for key, statement in statements.items():
         mine = {name: e for (of, name), e in by_part.items() if of == key}
         bounds.append(_bound(*key, mine.pop("gap"), mine.pop("rhs"), slacks[key], mine, statement, terms))
     bounds += [BoundEstimate(*key, why=why, relation=CLAIMS[key[0]].relation) for key, why in lacking.items()]
-    gaps, splits = _gaps(terms, rollouts, level)
+    gaps, splits = _gaps(terms, partial(estimates, rollouts=rollouts, level=level, interval=interval))
     return EstimateReport(
         beta=beta,
         lam=lam,
@@ -224,8 +227,8 @@ def _bound(name, prompter, gap, rhs, slack, parts, statement: Statement, terms: 
     more, why = None, ""
     if verdict == "inapplicable":
         why = "not so: " + "; ".join(key for key, true in assumed.items() if not true)
-    elif verdict == "inconclusive" and statement.slack.weak:
-        why = "importance weights are degenerate; see the warnings"
+    elif verdict == "inconclusive" and statement.slack.weak and not terms.sure:
+        why = "importance weights cannot be trusted; see the warnings"
     elif verdict == "inconclusive":
         more = prompts_to_settle(slack)
         why = "no realistic number of prompts would settle it"
@@ -237,7 +240,10 @@ def _bound(name, prompter, gap, rhs, slack, parts, statement: Statement, terms: 
     )
 
 
-def _gaps(terms: Terms, rollouts: Rollouts, level: float) -> tuple[dict[str, Estimate], dict[str, Split]]:
+def _gaps(
+    terms: Terms, estimated: Callable[..., dict[str, Estimate]]
+) -> tuple[dict[str, Estimate], dict[str, Split]]:
+    rollouts = terms.rollouts
     others = [arm for arm in rollouts.arms if arm not in rollouts.direct]
     wanted: dict[Any, Callable[[], Term]] = {arm: partial(terms.gap, arm) for arm in others}
     if "star" not in rollouts.arms:
@@ -246,21 +252,19 @@ def _gaps(terms: Terms, rollouts: Rollouts, level: float) -> tuple[dict[str, Est
         wanted[policy] = partial(terms.gap, policy)
         for arm in others:
             wanted[f"{policy} - {arm}"] = partial(terms.difference, policy, arm)
-    gaps = estimates(_attempt(wanted)[0], rollouts, level)
+    gaps = estimated(_attempt(wanted)[0])
 
     splits = {}
     for arm in (*terms.prompters(), "star" if "star" in rollouts.arms else "rho*"):
         try:
             reached = terms.j_star() if arm == "rho*" else terms.j(arm)
-            found = estimates(
+            found = estimated(
                 {
                     "gap": terms.j_pi() - reached,
                     "prompting_ceiling": terms.j_pi() - terms.best(),
                     "kl_regularisation": terms.best() - terms.j_star(),
                     "optimisation": terms.j_star() - reached,
-                },
-                rollouts,
-                level,
+                }
             )
         except Absent:
             continue

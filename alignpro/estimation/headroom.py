@@ -1,5 +1,6 @@
 """`headroom`: what prompt optimization could gain, from samples of the reference, before any training."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,8 +89,9 @@ def headroom(rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95
     counts = [n for n in (2, 4, 8, 16, 32, 64) if n < draws] + [draws]
     split = "unbiased analysis of variance"
     rows: dict[Any, Term] = {
-        "within": Term(within, 0.0, square, sft.arms, "none", split),
-        "between": Term(between, 0.0, square, sft.arms, "none", split),
+        # Of two values the variance is at most twice what it can be of many, and noise is subtracted.
+        "within": Term(within, 0.0, square, sft.arms, "none", split, reach=(0.0, 2.0 * square)),
+        "between": Term(between, 0.0, square, sft.arms, "none", split, reach=(-square, 2.0 * square)),
         **{("J", name): terms.j(name) for name in ("none", "sft") if name in rollouts.arms},
         **{("best", n): terms.best(n) - sft for n in counts},
     }
@@ -122,20 +124,26 @@ def headroom(rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95
         best_of={n: found["best", n] for n in counts},
         ceiling=found.get("ceiling"),
         pooled=shared,
-        answer=_answer(lams, joint, sure, shared, none, terms.width),
+        answer=_answer(terms, lams, joint, sure, shared, none, level),
         warnings=tuple(terms.warnings.values()),
     )
 
 
 def _answer(
+    terms: Terms,
     lams: Sequence[float],
     joint: dict[Any, Estimate],
     sure: dict[Any, Estimate],
     shared: Pooled | None,
     none: bool,
-    width: float,
+    level: float,
 ) -> str:
-    """Say in one sentence whether to train: a yes by the limits `sure`, a no by `joint`, both over all λ."""
+    """Say in one sentence whether to train: a yes by the limits `sure`, a no by `joint`, both over all λ.
+
+    N rewrites say nothing of a share of them below log(1/α)/N, α = (1 − level)/2: with probability α none of
+    those is drawn. A no is said only where such a share could not earn more than it says.
+    """
+    width = terms.width
     rival = "no prompter" if none else "the reference prompter"
     gains, wins = ({lam: of["none" if none else "over", lam] for lam in lams} for of in (joint, sure))
 
@@ -153,8 +161,18 @@ def _answer(
         return f"Yes: at lambda {lam:g} the optimal prompter earns {said(gain)} over {rival}."
     if all(gain.hi < smallest for gain in gains.values()):
         lam, gain = max(gains.items(), key=lambda item: item[1].hi)
+        rare = math.log(2.0 / (1.0 - level)) / int(terms.arm("sft").draws.sum())
+        most, at = max(
+            (max(of.hi, 0.0) + terms.hidden(lam, min(rare, 1.0)), lam) for lam, of in gains.items()
+        )
+        if most >= smallest:
+            return (
+                f"Undecided: nothing drawn earns more than {max(gain.hi, 0.0):.3g} over {rival}, but "
+                f"rewrites that are one in {1.0 / rare:.0f} or rarer, which may have been missed, could earn "
+                f"up to {most:.3g} at lambda {at:g}; more rewrites would tell."
+            )
         return (
-            f"No: at none of these lambdas does the optimal prompter earn more than {max(gain.hi, 0.0):.3g} "
+            f"No: at none of these lambdas does the optimal prompter earn more than {most:.3g} "
             f"over {rival}, less than 1% of the reward's range ({smallest:.3g})."
         )
     lam, gain = max(gains.items(), key=lambda item: item[1].value)

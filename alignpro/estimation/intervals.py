@@ -19,6 +19,7 @@ LEAST_PROMPTS = 5
 """Prompts that an interval needs. With 4, one bootstrap resample in 64 repeats a single prompt."""
 _MANY_PROMPTS = 2000  # beyond it the central limit theorem has set in and resampling only costs
 _BLOCK = 2**22  # numbers at once
+_CUT = 0.75  # of the largest bet that cannot lose all; with 0.5 few prompts without a spread say a third less
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,15 @@ class Studentised(NamedTuple):
         """Equal-tailed percentile-t limits of each row by itself, [..., S] each."""
         tail = (1.0 - level) / 2.0
         low, high = np.quantile(self.draws, (tail, 1.0 - tail), axis=-1, method="nearest")
-        return self._limits(low, high)
+        return self.between(low, high)
 
     def simultaneous(self, level: float) -> tuple[np.ndarray, np.ndarray]:
         """Limits that cover all rows at once, [..., S] each: mean ± quantile of max |t| · error."""
         width = np.quantile(np.abs(self.draws).max(-2, keepdims=True), level, axis=-1, method="nearest")
-        return self._limits(-width, width)
+        return self.between(-width, width)
 
-    def _limits(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def between(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Limits mean − high·error and mean − low·error, [..., S] each; the mean of a row without spread."""
         spread = self.error > 0
         safe = np.where(spread, self.error, 0.0)
         with np.errstate(invalid="ignore"):
@@ -160,8 +162,8 @@ def betting(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hedged-capital limits (arXiv 2010.09686) of the mean of independent `values` [..., n] in [low, high].
 
-    Against a mean m one bets λ_t = √(2 log(2/α)/(n σ̂²_{t−1})), cut to ½/m (from the other side to
-    ½/(1 − m)), where σ̂² is predictable. If m is the mean, the capital Π(1 ± λ_t (x_t − m)) is a nonnegative
+    Against a mean m one bets λ_t = √(2 log(2/α)/(n σ̂²_{t−1})), cut to ¾/m (from the other side to
+    ¾/(1 − m)), where σ̂² is predictable. If m is the mean, the capital Π(1 ± λ_t (x_t − m)) is a nonnegative
     martingale, so it exceeds 2/α at any time with probability at most α/2 (Ville). The limits are where it
     just does; it is monotone in m, so bisection finds them. Valid at every n; depends on the values' order.
 
@@ -185,7 +187,7 @@ def betting(
         for _ in range(30):
             m = 0.5 * (left + right)
             at = m[..., None]
-            bet = np.minimum(bets, 0.5 / np.maximum(at, 1e-12))
+            bet = np.minimum(bets, _CUT / np.maximum(at, 1e-12))
             capital = np.cumsum(np.log1p(bet * (x - at)), -1).max(-1)
             rejected = capital >= threshold
             left, right = np.where(rejected, m, left), np.where(rejected, right, m)

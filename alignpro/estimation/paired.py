@@ -8,11 +8,15 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from alignpro.errors import AlignProError
-from alignpro.estimation.intervals import Bias, Estimate, betting, studentise
+from alignpro.estimation.copies import copies
+from alignpro.estimation.intervals import Bias, Estimate
+from alignpro.estimation.means import WAYS, Limits, limits
 from alignpro.rollouts import Rollouts
 
 Interval = Literal["bootstrap", "betting"]
-"""Which intervals means get: percentile-t over prompts, or guaranteed limits where they are to be had."""
+"""Which intervals means get: percentile-t over prompts where it can be trusted (`means.doubtful`), or
+guaranteed limits wherever they are to be had."""
+Range = tuple[float, float]
 Key = TypeVar("Key", bound=Hashable)
 COMBINED = "per-prompt values, combined prompt by prompt"
 """The method of a sum of terms that come by different ones."""
@@ -51,6 +55,7 @@ class Arm:
                 "rollout, or remove the prompt"
             )
         self.first = np.cumsum(self.draws) - self.draws
+        self.copies = copies(rollouts, name, index)
 
     def mean(self, values: np.ndarray) -> np.ndarray:
         """Average `values` [rows of the arm] within draws, then over the draws of each prompt: [n]."""
@@ -81,12 +86,30 @@ class Arm:
 
     def least(self, draws: int, answers: int) -> None:
         """Raise Absent unless every prompt has `draws` draws, and every draw `answers` answers."""
+        if alike := self._copied(answers):
+            raise Absent(alike)
         for what, given, need, each in (
             ("prompt with {} draw", self.draws.min(), draws, "prompt"),
             ("draw with {} answer", self.answers.min(), answers, "rewrite"),
         ):
             if given < need:
                 raise Absent(f"arm {self.name} has a {what.format(given)}; give every {each} at least {need}")
+
+    def _copied(self, answers: int) -> str:
+        """Say that most draws (prompts, with one answer to a draw) have one answer in effect, or ""."""
+        if not self.copies.certain or self.rollouts.texts is None:
+            return ""
+        starts = self.starts if answers > 1 else self.starts[self.first]
+        text = self.rollouts.texts[self.index, 0]
+        single = np.maximum.reduceat(text, starts) == np.minimum.reduceat(text, starts)
+        if single.mean() <= 0.5:
+            return ""
+        return (
+            f"all answers to {'a rewrite' if answers > 1 else 'the prompt'} are one text in {single.sum()} "
+            f"of {len(single)} cases of arm {self.name}, more often than chance allows: they are copies, and "
+            "count as one answer; turn off the server's cache, or give each answer a seed of its own (where "
+            "the model answers deterministically, give its log-probabilities)"
+        )
 
     def per_prompt(self, statistic: Callable[[np.ndarray], Any]) -> np.ndarray:
         """Apply `statistic` ([g, K, A] to [S, g]) to prompts of equally many draws K; [S, n], in their order.
@@ -117,24 +140,43 @@ class Term:
     ess: float | None = None
     """Effective number of importance-weighted samples of a prompt; None where nothing is weighted."""
     bounded: bool = False
-    """Whether each of `values` is unbiased and within [low, high]: betting then applies."""
+    """Whether each of `values` is unbiased and within `reach`, or, of a bracket, each of `lower` and `upper`
+    errs on its side and is within its own: betting then has guaranteed coverage."""
+    reach: Range | None = None
+    """Within which each of `values` lies; left out: [low, high]."""
+    lower_reach: Range | None = None
+    upper_reach: Range | None = None
+    """Within which each of `lower` and `upper` lies; one number twice where they are constant and known."""
 
     @property
     def weak(self) -> bool:
         """Whether the interval is a bracket by `lower` and `upper`."""
         return self.lower is not None
 
+    @property
+    def rows(self) -> list[tuple[np.ndarray, Range]]:
+        """The values that limits are made of, with their ranges: of a bracket the lower, then the upper."""
+        own = self.reach or (self.low, self.high)
+        if self.lower is None or self.upper is None:
+            return [(self.values, own)]
+        sides = ((self.lower, self.lower_reach), (self.upper, self.upper_reach))
+        return [(side, reach or (self.low, self.high)) for side, reach in sides]
+
     def __add__(self, other: "Term") -> "Term":
         if other.bias in ("none", self.bias):
             bias = self.bias
         else:
             bias = other.bias if self.bias == "none" else "unknown"
-        lower = upper = None
+        lower = upper = lower_reach = upper_reach = None
         if self.weak or other.weak:
-            lower, upper = (
-                (self.values if mine is None else mine) + (other.values if theirs is None else theirs)
-                for mine, theirs in ((self.lower, other.lower), (self.upper, other.upper))
+            (lower, lower_reach), (upper, upper_reach) = (
+                (mine + theirs, (a[0] + b[0], a[1] + b[1]))
+                for (mine, a), (theirs, b) in (
+                    (self.rows[0], other.rows[0]),
+                    (self.rows[-1], other.rows[-1]),
+                )
             )
+        a, b = (of.reach or (of.low, of.high) for of in (self, other))
         return Term(
             values=self.values + other.values,
             low=self.low + other.low,
@@ -145,6 +187,10 @@ class Term:
             lower=lower,
             upper=upper,
             ess=min((t.ess for t in (self, other) if t.ess is not None), default=None),
+            bounded=self.bounded and other.bounded,
+            reach=(a[0] + b[0], a[1] + b[1]),
+            lower_reach=lower_reach,
+            upper_reach=upper_reach,
         )
 
     def __neg__(self) -> "Term":
@@ -154,10 +200,32 @@ class Term:
         return self + -other
 
     def __rmul__(self, factor: float) -> "Term":
-        low, high = sorted((factor * self.low, factor * self.high))
+        def scaled(ends: Range | None) -> Range | None:
+            return None if ends is None else (min(at := (factor * ends[0], factor * ends[1])), max(at))
+
+        low, high = scaled((self.low, self.high)) or (0.0, 0.0)
         lower, upper = (None if end is None else factor * end for end in (self.lower, self.upper))
-        found = replace(self, values=factor * self.values, low=low, high=high, lower=lower, upper=upper)
-        return found if factor > 0 else replace(found, bias=_FLIP[self.bias], lower=upper, upper=lower)
+        found = replace(
+            self,
+            values=factor * self.values,
+            low=low,
+            high=high,
+            lower=lower,
+            upper=upper,
+            reach=scaled(self.reach),
+            lower_reach=scaled(self.lower_reach),
+            upper_reach=scaled(self.upper_reach),
+        )
+        if factor > 0:
+            return found
+        return replace(
+            found,
+            bias=_FLIP[self.bias],
+            lower=upper,
+            upper=lower,
+            lower_reach=found.upper_reach,
+            upper_reach=found.lower_reach,
+        )
 
 
 def by_arm(found: Mapping[tuple[str, str], Estimate]) -> dict[str, dict[str, Estimate]]:
@@ -178,26 +246,30 @@ def estimates(
 ) -> dict[Key, Estimate]:
     """Estimate every term with its interval, all prompts resampled together.
 
-    Intervals cover at `level` each, or all at once when `simultaneous` (by the bootstrap of the largest |t|);
-    betting has guaranteed coverage, for the terms that are unbiased and bounded.
+    Intervals cover at `level` each, or all at once when `simultaneous`. By `means.limits`: percentile-t where
+    the values' shape lets it be trusted, betting elsewhere; with `interval` "betting", betting for all terms
+    whose values are bounded and err on no side, or on a known one.
     """
     if not terms:
         return {}
-    sides = ((term.values, term.lower, term.upper) for term in terms.values())
-    found = studentise(np.stack([side for three in sides for side in three if side is not None]))
-    lo, hi = found.simultaneous(level) if simultaneous else found.interval(level)
+    rows = [(row, *reach, term) for term in terms.values() for row, reach in term.rows]
+    found = limits(
+        np.stack([row for row, *_ in rows]),
+        np.array([low for _, low, _, _ in rows]),
+        np.array([high for _, _, high, _ in rows]),
+        level,
+        joint=simultaneous,
+        sure=np.array([interval == "betting" and term.bounded for *_, term in rows]),
+    )
     out, i = {}, 0
     for name, term in terms.items():
-        value, low, high = float(found.mean[i]), float(lo[i]), float(hi[i])
-        how = f"{'joint ' * simultaneous}percentile-t bootstrap over prompts"
+        first, last = i, i + len(term.rows) - 1
+        i = last + 1
+        value, low, high = float(term.values.mean()), float(found.lo[first]), float(found.hi[last])
         if term.weak:
-            low, high = max(float(lo[i + 1]), term.low), min(float(hi[i + 2]), term.high)
-            value, how = min(max(value, low), high), how + " of a lower and an upper bound"
-        elif term.bounded and interval == "betting" and not simultaneous:
-            low, high = map(float, betting(term.values, term.low, term.high, level))
-            how = "betting (hedged capital)"
-        i += 3 if term.weak else 1
-        # What lies outside the quantity's range covers nothing. A bootstrap of few prompts may know no end.
+            low, high = max(low, term.low), min(high, term.high)
+            value = min(max(value, low), high)
+        # What lies outside the quantity's range covers nothing. Some limits know no end.
         low, high = max(low, term.low, -1e308), min(high, term.high, 1e308)
         low, high = min(low, value), max(high, value)  # an unbiased estimate may lie outside
         out[name] = Estimate(
@@ -207,9 +279,16 @@ def estimates(
             level=level,
             n=int(sum(rollouts.rows(arm).sum() for arm in term.arms)),
             n_clusters=len(term.values),
-            method=f"{term.method}; {how}",
+            method=f"{term.method}; {_how(term, found, first, last, simultaneous)}",
             bias=term.bias,
             bracket=term.weak,
             ess=term.ess,
         )
     return out
+
+
+def _how(term: Term, found: Limits, first: int, last: int, joint: bool) -> str:
+    """Say how the limits of one term were computed, in words."""
+    ways = list(dict.fromkeys(WAYS[found.way[at]] for at in (first, last)))
+    said = "; ".join(("joint " if joint and way != WAYS["exact"] else "") + way for way in ways)
+    return said + " of a lower and an upper bound" * term.weak

@@ -7,7 +7,8 @@ from itertools import pairwise
 import numpy as np
 
 from alignpro.estimation.components import Components, PooledAt, components
-from alignpro.estimation.intervals import Bias, Estimate, studentise
+from alignpro.estimation.intervals import Bias, Estimate
+from alignpro.estimation.means import limits
 from alignpro.estimation.paired import Arm
 from alignpro.rollouts import Rollouts
 
@@ -199,15 +200,19 @@ def judge(
 def estimate_of(
     rows: np.ndarray, level: float, n: int, low: float, high: float, method: str, bias: Bias = "down"
 ) -> Estimate:
-    """Estimate the mean of `rows` [n], with the wider of Student's and percentile-t limits on each side."""
+    """Estimate the mean of `rows` [n], with the wider of Student's limits and `means.limits` on each side.
+
+    Betting takes rows in their order, in which they are martingale differences about their expectations.
+    """
     from scipy.special import stdtrit  # here, since importing it takes longer than most estimates
 
-    found = studentise(rows[None])
-    lo, hi = (float(end[0]) for end in found.interval(level))
-    value, error = float(found.mean[0]), float(found.error[0])
+    free = np.full(1, np.inf)
+    found = limits(rows[None], -free, free, level, ordered=True)
+    value, lo, hi = (float(end[0]) for end in found[:3])
+    error = float(rows.std(ddof=1)) / np.sqrt(len(rows))
     half = float(stdtrit(len(rows) - 1, 0.5 + level / 2.0)) * error
     lo, hi = max(min(lo, value - half), low), min(max(hi, value + half), high)
-    how = "wider of Student's and percentile-t limits over prompts"
+    how = "the wider of Student's limits and percentile-t's over prompts, or betting's where it is in doubt"
     return Estimate(value, min(lo, value), max(hi, value), level, n, len(rows), f"{method}; {how}", bias)
 
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from alignpro.errors import AlignProError
-from alignpro.estimation.intervals import Estimate, betting, check_level, studentise
+from alignpro.estimation.intervals import Estimate, betting, check_level
+from alignpro.estimation.means import WAYS, limits
 
 Pull = Callable[[Sequence[int], range, int], np.ndarray]
 """Asks arms on prompts, by their numbers, for so many answers each: rewards [arms, prompts, answers]."""
@@ -271,13 +272,14 @@ def gain_over(rewards: np.ndarray, base: np.ndarray, low: float, high: float, le
         level: how often an interval covers the truth, each by itself.
     """
     rows = np.stack([rewards.mean(1) - base.mean(1), rewards.mean(1), base.mean(1)])
-    lo, hi = studentise(rows).interval(level)
-    width, how = high - low, "percentile-t bootstrap over prompts"
+    width = high - low
+    least, most = np.array([-width, low, low]), np.array([width, high, high])
+    _, lo, hi, way = limits(rows, least, most, level)
 
     def of(i: int, least: float, most: float, each: int) -> Estimate:
         value = float(rows[i].mean())
         ends = min(max(float(lo[i]), least), value), max(min(float(hi[i]), most), value)
-        return Estimate(value, *ends, level, each * rewards.size, rows.shape[1], how, "none")
+        return Estimate(value, *ends, level, each * rewards.size, rows.shape[1], WAYS[way[i]], "none")
 
     found = of(0, -width, width, 2), of(1, low, high, 1), of(2, low, high, 1)
     return Gain(*found, rewards.shape[1])

@@ -109,7 +109,7 @@ def _others(rewards: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     return out
 
 
-def prompter_tilt(rewards: np.ndarray, lam: float) -> PrompterTilt:
+def prompter_tilt(rewards: np.ndarray, lam: float, factor: float | None = None) -> PrompterTilt:
     """Value ρ* by cross-fitting over answers: `rewards` [..., n, K, A], n prompts, A and K ≥ 2.
 
     Weights come from all answers of a draw but one, the value from that one, so that a lucky answer cannot
@@ -120,7 +120,7 @@ def prompter_tilt(rewards: np.ndarray, lam: float) -> PrompterTilt:
     About `lower`: with weights w that depend on the other answers alone, E[Σ w_k r_k − λ KL(w‖uniform)] is at
     most E λ log mean_k e^{R_k/λ} (the answers are unbiased for R given the draws; Gibbs' variational
     principle), and that at most λ log Z (Jensen). The best such w tilts by the mean of R given what was seen,
-    which is taken as R̂ shrunk towards the prompt's mean, by a factor from the other prompts.
+    which is taken as R̂ shrunk towards the prompt's mean, by a factor from the other prompts, or by `factor`.
     """
     draws, answers = rewards.shape[-2:]
 
@@ -142,6 +142,8 @@ def prompter_tilt(rewards: np.ndarray, lam: float) -> PrompterTilt:
     elsewhere = [v.sum(-1, keepdims=True) - v for v in (within / (answers - 1), between)]
     signal = np.maximum(elsewhere[1], 0.0)
     shrink = signal / np.maximum(signal + elsewhere[0], np.finfo(float).tiny)
+    if factor is not None:
+        shrink = np.full(shrink.shape, factor)
     lower, ess, folds = np.zeros(value.shape), np.zeros(value.shape), _others(rewards)
     for seen, own in folds:
         w = _softmax(shrink[..., None] * seen / lam)

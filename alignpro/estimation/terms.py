@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignpro.estimation import laws, samples
-from alignpro.estimation.paired import COMBINED, Absent, Arm, Term
+from alignpro.estimation import laws, samples, unseen
+from alignpro.estimation.paired import COMBINED, Absent, Arm, Range, Term
+from alignpro.estimation.unseen import Side
 from alignpro.rollouts import Rollouts
 
 LEAST_ESS = 8.0
@@ -29,15 +30,28 @@ class Weights(NamedTuple):
     ess: float
     """Effective samples of a prompt, in the median."""
     weak: bool
-    """Whether they are degenerate, so that what they give is bracketed by bounds."""
+    """Whether they cannot be trusted, so that what they give is bracketed by bounds."""
+    sound: bool = False
+    """Whether these bounds hold at every n: each is a mean of bounded values that err on its side."""
 
     def term(self, values, low, high, lower, upper, method: str) -> Term:
-        """A term by these weights; `lower` and `upper` hold where they are degenerate."""
+        """A term by these weights; `lower` and `upper`, known numbers or a `Side`, hold if they are weak."""
         found = Term(values, low, high, frozenset({self.arm}), "unknown", method, ess=self.ess)
         if not self.weak:
             return found
-        lower, upper = (np.broadcast_to(end, len(values)) for end in (lower, upper))
-        return replace(found, lower=lower, upper=upper)
+        (lower, *below), (upper, *above) = (
+            end if isinstance(end, Side) else (np.full(len(values), float(end)), end, end)
+            for end in (lower, upper)
+        )
+        reaches: list[Range] = [(float(ends[0]), float(ends[1])) for ends in (below, above)]
+        return replace(
+            found,
+            lower=lower,
+            upper=upper,
+            lower_reach=reaches[0],
+            upper_reach=reaches[1],
+            bounded=self.sound,
+        )
 
 
 class Terms:
@@ -47,8 +61,9 @@ class Terms:
     computed so far, by kind.
     """
 
-    def __init__(self, rollouts: Rollouts, beta: float, lam: float) -> None:
-        self.rollouts, self.beta, self.lam = rollouts, beta, lam
+    def __init__(self, rollouts: Rollouts, beta: float, lam: float, sure: bool = False) -> None:
+        """Take rollouts at β and λ; `sure` brackets what rests on weights, by limits that hold at every n."""
+        self.rollouts, self.beta, self.lam, self.sure = rollouts, beta, lam, sure
         self.low, self.high = rollouts.low, rollouts.high
         self.width = self.high - self.low
         self.warnings: dict[str, str] = {"refused": said} if (said := rollouts.refusals()) else {}
@@ -57,7 +72,9 @@ class Terms:
 
     def arm(self, name: str) -> Arm:
         if name not in self._arms:
-            self._arms[name] = Arm(self.rollouts, name)
+            self._arms[name] = found = Arm(self.rollouts, name)
+            if found.copies.certain:
+                self.warnings[f"copies {name}"] = found.copies.warning(name)
         return self._arms[name]
 
     def prompters(self) -> tuple[str, ...]:
@@ -94,6 +111,14 @@ class Terms:
         values = arm.mean(self.rollouts.refused[arm.index].astype(float))
         return Term(values, 0.0, 1.0, frozenset({name}), "none", "share of each prompt", bounded=True)
 
+    def _doubt(self, rewards: np.ndarray, temperature: float, total: int) -> np.ndarray:
+        return unseen.unresolved(rewards, temperature, self.low, self.high, total)
+
+    def _unsettled(self, doubt: np.ndarray) -> str:
+        """Say how many prompts what was not drawn could decide, where that counts; otherwise nothing."""
+        some = np.mean(doubt) > unseen.SHARE
+        return f"in {int((doubt > 0).sum())} of {len(doubt)} prompts" if some else ""
+
     @cached_property
     def _model(self) -> tuple[np.ndarray, samples.Tilt, Weights]:
         """π* by the answers of arm none: value, mean and TV freed of their bias, [3, n]; and as they are."""
@@ -101,18 +126,50 @@ class Terms:
         arm.least(2, 1)
         values = arm.per_prompt(lambda r: samples.model_tilt(r[..., 0], self.beta))
         plain = samples.Tilt(*arm.per_prompt(lambda r: samples.tilt(r[..., 0], self.beta)))
+        total = int(arm.draws.sum())
+        (doubt,) = arm.per_prompt(lambda r: self._doubt(r[..., 0], self.beta, total)[None])
         ess = float(np.median(plain.ess))
         if ess < LEAST_ESS:
             self.warnings["model weights"] = (
                 f"the weights of pi* are degenerate: {ess:.1f} effective answers per prompt at beta "
                 f"{self.beta:g}; draw more answers in arm none, or raise beta"
             )
-        return values, plain, Weights("none", ess, ess < LEAST_ESS)
+        elif unsettled := self._unsettled(doubt):
+            self.warnings["model weights"] = (
+                f"answers too rare to be drawn could decide what pi* earns {unsettled}, where all rewards "
+                f"are alike or one or two answers carry the weight at beta {self.beta:g}; draw more answers "
+                "in arm none, or raise beta"
+            )
+        return values, plain, Weights("none", ess, self.sure or "model weights" in self.warnings, True)
+
+    def _above(self, arm: str, temperature: float) -> Side:
+        """Bound t log E e^{r/t} (arm none) or λ log Z (arm sft) from above, whatever was not drawn.
+
+        e^{R/λ} is at most the mean of e^{R̂/λ} over answers (Jensen), R̂ a draw's mean reward.
+        """
+
+        def make() -> Side:
+            (g,) = self.arm(arm).per_prompt(
+                lambda r: unseen.ceiling(r.mean(-1), temperature, self.high)[None]
+            )
+            return unseen.value_above(g, temperature, self.high)
+
+        return self._once(("above", arm, temperature), make)
+
+    def _mean_above(self) -> Side:
+        """Bound J(π*) from above, whatever was not drawn."""
+        plain = self._model[1]
+        half = self._above("none", self.beta / 2.0)
+        return self._once("mean above", lambda: unseen.mean_above(half, plain.value, self.low, self.high))
+
+    def _side(self, values: np.ndarray) -> Side:
+        return Side(values, self.low, self.high)
 
     def j_pi(self) -> Term:
         """J(π*), the expected reward of the RLHF optimum, by reweighting the answers of arm none."""
         values, plain, weights = self._model
-        return weights.term(values[1], self.low, self.high, plain.mean, self.high, _BY_BETA)
+        upper = self._mean_above() if weights.weak else self.high
+        return weights.term(values[1], self.low, self.high, self._side(plain.mean), upper, _BY_BETA)
 
     def tv_model(self) -> Term:
         """TV(π*, π_F), the total variation between the RLHF optimum and the frozen model.
@@ -120,18 +177,20 @@ class Terms:
         Where weights are degenerate: at least (E_π* r − E_πF r)/width, at most tanh(width/(4β)).
         """
         values, plain, weights = self._model
-        least = (plain.mean - self.j("none").values) / self.width
+        least = Side((plain.mean - self.j("none").values) / self.width, -1.0, 1.0)
         return weights.term(values[2], 0.0, 1.0, least, np.tanh(self.width / (4.0 * self.beta)), _BY_BETA)
 
     def model_kl(self) -> Term:
         """β KL(π*‖π_F) = J(π*) − β log Z*, in reward units."""
-        values, _, weights = self._model
-        return weights.term(values[1] - values[0], 0.0, self.width, 0.0, self.width, _BY_BETA)
+        values, plain, weights = self._model
+        upper = Side(self.high - plain.value, 0.0, self.width)
+        return weights.term(values[1] - values[0], 0.0, self.width, 0.0, upper, _BY_BETA)
 
     def value_model(self) -> Term:
         """β log Z*, the optimal value of the RLHF objective."""
         values, plain, weights = self._model
-        return weights.term(values[0], self.low, self.high, plain.value, self.high, _BY_BETA)
+        upper = self._above("none", self.beta) if weights.weak else self.high
+        return weights.term(values[0], self.low, self.high, self._side(plain.value), upper, _BY_BETA)
 
     def model_slack(self, width: float) -> Term:
         """Slack of Theorem 1's first term: width·TV(π*, π_F) − (E_π* r − E_πF r) ≥ 0."""
@@ -145,7 +204,9 @@ class Terms:
         def make() -> tuple[samples.PrompterTilt, Weights]:
             arm = self.arm("sft")
             arm.least(2, 2)
-            star = samples.PrompterTilt(*arm.per_prompt(lambda r: samples.prompter_tilt(r, lam)))
+            # A factor from other prompts makes a prompt's lower bound depend on theirs.
+            shrink = 0.5 if self.sure else None
+            star = samples.PrompterTilt(*arm.per_prompt(lambda r: samples.prompter_tilt(r, lam, shrink)))
             ess, noise, given = float(np.median(star.ess)), float(np.mean(star.noise)), int(arm.answers.min())
             most = MOST_NOISE if given >= 4 else MOST_NOISE_UNCORRECTED
             if noise > most:
@@ -160,23 +221,64 @@ class Terms:
                     f"the weights of rho* are degenerate: {ess:.1f} effective rewrites per prompt at lambda "
                     f"{lam:g}; draw more rewrites in arm sft, or raise lambda"
                 )
-            return star, Weights("sft", ess, noise > most or ess < LEAST_ESS)
+            elif unsettled := self._unsettled(self._star_doubt(lam)):
+                self.warnings[f"weights {lam:g}"] = (
+                    f"rewrites too rare to be drawn could decide what rho* earns {unsettled}, where all are "
+                    f"worth the same or one or two carry the weight at lambda {lam:g}; draw more rewrites in "
+                    "arm sft, or raise lambda"
+                )
+            known = noise <= most and f"weights {lam:g}" not in self.warnings
+            return star, Weights("sft", ess, self.sure or not known, self.sure)
 
         return self._once(("star", lam), make)
 
-    def _upper_value(self, lam: float) -> np.ndarray | None:
-        """Values that are biased up for λ log Z, or None where the draws are too few to say."""
-        value, ess = self.arm("sft").per_prompt(lambda r: samples.noisy_value(r, lam))
-        return value if float(np.median(ess)) >= LEAST_ESS else None
+    def _star_doubt(self, lam: float) -> np.ndarray:
+        """How much of each prompt's ρ* is not settled by the rewrites drawn, [n] in [0, 1]."""
+        arm = self.arm("sft")
+        total = int(arm.draws.sum())
+        return arm.per_prompt(lambda r: self._doubt(r.mean(-1), lam, total)[None])[0]
+
+    def hidden(self, lam: float, share: float) -> float:
+        """Bound how much more ρ* could earn if `share` of the rewrites, none of them drawn, were perfect.
+
+        On average over prompts; concave in each prompt's own share, so that an even one is the worst.
+        """
+        (rise,) = self.arm("sft").per_prompt(
+            lambda r: (
+                unseen.hidden(r.mean(-1), lam, self.high, share)
+                * (self.high - samples.tilt(r.mean(-1), lam).mean)
+            )[None]
+        )
+        return float(rise.mean())
+
+    def _upper_value(self, lam: float) -> Side:
+        """Values that are biased up for λ log Z; where draws are too few, limits for the unseen."""
+        arm = self.arm("sft")
+        value, ess = arm.per_prompt(lambda r: samples.noisy_value(r, lam))
+        settled = float(np.median(ess)) >= LEAST_ESS and not self._unsettled(self._star_doubt(lam))
+        return self._above("sft", lam) if self.sure or not settled else self._side(value)
+
+    def _star_lower(self, lam: float, star: samples.PrompterTilt) -> Side:
+        """Values that are biased down for λ log Z, at least low − λ log(draws)."""
+        return Side(star.lower, self.low - lam * float(np.log(self.arm("sft").draws.max())), self.high)
 
     def value(self, lam: float | None = None) -> Term:
         """λ log Z = F(ρ*), the optimal value of the prompter's objective, in reward units."""
         lam = self.lam if lam is None else lam
         star, weights = self._star(lam)
-        known = self._upper_value(lam) if weights.weak else None
+        upper = self._upper_value(lam) if weights.weak else self.high
         method = "weights e^{R/lambda} along 0..1/lambda, cross-fitted over answers, jackknifed over draws"
-        upper = self.high if known is None else known
-        return weights.term(star.value, self.low, self.high, star.lower, upper, method)
+        lower = self._star_lower(lam, star)
+        return weights.term(star.value, self.low, self.high, lower, upper, method)
+
+    def _rho_above(self, lam: float) -> Side:
+        """Bound E_ρ* R from above by 2V(λ/2) − V(λ), V(λ) = λ log Z, or by the reward's upper end."""
+
+        def make() -> Side:
+            lower = self._star_lower(lam, self._star(lam)[0])
+            return unseen.mean_above(self._upper_value(lam / 2.0), lower.values, lower.low, self.high)
+
+        return self._once(("rho above", lam), make)
 
     def j_rho(self, lam: float | None = None) -> Term:
         """E_ρ* R, the expected reward of the optimal prompter, by reweighting ρ_sft.
@@ -186,10 +288,9 @@ class Terms:
         """
         lam = self.lam if lam is None else lam
         star, weights = self._star(lam)
-        half = self._upper_value(lam / 2.0) if weights.weak else None
-        upper = self.high if half is None else 2.0 * half - star.lower
+        upper = self._rho_above(lam) if weights.weak else self.high
         method = "weights e^{R/lambda}, cross-fitted over answers, jackknifed over draws"
-        return weights.term(star.mean, self.low, self.high, star.lower, upper, method)
+        return weights.term(star.mean, self.low, self.high, self._star_lower(lam, star), upper, method)
 
     def j_star(self) -> Term:
         """J(π_ρ*), from arm star where there is one, else by reweighting ρ_sft."""
@@ -203,7 +304,9 @@ class Terms:
             except Absent:
                 pass
         star, weights = self._star(self.lam)
-        return weights.term(star.mean - star.value, 0.0, self.width, 0.0, self.width, COMBINED)
+        lower = self._star_lower(self.lam, star)
+        upper = Side(self.high - lower.values, 0.0, self.high - lower.low)
+        return weights.term(star.mean - star.value, 0.0, self.width, 0.0, upper, COMBINED)
 
     def prompter_slack(self) -> Term:
         """Slack of Theorem 1's last step: F(ρ*) − E_ρsft R ≥ 0, with F(ρ*) of arm star where there is one."""

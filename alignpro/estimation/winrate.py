@@ -13,10 +13,11 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from scipy.special import expit, logit
+from scipy.special import expit, logit, stdtrit
 
 from alignpro.errors import AlignProError
-from alignpro.estimation.intervals import LEAST_PROMPTS, Estimate, bootstrap_t, check_level
+from alignpro.estimation.intervals import LEAST_PROMPTS, Estimate, betting, check_level
+from alignpro.estimation.means import WAYS, limits, shuffled
 from alignpro.files import read_json_lines
 
 VERDICTS = {"win": 1.0, "tie": 0.0, "loss": -1.0, None: math.nan}
@@ -124,24 +125,26 @@ def _by_prompt(prompt: np.ndarray, values: np.ndarray) -> np.ndarray:
 def rate(scores: np.ndarray, prompt: np.ndarray, level: float) -> Estimate | None:
     """Mean of `scores` [N] in [0, 1] with an interval over prompts; None where there are no scores.
 
-    Wilson's with one score a prompt, and where the bootstrap has nothing to resample (fewer than 5 prompts,
-    or all alike); otherwise percentile-t over prompts, of the ratio Σ scores/Σ counts made linear.
+    By `means.limits` of each prompt's share in the ratio Σ scores/Σ counts made linear; betting with fewer
+    than 5 prompts; Wilson's where prompts have one score each and the shape of the scores lets him.
     """
     if not len(scores):
         return None
     value = float(scores.mean())
     counts = _by_prompt(prompt, np.ones(len(scores)))
-    residuals = _by_prompt(prompt, scores - value) / counts.mean()
-    n = len(counts)
-    alike = np.abs(residuals).max() <= 8 * np.finfo(float).eps
-    if counts.max() == 1 or n < LEAST_PROMPTS or alike:
-        lo, hi = wilson(value, n, level)
-        method = "Wilson score, prompts as units"
+    each = value + _by_prompt(prompt, scores - value) / counts.mean()
+    n, most = len(counts), float(counts.max() / counts.mean())
+    low, high = value - value * most, value + (1.0 - value) * most
+    if n < LEAST_PROMPTS:
+        ends = betting(np.clip(shuffled(each), low, high), low, high, level)
+        lo, hi, way = float(ends[0]), float(ends[1]), WAYS["betting"]
     else:
-        low, high = bootstrap_t(value + residuals, level)
-        lo, hi = max(0.0, float(low)), min(1.0, float(high))
-        method = "percentile-t bootstrap over prompts"
-    return Estimate(value, min(lo, value), max(hi, value), level, len(scores), n, method, "none")
+        found = limits(each[None], np.array([low]), np.array([high]), level)
+        lo, hi, way = float(found.lo[0]), float(found.hi[0]), WAYS[found.way[0]]
+        if counts.max() == 1 and found.way[0] == "percentile-t":
+            (lo, hi), way = wilson(value, n, level), "Wilson score, prompts as units"
+    lo, hi = max(0.0, lo), min(1.0, hi)
+    return Estimate(value, min(lo, value), max(hi, value), level, len(scores), n, way, "none")
 
 
 def length_regression(scores: np.ndarray, lengths: np.ndarray) -> tuple[float, float, np.ndarray]:
@@ -189,8 +192,8 @@ def length_controlled(
 ) -> tuple[Estimate | None, float]:
     """The win rate at equal lengths, σ(θ), and the length effect φ (see `length_regression`).
 
-    The interval is Wald's for θ with the sandwich variance over prompts, through σ. All won or all lost, and
-    all lengths alike, leave nothing to control for: then it is the raw rate.
+    The interval is Wald's for θ with the sandwich variance over prompts and Student's t, through σ.
+    All won or all lost, and all lengths alike, leave nothing to control for: then it is the raw rate.
     """
     raw = rate(scores, prompt, level)
     if raw is None or raw.n_clusters < LEAST_PROMPTS:
@@ -205,7 +208,7 @@ def length_controlled(
     n = len(meat)
     left = np.linalg.solve(information, meat.T)
     error = math.sqrt(n / (n - 1) * float(left[0] @ left[0]))
-    width = NormalDist().inv_cdf(0.5 + level / 2) * error
+    width = float(stdtrit(n - 1, 0.5 + level / 2)) * error
     value, lo, hi = map(float, expit([theta, theta - width, theta + width]))
     method = "logistic regression on length, sandwich variance over prompts"
     return Estimate(value, lo, hi, level, raw.n, n, method, "unknown"), phi

@@ -306,9 +306,8 @@ def _solution(
     barycentre, induced = prior @ frozen, rho @ frozen
     bk = b[:, None]
     model_log = jnp.where(own_frozen > 0, d - model.free_energy[:, None], 0.0)
-    induced_to_star, induced_to_model, within, log_induced = policy_kl(
-        induced, own_frozen, model, model_log, bk
-    )
+    of_induced = policy_kl(induced, own_frozen, model, model_log, bk)
+    induced_to_star, induced_to_model, within, log_induced = of_induced
     # By supports, as the product of two small probabilities may underflow; ρ* has that of ρ_sft.
     given = (prior if prompter is None else rho) > 0
     responses_given = (given.astype(np.float32) @ (frozen > 0).astype(np.float32)) > 0

@@ -365,8 +365,9 @@ def test_vacuous_from_the_width_on(monkeypatch):
     for low, high in RANGES:
         rollouts, beta, lam = ranged(low, high)
         for share, vacuous in ((1.0, True), (1.0 - 2**-40, False)):
-            gap = Term(np.zeros(20), -9.0, 9.0, frozenset({"none"}), "none", "nothing")
-            slack = replace(gap, values=np.full(20, share * (high - low)))
+            gap = Term(np.zeros(20), -9.0, 9.0, frozenset({"none"}), "none", "nothing", reach=(0.0, 0.0))
+            known = share * (high - low)
+            slack = replace(gap, values=np.full(20, known), reach=(known, known))
             flat = statements.Statement(gap, {"all": slack}, slack, {})
             monkeypatch.setitem(statements.CLAIMS, "flat", Claim(lambda t, flat=flat: flat, "upper bound"))
             (found,) = (b for b in estimate(rollouts, beta, lam).bounds if b.name == "flat")
@@ -450,8 +451,9 @@ def test_headroom_answers():
     assert found.answer.startswith("Yes: at lambda 0.5 the optimal prompter earns +0.4")
     i.frozen = np.array([[0.5, 0.5]] * 4)
     flat = constant(i, [0.4999, 0.5001])
-    found = headroom(simulate(flat, np.random.default_rng(0), size, reward_range=(0, 1)), (0.1, 0.5))
-    assert found.answer.startswith("No: ")
+    flat_rollouts = simulate(flat, np.random.default_rng(0), size, reward_range=(0, 1))
+    assert headroom(flat_rollouts, (0.8,)).answer.startswith("No: ")
+    assert headroom(flat_rollouts, (0.1, 0.8)).answer.startswith("Undecided: nothing drawn earns more than")
     i.frozen = np.random.default_rng(1).dirichlet(np.ones(2), 4)
     vague = constant(i, [0.3, 0.7])
     rollouts = simulate(vague, np.random.default_rng(0), Size(6, 4, 3, 2), reward_range=(0, 1))

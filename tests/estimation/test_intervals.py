@@ -46,7 +46,7 @@ def test_betting_is_where_the_capital_reaches_two_over_alpha():
         mean, square, wealth, most = 0.5, 0.25, 0.0, 0.0
         seen = [0.5]
         for t, value in enumerate(x, 1):
-            bet = min(np.sqrt(2 * np.log(2 / alpha) / (len(x) * square / t)), 0.5 / m)
+            bet = min(np.sqrt(2 * np.log(2 / alpha) / (len(x) * square / t)), 0.75 / m)
             wealth += np.log1p(bet * (value - m))
             most = max(most, wealth)
             seen.append(value)

@@ -104,10 +104,10 @@ def test_noise_is_too_much_above_its_threshold(answers, most, rollouts, monkeypa
         for share in (0.99, 1.01):
             lam = share * np.sqrt(noise / most)
             terms_ = Terms(given, 1.0, float(lam))
-            _, (_, ess, weak) = terms_._star(float(lam))
-            assert ess > LEAST_ESS
-            found.append(weak)
-            assert weak == bool(terms_.warnings)
+            weights = terms_._star(float(lam))[1]
+            assert weights.ess > LEAST_ESS
+            found.append(weights.weak)
+            assert weights.weak == bool(terms_.warnings)
         return found == [True, False]
 
     assert weak_below_alone()
@@ -121,8 +121,8 @@ def test_noise_is_too_much_above_its_threshold(answers, most, rollouts, monkeypa
 def test_the_answers_that_a_warning_asks_for_suffice(rollouts):
     lam = 0.03
     found = Terms(rollouts, 1.0, lam)
-    star, (_, _, weak) = found._star(lam)
-    assert weak
+    star, weights = found._star(lam)
+    assert weights.weak
     (warning,) = found.warnings.values()
     asked = int(warning.split("about ")[1].split()[0])
     per_answer = float(np.mean(star.noise)) * (6 - 1)

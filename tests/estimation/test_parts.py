@@ -141,7 +141,7 @@ def test_refused_answers_are_told_where_their_rewards_are_used(rows, tmp_path, c
     rollouts = collect(given)
     result = estimate(rollouts, 0.3, 0.3)
     assert result.quantities["refused(sft)"].value == pytest.approx(16 / 320)
-    assert result.quantities["refused(none)"].value == result.quantities["refused(none)"].hi == 0
+    assert 0 == result.quantities["refused(none)"].value < result.quantities["refused(none)"].hi
     assert 0 <= result.quantities["refused(sft)"].lo < 0.05 < result.quantities["refused(sft)"].hi <= 1
     said = "answers were refused, 16 of 320 in arm sft: each counts with the reward declared for a refusal"
     for found in (result, compare(rollouts, ARMS), headroom(rollouts, (0.3,))):

@@ -58,7 +58,9 @@ def test_file_memory_and_simulation_agree(tmp_path):
     from_memory = collect(rows())
     assert same(from_file, from_memory)
     # Rows come arm by arm, so that arms and prompts are numbered alike.
-    assert same(from_file, replace(straight, prompters={(arm, 0): arm for arm in straight.arms}))
+    named = {(arm, 0): arm for arm in straight.arms}
+    assert straight.texts is None
+    assert same(from_file, replace(straight, prompters=named, texts=from_file.texts))
     assert len(from_file) == 6 * (3 + 6 + 6 + 3)
     assert np.isnan(from_file.logps["logp_policy"][~from_file.rows("rlhf")]).all()
 
@@ -192,7 +194,7 @@ def test_only_a_newline_ends_a_line(tmp_path):
     odd = "a\u2028b\u2029c\x85d\x0ce\x1cf"
     changed = [replace(row, response=row.response + odd) for row in rows()]
     path = write(tmp_path / "r.jsonl", [row.line() for row in changed])
-    assert same(read(path), collect(rows()))
+    assert same(read(path), collect(changed))
     assert len(path.read_text(encoding="utf-8").splitlines()) > len(changed)
 
 
