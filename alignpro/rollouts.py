@@ -18,8 +18,7 @@ LOGPS = ("logp_frozen_x", "logp_frozen_rewrite", "logp_prompter", "logp_referenc
 """The log-probabilities of a row, in nats, of whole texts with their end, under the sampler that was used."""
 SHARED = ("frozen", "reward_model", "sampling", "reward_low", "reward_high")
 """The fields that all rows of a file have in common; so are names and ranges of the reward's parts."""
-_MOST = 1e150  # sums of squares of what is larger overflow
-_ROUNDING = 1e-3  # nats: how far above 0 a log-probability summed in low precision may come out
+_MOST, _ROUNDING = 1e150, 1e-3  # of squares that are summed; of log-probabilities in low precision, nats
 PARTS_ROUNDING = 1e-6
 """How far a reward may be from the sum of its parts, as a share of the greatest magnitudes of all parts."""
 

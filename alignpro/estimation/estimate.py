@@ -229,6 +229,8 @@ def _bound(name, prompter, gap, rhs, slack, parts, statement: Statement, terms: 
         why = "not so: " + "; ".join(key for key, true in assumed.items() if not true)
     elif verdict == "inconclusive" and statement.slack.weak and not terms.sure:
         why = "importance weights cannot be trusted; see the warnings"
+    elif verdict == "inconclusive" and statement.slack.low >= 0.0:
+        why = "it tests nothing, as its slack cannot come out below 0; it says how large the bound is"
     elif verdict == "inconclusive":
         more = prompts_to_settle(slack)
         why = "no realistic number of prompts would settle it"

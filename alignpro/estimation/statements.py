@@ -79,15 +79,14 @@ def law(terms: Terms) -> Statement:
     estimated from above, and never below that difference, it says how large the bound is and is no test of
     it.
     """
-    shift, jeffreys = terms.j("none") - terms.j("sft"), terms.j_star() - terms.j("sft")
     return Statement(
         terms.j_pi() - terms.j_star(),
         {
             "model": terms.j_pi() - terms.j("none"),
             "law_shift": terms.law_shift(),
-            "prompter_jeffreys": -jeffreys,
+            "prompter_jeffreys": terms.j("sft") - terms.j_star(),
         },
-        terms.law_shift() - shift,
+        terms.law_slack(),
         {},
     )
 

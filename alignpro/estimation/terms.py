@@ -345,7 +345,21 @@ class Terms:
         none, sft = self.arm("none"), self.arm("sft")
         values = self._once("law_shift", lambda: laws.shift(laws.by_prompt(none), laws.by_prompt(sft)))
         method = "area between the distribution functions of rewards of arms none and sft"
-        return Term(values, 0.0, self.width, frozenset({"none", "sft"}), "up", method)
+        found = Term(values, 0.0, self.width, frozenset({"none", "sft"}), "up", method)
+        if not self.sure:
+            return found
+        means = self.j("none").values - self.j("sft").values  # at most W1, and unbiased
+        ends = {"lower_reach": (-self.width, self.width), "upper_reach": (0.0, self.width)}
+        return replace(found, lower=means, upper=values, bounded=True, **ends)
+
+    def law_slack(self) -> Term:
+        """Slack of `law`: W1 − (R(x,x) − E_ρsft R) ≥ 0, for samples too, as W1 bounds differences of means."""
+        found = self.law_shift() - (self.j("none") - self.j("sft"))
+        found = replace(found, low=0.0)
+        if not self.sure:
+            return found
+        ends = {"lower_reach": (0.0, 0.0), "upper_reach": (0.0, 2.0 * self.width)}
+        return replace(found, lower=np.zeros(len(found.values)), upper=found.values, bounded=True, **ends)
 
     def kl_reference(self, name: str) -> Term:
         """λ KL(ρ‖ρ_sft) of an arm's prompter, from the summed log-ratios of its rewrites: unbiased."""

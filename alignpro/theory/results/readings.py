@@ -56,10 +56,11 @@ def sensitivity(instance: Instance, beta: Temperature, lam: Temperature) -> Sens
 
     def slopes(base, energy, t):
         tilted = tilt(base, energy, t)
-        inside = base > 0
-        width = extremes(base, energy, jnp.zeros_like(energy[..., 0])).span
-        width = jnp.where(width > 0, width, 1.0)
-        spread = variance(tilted.probs, jnp.where(inside, energy, 0.0) / width[:, None])
+        edge = extremes(base, energy, jnp.zeros_like(energy[..., 0]))
+        width = jnp.where(edge.span > 0, edge.span, 1.0)
+        # From the best, which is exactly 0 however XLA fuses this: next to a point mass all else underflows.
+        below = jnp.where(base > 0, energy - edge.maximum[:, None], 0.0)
+        spread = variance(tilted.probs, below / width[:, None])
         first = spread * (width / t) * (width / t)  # Var/t² with no square of rewards
         return -first, -tilted.cost / t, -first / t, first
 
