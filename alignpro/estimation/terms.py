@@ -353,7 +353,7 @@ class Terms:
         return replace(found, lower=means, upper=values, bounded=True, **ends)
 
     def law_slack(self) -> Term:
-        """Slack of `law`: W1 − (R(x,x) − E_ρsft R) ≥ 0, for samples too, as W1 bounds differences of means."""
+        """Slack of `law`: W1 − (R(x,x) − E_ρsft R) ≥ 0, in samples too: W1 bounds differences of means."""
         found = self.law_shift() - (self.j("none") - self.j("sft"))
         found = replace(found, low=0.0)
         if not self.sure:
