@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignpro.estimation import laws, samples, unseen
-from alignpro.estimation.paired import COMBINED, Absent, Arm, Range, Term
+from alignpro.estimation.paired import COMBINED, Absent, Arm, Term
 from alignpro.estimation.unseen import Side
 from alignpro.rollouts import Rollouts
 
@@ -39,19 +39,25 @@ class Weights(NamedTuple):
         found = Term(values, low, high, frozenset({self.arm}), "unknown", method, ess=self.ess)
         if not self.weak:
             return found
-        (lower, *below), (upper, *above) = (
-            end if isinstance(end, Side) else (np.full(len(values), float(end)), end, end)
-            for end in (lower, upper)
-        )
-        reaches: list[Range] = [(float(ends[0]), float(ends[1])) for ends in (below, above)]
-        return replace(
-            found,
-            lower=lower,
-            upper=upper,
-            lower_reach=reaches[0],
-            upper_reach=reaches[1],
-            bounded=self.sound,
-        )
+        count = len(values)
+        lower, upper = (end if isinstance(end, Side) else _constant(end, count) for end in (lower, upper))
+        return _between(found, lower, upper, self.sound)
+
+
+def _constant(value: float, count: int) -> Side:
+    return Side(np.full(count, float(value)), float(value), float(value))
+
+
+def _between(term: Term, lower: Side, upper: Side, bounded: bool) -> Term:
+    """A term with a bracket; `bounded` if each side errs on its own, so that limits hold at every n."""
+    return replace(
+        term,
+        lower=lower.values,
+        upper=upper.values,
+        lower_reach=(lower.low, lower.high),
+        upper_reach=(upper.low, upper.high),
+        bounded=bounded,
+    )
 
 
 class Terms:
@@ -349,8 +355,7 @@ class Terms:
         if not self.sure:
             return found
         means = self.j("none").values - self.j("sft").values  # at most W1, and unbiased
-        ends = {"lower_reach": (-self.width, self.width), "upper_reach": (0.0, self.width)}
-        return replace(found, lower=means, upper=values, bounded=True, **ends)
+        return _between(found, Side(means, -self.width, self.width), Side(values, 0.0, self.width), True)
 
     def law_slack(self) -> Term:
         """Slack of `law`: W1 − (R(x,x) − E_ρsft R) ≥ 0, in samples too: W1 bounds differences of means."""
@@ -358,8 +363,8 @@ class Terms:
         found = replace(found, low=0.0)
         if not self.sure:
             return found
-        ends = {"lower_reach": (0.0, 0.0), "upper_reach": (0.0, 2.0 * self.width)}
-        return replace(found, lower=np.zeros(len(found.values)), upper=found.values, bounded=True, **ends)
+        upper = Side(found.values, 0.0, 2.0 * self.width)
+        return _between(found, _constant(0.0, len(found.values)), upper, True)
 
     def kl_reference(self, name: str) -> Term:
         """λ KL(ρ‖ρ_sft) of an arm's prompter, from the summed log-ratios of its rewrites: unbiased."""
