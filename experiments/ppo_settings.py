@@ -4,7 +4,7 @@
     python experiments/ppo_settings.py --out runs/ppo_settings --summary-only    # of what is finished
 
 From `instructions-sft`, on reading ease and on format (a list or not, which is rare), each setting beside
-the others changed alone. Every training asks for 1,280 answers, and its last prompter is measured on 48
+the others changed alone. Every training asks for 640 answers, and its last prompter is measured on 48
 validation prompts, the same for all, with the same keys. Interrupt at any time; the same command goes on.
 """
 
@@ -25,7 +25,8 @@ from alignpro.runs import environment
 
 TASKS = {"reading ease": "ease", "format": "list"}
 SEEDS = (0, 1, 2)
-ANSWERS = 1280
+ANSWERS = 640
+"""Half of what `tasks.py` spends on a training: settings that differ have parted by then."""
 CENTRE: dict[str, Any] = {
     "lam": 0.02,
     "learning_rate": 1e-3,
