@@ -87,9 +87,12 @@ def in_lanes(function: Callable[..., Any], *examples: Any, quick: bool = False) 
                 raise ValueError(f"an argument has shape {array.shape} where {(count, *v.shape)} was meant")
         out = [np.empty((*v.shape, count), v.dtype) for v in results]
         whole, solve = count - count % width, bound(leaves, out)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            starts = range(0, whole, _CHUNK)
-            list(pool.map(lambda start: solve(start, min(start + _CHUNK, whole)), starts))
+        if whole <= _CHUNK:  # a pool of threads would take longer to start
+            solve(0, whole)
+        else:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                starts = range(0, whole, _CHUNK)
+                list(pool.map(lambda start: solve(start, min(start + _CHUNK, whole)), starts))
         if rest := count - whole:
             # The last few fill a vector of their own.
             filled = [a[np.minimum(np.arange(whole, whole + width), count - 1)] for a in leaves]
@@ -97,9 +100,13 @@ def in_lanes(function: Callable[..., Any], *examples: Any, quick: bool = False) 
             bound(filled, last)(0, width)
             for array, some in zip(out, last, strict=True):
                 array[..., whole:] = some[..., :rest]
-        return jax.tree.unflatten(structure, [np.ascontiguousarray(np.moveaxis(a, -1, 0)) for a in out])
+        return jax.tree.unflatten(structure, [_batch_first(a) for a in out])
 
     return run
+
+
+def _batch_first(array: np.ndarray) -> np.ndarray:
+    return array if array.ndim == 1 else np.ascontiguousarray(array.transpose(-1, *range(array.ndim - 1)))
 
 
 def _contiguous(array: Any, one: Any) -> np.ndarray:

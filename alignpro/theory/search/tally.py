@@ -33,10 +33,10 @@ class Sample:
         late = values[room:]
         if late.size:
             # Reservoir sampling: the n-th value replaces a random kept one with probability _KEPT/n.
-            slot = self._rng.integers(self._seen + 1 + np.arange(late.size))
+            number = self._seen + 1 + np.arange(late.size)
+            hit = self._rng.random(late.size) * number < _KEPT
             self._seen += late.size
-            hit = slot < _KEPT
-            self._kept[slot[hit]] = late[hit]
+            self._kept[self._rng.integers(_KEPT, size=np.count_nonzero(hit))] = late[hit]
 
     def quantiles(self) -> list[float | None]:
         """The least value, 5%, 50%, 95% and the largest; None of an empty stream."""
