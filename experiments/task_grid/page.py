@@ -204,7 +204,8 @@ def figure(results: Results, path: Path) -> None:
         axes.axhline(0, color=theme.MUTED, lw=0.5)
         axes.axvline(0, color=theme.MUTED, lw=0.5)
         axes.set(title=title, xlabel="foreseen gain of ρ* over no prompter", ylabel="realised gain")
-        axes.legend(frameon=False, fontsize=8)
+        if some:
+            axes.legend(frameon=False, fontsize=8)
     with atomic_write(path) as file:
         drawn.savefig(file, format="png")
 
