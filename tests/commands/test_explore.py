@@ -129,32 +129,40 @@ def family(name, shape=SHAPE, seed=3):
 
 
 def agree(found, instance, beta, lam, prompt):
-    """Bit for bit: JSON carries doubles exactly, and nothing is computed in another way."""
+    """To the last digits: XLA adds in another order in another program, and nothing else differs."""
     s = jax.jit(solution)(instance, beta, lam)
 
     def mean(value):
         return float(s.average(value))
 
+    def near(value):
+        if isinstance(value, dict):
+            return {name: near(one) for name, one in value.items()}
+        return value and pytest.approx(value, rel=1e-14, abs=1e-15 * float(np.max(s.span)))
+
     assert (found["beta"], found["lam"], found["prompt"]) == (beta, lam, prompt)
-    assert found["rewards"] == {
-        "none": mean(s.original),
-        "sft": mean(s.reference),
-        "star": float(s.j_rho),
-        "best": mean(s.optimum - s.ceiling),
-        "rlhf": float(s.j_star),
-    }
-    assert found["gap"] == check(instance, beta, lam).gap
-    assert (found["delta1"], found["delta2"]) == (mean(s.delta1), mean(s.delta2))
-    assert found["kl"] == float(cost.kl_budget(s).mean_spent)
+    assert found["rewards"] == near(
+        {
+            "none": mean(s.original),
+            "sft": mean(s.reference),
+            "star": float(s.j_rho),
+            "best": mean(s.optimum - s.ceiling),
+            "rlhf": float(s.j_star),
+        }
+    )
+    assert found["gap"] == near(check(instance, beta, lam).gap)
+    assert (found["delta1"], found["delta2"]) == near((mean(s.delta1), mean(s.delta2)))
+    assert found["kl"] == near(float(cost.kl_budget(s).mean_spent))
     ceiling = reach.prompting_ceiling(instance, beta)
     assert found["ceiling"]["anywhere"] == pytest.approx(mean(ceiling.anywhere), rel=1e-12, abs=1e-15)
-    assert found["ceiling"]["supported"] == mean(s.ceiling)
+    assert found["ceiling"]["supported"] == near(mean(s.ceiling))
     assert [b["name"] for b in found["bounds"]] == [*BOUNDS, *LOWER_BOUNDS]
     for bound in found["bounds"]:
         said = check(instance, beta, lam, bound["name"])
-        for key in ("relation", "rhs", "slack", "verdict", "vacuous"):
+        for key in ("relation", "verdict", "vacuous"):
             assert bound[key] == plain(getattr(said, key)), (bound["name"], key)
-        assert bound["terms"] == plain(said.terms)
+        for key in ("rhs", "slack", "terms"):
+            assert bound[key] == near(plain(getattr(said, key))), (bound["name"], key)
     for bars, base, tilted, reward in (
         (found["rewrites"], instance.prior[prompt], s.rho_star[prompt], s.rewrite_reward[prompt]),
         (
@@ -166,7 +174,7 @@ def agree(found, instance, beta, lam, prompt):
     ):
         rows = exploring.chosen(np.asarray(base), np.asarray(reward))
         for key, values in (("base", base), ("tilted", tilted), ("reward", reward)):
-            assert [row[key] for row in bars["rows"]] == [float(values[k]) for k in rows]
+            assert [row[key] for row in bars["rows"]] == near([float(values[k]) for k in rows])
         for key, values in (("base", base), ("tilted", tilted)):
             assert sum(row[key] for row in bars["rows"]) + bars["more"][key] == pytest.approx(sum(values))
 
@@ -270,7 +278,7 @@ GOOD = {**family("lm_like"), "beta": 0.1, "lam": 0.1, "prompt": 0}
     [
         ({"beta": "-1"}, "beta -1"),
         ({"beta": "nan"}, "beta nan"),
-        ({"beta": "a lot"}, "beta a lot"),
+        ({"beta": "a lot"}, "beta 'a lot'"),
         ({"lam": None}, "lam "),
         ({"lam": "1e300"}, "lam 1e+300"),
         ({"prompt": 3}, "prompt 3"),
