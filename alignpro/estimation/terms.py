@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignpro.estimation import laws, samples, unseen
-from alignpro.estimation.paired import COMBINED, Absent, Arm, Range, Term
+from alignpro.estimation.paired import COMBINED, ROWS, Absent, Arm, Range, Term
 from alignpro.estimation.unseen import Side
 from alignpro.rollouts import Rollouts
 
@@ -61,9 +61,15 @@ class Terms:
     computed so far, by kind.
     """
 
-    def __init__(self, rollouts: Rollouts, beta: float, lam: float, sure: bool = False) -> None:
-        """Take rollouts at β and λ; `sure` brackets what rests on weights, by limits that hold at every n."""
-        self.rollouts, self.beta, self.lam, self.sure = rollouts, beta, lam, sure
+    def __init__(self, rollouts: Rollouts, beta: float, lam: float, sure: float | None = None) -> None:
+        """Take rollouts at β and λ.
+
+        Args:
+            sure: brackets what rests on weights, by limits that hold at every n. Six are numbers (`_above` at
+                β, β/2, λ and λ/2, and from below at β and λ), which share 1 − `ROWS` of the error 1 − sure.
+        """
+        self.rollouts, self.beta, self.lam, self.sure = rollouts, beta, lam, sure is not None
+        self._error = None if sure is None else (1.0 - ROWS) * (1.0 - sure) / 6.0
         self.low, self.high = rollouts.low, rollouts.high
         self.width = self.high - self.low
         self.warnings: dict[str, str] = {"refused": said} if (said := rollouts.refusals()) else {}
@@ -152,7 +158,7 @@ class Terms:
             (g,) = self.arm(arm).per_prompt(
                 lambda r: unseen.ceiling(r.mean(-1), temperature, self.high)[None]
             )
-            return unseen.value_above(g, temperature, self.high)
+            return unseen.value_above(g, temperature, self.high, self._error)
 
         return self._once(("above", arm, temperature), make)
 
@@ -160,7 +166,9 @@ class Terms:
         """Bound J(π*) from above, whatever was not drawn."""
         plain = self._model[1]
         half = self._above("none", self.beta / 2.0)
-        return self._once("mean above", lambda: unseen.mean_above(half, plain.value, self.low, self.high))
+        return self._once(
+            "mean above", lambda: unseen.mean_above(half, plain.value, self.low, self.high, self._error)
+        )
 
     def _side(self, values: np.ndarray) -> Side:
         return Side(values, self.low, self.high)
@@ -276,7 +284,8 @@ class Terms:
 
         def make() -> Side:
             lower = self._star_lower(lam, self._star(lam)[0])
-            return unseen.mean_above(self._upper_value(lam / 2.0), lower.values, lower.low, self.high)
+            half = self._upper_value(lam / 2.0)
+            return unseen.mean_above(half, lower.values, lower.low, self.high, self._error)
 
         return self._once(("rho above", lam), make)
 
