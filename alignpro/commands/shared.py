@@ -109,7 +109,7 @@ def ranges(of: Mapping[str, tuple[float, float]], low: float, high: float) -> di
 
 
 def at_least(found: "PacBayes", names: Sequence[str]) -> str:
-    """What the best of some prompters, and a mixture of them, earn at least, in a sentence."""
+    """Say in a sentence what the best of some prompters, and a mixture of them, earn at least."""
     best, mixed = found.best, found.gibbs
     return (
         f"Guaranteed ({found.level:.0%}, at any number of prompts, although chosen by these): "

@@ -1,4 +1,4 @@
-"""What a prompter chosen among K by a sample of prompts earns at least on others: PAC-Bayes over prompts.
+"""Lower limits of what prompters earn that a sample of prompts chose among K: PAC-Bayes over prompts.
 
 K prompters (instructions, arms) were asked on the same n prompts; q is a distribution over them, chosen by
 looking at what they earned. With rewards scaled to [0, 1], Ĵ(q) its mean reward there, J(q) in truth, and b a

@@ -20,6 +20,8 @@ MOST_NOISE_UNCORRECTED = 0.05
 """Such noise with fewer than 4 answers to a draw, too few for the jackknife over answers."""
 
 
+SURE_SHRINK = 0.5
+"""Factor that rewrites' means are shrunk by where limits are to be sure: fixed, not taken from the sample."""
 _BY_BETA = "self-normalised weights e^{r/beta}, jackknifed"
 
 
@@ -213,7 +215,7 @@ class Terms:
             arm = self.arm("sft")
             arm.least(2, 2)
             # A factor from other prompts makes a prompt's lower bound depend on theirs.
-            shrink = 0.5 if self.sure else None
+            shrink = SURE_SHRINK if self.sure else None
             star = samples.PrompterTilt(*arm.per_prompt(lambda r: samples.prompter_tilt(r, lam, shrink)))
             ess, noise, given = float(np.median(star.ess)), float(np.mean(star.noise)), int(arm.answers.min())
             most = MOST_NOISE if given >= 4 else MOST_NOISE_UNCORRECTED
@@ -267,8 +269,16 @@ class Terms:
         return self._above("sft", lam) if self.sure or not settled else self._side(value)
 
     def _star_lower(self, lam: float, star: samples.PrompterTilt) -> Side:
-        """Values that are biased down for λ log Z, at least low − λ log(draws)."""
-        return Side(star.lower, self.low - lam * float(np.log(self.arm("sft").draws.max())), self.high)
+        """Values that are biased down for λ log Z, at least low − `_price`."""
+        return Side(star.lower, self.low - self._price(lam), self.high)
+
+    def _price(self, lam: float) -> float:
+        """Bound λ KL of a prompt's draws that are tilted: at most λ log(draws).
+
+        Where the tilt is by s = `SURE_SHRINK`/λ, also λ (s width)²/8: KL grows in s by s times a variance.
+        """
+        most = lam * float(np.log(self.arm("sft").draws.max()))
+        return min(most, 0.125 * (SURE_SHRINK * self.width) ** 2 / lam) if self.sure else most
 
     def value(self, lam: float | None = None) -> Term:
         """λ log Z = F(ρ*), the optimal value of the prompter's objective, in reward units."""
@@ -321,7 +331,17 @@ class Terms:
         """Slack of Theorem 1's last step: F(ρ*) − E_ρsft R ≥ 0, with F(ρ*) of arm star where there is one."""
         if "star" in self.rollouts.arms:
             return self.j("star") - self.star_kl() - self.j("sft")
-        return self.value() - self.j("sft")
+        return self.tilt_slack()
+
+    def tilt_slack(self) -> Term:
+        """λ log Z − E_ρsft R ≥ 0, by reweighting ρ_sft."""
+        found = self.value() - self.j("sft")
+        if not self.sure:
+            return found
+        # Paired answer by answer: a tilt by s moves means by width·TV, and TV ≤ tanh(s width/4).
+        most = float(self.width * np.tanh(0.25 * SURE_SHRINK * self.width / self.lam))
+        gain = self._star(self.lam)[0].gain
+        return replace(found, lower=gain, lower_reach=(-most - self._price(self.lam), most))
 
     def best(self, n: int | None = None) -> Term:
         """E R of the best of n draws of ρ_sft (left out: of all that a prompt has), by `samples.best_of`."""
@@ -358,7 +378,7 @@ class Terms:
         if not self.sure:
             return found
         means = self.j("none").values - self.j("sft").values  # at most W1, and unbiased
-        ends = {"lower_reach": (-self.width, self.width), "upper_reach": (0.0, self.width)}
+        ends: dict[str, Any] = {"lower_reach": (-self.width, self.width), "upper_reach": (0.0, self.width)}
         return replace(found, lower=means, upper=values, bounded=True, **ends)
 
     def law_slack(self) -> Term:
@@ -367,7 +387,7 @@ class Terms:
         found = replace(found, low=0.0)
         if not self.sure:
             return found
-        ends = {"lower_reach": (0.0, 0.0), "upper_reach": (0.0, 2.0 * self.width)}
+        ends: dict[str, Any] = {"lower_reach": (0.0, 0.0), "upper_reach": (0.0, 2.0 * self.width)}
         return replace(found, lower=np.zeros(len(found.values)), upper=found.values, bounded=True, **ends)
 
     def kl_reference(self, name: str) -> Term:
