@@ -135,6 +135,7 @@ def add_at_least(page: Page, found: "PacBayes", names: Sequence[str], about: str
 
 
 def _shares(of: "Mixture", names: Sequence[str]) -> str:
-    """The prompters of a mixture with a percent of it or more, the largest share first."""
-    shown = sorted((-weight, i) for i, weight in enumerate(of.weights) if weight >= 0.01)
-    return ", ".join(names[i] + f" {-minus:.0%}" * (of.lam > 0) for minus, i in shown)
+    """The prompters of a mixture with their shares, the largest first; of many the first five."""
+    order = sorted((-weight, i) for i, weight in enumerate(of.weights) if weight > 0)
+    shown = [names[i] + f" {-minus:.0%}" * (of.lam > 0) for minus, i in order[:5]]
+    return ", ".join([*shown, *["…"] * (len(order) > 5)])
