@@ -29,7 +29,8 @@ from populations import truth as truth_of
 
 from alignpro.errors import AlignProError
 from alignpro.estimation import compare, estimate, headroom
-from alignpro.estimation.intervals import Estimate, betting, bootstrap_t, empirical_bernstein, studentise
+from alignpro.estimation.intervals import Estimate, betting, empirical_bernstein
+from alignpro.estimation.means import Limits, limits
 from alignpro.estimation.race import gain_over
 from alignpro.estimation.simulate import Size, simulate
 from alignpro.estimation.statements import span
@@ -119,14 +120,17 @@ def measure(instance: Instance, beta: float, lam: float, size: Size, repetitions
                 rows[name][key].append((term.values if side is None else side).reshape(count, PROMPTS))
             info[name] = {"bias_stated": term.bias, "bracket": term.weak, "bounded": term.bounded}
             info[name] |= {"low": term.low, "high": term.high, "ess": term.ess}
+            info[name]["reaches"] = [reach for _, reach in term.rows]
         done += count
     out = []
     for name, true in truth.items():
         values, lower, upper = (np.concatenate(rows[name][k]) for k in ("values", "lower", "upper"))
-        lo, hi = bootstrap_t(values, 0.95)
+        sides, reaches = [values], info[name]["reaches"]
         if info[name]["bracket"]:
-            lo, hi = bootstrap_t(lower, 0.95)[0], bootstrap_t(upper, 0.95)[1]
-            lo, hi = np.maximum(lo, info[name]["low"]), np.minimum(hi, info[name]["high"])
+            sides = [lower, upper]
+        found = [_limits([side], [reach]) for side, reach in zip(sides, reaches, strict=True)]
+        lo = np.maximum(found[0].lo[:, 0], info[name]["low"])
+        hi = np.minimum(found[-1].hi[:, 0], info[name]["high"])
         # Quantities that are exactly 0, or exactly known, are covered up to rounding.
         slip = 1e-9 * (high - low)
         mean = values.mean(-1)
@@ -152,17 +156,26 @@ def measure(instance: Instance, beta: float, lam: float, size: Size, repetitions
     return out
 
 
+def _limits(values, reaches, level: float = 0.95, joint: bool = False) -> Limits:
+    """Limits of rows of `values`, [repetitions, prompts] each, within `reaches`, as the verbs give them."""
+    low, high = np.array(reaches).T
+    return limits(np.stack(values, -2), low, high, level, joint=joint)
+
+
 def _joint(rows, truth, info) -> dict:
-    """Simultaneous coverage of both gaps and the slack: joint bootstrap beside Bonferroni. Brackets apart."""
+    """Simultaneous coverage of both gaps and the slack: joint limits beside Bonferroni. Brackets apart."""
     names = ("gap of rho*", "gap of trained", "slack of the span form")
-    values = np.stack([np.concatenate(rows[n]["values"]) for n in names], -2)
-    true = np.array([truth[n] for n in names])
-    found = studentise(values)
-    out = {"quantity": "jointly: both gaps and the slack", "bracket": any(info[n]["bracket"] for n in names)}
-    for kind, (lo, hi) in {
-        "joint": found.simultaneous(0.95),
-        "bonferroni": found.interval(1 - 0.05 / len(names)),
+    bracket = any(info[n]["bracket"] for n in names)
+    out = {"quantity": "jointly: both gaps and the slack", "bracket": bracket}
+    if bracket:
+        return out
+    values = [np.concatenate(rows[n]["values"]) for n in names]
+    true, reaches = np.array([truth[n] for n in names]), [info[n]["reaches"][0] for n in names]
+    for kind, found in {
+        "joint": _limits(values, reaches, joint=True),
+        "bonferroni": _limits(values, reaches, 1 - 0.05 / len(names)),
     }.items():
+        lo, hi = found.lo, found.hi
         out[f"coverage_{kind}"] = float(np.mean(np.all((lo <= true) & (true <= hi), -1)))
         out[f"width_{kind}"] = float(np.median(hi - lo))
     return out

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from alignpro.commands.estimate import BOOTSTRAP_SEED, add_warnings
-from alignpro.commands.shared import read_rollouts, tell, with_sums
+from alignpro.commands.shared import add_at_least, at_least, read_rollouts, tell, with_sums
 from alignpro.report.numbers import columns, interval, plain
 from alignpro.report.page import Dots, Page, Table, dot, dots
 
@@ -33,6 +33,7 @@ def text(result: "estimation.Comparison") -> str:
     if result.parts:
         of_parts = [("arm", "part", "mean", f"mean - {result.baseline}"), *_parts(result, "")]
         lines += ["", "parts of the reward", columns(of_parts)]
+    lines += ["", at_least(result.guaranteed, list(result.mean))]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in result.warnings)])
 
 
@@ -94,6 +95,8 @@ def page(result: "estimation.Comparison") -> Page:
             [(0.5, "even")],
         ),
     )
+    about = f"The mean reward of {len(result.mean)} arms over all prompts like these {result.n_prompts}."
+    add_at_least(page, result.guaranteed, list(result.mean), about)
     add_warnings(page, result.warnings)
     return page
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -81,7 +81,7 @@ def page(result: "EstimateReport") -> Page:
         f"Theorem 1 about {about.prompter}: {about.finding}{why}.",
         some(plain(result), keys) | BOOTSTRAP_SEED,
     )
-    page.key("Theorem 1", about.verdict, "vacuous" if about.vacuous else "")
+    page.key("Theorem 1", about.verdict, about.finding.partition(", ")[2])
     page.estimate(f"Gap of {about.prompter}", about.gap)
     page.estimate("Right side", about.rhs)
     page.key("Rollouts", number(result.n), f"of {result.n_prompts} prompts")
@@ -183,9 +183,9 @@ class Estimate:
     r_max: float | None = None
     """Theorem 1's r_max, in reward units, when it is known beforehand. Left out: the upper end of the
     declared range of the reward, or the width of that range where rewards can be negative."""
-    betting: bool = False
-    """Give intervals that are guaranteed at any number of prompts, also to the slacks, whatever answers and
-    rewrites were not drawn; they are wider. KLs from log-probabilities have none."""
+    guaranteed: Annotated[bool, tyro.conf.arg(aliases=["--betting"])] = False
+    """Give intervals that cover by a theorem at every number of prompts, also to the slacks, whatever answers
+    and rewrites were not drawn; they are wider. A KL from log-probabilities has none, and says so."""
     json: bool = False
     """Print one JSON object, instead of tables."""
     out: str | None = None
@@ -195,7 +195,7 @@ class Estimate:
         from alignpro import estimation
 
         rollouts = read_rollouts(self.file, self.out)
-        interval: Any = "betting" if self.betting else "bootstrap"
+        interval: Any = "guaranteed" if self.guaranteed else "bootstrap"
         result = estimation.estimate(
             rollouts, self.beta, self.lam, self.level, r_max=self.r_max, interval=interval
         )

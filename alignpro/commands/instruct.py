@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from alignpro.commands.options import DEFAULT_PROMPTER, EnvironmentSettings, PromptSettings, RunOptions
-from alignpro.commands.shared import with_reward
+from alignpro.commands.shared import add_at_least, at_least, with_reward
 from alignpro.files import read_json, writable_folder, write_json
 from alignpro.llm.arms.settings import InstructSettings
 from alignpro.report import keep
@@ -115,6 +115,10 @@ def _name(instruction: str) -> str:
     return instruction or "(no instruction)"
 
 
+def _names(result: "Instructed") -> list[str]:
+    return [_name(candidate.instruction) for candidate in result.candidates]
+
+
 def _fate(candidate: "Candidate") -> str:
     """How a candidate left the race."""
     if candidate.left is None:
@@ -168,6 +172,7 @@ def text(result: "Instructed") -> str:
             f"best: {_name(result.winner)}",
             _certainty(result),
             _worth(result),
+            at_least(result.guaranteed, _names(result)),
         ]
     )
 
@@ -190,6 +195,8 @@ def page(result: "Instructed", record: Json) -> Page:
             Table(" | mean reward", [(name, interval(e)) for name, e in rows.items()], "wn"),
             Dots("On held-out prompts", axis, [dot(name, e) for name, e in rows.items()], [(0.0, "no gain")]),
         )
+    about = f"The mean reward over all prompts like the {result.prompts} of the race, from these alone."
+    add_at_least(made, result.guaranteed, _names(result), about)
     steps = [calls for calls, _ in result.track]
     drawn = [*range(min(_CURVES, len(result.candidates)))]
     drawn += [i for i, c in enumerate(result.candidates) if not c.instruction and i not in drawn]

@@ -182,7 +182,8 @@ class World:
 
         for line in line_of(reward).splitlines():
             packages.note(line)
-        write_json(folder / REWARD_FILE, plain(reward.describe()))
+        declared = {"low": reward.low, "high": reward.high}
+        write_json(folder / REWARD_FILE, plain(reward.describe() | declared))
 
 
 def kept(target: "Target", folder: Path, prices: Any = None) -> "Cached":

@@ -15,7 +15,7 @@ from alignpro.commands.options import (
     RunOptions,
     SeedOption,
 )
-from alignpro.commands.shared import check_least, with_reward
+from alignpro.commands.shared import REWARD_FILE, check_least, with_reward
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, writable_folder, write_json, write_text
 from alignpro.report import keep
@@ -92,7 +92,9 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         if todo:
             self._propose(world, prompter, folder, todo, found)
         proposals = [found[x] for x in xs]
-        result = resample.resampled(proposals, self.lam)
+        described = read_json(folder / REWARD_FILE) if (folder / REWARD_FILE).exists() else {}
+        ends = described.get("low", -math.inf), described.get("high", math.inf)
+        result = resample.resampled(proposals, self.lam, ends[1] - ends[0])
         print(text(result))
         made = page(result, {**record, "lambda": list(self.lam)})
         keep.keep(with_reward(made, folder), folder)

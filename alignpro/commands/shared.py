@@ -7,12 +7,15 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from alignpro.errors import AlignProError
 from alignpro.report.keep import keep
 from alignpro.report.numbers import number, plain
-from alignpro.report.page import Curve, Curves, Json, Page
+from alignpro.report.page import Curve, Curves, Json, Page, Table
+
+if TYPE_CHECKING:
+    from alignpro.estimation.pac_bayes import Mixture, PacBayes
 
 REWARD_FILE = "reward.json"
 """The reward of a run as it describes itself, with what scoring the run's answers did."""
@@ -103,3 +106,36 @@ def with_sums(parts: Mapping[str, Mapping[str, Any]], sums: Mapping[str, Any]) -
 def ranges(of: Mapping[str, tuple[float, float]], low: float, high: float) -> dict[str, str]:
     """The declared range of each part of a reward, and its own at `SUM`, in words."""
     return {part: f"{number(a)} to {number(b)}" for part, (a, b) in [*of.items(), (SUM, (low, high))]}
+
+
+def at_least(found: "PacBayes", names: Sequence[str]) -> str:
+    """Say in a sentence what the best of some prompters, and a mixture of them, earn at least."""
+    best, mixed = found.best, found.gibbs
+    return (
+        f"Guaranteed ({found.level:.0%}, at any number of prompts, although chosen by these): "
+        f"{_shares(best, names)} earns at least {number(best.limit)}, and at random "
+        f"{_shares(mixed, names)} (equation 9 at lambda {number(mixed.lam)}) at least {number(mixed.limit)}."
+    )
+
+
+def add_at_least(page: Page, found: "PacBayes", names: Sequence[str], about: str) -> None:
+    """Add the section of what is guaranteed to `page`; `about` says which prompts it is from."""
+    rows = [
+        (kind, _shares(of, names), number(of.mean), number(of.limit), number(of.lam), number(of.kl))
+        for kind, of in (("the best", found.best), ("the mixture", found.gibbs))
+    ]
+    page.add(
+        "What is guaranteed",
+        f"{about} Each limit is wrong with probability {1.0 - found.level:.2g} at most, at any number of "
+        "prompts and although both were chosen by what they earned there. The mixture is the one with the "
+        "greatest limit (PAC-Bayes): a uniform choice tilted by rewards, as in equation 9, at the λ that so "
+        "many prompts warrant.",
+        Table("what | is | mean reward seen | at least | λ | KL, nats", rows, "wwnnnn"),
+    )
+
+
+def _shares(of: "Mixture", names: Sequence[str]) -> str:
+    """The prompters of a mixture with their shares, the largest first; of many the first five."""
+    order = sorted((-weight, i) for i, weight in enumerate(of.weights) if weight > 0)
+    shown = [names[i] + f" {-minus:.0%}" * (of.lam > 0) for minus, i in order[:5]]
+    return ", ".join([*shown, *["…"] * (len(order) > 5)])

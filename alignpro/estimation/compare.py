@@ -7,6 +7,7 @@ import numpy as np
 
 from alignpro.errors import AlignProError
 from alignpro.estimation.intervals import Estimate, check_level
+from alignpro.estimation.pac_bayes import PacBayes, pac_bayes
 from alignpro.estimation.paired import Arm, Term, by_arm, estimates
 from alignpro.estimation.samples import win_rate
 from alignpro.estimation.terms import Terms
@@ -50,6 +51,9 @@ class Comparison:
     """Every other arm against the baseline. Each of the kinds covers jointly over the arms (and parts)."""
     prompters: Mapping[str, str]
     """Names of the prompters, by arm; several seeds' separated by commas."""
+    guaranteed: PacBayes
+    """Lower limits of the mean reward of the arm that looks best, and of a mixture of arms, with weights in
+    the order of `mean`. They are right at every number of prompts, although both were chosen by looking."""
     warnings: tuple[str, ...]
 
 
@@ -104,6 +108,9 @@ def compare(rollouts: Rollouts, arms: Sequence[str], level: float = 0.95) -> Com
             for name in others
         },
         prompters={name: rollouts.prompter(name) for name in arms},
+        guaranteed=pac_bayes(
+            np.stack([terms.j(name).values for name in arms], 1), terms.low, terms.high, level
+        ),
         warnings=tuple(terms.warnings.values()),
     )
 

@@ -40,9 +40,21 @@ class BoundEstimate:
     relation: Relation = "<="
 
     @property
+    def guaranteed(self) -> bool | None:
+        """Whether the slack's interval is; None where that was not asked for."""
+        return None if self.slack is None else self.slack.guaranteed
+
+    @property
+    def sureness(self) -> str:
+        """The guarantee of a verdict from the slack, in words; empty where none was asked for, or none is."""
+        if self.guaranteed is None or self.verdict not in ("holds", "violated"):
+            return ""
+        return "guaranteed at every number of prompts" if self.guaranteed else "not guaranteed"
+
+    @property
     def finding(self) -> str:
-        """The verdict, and whether the bound is vacuous."""
-        return self.verdict + (", vacuous" if self.vacuous else "")
+        """The verdict, how sure it is, and whether the bound is vacuous."""
+        return ", ".join(filter(None, [self.verdict, self.sureness, "vacuous" if self.vacuous else ""]))
 
 
 @dataclass(frozen=True)
@@ -118,19 +130,20 @@ def estimate(
     Args:
         r_max: Theorem 1's, in reward units. Left out: taken from the declared range of the reward; where that
             leaves [0, r_max] the verdict is "inapplicable".
-        interval: "betting" gives guaranteed limits: to mean rewards and E TV(π_F(·|x), π_F(·|x′)), and, by
-            bounds that hold whatever was not drawn, to π*, ρ* and the slacks, so that "holds" is a theorem at
-            every number of prompts. KLs from log-probabilities have no bound, and none.
+        interval: "guaranteed" gives limits that cover by a theorem at every number of prompts: to mean
+            rewards and E TV(π_F(·|x), π_F(·|x′)), and, by bounds that hold whatever was not drawn, to π*, ρ*
+            and the slacks. Each `Estimate` says whether its own does: KLs from log-probabilities have no
+            bound, and no guarantee.
 
     Raises:
         AlignProError: a bad argument, fewer than 5 prompts, or an arm that lacks a prompt.
     """
     beta, lam, level = check_temperature("beta", beta), check_temperature("lam", lam), check_level(level)
-    if interval not in ("bootstrap", "betting"):
-        raise AlignProError(f"interval {interval!r}: choose bootstrap or betting")
+    if interval not in ("bootstrap", "guaranteed"):
+        raise AlignProError(f"interval {interval!r}: choose bootstrap or guaranteed")
     if r_max is not None and not 0 < r_max < math.inf:
         raise AlignProError(f"r_max {r_max!r}: must be a positive finite number, in reward units")
-    terms = Terms(rollouts, beta, lam, sure=interval == "betting")
+    terms = Terms(rollouts, beta, lam, sure=level if interval == "guaranteed" else None)
     for name in rollouts.arms:
         terms.arm(name)  # complains of prompts that an arm lacks
     found, missing = _quantities(terms)

@@ -42,12 +42,16 @@ class Estimate:
     """Whether weights are degenerate and [lo, hi] reaches from a bound below to a bound above."""
     ess: float | None = None
     """Median over prompts of the effective number of importance-weighted samples of one prompt."""
+    guaranteed: bool | None = None
+    """Whether the interval covers by a theorem at every number of prompts; None where that was not asked
+    for, and it does as n grows."""
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Remarks for a reader of the number: degenerate weights, a known bias, the effective sample size."""
+        """Remarks for a reader of the number: its guarantee, degenerate weights, known bias, and ESS."""
         return (
-            *["degenerate weights: bounds"] * self.bracket,
+            *([] if self.guaranteed is None else ["guaranteed" if self.guaranteed else "not guaranteed"]),
+            *["bounds" if self.guaranteed else "degenerate weights: bounds"] * self.bracket,
             *[f"biased {self.bias}"] * (self.bias in ("up", "down")),
             *([] if self.ess is None else [f"ESS {self.ess:.1f}"]),
         )

@@ -13,9 +13,12 @@ from alignpro.estimation.intervals import Bias, Estimate
 from alignpro.estimation.means import WAYS, Limits, limits
 from alignpro.rollouts import Rollouts
 
-Interval = Literal["bootstrap", "betting"]
+Interval = Literal["bootstrap", "guaranteed"]
 """Which intervals means get: percentile-t over prompts where it can be trusted (`means.doubtful`), or
 guaranteed limits wherever they are to be had."""
+ROWS = 0.75
+"""Share of the error 1 − level that rows of values have, where intervals are guaranteed; the numbers of
+`Terms` that bound what was not drawn have the rest."""
 Range = tuple[float, float]
 Key = TypeVar("Key", bound=Hashable)
 COMBINED = "per-prompt values, combined prompt by prompt"
@@ -247,19 +250,20 @@ def estimates(
     """Estimate every term with its interval, all prompts resampled together.
 
     Intervals cover at `level` each, or all at once when `simultaneous`. By `means.limits`: percentile-t where
-    the values' shape lets it be trusted, betting elsewhere; with `interval` "betting", betting for all terms
-    whose values are bounded and err on no side, or on a known one.
+    the values' shape lets it be trusted, betting elsewhere; with `interval` "guaranteed", betting for all
+    terms whose values are bounded and err on no side, or on a known one, with `ROWS` of the error.
     """
     if not terms:
         return {}
+    sure = interval == "guaranteed"
     rows = [(row, *reach, term) for term in terms.values() for row, reach in term.rows]
     found = limits(
         np.stack([row for row, *_ in rows]),
         np.array([low for _, low, _, _ in rows]),
         np.array([high for _, _, high, _ in rows]),
-        level,
+        1.0 - ROWS * (1.0 - level) if sure else level,
         joint=simultaneous,
-        sure=np.array([interval == "betting" and term.bounded for *_, term in rows]),
+        sure=np.array([sure and term.bounded for *_, term in rows]),
     )
     out, i = {}, 0
     for name, term in terms.items():
@@ -283,6 +287,7 @@ def estimates(
             bias=term.bias,
             bracket=term.weak,
             ess=term.ess,
+            guaranteed=term.bounded if sure else None,
         )
     return out
 

@@ -21,6 +21,7 @@ import numpy as np
 from alignpro.errors import AlignProError
 from alignpro.estimation.intervals import Estimate, betting, check_level
 from alignpro.estimation.means import WAYS, limits
+from alignpro.estimation.pac_bayes import PacBayes, pac_bayes
 
 Pull = Callable[[Sequence[int], range, int], np.ndarray]
 """Asks arms on prompts, by their numbers, for so many answers each: rewards [arms, prompts, answers]."""
@@ -73,6 +74,9 @@ class Race:
     """How many prompts were used."""
     level: float
     """How often the best arm is not ruled out."""
+    guaranteed: PacBayes
+    """Lower limits of the winner's mean reward, and of that of a mixture of the arms that were asked on all
+    prompts, the first ones of `ranked`. They are right although the race chose both, and when to end."""
 
     @property
     def contenders(self) -> int:
@@ -172,7 +176,7 @@ class _Track:
                 mean, size = self.mean(arm), int(self.counts[arm])
                 how = "mean over the race's answers; betting, at any time, all arms at once"
                 limits = min(float(lo), mean), max(float(hi), mean)
-                found[arm] = Estimate(mean, *limits, level, size, n, how, "unknown")
+                found[arm] = Estimate(mean, *limits, level, size, n, how, "unknown", guaranteed=True)
         return found
 
 
@@ -247,7 +251,11 @@ def race(
         )
         for arm in order
     )
-    return Race(ranked, tuple(moments), calls, budget, used, level)
+    # b is uniform over all arms: who was still asked at the end was chosen by looking.
+    last = [arm for arm in order if len(track.values[arm]) == used]
+    table, b = np.array([track.values[arm] for arm in last]).T, np.full(len(last), 1.0 / arms)
+    sure = pac_bayes(table, low, high, level, prior=b, best=0, anytime=True)
+    return Race(ranked, tuple(moments), calls, budget, used, level, sure)
 
 
 @dataclass(frozen=True)

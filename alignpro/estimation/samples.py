@@ -83,6 +83,8 @@ class PrompterTilt(NamedTuple):
     """E_ρ* R(x,·), the expected reward of ρ*."""
     lower: np.ndarray
     """Biased down for λ log Z (so for E_ρ* R too), whatever the noise and however few the draws."""
+    gain: np.ndarray
+    """`lower` less the mean of the answers that it values: biased down for λ log Z − E_ρsft R."""
     ess: np.ndarray
     """Effective number of draws behind `mean`, from 1 to K."""
     noise: np.ndarray
@@ -144,16 +146,20 @@ def prompter_tilt(rewards: np.ndarray, lam: float, factor: float | None = None) 
     shrink = signal / np.maximum(signal + elsewhere[0], np.finfo(float).tiny)
     if factor is not None:
         shrink = np.full(shrink.shape, factor)
-    lower, ess, folds = np.zeros(value.shape), np.zeros(value.shape), _others(rewards)
+    lower, gain, ess = (np.zeros(value.shape) for _ in range(3))
+    folds = _others(rewards)
     for seen, own in folds:
         w = _softmax(shrink[..., None] * seen / lam)
         entropy = -(w * np.log(np.where(w > 0, w, 1.0))).sum(-1)
-        lower += (w * own).sum(-1) - lam * (np.log(draws) - entropy)
+        price = lam * (np.log(draws) - entropy)
+        lower += (w * own).sum(-1) - price
+        gain += ((w - 1.0 / draws) * own).sum(-1) - price
         ess += 1.0 / np.square(_softmax(seen / lam)).sum(-1)
     return PrompterTilt(
         value=value,
         mean=mean,
         lower=lower / len(folds),
+        gain=gain / len(folds),
         ess=ess / len(folds),
         noise=within / ((answers - 1) * lam**2),
     )

@@ -97,7 +97,7 @@ def _of_any(terms: Terms, arm: str, shift: dict[str, Term], shift_slack: Term | 
     return Statement(
         terms.j_pi() - terms.j(arm),
         {"model": terms.width * terms.tv_model(), **shift, "kl_difference": terms.value() - terms.j(arm)},
-        (model if shift_slack is None else model + shift_slack) + (terms.value() - terms.j("sft")),
+        (model if shift_slack is None else model + shift_slack) + terms.tilt_slack(),
         {},
     )
 

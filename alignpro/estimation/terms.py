@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignpro.estimation import laws, samples, unseen
-from alignpro.estimation.paired import COMBINED, Absent, Arm, Term
+from alignpro.estimation.paired import COMBINED, ROWS, Absent, Arm, Term
 from alignpro.estimation.unseen import Side
 from alignpro.rollouts import Rollouts
 
@@ -20,6 +20,8 @@ MOST_NOISE_UNCORRECTED = 0.05
 """Such noise with fewer than 4 answers to a draw, too few for the jackknife over answers."""
 
 
+SURE_SHRINK = 0.5
+"""Factor that rewrites' means are shrunk by where limits are to be sure: fixed, not taken from the sample."""
 _BY_BETA = "self-normalised weights e^{r/beta}, jackknifed"
 
 
@@ -67,9 +69,15 @@ class Terms:
     computed so far, by kind.
     """
 
-    def __init__(self, rollouts: Rollouts, beta: float, lam: float, sure: bool = False) -> None:
-        """Take rollouts at β and λ; `sure` brackets what rests on weights, by limits that hold at every n."""
-        self.rollouts, self.beta, self.lam, self.sure = rollouts, beta, lam, sure
+    def __init__(self, rollouts: Rollouts, beta: float, lam: float, sure: float | None = None) -> None:
+        """Take rollouts at β and λ.
+
+        Args:
+            sure: brackets what rests on weights, by limits that hold at every n. Six are numbers (`_above` at
+                β, β/2, λ and λ/2, and from below at β and λ), which share 1 − `ROWS` of the error 1 − sure.
+        """
+        self.rollouts, self.beta, self.lam, self.sure = rollouts, beta, lam, sure is not None
+        self._error = None if sure is None else (1.0 - ROWS) * (1.0 - sure) / 6.0
         self.low, self.high = rollouts.low, rollouts.high
         self.width = self.high - self.low
         self.warnings: dict[str, str] = {"refused": said} if (said := rollouts.refusals()) else {}
@@ -158,7 +166,7 @@ class Terms:
             (g,) = self.arm(arm).per_prompt(
                 lambda r: unseen.ceiling(r.mean(-1), temperature, self.high)[None]
             )
-            return unseen.value_above(g, temperature, self.high)
+            return unseen.value_above(g, temperature, self.high, self._error)
 
         return self._once(("above", arm, temperature), make)
 
@@ -166,7 +174,9 @@ class Terms:
         """Bound J(π*) from above, whatever was not drawn."""
         plain = self._model[1]
         half = self._above("none", self.beta / 2.0)
-        return self._once("mean above", lambda: unseen.mean_above(half, plain.value, self.low, self.high))
+        return self._once(
+            "mean above", lambda: unseen.mean_above(half, plain.value, self.low, self.high, self._error)
+        )
 
     def _side(self, values: np.ndarray) -> Side:
         return Side(values, self.low, self.high)
@@ -211,7 +221,7 @@ class Terms:
             arm = self.arm("sft")
             arm.least(2, 2)
             # A factor from other prompts makes a prompt's lower bound depend on theirs.
-            shrink = 0.5 if self.sure else None
+            shrink = SURE_SHRINK if self.sure else None
             star = samples.PrompterTilt(*arm.per_prompt(lambda r: samples.prompter_tilt(r, lam, shrink)))
             ess, noise, given = float(np.median(star.ess)), float(np.mean(star.noise)), int(arm.answers.min())
             most = MOST_NOISE if given >= 4 else MOST_NOISE_UNCORRECTED
@@ -265,8 +275,16 @@ class Terms:
         return self._above("sft", lam) if self.sure or not settled else self._side(value)
 
     def _star_lower(self, lam: float, star: samples.PrompterTilt) -> Side:
-        """Values that are biased down for λ log Z, at least low − λ log(draws)."""
-        return Side(star.lower, self.low - lam * float(np.log(self.arm("sft").draws.max())), self.high)
+        """Values that are biased down for λ log Z, at least low − `_price`."""
+        return Side(star.lower, self.low - self._price(lam), self.high)
+
+    def _price(self, lam: float) -> float:
+        """Bound λ KL of a prompt's draws that are tilted: at most λ log(draws).
+
+        Where the tilt is by s = `SURE_SHRINK`/λ, also λ (s width)²/8: KL grows in s by s times a variance.
+        """
+        most = lam * float(np.log(self.arm("sft").draws.max()))
+        return min(most, 0.125 * (SURE_SHRINK * self.width) ** 2 / lam) if self.sure else most
 
     def value(self, lam: float | None = None) -> Term:
         """λ log Z = F(ρ*), the optimal value of the prompter's objective, in reward units."""
@@ -282,7 +300,8 @@ class Terms:
 
         def make() -> Side:
             lower = self._star_lower(lam, self._star(lam)[0])
-            return unseen.mean_above(self._upper_value(lam / 2.0), lower.values, lower.low, self.high)
+            half = self._upper_value(lam / 2.0)
+            return unseen.mean_above(half, lower.values, lower.low, self.high, self._error)
 
         return self._once(("rho above", lam), make)
 
@@ -318,7 +337,17 @@ class Terms:
         """Slack of Theorem 1's last step: F(ρ*) − E_ρsft R ≥ 0, with F(ρ*) of arm star where there is one."""
         if "star" in self.rollouts.arms:
             return self.j("star") - self.star_kl() - self.j("sft")
-        return self.value() - self.j("sft")
+        return self.tilt_slack()
+
+    def tilt_slack(self) -> Term:
+        """λ log Z − E_ρsft R ≥ 0, by reweighting ρ_sft."""
+        found = self.value() - self.j("sft")
+        if not self.sure:
+            return found
+        # Paired answer by answer: a tilt by s moves means by width·TV, and TV ≤ tanh(s width/4).
+        most = float(self.width * np.tanh(0.25 * SURE_SHRINK * self.width / self.lam))
+        gain = self._star(self.lam)[0].gain
+        return replace(found, lower=gain, lower_reach=(-most - self._price(self.lam), most))
 
     def best(self, n: int | None = None) -> Term:
         """E R of the best of n draws of ρ_sft (left out: of all that a prompt has), by `samples.best_of`."""

@@ -41,25 +41,46 @@ def ceiling(rewards: np.ndarray, temperature: float, high: float) -> np.ndarray:
     return np.exp((rewards - high) / temperature).mean(-1)
 
 
-def value_above(g: np.ndarray, temperature: float, high: float) -> Side:
+def value_above(g: np.ndarray, temperature: float, high: float, error: float | None = None) -> Side:
     """Bound E_x t log E[e^{r/t}|x] from above, by values that are linear in `g` [n] (see `ceiling`).
 
     log is concave, so log E g ≤ log c − 1 + E g/c for any c > 0, with equality at c = E g: c is the upper
     betting limit of E g, at which high + t log c is the limit that comes out, valid at every n.
+
+    Args:
+        error: gives that limit itself, which is wrong with at most this probability. Sums of the values with
+            others have no such guarantee, since c looks at all prompts.
     """
-    c = float(limits(g[None], np.zeros(1), np.ones(1), 0.95, sure=True).hi[0])
+    c = float(_betting(g, 0.0, 1.0, 0.025 if error is None else error)[1])
+    if error is not None:
+        return constant(high + temperature * np.log(c), len(g))
     least = high + temperature * (np.log(c) - 1.0)
     return Side(least + temperature * g / c, least, least + temperature / c)
 
 
-def mean_above(half: Side, value: np.ndarray, low: float, high: float) -> Side:
+def mean_above(half: Side, value: np.ndarray, low: float, high: float, error: float | None = None) -> Side:
     """Bound the tilt's mean from above by 2 V(t/2) − V(t), or by `high` where that says no more.
 
-    `half` bounds V(t/2) from above; the mean of `value` [n], in [low, high], bounds V(t) from below.
+    `half` bounds V(t/2) from above; the mean of `value` [n], in [low, high], bounds V(t) from below. With
+    `error` as in `value_above` it is one number, by one for V(t/2) and one for V(t).
     """
+    if error is not None:
+        least = float(_betting(value, low, high, error)[0])
+        return constant(min(2.0 * half.high - least, high), len(value))
     bound = Side(2.0 * half.values - value, 2.0 * half.low - high, 2.0 * half.high - low)
     most = limits(bound.values[None], np.array([bound.low]), np.array([bound.high]), 0.95).hi[0]
-    return bound if most < high else Side(np.full(len(value), high), high, high)
+    return bound if most < high else constant(high, len(value))
+
+
+def constant(number: float, n: int) -> Side:
+    """The side of a bound that is a number, for n prompts."""
+    return Side(np.full(n, number), number, number)
+
+
+def _betting(values: np.ndarray, low: float, high: float, error: float) -> np.ndarray:
+    """Lower and upper betting limits of a mean, each wrong with at most the probability `error`."""
+    found = limits(values[None], np.array([low]), np.array([high]), 1.0 - 2.0 * error, sure=True)
+    return np.array([found.lo[0], found.hi[0]])
 
 
 def hidden(rewards: np.ndarray, temperature: float, high: float, share: float) -> np.ndarray:

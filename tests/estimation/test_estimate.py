@@ -243,7 +243,7 @@ def test_a_prompt_that_an_arm_lacks_is_named(rows):
 
 def test_betting_limits_are_wider(rollouts):
     plain = estimate(rollouts, BETA, LAM).quantities["J(sft)"]
-    sure = estimate(rollouts, BETA, LAM, interval="betting").quantities["J(sft)"]
+    sure = estimate(rollouts, BETA, LAM, interval="guaranteed").quantities["J(sft)"]
     assert "betting" in sure.method
     assert sure.hi - sure.lo > plain.hi - plain.lo
 

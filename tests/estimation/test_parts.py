@@ -48,7 +48,7 @@ def alone(rows, part):
     return collect([replace(row, reward_parts=None) for row in of])
 
 
-@pytest.mark.parametrize("limits", ["bootstrap", "betting"])
+@pytest.mark.parametrize("limits", ["bootstrap", "guaranteed"])
 def test_a_part_is_estimated_as_a_reward_of_its_own(limits, rows):
     found = estimate(collect(rows), 0.3, 0.3, interval=limits)
     whole = {}

@@ -118,13 +118,13 @@ def test_no_no_where_a_rewrite_too_rare_to_be_drawn_would_gain():
 def test_guaranteed_limits_rest_on_no_weights():
     """With betting every slack is a bracket of bounded values; KLs from log-probabilities alone are not."""
     rollouts = simulate(instance(3), np.random.default_rng(0), Size(40, 16, 12, 4), reward_range=(0, 1))
-    found = terms.Terms(rollouts, 0.25, 0.2, sure=True)
+    found = terms.Terms(rollouts, 0.25, 0.2, sure=0.95)
     for term in (found.j_pi(), found.value_model(), found.value(), found.j_rho(), found.gap(None)):
         assert term.weak
         assert term.bounded
         for side, (low, high) in term.rows:
             assert low - 1e-12 <= side.min() <= side.max() <= high + 1e-12
-    report = estimate(rollouts, 0.25, 0.2, interval="betting")
+    report = estimate(rollouts, 0.25, 0.2, interval="guaranteed")
     assert all("percentile-t" not in b.slack.method for b in report.bounds if b.slack is not None)
 
 

@@ -116,6 +116,11 @@ def test_what_is_asked_and_what_the_numbers_are_of(command, tmp_path, capsys):
     assert gain["n_clusters"] == len(held)
     assert "best: Say e." in said.out
     assert f"On {len(held)} other prompts it earns {tables[0].mean():.4g}, against" in said.out
+    # From the race's prompts alone, with b uniform over the five.
+    best = found["guaranteed"]["best"]
+    assert best["kl"] == pytest.approx(np.log(5))
+    assert f"Say e. earns at least {best['limit']:.4g}, and at random Say e." in said.out
+    assert found["candidates"][0]["mean"]["lo"] <= best["limit"] < found["candidates"][0]["mean"]["value"]
 
 
 def test_other_seeds_take_other_prompts_and_answers(command, tmp_path):

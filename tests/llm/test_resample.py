@@ -7,8 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from mutants import kills
 
 from alignpro.errors import AlignProError
+from alignpro.estimation import means
+from alignpro.estimation.intervals import bootstrap_t
+from alignpro.llm.arms import resample as resampling
 from alignpro.llm.arms.resample import (
     Proposals,
     best_of_n,
@@ -92,6 +96,27 @@ def test_gains_are_means_over_prompts_with_intervals_where_there_are_enough():
     first = short.rewrites[0]
     assert (first.prompt, first.reward, first.mean) == ("0", max(few[0].rewards), np.mean(few[0].rewards))
     assert few[0].rewards[few[0].rewrites.index(first.rewrite)] == first.reward
+
+
+def test_gains_that_agree_have_limits_where_the_range_is_known(monkeypatch):
+    """No prompt of 9 gains: percentile-t (the mutant) would be sure of 0."""
+    flat = [replace(drawn(12, seed), rewards=(0.5,) * 12) for seed in range(9)]
+
+    def percentile_t(values, low, high, level):
+        lo, hi = bootstrap_t(values, level)
+        return means.Limits(values.mean(-1), lo, hi, lo)
+
+    def check(way):
+        monkeypatch.setattr(resampling, "limits", way)
+        gain = resampled(flat, [LAM], 1.3).tilted[0].gain
+        assert (gain.value, gain.lo) == (0.0, 0.0)
+        assert 0.1 < gain.hi < 1.3
+
+    check(means.limits)
+    kills(check, percentile_t)
+    monkeypatch.setattr(resampling, "limits", means.limits)
+    open_ended = resampled(flat, [LAM]).tilted[0].gain
+    assert (open_ended.lo, open_ended.hi) == (-math.inf, math.inf)
 
 
 def test_limits_of_lambda():

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from alignpro.errors import AlignProError
 from alignpro.estimation.intervals import LEAST_PROMPTS, Estimate
+from alignpro.estimation.pac_bayes import PacBayes
 from alignpro.estimation.race import BLOCK, Gain, gain_over, least_budget, race
 from alignpro.files import atomic_write, writable_folder
 from alignpro.llm.arms.draws import stream
@@ -196,6 +197,9 @@ class Instructed:
     low: float
     """Declared range of the reward."""
     high: float
+    guaranteed: PacBayes
+    """Lower limits from the race's own prompts, of the winner and of a mixture of the first of `candidates`;
+    see `race.Race`."""
 
 
 def find(
@@ -246,4 +250,5 @@ def find(
         cells.refused,
         reward.low,
         reward.high,
+        done.guaranteed,
     )

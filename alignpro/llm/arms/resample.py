@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alignpro.errors import AlignProError
-from alignpro.estimation.intervals import LEAST_PROMPTS, bootstrap_t
+from alignpro.estimation.intervals import LEAST_PROMPTS
+from alignpro.estimation.means import limits
 from alignpro.files import write_text
 from alignpro.llm.models.prompt import as_json, from_json, said_in
 from alignpro.llm.models.sampling import digest, is_int
@@ -278,8 +279,13 @@ class Resampled:
     """The best rewrite of each prompt."""
 
 
-def resampled(proposals: Sequence[Proposals], lams: Sequence[float]) -> Resampled:
-    """Weigh resampling at each λ, and best-of-n, against ρ_sft."""
+def resampled(proposals: Sequence[Proposals], lams: Sequence[float], width: float = math.inf) -> Resampled:
+    """Weigh resampling at each λ, and best-of-n, against ρ_sft.
+
+    Args:
+        width: of the reward's range, in which each prompt's gain lies, as no choice by R̂ lowers R̂. Left out:
+            not known, so that limits may have to assume that no gain lies further out than those seen.
+    """
     n = min(len(p.rewrites) for p in proposals)
     prior = np.array([np.mean(p.rewards) for p in proposals])
 
@@ -287,8 +293,8 @@ def resampled(proposals: Sequence[Proposals], lams: Sequence[float]) -> Resample
         each = np.array(values) - prior
         if len(each) < LEAST_PROMPTS:
             return Mean(float(each.mean()))
-        lo, hi = bootstrap_t(each, 0.95)
-        return Mean(float(each.mean()), float(lo), float(hi))
+        found = limits(each[None], np.zeros(1), np.array([width]), 0.95)
+        return Mean(float(each.mean()), float(found.lo[0]), float(found.hi[0]))
 
     tilted = []
     for lam in lams:
