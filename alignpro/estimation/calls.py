@@ -87,7 +87,8 @@ def sampling_loss(rewards: np.ndarray, lam: float, n: int) -> np.ndarray:
     above = means - means.min(-1, keepdims=True)
     w = np.exp((above - above.max(-1, keepdims=True)) / lam)
     w = w / w.mean(-1, keepdims=True)
-    return (w * above * (w - 1.0) / (w + n - 1.0)).mean(-1)
+    kept = w / (w + n - 1.0) if n > 1 else np.ones_like(w)
+    return (kept * above * (w - 1.0)).mean(-1)
 
 
 def noise_loss(rewards: np.ndarray, lam: float, answers: int) -> np.ndarray:
