@@ -1,4 +1,4 @@
-"""What n draws, or a wrong reward, cost the optimal prompter: the bounds proved in ball arithmetic."""
+"""Bounds on what few draws, or a wrong reward, cost the optimal prompter: proved in ball arithmetic."""
 
 import math
 from collections.abc import Callable, Iterator

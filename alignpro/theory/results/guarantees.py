@@ -1,4 +1,4 @@
-"""What a prompter is sure to earn if the rewards it was made from are wrong, and the λ that makes it most."""
+"""The reward that a prompter made from wrong rewards is sure to earn, and the λ that makes it most."""
 
 from typing import Literal, NamedTuple
 

@@ -1,7 +1,9 @@
 """The price of prompts that are not drawn at random: one rewrite, or a few, in the best mixture's place."""
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -10,8 +12,8 @@ from alignpro.errors import AlignProError, as_number
 from alignpro.theory.divergences import log1p, log_quotient
 from alignpro.theory.gibbs import tilt
 from alignpro.theory.instance import Instance
-from alignpro.theory.results.reach import information_projection, to_optimum
-from alignpro.theory.results.rewards import Temperature, as_temperature, rewards_of
+from alignpro.theory.results.reach import Projection, information_projection, to_optimum
+from alignpro.theory.results.rewards import Rewards, Temperature, as_temperature, rewards_of
 
 
 class FewRewrites(NamedTuple):
@@ -54,11 +56,12 @@ def few_rewrites(instance: Instance, beta: Temperature, most: int = 16) -> FewRe
     """
     if not ((m := as_number("most", most)) >= 1 and m.is_integer()):
         raise AlignProError(f"most {most}: must be an integer of at least 1; give the number of rewrites")
-    beta, found, r = (
-        as_temperature("beta", beta),
-        information_projection(instance, beta),
-        rewards_of(instance),
-    )
+    beta = as_temperature("beta", beta)
+    return _few(information_projection(instance, beta), rewards_of(instance), beta, int(m))
+
+
+@functools.partial(jax.jit, static_argnames="most")
+def _few(found: Projection, r: Rewards, beta: Array, most: int) -> FewRewrites:
     model = tilt(r.own, r.response, beta)
 
     def alone(row: Array) -> Array:
@@ -87,8 +90,8 @@ def few_rewrites(instance: Instance, beta: Temperature, most: int = 16) -> FewRe
         pick = jnp.argmin(jnp.where(allowed, cost, jnp.inf), -1)
         return total + jnp.take_along_axis(apart, pick[:, None, None], 1)[:, 0], pick
 
-    _, chosen = lax.scan(add, jnp.zeros_like(policy), jnp.arange(int(most)))
-    count = jnp.arange(1, int(most) + 1)
+    _, chosen = lax.scan(add, jnp.zeros_like(policy), jnp.arange(most))
+    count = jnp.arange(1, most + 1)
     mixed = jnp.cumsum(r.frozen[chosen], 0) / count[:, None, None]
     loss = lax.map(lambda policies: to_optimum(policies, r.own, model), mixed).T
     return FewRewrites(
