@@ -59,7 +59,7 @@ def certified_floor(
     lam: float | Fraction | str,
     delta: float | Fraction | str,
     max_precision: int = MAX_PRECISION,
-) -> tuple[Certificate, Certificate]:
+) -> tuple[Certificate, ...]:
     """Prove `by_tv` ≤ floor and `by_value` ≤ floor of `results.floor` for one prompt, from their definitions.
 
     Arguments and errors as of `certified_resampling`; `delta` > 0 is the error's width in spans of R.
