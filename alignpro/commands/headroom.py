@@ -13,7 +13,9 @@ from alignpro.report.page import Dots, Page, Table, dot, dots
 
 if TYPE_CHECKING:
     from alignpro import estimation
+    from alignpro.calls import Plan
     from alignpro.estimation import Estimate as Number
+    from alignpro.estimation.calls import Calls
 
 
 def _basis(result: "estimation.Headroom", best: "Mapping[str, Number]") -> "dict[str, Number]":
@@ -54,6 +56,32 @@ def _prices(pooled: "estimation.Pooled", name: str = "{}") -> list[tuple[str, ..
 _PRICES = ("one instruction, net", "reading the prompt, net", "price of not reading")
 
 
+_CALLS = ("as estimated", "at {}, whatever was not drawn", "whatever the rewards", "out of reach with")
+
+
+def _plan(plan: "Plan | None") -> str:
+    """Show draws times answers, and their product."""
+    if plan is None:
+        return "-"
+    return f"{number(plan.draws)} x {number(plan.answers)} = {number(plan.calls)}"
+
+
+def _calls(calls: "Calls", name: str = "{}") -> list[tuple[str, ...]]:
+    """The calls that resampling needs, a row for each lambda."""
+    return [
+        (
+            name.format(number(at.lam)),
+            *map(_plan, (at.estimated, at.limited, at.sure)),
+            f"{number(at.out_of_reach)} or fewer" if at.out_of_reach else "-",
+        )
+        for at in calls.at
+    ]
+
+
+def _calls_head(calls: "Calls") -> list[str]:
+    return [head.format(f"{calls.level:.0%}") for head in _CALLS]
+
+
 def text(result: "estimation.Headroom") -> str:
     found = _basis(result, {f"best of {n} rewrites, over sft": e for n, e in result.best_of.items()})
     rows = [("lambda", "over sft", "net of lambda KL", "over none", "")]
@@ -68,6 +96,7 @@ def text(result: "estimation.Headroom") -> str:
         "the optimal prompter's gain",
         columns(rows),
         *_text_of_shared(result.pooled),
+        *text_of_calls(result.calls),
         *(f"warning: {warning}" for warning in result.warnings),
         "",
         result.answer,
@@ -83,6 +112,19 @@ def _text_of_shared(pooled: "estimation.Pooled | None") -> list[str]:
     if pooled.at:
         lines += ["", "over sft, were effects normal", columns([("lambda", *_PRICES), *_prices(pooled)])]
     return [*lines, pooled.finding, ""]
+
+
+def text_of_calls(calls: "Calls | None") -> list[str]:
+    """Lines that say how many calls resampling needs; none where it was not asked."""
+    if calls is None:
+        return []
+    rows = [("lambda", *_calls_head(calls)), *_calls(calls)]
+    return [
+        "",
+        "draws x answers = calls per prompt, to resample within "
+        f"{number(calls.eps)} of the optimal prompter's mean reward",
+        columns(rows),
+    ]
 
 
 def page(result: "estimation.Headroom") -> Page:
@@ -108,6 +150,15 @@ def page(result: "estimation.Headroom") -> Page:
     )
     if result.pooled is not None:
         _add_shared(page, result.pooled, axis)
+    if (calls := result.calls) is not None:
+        page.add(
+            "How many calls",
+            "Draws × answers = calls per prompt with which resampling comes within "
+            f"{number(calls.eps)} of ρ* in mean reward. As estimated: were the rewrites drawn all there are. "
+            "Out of reach: with so few calls every method loses more on some prompts with rewards in this "
+            "range.",
+            Table(["", *_calls_head(calls)], _calls(calls, "λ = {}"), "wnnnn"),
+        )
     best = {f"best of {n}": e for n, e in result.best_of.items()}
     page.add(
         "What it rests on",
@@ -159,6 +210,9 @@ class Headroom:
     range."""
     level: float = 0.95
     """How often an interval covers the truth, between 0.5 and 1; those behind the answer cover jointly."""
+    eps: float | None = None
+    """Also say how many draws and answers bring resampling (alignpro resample) this close to the optimal
+    prompter in mean reward, in reward units, and what fewer calls cannot do. Left out: not asked."""
     json: bool = False
     """Print one JSON object, instead of tables."""
     out: str | None = None
@@ -167,6 +221,6 @@ class Headroom:
     def run(self) -> int:
         from alignpro import estimation
 
-        result = estimation.headroom(read_rollouts(self.file, self.out), self.lam, self.level)
+        result = estimation.headroom(read_rollouts(self.file, self.out), self.lam, self.level, self.eps)
         tell("headroom", plain(result), text(result), self.json, self.out, lambda: page(result))
         return 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.estimation import samples
+from alignpro.estimation.calls import Calls, calls
 from alignpro.estimation.intervals import Estimate, check_level, prompts_to_settle
 from alignpro.estimation.paired import Absent, Term, estimates
 from alignpro.estimation.pooled import Pooled, pooled
@@ -52,6 +53,8 @@ class Headroom:
     """E R(best of all rewrites drawn) − J(no prompter); None without arm none."""
     pooled: Pooled | None
     """The gain that strategies shared among prompts would bring; None where too few draws share one."""
+    calls: Calls | None
+    """How many calls resampling needs at each λ; None where it was not asked."""
     answer: str
     """Whether one should train at all, in a sentence that begins with Yes, No or Undecided."""
     warnings: tuple[str, ...]
@@ -62,8 +65,12 @@ class Headroom:
         return self.answer.partition(":")[0].lower()
 
 
-def headroom(rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95) -> Headroom:
+def headroom(
+    rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95, eps: float | None = None
+) -> Headroom:
     """Estimate the gain that prompt optimization could reach at each λ, from arm sft (and none).
+
+    With `eps`, also how many calls bring resampling (`alignpro resample`) within it of ρ* in mean reward.
 
     Arm sft needs two draws per prompt with two answers each. `lams` left out are `SHARES` of the declared
     width of the reward. Intervals cover at `level` by themselves; the answer's cover jointly over λ, and it
@@ -124,6 +131,7 @@ def headroom(rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95
         best_of={n: found["best", n] for n in counts},
         ceiling=found.get("ceiling"),
         pooled=shared,
+        calls=None if eps is None else calls(arm, lams, eps, level, rollouts.low, rollouts.high),
         answer=_answer(terms, lams, joint, sure, shared, none, level),
         warnings=tuple(terms.warnings.values()),
     )

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignpro.errors import AlignProError, as_number
 from alignpro.theory.divergences import TINY, log_quotient, scaled_kl
-from alignpro.theory.gibbs import tilt
+from alignpro.theory.gibbs import Tilted, tilt
 from alignpro.theory.instance import Instance
 from alignpro.theory.results.rewards import Rewards, Temperature, as_temperature, extremes, rewards_of
 from alignpro.theory.solution import EPS
@@ -177,11 +177,7 @@ def _project(rewards: Rewards, beta: Array, tol: Array | float, limit: Array | i
         one, (usable, model.log_probs, allowance), batch_size=min(batch, usable.shape[0])
     )
     policy = weights @ frozen
-    star = jnp.where(own > 0, jnp.maximum(model.probs, TINY), 0.0)
-    far = jnp.log(jnp.maximum(policy, TINY)) - jnp.where(own > 0, model.log_probs, 0.0)
-    ratio = jnp.where(model.probs > TINY, log_quotient(policy, star), jnp.where(policy > 0, far, 0.0))
-    ones = jnp.ones_like(policy)
-    divergence = scaled_kl(ones, policy, star, ratio, ratio)
+    divergence = to_optimum(policy, own, model)
     return Projection(
         weights=weights,
         policy=policy,
@@ -192,6 +188,16 @@ def _project(rewards: Rewards, beta: Array, tol: Array | float, limit: Array | i
         iterations=iterations,
         usable=usable,
     )
+
+
+def to_optimum(
+    policy: Float[Array, "... Y"], own: Float[Array, "... Y"], model: Tilted
+) -> Float[Array, "..."]:
+    """KL(policy‖π*) in nats, π* = `model` being a tilt of `own`; ∞ where the policy leaves its support."""
+    star = jnp.where(own > 0, jnp.maximum(model.probs, TINY), 0.0)
+    far = jnp.log(jnp.maximum(policy, TINY)) - jnp.where(own > 0, model.log_probs, 0.0)
+    ratio = jnp.where(model.probs > TINY, log_quotient(policy, star), jnp.where(policy > 0, far, 0.0))
+    return scaled_kl(jnp.ones_like(policy), policy, star, ratio, ratio)
 
 
 class Ceiling(NamedTuple):
