@@ -36,7 +36,7 @@ class BoundEstimate:
     more_prompts: int | None = None
     """How many prompts more, sampled like these, would settle an inconclusive verdict; None otherwise."""
     why: str = ""
-    """The reason of a verdict inapplicable or inconclusive; empty otherwise."""
+    """The reason of a verdict inapplicable or inconclusive, or why "holds" tests nothing; empty otherwise."""
     relation: Relation = "<="
 
     @property
@@ -236,14 +236,16 @@ def _statements(terms: Terms, r_max: float | None) -> tuple[dict[Key, Statement]
 
 def _bound(name, prompter, gap, rhs, slack, parts, statement: Statement, terms: Terms) -> BoundEstimate:
     assumed = statement.assumptions
+    sure = statement.slack.low >= 0.0
     verdict = verdict_of(slack.lo, slack.hi, all(assumed.values()))
     more, why = None, ""
     if verdict == "inapplicable":
         why = "not so: " + "; ".join(key for key, true in assumed.items() if not true)
+    elif sure:
+        verdict = "holds"
+        why = "its slack cannot come out below 0: it says how large the bound is, and tests nothing"
     elif verdict == "inconclusive" and statement.slack.weak and not terms.sure:
         why = "importance weights cannot be trusted; see the warnings"
-    elif verdict == "inconclusive" and statement.slack.low >= 0.0:
-        why = "it tests nothing, as its slack cannot come out below 0; it says how large the bound is"
     elif verdict == "inconclusive":
         more = prompts_to_settle(slack)
         why = "no realistic number of prompts would settle it"
