@@ -1,5 +1,6 @@
 """Small models on one thread: two threads on models this small only wait for each other."""
 
+import base64
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,20 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+DRAWN = ("test_demo", "test_task")
+"""Where pages are looked at, figures included."""
+PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.fixture(autouse=True)
+def _pages_with_one_small_picture(request, monkeypatch):
+    """Figures have tests of their own (tests/commands); drawing them here took a third of the time."""
+    if request.module.__name__ not in DRAWN:
+        monkeypatch.setattr("alignpro.report.figures.png", lambda drawing: PICTURE)
 
 
 @pytest.fixture(scope="session")
