@@ -215,9 +215,14 @@ def page(found: "Found") -> Page:
         record,
     )
     made.key("Mean reward of a round", end, f"at first {start}")
-    for name, key in (("Objective", "ppo/objective"), ("KL, nats", "ppo/kl_k1"), ("KL, nats", "kl")):
+    kl, sampled = (
+        f"KL to {'π_F' if oracle else 'ρ_sft'}, nats",
+        "; from samples, so that it may come out below 0",
+    )
+    for name, key in (("Objective", "ppo/objective"), (kl, "ppo/kl_k1"), (kl, "kl")):
         if key in columns:
-            made.key(name, number(last.get(key)), f"at first {number(first.get(key))}")
+            note = f"at first {number(first.get(key))}" + (sampled if name == kl else "")
+            made.key(name, number(last.get(key)), note)
     made.key("Optimizer steps", number(last["step"]), f"{len(metrics)} rounds")
 
     every = -(-len(metrics) // _TABLE_ROWS)

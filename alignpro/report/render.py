@@ -1,6 +1,7 @@
 """Self-contained HTML from a `Page`, whose texts by strangers and models are data, never markup."""
 
 import base64
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -102,10 +103,15 @@ def _section(section: Section, pictures: dict[str, bytes | None]) -> dict[str, A
     }
 
 
+def _whole(text: str) -> str:
+    """A cell's text in which no line ends within an interval [lo, hi]."""
+    return re.sub(r"(?<=\[)[^\[\] ]+, (?=[^\[\] ]+\])", lambda m: m[0].replace(" ", "\u00a0"), text)
+
+
 def _cells(table: Table) -> dict[str, Any]:
     head = table.head.split("|") if isinstance(table.head, str) else table.head
     rows = [
-        [cell if kind == "t" else _set(cell) for kind, cell in zip(table.kinds, row, strict=True)]
+        [cell if kind == "t" else _whole(_set(cell)) for kind, cell in zip(table.kinds, row, strict=True)]
         for row in table.rows
     ]
     kinds = [_KINDS[kind] for kind in table.kinds]
@@ -113,11 +119,16 @@ def _cells(table: Table) -> dict[str, Any]:
         if kind == "words" and any(len(row[i]) > 26 for row in rows):
             kinds[i] = "long" if all(len(row[i]) < 100 for row in rows) else "longest"
     short = [i for i, kind in enumerate(kinds) if kind in ("words", "n")]
+    widest = [
+        max(len(text) + 3 for text in (*name.split(), *(row[i] for row in rows), ""))
+        for i, name in enumerate(head)
+    ]
     return {
         "head": [_set(name.strip()) for name in head],
         "rows": rows,
         "kinds": kinds,
-        # More characters than a sheet of paper has room for.
-        "dense": sum(max((len(row[i]) + 3 for row in rows), default=0) for i in short) > 90,
+        # More characters than a sheet of paper has room for, and than a telephone has.
+        "dense": sum(widest[i] for i in short) > 90,
+        "stack": "texts" in kinds or sum(widest) > 48,
         "best": set(table.best),
     }

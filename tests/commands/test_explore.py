@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import urlencode
 
 import jax
@@ -488,23 +487,6 @@ def test_a_run_that_still_writes_can_be_read(files, tmp_path, monkeypatch):
 
 
 # --- a real browser
-
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
-    if not Path(CHROMIUM).exists():
-        pytest.skip("needs a browser: apt install chromium")
-    arguments = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync"
-    )
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments.split())
-        yield browser
-        browser.close()
 
 
 @contextmanager

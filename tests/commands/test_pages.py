@@ -73,7 +73,7 @@ class Strict(html.parser.HTMLParser):
         else:
             self.words.append(data)
             if self.tables and self.open[-1:] and {"td", "th"} & set(self.open):
-                self.tables[-1][-1][-1] += data
+                self.tables[-1][-1][-1] += data.replace("\xa0", " ")  # within intervals
 
     def of(self, tag, name):
         return [value for t, n, value in self.attributes if (t, n) == (tag, name)]
@@ -231,6 +231,40 @@ def test_every_verb_writes_a_page_that_stands_alone(verb, ran, home):
     for name in (str(home), str(run.out), str(Path.home()) + "/", f"/{getpass.getuser()}/", "/tmp/"):
         assert name not in run.text
     assert socket.gethostname() not in page.text.split()
+
+
+WIDTHS = (390, 768, 989, 1300, 1920, "print")
+"""Of windows in pixels: a telephone, a tablet, half a screen, a laptop, a large screen; and A4 paper."""
+CUT_OFF = """() => [...document.querySelectorAll("details")].forEach(d => d.open = true) ||
+  [...document.querySelectorAll("table, pre, dl")].filter(e => {
+    const box = e.parentElement, scrolls = getComputedStyle(box).overflowX !== "visible";
+    return e.getBoundingClientRect().right > document.documentElement.clientWidth + 1 ||
+      scrolls && box.scrollWidth > box.clientWidth + 1;
+  }).map(e => e.innerText.slice(0, 60))"""
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_no_table_is_cut_off(verb, ran, chromium):
+    path = ran(verb).out / "report.html"
+
+    def cut(address, width):
+        paper = width == "print"
+        context = chromium.new_context(viewport={"width": 718 if paper else width, "height": 900})
+        page = context.new_page()
+        if paper:
+            page.emulate_media(media="print")
+        page.goto(address)
+        found = page.evaluate(CUT_OFF)
+        context.close()
+        return found
+
+    assert {width: cut(path.as_uri(), width) for width in WIDTHS} == {width: [] for width in WIDTHS}
+    if verb == "compare":  # the check sees a table that is too wide
+        wide = path.with_name("wide.html")
+        wide.write_text(
+            path.read_text(encoding="utf-8").replace("</style>", "td { min-width: 40rem; }</style>")
+        )
+        assert all(cut(wide.as_uri(), width) for width in (989, 1300, "print"))
 
 
 def test_numbers_of_estimate_and_what_is_drawn(ran):
