@@ -154,7 +154,7 @@ def test_the_answers_are_draws_from_the_sampling_that_was_asked_for(local, brain
 
     with vllm_stub.VLLMServer(brain) as server:
         assert not unlikely()
-        for name in ("repetition_penalty", "temperature", "top_p", "min_p"):
+        for name in ("repetition_penalty", "temperature", "top_p", "top_k", "min_p"):
             assert unlikely(omit=(name,)), name
         assert {path for path, _ in server.requests} == {"/v1/completions"}
 

@@ -96,7 +96,7 @@ NEUTRAL = {
 }
 """Sampling that a request leaves out and no generation_config sets."""
 SHIPPED = {"repetition_penalty": 1.8, "presence_penalty": 1.0, "frequency_penalty": 1.0}
-SHIPPED |= {"temperature": 0.4, "top_k": 3, "top_p": 0.7, "min_p": 0.2}
+SHIPPED |= {"temperature": 0.4, "top_k": 3, "top_p": 0.7, "min_p": 0.5}
 """A generation_config that leaks wherever a request is silent."""
 
 
@@ -179,6 +179,8 @@ class Engine:
     processed: bool = False
     """--logprobs-mode processed_logprobs, which changes those of samples and not those of prompts."""
     seen: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    """For requests without a seed."""
 
     def logits(self, ids: list[int]) -> np.ndarray:
         key = tuple(ids)
@@ -199,7 +201,7 @@ class Engine:
         return SimpleNamespace(prompt_token_ids=ids, prompt_logprobs=told, outputs=outputs, finished=True)
 
     def _sample(self, prompt: list[int], params: Any, k: int) -> CompletionOutput:
-        rng = np.random.default_rng(None if params.seed is None else params.seed + k)
+        rng = self.rng if params.seed is None else np.random.default_rng(params.seed + k)
         most = min(params.max_tokens, self.max_model_len - len(prompt))
         new: list[int] = []
         tops: list[dict[int, Logprob]] = []

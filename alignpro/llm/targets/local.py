@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -115,7 +115,8 @@ class LocalTarget:
         try:
             for batch, generated in self._batches(order, run):
                 for (position, index), new in zip(batch, generated, strict=True):
-                    finish = "stop" if new and new[-1] in self._ends else "length"
+                    ended = bool(new) and new[-1] in self._ends
+                    finish: Literal["stop", "length"] = "stop" if ended else "length"
                     answer = answer_of(self.tokenizer, len(ids[position]), new, finish, None)
                     self.calls += 1
                     keep(position, index, answer)

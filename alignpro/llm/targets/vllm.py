@@ -203,8 +203,8 @@ class VLLM:
         if ended == "length" and (finish != "length" or len(new) < sampling.max_tokens):
             raise AlignProError(
                 f"an answer of {len(new)} of {sampling.max_tokens} tokens ends (finish_reason {finish}) "
-                f"without one of the tokens {self.ends}: name the tokenizer of the very model that is served, "
-                "and let no limit of the server's (max_new_tokens, --max-model-len) be shorter"
+                f"without one of the tokens {self.ends}: name the tokenizer of the model that is served, and "
+                "let no limit of the server's (max_new_tokens, --max-model-len) be shorter"
             )
         told = drawn.log_prob if sampling.natural else None
         return answer_of(self.tokenizer, asked, new, ended, told)
