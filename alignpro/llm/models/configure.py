@@ -281,7 +281,7 @@ def prepare(
 def configure_tokenizer(
     tokenizer: Any, shipped: Any, name: str, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """What `prepare` does to a tokenizer; the ids of the tokens that end a turn.
+    """Do what `prepare` does to a tokenizer; the ids of the tokens that end a turn.
 
     Args:
         shipped: the end tokens of the model's generation_config: an id, several, or None.

@@ -19,7 +19,7 @@ from alignpro.llm.targets.target import Known
 from alignpro.llm.targets.vllm import SCORED, VLLM, Asked, Drawn, Ids, Keep, Tops, read_tops, sampled
 
 PREFIX = "vllm:"
-"""What a target's name begins with that is to run on vLLM's engine."""
+"""Beginning of the name of a target that runs on vLLM's engine."""
 MOST_TOP = 256
 """Most likeliest tokens that the engine is asked for, and so the largest top_k with log-probabilities."""
 _BATCH = 1024  # answers, or sequences to score, between two that are kept

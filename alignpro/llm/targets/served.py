@@ -29,7 +29,7 @@ class Serving:
 
 
 def serving(base_url: str, settings: EndpointSettings) -> Serving | None:
-    """What the server at `base_url` says that it serves; None where it cannot be reached or has no key yet.
+    """Ask the server at `base_url` for what it serves; None where it cannot be reached or has no key yet.
 
     A server without such a list serves nothing that it names.
     """

@@ -45,7 +45,7 @@ def answer_of(
 
 @dataclass(frozen=True)
 class Sequences:
-    """What is to be scored for the log-probabilities of some responses, and these as they become known."""
+    """Sequences to be scored for the log-probabilities of responses, and these as they become known."""
 
     rows: list[tuple[int, Ids, Ids]]
     """Which response, its prompt's tokens, and its own. A string has one row for each token that ends it."""

@@ -34,8 +34,8 @@ _UNDERFLOW = -9000.0  # vLLM's server sends -9999 for −inf
 
 Place = tuple[int, int]
 Tops = tuple[float, np.ndarray, bool]
-"""Of a token: its log-probability by the model itself, those of the likeliest tokens, falling, and whether it
-is one of these."""
+"""A token's log-probability by the model itself, those of the likeliest tokens, falling, and whether it is
+one of these."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Asked:
     ids: Ids
     """The prompt's tokens."""
     seed: int
-    """That of the first; each further one's is one more, as vLLM has it."""
+    """Seed of the first; each further one's is one more, as vLLM has it."""
     places: tuple[tuple[Place, ...], ...]
-    """Where each sample belongs: (position, sample index), more than once where a prompt is asked twice."""
+    """Places of each sample, (position, sample index): more than one where a prompt is asked twice."""
 
 
 class Drawn(NamedTuple):
@@ -93,7 +93,7 @@ class VLLM:
         raise NotImplementedError
 
     def _score(self, rows: Sequence[tuple[Ids, Ids]], top: int, meter: http.Meter | None) -> list[list[Tops]]:
-        """Of each (prompt, continuation), for each token of the continuation, with `top` likeliest tokens."""
+        """Score each token of each (prompt, continuation), with `top` likeliest tokens."""
         raise NotImplementedError
 
     @cached_property
@@ -259,7 +259,7 @@ NEUTRAL = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-"""What vLLM takes from the model's generation_config unless it is told, with values that change nothing."""
+"""Settings that vLLM takes from the model's generation_config unless told, at values that change nothing."""
 SCORED = {"max_tokens": 1, "temperature": 0.0}
 """Fields that have a given sequence scored: vLLM draws a token at least, which nobody reads."""
 
