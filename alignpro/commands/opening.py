@@ -239,11 +239,15 @@ def how_read(target: "Target") -> dict[str, Any]:
 
 
 def check_target_room(target: "Target", prompts: Sequence[str], tokens: int) -> None:
-    """Refuse prompts that leave a model in this process no room to answer, before anything is asked."""
-    if how_read(target):
+    """Refuse prompts that leave a model whose tokens are known here no room to answer, before it is asked."""
+    local: Any = target
+    if not how_read(target) and hasattr(target, "too_long"):
+        for x in prompts:
+            if (reason := local.too_long(local.count_tokens(x), tokens)) is not None:
+                raise AlignProError(f"prompt {x[:60]!r}: {reason}; leave it out, or lower answer_tokens")
+    elif how_read(target):
         from alignpro.llm.policies.prompter import check_room, target_ids
 
-        local: Any = target
         ids = [target_ids(local.tokenizer, x) for x in prompts]
         check_room(local.model, prompts, ids, tokens, f"target {target.name!r}")
 

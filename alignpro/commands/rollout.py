@@ -129,6 +129,7 @@ class Rollout(TemplateOption, RunOptions):
         if planned.todo or not path.exists() or (folder / rollout.PARTIAL).exists():
             target = world.target()
             opening.check_target_room(target, xs, sampling.max_tokens)
+            getattr(target, "check_scored", lambda _: None)(sampling)
             frozen = world.kept(target, folder)
 
             def open_policy(name: str) -> "tuple[Target, Scorer]":

@@ -17,6 +17,7 @@ import vllm_stub
 from mutants import kills, mutated
 from scipy import stats
 
+from alignpro.commands.opening import check_target_room
 from alignpro.errors import AlignProError
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.load import load_tokenizer
@@ -78,7 +79,10 @@ def in_process(brain, saved, monkeypatch):
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_log_probs_are_those_of_the_model_in_this_process(name, local, brain, in_process):
-    """Of answers, cut or ended, under any prompt, and of any text: to rounding, and impossible alike."""
+    """Of answers, cut or ended, under any prompt, and of any text: to rounding, and impossible alike.
+
+    Mutant: the raw model's in the place of the sampler's, which is what vLLM tells.
+    """
     sampling = SAMPLINGS[name]
     with vllm_stub.VLLMServer(brain) as server:
         target, (engine, _) = served(server, local), in_process()
@@ -91,6 +95,8 @@ def test_log_probs_are_those_of_the_model_in_this_process(name, local, brain, in
                 np.testing.assert_allclose(
                     each.log_probs(prompts, answers, sampling, drawn=drawn), want, atol=2e-5
                 )
+            raw = target.log_probs(prompts, answers)
+            assert bool((np.abs(raw - want) > 1e-2).any()) == (name != "plain")
         texts = ["", "a", "hello", refused]
         want = local.log_probs(PROMPTS, texts, sampling)
         got = target.log_probs(PROMPTS, texts, sampling)
@@ -205,6 +211,8 @@ def test_a_sample_is_that_of_its_prompt_and_index_however_it_is_asked_for(local,
         some = target.respond(["de", "abc", "de"], PLAIN, first=[3, 40, 3], samples=2, seed=5)
         assert some == [whole[1][3:5], whole[0][40:42], whole[1][3:5]]
         assert len({a.ids for a in whole[0]}) > 5
+        two = shared.asked_at_once([(0, i) for i in (0, 1, 2, 4, 5)], [(3,)], {0: 7}, 2)
+        assert [(len(asked.places), asked.seed) for asked in two] == [(2, 7), (1, 9), (2, 11)]
         assert target.respond(["abc"], PLAIN, samples=70, seed=6) != whole[:1]
 
 
@@ -332,6 +340,8 @@ def test_refusals_and_what_is_too_long(local, brain):
         got = target.respond(["abc", "a" * 8], PLAIN)
         assert [row[0].finish == "refused" for row in got] == [False, True]
         assert "8 tokens, with 4 more to come and one to score by, are beyond the 12" in got[1][0].text
+        with pytest.raises(AlignProError, match=r"^prompt 'aaaaaaaa': 8 tokens, with 4 more to come"):
+            check_target_room(target, ["abc", "a" * 8], 4)
         # Whatever was answered can be scored: vLLM draws one token more.
         tight = target.respond(["a" * 7], PLAIN)[0]
         assert np.isfinite(target.log_probs(["a" * 7], tight, PLAIN)).all()
@@ -400,6 +410,12 @@ def test_without_vllm_or_with_an_engine_that_fails(in_process, saved, monkeypatc
     monkeypatch.setattr(fake, "LLM", refuse)
     with pytest.raises(AlignProError, match=r"^target vllm:.*: vLLM does not load it \(Engine core init"):
         in_process()
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(
+            AlignProError, match=r"each training process would load it, all on one GPU; serve it"
+        ):
+            in_process()
     monkeypatch.setattr(engine_module, "find_spec", lambda name: None)
     with pytest.raises(
         AlignProError, match=r"^target vllm:.*: the package vllm is missing; pip install vllm"

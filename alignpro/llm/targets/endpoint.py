@@ -90,15 +90,24 @@ class Endpoint(http.Counted):
 
     @property
     def dialect(self) -> str:
-        """The form of its requests; the server is asked once, and taken for an `openai` one while it cannot
+        """The form of its requests; the server is asked once, and taken for an `openai` one where it cannot
         be reached."""
         if self._dialect is None:
             found = serving(self.base_url, self.settings)
-            if found is None:
-                self._guessed = True
-                return "openai"
-            self._dialect = "vllm" if found.vllm else "openai"
+            self._guessed = found is None
+            self._dialect = "vllm" if found is not None and found.vllm else "openai"
         return self._dialect
+
+    def _check_guess(self) -> None:
+        """Refuse to ask a vLLM server as an `openai` one, since it could not be reached before."""
+        if self.dialect == "openai" and self._guessed:
+            found = serving(self.base_url, self.settings)
+            if found is not None and found.vllm:
+                raise AlignProError(
+                    f"dialect: {self.base_url} could not be reached when it was first asked, and is vLLM; "
+                    "run again"
+                )
+            self._guessed = found is None
 
     @property
     def revision(self) -> str:
@@ -127,11 +136,7 @@ class Endpoint(http.Counted):
             AlignProError: also for top_k where the dialect has none, or a key that is not set.
         """
         asked = jobs(prompts, first, samples, seed)
-        if self.dialect == "vllm" and self._guessed:
-            raise AlignProError(
-                f"dialect: {self.base_url} could not be reached when it was first asked, and is vLLM; run "
-                "again"
-            )
+        self._check_guess()
         if sampling.top_k and self.dialect == "openai" and "top_k" not in self.settings.extra:
             raise AlignProError(
                 f"top_k {sampling.top_k}: the openai dialect has no top_k; use dialect='vllm' or "

@@ -1,6 +1,7 @@
 """vLLM's engine in this process as a frozen model: `vllm:NAME`. vLLM is imported when one opens."""
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -49,6 +50,11 @@ def check_engine(name: str, dtype: str) -> None:
         raise AlignProError(
             f'dtype 4bit: {name} runs on vLLM; choose bfloat16 and --target-engine \'{{"quantization": '
             '"bitsandbytes"}\''
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise AlignProError(
+            f"target {name}: each training process would load it, all on one GPU; serve it (vllm serve), and "
+            "give its address"
         )
     if find_spec("vllm") is None:
         raise AlignProError(

@@ -113,10 +113,10 @@ class Served(http.Counted, VLLM):
         return f"{self.weights or self.base_url} vllm tokens {self.format} {mark}".rstrip()
 
     def most(self) -> int | None:
-        if self._serving is None:
-            self._serving = serving(self.base_url, self.settings)
-        named = {} if self._serving is None else self._serving.most
-        if named and self.name not in named:
+        if self._serving is None:  # where it cannot be reached its requests will tell
+            self._serving = serving(self.base_url, self.settings) or Serving(False, {})
+        named = self._serving.most
+        if self._serving.vllm and self.name not in named:
             raise AlignProError(
                 f"model {self.name!r}: {self.base_url} serves {', '.join(sorted(named))}; name one of these"
             )

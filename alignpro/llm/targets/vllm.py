@@ -26,6 +26,8 @@ from alignpro.llm.targets.tokens import Ids, answer_of, ids_of, prompt_ids, to_s
 
 AT_ONCE = 32
 """Answers to one prompt that one request asks for, at most."""
+TOKENS = 2**16
+"""Tokens of one response, at most: some 100 bytes each."""
 TOP = 20
 """How many of the likeliest tokens a server gives whose --max-logprobs is as it comes."""
 WARMEST, COOLEST = 2.0, 0.01
@@ -136,7 +138,8 @@ class VLLM:
             else:
                 keep((place,), Answer(reason, "refused", size, 0))
         seeds = {p: stream_key(seed, sampling, prompts[p], 0) % 2**31 for p in {p for p, _ in fitting}}
-        failure = self._draw(asked_at_once(fitting, ids, seeds), sampling, keep, known, meter)
+        most = max(1, min(AT_ONCE, TOKENS // sampling.max_tokens))
+        failure = self._draw(asked_at_once(fitting, ids, seeds, most), sampling, keep, known, meter)
         if failure is None:
             return arrange(wanted, answers, len(prompts))
         text = f"{failure.text} ({len(answers)} of {len(wanted)} answered)"
@@ -167,6 +170,10 @@ class VLLM:
             if drawn and told is not None:
                 self._off.append(abs(told - value))
         return found.values
+
+    def check_scored(self, sampling: Sampling) -> None:
+        """Refuse a sampling under which no log-probabilities can be had, before anything is asked."""
+        needed(sampling)
 
     def line(self) -> str | None:
         """One line on how far vLLM's sampler and its scorer disagree; None where nothing was compared."""
@@ -210,8 +217,10 @@ class VLLM:
         return answer_of(self.tokenizer, asked, new, ended, told)
 
 
-def asked_at_once(places: Iterable[Place], ids: Sequence[Ids], seeds: dict[int, int]) -> list[Asked]:
-    """The requests for these samples: consecutive samples of one prompt together, at most `AT_ONCE`.
+def asked_at_once(
+    places: Iterable[Place], ids: Sequence[Ids], seeds: dict[int, int], most: int
+) -> list[Asked]:
+    """The requests for these samples: consecutive samples of one prompt together, at most `most`.
 
     Args:
         places: (position, sample index).
@@ -227,7 +236,7 @@ def asked_at_once(places: Iterable[Place], ids: Sequence[Ids], seeds: dict[int, 
         indices = sorted(by_index)
         start = 0
         for end in range(1, len(indices) + 1):
-            if end < len(indices) and indices[end] == indices[end - 1] + 1 and end - start < AT_ONCE:
+            if end < len(indices) and indices[end] == indices[end - 1] + 1 and end - start < most:
                 continue
             some = tuple(tuple(by_index[i]) for i in indices[start:end])
             out.append(Asked(tokens, seed + indices[start], some))
