@@ -209,7 +209,9 @@ class Served(http.Counted, VLLM):
         for choice in choices:
             new, told = choice.get("token_ids"), choice.get("logprobs")
             if not isinstance(new, list) or not all(is_int(i) for i in new):
-                return _wrong("token_ids", "a list of tokens; serve by vLLM 0.10.2 or later")
+                return _wrong(
+                    "token_ids", "a list of tokens; serve by a newer vLLM, which knows return_token_ids"
+                )
             told = told.get("token_logprobs") if isinstance(told, dict) else None
             if not isinstance(told, list) or len(told) != len(new) or not all(map(is_number, told)):
                 return _wrong("logprobs.token_logprobs", "a number for each token; ask a vLLM server")
