@@ -61,6 +61,7 @@ class Instruct(RunOptions):
         world = World(environment)
         # Prompts are counted as the frozen model reads them, where it is here to be asked.
         reader = DEFAULT_PROMPTER if is_address(environment.target) else environment.target
+        reader = reader.removeprefix("vllm:")
         training = user_prompts(source, reader, "train", None, world)
         whole = source.prompts_file is not None
         others = training if whole else user_prompts(source, reader, "test", None, world)

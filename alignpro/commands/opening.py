@@ -28,6 +28,11 @@ def is_address(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
+def on_vllm(name: str) -> bool:
+    """Whether `name` is that of a model to run on vLLM in this process."""
+    return name.startswith("vllm:")
+
+
 def trained_home(name: str) -> str:
     """The folder of a trained prompter where `name` is that of the run that made it; else `name`."""
     from alignpro.llm.models.catalogue import packaged
@@ -43,6 +48,7 @@ class World:
     def __init__(self, settings: EnvironmentSettings) -> None:
         from alignpro.llm.models import catalogue, configure
         from alignpro.llm.rewards.opening import JUDGE, judge_opener, keyed, read_plan
+        from alignpro.llm.targets.engine import PREFIX, check_engine, parse_engine
         from alignpro.llm.targets.ledger import Prices
         from alignpro.llm.targets.refusals import Refusals
 
@@ -52,12 +58,25 @@ class World:
             raise AlignProError(
                 f"target_{given[0]}: is for an endpoint, and {settings.target!r} is no http(s) address"
             )
+        if settings.target_tokenizer is not None and not is_address(settings.target):
+            raise AlignProError(
+                f"target_tokenizer: is for a vLLM server, and {settings.target!r} is no http(s) address"
+            )
+        self._engine = parse_engine(settings.target_engine)
+        if settings.target_engine is not None and not on_vllm(settings.target):
+            raise AlignProError(f"target_engine: is for vllm:NAME, and the target is {settings.target!r}")
         if is_address(settings.target):
             from alignpro.llm.targets.endpoint import Endpoint
 
             if settings.target_endpoint.model is None:
                 raise AlignProError(f"target_model: name the model that {settings.target} serves")
             self._endpoint = Endpoint(settings.target, settings.target_endpoint)
+            if settings.target_tokenizer is not None:
+                self._endpoint = self._served(settings.target_tokenizer)
+        elif on_vllm(settings.target):
+            check_engine(settings.target, settings.dtype)
+            catalogue.check_name(settings.target.removeprefix(PREFIX))
+            configure.check_dtype(settings.dtype)
         else:
             catalogue.check_name(settings.target)
             configure.check_dtype(settings.dtype)
@@ -115,10 +134,26 @@ class World:
             said += f"; {self.endpoints * scores} scores from an endpoint"
         return said + (self.settings.reward_judge.bill(scores, PROMPT_TOKENS + tokens) if self._judge else "")
 
+    def _served(self, tokenizer: str) -> "Target":
+        from alignpro.llm.models.load import load_tokenizer
+        from alignpro.llm.targets.served import Served
+
+        settings = self.settings
+        read = load_tokenizer(tokenizer, chat_template_kwargs=settings.chat_options())
+        return Served(settings.target, settings.target_endpoint, *read)
+
     def target(self) -> "Target":
+        from alignpro.llm.targets.engine import PREFIX, InProcess
         from alignpro.llm.targets.local import LocalTarget
 
         settings = self.settings
+        if on_vllm(settings.target):
+            return InProcess(
+                settings.target.removeprefix(PREFIX),
+                dtype=settings.dtype,
+                engine=self._engine,
+                chat_template_kwargs=settings.chat_options(),
+            )
         return self._endpoint or LocalTarget(
             settings.target,
             dtype=settings.dtype,
@@ -205,11 +240,15 @@ def how_read(target: "Target") -> dict[str, Any]:
 
 
 def check_target_room(target: "Target", prompts: Sequence[str], tokens: int) -> None:
-    """Refuse prompts that leave a model in this process no room to answer, before anything is asked."""
-    if how_read(target):
+    """Refuse prompts that leave a model whose tokens are known here no room to answer, before it is asked."""
+    local: Any = target
+    if not how_read(target) and hasattr(target, "too_long"):
+        for x in prompts:
+            if (reason := local.too_long(local.count_tokens(x), tokens)) is not None:
+                raise AlignProError(f"prompt {x[:60]!r}: {reason}; leave it out, or lower answer_tokens")
+    elif how_read(target):
         from alignpro.llm.policies.prompter import check_room, target_ids
 
-        local: Any = target
         ids = [target_ids(local.tokenizer, x) for x in prompts]
         check_room(local.model, prompts, ids, tokens, f"target {target.name!r}")
 

@@ -225,7 +225,15 @@ class EnvironmentSettings(ChatOption):
 
     target: str = "smollm2-135m-instruct"
     """The frozen model, which answers the rewritten prompts: a packaged model's name, a local folder, an id
-    on the Hugging Face hub, or the http(s) address of an OpenAI-compatible endpoint."""
+    on the Hugging Face hub, or the http(s) address of an OpenAI-compatible endpoint. After vllm: (as in
+    vllm:owner/name) a folder or hub id runs on vLLM in this process."""
+    target_tokenizer: str | None = None
+    """For a frozen model behind a vLLM server: name or folder of that model, whose tokenizer alone is read
+    here. The server is then asked by token ids, for several answers at once, and tells log-probabilities too.
+    Left out: it is asked by messages, and tells none."""
+    target_engine: str | None = None
+    """For vllm:NAME: arguments of vLLM's engine, as a JSON object such as '{"tensor_parallel_size": 2,
+    "gpu_memory_utilization": 0.8, "max_model_len": 4096}'. Left out: vLLM's own."""
     reward: tuple[str, ...] = ("minilm-bt",)
     """The reward, which scores the answers. Packaged: minilm-bt (preferences), ease, sentiment, brevity,
     json, list (list:5 for five items), clean or verifiable. A judge on a rubric: judge (see --reward-judge).
@@ -274,6 +282,8 @@ class EnvironmentSettings(ChatOption):
         return {
             "target": self.target,
             **self.target_endpoint.record("target"),
+            "target_tokenizer": self.target_tokenizer,
+            "target_engine": self.target_engine,
             **self.reward_endpoint.record("reward"),
             "dtype": self.dtype,
             "reward": reward,

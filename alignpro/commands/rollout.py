@@ -129,6 +129,7 @@ class Rollout(TemplateOption, RunOptions):
         if planned.todo or not path.exists() or (folder / rollout.PARTIAL).exists():
             target = world.target()
             opening.check_target_room(target, xs, sampling.max_tokens)
+            getattr(target, "check_scored", lambda _: None)(sampling)
             frozen = world.kept(target, folder)
 
             def open_policy(name: str) -> "tuple[Target, Scorer]":
@@ -148,7 +149,7 @@ class Rollout(TemplateOption, RunOptions):
                 return opened
 
             judge = world.reward(folder)
-            scorer, size = getattr(target, "log_probs", None), environment.batch_size
+            scorer, size = frozen.scorer(), environment.batch_size
             work = rollout.Work(
                 settings,
                 judge,
@@ -185,6 +186,8 @@ class Rollout(TemplateOption, RunOptions):
             with quiet():
                 rollout.roll_out(planned, work, parties)
             packages.note(frozen.ledger.line())
+            if (off := getattr(target, "line", lambda: None)()) is not None:
+                packages.note(off)
             world.told(judge, folder)
         result = rollout.summarise(path, MOST_PROMPTS)
         print(text(result))
@@ -232,10 +235,11 @@ def _check_trained(arm: "Arm", said: Any, environment: EnvironmentSettings) -> N
         option = "rlhf" if task == "rlhf" else "trained"
         raise AlignProError(f"{arm.folder!r}: it was trained with --task {task}; give it as --{option}")
     served = opening.is_address(environment.target)
-    if arm.name == "rlhf" and not served and not _same_model(base, environment.target):
+    target = environment.target.removeprefix("vllm:")
+    if arm.name == "rlhf" and not served and not _same_model(base, target):
         raise AlignProError(
             f"rlhf {arm.folder!r}: its policy was trained from {base}, which is not the target "
-            f"{environment.target}; name that as --target"
+            f"{target}; name that as --target"
         )
 
 

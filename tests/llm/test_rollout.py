@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import vllm_stub
 from faulty import Server
 from kept import lines
 from peft import get_peft_model
@@ -32,6 +33,7 @@ from alignpro.llm.models.load import load_model
 from alignpro.llm.models.policy import sample_and_score, sample_key
 from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.policies.prompter import Prompter, target_ids
+from alignpro.llm.targets import engine
 from alignpro.llm.targets.local import LocalTarget
 from alignpro.llm.targets.target import Answer
 
@@ -379,7 +381,63 @@ def test_an_endpoint_gives_no_log_probs_and_a_budget_is_not_overrun(home, tmp_pa
     assert rows[0]["frozen"].startswith(f"m {server.url}")
 
 
+def test_a_vllm_server_gives_every_log_prob(home, tmp_path, monkeypatch, capsys):
+    """Those of a plain forward pass, of a server (a stub: `vllm_stub`) and of vLLM in this process (a fake of
+    its module), whose rollouts differ in nothing else; and a budget counts what scoring asked for."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    sampling, few = TRUNCATED, ["--prompts", "3", "--draws", "2"]
+    model, tokenizer = load_model(home / "base")
+    brain = vllm_stub.Engine(model, tokenizer, int(tokenizer.eos_token_id))
+    monkeypatch.setitem(sys.modules, "vllm", vllm_stub.module(brain))
+    monkeypatch.setattr(engine, "find_spec", lambda name: name)
+
+    def command(out, target, *more):
+        command = arguments(
+            home, out, "--arms", "none", "sft", "--rlhf", str(home / "policy"), sampling=sampling
+        )
+        command[command.index("--target") + 1] = target
+        return [*command, *few, *more]
+
+    with vllm_stub.VLLMServer(brain) as server:
+        served = [
+            "--target-model",
+            "m",
+            "--target-tokenizer",
+            str(home / "base"),
+            "--target-concurrency",
+            "1",
+        ]
+        assert main.main(command(tmp_path / "whole", server.url, *served)) == 0
+        told, asked = capsys.readouterr().err, len(server.requests)
+        assert f"in {asked} calls" in told
+        most = ["--target-max-calls", str(asked - 20)]
+        assert main.main(command(tmp_path / "cut", server.url, *served, *most)) == 2
+        assert len(server.requests) == 2 * asked - 20
+        assert "max_calls" in capsys.readouterr().err
+        assert main.main(command(tmp_path / "cut", server.url, *served)) == 0
+    assert (tmp_path / "cut" / "rollouts.jsonl").read_bytes() == (
+        tmp_path / "whole" / "rollouts.jsonl"
+    ).read_bytes()
+    assert main.main(command(tmp_path / "engine", f"vllm:{home / 'base'}")) == 0
+    rows, again = rows_of(tmp_path / "whole"), rows_of(tmp_path / "engine")
+    said = answers_of(tmp_path / "whole")
+    for row, other in zip(rows, again, strict=True):
+        for name in ("logp_frozen_x", "logp_frozen_rewrite", "logp_policy", "response", "rewrite"):
+            assert row[name] == other[name]
+        if row["arm"] == "rlhf":
+            assert row["logp_frozen_x"] is not None
+            continue
+        prompt = row["rewrite"] if row["rewrite"].strip() else " "
+        ids = said["m", prompt, stream("answers", row["seed"]), row["draw"] * 2 + row["answer"]]
+        for name, text in (("logp_frozen_x", row["x"]), ("logp_frozen_rewrite", prompt)):
+            want = log_prob(model, target_ids(tokenizer, text), ids, sampling)
+            assert row[name] == pytest.approx(want, abs=1e-4)
+
+
 BAD = {
+    "tokenizer": (["--target-tokenizer", "HOME/base"], "target_tokenizer: is for a vLLM server"),
+    "engine": (["--target-engine", "{}"], "target_engine: is for vllm:NAME"),
+    "no vllm": (["--target", "vllm:HOME/base"], "the package vllm is missing; pip install vllm"),
     "unknown arm": (["--arms", "best"], "arms 'best': choose from none, sft, star, best_of_n"),
     "arm without folder": (["--arms", "trained"], "name its folder in trained"),
     "twice": (["--arms", "sft", "sft"], "name each once"),

@@ -7,10 +7,14 @@ import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import vllm_stub
+from trl.generation import vllm_generation
 from trl.trainer import grpo_trainer, rloo_trainer
 
 from alignpro.errors import AlignProError
@@ -205,6 +209,48 @@ def test_rewrites_drawn_by_vllm(algorithm, monkeypatch, tmp_path):
     assert problem.kl_to_star(trained.prompter.model) < 0.04
 
 
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo", "grpo"])
+def test_trls_own_use_of_vllm(algorithm, monkeypatch, tmp_path):
+    """TRL's class is the real one, over a fake module with the names and outputs of vLLM 0.32 (`vllm_stub`).
+
+    RLOO asks vLLM for no log-probabilities and is given none. Room is kept for the longest prompt and a
+    rewrite. Mutant: the weights that vLLM began with, which no longer say what is trained.
+    """
+    model, tokenizer = tiny_model(seed=1, vocab="abcd")
+    brain = vllm_stub.Engine(deepcopy(model), tokenizer, int(tokenizer.eos_token_id))
+    fake, loads = vllm_stub.module(brain), []
+
+    class LLM(fake.LLM):
+        def __init__(self, *positional, **named):
+            super().__init__(*positional, **named)
+            driver = SimpleNamespace(model_runner=SimpleNamespace(model=self))
+            self.llm_engine.model_executor = SimpleNamespace(driver_worker=driver)
+
+        def load_weights(self, weights):
+            state = brain.model.state_dict()
+            for name, value in weights:
+                loads.append(float((state[name] - value).abs().max()))
+                state[name].copy_(value.detach())
+            brain.seen.clear()
+
+        def reset_prefix_cache(self):
+            pass
+
+    monkeypatch.setattr(algorithms, "find_spec", lambda name: name)
+    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(vllm_generation, "LLM", LLM, raising=False)
+    monkeypatch.setattr(vllm_generation, "SamplingParams", fake.SamplingParams, raising=False)
+    asked = replace(SETTINGS, algorithm=algorithm, iterations=2, samples=8, epochs=1)
+    with mock.patch.dict(os.environ):
+        trained = fit(tmp_path, replace(asked, vllm="colocate", vllm_memory=0.2))
+    made = fake.LLM.made[-1]
+    assert (made["max_model_len"], made["gpu_memory_utilization"]) == (2 + asked.max_tokens, 0.2)
+    # Before the first round they are equal, before the second they are not.
+    assert max(loads[: len(loads) // 2]) == 0.0
+    assert max(loads[len(loads) // 2 :]) > 1e-4
+    assert len(trained.metrics) == 2
+
+
 def test_the_oracle_without_training_is_the_one_that_training_nears(tmp_path):
     """Four standard errors (of the delta method, from the exact π*): a false alarm in 6,000 for each number.
 
@@ -256,6 +302,8 @@ def test_named_settings():
             r"^samples 1: rloo compares rewrites of one prompt; give at least 2$",
         ),
         ({"minibatches": 5}, r"^minibatches 5: does not divide"),
+        ({"vllm_memory": 0.5}, r"^vllm_memory 0.5: is for vllm colocate; leave it out$"),
+        ({"vllm": "colocate", "vllm_memory": 1.5}, r"^vllm_memory 1.5: give a share above 0 and below 1$"),
         ({"seed": -1}, r"^seed -1: give a whole number of at least 0$"),
         ({"top_p": 1.5}, r"^top_p 1.5: give a number above 0 and at most 1$"),
         ({"iterations": 0}, r"^iterations 0: give a whole number of at least 1$"),

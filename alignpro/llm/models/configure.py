@@ -278,10 +278,14 @@ def prepare(
     return model
 
 
-def configure_model(
-    model: Any, tokenizer: Any, name: str, chat_template_kwargs: Mapping[str, Any] | None = None
-) -> None:
-    """All of `prepare` but the check of its numbers."""
+def configure_tokenizer(
+    tokenizer: Any, shipped: Any, name: str, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Do what `prepare` does to a tokenizer; the ids of the tokens that end a turn.
+
+    Args:
+        shipped: the end tokens of the model's generation_config: an id, several, or None.
+    """
     if not tokenizer.chat_template:
         raise AlignProError(
             f"model {name!r} has no chat template; choose an instruction-tuned model or add "
@@ -292,8 +296,7 @@ def configure_model(
         end = format_.end
     except AlignProError as error:
         raise AlignProError(f"model {name!r} {error}") from error
-    shipped = model.generation_config.eos_token_id  # may list several tokens that end a turn
-    listed = shipped if isinstance(shipped, list) else [shipped]
+    listed = shipped if isinstance(shipped, list) else [shipped]  # several tokens may end a turn
     ends = [int(i) for i in dict.fromkeys([*listed, tokenizer.eos_token_id]) if i is not None]
     if end not in ends:
         if ends:
@@ -312,6 +315,15 @@ def configure_model(
     if tokenizer.pad_token != pad:
         tokenizer.pad_token = pad
     tokenizer.padding_side = "left"  # generation continues from the right-hand end
+    return ends
+
+
+def configure_model(
+    model: Any, tokenizer: Any, name: str, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """All of `prepare` but the check of its numbers."""
+    shipped = model.generation_config.eos_token_id
+    ends = configure_tokenizer(tokenizer, shipped, name, chat_template_kwargs)
     pad_id = int(tokenizer.pad_token_id)
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = pad_id

@@ -21,9 +21,9 @@ from alignpro.errors import AlignProError
 from alignpro.files import read_json
 from alignpro.llm.models.adapters import adapter_base
 from alignpro.llm.models.catalogue import ADAPTER_WEIGHTS, RANDOM_FILE, drawn_at_random, is_adapter
-from alignpro.llm.models.configure import DTYPES, check_dtype, device_of, prepare
+from alignpro.llm.models.configure import DTYPES, check_dtype, configure_tokenizer, device_of, prepare
 from alignpro.llm.models.libraries import one_line, quiet
-from alignpro.llm.models.resolve import resolve
+from alignpro.llm.models.resolve import resolve, resolve_tokenizer
 
 
 def load_model(
@@ -65,6 +65,34 @@ def load_model(
     loaded, tokenizer = _load(folder, str(model), dtype, where)
     prepare(loaded, tokenizer, str(model), chat_template_kwargs=chat_template_kwargs)
     return loaded, tokenizer
+
+
+def load_tokenizer(
+    model: str | Path, *, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """The tokenizer of a model, without its weights, and the ids of the tokens that end a turn: both as
+    `load_model` has them.
+
+    Raises:
+        AlignProError: there is none, or none that can be read; see `configure.configure_tokenizer`.
+    """
+    folder = resolve_tokenizer(model)
+    while is_adapter(folder):  # which has none of its own
+        folder = resolve_tokenizer(adapter_base(folder))
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            if (folder / "generation_config.json").is_file():
+                shipped = GenerationConfig.from_pretrained(folder)
+            else:
+                shipped = GenerationConfig.from_model_config(config)
+    except Exception as error:
+        raise AlignProError(
+            f"model {str(model)!r}: cannot read its tokenizer and configuration ({one_line(error)}); save "
+            "them with save_pretrained"
+        ) from error
+    return tokenizer, configure_tokenizer(tokenizer, shipped.eos_token_id, str(model), chat_template_kwargs)
 
 
 def _load(folder: Path, name: str, dtype: str, where: torch.device) -> tuple[Any, Any]:

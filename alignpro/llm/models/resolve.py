@@ -1,5 +1,6 @@
 """Finds the folder of a model: local, from the hub, or converted from GGUF or ONNX, packaged or not."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models import packages, recipes
-from alignpro.llm.models.catalogue import MODELS, PACKAGES, RECIPES, check_name, checked_folder
+from alignpro.llm.models.catalogue import MODELS, PACKAGES, RECIPES, check_name, checked_folder, packaged
 from alignpro.llm.models.configure import configure_model
 from alignpro.llm.models.libraries import one_line, quiet
 
@@ -157,6 +158,15 @@ def resolve(model: str | Path) -> Path:
     return checked_folder(_from_hub(str(model)))
 
 
+def resolve_tokenizer(model: str | Path) -> Path:
+    """The local folder of the tokenizer and configuration of what `model` names; from the hub no weights."""
+    check_name(model)
+    path = Path(model).expanduser()
+    if packaged(model) or path.is_file():
+        return resolve(model)
+    return path if path.is_dir() else _from_hub(str(model), [f for f in _HUB_FILES if f != "*.safetensors"])
+
+
 def _ready(folder: Path) -> bool:
     if not (folder / packages.MANIFEST).is_file():
         return False
@@ -164,7 +174,7 @@ def _ready(folder: Path) -> bool:
     return True
 
 
-def _from_hub(model: str) -> Path:
+def _from_hub(model: str, files: Sequence[str] = _HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -174,7 +184,7 @@ def _from_hub(model: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=list(files)))
     except Exception as error:  # httpx raises its own errors, which have no class in common with the hub's
         packaged = f"use one of {', '.join([*MODELS, *RECIPES])}"
         if isinstance(error, GatedRepoError):

@@ -9,14 +9,15 @@ from alignpro.errors import AlignProError
 from alignpro.llm.models.prompt import messages_of, transcript
 from alignpro.llm.models.sampling import Sampling, is_int, stream_key
 from alignpro.llm.targets import http
+from alignpro.llm.targets.served import serving
 from alignpro.llm.targets.services import FINISHES, Complaint, content
 from alignpro.llm.targets.settings import EndpointSettings, Secret, check_address, read_key
 from alignpro.llm.targets.target import Answer, Answers, Known, OnAnswer, Stopped, arrange, jobs
+from alignpro.llm.targets.vllm import NEUTRAL
 
 
 def _vllm(sampling: Sampling) -> dict[str, Any]:
-    # Without these vLLM applies what the model's generation_config ships.
-    return {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    return {"top_k": sampling.top_k or -1, **NEUTRAL}
 
 
 def _transformers(sampling: Sampling) -> dict[str, Any]:
@@ -59,7 +60,8 @@ class Endpoint(http.Counted):
     base_url: str
     """The address, up to and with `/v1`; no key in it."""
     settings: EndpointSettings
-    """Settings of its requests. The model is needed; the dialect is a row of `DIALECTS`."""
+    """Settings of its requests. The model is needed; the dialect is a row of `DIALECTS`. Left out: vllm where
+    the server says to be vLLM, openai elsewhere."""
     weights: str = ""
     """Whatever identifies the weights served; the address where empty. Part of `revision`."""
     role: str = "target"
@@ -70,8 +72,10 @@ class Endpoint(http.Counted):
         check_address("base_url", self.base_url, "http://127.0.0.1:8000/v1")
         if self.settings.model is None:
             raise AlignProError(f"model: name the model that {self.base_url} serves")
-        self.dialect = self.settings.chosen(DIALECTS)
-        sent = dict.fromkeys([*_SAMPLED, *DIALECTS[self.dialect](Sampling())])
+        self.settings.chosen(DIALECTS)
+        self._dialect = self.settings.dialect
+        self._guessed = False
+        sent = dict.fromkeys([*_SAMPLED, *DIALECTS[self._dialect or "vllm"](Sampling())])
         self.settings.check_fields(sent, _OWN_FIELDS)
         self._untaken: set[str] = set()
         self.name = self.settings.model
@@ -83,6 +87,27 @@ class Endpoint(http.Counted):
             words={**_WORDS, "omit": f"--{self.role}-omit"},
             settings=self.settings,
         )
+
+    @property
+    def dialect(self) -> str:
+        """The form of its requests; the server is asked once, and taken for an `openai` one where it cannot
+        be reached."""
+        if self._dialect is None:
+            found = serving(self.base_url, self.settings)
+            self._guessed = found is None
+            self._dialect = "vllm" if found is not None and found.vllm else "openai"
+        return self._dialect
+
+    def _check_guess(self) -> None:
+        """Refuse to ask a vLLM server as an `openai` one, since it could not be reached before."""
+        if self.dialect == "openai" and self._guessed:
+            found = serving(self.base_url, self.settings)
+            if found is not None and found.vllm:
+                raise AlignProError(
+                    f"dialect: {self.base_url} could not be reached when it was first asked, and is vLLM; "
+                    "run again"
+                )
+            self._guessed = found is None
 
     @property
     def revision(self) -> str:
@@ -111,6 +136,7 @@ class Endpoint(http.Counted):
             AlignProError: also for top_k where the dialect has none, or a key that is not set.
         """
         asked = jobs(prompts, first, samples, seed)
+        self._check_guess()
         if sampling.top_k and self.dialect == "openai" and "top_k" not in self.settings.extra:
             raise AlignProError(
                 f"top_k {sampling.top_k}: the openai dialect has no top_k; use dialect='vllm' or "
@@ -203,7 +229,7 @@ class Endpoint(http.Counted):
         if not isinstance(message, dict):
             return wrong("choices[0].message", message, "an object; check the server")
         found = content(message)
-        reason, tokens = found.refusal, _tokens(value.get("usage"))
+        reason, tokens = found.refusal, spent_tokens(value.get("usage"))
         if end == "refused" and not reason:
             reason = f"finish_reason {finish}" + (f" after {found.text!r}" if found.text else "")
         if isinstance(tokens, tuple) and reason is None:
@@ -232,7 +258,7 @@ class Endpoint(http.Counted):
         return Answer(text, cast(Any, end), asked, answered, thought=thought), asked + answered
 
 
-def _tokens(usage: Any) -> list[int] | tuple[str, Any, str]:
+def spent_tokens(usage: Any) -> list[int] | tuple[str, Any, str]:
     """Tokens of what was asked, of the answer, and of the thought in it; or a field, its value, and what is
     wanted."""
     if not isinstance(usage, dict):

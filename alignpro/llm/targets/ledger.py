@@ -275,6 +275,25 @@ class Cached:
         reason = failure.reason if isinstance(failure, Stopped) else "failed"
         raise Stopped(str(failure), reason, answers) from None
 
+    def scorer(self) -> Callable[..., Any] | None:
+        """The target's `log_probs`, if it has one; calls to a remote one count as those for answers do."""
+        score = getattr(self.target, "log_probs", None)
+        return self._scored if self.remote and score is not None else score
+
+    def _scored(self, *positional: Any, **named: Any) -> Any:
+        target: Any = self.target
+        owner = owner_of(self.name, self.revision)
+        spending, before = _Spending(target), target.tokens
+        try:
+            return target.log_probs(*positional, **named, meter=self._store.meter(owner))
+        finally:
+            spent = spending.since()
+            spent.prompt_tokens = target.tokens - before
+            if self.prices:
+                spent.cost = self.prices.cost(spent.prompt_tokens, 0)
+            self.ledger.add(spent)
+            self._store.add(owner, self._unbooked(spent), lasting=True)
+
     def _unbooked(self, spent: Ledger) -> dict[str, Any]:
         """Counts to be added on file: the calls of a remote target were counted as each was sent."""
         return asdict(spent) | ({"calls": 0, "retries": 0} if self.remote else {})

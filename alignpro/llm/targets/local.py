@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -16,17 +16,8 @@ from alignpro.llm.models.forward import room
 from alignpro.llm.models.load import load_model
 from alignpro.llm.models.policy import draw, end_tokens, log_probs
 from alignpro.llm.models.sampling import Sampling, digest, is_int, stream_key
-from alignpro.llm.policies.prompter import target_ids
-from alignpro.llm.targets.target import (
-    Answer,
-    Answers,
-    OnAnswer,
-    Stopped,
-    arrange,
-    check_paired,
-    check_strings,
-    jobs,
-)
+from alignpro.llm.targets.target import Answer, Answers, OnAnswer, Stopped, arrange, jobs
+from alignpro.llm.targets.tokens import answer_of, ids_of, prompt_ids, to_score
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -101,9 +92,8 @@ class LocalTarget:
     ) -> list[list[Answer]]:
         """See `Target.respond`. The answer to a prompt that leaves no room for `max_tokens` is a refusal."""
         asked = jobs(prompts, first, samples, seed)
-        ids = [target_ids(self.tokenizer, prompt) for prompt in prompts]
+        ids = ids_of(self.tokenizer, prompts)
         too_long = [self.too_long(len(row), sampling.max_tokens) for row in ids]
-        self._check_some(ids)
         answers: Answers = {}
 
         def keep(position: int, index: int, answer: Answer) -> None:
@@ -125,16 +115,9 @@ class LocalTarget:
         try:
             for batch, generated in self._batches(order, run):
                 for (position, index), new in zip(batch, generated, strict=True):
-                    # Without the "clean-up" of some tokenizers, which moves spaces before punctuation.
-                    said = chat_of(self.tokenizer).said(new, clean_up_tokenization_spaces=False)
-                    answer = Answer(
-                        text=said.text,
-                        thought=said.thought,
-                        finish="stop" if new and new[-1] in self._ends else "length",
-                        prompt_tokens=len(ids[position]),
-                        tokens=len(new),
-                        ids=tuple(new),
-                    )
+                    ended = bool(new) and new[-1] in self._ends
+                    finish: Literal["stop", "length"] = "stop" if ended else "length"
+                    answer = answer_of(self.tokenizer, len(ids[position]), new, finish, None)
                     self.calls += 1
                     keep(position, index, answer)
         except torch.OutOfMemoryError:
@@ -164,38 +147,8 @@ class LocalTarget:
         Raises:
             AlignProError: not as many prompts as responses; an answer without token ids; no room for a pair.
         """
-        check_paired(prompts, responses)
-        check_strings(prompts=prompts)
-        # One row for each way to end; all but the end is shared, and goes through the model once.
-        rows: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            ids = target_ids(self.tokenizer, prompt)
-            if isinstance(response, str):
-                said = chat_of(self.tokenizer).text_ids(response)
-                rows += [(i, ids, (*said, end)) for end in self._ends]
-            elif isinstance(response, Answer) and response.finish == "refused":
-                continue
-            elif not isinstance(response, Answer):
-                raise AlignProError(
-                    f"responses[{i}] is {type(response).__name__}: give a string or an answer"
-                )
-            elif response.ids is None:
-                raise AlignProError(
-                    f"responses[{i}] has no token ids (an endpoint's, or one from an older cache): "
-                    "answer it again in this process"
-                )
-            else:
-                rows.append((i, ids, response.ids))
-        self._check_some([ids for _, ids, _ in rows])
-        for i, ids, said in rows:
-            if (reason := self.too_long(len(ids), len(said))) is not None:
-                raise AlignProError(f"prompts[{i}]: {reason}; shorten it")
-        rows = [row for row in rows if row[2]]
-        out = np.full(len(prompts), -np.inf)
-        for i, response in enumerate(responses):
-            if isinstance(response, Answer):
-                out[i] = np.nan if response.finish == "refused" else 0.0
-        order = sorted(rows, key=lambda row: (len(row[1]), row[1], row[2]))
+        found = to_score(self.tokenizer, self._ends, prompts, responses, self.too_long)
+        order = sorted(found.rows, key=lambda row: (len(row[1]), row[1], row[2]))
 
         def run(batch: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> np.ndarray:
             with torch.inference_mode():
@@ -210,17 +163,17 @@ class LocalTarget:
 
         try:
             for batch, values in self._batches(order, run):
-                for (i, _, _), value in zip(batch, values, strict=True):
-                    out[i] = np.logaddexp(out[i], value) if isinstance(responses[i], str) else value
+                for row, value in zip(batch, values, strict=True):
+                    found.add(row, float(value))
         except torch.OutOfMemoryError:
             raise AlignProError(
                 f"model {self.name!r}: one pair alone exceeds the GPU's memory; use a smaller model or dtype"
             ) from None
-        return out
+        return found.values
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens of `prompt` as the user's turn, the chat template's included."""
-        return len(target_ids(self.tokenizer, prompt))
+        return len(prompt_ids(self.tokenizer, prompt))
 
     def too_long(self, tokens: int, more: int) -> str | None:
         """Say why a prompt of so many tokens leaves no room for so many more; None where it does."""
@@ -230,12 +183,6 @@ class LocalTarget:
         return (
             f"{tokens} tokens, with {more} more to come, are beyond the {most} that model {self.name!r} reads"
         )
-
-    @staticmethod
-    def _check_some(ids: Sequence[Sequence[int]]) -> None:
-        for i, row in enumerate(ids):
-            if not row:
-                raise AlignProError(f"prompts[{i}] has no tokens; give a prompt that is not empty")
 
     def _batches(self, rows: Sequence[T], run: Callable[[Sequence[T]], S]) -> Iterator[tuple[Sequence[T], S]]:
         """`run` on consecutive batches; out of memory halves the batch and tries again."""

@@ -38,7 +38,8 @@ class EndpointSettings:
     in ALIGNPRO_REWARD_KEY where that is set."""
     dialect: str | None = None
     """Form in which requests are written. Frozen models and judges: openai, vllm or transformers (the latter
-    two take top-k). Rewards: rewards, score or classify. Left out: openai, or rewards."""
+    two take top-k). Rewards: rewards, score or classify. Left out: vllm where the server says to be vLLM,
+    else openai; or rewards."""
     omit: tuple[str, ...] = ()
     """Fields of a request not to send, such as seed, top_p or temperature, for a service that does not take
     them; it then goes by its own defaults."""

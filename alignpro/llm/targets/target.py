@@ -25,10 +25,13 @@ class Answer:
     tokens: int
     """Tokens generated, the end token included where the backend counts it."""
     ids: tuple[int, ...] | None = None
-    """Ids of the tokens generated, end token included; None from an endpoint. Cutting `text` afresh may give
-    others."""
+    """Ids of the tokens generated, end token included; None from an endpoint that is asked by messages.
+    Cutting `text` afresh may give others."""
     thought: bool = False
     """Whether a leading thought was taken off `text`, here or by the service; `ids` hold it."""
+    log_prob: float | None = None
+    """log π_F(y|x′) of the ids in nats, as vLLM told it when it drew them from the model's own distribution;
+    None otherwise."""
 
     def __post_init__(self) -> None:
         if self.ids is not None:

@@ -58,8 +58,14 @@ ALGORITHMS: dict[str, Algorithm] = {
 with the KL moved into the reward. `settings.ALGORITHM_NAMES` lists the names where torch is not at hand."""
 
 
-def configured(settings: TrainSettings, out: Path, model: Any, report_to: Sequence[str] = ()) -> Any:
-    """TRL's configuration of the algorithm for training `model` into `out`."""
+def configured(
+    settings: TrainSettings, out: Path, model: Any, report_to: Sequence[str] = (), longest: int | None = None
+) -> Any:
+    """TRL's configuration of the algorithm for training `model` into `out`.
+
+    `longest` is the number of tokens of the longest prompt: vLLM in the training processes keeps room for
+    that and a rewrite, and not for as many tokens as the model could read.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     batch = settings.prompts * settings.samples
     steps = settings.minibatches * settings.microbatches
@@ -108,6 +114,10 @@ def configured(settings: TrainSettings, out: Path, model: Any, report_to: Sequen
                 "version of it TRL supports, or leave it out"
             )
         common |= {"use_vllm": True, "vllm_mode": settings.vllm}
+        if longest is not None:
+            common["vllm_max_model_length"] = longest + settings.max_tokens
+        if settings.vllm_memory is not None:
+            common["vllm_gpu_memory_utilization"] = settings.vllm_memory
     config = ALGORITHMS[settings.algorithm].configure(common, settings)
     if not settings.allow_moved_optimum:
         refuse_moved_optimum(config)

@@ -270,7 +270,7 @@ def train(
         return rewards
 
     with quiet():
-        config = configured(settings, out, prompter.model, report_to)
+        config = configured(settings, out, prompter.model, report_to, max(map(len, ids)))
         out.mkdir(parents=True, exist_ok=True)
         facts = dict(facts or {})
         record = {"settings": asdict(settings), "prompts": len(prompts)}

@@ -168,6 +168,9 @@ class TrainSettings(PolicySettings):
     vllm: str | None = None
     """Draw rewrites with vLLM, through TRL: colocate (in the training processes) or server (`trl vllm-serve`
     on this machine). The draws then depend on more than the seed, and a resumed run repeats none."""
+    vllm_memory: float | None = None
+    """With vllm colocate: share of a GPU's memory that vLLM takes, its copy of the weights included. Left
+    out: 0.3."""
     allow_moved_optimum: bool = False
     """Train even where a setting moves the optimum away from ρ*."""
     save_every: int = 1
@@ -188,6 +191,11 @@ class TrainSettings(PolicySettings):
             self.choose(name, choices)
         if self.vllm is not None:
             self.choose("vllm", ("colocate", "server"))
+        if self.vllm_memory is not None:
+            if self.vllm != "colocate":
+                raise AlignProError(f"vllm_memory {self.vllm_memory}: is for vllm colocate; leave it out")
+            if not 0 < self.vllm_memory < 1:
+                raise AlignProError(f"vllm_memory {self.vllm_memory}: give a share above 0 and below 1")
         for name in ("top_p", "gamma", "gae_lambda"):
             if not 0 < getattr(self, name) <= 1:
                 raise AlignProError(f"{name} {getattr(self, name)}: give a number above 0 and at most 1")
