@@ -47,7 +47,7 @@ class Size:
     """Rewrites of each training prompt from which it is foreseen what training earns."""
     answers: int = 2
     """Answers to each rewrite, where foresight and the choice of an instruction rest on them."""
-    arm_answers: int = 1
+    arm_answers: int = 2
     """Answers to each rewrite of the arms that are compared."""
     reference_draws: int = 4
     """Rewrites of each held-out prompt from which ρ* is resampled at any λ."""
