@@ -200,21 +200,18 @@ def _write(file: IO[bytes], said: dict[str, Any]) -> None:
 
 def _look(path: Path) -> tuple[bool, dict[str, Any]]:
     """Whether a lease is to be had, given back or its holder dead, and what its file says."""
+    said: dict[str, Any] = {}
     try:
-        file = open(path, "rb")  # opening asks a server for the newest
-    except FileNotFoundError:  # there is a later one
-        return False, {}
-    with file:
-        unlocked = _lock(file, exclusive=False)
-        text = file.read()
+        with open(path, "rb") as file:  # opening asks a server for the newest
+            unlocked = _lock(file, exclusive=False)
+            text = file.read()
         said = json.loads(text) if text.endswith(b"}") else {}
         # The machine that a lock was taken on always knows of it; others need not.
         here = said.get("machine") == _machine()
         if unlocked is False or said.get("free") or (unlocked and here):
             return unlocked is not False, said
-    try:
         return age(path) > STALE_S, said
-    except FileNotFoundError:
+    except FileNotFoundError:  # there is a later one
         return False, said
 
 

@@ -4,7 +4,7 @@
     python experiments/paper.py --preset paper --dry-run                        # what it would take
     python experiments/paper.py --preset paper --rehearse --out runs/paper      # measured, on random weights
     python experiments/paper.py --preset paper --out runs/paper                 # hub models, one large GPU
-    python experiments/paper.py --preset paper --out runs/paper --launch slurm --processes 16   # or ray, local
+    python experiments/paper.py --preset paper --out runs/paper --launch slurm  # or ray, local: workers
     python experiments/paper.py --preset paper --out runs/paper --status        # done, running, failed; hours
 
 Interrupt at any time; the same command goes on, and finished jobs are not done again. Several processes, on
@@ -61,6 +61,7 @@ def main(arguments=None) -> int:
 
 
 def _run(args) -> int:
+    launch.check(args)
     preset = plan.load(args.preset)
     cost.machine_of(preset)
     jobs = plan.chosen(plan.jobs(preset), args.only)

@@ -47,6 +47,7 @@ def main(arguments=None) -> int:
 
 def run(args, size: plan.Size) -> int:
     """Do what is not done, and write the results."""
+    launch.check(args)
     out = writable_folder(args.out.resolve())
     jobs = work.plan.chosen(plan.jobs(size, out), args.only)
     if args.status:

@@ -60,16 +60,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launch",
         choices=list(LAUNCHERS),
-        help="start the workers here (local: a worker for each GPU, sharing the cores), as a Slurm job array, "
-        "or on a Ray cluster, and others in the place of those that die; without it one process does all",
+        help="start the workers here (local: as many as GPUs, sharing the cores), as a Slurm job array, or "
+        "on a Ray cluster, and others in the place of those that die; without it one process does all",
     )
     parser.add_argument(
         "--sbatch",
         default="",
         metavar="OPTIONS",
-        help="further options of Slurm's sbatch, such as '--partition=gpu --time=12:00:00'",
+        help="further options of Slurm's sbatch, as --sbatch='--partition=gpu --time=12:00:00'",
     )
     parser.add_argument("--status", action="store_true", help="say how far the workers are, and what failed")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse options of `add_arguments` that make no sense. Raises AlignProError."""
+    if args.processes is not None and args.processes < 1:
+        raise AlignProError(f"--processes {args.processes}: give at least 1")
+    if args.sbatch and args.launch != "slurm":
+        raise AlignProError("--sbatch: is for --launch slurm")
 
 
 def do_all(args: argparse.Namespace, command: Sequence[str], jobs: Sequence[Job], out: Path) -> bool:
@@ -79,10 +87,7 @@ def do_all(args: argparse.Namespace, command: Sequence[str], jobs: Sequence[Job]
     Raises:
         AlignProError: jobs could not be done, or workers end without doing any.
     """
-    if args.processes is not None and args.processes < 1:
-        raise AlignProError(f"--processes {args.processes}: give at least 1")
-    if args.sbatch and args.launch != "slurm":
-        raise AlignProError("--sbatch: is for --launch slurm")
+    check(args)
     worker = work.WORKER in os.environ
     if not worker:
         work.again(jobs, out)

@@ -34,7 +34,7 @@ WORKER = "ALIGNPRO_WORKER"
 """Environment variable of processes that a launcher started: seconds without a job that is ready, after which
 one ends."""
 DEATHS = 3
-"""Deaths of workers at one job, without a word (killed for memory, for one), after which it counts as failed."""
+"""Deaths of workers at one job, without a word (killed for memory, for one), after which it failed."""
 WAIT_S = 2.0
 
 
