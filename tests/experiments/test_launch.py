@@ -2,15 +2,17 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
 import paper
 import pytest
 from mutants import kills, mutated
-from paper_grid import launch, work
+from paper_grid import cost, launch, plan, work
 from paper_grid.plan import Job
 
+from alignpro.commands import main
 from alignpro.errors import AlignProError
 
 EXPERIMENTS = Path(paper.__file__).parent
@@ -32,7 +34,7 @@ from test_launch import JOBS, arguments
 
 def act(job, out):
     with open(out / job.name / "tries", "a") as file:
-        print(os.environ.get("CUDA_VISIBLE_DEVICES"), file=file)
+        print(repr(os.environ.get("CUDA_VISIBLE_DEVICES")), file=file)
     if job.name == "fails":
         raise AlignProError("--dataset nonesuch: is no data set")
     if job.name == "kills-its-worker-once" and len((out / job.name / "tries").read_text().split()) == 1:
@@ -131,7 +133,7 @@ def test_slurm(grid, tmp_path, monkeypatch):
     for line in ("--gres=gpu:1", "--requeue", "--partition=gpu", "--time=1:00:00"):
         assert f"#SBATCH {line}\n" in script
     assert (programs / "submitted").read_text().split() == ["--array=0-0"] * 2
-    assert (out / "a" / "tries").read_text() == "3\n"  # the first of the task's GPUs
+    assert (out / "a" / "tries").read_text() == "'3'\n"  # the first of the task's GPUs
 
 
 def test_a_script_for_where_slurm_is(grid, monkeypatch, capsys):
@@ -245,6 +247,28 @@ def test_a_bug_is_on_file_too(tmp_path):
     assert "ZeroDivisionError" in work.failure(job, tmp_path)
     with pytest.raises(AlignProError, match="x: ZeroDivisionError"):  # left alone, and told
         work.work([job], tmp_path, lambda job, out: pytest.fail("tried again"))
+
+
+def test_the_preset_of_the_page(tmp_path):
+    """A frozen model at an address has no oracle, one ledger, and options that the verbs take."""
+    page = (EXPERIMENTS.parent / "docs" / "howto" / "cluster.md").read_text()
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "mine.yaml").write_text(text)
+    preset = plan.load(str(tmp_path / "mine.yaml"))
+    assert "rlhf" not in {cell.configuration for cell in plan.cells(preset)}
+    assert set(cost.models(preset)) == {"Qwen/Qwen2.5-1.5B-Instruct", "weqweasdas/RM-Gemma-2B"}
+    jobs = plan.jobs(preset)
+    assert {job.name.split("/")[-1] for job in jobs} == {
+        "ultrafeedback",
+        *(f"align-pro-{seed}" for seed in preset.seeds),
+        "rloo-0",
+        "rollout",
+    }
+    for job in [jobs[1], jobs[-1]]:
+        parsed = main._parse([job.verb, "--config", str(plan.write_config(job, tmp_path))])
+        assert parsed.environment.answers_folder == str(tmp_path / "answers")
+        assert parsed.environment.target_endpoint.max_calls == 500_000
+        assert cost.of_job(job, preset).memory < cost.MACHINES["h100"].memory
 
 
 def test_mistakes():

@@ -219,17 +219,18 @@ class Store:
         return False
 
     def _run(self, statement: str, *values: Any) -> sqlite3.Cursor:
-        """Begin to read or write: after a kill amid a transaction that a folder locks, that is in the way."""
-        try:
-            return self._db.execute(statement, *values)
-        except sqlite3.OperationalError as error:
-            if not (self._folder_lock and error.sqlite_errorname.startswith("SQLITE_BUSY")):
-                raise
+        """Begin to read or write. Where a folder locks, one left by a kill amid a transaction is removed."""
+        for _ in range(2):
+            try:
+                return self._db.execute(statement, *values)
+            except sqlite3.OperationalError as error:
+                if not (self._folder_lock and error.sqlite_errorname.startswith("SQLITE_BUSY")):
+                    raise
             with locks.lease(self.path.parent, "unlocking") as mine, suppress(OSError):
                 # A second look, as the only one who may remove it: another may have, and a third locked.
-                if mine and locks.age(self._folder_lock) >= BUSY_S:
+                if mine and locks.age(self._folder_lock) > 2 * BUSY_S:
                     self._folder_lock.rmdir()
-            return self._db.execute(statement, *values)
+        return self._db.execute(statement, *values)
 
     def _one(self, statement: str, *values: Any) -> Any:
         return self._run(statement, *values).fetchone()
