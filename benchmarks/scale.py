@@ -104,7 +104,7 @@ def grid(workers: int, cells: int, seconds: float, dying: float, seed: int = 0) 
                 time.sleep(dies[job.name])
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(length[job.name])
-            inside.unlink()
+            inside.unlink(missing_ok=True)
             os.write(log, f"did {job.name}\n".encode())
 
         pool, start = Forks(jobs, out, cell), time.monotonic()
