@@ -401,7 +401,7 @@ def test_workers_of_one_command(home, tmp_path):
     """--processes starts interpreters of their own, which share the folder; a failing one is told."""
     command = [sys.executable, str(EXPERIMENTS / "paper.py"), "--preset", str(home / "tiny.yaml")]
     command += ["--out", str(tmp_path), "--processes", "2", "--only"]
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
     done = subprocess.run([*command, "prompts"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {path.parent.name for path in tmp_path.rglob(work.FINISHED)} == {"one", "two"}
