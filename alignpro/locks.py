@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -32,8 +33,9 @@ STALE_S = 120.0
 dead. Longer than any stall of the file system."""
 POLL_S = 0.2
 """Seconds between two looks at a lease that is waited for."""
-SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "afs", "glusterfs", "9p", "virtiofs")
-SHARED += ("pvfs", "orangefs", "panfs", "weka", "gfs", "ocfs", "fuse")
+SHARED = re.compile(
+    "nfs|lustre|gpfs|beegfs|ceph|cifs|smb|afs|glusterfs|9p|virtiofs|pvfs|orangefs|panfs|weka|gfs|ocfs|fuse"
+)
 """Beginnings of the names of file systems that several machines may have mounted."""
 
 
@@ -144,7 +146,7 @@ def several_machines(folder: Path, mounts: str = "/proc/self/mountinfo") -> bool
         point = Path(mount.split()[4].replace("\\040", " "))
         if (place == point or point in place.parents) and len(point.parts) >= found:
             found, kind = len(point.parts), after.split()[0]
-    return kind.startswith(SHARED)
+    return SHARED.match(kind) is not None
 
 
 def age(path: Path) -> float:

@@ -20,6 +20,8 @@ from kept import lines
 from mutants import kills, mutated
 
 from alignpro import locks
+from alignpro.commands import opening
+from alignpro.commands.options import EnvironmentSettings
 from alignpro.errors import AlignProError
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.prompt import Prompt
@@ -819,6 +821,31 @@ def test_no_write_ahead_log_where_machines_share_the_folder(tmp_path, monkeypatc
     monkeypatch.setattr(locks, "several_machines", lambda _: True)
     assert not (file := Store(tmp_path))._wal
     assert file._db.execute("PRAGMA journal_mode").fetchone() == ("truncate",)
+
+
+def check_scores(module, folder):
+    """Scores lie beside the answers that runs share, so that their budget is one; those of a run that was
+    begun with its own stay."""
+
+    def file(run, shared):
+        settings = EnvironmentSettings(reward=("http://127.0.0.1:1/x@0,1",), answers_folder=shared)
+        return module.World(settings).reward(folder / run)._cached._store.path.parent
+
+    shared = str(folder / "shared")
+    assert file("alone", None) == folder / "alone" / "scores"
+    assert file("one", shared) == file("two", shared) == folder / "shared" / "scores"
+    assert file("alone", shared) == folder / "alone" / "scores"
+
+
+def test_runs_that_share_answers_share_the_budget_of_scores(tmp_path):
+    check_scores(opening, tmp_path / "right")
+    for i, (right, wrong) in enumerate(
+        [
+            ("is not None and not scores.exists()", "is not None"),
+            ('.expanduser() / "scores"', ' / ".." / folder'),
+        ]
+    ):
+        kills(lambda module, i=i: check_scores(module, tmp_path / str(i)), mutated(opening, right, wrong))
 
 
 def test_neither_fcntl_nor_torch_is_needed(tmp_path):
