@@ -259,6 +259,7 @@ def main() -> None:
     of_rollouts = parts.add_parser("rollouts")
     of_rollouts.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     of_rollouts.add_argument("--answers", type=int, default=1000)
+    of_rollouts.add_argument("--concurrency", type=int, default=8, help="requests under way, of a worker")
     options = parser.parse_args()
     if options.part == "grid":
         if options.no_flock:
@@ -275,7 +276,8 @@ def main() -> None:
         assert found["received"] <= found["counted"] == options.calls
     else:
         for workers in options.workers:
-            print(workers, "workers:", json.dumps(rollouts(workers, options.answers)))
+            found = rollouts(workers, options.answers, 0.05, options.concurrency)
+            print(workers, "workers:", json.dumps(found))
 
 
 if __name__ == "__main__":
