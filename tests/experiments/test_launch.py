@@ -232,10 +232,11 @@ def check_given_up(module, out):
     assert outcome(module, job, out) is True
 
 
-def test_a_job_that_kills_its_workers_is_given_up(tmp_path):
+def test_a_job_that_kills_its_workers_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setenv(work.WORKER, "60")
     check_given_up(work, tmp_path / "right")
     for i, (right, wrong) in enumerate(
-        [("if held.deaths - before", "if 0 * held.deaths - before"), ('- before["deaths"] >=', ">=")]
+        [("held.deaths - before", "0 * held.deaths - before"), ('- before["deaths"] >=', ">=")]
     ):
         kills(lambda module, i=i: check_given_up(module, tmp_path / str(i)), mutated(work, right, wrong))
 
