@@ -113,38 +113,44 @@ def read(kind: str, folder: Path, answers: int, out: Any) -> None:
     )
 
 
+def measure(kind: str, answers: int, writers: int) -> str:
+    """What so many writers do together, and a reader after them, in one line."""
+    context = multiprocessing.get_context("fork")
+    each = answers // writers
+    with tempfile.TemporaryDirectory() as name:
+        folder, ready, out = Path(name), context.Barrier(writers + 1), context.Queue()
+        processes = [
+            context.Process(target=write, args=(kind, folder, k * each, (k + 1) * each, ready))
+            for k in range(writers)
+        ]
+        for process in processes:
+            process.start()
+        ready.wait()
+        start = time.perf_counter()
+        for process in processes:
+            process.join()
+        took = time.perf_counter() - start
+        largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        reader = context.Process(target=read, args=(kind, folder, each * writers, out))
+        reader.start()
+        opened, memory = out.get()
+        reader.join()
+        size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
+    return (
+        f"{kind}: {each * writers} answers by {writers} writers, {each * writers / took:.0f} a second, the "
+        f"largest of {largest:.0f} MiB; {size:.0f} MiB on file; opened, and 1,000 found, in {opened:.3f} s "
+        f"with {memory:.0f} MiB"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--answers", type=int, default=100_000)
     parser.add_argument("--writers", type=int, default=8)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     options = parser.parse_args()
-    context = multiprocessing.get_context("fork")
-    each = options.answers // options.writers
     for kind in options.kinds:
-        with tempfile.TemporaryDirectory() as name:
-            folder, ready, out = Path(name), context.Barrier(options.writers + 1), context.Queue()
-            writers = [
-                context.Process(target=write, args=(kind, folder, k * each, (k + 1) * each, ready))
-                for k in range(options.writers)
-            ]
-            for process in writers:
-                process.start()
-            ready.wait()
-            start = time.perf_counter()
-            for process in writers:
-                process.join()
-            took = time.perf_counter() - start
-            reader = context.Process(target=read, args=(kind, folder, each * options.writers, out))
-            reader.start()
-            opened, memory = out.get()
-            reader.join()
-            size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
-            print(
-                f"{kind}: {each * options.writers} answers by {options.writers} writers, "
-                f"{each * options.writers / took:.0f} a second; {size:.0f} MiB; opened, and 1,000 found, in "
-                f"{opened:.3f} s with {memory:.0f} MiB"
-            )
+        print(measure(kind, options.answers, options.writers))
 
 
 if __name__ == "__main__":

@@ -4,17 +4,19 @@
     python experiments/paper.py --preset paper --dry-run                        # what it would take
     python experiments/paper.py --preset paper --rehearse --out runs/paper      # measured, on random weights
     python experiments/paper.py --preset paper --out runs/paper                 # hub models, one large GPU
+    python experiments/paper.py --preset paper --out runs/paper --launch slurm  # or ray, local: workers
+    python experiments/paper.py --preset paper --out runs/paper --status        # done, running, failed; hours
 
 Interrupt at any time; the same command goes on, and finished jobs are not done again. Several processes, on
-one machine or many, may work on one folder: start the same command in each (by srun, torchrun, xargs -P, or
---processes here). Each job's options are in its folder, for `alignpro <verb> --config`.
+one machine or many, may work on one folder: by --launch, or start the same command in each. Each job's
+options are in its folder, for `alignpro <verb> --config`.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from paper_grid import cost, plan, rehearse, work
+from paper_grid import cost, launch, plan, rehearse, work
 from paper_grid import page as grid_page
 
 from alignpro.errors import AlignProError
@@ -44,7 +46,7 @@ def main(arguments=None) -> int:
         "--scale", default="real", help="of a rehearsal: real, or tiny (small widths and lengths, for a test)"
     )
     parser.add_argument("--only", default="", help="jobs whose name holds this, and what they need")
-    parser.add_argument("--processes", type=int, default=1, help="workers on this machine, sharing its cores")
+    launch.add_arguments(parser)
     parser.add_argument("--summary-only", action="store_true", help="results of what is finished")
     parser.add_argument("--publish", type=Path, help="copy results, figures and tables into this folder")
     args = parser.parse_args(arguments)
@@ -59,11 +61,10 @@ def main(arguments=None) -> int:
 
 
 def _run(args) -> int:
+    launch.check(args)
     preset = plan.load(args.preset)
     cost.machine_of(preset)
     jobs = plan.chosen(plan.jobs(preset), args.only)
-    if args.processes < 1:
-        raise AlignProError(f"--processes {args.processes}: give at least 1")
     if args.dry_run:
         return _dry_run(preset, jobs, args.out)
     if args.out is None:
@@ -75,6 +76,8 @@ def _run(args) -> int:
         print(rehearse.table(record))
         print(f"wrote {out / rehearse.FILE}")
         return int(any("failed" in row for row in record["jobs"].values()))
+    if args.status:
+        return _status(preset, jobs, out)
     work.check_settings(jobs, out)
     todo = [job for job in jobs if not work.finished(job, out)]
     if todo and not args.summary_only:
@@ -84,12 +87,26 @@ def _run(args) -> int:
         if problems := cost.reachable(preset):
             raise AlignProError(problems[0])
         command = [str(Path(__file__)), "--preset", args.preset, "--out", str(out), "--only", args.only]
-        work.do_all(command, args.processes, jobs, out)
+        if not launch.do_all(args, command, jobs, out):
+            return 0
     if args.only and not args.summary_only:
         return 0
     with work.claim(out) as mine:
         if mine:
             _summarise(preset, jobs, out, args.publish)
+    return 0
+
+
+def _status(preset, jobs, out) -> int:
+    rows = rehearse.load(out, preset)
+
+    def seconds(job) -> float:
+        return rehearse.measured(job, cost.of_job(job, preset), rows).seconds
+
+    names = {job.name for job in jobs}
+    cells = {str(cell): plan.jobs_of(preset, cell) for cell in plan.cells(preset)}
+    cells = {cell: of for cell, of in cells.items() if names.issuperset(job.name for job in of)}
+    print(launch.status(jobs, out, seconds, cells))
     return 0
 
 

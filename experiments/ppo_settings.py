@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paper_grid import work
+from paper_grid import launch, work
 from paper_grid.plan import Job, chosen
 
 from alignpro.errors import AlignProError
@@ -116,7 +116,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of all trainings")
     parser.add_argument("--only", default="", help="trainings whose name holds this: list/0, or seed-1")
-    parser.add_argument("--processes", type=int, default=1, help="workers on this machine, sharing its cores")
+    launch.add_arguments(parser)
     parser.add_argument("--summary-only", action="store_true", help="results of what is finished")
     args = parser.parse_args()
     try:
@@ -124,12 +124,16 @@ def main() -> int:
         planned = [job for job in jobs(out) if args.only in job.name]
         if not planned:
             chosen(jobs(out), args.only)
+        if args.status:
+            print(launch.status(planned, out))
+            return 0
         work.check_settings(planned, out)
         todo = [job for job in planned if not work.finished(job, out)]
         if not args.summary_only:
             packages.note(f"{len(todo)} of {len(planned)} trainings to do, of {ANSWERS} answers each")
             command = [str(Path(__file__)), "--out", str(out), "--only", args.only]
-            work.do_all(command, args.processes, planned, out)
+            if not launch.do_all(args, command, planned, out):
+                return 0
         results = summarise(out)
         write_json(out / "results.json", results)
         print(table(results))

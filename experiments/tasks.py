@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from paper_grid import work
+from paper_grid import launch, work
 from task_grid import page, plan, results
 
 from alignpro.errors import AlignProError
@@ -30,7 +30,7 @@ def main(arguments=None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of all jobs")
     parser.add_argument("--only", default="", help="jobs whose name holds this, and what they need")
-    parser.add_argument("--processes", type=int, default=1, help="workers on this machine, sharing its cores")
+    launch.add_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--summary-only", action="store_true", help="results of what is finished")
     parser.add_argument("--publish", type=Path, help="copy the results into this folder")
@@ -47,23 +47,26 @@ def main(arguments=None) -> int:
 
 def run(args, size: plan.Size) -> int:
     """Do what is not done, and write the results."""
-    if args.processes < 1:
-        raise AlignProError(f"--processes {args.processes}: give at least 1")
+    launch.check(args)
     out = writable_folder(args.out.resolve())
     jobs = work.plan.chosen(plan.jobs(size, out), args.only)
+    if args.status:
+        print(launch.status(jobs, out, lambda job: plan.asks(job) * SECONDS))
+        return 0
     work.check_settings(jobs, out)
     todo = [job for job in jobs if not work.finished(job, out)]
     if args.dry_run:
         print("\n".join(map(plan.words, todo)))
     asked = sum(map(plan.asks, todo))
-    hours = asked * SECONDS / args.processes / 3600
+    hours = asked * SECONDS / 3600
     said = f"{len(todo)} of {len(jobs)} jobs to do, at most {asked:,} answers"
-    packages.note(f"{said}, about {hours:.1f} hours of {args.processes} cores")
+    packages.note(f"{said}, about {hours:.1f} hours of a core")
     if args.dry_run:
         return 0
     if todo and not args.summary_only:
         command = [str(Path(__file__)), "--out", str(out), "--only", args.only]
-        work.do_all(command, args.processes, jobs, out)
+        if not launch.do_all(args, command, jobs, out):
+            return 0
     if args.only and not args.summary_only:
         return 0
     with work.claim(out) as mine:

@@ -181,7 +181,7 @@ class World:
         self._plan.check_prompts(prompts)
 
     def reward(self, folder: Path) -> "Reward":
-        """The reward; scores of endpoints are kept in `folder`."""
+        """The reward; scores of endpoints are kept in `folder`, or beside the answers that runs share."""
         from alignpro.llm.rewards.endpoint import keep_scores
         from alignpro.llm.targets.refusals import Refusals
 
@@ -199,7 +199,10 @@ class World:
             },
         }
         opened = [spec.open(**options.get(spec.kind, dict)()) for spec in self._plan.specs]
-        found = self._plan.put_together([keep_scores(reward, folder / "scores") for reward in opened])
+        scores, shared = folder / "scores", self.settings.answers_folder
+        if shared is not None and not scores.exists():
+            scores = Path(shared).expanduser() / "scores"
+        found = self._plan.put_together([keep_scores(reward, scores) for reward in opened])
         share = (self.refusals.worth(found) - found.low) / (found.high - found.low)
         # What one does not score lies in its contribution's range where it lies in the whole one.
         for weight, part in zip(self._plan.weights, opened, strict=True):

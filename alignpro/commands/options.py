@@ -256,8 +256,9 @@ class EnvironmentSettings(ChatOption):
     """Money for a million prompt tokens, and for a million answer tokens, of the frozen model: what a run can
     cost is said before it asks, and what it did cost at its end. Left out: tokens alone are counted."""
     answers_folder: str | None = None
-    """Folder of answers that several runs share: what one of them paid for, the others do not ask again, and
-    their budgets are one. Left out: every run keeps its own, in its folder's answers/."""
+    """Folder of answers, and of scores by an endpoint or a judge, that several runs share, also at the same
+    time: what one of them paid for, the others do not ask again, and their budgets are one. Left out: every
+    run keeps its own, in its folder's answers/ and scores/."""
     refused_reward: float | None = None
     """Reward of an answer that the frozen model's service refuses to give, by its content filter for one.
     Left out: the lower end of the reward's range."""

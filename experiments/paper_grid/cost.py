@@ -15,6 +15,7 @@ from alignpro.errors import AlignProError
 from alignpro.llm.data import public
 from alignpro.llm.models import packages
 from alignpro.llm.training.settings import PRESETS, TrainSettings
+from paper_grid import plan
 from paper_grid.plan import Job, Preset
 
 _LOGITS = 512 * 2**20
@@ -110,7 +111,7 @@ def models(preset: Preset) -> dict[str, str]:
     for options in preset.prompters.values():
         found.setdefault(options["prompter"], "prompter")
     for role, names in (("frozen", preset.frozen.values()), ("unseen", preset.unseen.values())):
-        for name in names:
+        for name in (plan.target(model)["target"] for model in names if not plan.at_address(model)):
             found[name] = f"{found[name]}, {role}" if name in found else role
     if (reward := _reward_model(preset.environment["reward"])) is not None:
         found.setdefault(reward, "reward")
@@ -192,7 +193,8 @@ def _common(o: Mapping[str, Any], preset: Preset) -> tuple[Size, Size, int, int,
     prompt = preset.longest_prompt // (2 * CHARACTERS_PER_TOKEN)  # prompts are half as long as they may be
     reward = _reward_model(o["reward"])
     judge = NONE if reward is None else size(reward)
-    return size(o["target"]), judge, prompt, int(o["answer_tokens"]), nbytes
+    frozen = NONE if plan.at_address(o["target"]) else size(o["target"])
+    return frozen, judge, prompt, int(o["answer_tokens"]), nbytes
 
 
 def _training(o: Mapping[str, Any], preset: Preset, machine: Machine) -> Cost:

@@ -94,7 +94,7 @@ def _add_combinations(page: Page, results: Json, level: str) -> None:
     for name, e in every.items():
         for b in e["theorem1"]:
             cells = (interval(b[key]) for key in ("gap", "rhs", "slack"))
-            said = b["verdict"] + ", vacuous" * b["vacuous"]
+            said = b["verdict"] + ", vacuous" * bool(b["vacuous"])
             rows.append((name, f"{b['name']}, {b['about']}", *cells, said))
     page.add(
         "Theorem 1",

@@ -40,8 +40,9 @@ class Preset:
     name: str
     prompters: Mapping[str, Options]
     """By name: prompter and template, options of train."""
-    frozen: Mapping[str, str]
-    """By name: the frozen model, an option target."""
+    frozen: Mapping[str, str | Options]
+    """By name: the frozen model, an option target, or several options of it: target, target_model, …. One at
+    an address has no oracle, since its weights are out of reach."""
     datasets: Mapping[str, Options]
     """By name: dataset, and data_folder where the hub is out of reach."""
     environment: Options
@@ -52,7 +53,7 @@ class Preset:
     """Of train, for the oracle, where they differ from those of align_pro."""
     rollout: Options
     """Of rollout: draws, answers."""
-    unseen: Mapping[str, str] = field(default_factory=dict)
+    unseen: Mapping[str, str | Options] = field(default_factory=dict)
     """Targets that no prompter was trained with, by name; a frozen model of the grid is unseen by the
     prompters of the others."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -112,6 +113,16 @@ def load(name: str) -> Preset:
         raise AlignProError(f"--preset {name}: {str(error).split(') ')[-1]}") from None
 
 
+def target(model: str | Options) -> dict[str, Any]:
+    """The options of a frozen or unseen model."""
+    return {"target": model} if isinstance(model, str) else dict(model)
+
+
+def at_address(model: str | Options) -> bool:
+    """Whether it is asked over HTTP, and is loaded by no worker."""
+    return str(target(model)["target"]).startswith(("http://", "https://"))
+
+
 def slug(name: str) -> str:
     """`name` for a folder."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
@@ -150,7 +161,7 @@ class Job:
 
     def resolved(self, out: Path) -> dict[str, Any]:
         """Its options with paths as the verb takes them."""
-        at = {"prompts_file", "trained", "rlhf"}
+        at = {"prompts_file", "trained", "rlhf", "answers_folder"}
 
         def place(value: str) -> str:
             name, equals, path = value.rpartition("=")
@@ -172,6 +183,7 @@ def cells(preset: Preset) -> list[Cell]:
         for p in preset.prompters
         for d in preset.datasets
         for c in CONFIGURATIONS
+        if not (c == "rlhf" and at_address(preset.frozen[f]))
     ]
 
 
@@ -221,17 +233,18 @@ def plain(value: Any) -> Any:
 
 def _of_combination(preset: Preset, p: str, f: str, d: str) -> Iterator[Job]:
     data, here = f"prompts/{slug(d)}", combination(p, f, d)
-    environment = {**preset.environment, "target": preset.frozen[f]}
+    environment = {**preset.environment, **target(preset.frozen[f])}
     training = {**environment, "prompts_file": f"{data}/{TRAINING}", "resume": True}
     rewriting = {**training, **preset.prompters[p], **preset.align_pro}
-    oracle = {**training, **preset.align_pro, **preset.rlhf, "task": "rlhf", "prompter": preset.frozen[f]}
     trained, rloo, policies = [], [], []
     for seed in preset.seeds:
         name = f"{here}/align-pro-{seed}"
         yield Job(name, "train", {**rewriting, "seed": seed}, (data,))
         trained.append(name)
-    for seed in preset.seeds:
+    for seed in () if at_address(preset.frozen[f]) else preset.seeds:
         name = f"{slug(f)}/{slug(d)}/rlhf-{seed}"
+        oracle = {**training, **preset.align_pro, **preset.rlhf, "task": "rlhf"}
+        oracle["prompter"] = environment["target"]
         yield Job(name, "train", {**oracle, "seed": seed}, (data,))
         policies.append(name)
     for seed in preset.baseline_seeds:
@@ -243,16 +256,17 @@ def _of_combination(preset: Preset, p: str, f: str, d: str) -> Iterator[Job]:
         rloo.append(name)
 
     calls = preset.align_pro["iterations"] * preset.align_pro["prompts"] * preset.align_pro["samples"]
-    drawn = {**environment, **preset.rollout, "prompts_file": f"{data}/{HELD_OUT}"}
+    drawn: dict[str, Any] = {**preset.rollout, "prompts_file": f"{data}/{HELD_OUT}"}
     drawn["rewrite_tokens"] = preset.align_pro["max_tokens"]
     yield Job(
         f"{here}/rollout",
         "rollout",
         {
+            **environment,
             **drawn,
             "arms": ["none", "sft", "star", "best_of_n"],
             "trained": [*trained, *(f"rloo={name}" for name in rloo)],
-            "rlhf": policies,
+            **({"rlhf": policies} if policies else {}),
             "lam": preset.align_pro["lam"],
             # As many answers as one training asked for, spread over the held-out prompts.
             "proposals": max(1, round(calls / preset.held_out_prompts)),
@@ -261,7 +275,8 @@ def _of_combination(preset: Preset, p: str, f: str, d: str) -> Iterator[Job]:
     )
     others = {name: model for name, model in preset.frozen.items() if name != f} | dict(preset.unseen)
     for name, model in others.items():
-        options = {**drawn, "target": model, "arms": ["none", "sft"], "trained": trained}
+        options = {**preset.environment, **target(model), **drawn}
+        options |= {"arms": ["none", "sft"], "trained": trained}
         yield Job(f"{here}/transfer/{slug(name)}", "rollout", options, (data, *trained))
     if preset.judge is not None:
         options = {**preset.judge, "arms": ["trained", "none"]}

@@ -227,6 +227,8 @@ def renamed(preset: Preset, folders: Mapping[str, str]) -> Preset:
     """The preset with each model's name replaced by its folder."""
 
     def local(value: Any) -> Any:
+        if isinstance(value, Mapping):  # options of a frozen model
+            return each(value)
         if not isinstance(value, str):
             return value
         name, at, bounds = value.partition("@")

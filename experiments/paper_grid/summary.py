@@ -179,8 +179,11 @@ def _above_half(e: Estimate | None) -> Interval | None:
 
 def _contrasts(table: rollouts.Rollouts, level: float) -> dict[str, list[Interval | None]]:
     """By claim: what the claim says is positive, all parts of a claim jointly."""
-    if len(table.prompt_ids) < LEAST_PROMPTS or "rlhf" not in table.arms:
+    if len(table.prompt_ids) < LEAST_PROMPTS:
         return {}
+    above_none = {"mean_above": [minus(compare(table, ["trained", "none"], level).against["none"].mean)]}
+    if "rlhf" not in table.arms:  # the frozen model's weights are out of reach
+        return above_none
     against = compare(table, ["trained", "none", "rlhf"], level).against
     mean = {name: Arm(table, name).mean(Arm(table, name).reward) for name in ("none", "trained", "rlhf")}
     halfway = Term(
@@ -193,7 +196,7 @@ def _contrasts(table: rollouts.Rollouts, level: float) -> dict[str, list[Interva
     )
     above = compare(table, ["none", "rlhf"], level).against["rlhf"].mean
     return {
-        "mean_above": [minus(compare(table, ["trained", "none"], level).against["none"].mean)],
+        **above_none,
         "near_oracle": [shown(estimates({"near": halfway}, table, level)["near"]), shown(above)],
         "oracle_above": [shown(compare(table, ["trained", "rlhf"], level).against["rlhf"].mean)],
         "lowest_variance": [shown(against[name].variance) for name in ("none", "rlhf")],
@@ -300,26 +303,35 @@ def _examples(file: Path) -> list[dict[str, Any]]:
     ]
 
 
+_COUNTED = ("jobs", "answers", "prompt_tokens", "tokens")
+
+
 def _calls(preset: Preset, out: Path) -> dict[str, dict[str, int]]:
-    """By kind of job: jobs done, answers of targets that their results rest on, and the tokens of those."""
+    """By kind of job: jobs done, answers of targets that their results rest on, and the tokens of those; what
+    a folder holds that jobs share is `shared`."""
     found: dict[str, dict[str, int]] = {}
+    folders: dict[Path, str] = {}
     for job in plan.jobs(preset):
         if job.verb == "prompts" or not (out / job.name / FINISHED).is_file():
             continue
         last = [part.split("-")[0] for part in job.name.split("/")]
         kind = "transfer" if "transfer" in last else job.name.split("/")[-1].rstrip("0123456789").rstrip("-")
-        row = found.setdefault(kind, {"jobs": 0, "answers": 0, "prompt_tokens": 0, "tokens": 0})
+        row = found.setdefault(kind, dict.fromkeys(_COUNTED, 0))
         row["jobs"] += 1
         if job.options.get("task") == "rlhf":  # its answers are the policy's own samples
             batch = job.options["prompts"] * job.options["samples"]
             lines = read_json_lines(out / job.name / METRICS_FILE)
             row["answers"] += batch * len(lines)
             row["tokens"] += sum(round(batch * x["completions/mean_length"]) for x in lines)
-        if (folder := out / job.name / "answers").is_dir():
+        shared = job.resolved(out).get("answers_folder")
+        own = out / job.name / "answers"
+        folders[own if shared is None else Path(shared)] = kind if shared is None else "shared"
+    for folder, kind in folders.items():
+        if folder.is_dir():
+            row = found.setdefault(kind, dict.fromkeys(_COUNTED, 0))
             for paid in spent(folder).values():
-                row["answers"] += paid.answers
-                row["prompt_tokens"] += paid.prompt_tokens
-                row["tokens"] += paid.tokens
+                for name in _COUNTED[1:]:
+                    row[name] += getattr(paid, name)
     return found
 
 

@@ -1,5 +1,7 @@
 """Cache and ledger: nothing asked twice, nothing lost to kills, faults or full disks, every cost counted."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +17,11 @@ from dataclasses import asdict, replace
 import pytest
 from faulty import Server
 from kept import lines
+from mutants import kills, mutated
 
+from alignpro import locks
+from alignpro.commands import opening
+from alignpro.commands.options import EnvironmentSettings
 from alignpro.errors import AlignProError
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.prompt import Prompt
@@ -402,6 +408,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 # The scripts below fork: each child is a process of its own, without paying for its imports.
 COMMON = """
 import json, os, random, resource, signal, sqlite3, sys, time
+from alignpro import locks
 from alignpro.llm.targets import http, ledger, store
 from alignpro.llm.targets.endpoint import Endpoint
 from alignpro.llm.targets.settings import EndpointSettings
@@ -634,6 +641,10 @@ url, kind, most = sys.argv[1], sys.argv[2], int(sys.argv[3])
 http.client_library()
 if sys.argv[4] == "mutant":
     store.Store.meter = lambda *_: None
+if sys.argv[4] == "nothing locks":
+    def unsupported(*_):
+        raise OSError(37, "no locks here")
+    locks.fcntl.lockf = locks.fcntl.flock = unsupported
 def work(name):
     target = Endpoint(url, EndpointSettings("m", concurrency=4, backoff_s=1e-3, retries=20, **{kind: most}))
     try:
@@ -647,10 +658,11 @@ print(json.dumps([codes, [json.load(open(name)) for name in "abcd" if os.path.ex
 )
 
 
-@pytest.mark.parametrize("mutant", ["", "mutant"])
+@pytest.mark.parametrize("how", ["", "mutant", "nothing locks"])
 @pytest.mark.parametrize(("kind", "most"), [("max_calls", 50), ("max_tokens", 400)])
-def test_four_processes_hold_one_budget(tmp_path, kind, most, mutant):
+def test_four_processes_hold_one_budget(tmp_path, kind, most, how):
     """Each of the mutant's has it for itself."""
+    mutant = how == "mutant"
     rng, lock = random.Random(0), threading.Lock()
 
     def fault(n, body):
@@ -658,7 +670,7 @@ def test_four_processes_hold_one_budget(tmp_path, kind, most, mutant):
             return (500, {}, b"") if rng.random() < 0.2 else None  # retries count
 
     with Server(fault) as server:
-        codes, ends = script(BUDGET, tmp_path, server.url, kind, most, mutant)
+        codes, ends = script(BUDGET, tmp_path, server.url, kind, most, how)
         requests = len(server.requests)
     assert codes == [0] * 4
     assert [reason for reason, _, _ in ends] == [kind] * 4
@@ -703,19 +715,137 @@ def test_what_another_has_on_file_by_now_is_not_paid_for_again(tmp_path, monkeyp
         assert second.total().calls == len(server.requests)
 
 
-def test_a_killed_process_gives_back_what_it_booked(tmp_path, monkeypatch):
+def check_killed(module, folder):
+    """What a killed process booked counts as spent, since the service may have given it."""
     settings = EndpointSettings("m", max_tokens=100, timeout_s=1.0)
-    file, another = Store(tmp_path), Store(tmp_path)
+    file, another = module.Store(folder), module.Store(folder)
     meter, other = file.meter("x"), another.meter("x")
     assert meter.book(settings, 60, False) is None
     assert other.book(settings, 60, False) == "wait"
-    later = time.time() + 60
-    monkeypatch.setattr(store.time, "time", lambda: later)
-    assert other.book(settings, 60, False) is None
-    assert other.book(settings, 60, False) == "wait"
-    other.settle(60)
-    assert other.book(settings, 101, False) == "max_tokens"
-    assert another.spent()["x"]["calls"] == 2
+    now, later = module.time.time, time.time() + 60
+    module.time.time = lambda: later
+    try:
+        assert other.book(settings, 60, False) == "max_tokens"
+        assert other.book(settings, 30, False) is None
+        assert other.book(settings, 30, False) == "wait"
+        other.settle(30)
+        assert other.book(settings, 41, False) == "max_tokens"
+        assert other.book(replace(settings, max_tokens=101), 41, False) is None
+    finally:
+        module.time.time = now
+    assert another.spent()["x"]["calls"] == 3
+
+
+def test_a_killed_process_has_spent_what_it_booked(tmp_path):
+    (tmp_path / "right").mkdir()
+    check_killed(store, tmp_path / "right")
+    for i, (right, wrong) in enumerate(
+        [
+            ("FROM under_way WHERE owner = ? AND tokens", "FROM under_way WHERE owner = ? AND until > 1e12"),
+            ("if booked and until > time.time()", "if booked"),
+            ("tokens = tokens - ?", "tokens = tokens - 0 * ?"),
+        ]
+    ):
+        (tmp_path / str(i)).mkdir()
+        kills(lambda module, i=i: check_killed(module, tmp_path / str(i)), mutated(store, right, wrong))
+
+
+def nothing_locks(monkeypatch, code):
+    def unsupported(*_):
+        raise OSError(code, "no locks here")
+
+    monkeypatch.setattr(locks.fcntl, "lockf", unsupported)
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
+
+
+def check_locks_by_folder(module, folder, monkeypatch, code):
+    file, lock = folder / FILE, folder / f"{FILE}.lock"
+    monkeypatch.setattr(module, "BUSY_S", 0.1)
+    with monkeypatch.context() as here:
+        nothing_locks(here, code)
+        first = module.Store(folder)
+        first.add("x", {"calls": 1})
+    second = module.Store(folder)  # whose locks work again, and who must do as the first
+    for each in (first, second):
+        assert each._db.execute("PRAGMA journal_mode").fetchone() == ("truncate",)
+        each._db.execute("BEGIN IMMEDIATE")
+        assert lock.is_dir()
+        each._db.execute("COMMIT")
+        assert not lock.exists()
+    assert sqlite3.connect(file).execute("SELECT calls FROM spent").fetchone() == (1,)
+    lock.mkdir()  # by a process that lives
+    ended = threading.Event()
+
+    def touch():
+        while not ended.wait(0.02):
+            with contextlib.suppress(FileNotFoundError):  # a mutant's work
+                os.utime(lock)
+
+    living = threading.Thread(target=touch)
+    living.start()
+    try:
+        with pytest.raises(AlignProError, match="another process has it"):
+            first.add("x", {"calls": 1})
+    finally:
+        ended.set()
+        living.join()
+    second.add("x", {"calls": 1})
+    assert first.spent()["x"]["calls"] == 2
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_that_locks_nothing(tmp_path, monkeypatch, code):
+    (tmp_path / "right").mkdir()
+    check_locks_by_folder(store, tmp_path / "right", monkeypatch, code)
+    for i, (right, wrong) in enumerate(
+        [
+            ("if mine and locks.age(self._folder_lock) > 2 * BUSY_S:", "if mine:"),
+            ("if mine and locks.age(self._folder_lock) > 2 * BUSY_S:", "if False:"),
+            ("if not by_folder.exists() and not", "by_folder.unlink(missing_ok=True)\n        if not"),
+        ]
+    ):
+        (tmp_path / str(i)).mkdir()
+
+        def check(module, i=i):
+            try:
+                check_locks_by_folder(module, tmp_path / str(i), monkeypatch, code)
+            except (AlignProError, sqlite3.Error, pytest.fail.Exception) as error:
+                raise AssertionError from error
+
+        kills(check, mutated(store, right, wrong))
+
+
+def test_no_write_ahead_log_where_machines_share_the_folder(tmp_path, monkeypatch):
+    """It needs memory that processes share."""
+    assert Store(tmp_path)._wal == (not locks.several_machines(tmp_path))
+    monkeypatch.setattr(locks, "several_machines", lambda _: True)
+    assert not (file := Store(tmp_path))._wal
+    assert file._db.execute("PRAGMA journal_mode").fetchone() == ("truncate",)
+
+
+def check_scores(module, folder):
+    """Scores lie beside the answers that runs share, so that their budget is one; those of a run that was
+    begun with its own stay."""
+
+    def file(run, shared):
+        settings = EnvironmentSettings(reward=("http://127.0.0.1:1/x@0,1",), answers_folder=shared)
+        return module.World(settings).reward(folder / run)._cached._store.path.parent
+
+    shared = str(folder / "shared")
+    assert file("alone", None) == folder / "alone" / "scores"
+    assert file("one", shared) == file("two", shared) == folder / "shared" / "scores"
+    assert file("alone", shared) == folder / "alone" / "scores"
+
+
+def test_runs_that_share_answers_share_the_budget_of_scores(tmp_path):
+    check_scores(opening, tmp_path / "right")
+    for i, (right, wrong) in enumerate(
+        [
+            ("is not None and not scores.exists()", "is not None"),
+            ('.expanduser() / "scores"', ' / ".." / folder'),
+        ]
+    ):
+        kills(lambda module, i=i: check_scores(module, tmp_path / str(i)), mutated(opening, right, wrong))
 
 
 def test_neither_fcntl_nor_torch_is_needed(tmp_path):

@@ -8,10 +8,10 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from filelock import FileLock
 from mutants import kills, mutated
 from small_recipe import NAME, TINY, few_pairs
 
+from alignpro import locks
 from alignpro.commands import main
 from alignpro.errors import AlignProError
 from alignpro.llm.data import packaged, pairs
@@ -95,7 +95,7 @@ def test_an_interrupted_training_goes_on_and_the_end_is_the_same(tiny_recipe, tm
 def check_waits(module, tiny, folder):
     """Who comes second waits, and finds what the first has made."""
     folder.parent.mkdir(exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    with locks.waited(folder.parent, f"{folder.name}.lock"):
         waiting = threading.Thread(target=module.make, args=(NAME, folder, tiny), daemon=True)
         waiting.start()
         time.sleep(0.3)
@@ -111,7 +111,7 @@ def test_one_of_several_processes_trains(tiny_recipe, tmp_path, monkeypatch):
     trained = []
     mutants = {
         "right": recipe,
-        "no lock": mutated(recipe, 'with FileLock(folder.parent / f".{folder.name}.lock"):', "if True:"),
+        "no lock": mutated(recipe, 'with locks.waited(folder.parent, f"{folder.name}.lock"):', "if True:"),
         "does not look again": mutated(recipe, "if (folder / packages.MANIFEST).is_file():", "if False:"),
     }
     for name, module in mutants.items():

@@ -2,6 +2,8 @@
 
 Every answer is a transaction, together with what was spent on it: a kill loses nothing that was told as kept.
 To the disk it goes within a second, and whenever `Store.add` is told to: a power cut loses no more than that.
+On a file system that several machines share every answer goes to the disk, since a write-ahead log needs
+memory that processes share; where nothing locks records, SQLite locks by a folder beside the file.
 """
 
 import json
@@ -16,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from alignpro import locks
 from alignpro.errors import AlignProError
 from alignpro.llm.targets.http import Meter
 from alignpro.llm.targets.settings import EndpointSettings
@@ -27,7 +30,7 @@ OLD_FILE = "answers.jsonl"
 BUSY_S = 60.0
 """Seconds that a transaction waits for others."""
 _SYNC_S = 1.0
-_SPARE_S = 10.0  # beyond a request's deadline, for a call whose process was killed
+_SPARE_S = 10.0  # beyond a request's deadline, after which the call's process counts as killed
 _AT_ONCE = 500  # keys of a query
 _VERSION = 2
 
@@ -60,20 +63,26 @@ class Store:
         self._lock = threading.Lock()
         self._process = uuid.uuid4().hex
         self._synced = time.monotonic()
+        # Whoever goes on with a file locks it in the way of those who have it.
+        by_folder = folder / f"{FILE}-locks-by-folder"
+        if not by_folder.exists() and not locks.record_locks(folder):
+            by_folder.touch()
+        self._folder_lock = folder / f"{FILE}.lock" if by_folder.exists() else None
+        file = self.path.resolve().as_uri() + ("?vfs=unix-dotfile" if self._folder_lock else "")
         with self._told():
             # One connection, guarded by the lock: an event loop may run in a thread of its own.
             self._db = sqlite3.connect(
-                self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
+                file, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False
             )
             weakref.finalize(self, self._db.close)
-            self._wal = self._write_ahead()
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            self._wal = self._write_ahead(folder)
+            version = self._one("PRAGMA user_version")[0]
         if version > _VERSION:
             raise AlignProError(f"{self.path}: was written by a newer alignpro; update this one")
         if version < _VERSION:
             with self._transaction(lasting=True):
                 # Another process may have been first.
-                version = self._db.execute("PRAGMA user_version").fetchone()[0]
+                version = self._one("PRAGMA user_version")[0]
                 for statement in _SCHEMA.split(";"):
                     self._db.execute(statement)
                 if version == 1:
@@ -89,7 +98,7 @@ class Store:
             for start in range(0, len(wanted), _AT_ONCE):
                 some = wanted[start : start + _AT_ONCE]
                 query = f"SELECT key, line FROM answers WHERE key IN ({', '.join('?' * len(some))})"
-                for key, line in self._db.execute(query, some):
+                for key, line in self._run(query, some):
                     found[key.hex()] = self._answer(line)
         return found
 
@@ -123,7 +132,7 @@ class Store:
     def spent(self) -> dict[str, dict[str, Any]]:
         """Sums of what was spent, by owner: fields of `ledger.Ledger`."""
         with self._lock, self._told():
-            rows = self._db.execute(f"SELECT owner, {', '.join(_COUNTS)} FROM spent").fetchall()
+            rows = self._run(f"SELECT owner, {', '.join(_COUNTS)} FROM spent").fetchall()
         return {owner: dict(zip(_COUNTS, row, strict=True)) for owner, *row in rows}
 
     def meter(self, owner: str) -> Meter:
@@ -137,11 +146,13 @@ class Store:
             if settings.max_calls is not None and calls >= settings.max_calls:
                 return "max_calls"
             if settings.max_tokens is not None:
-                self._db.execute("DELETE FROM under_way WHERE until < ?", (time.time(),))
-                query = "SELECT coalesce(sum(tokens), 0) FROM under_way WHERE owner = ?"
-                (booked,) = self._db.execute(query, (owner,)).fetchone()
+                # Those of a process that was killed stay: the service may have given what they asked for.
+                query = (
+                    "SELECT coalesce(sum(tokens), 0), max(until) FROM under_way WHERE owner = ? AND tokens"
+                )
+                booked, until = self._db.execute(query, (owner,)).fetchone()
                 if tokens + booked + cost > settings.max_tokens:
-                    return "wait" if booked else "max_tokens"
+                    return "wait" if booked and until > time.time() else "max_tokens"
             self._spend(owner, {"calls": 1, "retries": int(again)})
             if cost:
                 self._db.execute(
@@ -153,7 +164,7 @@ class Store:
 
     def _settle(self, owner: str, cost: int) -> None:
         if cost:
-            # What cannot be written now is forgotten with the process.
+            # What cannot be written now counts as if the process had been killed.
             with suppress(AlignProError), self._transaction():
                 self._db.execute(
                     "UPDATE under_way SET tokens = tokens - ? WHERE owner = ? AND process = ?",
@@ -195,23 +206,41 @@ class Store:
         if answer is not None:
             self._db.execute(_KEEP, (key, json.dumps(row, separators=(",", ":"))))
 
-    def _write_ahead(self) -> bool:
-        """A write-ahead log where the file system can have one; else the journal that SQLite begins with."""
+    def _write_ahead(self, folder: Path) -> bool:
+        """A write-ahead log where the file system can have one; else a journal that is rolled back."""
+        shared = bool(self._folder_lock) or locks.several_machines(folder)
         try:
-            (mode,) = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
-            self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()  # needs shared memory
+            (mode,) = self._one(f"PRAGMA journal_mode = {'TRUNCATE' if shared else 'WAL'}")
+            self._one("SELECT count(*) FROM sqlite_master")  # a log needs shared memory
             return mode == "wal"
         except sqlite3.OperationalError as error:
             if not error.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-                self._db.execute("PRAGMA journal_mode = DELETE")
+                self._one("PRAGMA journal_mode = DELETE")
         return False
+
+    def _run(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        """Begin to read or write. Where a folder locks, one left by a kill amid a transaction is removed."""
+        for _ in range(2):
+            try:
+                return self._db.execute(statement, *values)
+            except sqlite3.OperationalError as error:
+                if not (self._folder_lock and error.sqlite_errorname.startswith("SQLITE_BUSY")):
+                    raise
+            with locks.lease(self.path.parent, "unlocking") as mine, suppress(OSError):
+                # A second look, as the only one who may remove it: another may have, and a third locked.
+                if mine and locks.age(self._folder_lock) > 2 * BUSY_S:
+                    self._folder_lock.rmdir()
+        return self._db.execute(statement, *values)
+
+    def _one(self, statement: str, *values: Any) -> Any:
+        return self._run(statement, *values).fetchone()
 
     @contextmanager
     def _transaction(self, lasting: bool = False) -> Iterator[None]:
         with self._lock, self._told():
             if self._wal:
                 self._db.execute(f"PRAGMA synchronous = {'FULL' if lasting else 'NORMAL'}")
-            self._db.execute("BEGIN IMMEDIATE")
+            self._run("BEGIN IMMEDIATE")
             try:
                 yield
                 self._db.execute("COMMIT")

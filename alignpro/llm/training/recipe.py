@@ -5,8 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from filelock import FileLock
-
+from alignpro import locks
 from alignpro.errors import AlignProError
 from alignpro.llm.data.pairs import PAIRS
 from alignpro.llm.models import packages
@@ -24,7 +23,7 @@ def make(name: str, folder: Path, recipe: Recipe) -> None:
         name: of the recipe, which goes into the prompter's facts with the folder's name.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    with locks.waited(folder.parent, f"{folder.name}.lock"):
         if (folder / packages.MANIFEST).is_file():  # by another process, which was waited for
             return
         work = folder.parent / f".making-{folder.name}"
