@@ -674,14 +674,8 @@ def test_it_fits_every_screen_and_paper(chromium, server, tmp_path, scheme):
             assert page.is_visible("#bounds .plot svg")
 
 
-def test_a_move_on_a_larger_instance_is_timed(chromium, server):
+def test_a_move_on_a_larger_instance(chromium, server):
     about = family("lm_like", (16, 32, 64), 0)
-    times = []
-    for i in range(45):
-        begun = time.perf_counter()
-        api(server, "solve", **about, beta=0.1 + 0.001 * i, lam=0.05, prompt=0)
-        times.append(1e3 * (time.perf_counter() - begun))
-    answered = np.array(times[5:])
     with opened(chromium, server) as (page, _):
         page.select_option("#source", "lm_like")
         for name, value in zip(("x", "k", "y"), (16, 32, 64), strict=True):
@@ -691,10 +685,11 @@ def test_a_move_on_a_larger_instance_is_timed(chromium, server):
             time.sleep(0.05)
         shown(page)
         page.focus("#lam-slider")
-        drawn = []
-        for _ in range(40):
+        for _ in range(3):
             page.keyboard.press("ArrowRight")
             shown(page)
-            drawn.append(page.evaluate("performance.getEntriesByName('move')[0].duration"))
-    for what, ms in (("answer", answered), ("move, drawn", drawn)):
-        print(f"16×32×64 {what}: median {np.median(ms):.1f} ms, p95 {np.percentile(ms, 95):.1f} ms")
+        assert page.evaluate("performance.getEntriesByName('move')[0].duration") > 0
+        beta, lam = (float(page.input_value(f"#{name}")) for name in ("beta", "lam"))
+        gap = page.locator("#key-gap").evaluate("e => e.firstChild.textContent")
+    found = api(server, "solve", **about, beta=beta, lam=lam, prompt=0)["gap"]
+    assert gap == f"{found:.3f}".replace("-", "−")

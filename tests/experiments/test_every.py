@@ -17,6 +17,7 @@ SMALL = {
     "pooled": "--repetitions 1 --only flat --out OUT/pooled.json",
     "tasks": "--dry-run --out OUT/tasks",
     "tiny_optimum": "--seeds 1 --iterations 1",
+    "when_informative": "--instances 8",
     "which_bound": "--instances 20",
 }
 WEIGHTS = ("enumerated_ppo", "frames", "judge_choice", "open_ppo", "ppo_settings", "training_free")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tasks
 from mutants import kills, mutated
-from paper_grid import work
+from paper_grid import launch, work
 from task_grid import plan, results
 
 from alignpro import rollouts
@@ -45,8 +45,10 @@ def size(tmp_path_factory):
 
 
 def arguments(out, **more):
-    given = {"only": "", "processes": 1, "dry_run": False, "summary_only": False, "publish": None}
-    return argparse.Namespace(out=out, **given | more)
+    parser = argparse.ArgumentParser()
+    launch.add_arguments(parser)
+    given = {"only": "", "dry_run": False, "summary_only": False, "publish": None}
+    return argparse.Namespace(out=out, **vars(parser.parse_args([])) | given | more)
 
 
 @pytest.fixture(scope="module")

@@ -429,7 +429,8 @@ needs_models = pytest.mark.skipif(
 @pytest.mark.weights
 @needs_models
 def test_train_on_a_folder_of_chats_with_the_packaged_models(chats, tmp_path, capsys):
-    assert main.main(small("train", "--out", str(tmp_path / "t"), "--dataset", str(chats))) == 0
+    command = small("train", "--out", str(tmp_path / "t"), "--dataset", str(chats), "--iterations", "1")
+    assert main.main(command) == 0
     said = capsys.readouterr().err
     assert f"from column messages of {chats}, split train" in said
     lines = [json.loads(line) for line in (tmp_path / "t" / "metrics.jsonl").read_text().splitlines()]
