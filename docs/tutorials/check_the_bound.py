@@ -9,11 +9,7 @@ PROMPTS = [
     "Name three uses of vinegar.",
     "Why is the sky blue?",
     "Write a birthday wish for a colleague.",
-    "What is a haiku?",
-    "How can I fall asleep faster?",
-    "Suggest a name for a grey cat.",
     "How long should I boil an egg?",
-    "What does a plumber do?",
     "Give me a tip for packing light.",
 ]
 Path("held_out.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")  # not those of training
