@@ -96,8 +96,9 @@ def grid(workers: int, cells: int, seconds: float, dying: float, seed: int = 0) 
 
         def cell(job: Job, out: Path) -> None:
             begun, inside = out / job.name / "begun", out / job.name / "inside"
-            if inside.exists() and lives(inside.read_text()):
-                os.write(log, f"two {job.name}\n".encode())
+            with contextlib.suppress(FileNotFoundError):  # nobody, or somebody who left just now
+                if lives(inside.read_text()):
+                    os.write(log, f"two {job.name}\n".encode())
             inside.write_text(str(os.getpid()))
             if job.name in dies and not begun.exists():
                 begun.touch()
