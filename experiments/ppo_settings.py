@@ -46,6 +46,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "8 × 8, half the rounds": {"samples": 8},
     "16 × 2": {"prompts": 16, "samples": 2},
     "4 epochs": {"epochs": 4},
+    "critic 3e-4": {"critic_learning_rate": 3e-4},
+    "RLOO, without a critic": {"algorithm": "rloo"},
 }
 """By name: what differs from `CENTRE`."""
 
