@@ -45,8 +45,14 @@ def commands(file: str) -> dict[str, list[str]]:
 def cpu(arguments: list[str], checkout: str, cache: str) -> float:
     changes = {"PYTHONPATH": str(Path(checkout).resolve()), "ALIGNPRO_CACHE": cache}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Elsewhere: Python would take the code of the folder it starts in.
     done = subprocess.run(
-        [sys.executable, *arguments], env=os.environ | changes, capture_output=True, text=True, check=False
+        [sys.executable, *arguments],
+        env=os.environ | changes,
+        cwd=Path(cache).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode not in (0, 1):  # 1: a statement is refuted
