@@ -118,7 +118,7 @@ def smallest(
         wanted: the statement.
         shape: largest sizes; one compilation serves all smaller ones.
         seed: determines the search.
-        tries: how many random instances to try before giving up; a quarter of it for each smaller shape.
+        tries: how many random instances to try before giving up; a sixteenth of it for each smaller shape.
         seconds: give up, or keep the simplest so far, after this much time.
         low: least reward; the largest is 1.
         progress: called with how many were evaluated.
@@ -153,7 +153,7 @@ def smallest(
             x, k, y = least.instance.shape
             # Shrinking can get stuck: look afresh with one prompt, rewrite or response less.
             fewer = [(x - 1, k, y), (x, k - 1, y), (x, k, y - 1)]
-            found = (search(sizes, max(1, tries // 4)) for sizes in fewer if min(sizes) > 0)
+            found = (search(sizes, max(1, tries // 16)) for sizes in fewer if min(sizes) > 0)
             again = next((find for find in found if find is not None), None)
             least = again or least
     except KeyboardInterrupt as stop:
