@@ -214,6 +214,12 @@ def plan(known: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def test_tests_have_names_of_their_own():
+    """Two files of one name in different folders are one module to pytest, which then reads neither."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(set(names)) == len(names)
+
+
 def test_the_architecture_page_names_every_module():
     known = modules()
     page = (ROOT / "docs" / "architecture.md").read_text()

@@ -336,9 +336,9 @@ def test_an_earlier_file_torn_in_its_last_line_is_whole_again(tmp_path):
     want = Fake().respond(PROMPTS[:2], SAMPLING)
     cached(Fake(), tmp_path / "whole").respond(PROMPTS[:2], SAMPLING)
     one, two = (line.encode() + b"\n" for line in lines(tmp_path / "whole"))
-    for cut in (0, 1, *range(2, len(two), 60), len(two) - 2, len(two) - 1, len(two)):
+    for cut in sorted({0, 1, *range(2, len(two), 60), len(two) - 2, len(two) - 1, len(two)}):
         folder = tmp_path / str(cut)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir()
         (folder / OLD_FILE).write_bytes(one + two[:cut])
         target = Fake()
         assert cached(target, folder).respond(PROMPTS[:2], SAMPLING) == want
