@@ -19,7 +19,7 @@ def mutated(module, right, wrong):
 def kills(check, wrong):
     """A property's check must fail on a mutant: otherwise it tests nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("CI", "BUILD_NUMBER"):  # where these are set, pytest explains the wanted failure for minutes
+        for name in ("CI", "BUILD_NUMBER"):  # there pytest explains the wanted failure, for minutes
             patch.delenv(name, raising=False)
         try:
             check(wrong)
