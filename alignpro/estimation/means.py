@@ -97,11 +97,7 @@ def limits(
     way = np.where(bet, "betting", np.where(constant, "exact", "percentile-t"))
     error = 1.0 - level
     if joint:
-        trusted = np.where((bet | constant)[..., None], 0.0, np.abs(found.draws)).max(-2)
-        taken = error * (1.0 - bet.mean(-1, keepdims=True))
-        at = np.rint((1.0 - taken) * (trusted.shape[-1] - 1)).astype(int)
-        t = np.take_along_axis(np.sort(trusted, -1), at, -1)
-        lo, hi = found.between(-t, t)
+        lo, hi = found.simultaneous(1.0 - error * (1.0 - bet.mean(-1)), ~(bet | constant))
         error = error / count
     else:
         lo, hi = found.interval(level)
