@@ -197,11 +197,13 @@ def _of_gains(case: Gains, prompts: int, rng: np.random.Generator) -> tuple[Foun
 def _of_rollouts(case: Problem, prompts: int, rng: np.random.Generator) -> tuple[Found, dict[str, float]]:
     rollouts, true = draw(case, prompts, rng), truth_of(case)
     report = estimate(rollouts, case.beta, case.lam)
-    both = compare(rollouts, ["none", "trained"]).against["trained"]
+    compared = compare(rollouts, ["none", "trained"])
+    both = compared.against["trained"]
     found: Found = {name: e for name, e in report.quantities.items() if name in true}
     found |= {f"gap {arm}": e for arm, e in report.gaps.items() if f"gap {arm}" in true}
     found |= {f"slack {b.name}": b.slack for b in report.bounds if f"slack {b.name}" in true}
     found |= {"difference": both.mean, "win rate": both.win_rate}
+    found |= {"variance trained": compared.variance["trained"], "difference of variances": both.variance}
     try:
         at = headroom(rollouts, (case.lam,))
     except AlignProError:  # refused: no interval is given

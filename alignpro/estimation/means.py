@@ -58,6 +58,11 @@ def doubtful(
     return tied | near | (np.abs(skewness) > max(2.2 * usual, 0.25 * np.sqrt(n)))
 
 
+def in_doubt(values: np.ndarray, low: np.ndarray, high: np.ndarray, level: float) -> np.ndarray:
+    """Whether percentile-t cannot be trusted with the mean of each row of `values` [..., S, n]; [..., S]."""
+    return doubtful(studentise(values), values, low, high, level)
+
+
 def shuffled(values: np.ndarray) -> np.ndarray:
     """Put `values` [..., n] into an order drawn once, without looking at them."""
     n = values.shape[-1]

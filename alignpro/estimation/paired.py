@@ -1,6 +1,6 @@
 """Rollouts of an arm as per-prompt values, whose sums and differences stay paired, and their intervals."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -10,7 +10,7 @@ import numpy as np
 from alignpro.errors import AlignProError
 from alignpro.estimation.copies import copies
 from alignpro.estimation.intervals import Bias, Estimate
-from alignpro.estimation.means import WAYS, Limits, limits
+from alignpro.estimation.means import WAYS, Limits, in_doubt, limits
 from alignpro.rollouts import Rollouts
 
 Interval = Literal["bootstrap", "guaranteed"]
@@ -246,24 +246,30 @@ def estimates(
     *,
     interval: Interval = "bootstrap",
     simultaneous: bool = False,
+    sides: Mapping[Key, Sequence[Term]] | None = None,
 ) -> dict[Key, Estimate]:
     """Estimate every term with its interval, all prompts resampled together.
 
     Intervals cover at `level` each, or all at once when `simultaneous`. By `means.limits`: percentile-t where
     the values' shape lets it be trusted, betting elsewhere; with `interval` "guaranteed", betting for all
     terms whose values are bounded and err on no side, or on a known one, with `ROWS` of the error.
+
+    Args:
+        sides: what a term is the difference of. Where percentile-t cannot be trusted with one of these it
+            cannot with the term: the noise of the other may hide it.
     """
     if not terms:
         return {}
     sure = interval == "guaranteed"
-    rows = [(row, *reach, term) for term in terms.values() for row, reach in term.rows]
+    hidden = {key: _any_in_doubt(both, level) for key, both in (sides or {}).items()}
+    rows = [(row, *reach, key, term) for key, term in terms.items() for row, reach in term.rows]
     found = limits(
         np.stack([row for row, *_ in rows]),
-        np.array([low for _, low, _, _ in rows]),
-        np.array([high for _, _, high, _ in rows]),
+        np.array([low for _, low, *_ in rows]),
+        np.array([high for _, _, high, *_ in rows]),
         1.0 - ROWS * (1.0 - level) if sure else level,
         joint=simultaneous,
-        sure=np.array([sure and term.bounded for *_, term in rows]),
+        sure=np.array([hidden.get(key, False) or (sure and term.bounded) for *_, key, term in rows]),
     )
     out, i = {}, 0
     for name, term in terms.items():
@@ -290,6 +296,13 @@ def estimates(
             guaranteed=term.bounded if sure else None,
         )
     return out
+
+
+def _any_in_doubt(sides: Sequence[Term], level: float) -> bool:
+    """Whether percentile-t cannot be trusted with one of several terms, none of them weak."""
+    values, reaches = zip(*(side.rows[0] for side in sides), strict=True)
+    low, high = np.array(reaches).T
+    return bool(in_doubt(np.stack(values), low, high, level).any())
 
 
 def _how(term: Term, found: Limits, first: int, last: int, joint: bool) -> str:
