@@ -5,6 +5,7 @@ import contextlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -346,7 +347,10 @@ def test_a_reward_by_columns_and_a_system_prompt_through_all_verbs(base, tmp_pat
     data = ["--prompts-file", str(path), "--prompt-column", "q", "--system-prompt", "g"]
     keyed = ["--reward", f"{__name__}:keyed@0,1"]
     assert main.main([*verb("train", base, tmp_path / "t"), *keyed, *data]) == 0
-    assert "each round takes all 4 prompts, as there are not 8" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "each round takes all 4 prompts, as there are not 8" in said
+    assert re.search(r"^alignpro: round 1 of 1: reward 0\.\d{4}$", said, re.MULTILINE)  # no terminal, no bar
+    assert "%|" not in said
     assert main.main([*verb("resample", base, tmp_path / "s"), *keyed, *data, "--draws", "1"]) == 0
     before = [{"role": "system", "content": "g"}]
     rows = [json.loads(line) for line in (tmp_path / "s" / "proposals.jsonl").read_text().splitlines()]
