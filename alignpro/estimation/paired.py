@@ -1,6 +1,6 @@
 """Rollouts of an arm as per-prompt values, whose sums and differences stay paired, and their intervals."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -246,7 +246,7 @@ def estimates(
     *,
     interval: Interval = "bootstrap",
     simultaneous: bool = False,
-    sides: Mapping[Key, Sequence[Term]] | None = None,
+    sides: Mapping[Key, tuple[Term, Term]] | None = None,
 ) -> dict[Key, Estimate]:
     """Estimate every term with its interval, all prompts resampled together.
 
@@ -255,13 +255,13 @@ def estimates(
     terms whose values are bounded and err on no side, or on a known one, with `ROWS` of the error.
 
     Args:
-        sides: what a term is the difference of. Where percentile-t cannot be trusted with one of these it
-            cannot with the term: the noise of the other may hide it.
+        sides: the two that a term is the difference of. Where percentile-t cannot be trusted with one of
+            them alone it cannot with the term: the noise of the one that looks well may hide the other.
     """
     if not terms:
         return {}
     sure = interval == "guaranteed"
-    hidden = {key: _any_in_doubt(both, level) for key, both in (sides or {}).items()}
+    hidden = {key: _one_in_doubt(both, level) for key, both in (sides or {}).items()}
     rows = [(row, *reach, key, term) for key, term in terms.items() for row, reach in term.rows]
     found = limits(
         np.stack([row for row, *_ in rows]),
@@ -298,11 +298,12 @@ def estimates(
     return out
 
 
-def _any_in_doubt(sides: Sequence[Term], level: float) -> bool:
-    """Whether percentile-t cannot be trusted with one of several terms, none of them weak."""
+def _one_in_doubt(sides: tuple[Term, Term], level: float) -> bool:
+    """Whether percentile-t can be trusted with one of two terms and not with the other; neither is weak."""
     values, reaches = zip(*(side.rows[0] for side in sides), strict=True)
     low, high = np.array(reaches).T
-    return bool(in_doubt(np.stack(values), low, high, level).any())
+    one, other = in_doubt(np.stack(values), low, high, level)
+    return bool(one != other)
 
 
 def _how(term: Term, found: Limits, first: int, last: int, joint: bool) -> str:
