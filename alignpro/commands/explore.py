@@ -5,31 +5,31 @@ rollouts were written by strangers and by language models: they travel as JSON s
 text nodes only.
 """
 
-import base64
 import functools
 import hashlib
+import io
 import itertools
 import json
-import os
 import re
-import sys
 import threading
-import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlsplit
 
+from alignpro.commands.explore_server import MOST_BYTES, Server, opening
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.llm.models.prompt import Prompt, transcript
-from alignpro.report import theme
 from alignpro.report.numbers import plain
 
 if TYPE_CHECKING:
+    from alignpro.theory.instance import Instance
     from alignpro.theory.search.exploring import Explored
+
+HELD, UPLOADS, SHAPES = 8, 4, 12
+"""How many instances, uploaded files among them, and shapes' compiled code are kept at a time."""
 
 
 class Reader:
@@ -87,6 +87,18 @@ class Reader:
         return {"at": at, "id": name, "x": x, "arms": arms}
 
 
+class _Held:
+    """An instance that the page asks about, made when first asked for; one question about it at a time."""
+
+    def __init__(self, make: Callable[[], "Explored"]) -> None:
+        self._make = make
+        self.lock = threading.Lock()
+
+    @functools.cached_property
+    def explored(self) -> "Explored":
+        return self._make()
+
+
 class App:
     """The answers to `/api/…`, from the query's parameters; AlignProError for a bad one."""
 
@@ -97,80 +109,149 @@ class App:
         shape: Sequence[int] = (4, 8, 16),
         seed: int = 0,
         texts: str | None = None,
+        beta: float | None = None,
+        lam: float | None = None,
     ) -> None:
         if file is not None and family is not None:
             raise AlignProError(f"--file {file}, --family {family}: give one of them")
         from alignpro.theory.instance import load
         from alignpro.theory.search.exploring import drawn
 
-        self.file = None if file is None else (Path(file).name, load(file))
+        self.file = file
+        self.files: dict[str, tuple[str, Instance]] = {}
+        if file is not None:
+            self.files["file"] = (Path(file).name, load(file))
         x, k, y = shape
         self.start: dict[str, Any] = {"source": family or "lm_like", "x": x, "k": k, "y": y, "seed": seed}
         drawn(*self.start.values())  # names a bad one now
         if file is not None:
             self.start["source"] = "file"
+        for name, value in (("beta", beta), ("lam", lam)):
+            self.start[name] = None if value is None else check_temperature(f"--{name}", value)
         self.reader = None if texts is None else Reader(texts)
-        self.lock = threading.Lock()  # one computation, and one compilation, at a time
-        self.explored = functools.lru_cache(maxsize=8)(self._explored)
+        self.lock = threading.Lock()  # of the next three, each held for a moment only
+        self.held: dict[tuple[Any, ...], _Held] = {}
+        self.shapes: set[tuple[int, ...]] = set()
         self.routes: dict[str, Callable[[dict[str, str]], Any]] = {
             "start": self._start,
-            "instance": lambda given: self._of(given).about,
+            "instance": self._about,
             "solve": self._solve,
+            "sweep": self._sweep,
+            "npz": self._npz,
             "find": lambda given: {"found": self._reader().find(given.pop("text", ""))},
             "rollout": lambda given: self._reader().prompt(
                 _whole(given, "at", 0, self._reader().about["prompts"] - 1)
             ),
         }
 
-    def answer(self, route: str, query: str) -> Any:
-        """Answer one request with a plain JSON value."""
-        if route not in self.routes:
-            raise AlignProError(f"/api/{route}: there is none; ask for one of {', '.join(self.routes)}")
-        try:
-            given = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=20))
-        except ValueError:
-            raise AlignProError("query: has more than 20 parameters; give those of the page") from None
-        with self.lock:
+    def answer(self, route: str, given: dict[str, str], body: bytes | None = None) -> Any:
+        """Answer one question with a plain JSON value, or with the bytes of a file.
+
+        `body` is an uploaded file. Parameters are taken out of `given` as they are read; one left is a fault.
+        """
+        if body is not None:
+            value: Any = self._upload(given, body)
+        elif route not in self.routes:
+            raise AlignProError(
+                f"/api/{_short(route)}: there is none; ask for one of {', '.join(self.routes)}"
+            )
+        else:
             value = self.routes[route](given)
         if given:
-            raise AlignProError(f"{next(iter(given))}: is no parameter of {route}; leave it out")
-        return plain(value)
+            raise AlignProError(f"{_short(next(iter(given)))}: is no parameter of {route}; leave it out")
+        return value if isinstance(value, bytes) else plain(value)
 
     def _start(self, given: dict[str, str]) -> Any:
         from alignpro.theory.families import FAMILIES
 
         return {
             "families": {name: (f.__doc__ or "").split("\n")[0] for name, f in FAMILIES.items()},
-            "file": self.file and self.file[0],
+            "files": {key: name for key, (name, _) in self.files.items()},
+            "path": self.file,
             "start": self.start,
             "rollouts": self.reader and self.reader.about,
         }
 
+    def _about(self, given: dict[str, str]) -> Any:
+        with self._of(given) as explored:
+            return explored.about
+
     def _solve(self, given: dict[str, str]) -> Any:
-        explored = self._of(given)
         beta, lam = (check_temperature(name, _temperature(given, name)) for name in ("beta", "lam"))
-        return explored.solve(beta, lam, _whole(given, "prompt", 0, explored.instance.shape[0] - 1))
+        with self._of(given) as explored:
+            return explored.solve(beta, lam, _whole(given, "prompt", 0, explored.instance.shape[0] - 1))
+
+    def _sweep(self, given: dict[str, str]) -> Any:
+        from alignpro.theory.search.exploring import PARTS
+
+        beta = check_temperature("beta", _temperature(given, "beta"))
+        part = _whole(given, "part", 0, PARTS - 1)
+        with self._of(given) as explored:
+            return {"beta": beta, "part": part, "rows": explored.sweep(beta, part)}
+
+    def _npz(self, given: dict[str, str]) -> bytes:
+        with self._of(given) as explored:
+            explored.instance.write(file := io.BytesIO())
+        return file.getvalue()
+
+    def _upload(self, given: dict[str, str], body: bytes) -> Any:
+        """Take in a stranger's instance: what `solve` accepts, and no larger than the page can draw."""
+        from alignpro.theory.instance import load
+        from alignpro.theory.search.exploring import check_shape
+
+        name = _short(given.pop("name", "")) or "file"
+        instance = load(name, body, most=MOST_BYTES)
+        try:
+            check_shape(*instance.shape)
+        except AlignProError as error:
+            raise AlignProError(f"{name}: {error}") from None
+        key = "upload-" + hashlib.sha256(body).hexdigest()[:12]
+        with self.lock:
+            uploaded = [other for other in self.files if other != "file" and other != key]
+            for old in uploaded[: len(uploaded) + 1 - UPLOADS]:
+                del self.files[old]
+            self.files[key] = (name, instance)
+        return {"source": key, "name": name}
 
     def _reader(self) -> Reader:
         if self.reader is None:
             raise AlignProError("rollouts: there are none; start with --rollouts FILE")
         return self.reader
 
-    def _of(self, given: dict[str, str]) -> "Explored":
+    @contextmanager
+    def _of(self, given: dict[str, str]) -> Iterator["Explored"]:
+        """The instance that is asked about, for this question alone; others are answered meanwhile."""
+        from alignpro.theory.search.exploring import forget
+
         source = given.pop("source", "")
-        sizes: tuple[int, ...] = ()
-        if source != "file":
-            sizes = (*(_whole(given, n, 1) for n in ("x", "k", "y")), _whole(given, "seed", 0))
-        return self.explored(source, *sizes)
+        named = source == "file" or source.startswith("upload-")
+        sizes = () if named else (*(_whole(given, n, 1) for n in ("x", "k", "y")), _whole(given, "seed", 0))
+        with self.lock:
+            key = (source, *sizes)
+            held = self.held.pop(key, None) or _Held(lambda: self._explored(source, *sizes))
+            self.held[key] = held  # the last asked for comes last
+            while len(self.held) > HELD:
+                del self.held[next(iter(self.held))]
+        with held.lock:
+            explored = held.explored
+            with self.lock:
+                self.shapes.add(explored.instance.shape)
+                full = len(self.shapes) > SHAPES
+                if full:
+                    self.shapes = {explored.instance.shape}
+            if full:
+                forget()
+            yield explored
 
     def _explored(self, source: str, *sizes: int) -> "Explored":
         from alignpro.theory.search.exploring import Explored, drawn
 
-        if source != "file":
+        if sizes:
             return Explored(drawn(source, *sizes))
-        if self.file is None:
-            raise AlignProError("source file: none was given; start with --file, or choose a family")
-        return Explored(self.file[1])
+        if source not in self.files:
+            remedy = "start with --file" if source == "file" else "upload it again"
+            raise AlignProError(f"source {_short(source)}: is not here; {remedy}, or choose a family")
+        return Explored(self.files[source][1])
 
 
 def _short(text: str) -> str:
@@ -192,107 +273,6 @@ def _whole(given: dict[str, str], name: str, least: int, most: int = 2**32) -> i
     return int(text)
 
 
-@functools.cache
-def html() -> tuple[bytes, str]:
-    """The page, and its Content-Security-Policy: its own script and style, by hash, and no others."""
-    text = theme.template("explore.html")
-    sources = []
-    for tag in ("script", "style"):
-        (inline,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
-        sources.append(f"{tag}-src 'sha256-{digest}'")
-    return text.encode(), "; ".join(
-        [
-            "default-src 'none'",
-            *sources,
-            "connect-src 'self'",
-            "img-src data:",  # the empty icon, which spares a request
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-            "require-trusted-types-for 'script'",  # innerHTML and its like throw
-            "trusted-types 'none'",
-        ]
-    )
-
-
-class Server(ThreadingHTTPServer):
-    """Serves `app` on 127.0.0.1."""
-
-    def __init__(self, app: App, port: int | None = None) -> None:
-        self.app = app
-        if port is not None and not 1024 <= port <= 65535:
-            raise AlignProError(f"--port {port}: must be from 1024 to 65535; leave it out for a free one")
-        try:
-            super().__init__(("127.0.0.1", port or 0), _Handler)
-        except OSError as error:
-            raise AlignProError(
-                f"--port {port}: cannot listen there ({error.strerror}); give another, or leave it out for a "
-                "free one"
-            ) from error
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # a tab was closed while it waited
-            super().handle_error(request, client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Server
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else headers wait 40 ms for the body's acknowledgement
-    timeout = 300
-    server_version, sys_version = "alignpro", ""
-
-    def do_GET(self) -> None:
-        # A page elsewhere can point its own name at 127.0.0.1 (DNS rebinding): the name betrays it.
-        host, port = self.headers.get("Host", ""), self.server.server_port
-        if host not in (f"127.0.0.1:{port}", f"localhost:{port}"):
-            return self._error(403, f"Host {host}: is not this server; open {self.server.address}")
-        url = urlsplit(self.path)
-        if url.path == "/":
-            return self._send(200, "text/html; charset=utf-8", html()[0])
-        if not url.path.startswith("/api/"):
-            return self._error(404, f"{url.path}: there is none; open {self.server.address}")
-        if self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
-            return self._error(403, "Sec-Fetch-Site: another site asks; open the page itself")
-        try:
-            value = self.server.app.answer(url.path.removeprefix("/api/"), url.query)
-        except AlignProError as error:
-            return self._error(400, str(error))
-        self._send(200, "application/json", json.dumps(value, allow_nan=False).encode())
-
-    def _error(self, status: int, sentence: str) -> None:
-        self._send(status, "application/json", json.dumps({"error": sentence}).encode())
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Refuse a request that the standard library cannot serve, such as POST."""
-        self.close_connection = True
-        self._error(code, f"request: {message or code}; ask with GET")
-
-    def _send(self, status: int, kind: str, body: bytes) -> None:
-        self.send_response(status)
-        for name, value in (
-            ("Content-Type", kind),
-            ("Content-Length", str(len(body))),
-            ("Content-Security-Policy", html()[1]),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Cross-Origin-Resource-Policy", "same-origin"),
-            ("Referrer-Policy", "no-referrer"),
-            ("Cache-Control", "no-store"),
-            *((("Connection", "close"),) if self.close_connection else ()),
-        ):
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 @dataclass(frozen=True)
 class Explore:
     """Open a local page on which beta and lambda move and the theory follows: optima, gap, bounds, frontier.
@@ -310,6 +290,11 @@ class Explore:
     """How many prompts, rewrites and responses the random instance has. The page can change them."""
     seed: int = 0
     """Number that determines the random instance. The page can change it."""
+    beta: float | None = None
+    """Where beta stands at first: positive, in reward units. Left out: a tenth of the rewards' scale."""
+    lam: float | None = None
+    """Where lam (lambda) stands at first: positive, in reward units. Left out: a twentieth of the rewards'
+    scale."""
     rollouts: str | None = None
     """File of rollouts to read on the page, as alignpro rollout writes it. Left out: the page has no reader
     of them."""
@@ -319,15 +304,12 @@ class Explore:
     """Print the address only, and open no browser."""
 
     def run(self) -> int:
-        app = App(self.file, self.family, self.shape, self.seed, self.rollouts)
+        app = App(self.file, self.family, self.shape, self.seed, self.rollouts, self.beta, self.lam)
         with Server(app, self.port) as server:
             try:
                 print(f"{server.address}  (Ctrl-C ends it)", flush=True)
-                # Without a display a text browser would take over the terminal.
-                display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)
-                if display and not self.no_browser:
-                    webbrowser.open(server.address)
-                server.serve_forever()
+                with nullcontext() if self.no_browser else opening(server.address):
+                    server.serve_forever()
             except KeyboardInterrupt:  # the normal end
                 print()
         return 0

@@ -1,5 +1,6 @@
 """How pages and figures look: every colour and font, and the templates with these filled in."""
 
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -52,8 +53,12 @@ _SCRIPT = {
 
 
 def template(name: str) -> str:
-    """The text of a file in `templates`, its `/* theme */` and `/* palette */` (of a script) filled in."""
-    text = files("alignpro.report").joinpath("templates", name).read_text(encoding="utf-8")
+    """The text of a file in `templates`: `/* include FILE */`, `/* theme */`, `/* palette */` filled in."""
+
+    def read(name: str) -> str:
+        return files("alignpro.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+    text = re.sub(r"/\* include (\S+) \*/", lambda found: read(found[1]), read(name))
     light, dark, paper = (
         " ".join(f"--{name}: {colour};" for name, colour in zip(_NAMES, colours, strict=True))
         for colours in (_LIGHT, _DARK, _PRINT)
@@ -61,7 +66,8 @@ def template(name: str) -> str:
     css = (
         f":root {{ {light} --paper: {PAPER}; --font: {_FONTS}; }}\n"
         f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
-        f"@media print {{ :root {{ {paper} }} }}"
+        f"@media print {{ :root {{ {paper} }} }}\n"
+        f".light {{ {light} }}"  # whatever the screen: for figures that are saved
     )
     palette = "const " + ", ".join(f'{name} = "{colour}"' for name, colour in _SCRIPT.items()) + ";"
     return text.replace("/* theme */", css).replace("/* palette */", palette)

@@ -30,7 +30,7 @@ def _clean(weights: np.ndarray) -> np.ndarray:
 
 
 def _one_hot(index: np.ndarray, n: int) -> np.ndarray:
-    return np.eye(n)[index]
+    return (np.asarray(index)[..., None] == np.arange(n)).astype(float)  # an eye(n) would be n × n
 
 
 def _log_uniform(rng: np.random.Generator, low: float, high: float, size: tuple[int, ...]) -> np.ndarray:

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -72,11 +72,15 @@ class Instance:
 
         Atomic; nothing is pickled. Raises AlignProError if it cannot be written.
         """
+        with atomic_write(path) as file:
+            self.write(file)
+
+    def write(self, file: IO[bytes]) -> None:
+        """Write what `save` writes to an open file."""
         content: dict[str, Any] = {key: np.asarray(getattr(self, key)) for key in KEYS}
         if self.names is not None:
             content["names"] = np.asarray(json.dumps(self.names._asdict(), ensure_ascii=False))
-        with atomic_write(path) as file:
-            np.savez(file, **content)
+        np.savez(file, **content)
 
 
 def _flatten_with_keys(instance: Instance) -> tuple[tuple[Any, ...], Names | None]:
@@ -133,17 +137,22 @@ def padded(instance: Instance, shape: tuple[int, int, int]) -> Instance:
     return unchecked(*map(pad, KEYS))
 
 
-def load(path: str | os.PathLike[str]) -> Instance:
+def load(path: str | os.PathLike[str], content: bytes | None = None, most: int | None = None) -> Instance:
     """Read an instance that `Instance.save` (or `numpy.savez`) wrote.
 
+    Args:
+        path: the file.
+        content: the file's bytes, where it is not on this disk; `path` only names it then.
+        most: bytes that its arrays may take together once inflated; any number when None.
+
     Raises:
-        AlignProError: no such file, a damaged or pickled one, bad keys, or no valid instance;
+        AlignProError: no such file, a damaged, pickled or too large one, bad keys, or no valid instance;
             one line that begins with the path.
     """
-    content = npz.read(path, KEYS, ("names",), _check_headers)
+    arrays = npz.read(path, KEYS, ("names",), _check_headers, content, most)
     try:
-        names = _names_of(content.pop("names")) if "names" in content else None
-        return Instance(**content, names=names)
+        names = _names_of(arrays.pop("names")) if "names" in arrays else None
+        return Instance(**arrays, names=names)
     except AlignProError as error:
         raise AlignProError(f"{path}: {error}") from error
 

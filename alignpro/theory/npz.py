@@ -1,5 +1,6 @@
 """Arrays of an .npz file, whose headers are read and checked before anything is inflated."""
 
+import io
 import math
 import os
 import zipfile
@@ -27,6 +28,8 @@ def read(
     keys: Sequence[str],
     optional: Sequence[str],
     check: Callable[[Mapping[str, Header]], object],
+    content: bytes | None = None,
+    most: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Read the arrays `keys`, and those of `optional` that are there; nothing is unpickled.
 
@@ -35,16 +38,21 @@ def read(
         keys: names of arrays that it must hold.
         optional: names of further arrays that it may hold.
         check: raises AlignProError for shapes or dtypes that will not do, before the arrays are inflated.
+        content: the file's bytes, where it is not on this disk; `path` only names it then.
+        most: bytes that all its arrays may take together once inflated; any number when None.
 
     Raises:
-        AlignProError: no such file, a damaged or pickled one, other keys, or what `check` raises; one line
-            that begins with the path.
+        AlignProError: no such file, a damaged, pickled or too large one, other keys, or what `check` raises;
+            one line that begins with the path.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") if content is None else io.BytesIO(content) as file:
             if file.read(6) == b"\x93NUMPY":
                 raise AlignProError(f"{path}: is a single .npy array, not an .npz; {_REMEDY}")
-        with zipfile.ZipFile(Path(path)) as archive:
+        with zipfile.ZipFile(Path(path) if content is None else io.BytesIO(content)) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+            if most is not None and size > most:
+                raise AlignProError(f"{path}: its arrays take {size:,} bytes; keep them to {most:,}")
             members = {name.removesuffix(".npy"): name for name in archive.namelist()}
             _check_keys(path, members, keys, optional)
             headers = {}

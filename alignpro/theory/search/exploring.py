@@ -22,6 +22,12 @@ SHOWN = 12
 """Rewrites, or responses, drawn one by one."""
 MOST = 2**20
 """X·K·Y of an instance asked for on the page: a slip of the hand must not cost minutes."""
+WIDEST = 2**12
+"""X, K or Y of an instance asked for on the page, at most: as many prompts are named in a list there."""
+SWEPT = ("theorem1", "barycentre", "ceiling")
+"""Claims drawn over λ."""
+PARTS, POINTS = 8, 5
+"""A sweep is asked for in parts, so that none holds up a move for long, each of so many values of λ."""
 _LABEL = 300  # characters of a name
 _DECADES = (-3, 2)  # of the sliders, about the rewards' scale
 
@@ -58,6 +64,7 @@ class Explored:
             "lam": 0.05 * self.scale,
             "low": 10.0 ** _DECADES[0] * self.scale,
             "high": 10.0 ** _DECADES[1] * self.scale,
+            "parts": PARTS,
             "axis": [min(values), max(values)],
             "frontier": {"lam": f.lam, "kl": f.mean_kl, "reward": f.mean_reward},
         }
@@ -99,6 +106,25 @@ class Explored:
             "responses": self._bars("responses", "y", own, s.pi_star[x], self.instance.reward[x]),
         }
 
+    def sweep(self, beta: float, part: int) -> list[dict[str, float]]:
+        """Evaluate one of the `PARTS` of a sweep: `POINTS` values of λ, spread over the slider's range.
+
+        Each row: λ, the gap, J(ρ*), the bounds `SWEPT` (reward units), KL(ρ*‖ρ_sft) (nats): means over P.
+        """
+        grid = self.scale * np.logspace(*_DECADES, PARTS * POINTS)[part::PARTS]
+        found = []
+        for lam in map(float, grid):
+            s = solution(self.arrays, beta, lam)
+            of_lam = {
+                "lam": lam,
+                "gap": s.average(s.gap),
+                "star": s.j_rho,
+                "kl": s.average(s.prompter_kl) / lam,
+            }
+            bounds = {name: report(name, STATEMENTS[name](s)).rhs for name in SWEPT}
+            found.append({name: float(value) for name, value in (of_lam | bounds).items()})
+        return found
+
     def _label(self, axis: str, letter: str, index: int) -> str:
         names = getattr(self.instance.names, axis, ())
         text = names[index] if names else f"{letter}{index}"
@@ -139,10 +165,22 @@ def chosen(base: np.ndarray, reward: np.ndarray) -> list[int]:
     return sorted(itertools.islice(in_turn, SHOWN), key=lambda k: -reward[k])
 
 
-def drawn(family: str, x: int, k: int, y: int, seed: int) -> Instance:
-    """The random instance of a family, a shape (of at most `MOST` entries) and a seed."""
+def check_shape(x: int, k: int, y: int) -> None:
+    """Raise AlignProError for a shape that the page cannot answer about while someone waits."""
     if x * k * y > MOST:
         raise AlignProError(f"shape {x} {k} {y}: has {x * k * y} entries; keep X times K times Y to {MOST}")
+    if max(x, k, y) > WIDEST:
+        raise AlignProError(f"shape {x} {k} {y}: is too long on one axis; keep X, K and Y each to {WIDEST}")
+
+
+def forget() -> None:
+    """Give back the memory of all compiled code: each new shape's is some 20 MB, kept otherwise for good."""
+    jax.clear_caches()
+
+
+def drawn(family: str, x: int, k: int, y: int, seed: int) -> Instance:
+    """The random instance of a family, a shape that `check_shape` accepts and a seed."""
+    check_shape(x, k, y)
     if seed < 0:
         raise AlignProError(f"seed {seed}: is negative; give a whole number of at least 0")
     return draw(family, seed, (x, k, y))[0]
