@@ -129,7 +129,8 @@ class App:
         for name, value in (("beta", beta), ("lam", lam)):
             self.start[name] = None if value is None else check_temperature(f"--{name}", value)
         self.reader = None if texts is None else Reader(texts)
-        self.lock = threading.Lock()  # of the next three, each held for a moment only
+        self.closing = False
+        self.lock = threading.Lock()  # of what follows, held for a moment at a time
         self.held: dict[tuple[Any, ...], _Held] = {}
         self.shapes: set[tuple[int, ...]] = set()
         self.routes: dict[str, Callable[[dict[str, str]], Any]] = {
@@ -160,6 +161,13 @@ class App:
         if given:
             raise AlignProError(f"{_short(next(iter(given)))}: is no parameter of {route}; leave it out")
         return value if isinstance(value, bytes) else plain(value)
+
+    def close(self) -> None:
+        """Wait for computations under way, and begin no others: Python cannot end in the midst of one."""
+        with self.lock:
+            self.closing = True
+        for held in self.held.values():
+            held.lock.acquire()
 
     def _start(self, given: dict[str, str]) -> Any:
         from alignpro.theory.families import FAMILIES
@@ -208,7 +216,7 @@ class App:
         key = "upload-" + hashlib.sha256(body).hexdigest()[:12]
         with self.lock:
             uploaded = [other for other in self.files if other != "file" and other != key]
-            for old in uploaded[: len(uploaded) + 1 - UPLOADS]:
+            for old in uploaded[: max(len(uploaded) + 1 - UPLOADS, 0)]:
                 del self.files[old]
             self.files[key] = (name, instance)
         return {"source": key, "name": name}
@@ -233,6 +241,8 @@ class App:
             while len(self.held) > HELD:
                 del self.held[next(iter(self.held))]
         with held.lock:
+            if self.closing:
+                raise AlignProError("alignpro explore: has ended; start it again")
             explored = held.explored
             with self.lock:
                 self.shapes.add(explored.instance.shape)
@@ -312,4 +322,5 @@ class Explore:
                     server.serve_forever()
             except KeyboardInterrupt:  # the normal end
                 print()
+                app.close()
         return 0

@@ -61,8 +61,6 @@ def html() -> tuple[bytes, str]:
 class Server(ThreadingHTTPServer):
     """Serves `app` on 127.0.0.1, to requests with this server's token."""
 
-    daemon_threads = True  # Ctrl-C waits for no computation
-
     def __init__(self, app: Answers, port: int | None = None) -> None:
         self.app = app
         self.token = secrets.token_urlsafe(24)

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from exploring import files, server  # noqa: F401 - fixtures
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 

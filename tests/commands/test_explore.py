@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import http.client
 import json
 import re
 import shutil
@@ -10,119 +9,24 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager
 from urllib.parse import urlencode
 
 import jax
 import numpy as np
 import pytest
+from exploring import HOSTILE, SHAPE, api, ask, family, opened, rollout, shown
 
 from alignpro import rollouts
-from alignpro.commands import explore, main
+from alignpro.commands import explore_server, main
 from alignpro.commands.explore import App, Reader
 from alignpro.errors import AlignProError
 from alignpro.report.numbers import plain
-from alignpro.rollouts import Rollout
-from alignpro.theory import BOUNDS, FAMILIES, LOWER_BOUNDS, STATEMENTS, Instance, Names, check, solution
+from alignpro.theory import BOUNDS, FAMILIES, LOWER_BOUNDS, STATEMENTS, check, solution
 from alignpro.theory.families import draw
 from alignpro.theory.instance import load
 from alignpro.theory.results import cost, reach
-from alignpro.theory.search import exploring
-
-HOSTILE = (
-    "<img src=x onerror='window.hacked=1'></script><script>window.hacked=1</script>",
-    "\u202eevil\u0000 {{7*7}} <b>bold</b>",
-    '\'; DROP TABLE; "quoted" & entity',
-)
-SHAPE = (3, 4, 5)
-
-
-def rollout(prompt, arm, rewrite, draw=0, answer=0, reward=0.5, seed=0, **changes):
-    row = {
-        "prompt_id": f"id{prompt}",
-        "x": HOSTILE[prompt],
-        "arm": arm,
-        "seed": seed,
-        "draw": draw,
-        "answer": answer,
-        "rewrite": rewrite,
-        "response": f"{HOSTILE[0]} answer {prompt}{draw}{answer}",
-        "reward": reward,
-        **dict.fromkeys(
-            ("logp_frozen_x", "logp_frozen_rewrite", "logp_prompter", "logp_reference", "logp_policy")
-        ),
-        "frozen": HOSTILE[0],
-        "prompter": arm,
-        "reward_model": "judge",
-        "sampling": "{}",
-        "reward_low": 0.0,
-        "reward_high": 1.0,
-    }
-    return Rollout(**(row | changes))
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("explore")
-    x, k, y = SHAPE
-    plain = draw("lm_like", 5, SHAPE)[0]
-    labels = Names(
-        HOSTILE, tuple(f"{HOSTILE[0]} {i}" for i in range(k)), tuple(f"answer {i}" for i in range(y))
-    )
-    Instance(plain.p, plain.prior, plain.frozen, plain.own, plain.reward, labels).save(folder / "named.npz")
-    rows = [rollout(p, "none", HOSTILE[p], reward=0.25) for p in range(x)]
-    rows += [
-        rollout(p, "trained", f"rewrite {p}{d} of Ärger", d, a, (p + d + a) / 8)
-        for p in range(x)
-        for d in range(3)
-        for a in range(2)
-        if p != 2
-    ]
-    (folder / "rollouts.jsonl").write_text("\n".join(row.line() for row in rows), encoding="utf-8")
-    return folder
-
-
-@contextmanager
-def serving(app):
-    with explore.Server(app) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-@pytest.fixture(scope="module")
-def server(files):
-    app = App(file=str(files / "named.npz"), texts=str(files / "rollouts.jsonl"))
-    with serving(app) as server:
-        yield server
-
-
-def ask(server, path, method="GET", **headers):
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-    try:
-        connection.request(method, path, headers=headers)
-        reply = connection.getresponse()
-        return reply.status, reply.headers, reply.read()
-    finally:
-        connection.close()
-
-
-def api(server, route, **parameters):
-    status, _, body = ask(server, f"/api/{route}?{urlencode(parameters)}")
-    found = json.loads(body, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-    assert status == 200, found
-    return found
-
-
-def family(name, shape=SHAPE, seed=3):
-    return {"source": name, **dict(zip("xky", shape, strict=True)), "seed": seed}
-
+from alignpro.theory.search import exploring as engine
 
 # --- the numbers
 
@@ -171,7 +75,7 @@ def agree(found, instance, beta, lam, prompt):
             instance.reward[prompt],
         ),
     ):
-        rows = exploring.chosen(np.asarray(base), np.asarray(reward))
+        rows = engine.chosen(np.asarray(base), np.asarray(reward))
         for key, values in (("base", base), ("tilted", tilted), ("reward", reward)):
             assert [row[key] for row in bars["rows"]] == near([float(values[k]) for k in rows])
         for key, values in (("base", base), ("tilted", tilted)):
@@ -195,7 +99,7 @@ def test_the_api_says_what_the_theory_says(server, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_signed_terms_sum_to_the_right_side(name):
-    one = exploring.Explored(draw(name, 1, SHAPE)[0])
+    one = engine.Explored(draw(name, 1, SHAPE)[0])
     for beta, lam in ((0.1, 0.05), (2.0, 0.3)):
         beta, lam = beta * one.scale, lam * one.scale
         found = plain(one.solve(beta, lam))
@@ -236,7 +140,7 @@ def test_the_frontier_passes_through_rho_star(server):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_reward_stays_on_the_axis(name):
-    one = exploring.Explored(draw(name, 0, SHAPE)[0])
+    one = engine.Explored(draw(name, 0, SHAPE)[0])
     low, high = plain(one.about)["axis"]
     for beta, lam in ((1e-3, 100), (100, 1e-3), (1e-3, 1e-3), (100, 100)):
         for value in one.solve(beta * one.scale, lam * one.scale)["rewards"].values():
@@ -244,7 +148,7 @@ def test_every_reward_stays_on_the_axis(name):
 
 
 def test_instances_without_scale():
-    one = exploring.Explored(draw("independent", 0, (1, 1, 1))[0])
+    one = engine.Explored(draw("independent", 0, (1, 1, 1))[0])
     assert one.scale == 1.0
     assert one.solve(0.1, 0.1)["gap"] == 0
 
@@ -254,8 +158,8 @@ def test_rows_are_chosen_whatever_the_temperature():
     for _ in range(50):
         base = rng.dirichlet(np.full(40, 0.2)) * (rng.uniform(size=40) < 0.7)
         reward = rng.uniform(size=40).round(1)
-        rows = exploring.chosen(base, reward)
-        assert len(rows) == len(set(rows)) == min(exploring.SHOWN, np.count_nonzero(base))
+        rows = engine.chosen(base, reward)
+        assert len(rows) == len(set(rows)) == min(engine.SHOWN, np.count_nonzero(base))
         assert (base[rows] > 0).all()
         assert (np.diff(reward[rows]) <= 0).all()
         assert base[rows].max() == base.max()
@@ -315,11 +219,11 @@ def test_other_requests_are_refused(server):
 def test_without_a_file_or_rollouts_there_are_none():
     app = App()
     with pytest.raises(AlignProError, match="--file"):
-        app.answer("solve", "source=file&beta=1&lam=1&prompt=0")
+        app.answer("solve", {"source": "file", "beta": "1", "lam": "1", "prompt": "0"})
     for route in ("find", "rollout"):
         with pytest.raises(AlignProError, match="--rollouts"):
-            app.answer(route, "")
-    assert app.answer("start", "")["rollouts"] is None
+            app.answer(route, {})
+    assert app.answer("start", {})["rollouts"] is None
 
 
 @pytest.mark.parametrize(
@@ -330,7 +234,10 @@ def test_without_a_file_or_rollouts_there_are_none():
         (["--family", "nonsense"], "'nonsense' is unknown"),
         (["--shape", "0", "1", "1"], "shape (0, 1, 1)"),
         (["--shape", "2000", "2000", "2000"], "shape 2000 2000 2000"),
+        (["--shape", "1", "5000", "1"], "keep X, K and Y each to 4096"),
         (["--seed", "-1"], "seed -1"),
+        (["--beta", "-1"], "--beta -1"),
+        (["--lam", "0"], "--lam 0"),
         (["--rollouts", "missing.jsonl"], "missing.jsonl: cannot read it"),
         (["--port", "80"], "--port 80"),
         (["--port", "99999"], "--port 99999"),
@@ -360,7 +267,7 @@ def test_ctrl_c_is_the_normal_end_and_torch_stays_away():
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         try:
-            assert re.match(r"http://127\.0\.0\.1:\d+/ ", process.stdout.readline())
+            assert re.match(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{32} ", process.stdout.readline())
             process.send_signal(signal.SIGINT)
             assert process.stdout.read().split("\n")[-2] == "0 []"
         finally:
@@ -468,7 +375,7 @@ def test_a_conversation_is_shown_and_a_refused_answer_is_null(tmp_path):
     assert one["x"] == "System: Be brief.\n\nUser: Hi"
     assert one["arms"][0]["draws"][0]["answers"] == [{"text": None, "reward": 0.5}]
     # Which the page says, instead of failing at it.
-    assert 'a.text === null ? "refused" : visible(a.text)' in explore.html()[0].decode()
+    assert 'a.text === null ? "refused" : visible(a.text)' in explore_server.html()[0].decode()
 
 
 def test_a_run_that_still_writes_can_be_read(files, tmp_path, monkeypatch):
@@ -487,41 +394,6 @@ def test_a_run_that_still_writes_can_be_read(files, tmp_path, monkeypatch):
 
 
 # --- a real browser
-
-
-@contextmanager
-def opened(chromium, server, width=1280, height=900, **options):
-    """The page, once drawn, and its complaints, of which none may be left at the end."""
-    context = chromium.new_context(viewport={"width": width, "height": height}, **options)
-    page = context.new_page()
-    complaints = []
-    page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda e: complaints.append(str(e)))
-    page.on(
-        "request",
-        lambda r: None if r.url.startswith(server.address) or r.url == "data:," else complaints.append(r.url),
-    )
-    page.goto(server.address)
-    page.wait_for_selector("html[data-shown]", timeout=60_000)
-    try:
-        yield page, complaints
-        assert [c for c in complaints if "400 (Bad Request)" not in c] == []
-    finally:
-        context.close()
-
-
-def shown(page, timeout=20.0):
-    """Wait until what is drawn is what the controls say."""
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        said = page.evaluate(
-            "[document.documentElement.dataset.shown,"
-            " `${+$('beta').value} ${+$('lam').value} ${$('prompt').value}`]"
-        )
-        if said[0] == said[1]:
-            return
-        time.sleep(0.02)
-    pytest.fail(f"drawn {said[0]!r}, controls say {said[1]!r}")
 
 
 def unnamed(snapshot):
@@ -584,19 +456,20 @@ def test_every_control_has_a_name_and_its_turn(chromium, server):
             'img "Expected rewards:',
         ):
             assert role in snapshot
-        assert len(re.findall(r"- '?img \"", snapshot)) == 5
+        assert len(re.findall(r"- '?img \"", snapshot)) == 6
         page.evaluate("$('lam-slider').removeAttribute('aria-label')")  # the check sees a missing name
         assert len(unnamed(page.locator("body").aria_snapshot())) == 1
         order = []
         page.evaluate("document.activeElement.blur()")
-        for _ in range(14):
+        for _ in range(24):
             page.keyboard.press("Tab")
             order.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
             style = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
             assert style != "none", order
         assert order[:7] == ["beta-slider", "beta", "lam-slider", "lam", "prompt", "source", "BUTTON"]
-        assert order[7:12] == ["SUMMARY"] * 5
-        assert order[12:] == ["filter", "next"]
+        assert order[7:10] == ["reset", "upload", "SUMMARY"]
+        assert order[10:22] == ["DIV", "SUMMARY"] * 6  # the values of a chart, its numbers
+        assert order[22:] == ["filter", "next"]
 
 
 def test_a_mistake_is_said_aloud_and_forgotten(chromium, server):
@@ -615,7 +488,8 @@ def test_a_mistake_is_said_aloud_and_forgotten(chromium, server):
         page.wait_for_selector("#error:not([hidden])")
         page.fill("#x", "2")
         page.click("button[type=submit]")
-        page.wait_for_selector("#error", state="hidden", timeout=60_000)
+        page.wait_for_selector("#stale", state="hidden", timeout=60_000)
+        assert page.is_hidden("#error")
         assert page.locator("#prompt option").count() == 2
 
 

@@ -5,9 +5,8 @@ const same = (a, b) => ["source", ...FIELDS].every(name => String(a[name] ?? "")
 const say = of => isFile(of.source) ? shorten(start.files[of.source] ?? of.source, 40) : `${of.source} ${of.x} × ${of.k} × ${of.y}, seed ${of.seed}`;
 let source = {}, pending = null, since = 0, late = false, wrong = false;
 function mark() { // old numbers are told from new ones, in sight
-  const shown = now ? `; the numbers are still those of ${say(source)}` : "";
   const seconds = Math.round((performance.now() - since) / 1000);
-  const words = pending ? `Computing ${say(pending)}${seconds > 1 ? `, ${seconds} s` : ""}…${shown && !same(pending, source) ? " Old numbers" + shown : ""}`
+  const words = pending ? `Computing ${say(pending)}${seconds > 1 ? `, ${seconds} s` : ""}…${now && !same(pending, source) ? ` Old numbers: of ${say(source)}` : ""}`
     : late ? `Computing… Old numbers: of β ${plain(now.beta)}, λ ${plain(now.lam)}` : wrong ? `Not computed${now ? `; the numbers are of ${say(source)}, β ${plain(now.beta)}, λ ${plain(now.lam)}` : ""}`
     : now && !same(chosen(), source) ? `Changed: press Show. The numbers are of ${say(source)}` : "";
   if ($("stale").textContent !== words) $("stale").textContent = words;
@@ -18,7 +17,10 @@ setInterval(() => pending && mark(), 500);
 
 // --- the address holds what is shown: it can be kept, sent on and gone back to
 let control = null, when = 0;
-function remember(by) { // a step back undoes one control's turn, not each of its notches
+function remember(by) {
+  clearTimeout(noting);
+  settle = null;
+  // A step back undoes one control's turn, not each of its notches.
   const state = new URLSearchParams({ ...source, beta: $("beta").value, lam: $("lam").value, prompt: $("prompt").value || 0 });
   if ($("filter").value) state.set("find", $("filter").value);
   if (found.length && found[at] !== 0) state.set("at", found[at]);
@@ -37,11 +39,15 @@ function put(of) { // the controls of the instance
   describe();
 }
 async function restore() {
+  clearTimeout(noting);
+  settle = null;
   try {
     const of = asked();
     put(of);
     if ($("filter").value !== of.find || (found.length && String(found[at]) !== String(of.at))) { $("filter").value = of.find; find(of.at); }
     if (!same(chosen(), source)) return await take(chosen(), of);
+    taking?.abort();
+    taking = pending = null;
     for (const name of ["beta", "lam"]) set(name, of[name] ?? plain(about[name]));
     $("prompt").value = of.prompt;
     await move();
@@ -75,12 +81,12 @@ async function move(by) {
   busy = late = false;
   moved = undefined;
   mark();
-  if (settle && !wrong) { remember(settle); settle = null; }
+  if (settle && !wrong) { clearTimeout(noting); noting = setTimeout(() => remember(settle), 250); } // not each notch: browsers allow few
   clearTimeout(telling); // a screen reader hears where one stopped, not every step
   telling = setTimeout(() => { if (now && $("error").hidden) $("said").textContent = `β ${plain(now.beta)}, λ ${plain(now.lam)}: gap ${num(now.gap)}; Theorem 1 ${now.bounds[0].verdict}, right side ${num(now.bounds[0].rhs)}${now.bounds[0].vacuous ? ", vacuous" : ""}.`; }, 700);
   rest();
 }
-let settle = null;
+let settle = null, noting;
 function set(name, value) {
   $(name).value = value;
   if ($(name).value > 0) $(name + "-slider").value = Math.log10($(name).value);
@@ -88,9 +94,8 @@ function set(name, value) {
 }
 for (const name of ["beta", "lam"]) {
   const slider = $(name + "-slider"), box = $(name);
-  slider.addEventListener("input", () => { box.value = plain(10 ** slider.value); slider.setAttribute("aria-valuetext", box.value); move(); });
-  box.addEventListener("input", () => { set(name, box.value); move(); });
-  for (const one of [slider, box]) one.addEventListener("change", () => busy ? settle = name : wrong || remember(name));
+  slider.addEventListener("input", () => { box.value = plain(10 ** slider.value); slider.setAttribute("aria-valuetext", box.value); move(name); });
+  box.addEventListener("input", () => { set(name, box.value); move(name); });
 }
 $("prompt").addEventListener("change", () => move("prompt"));
 
@@ -124,6 +129,8 @@ async function take(wanted, at = {}, by = null) {
   taking?.abort(); // the last asked for is the one that is shown
   const mine = taking = new AbortController();
   pending = wanted; since = performance.now();
+  clearTimeout(noting);
+  fine();
   mark();
   $("said").textContent = `Computing ${say(wanted)}…`;
   $("controls").setAttribute("aria-busy", "true");

@@ -66,26 +66,39 @@ const CELLS = { // full precision, as the server said it
   rewrites: () => bars("rewrites", "rewrite", "rho_sft", "rho_star"),
   responses: () => bars("responses", "response", "pi_F", "pi_star"),
 };
-const bars = (id, what, first, second) => [[what, "reward", first, second, "x_itself"], ...now[id].rows.map(r => [r.label, r.reward, r.base, r.tilted, r.own]), [`${now[id].more.count} more, summed`, null, now[id].more.base, now[id].more.tilted, false]];
+const bars = (id, what, first, second) => [[what, "reward", first, second, "x_itself"], ...now[id].rows.map(r => [r.label, r.reward, r.base, r.tilted, r.own]), ...(now[id].more.count ? [[`${now[id].more.count} more, summed`, null, now[id].more.base, now[id].more.tilted, false]] : [])];
 // A stranger's text must not become a formula of the spreadsheet that opens it.
 const cell = v => v === null || v === undefined ? "" : typeof v !== "string" ? String(v) : `"${visible(v).replace(/^[=+\-@\t\r]/, "'$&").replaceAll('"', '""')}"`;
 const csv = id => CELLS[id]().map(row => row.map(cell).join(",")).join("\r\n") + "\r\n";
+const flat = node => [...node.childNodes].map(n => n.tagName === "SUB" ? "_" + n.textContent : n.nodeType === 3 ? n.data : "").join("");
 const DRAWN = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "stroke-linejoin", "paint-order", "font-size", "font-weight", "font-family"];
 function figure(id) { // [the SVG as text, its width, its height], in the colours of a light page
   const plot = $(id).querySelector(".plot"), drawn = plot.querySelector("svg").cloneNode(true), W = drawn.viewBox.baseVal.width, H = drawn.viewBox.baseVal.height;
   drawn.querySelectorAll("g.point").forEach(g => g.remove());
-  const light = h("div", { class: "light unseen" }, drawn);
+  const legend = s("g", {}), light = h("div", { class: "light unseen" }, drawn);
   plot.append(light);
+  let x = 0, y = H + 14;
+  for (const item of $(id).querySelectorAll(".legend li")) {
+    const label = flat(item), wide = 42 + 7 * label.length;
+    if (x > 0 && x + wide > W) { x = 0; y += 20; }
+    legend.append(s("g", { transform: `translate(${x} ${y})` }, ...item.querySelector("svg").cloneNode(true).childNodes, text(30, 10, sunk(label))));
+    x += wide;
+  }
+  drawn.append(legend);
+  const tall = legend.childNodes.length ? y + 20 : H;
   for (const node of drawn.querySelectorAll("text, tspan, line, rect, circle, path, polyline")) {
     const style = getComputedStyle(node);
     for (const name of DRAWN) node.setAttribute(name, style.getPropertyValue(name));
     node.removeAttribute("class");
   }
-  const paper = getComputedStyle(light).getPropertyValue("--page"), caption = `${$("h-" + id).textContent}; ${say(source)}, β = ${plain(now.beta)}, λ = ${plain(now.lam)}`;
+  const paper = getComputedStyle(light).getPropertyValue("--page"), title = flat($("h-" + id)), under = `${say(source)}, β = ${plain(now.beta)}, λ = ${plain(now.lam)}`;
   const ink = getComputedStyle(light).getPropertyValue("--ink"), font = getComputedStyle(document.body).fontFamily;
   light.remove();
-  const pad = 16, head = 28, whole = s("svg", { width: W + 2 * pad, height: H + 2 * pad + head, viewBox: `${-pad} ${-pad - head} ${W + 2 * pad} ${H + 2 * pad + head}`, role: "img" }, s("title", {}, caption), s("desc", {}, drawn.getAttribute("aria-label")), rect(-pad, -pad - head, W + 2 * pad, H + 2 * pad + head, { fill: paper }), s("text", { x: 0, y: -18, fill: ink, "font-family": font, "font-size": "13px", "font-weight": 600 }, shorten(caption, Math.floor(W / 6.6))), ...drawn.childNodes);
-  return [new XMLSerializer().serializeToString(whole), W + 2 * pad, H + 2 * pad + head];
+  const pad = 16, head = 44, set = (y, size, weight, ...words) => s("text", { x: 0, y, fill: ink, "font-family": font, "font-size": size, "font-weight": weight }, ...words);
+  const box = { width: W + 2 * pad, height: tall + 2 * pad + head }, at = { x: -pad, y: -pad - head };
+  const whole = s("svg", { ...box, viewBox: `${at.x} ${at.y} ${box.width} ${box.height}`, role: "img" }, s("title", {}, `${title}; ${under}`), s("desc", {}, drawn.getAttribute("aria-label")),
+    s("rect", { ...at, ...box, fill: paper }), set(-34, "13px", 600, ...sunk(title)), set(-16, "11.5px", 400, shorten(under, Math.floor(W / 6.2))), ...drawn.childNodes);
+  return [new XMLSerializer().serializeToString(whole), box.width, box.height];
 }
 async function picture(id) {
   const [text, width, height] = figure(id), image = new Image(), canvas = h("canvas", { width: 2 * width, height: 2 * height });
