@@ -17,7 +17,8 @@ from urllib.request import urlopen
 import numpy as np
 from playwright.sync_api import sync_playwright
 
-from alignpro.commands.explore import App, Server
+from alignpro.commands.explore import App
+from alignpro.commands.explore_server import Server
 
 
 def timed(ask) -> float:
@@ -39,8 +40,8 @@ def main() -> None:
     about = {"source": "lm_like", **dict(zip("xky", options.shape, strict=True)), "seed": 0}
 
     def solve(beta: float) -> None:
-        query = urlencode({**about, "beta": beta, "lam": 0.05, "prompt": 0})
-        json.load(urlopen(f"{server.address}api/solve?{query}"))
+        query = urlencode({**about, "beta": beta, "lam": 0.05, "prompt": 0, "token": server.token})
+        json.load(urlopen(f"{server.origin}api/solve?{query}"))
 
     for beta in (0.1, 0.11):  # compiles, once for each shape
         solve(beta)

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 from xml.etree import ElementTree
 
 import pytest
@@ -25,12 +25,12 @@ def until(page, condition, seconds=60):
 
 
 def state(page):
-    return {name: value[0] for name, value in parse_qs(urlsplit(page.url).fragment).items()}
+    return {name: value[0] for name, value in parse_qs(page.evaluate("location.hash").lstrip("#")).items()}
 
 
 def settled(page, **wanted):
     """Wait until the address says these things, and nothing is being computed."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 40
     want = {name: str(value) for name, value in wanted.items()}
     while not want.items() <= state(page).items() or page.is_visible("#stale"):
         assert time.monotonic() < end, (want, state(page), page.inner_text("#stale"))
@@ -52,9 +52,8 @@ def test_old_numbers_are_marked_until_the_new_are_there(chromium, server):
             settled(page, source="file")
             page.select_option("#source", "signed")
             assert page.inner_text("#stale") == "Changed: press Show. The numbers are of named.npz"
-            with server.app._of(
-                {k: str(v) for k, v in family("signed").items()}
-            ):  # computes until told to end
+            asked = {name: str(value) for name, value in family("signed").items()}
+            with server.app._of(asked):  # computing, until the block ends
                 before = page.inner_text("#key-gap")
                 ask_for(page)
                 until(page, "document.getElementById('controls').getAttribute('aria-busy') === 'true'", 10)
@@ -207,12 +206,8 @@ def test_what_is_shown_can_be_taken_away(chromium, server, tmp_path):
         quoting = {"=1+1": '"\'=1+1"', "-x": '"\'-x"', 'a"b': '"a""b"', "x": '"x"'}
         for text, cell in quoting.items():
             assert page.evaluate("t => cell(t)", text) == cell
-        for name, quoted in (
-            ("a b.npz", "'a b.npz'"),
-            ("it's", "'it'\\''s'"),
-            ("-x", "./-x"),
-            ("$(x)", "'$(x)'"),
-        ):
+        quoting = {"a b.npz": "'a b.npz'", "it's": "'it'\\''s'", "-x": "./-x", "$(x)": "'$(x)'"}
+        for name, quoted in quoting.items():
             assert page.evaluate("n => quoted(n)", name) == quoted
 
 
@@ -243,17 +238,13 @@ def test_the_sliders_stay_in_sight_on_a_phone(chromium, server, scheme):
         with opened(chromium, server, 390, 844, color_scheme=scheme, has_touch=True) as (page, _):
             page.evaluate(slip)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
-            for where in ("#sweep", "#bounds", "#responses"):
-                page.locator(where).evaluate(
-                    "e => scrollTo(0, e.getBoundingClientRect().bottom + scrollY - 500)"
-                )
+            for where in ("sweep", "bounds", "responses"):
+                page.evaluate(f"scrollTo(0, $('{where}').getBoundingClientRect().bottom + scrollY - 500)")
                 for control in ("#beta-slider", "#lam-slider", "#lam", "#glance"):
                     box = page.locator(control).bounding_box()
                     assert 0 <= box["y"] <= 200, (where, control)
-                    front = page.evaluate(
-                        "([x, y]) => document.elementFromPoint(x, y).id",
-                        [box["x"] + 5, box["y"] + box["height"] / 2],
-                    )
+                    middle = [box["x"] + 5, box["y"] + box["height"] / 2]
+                    front = page.evaluate("([x, y]) => document.elementFromPoint(x, y).id", middle)
                     assert front == control[1:]
             gap = page.locator("#key-gap").evaluate("e => e.firstChild.textContent")
             assert page.inner_text("#glance").startswith(f"gap {gap}; Theorem 1: ≤ ")
