@@ -1,5 +1,7 @@
-"""Formulas of the site: LaTeX becomes MathML while it is built, so that pages need no script and no font of their own;
-and the search finds λ by the word "lambda"."""
+"""Formulas of the site, typeset while it is built, and a search that knows Greek.
+
+LaTeX becomes MathML, so that a page needs no script; λ is found by the word "lambda".
+"""
 
 import re
 import unicodedata
@@ -10,108 +12,117 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.search.en import SearchEnglish
 
 TAG = re.compile(r"\\tag\{(\d+)\}")
-_NAMESPACE = "{http://www.w3.org/1998/Math/MathML}"
-_BREAKS = set("=≤≥∝∼→≪⇒+−-,")  # where a line may end
-_OPERAND = {"mi", "mn", "msub", "msup", "msubsup", "mfrac", "msqrt", "mover", "mtext"}
+_BREAKS = set("=≤≥∝∼→≪⇒+−-")  # before these a line may end, and after a comma
+_OPERANDS = ("mi", "mn", "msub", "msup", "msubsup", "mfrac", "msqrt", "mover", "mtext")
 
 
-def mathml(tex: str, block: bool) -> str:
-    """MathML of a formula. One within a line is in pieces, between which the line may end: no browser breaks a formula."""
+def mathml(tex: str, block: bool) -> list[str]:
+    """MathML of a formula: one piece if it stands alone, else pieces between which a line may end."""
     tex = re.sub(r"'+", lambda found: "^{" + r"\prime" * len(found[0]) + "}", TAG.sub("", tex))
     made = tex2mathml(tex.strip(), as_block=block).replace("&ApplyFunction;", "\u2061")
     root = ElementTree.fromstring(made)
     for element in root.iter():
-        element.tag = element.tag.removeprefix(_NAMESPACE)
-        element.text = (element.text or "").strip()
-        element.tail = ""
+        element.tag = element.tag.rpartition("}")[2]
+        element.text, element.tail = (element.text or "").strip(), ""
+        if element.text in ("|", "‖"):
+            element.set("stretchy", "false")
+        if element.tag == "mtable":
+            element.set("displaystyle", "true")
     for element in list(root.iter()):
         _space(element)
-    if block:
-        return ElementTree.tostring(root, encoding="unicode")
-    pieces = [ElementTree.Element("math")]
-    depth = 0
+    pieces = [root] if block else _pieces(root)
+    return [ElementTree.tostring(piece, encoding="unicode") for piece in pieces]
+
+
+def _pieces(root: ElementTree.Element) -> list[ElementTree.Element]:
+    """Parts of a formula that are formulas: no browser breaks one itself."""
+    pieces, depth = [ElementTree.Element("math")], 0
     for child in root:
-        text = child.text or ""
-        before = child.tag == "mo" and depth == 0 and text in _BREAKS and len(pieces[-1]) and text != ","
-        if before and _length(pieces[-1]) > 6:
+        sign = child.text if child.tag == "mo" else ""
+        if depth == 0 and sign in _BREAKS and len("".join(pieces[-1].itertext())) > 6:
             pieces.append(ElementTree.Element("math"))
-            child.set("form", "infix")  # first in its piece it would be a sign
-        depth += (text in "([{" and bool(text)) - (text in ")]}" and bool(text))
+            child.set("form", "infix")  # the first of a piece would be taken for a sign
+        depth += (sign in ("(", "[", "{")) - (sign in (")", "]", "}"))
         pieces[-1].append(child)
-        if child.tag == "mo" and depth == 0 and text == ",":
+        if depth == 0 and sign == ",":
             pieces.append(ElementTree.Element("math"))
-    return "<wbr>".join(ElementTree.tostring(piece, encoding="unicode") for piece in pieces if len(piece))
+    return [piece for piece in pieces if len(piece)]
 
 
-def _length(element: ElementTree.Element) -> int:
-    return len("".join(element.itertext()))
-
-
-def _name(element: ElementTree.Element) -> bool:
-    """Whether it is a name of several letters, or an expectation, with or without an index."""
+def _named(element: ElementTree.Element) -> bool:
+    """Whether it is a name of several letters or an expectation, with an index or without."""
     while element.tag in ("msub", "msup", "msubsup", "munder") and len(element):
         element = element[0]
-    return element.tag == "mi" and (len(element.text or "") > 1 and (element.text or "").isalpha() or element.text == "𝔼")
+    text = element.text or ""
+    return element.tag == "mi" and (text == "𝔼" or (len(text) > 1 and text.isalpha()))
 
 
 def _space(parent: ElementTree.Element) -> None:
-    """Set names off from what stands beside them, as log is from Z: MathML does so for operators only."""
+    """Set log off from the Z beside it: MathML knows the space of operators, not of names."""
     if parent.tag not in ("math", "mrow", "mtd", "mstyle", "msqrt"):
         return
-    children = [c for c in parent if not (c.tag == "mo" and c.text == "\u2061")]
+    children = [child for child in parent if child.text != "\u2061"]
     for child in list(parent):
         parent.remove(child)
     for left, right in zip([None, *children], children, strict=False):
         if left is not None and (
-            (_name(right) and (left.tag in _OPERAND or left.text in (")", "]")))
-            or (_name(left) and right.tag in (*_OPERAND, "munder", "munderover"))
+            (_named(right) and (left.tag in _OPERANDS or left.text in (")", "]")))
+            or (_named(left) and right.tag in (*_OPERANDS, "munder", "munderover"))
         ):
             ElementTree.SubElement(parent, "mspace", width="0.167em")
         parent.append(right)
 
 
 def _inline(self, node: nodes.math) -> None:
-    self.body.append(f'<span class="math">{mathml(node.astext(), False)}</span>')
+    pieces = mathml(node.astext(), block=False)
+    pieces[0] = node.get("before", "") + pieces[0]
+    pieces[-1] += node.get("after", "")
+    self.body.append(f'<span class="math">{"<wbr>".join(f"<span>{piece}</span>" for piece in pieces)}</span>')
     raise nodes.SkipNode
 
 
 def _display(self, node: nodes.math_block) -> None:
+    (formula,) = mathml(node.astext(), block=True)
     tag = TAG.search(node.astext())
     number = f'<span class="eqno">({tag[1]})</span>' if tag else ""
-    # A box of its own that scrolls, by keyboard too.
-    self.body.append(self.starttag(node, "div", CLASS="math", TABINDEX="0"))
-    self.body.append(f"{mathml(node.astext(), True)}{number}</div>\n")
+    # Wide ones scroll in this box, by keyboard too.
+    self.body.append(self.starttag(node, "div", CLASS="math", TABINDEX="0") + formula + number + "</div>\n")
     raise nodes.SkipNode
 
 
-def _anchors(app, doctree: nodes.document) -> None:
-    """Links reach the paper's equations, theory.md#equation-9, and terms, glossary.md#term-gap, as they do headings."""
+def _keep_punctuation(app, doctree: nodes.document) -> None:
+    """Brackets and commas beside a formula go with it, so that no line begins or ends with a stray one."""
+    for formula in doctree.findall(nodes.math):
+        for step, key, mark in ((-1, "before", r"[(\[]$"), (1, "after", r"^(?:[)\].,;:]|'s)+")):
+            place = formula.parent.index(formula) + step
+            text = formula.parent[place] if 0 <= place < len(formula.parent) else None
+            if isinstance(text, nodes.Text) and (found := re.search(mark, text)):
+                formula[key] = found[0]
+                formula.parent[place] = nodes.Text(re.sub(mark, "", text))
+
+
+def _add_anchors(app, doctree: nodes.document) -> None:
+    """Links find equations (theory.md#equation-9) and terms (glossary.md#term-gap), as they find headings."""
     slugs = app.env.metadata[app.env.docname].setdefault("myst_slugs", {})
     for block in doctree.findall(nodes.math_block):
         if tag := TAG.search(block.astext()):
             block["ids"].append(f"equation-{tag[1]}")
     for node in (*doctree.findall(nodes.math_block), *doctree.findall(nodes.term)):
-        for name in node["ids"]:
-            slugs[name] = (node.line, name, node.astext())
+        slugs |= {name: (node.line, name, node.astext()) for name in node["ids"]}
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, with Greek letters by their names too: ρ_sft gives "ρ_sft", "rho_sft", "rho" and "sft"."""
-    found = []
+    """Words to be found, with Greek by name: ρ_sft gives "ρ_sft", "rho_sft", "rho" and "sft"."""
+    found: list[str] = []
     for word in re.findall(r"\w+", text):
         spelt = "".join(_spelt(letter) for letter in unicodedata.normalize("NFKD", word))
-        found += {word: None, spelt.replace(" ", ""): None, **dict.fromkeys(re.findall(r"[^\W_ ]+", spelt))}
-    return [word for word in found if word not in _COMMANDS]
-
-
-_COMMANDS = {"mathrm", "mathbb", "vert", "text", "tag"}  # of LaTeX, and in every formula
+        found += dict.fromkeys([word, spelt.replace(" ", ""), *re.findall(r"[^\W_]+", spelt)])
+    return [word for word in found if word not in ("mathrm", "mathbb", "vert", "tag")]  # LaTeX's
 
 
 def _spelt(letter: str) -> str:
-    name = unicodedata.name(letter, "")
-    if not re.fullmatch(r"GREEK \w+ LETTER \w+", name):
-        return letter
-    return name.split()[-1].lower().replace("lamda", "lambda") + " "  # as Unicode has it
+    name = re.fullmatch(r"GREEK \w+ LETTER (\w+)", unicodedata.name(letter, ""))
+    return f" {name[1].lower().replace('lamda', 'lambda')} " if name else letter  # Unicode's spelling
 
 
 class Search(SearchEnglish):
@@ -124,5 +135,6 @@ class Search(SearchEnglish):
 def setup(app) -> dict[str, bool]:
     app.add_html_math_renderer("mathml", (_inline, None), (_display, None))
     app.add_search_language(Search)
-    app.connect("doctree-read", _anchors)
+    app.connect("doctree-read", _add_anchors)
+    app.connect("doctree-read", _keep_punctuation)
     return {"parallel_read_safe": True}

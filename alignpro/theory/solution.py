@@ -62,7 +62,7 @@ class Solution(NamedTuple):
     delta2: Float[Array, " X"]
     """Δ2 = R(x,x) − E_ρ R, equation 7."""
     shift: Float[Array, " X"]
-    """R(x,x) − E_ρsft R."""
+    """R(x,x) − E_ρ_sft R."""
     ceiling: Float[Array, " X"]
     """E_π* r* − max of R(x,·) over the support of ρ_sft: what no prompter there can undercut."""
     value_gap: Float[Array, " X"]
@@ -80,7 +80,7 @@ class Solution(NamedTuple):
     tv_shift: Float[Array, " X"]
     """E_{x′~ρ_sft} d_TV(π_F(·|x), π_F(·|x′))."""
     tv_barycentre: Float[Array, " X"]
-    """d_TV(π_F(·|x), π_ρsft(·|x)), π_ρsft = Σ_x′ ρ_sft(x′|x) π_F(·|x′); at most `tv_shift`."""
+    """d_TV(π_F(·|x), π_ρ_sft(·|x)), π_ρ_sft = Σ_x′ ρ_sft(x′|x) π_F(·|x′); at most `tv_shift`."""
     tv_induced: Float[Array, " X"]
     """d_TV(π*(·|x), π_ρ(·|x))."""
     tv_prompter: Float[Array, " X"]
@@ -89,7 +89,7 @@ class Solution(NamedTuple):
     """W1 of the laws of r*(x,y), y from π*(·|x) and from π_F(·|x): ∫ |difference of their distribution
     functions|. Equal to `delta1`."""
     law_shift: Float[Array, " X"]
-    """W1 of the laws of r*(x,y) under π_F(·|x) and under π_ρsft(·|x); at most span times `tv_barycentre`."""
+    """W1 of the laws of r*(x,y) under π_F(·|x) and under π_ρ_sft(·|x); at most span times `tv_barycentre`."""
     law_induced: Float[Array, " X"]
     """W1 of the laws of r*(x,y) under π*(·|x) and under π_ρ(·|x); at most span times `tv_induced`."""
     model_kl: Float[Array, " X"]
@@ -101,7 +101,7 @@ class Solution(NamedTuple):
     prompter_jeffreys: Float[Array, " X"]
     """λ Jeff(ρ*, ρ_sft) = λ KL(ρ*‖ρ_sft) + λ KL(ρ_sft‖ρ*)."""
     prompter_gain: Float[Array, " X"]
-    """λ KL(ρ_sft‖ρ*) = F(ρ*) − E_ρsft R ≥ 0."""
+    """λ KL(ρ_sft‖ρ*) = F(ρ*) − E_ρ_sft R ≥ 0."""
     induced_to_star: Float[Array, " X"]
     """β KL(π_ρ‖π*)."""
     induced_to_model: Float[Array, " X"]

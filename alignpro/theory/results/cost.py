@@ -32,7 +32,7 @@ class KLBudget(NamedTuple):
     model: Float[Array, " X"]
     """ε1(x) = r_max TV(π*, π_F), reward units."""
     shift: Float[Array, " X"]
-    """ε2(x) = r_max E_ρsft TV(π_F(·|x), π_F(·|x′)), reward units."""
+    """ε2(x) = r_max E_ρ_sft TV(π_F(·|x), π_F(·|x′)), reward units."""
     spent: Float[Array, " X"]
     """KL(ρ*‖ρ_sft) per prompt, nats."""
     mean_budget: Float[Array, ""]
@@ -138,7 +138,7 @@ class Frontier(NamedTuple):
     reward: Float[Array, "L X"]
     """E_ρ* R, reward units."""
     lift: Float[Array, "L X"]
-    """E_ρ* R − E_ρsft R ≥ 0, without cancellation."""
+    """E_ρ* R − E_ρ_sft R ≥ 0, without cancellation."""
     mean_kl: Float[Array, " L"]
     """Mean over P of `kl`, nats."""
     mean_reward: Float[Array, " L"]
@@ -151,7 +151,7 @@ def frontier(instance: Instance, lams: Float[Floats, " L"], *, responses: bool =
     """(KL, E R) along ρ*_λ: no prompter with that KL or less has more reward, per prompt or in the mean.
 
     The curve is increasing and concave, with slope λ. With `responses`, the frontier of all policies started
-    from π_ρsft (base Σ ρ_sft π_F, energy r*): it lies on or above the first.
+    from π_ρ_sft (base Σ ρ_sft π_F, energy r*): it lies on or above the first.
     """
     if not isinstance(lams, jax.core.Tracer):
         lams = positive("lams", rectangular("lams", lams))
