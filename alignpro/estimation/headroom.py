@@ -13,6 +13,7 @@ from alignpro.estimation.paired import Absent, Term, estimates
 from alignpro.estimation.pooled import Pooled, pooled
 from alignpro.estimation.terms import Terms
 from alignpro.rollouts import Rollouts
+from alignpro.shown import Shown
 
 POOLED = 0.9
 """Share of the answer's error that the pooled estimate may take, where strategies are shared."""
@@ -33,8 +34,8 @@ class HeadroomAt:
     """E_ρ* R − J(no prompter); None without arm none."""
 
 
-@dataclass(frozen=True)
-class Headroom:
+@dataclass(frozen=True, repr=False)
+class Headroom(Shown):
     """The gain that could be had from prompt optimization, and whether to try."""
 
     level: float

@@ -1,7 +1,4 @@
-"""`solution`: every quantity of the paper on one instance, in one pure function, with its rounding bounds.
-
-Log-space throughout (`gibbs.tilt`), so that no temperature makes a NaN.
-"""
+"""`solution`: every quantity of the paper on one instance, in log space, with bounds on its rounding."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from alignpro.shown import brief
 from alignpro.theory.divergences import Floats, Scalar, same_floats, scaled_kl, wasserstein
 from alignpro.theory.elementwise import average
 from alignpro.theory.gibbs import exponent, policy_kl, positive, power_of_two, tilt_scaled
@@ -159,6 +157,7 @@ class Solution(NamedTuple):
     """Bound on the rounding of `tv_induced` and of `tv_prompter` (probability)."""
     eps: Float[Array, ""] | float = EPS
     """The unit of rounding of these numbers, 2⁻⁵² or 2⁻²³."""
+    __repr__ = brief
 
     def average(self, per_prompt: Any) -> Any:
         """The mean over P; a prompt of probability 0 does not count, whatever its value."""

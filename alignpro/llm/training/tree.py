@@ -199,7 +199,7 @@ def train(
         return trainer.per_row(rows, trainer.leaves(rows, completion_ids), pick).tolist()
 
     curve = Curve(out / CURVE_FILE, evaluate, settings.epochs, progress)
-    with quiet():
+    with quiet(), left_as_it_was(model):
         config = configured(full, out, model)
         trainer = trainer_on(
             TreeRollouts, full, config, model, tokenizer, reward, task.prompts, curve, task=task

@@ -1,6 +1,6 @@
 """The cost in KL of a gain in reward: budgets, frontiers, best of n, the price of prompting."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from alignpro.errors import LEAST, MOST, AlignProError, as_number
+from alignpro.shown import Shown
 from alignpro.theory.bounds import paper_r_max
 from alignpro.theory.divergences import TINY, Floats, kl, log1p, log_quotient, scaled_kl
 from alignpro.theory.elementwise import average
@@ -145,6 +146,14 @@ class Frontier(NamedTuple):
     """Mean over P of `reward`, reward units."""
     mean_lift: Float[Array, " L"]
     """Mean over P of `lift`, reward units."""
+
+    def to_frame(self) -> Any:
+        """A `pandas.DataFrame` with a row for each λ: the means of KL, reward and lift."""
+        return Shown.to_frame(self)  # type: ignore[arg-type]
+
+    def plot(self) -> Any:
+        """The mean reward at each λ as a `matplotlib.figure.Figure`."""
+        return Shown.plot(self)  # type: ignore[arg-type]
 
 
 def frontier(instance: Instance, lams: Float[Floats, " L"], *, responses: bool = False) -> Frontier:
