@@ -68,7 +68,7 @@ def test_print_is_what_the_verb_prints(found):
     number = found["number"]
     assert str(number) == f"{number.value:.4g} [{number.lo:.4g}, {number.hi:.4g}]"
     assert "tight" in str(found["bound"])
-    assert "prompter_jeffreys" in str(found["bound"])
+    assert "prompt_shift 0.26" in str(found["bound"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
