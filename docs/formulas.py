@@ -112,17 +112,22 @@ def _add_anchors(app, doctree: nodes.document) -> None:
 
 
 def words(text: str) -> list[str]:
-    """Words to be found, with Greek by name: ρ_sft gives "ρ_sft", "rho_sft", "rho" and "sft"."""
-    found: list[str] = []
+    """Words to be found, with Greek by name and letter: ρ_sft gives "ρ_sft", "rho_sft", "rho" and "sft"."""
+    found: list[str | None] = []
     for word in re.findall(r"\w+", text):
         spelt = "".join(_spelt(letter) for letter in unicodedata.normalize("NFKD", word))
-        found += dict.fromkeys([word, spelt.replace(" ", ""), *re.findall(r"[^\W_]+", spelt)])
-    return [word for word in found if word not in ("mathrm", "mathbb", "vert", "tag")]  # LaTeX's
+        parts = re.findall(r"[^\W_]+", spelt)
+        found += dict.fromkeys([word, spelt.replace(" ", ""), *parts, *map(_GREEK.get, parts)])
+    return [word for word in found if word and word not in ("mathrm", "mathbb", "vert", "tag")]  # LaTeX's
 
 
 def _spelt(letter: str) -> str:
     name = re.fullmatch(r"GREEK \w+ LETTER (\w+)", unicodedata.name(letter, ""))
     return f" {name[1].lower().replace('lamda', 'lambda')} " if name else letter  # Unicode's spelling
+
+
+_GREEK = {_spelt(letter).strip(): letter for letter in "αβγδεζηθικλμνξπρστυφχψω"}
+"""Letters by the names that LaTeX has for them."""
 
 
 class Search(SearchEnglish):

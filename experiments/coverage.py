@@ -1,7 +1,8 @@
 """Do 95% intervals cover in 95% of cases? On populations where every estimated quantity is exact.
 
     python experiments/coverage.py [--repetitions 500] [--seed 0] [--instance FILE.npz ...] [--out FILE.json]
-    python experiments/coverage.py --hard [NAME ...] [--prompts 5 8 12 20 40 60] [--beside FOLDER]
+    python experiments/coverage.py --hard [NAME ...] --out FOLDER [--prompts 5 8 12 20 40 60] \
+        [--beside FOLDER] [--publish FILE.json]
 
 The first: enumerated instances of ordinary rewards. Each repetition draws 60 prompts with rollouts anew.
 `--instance` adds saved instances, such as the one that `alignpro demo` keeps of SmolLM2-135M-Instruct. Prints
@@ -9,9 +10,9 @@ a Markdown table; writes experiments/results/coverage.json.
 
 The second: the populations of `experiments/populations.py` on which means are hard, through `estimate`,
 `compare`, `headroom`, a judge's `rate` and `gain_over`, as users call them. Every population and number of
-prompts has a file of its own in `--out` (experiments/results/coverage/): what is there is not done again, so
-that it can be run in pieces, and by several processes with different NAMEs. `--beside` prints another
-folder's numbers first, such as those of an earlier version (run this file with its code on PYTHONPATH).
+prompts has a file of its own in `--out`: what is there is not done again, so that it can be run in pieces,
+and by several processes with different NAMEs. `--beside` prints another folder's numbers first, such as those
+of an earlier version (run this file with its code on PYTHONPATH); `--publish` writes all into one file.
 """
 
 import argparse
@@ -197,11 +198,13 @@ def _of_gains(case: Gains, prompts: int, rng: np.random.Generator) -> tuple[Foun
 def _of_rollouts(case: Problem, prompts: int, rng: np.random.Generator) -> tuple[Found, dict[str, float]]:
     rollouts, true = draw(case, prompts, rng), truth_of(case)
     report = estimate(rollouts, case.beta, case.lam)
-    both = compare(rollouts, ["none", "trained"]).against["trained"]
+    compared = compare(rollouts, ["none", "trained"])
+    both = compared.against["trained"]
     found: Found = {name: e for name, e in report.quantities.items() if name in true}
     found |= {f"gap {arm}": e for arm, e in report.gaps.items() if f"gap {arm}" in true}
     found |= {f"slack {b.name}": b.slack for b in report.bounds if f"slack {b.name}" in true}
     found |= {"difference": both.mean, "win rate": both.win_rate}
+    found |= {"variance trained": compared.variance["trained"], "difference of variances": both.variance}
     try:
         at = headroom(rollouts, (case.lam,))
     except AlignProError:  # refused: no interval is given
@@ -243,8 +246,9 @@ def hard(
 
 def _all_hard(options: argparse.Namespace) -> None:
     cases = {**gains(), **problems()}
-    folder = Path(options.out or Path(__file__).parent / "results" / "coverage")
+    folder = Path(options.out or "runs/coverage")
     folder.mkdir(parents=True, exist_ok=True)
+    everything = []
     for name in options.hard or cases:
         for prompts in options.prompts:
             path = folder / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}-{prompts}.json"
@@ -256,11 +260,14 @@ def _all_hard(options: argparse.Namespace) -> None:
                 write_json(path, known)
             other = Path(options.beside) / path.name if options.beside else None
             before = json.loads(other.read_text())["rows"] if other and other.exists() else {}
+            everything.append(known | ({"before": before} if before else {}))
             print(f"\n{name}, {prompts} prompts\n\n| interval | covered | width | no width | not given |")
             print("|---|---|---|---|---|")
             for key, row in known["rows"].items():
                 was = before.get(key)
                 print(f"| {key} | {' | '.join(_beside(was, row, column) for column in row)} |", flush=True)
+    if options.publish:
+        write_json(options.publish, {"level": 0.95, "machine": machine(), "results": everything})
 
 
 def _beside(was: dict[str, float | None] | None, row: dict[str, float | None], column: str) -> str:
@@ -278,6 +285,11 @@ def cpu() -> str:
     return platform.processor() or platform.machine()
 
 
+def machine() -> dict[str, str | int | None]:
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    return {"cpu": cpu(), "cores": os.cpu_count(), **versions}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=500)
@@ -287,6 +299,7 @@ def main() -> None:
     parser.add_argument("--hard", nargs="*", help="populations of populations.py; all of them without names")
     parser.add_argument("--prompts", nargs="*", type=int, default=[5, 8, 12, 20, 40, 60])
     parser.add_argument("--beside", default="", help="a folder with results of --hard")
+    parser.add_argument("--publish", default="", help="file for all results of --hard")
     options = parser.parse_args()
     if options.hard is not None:
         return _all_hard(options)
@@ -320,12 +333,7 @@ def main() -> None:
         "seed": options.seed,
         "repetitions": options.repetitions,
         "level": 0.95,
-        "machine": {
-            "cpu": cpu(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-        },
+        "machine": machine(),
         "results": results,
     }
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "16 × 2": {"prompts": 16, "samples": 2},
     "4 epochs": {"epochs": 4},
     "critic 3e-4": {"critic_learning_rate": 3e-4},
+    "group baseline": {"group_baseline": True},
+    "group baseline, 8 × 8, half the rounds": {"group_baseline": True, "samples": 8},
     "RLOO, without a critic": {"algorithm": "rloo"},
 }
 """By name: what differs from `CENTRE`."""

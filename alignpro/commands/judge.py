@@ -29,6 +29,16 @@ def _rates(result: "WinRates") -> "dict[str, Estimate | None]":
     }
 
 
+def _contradictions(result: "WinRates") -> str:
+    """What a judge that goes by position is worth, in a sentence; none of another."""
+    if not result.contradictory or result.agreement is None:
+        return ""
+    return (
+        f"With the order turned the judge says another thing in {1.0 - result.agreement.value:.0%} of the "
+        "pairs, so these rates tell little of the answers: ask a stronger judge."
+    )
+
+
 def text(result: "WinRates", replies: Sequence[str] = ()) -> str:
     ours, theirs = result.arms
     won, lost = (f"{p:.0f}" for p in result.percentages) if result.percentages else ("-", "-")
@@ -55,6 +65,8 @@ def text(result: "WinRates", replies: Sequence[str] = ()) -> str:
         + (f"; {result.level:.0%} intervals over prompts" if result.level else ""),
         columns(rows),
     ]
+    if doubt := _contradictions(result):
+        lines.append(doubt)
     if result.failures:
         kinds = ", ".join(f"{count} {kind}" for kind, count in result.failures.items())
         lines.append(f"verdicts that failed: {kinds}")
@@ -70,7 +82,7 @@ def page(result: "WinRates", settings: Mapping[str, Any]) -> Page:
         f"{ours} against {theirs}, judged",
         "No pair got a verdict."
         if rate is None
-        else f"{ours} wins {interval(rate)} of the pairs, ties a half.",
+        else f"{ours} wins {interval(rate)} of the pairs, ties a half. {_contradictions(result)}".strip(),
         {**settings, "judge": result.judge},
     )
     page.estimate("Win rate", rate)

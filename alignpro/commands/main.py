@@ -5,6 +5,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any, Union
 
@@ -150,8 +151,12 @@ def _one_line(box: str, arguments: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, and give its exit status: 0 done, 1 a finding, 2 a mistake, 130 interrupted."""
+    """Run the command line, and give its exit status: 0 done, 1 a finding, 2 a mistake, 130 interrupted.
+
+    `--debug`, anywhere among the arguments, shows where a mistake was noticed.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
+    debug, arguments = "--debug" in arguments, [a for a in arguments if a != "--debug"]
     typed = keep.TYPED.set(tuple(arguments))
     try:
         if list(arguments) in (["--version"], ["-V"]):
@@ -166,6 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except AlignProError as error:
+        if debug:
+            from alignpro.llm.models.packages import scrub
+
+            print(scrub("".join(traceback.format_exception(error))), file=sys.stderr)
         for line in str(error).split("\n"):
             print(f"alignpro: error: {line}", file=sys.stderr)
         return 2

@@ -239,9 +239,9 @@ class EnvironmentSettings(ChatOption):
     json, list (list:5 for five items), clean or verifiable. A judge on a rubric: judge (see --reward-judge).
     Your own, with its range after an @: a reward model's folder or hub id (owner/name@squash:0,2;
     owner/name#LABEL@0,1 for the probability of one of several labels), a Python function
-    (module:function@0,1) or the address of an endpoint; a folder that reward-model wrote knows its range.
-    Several are added up (0.7*minilm-bt 0.3*ease) or, after the word mean, averaged, and each is reported
-    apart."""
+    (./mine.py:score@0,1, or module:score@0,1) or the address of an endpoint; a folder that reward-model wrote
+    knows its range. Several are added up (0.7*minilm-bt 0.3*ease) or, after the word mean, averaged, and each
+    is reported apart."""
     answer_tokens: int = 64
     """The most tokens of one answer; a longer one is cut."""
     answer_temperature: float = 1.0

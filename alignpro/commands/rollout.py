@@ -57,6 +57,7 @@ class Rollout(TemplateOption, RunOptions):
     source: tyro.conf.OmitArgPrefixes[MeasuredPrompts] = field(default_factory=MeasuredPrompts)
 
     def run(self) -> int:
+        from alignpro.estimation.intervals import LEAST_PROMPTS
         from alignpro.llm.arms import rollout
         from alignpro.llm.arms.draws import RESAMPLED, draws_of
         from alignpro.llm.arms.given import read_given
@@ -87,6 +88,8 @@ class Rollout(TemplateOption, RunOptions):
         world = opening.World(environment)
         xs = opening.user_prompts(self.source, reference, self.source.split, self.source.prompts, world)
         world.check_prompts(xs)
+        if len(xs) < LEAST_PROMPTS:
+            packages.note(f"{len(xs)} prompts are too few for intervals: estimate needs {LEAST_PROMPTS}")
         given = {arm.name: read_given(arm.file, xs) for arm in arms if arm.file}
         for name, found in given.items():
             most = max(map(len, found.of.values()))

@@ -113,8 +113,9 @@ def at_least(found: "PacBayes", names: Sequence[str]) -> str:
     best, mixed = found.best, found.gibbs
     return (
         f"Guaranteed ({found.level:.0%}, at any number of prompts, although chosen by these): "
-        f"{_shares(best, names)} earns at least {number(best.limit)}, and at random "
-        f"{_shares(mixed, names)} (equation 9 at lambda {number(mixed.lam)}) at least {number(mixed.limit)}."
+        f"{_shares(best, names)} earns at least {number(best.limit)}; at random with shares "
+        f"{_shares(mixed, names)} (equation 9 at lambda {number(mixed.lam)}) it is at least "
+        f"{number(mixed.limit)}."
     )
 
 
@@ -137,5 +138,5 @@ def add_at_least(page: Page, found: "PacBayes", names: Sequence[str], about: str
 def _shares(of: "Mixture", names: Sequence[str]) -> str:
     """The prompters of a mixture with their shares, the largest first; of many the first five."""
     order = sorted((-weight, i) for i, weight in enumerate(of.weights) if weight > 0)
-    shown = [names[i] + f" {-minus:.0%}" * (of.lam > 0) for minus, i in order[:5]]
+    shown = [f"{-minus:.0%} " * (of.lam > 0) + f'"{names[i]}"' for minus, i in order[:5]]
     return ", ".join([*shown, *["…"] * (len(order) > 5)])

@@ -134,7 +134,9 @@ class Solve:
 
         if self.report is not None:
             check_file(self.report)
-        with tqdm(total=len(self.files), unit="file", disable=len(self.files) < 100, leave=False) as bar:
+        with tqdm(
+            total=len(self.files), unit="file", disable=len(self.files) < 100 or None, leave=False
+        ) as bar:
             result = solve_files(
                 self.files, self.beta, self.lam, self.bounds, self.r_max, progress=bar.update
             )

@@ -72,6 +72,9 @@ class Train(PrompterOptions, ReportedRun):
             some = (self.train_prompts, evaluation.eval_prompts, world)
             prompts, held_out = divided_prompts(self.source, prompter, *some)
         world.check_prompts([*prompts, *held_out])
+        if (distinct := len(set(prompts))) < settings.prompts:
+            packages.note(f"each round takes all {distinct} prompts, as there are not {settings.prompts}")
+            settings = replace(settings, prompts=distinct)
 
         from alignpro.commands.opening import check_target_room, how_read
         from alignpro.llm.arms.found import found

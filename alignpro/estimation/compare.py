@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -85,16 +86,22 @@ def compare(rollouts: Rollouts, arms: Sequence[str], level: float = 0.95) -> Com
         values = _wins(terms.arm(name), terms.arm(baseline))
         return Term(values, 0.0, 1.0, frozenset({name, baseline}), "none", method, bounded=True)
 
-    kinds = {
-        "mean": {name: terms.j(name) - terms.j(baseline) for name in others},
-        "variance": {name: variance(name) - variance(baseline) for name in others},
-        "win_rate": {name: wins(name) for name in others},
-    }
-    joint = len(others) > 1
     parts = terms.parts(arms)
-    differences = {key: term - parts[baseline, key[1]] for key, term in parts.items() if key[0] != baseline}
-    of_parts = by_arm(estimates(differences, rollouts, level, simultaneous=True))
-    found = {kind: estimates(rows, rollouts, level, simultaneous=joint) for kind, rows in kinds.items()}
+    kinds: dict[str, dict[Any, tuple[Term, Term]]] = {
+        "mean": {name: (terms.j(name), terms.j(baseline)) for name in others},
+        "variance": {name: (variance(name), variance(baseline)) for name in others},
+        "parts": {key: (of, parts[baseline, key[1]]) for key, of in parts.items() if key[0] != baseline},
+    }
+
+    def differences(kind: str) -> dict[Any, Estimate]:
+        sides = kinds[kind]
+        rows = {key: ours - theirs for key, (ours, theirs) in sides.items()}
+        joint = len(others) > 1 or kind == "parts"
+        return estimates(rows, rollouts, level, simultaneous=joint, sides=sides)
+
+    means, variances, of_parts = differences("mean"), differences("variance"), by_arm(differences("parts"))
+    won = {name: wins(name) for name in others}
+    win_rates = estimates(won, rollouts, level, simultaneous=len(others) > 1)
     return Comparison(
         level=level,
         n_prompts=len(rollouts.prompt_ids),
@@ -103,9 +110,7 @@ def compare(rollouts: Rollouts, arms: Sequence[str], level: float = 0.95) -> Com
         variance=estimates({name: variance(name) for name in arms}, rollouts, level),
         parts=by_arm(estimates(parts, rollouts, level)),
         against={
-            name: Against(
-                found["mean"][name], found["variance"][name], found["win_rate"][name], of_parts.get(name, {})
-            )
+            name: Against(means[name], variances[name], win_rates[name], of_parts.get(name, {}))
             for name in others
         },
         prompters={name: rollouts.prompter(name) for name in arms},

@@ -86,9 +86,17 @@ class Studentised(NamedTuple):
         low, high = np.quantile(self.draws, (tail, 1.0 - tail), axis=-1, method="nearest")
         return self.between(low, high)
 
-    def simultaneous(self, level: float) -> tuple[np.ndarray, np.ndarray]:
-        """Limits that cover all rows at once, [..., S] each: mean ± quantile of max |t| · error."""
-        width = np.quantile(np.abs(self.draws).max(-2, keepdims=True), level, axis=-1, method="nearest")
+    def simultaneous(
+        self, level: float | np.ndarray, of: np.ndarray | bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Limits that cover all rows `of` [..., S] at once: mean ± quantile of their max |t| · error.
+
+        `level` is a number, or one for each of the batch [...]. Other rows get limits as wide, for nothing.
+        """
+        chosen = np.broadcast_to(of, self.mean.shape)[..., None]
+        largest = np.sort(np.where(chosen, np.abs(self.draws), 0.0).max(-2), axis=-1)
+        at = np.rint(np.multiply(level, largest.shape[-1] - 1)).astype(int)
+        width = np.take_along_axis(largest, np.broadcast_to(at, largest.shape[:-1])[..., None], -1)
         return self.between(-width, width)
 
     def between(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,7 +222,7 @@ def prompts_to_settle(slack: Estimate) -> int | None:
     Limits shrink as 1/√n, so n·(distance/|value|)² are needed in all; None stands for over a billion.
     """
     distance = slack.value - slack.lo if slack.value > 0 else slack.hi - slack.value
-    if abs(slack.value) * 1e4 < distance:
+    if abs(slack.value) * 1e4 <= distance:  # at 0 as well, when it is known to be 0
         return None
     needed = np.ceil(slack.n_clusters * (distance / abs(slack.value)) ** 2)
     return int(needed) - slack.n_clusters + 1 if needed < 1e9 else None

@@ -58,6 +58,11 @@ def doubtful(
     return tied | near | (np.abs(skewness) > max(2.2 * usual, 0.25 * np.sqrt(n)))
 
 
+def in_doubt(values: np.ndarray, low: np.ndarray, high: np.ndarray, level: float) -> np.ndarray:
+    """Whether percentile-t cannot be trusted with the mean of each row of `values` [..., S, n]; [..., S]."""
+    return doubtful(studentise(values), values, low, high, level)
+
+
 def shuffled(values: np.ndarray) -> np.ndarray:
     """Put `values` [..., n] into an order drawn once, without looking at them."""
     n = values.shape[-1]
@@ -97,11 +102,7 @@ def limits(
     way = np.where(bet, "betting", np.where(constant, "exact", "percentile-t"))
     error = 1.0 - level
     if joint:
-        trusted = np.where((bet | constant)[..., None], 0.0, np.abs(found.draws)).max(-2)
-        taken = error * (1.0 - bet.mean(-1, keepdims=True))
-        at = np.rint((1.0 - taken) * (trusted.shape[-1] - 1)).astype(int)
-        t = np.take_along_axis(np.sort(trusted, -1), at, -1)
-        lo, hi = found.between(-t, t)
+        lo, hi = found.simultaneous(1.0 - error * (1.0 - bet.mean(-1)), ~(bet | constant))
         error = error / count
     else:
         lo, hi = found.interval(level)

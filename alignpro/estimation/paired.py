@@ -10,7 +10,7 @@ import numpy as np
 from alignpro.errors import AlignProError
 from alignpro.estimation.copies import copies
 from alignpro.estimation.intervals import Bias, Estimate
-from alignpro.estimation.means import WAYS, Limits, limits
+from alignpro.estimation.means import WAYS, Limits, in_doubt, limits
 from alignpro.rollouts import Rollouts
 
 Interval = Literal["bootstrap", "guaranteed"]
@@ -246,24 +246,30 @@ def estimates(
     *,
     interval: Interval = "bootstrap",
     simultaneous: bool = False,
+    sides: Mapping[Key, tuple[Term, Term]] | None = None,
 ) -> dict[Key, Estimate]:
     """Estimate every term with its interval, all prompts resampled together.
 
     Intervals cover at `level` each, or all at once when `simultaneous`. By `means.limits`: percentile-t where
     the values' shape lets it be trusted, betting elsewhere; with `interval` "guaranteed", betting for all
     terms whose values are bounded and err on no side, or on a known one, with `ROWS` of the error.
+
+    Args:
+        sides: the two that a term is the difference of. Where percentile-t cannot be trusted with one of
+            them alone it cannot with the term: the noise of the one that looks well may hide the other.
     """
     if not terms:
         return {}
     sure = interval == "guaranteed"
-    rows = [(row, *reach, term) for term in terms.values() for row, reach in term.rows]
+    hidden = {key: _one_in_doubt(both, level) for key, both in (sides or {}).items()}
+    rows = [(row, *reach, key, term) for key, term in terms.items() for row, reach in term.rows]
     found = limits(
         np.stack([row for row, *_ in rows]),
-        np.array([low for _, low, _, _ in rows]),
-        np.array([high for _, _, high, _ in rows]),
+        np.array([low for _, low, *_ in rows]),
+        np.array([high for _, _, high, *_ in rows]),
         1.0 - ROWS * (1.0 - level) if sure else level,
         joint=simultaneous,
-        sure=np.array([sure and term.bounded for *_, term in rows]),
+        sure=np.array([hidden.get(key, False) or (sure and term.bounded) for *_, key, term in rows]),
     )
     out, i = {}, 0
     for name, term in terms.items():
@@ -290,6 +296,14 @@ def estimates(
             guaranteed=term.bounded if sure else None,
         )
     return out
+
+
+def _one_in_doubt(sides: tuple[Term, Term], level: float) -> bool:
+    """Whether percentile-t can be trusted with one of two terms and not with the other; neither is weak."""
+    values, reaches = zip(*(side.rows[0] for side in sides), strict=True)
+    low, high = np.array(reaches).T
+    one, other = in_doubt(np.stack(values), low, high, level)
+    return bool(one != other)
 
 
 def _how(term: Term, found: Limits, first: int, last: int, joint: bool) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 
 from alignpro.errors import AlignProError
 from alignpro.estimation.intervals import Estimate, betting, check_level
-from alignpro.estimation.means import WAYS, limits
+from alignpro.estimation.means import WAYS, in_doubt, limits
 from alignpro.estimation.pac_bayes import PacBayes, pac_bayes
 
 Pull = Callable[[Sequence[int], range, int], np.ndarray]
@@ -282,7 +282,9 @@ def gain_over(rewards: np.ndarray, base: np.ndarray, low: float, high: float, le
     rows = np.stack([rewards.mean(1) - base.mean(1), rewards.mean(1), base.mean(1)])
     width = high - low
     least, most = np.array([-width, low, low]), np.array([width, high, high])
-    _, lo, hi, way = limits(rows, least, most, level)
+    # The noise of an arm that looks well may hide that percentile-t cannot be trusted with the other.
+    one, other = in_doubt(rows[1:], least[1:], most[1:], level)
+    _, lo, hi, way = limits(rows, least, most, level, sure=np.array([one != other, False, False]))
 
     def of(i: int, least: float, most: float, each: int) -> Estimate:
         value = float(rows[i].mean())

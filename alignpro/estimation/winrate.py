@@ -259,6 +259,11 @@ class WinRates(Shown):
         return (100 * self.wins / self.judged, 100 * self.losses / self.judged) if self.judged else None
 
     @property
+    def contradictory(self) -> bool:
+        """Whether the judge says another thing in most pairs once their order is turned."""
+        return self.agreement is not None and self.agreement.value < 0.5
+
+    @property
     def level(self) -> float | None:
         """How often the intervals cover, in (0, 1); None where there are none."""
         return next((e.level for e in (self.win_rate, self.agreement) if e is not None), None)

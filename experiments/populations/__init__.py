@@ -167,6 +167,8 @@ def truth(problem: Problem) -> dict[str, float]:
     value, j_rho = e(1.0 + lam * np.log(z)), e((star * means).sum(-1))
     j_pi, j_none, j_sft = e((pi * r).sum(-1)), e((f * r).sum(-1)), e((prior * means).sum(-1))
     j_mine = e((mine * means).sum(-1))
+    laws = (mine @ frozen, j_mine), (f, j_none)
+    variances = [e((law * r**2).sum(-1)) - mean**2 for law, mean in laws]
     out = {
         "J(none)": j_none,
         "J(sft)": j_sft,
@@ -185,6 +187,8 @@ def truth(problem: Problem) -> dict[str, float]:
         "gap trained": j_pi - j_mine,
         "difference": j_mine - j_none,
         "win rate": 0.5 + 0.5 * e(_ahead(mine @ frozen, f, r)),
+        "variance trained": variances[0],
+        "difference of variances": variances[0] - variances[1],
         "gain over sft": j_rho - j_sft,
         "gain over none": j_rho - j_none,
     }

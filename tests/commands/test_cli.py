@@ -147,3 +147,12 @@ def test_a_closed_pipe_is_quiet(files):
     command = f"{sys.executable} -m alignpro solve {' '.join(files)} --beta 1 --lam 1 --json | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+def test_debug_shows_where_a_mistake_was_noticed(capsys):
+    assert main.main(["solve", "--debug", "no-such.npz", *GOOD]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown
+    assert shown.splitlines()[-1].startswith("alignpro: error: ")
+    assert main.main(["solve", "no-such.npz", *GOOD]) == 2
+    assert "Traceback" not in capsys.readouterr().err

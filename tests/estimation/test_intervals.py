@@ -153,6 +153,8 @@ def test_prompts_to_settle():
     assert 0.2 * np.sqrt(50 / (50 + more)) < 0.1  # limits shrink as 1/√n …
     assert 0.2 * np.sqrt(50 / (50 + more - 2)) >= 0.1  # … and no prompt is asked for in vain
     assert prompts_to_settle(Estimate(1e-9, -1, 1, 0.95, 1000, 50, "", "none")) is None
+    # All rewards agree: the slack is 0, and known to be.
+    assert prompts_to_settle(Estimate(0.0, 0.0, 0.0, 0.95, 1000, 50, "", "none")) is None
 
 
 def test_errors_are_those_of_the_sample():

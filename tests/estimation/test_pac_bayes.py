@@ -220,5 +220,5 @@ def test_compare_guarantees_its_best_arm():
     assert sure.best.weights[list(found.mean).index(best)] == 1.0
     assert sure.best.mean == pytest.approx(found.mean[best].value)
     assert 0.2 < sure.best.limit < found.mean[best].lo
-    assert f"{best} earns at least {sure.best.limit:.4g}, and at random" in text(found)
+    assert f'"{best}" earns at least {sure.best.limit:.4g}; at random with shares ' in text(found)
     assert any(section.heading == "What is guaranteed" for section in page(found).sections)

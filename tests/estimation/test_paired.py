@@ -78,6 +78,17 @@ def test_a_term_turned_over_has_its_interval_turned_over(rollouts):
             assert other.bias == paired._FLIP[one.bias]
 
 
+def test_a_difference_is_in_doubt_where_a_side_is(rollouts):
+    """All of 7 prompts earn 0, as most do; noise of the other arm makes the difference look well."""
+    rare = replace(term(), values=np.zeros(7))
+    noise = replace(rare, values=0.5 + 0.3 * np.linspace(-1.0, 1.0, 7))
+    alone = estimates({"d": rare - noise}, rollouts, 0.95)["d"]
+    found = estimates({"d": rare - noise, "n": noise}, rollouts, 0.95, sides={"d": (rare, noise)})
+    assert "percentile-t" in alone.method  # the mutant
+    assert "betting" in found["d"].method
+    assert "percentile-t" in found["n"].method
+
+
 @pytest.fixture(scope="module")
 def rollouts():
     return simulate(instance(3), np.random.default_rng(0), Size(7, 4, 24, 6), reward_range=(0.0, 1.0))

@@ -12,6 +12,7 @@ from mutants import kills, mutated
 
 from alignpro.errors import AlignProError
 from alignpro.estimation import race as racing
+from alignpro.estimation.means import in_doubt
 from alignpro.estimation.race import gain_over, least_budget, race
 
 
@@ -263,6 +264,23 @@ def test_the_gain_is_measured_without_the_winners_curse():
 
     check(False)
     kills(check, True)
+
+
+def test_the_noise_of_one_arm_hides_nothing_of_the_other(monkeypatch):
+    """One prompt in 20 earns 1 and the rest 0, against 0.5 ± 0.1: the difference of 12 prompts looks normal
+    where none is seen. Mutant: the difference is judged by its own looks alone (covers in 0.82)."""
+
+    def check(judged):
+        monkeypatch.setattr("alignpro.estimation.race.in_doubt", judged)
+        rng, found = np.random.default_rng(9), []
+        for _ in range(200):
+            rare = (rng.random((12, 1)) < 0.05).astype(float)
+            gain = gain_over(rare, rng.normal(0.5, 0.1, (12, 1)).clip(0, 1), 0.0, 1.0).gain
+            found.append(gain.lo <= -0.45 <= gain.hi)
+        assert np.mean(found) >= 0.92
+
+    check(in_doubt)
+    kills(check, lambda *_: np.zeros(2, bool))
 
 
 def test_gains_are_paired_means():

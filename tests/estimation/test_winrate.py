@@ -56,6 +56,9 @@ def test_a_judge_that_always_names_the_first_gets_no_win_out():
     assert (found.wins, found.ties, found.losses) == (0, 20, 0)
     assert (found.win_rate.value, found.agreement.value, found.kappa) == (0.5, 0.0, 0.0)
     assert found.first_shown.value == 1.0
+    doubt = "says another thing in 100% of the pairs"
+    assert doubt in command.text(found)
+    assert doubt in command.page(found, {}).lead
     # One order alone would have called every pair a win.
     assert np.mean(judgements([[1, -1]] * 20).verdicts[:, 0] == 1) == 1.0
 
@@ -64,6 +67,7 @@ def test_a_judge_blind_to_position_agrees_with_itself():
     found = win_rates(judgements([[1, 1]] * 12 + [[-1, -1]] * 6 + [[0, 0]] * 2))
     assert (found.wins, found.ties, found.losses) == (12, 2, 6)
     assert (found.agreement.value, found.kappa, found.first_shown.value) == (1.0, 1.0, 0.5)
+    assert "says another thing" not in command.text(found) + command.page(found, {}).lead
     assert found.win_rate.value == pytest.approx(13 / 20)
 
 

@@ -1,5 +1,6 @@
 """Every experiment answers --help, and runs at a size of seconds where it needs no packaged weights."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -55,6 +56,27 @@ def test_a_small_run(name, run, tmp_path, capsys):
         pytest.skip(f"needs packaged weights and minutes: python experiments/{name}.py --help")
     assert run(name, SMALL[name].replace("OUT", str(tmp_path)).split()) == 0
     assert len(capsys.readouterr().out) > 50
+
+
+def test_coverage_on_hard_populations(run, tmp_path, capsys):
+    """In pieces, beside another version's, and published as one file; what is there is not done again."""
+    size = ["--repetitions", "2", "--prompts", "5"]
+    other = ["--hard", "Bernoulli(0.2)", *size, "--out", str(tmp_path / "other")]
+    assert run("coverage", other) == 0
+    kept = json.loads((tmp_path / "other" / "bernoulli-0.2--5.json").read_text())
+    kept["rows"]["mean"]["covered"] = 0.25  # no share of two
+    (tmp_path / "other" / "bernoulli-0.2--5.json").write_text(json.dumps(kept))
+    both = ["--hard", "Bernoulli(0.2)", "rewards 0.5 +- 0.1", *size, "--out", str(tmp_path / "out")]
+    assert (
+        run("coverage", [*both, "--beside", str(tmp_path / "other"), "--publish", str(tmp_path / "a.json")])
+        == 0
+    )
+    assert "| mean | 25.0% -> " in capsys.readouterr().out
+    one, two = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert (one["population"], one["before"]) == ("Bernoulli(0.2)", kept["rows"])
+    assert {"J(pi*)", "slack span", "win rate", "headroom's answer"} <= two["rows"].keys()
+    assert run("coverage", other) == 0
+    assert "| mean | 25.0% |" in capsys.readouterr().out
 
 
 def test_the_mutant_that_does_not_import_is_noticed(run, tmp_path, monkeypatch):

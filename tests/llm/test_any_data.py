@@ -5,6 +5,7 @@ import contextlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -327,6 +328,7 @@ def test_train_and_rollout_on_chats_of_tiny_models(base, tmp_path, capsys):  # n
     command = ["rollout", "--out", str(tmp_path / "r"), "--target", base, "--reward", f"{__name__}:heard@0,1"]
     command += ["--answer-tokens", "2", "--draws", "1", "--trained", str(tmp_path / "t"), *data]
     assert main.main([*command, "--arms", "none", "sft", "--split", split]) == 0
+    assert "3 prompts are too few for intervals: estimate needs 5" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "r" / "rollouts.jsonl").read_text().splitlines()]
     assert {row["arm"] for row in rows} == {"none", "sft", "trained"}
     for row in rows:
@@ -344,7 +346,11 @@ def test_a_reward_by_columns_and_a_system_prompt_through_all_verbs(base, tmp_pat
     path = jsonl(tmp_path / "a.jsonl", [{"q": x, "answer": k} for k, x in enumerate("abab")])
     data = ["--prompts-file", str(path), "--prompt-column", "q", "--system-prompt", "g"]
     keyed = ["--reward", f"{__name__}:keyed@0,1"]
-    assert main.main([*verb("train", base, tmp_path / "t"), *keyed, *data, "--prompts", "2"]) == 0
+    assert main.main([*verb("train", base, tmp_path / "t"), *keyed, *data]) == 0
+    said = capsys.readouterr().err
+    assert "each round takes all 4 prompts, as there are not 8" in said
+    assert re.search(r"^alignpro: round 1 of 1: reward 0\.\d{4}$", said, re.MULTILINE)  # no terminal, no bar
+    assert "%|" not in said
     assert main.main([*verb("resample", base, tmp_path / "s"), *keyed, *data, "--draws", "1"]) == 0
     before = [{"role": "system", "content": "g"}]
     rows = [json.loads(line) for line in (tmp_path / "s" / "proposals.jsonl").read_text().splitlines()]

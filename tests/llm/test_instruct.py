@@ -119,7 +119,7 @@ def test_what_is_asked_and_what_the_numbers_are_of(command, tmp_path, capsys):
     # From the race's prompts alone, with b uniform over the five.
     best = found["guaranteed"]["best"]
     assert best["kl"] == pytest.approx(np.log(5))
-    assert f"Say e. earns at least {best['limit']:.4g}, and at random Say e." in said.out
+    assert f'"Say e." earns at least {best["limit"]:.4g}; at random with shares ' in said.out
     assert found["candidates"][0]["mean"]["lo"] <= best["limit"] < found["candidates"][0]["mean"]["value"]
 
 

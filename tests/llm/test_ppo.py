@@ -19,6 +19,7 @@ from alignpro.llm.training.ppo import (
     clipped_value_loss,
     explained_variance,
     generalized_advantages,
+    leave_one_out,
     shaped_rewards,
     standard_error,
 )
@@ -179,6 +180,32 @@ def test_the_critic_learns_alike_in_any_unit_of_the_reward():
     check(Critic.loss)
     kills(check, lambda critic, *arguments: clipped_value_loss(*arguments))
     kills(check, lambda critic, *arguments: clipped_value_loss(*arguments) / critic.scale)
+
+
+def test_the_mean_of_the_others_moves_no_gradient():
+    """Over all groups of three rewrites out of four, with what their prompt adds: the gradient of E[reward].
+
+    Mutants: the mean of all three, the rewrite itself among them, which takes a third off the gradient; the
+    others' mean with two groups mixed up, which leaves what the prompts add.
+    """
+    logits = torch.tensor([0.3, -0.2, 0.1, 0.0], dtype=torch.float64, requires_grad=True)
+    p, reward = logits.softmax(0), torch.tensor([1.0, 0.0, 0.5, 0.2], dtype=torch.float64)
+    exact = torch.autograd.grad((p * reward).sum(), logits, retain_graph=True)[0]
+
+    def check(baseline):
+        groups = torch.cartesian_prod(*[torch.arange(4)] * 3)  # [64, 3]
+        chance = p[groups].prod(1).detach()
+        hard = 7.0 * torch.arange(64.0, dtype=torch.float64)[:, None]
+        totals = reward[groups] + hard
+        advantages = (totals.flatten() - baseline(totals.flatten(), 3)).view(64, 3)
+        assert float(advantages.abs().max()) <= 1 + 1e-12
+        surrogate = (chance[:, None] * advantages * p.log()[groups]).sum() / 3
+        found = torch.autograd.grad(surrogate, logits, retain_graph=True)[0]
+        assert torch.allclose(found, exact, rtol=0, atol=1e3 * EPS)
+
+    check(leave_one_out)
+    kills(check, lambda totals, group: totals.view(-1, group).mean(1).repeat_interleave(group))
+    kills(check, lambda totals, group: leave_one_out(totals.roll(1), group))
 
 
 def test_the_standard_error_is_that_of_the_mean_given_the_prompts():

@@ -43,6 +43,7 @@ from alignpro.llm.targets import http as transport
 from alignpro.llm.targets import ledger
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Stopped
+from alignpro.llm.training.environment import Environment
 
 # --- bounds ---
 
@@ -1007,7 +1008,9 @@ def test_rewards_by_name(folder, server, tmp_path, monkeypatch):
         "my_rewards:made@0,1": "bounds of its own",
         "my_rewards:absent@0,1": "has no absent",
         "my_rewards:number@0,1": "is int",
-        "no_such_module:f@0,1": "importing no_such_module failed",
+        "no_such_module:f@0,1": "no module no_such_module here or on PYTHONPATH; .* ./no_such_module.py",
+        "pty:spawn@0,1": "a module of Python's own library",
+        "no/such.py:f@0,1": "there is no file no/such.py",
         "broken_rewards:f@0,1": "importing broken_rewards failed",
         "my_rewards:short@clip:1": "clip:LOW,HIGH",
         "weqweasdas/RM-Gemma-2B": "Theorem 1 needs",
@@ -1022,6 +1025,44 @@ def test_rewards_by_name(folder, server, tmp_path, monkeypatch):
             assert "\n" not in str(error.value)
             assert "pw" not in str(error.value)
     assert len(server.asked) == asked
+
+
+def test_a_function_in_the_working_folder(tmp_path, monkeypatch, capsys):
+    """By its file or its module, without PYTHONPATH; what runs is said first, and an error names its line."""
+    text = "import json\n\n\ndef score(prompts, responses):\n    return [{NUMBER} for _ in responses]\n"
+    (tmp_path / "own_of_mine.py").write_text(text.replace("{NUMBER}", "0.25"))
+    (tmp_path / "yaml.py").write_text("raise SystemExit('run by mistake')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in (
+        "./own_of_mine.py:score@0,1",
+        "own_of_mine:score@0,1",
+        f"{tmp_path}/own_of_mine.py:score@0,1",
+    ):
+        assert opening.load_reward(name).score(["a"], ["b"]).tolist() == [0.25]
+    assert "alignpro: reward ./own_of_mine.py:score: runs ./own_of_mine.py" in capsys.readouterr().err
+    with pytest.raises(AlignProError, match="yaml has no score"):
+        opening.load_reward("yaml:score@0,1")
+
+    # Edited, as beside a notebook.
+    (tmp_path / "own_of_mine.py").write_text(text.replace("{NUMBER}", "{}['missing']"))
+    os.utime(tmp_path / "own_of_mine.py", ns=(1, 1))
+    reward = opening.load_reward("./own_of_mine.py:score@0,1")
+    with pytest.raises(
+        AlignProError, match=r"raised KeyError \(\"'missing'\"\) at own_of_mine.py:5 on sample 0"
+    ):
+        reward.score(["a"], ["b"])
+    (tmp_path / "own_of_mine.py").write_text("import json\njson.loads('')\n")
+    os.utime(tmp_path / "own_of_mine.py", ns=(2, 2))
+    with pytest.raises(AlignProError, match=r"JSONDecodeError: .* at own_of_mine.py:2"):
+        opening.load_reward("./own_of_mine.py:score@0,1")
+
+
+def test_an_environment_takes_rewards_alone():
+    with pytest.raises(AlignProError, match=r"function has no score; give it a range, as in CallableReward"):
+        Environment(lambda prompts, responses: [0.0], None)
+    with pytest.raises(AlignProError, match="str has no score; give a Reward"):
+        Environment("minilm-bt", None)
 
 
 def test_a_name_says_what_is_meant(folder, tmp_path, monkeypatch):

@@ -115,11 +115,12 @@ def test_policies_sum_to_one():
     np.testing.assert_allclose(Problem().prior.sum(1), 1.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "rloo", "grpo"])
-def test_every_algorithm_reaches_the_optimum(algorithm, tmp_path):
+@pytest.mark.parametrize("how", ["ppo", "rloo", "grpo", "group_baseline"])
+def test_every_algorithm_reaches_the_optimum(how, tmp_path):
     problem = Problem()
     assert problem.kl_to_star(problem.model) > 0.3
-    trained = fit(tmp_path, replace(SETTINGS, algorithm=algorithm))
+    changed = {"group_baseline": True} if how == "group_baseline" else {"algorithm": how}
+    trained = fit(tmp_path, replace(SETTINGS, **changed))
     assert problem.kl_to_star(trained.prompter.model) < 0.04
     # The base model is the reference still, and the trained one can be had again from its folder.
     with trained.prompter.model.disable_adapter():
@@ -301,6 +302,7 @@ def test_named_settings():
             {"samples": 1, "algorithm": "rloo"},
             r"^samples 1: rloo compares rewrites of one prompt; give at least 2$",
         ),
+        ({"samples": 1, "group_baseline": True}, r"^group_baseline: .*; give samples of at least 2$"),
         ({"minibatches": 5}, r"^minibatches 5: does not divide"),
         ({"vllm_memory": 0.5}, r"^vllm_memory 0.5: is for vllm colocate; leave it out$"),
         ({"vllm": "colocate", "vllm_memory": 1.5}, r"^vllm_memory 1.5: give a share above 0 and below 1$"),

@@ -230,14 +230,16 @@ def fit(
     exact_rewards: bool,
     resume: bool,
 ) -> tree.TrainedTree:
-    """Train on the enumeration into `folder`, with a progress bar that shows how near ρ* is."""
+    """Train on the enumeration into `folder`; a bar (in a file, lines) shows how near ρ* is."""
     total, title = training.iterations * training.epochs, f"{training.algorithm} steps, seed {training.seed}"
-    with tqdm(total=total, desc=title, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=total, desc=title, unit="step", dynamic_ncols=True, disable=None) as bar:
 
         def show(step: int, _total: int, exact: Mapping[str, float]) -> None:
             said = f"closed {exact['closed']:.1%}, KL(ρ_θ‖ρ*) {exact['kl_to_star']:.3f}"
             bar.set_postfix_str(said, refresh=False)
             bar.update(step - bar.n)
+            if bar.disable and step * 8 % total < 8 * training.epochs:
+                _say(f"{title}: {step} of {total}, {said}")
 
         return tree.train(
             model,
@@ -278,7 +280,9 @@ def _bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
 
         def stage(name: str, total: int) -> Callable[[int], None]:
             last.close()
-            bar = last.enter_context(tqdm(total=total, desc=name, dynamic_ncols=True))
+            bar = last.enter_context(tqdm(total=total, desc=name, dynamic_ncols=True, disable=None))
+            if bar.disable:  # a file, in which no bar belongs
+                _say(name)
 
             def tick(n: int) -> None:
                 bar.total = max(bar.total, bar.n + n)  # repeated candidates are drawn again

@@ -192,8 +192,8 @@ def _from_hub(model: str, files: Sequence[str] = _HUB_FILES) -> Path:
         elif isinstance(error, RepositoryNotFoundError):
             why = "the hub has no such model, or it is private; check the spelling or run `hf auth login`"
         elif isinstance(error, OSError | LocalEntryNotFoundError | OfflineModeIsEnabled):
-            why = "the hub cannot be reached and no copy is cached; "
-            why += f"{packaged}, or a local folder of safetensors"
+            why = "there is no such folder here, the hub cannot be reached, and no copy of such a model is "
+            why += f"cached; {packaged}, or a local folder of safetensors"
         else:
             why = f"the hub failed ({packages.scrub(one_line(error))}); retry, or {packaged}"
         raise AlignProError(f"model {model!r}: {why}") from error

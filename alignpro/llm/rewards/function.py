@@ -12,6 +12,7 @@ import torch
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models import libraries, packages
+from alignpro.llm.rewards import own
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
 from alignpro.llm.rewards.columns import Columns, columns_read_by
 from alignpro.llm.rewards.reward import Array, at_least, batches, check_texts, sample_shown, shown
@@ -132,10 +133,11 @@ class CallableReward:
         try:
             yield
         except Exception as error:
-            where = sample_shown(part[0], prompts[part[0]], responses[part[0]])
+            sample = sample_shown(part[0], prompts[part[0]], responses[part[0]])
             if len(part) > 1:
-                where = f"samples {part[0]} to {part[-1]}, the first being {where}"
+                sample = f"samples {part[0]} to {part[-1]}, the first being {sample}"
             said = packages.scrub(libraries.one_line(error))
             raise AlignProError(
-                f"function {self.name} raised {type(error).__name__} ({shown(said, 200)}) on {where}"
+                f"function {self.name} raised {type(error).__name__} ({shown(said, 200)}){own.where(error)} "
+                f"on {sample}"
             ) from error

@@ -1,6 +1,5 @@
 """From the names of rewards to the reward: rows of `REWARDS`, or the user's own with their bounds."""
 
-import importlib
 import inspect
 import math
 import os
@@ -15,8 +14,7 @@ from transformers import AutoConfig
 from alignpro.errors import AlignProError
 from alignpro.llm.models.catalogue import HUB_ID, check_name, checked_folder
 from alignpro.llm.models.configure import check_dtype
-from alignpro.llm.models.libraries import one_line
-from alignpro.llm.models.packages import scrub
+from alignpro.llm.rewards import own
 from alignpro.llm.rewards.bounds import SYNTAX, Bounds, Declared, parse_bounds
 from alignpro.llm.rewards.bradley_terry import BradleyTerryReward
 from alignpro.llm.rewards.classifier import SequenceReward, choose_output, loading, public_name, saved_facts
@@ -46,13 +44,13 @@ KEY_ENV = "ALIGNPRO_REWARD_KEY"
 
 _NAMES = (
     "a folder of a saved reward, or, with @BOUNDS at the end, a hub id owner/name (with #LABEL before the @ "
-    f"where it has several outputs), module:function or the address of an endpoint; BOUNDS is {SYNTAX}"
+    "where it has several outputs), a Python function as ./FILE.py:NAME or module:NAME, or the address of an "
+    f"endpoint; BOUNDS is {SYNTAX}"
 )
 _BOUNDS = re.compile(r"clip\b|squash\b|[-+.\d]+[^/]*,")
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 _WITH_NUMBER = re.compile(r"([\w-]+):(\d+(?:\.\d+)?)")
 _WEIGHTED = re.compile(r"\s*([^*]*?)\s*\*\s*(.*)", re.DOTALL)
-_IMPORT = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
 
 @dataclass(frozen=True)
@@ -214,8 +212,9 @@ def load_reward(name: str | Sequence[str] = "minilm-bt", **options: Any) -> Rewa
     Args:
         name: a row of `REWARDS`; a folder that `BradleyTerryReward.save` or `train_reward` wrote;
             `FOLDER@BOUNDS` or `owner/name@BOUNDS` of a reward model, with `#LABEL` before the @ where it has
-            several outputs; `module:function@BOUNDS`; `module:object` of a reward made in Python, with its
-            own bounds; `http(s)://…@BOUNDS`, which is sent the key in `ALIGNPRO_REWARD_KEY` if that is set;
+            several outputs; `FILE.py:function@BOUNDS` or `module:function@BOUNDS`; either without bounds, of
+            a reward made in Python, which has its own; `http(s)://…@BOUNDS`, which is sent the key in
+            `ALIGNPRO_REWARD_KEY` if that is set;
             or `judge`, with `settings` (`JudgeRewardSettings`) that say which. Several, with weights or after
             the word `mean`: see `read_plan`.
         options: see `Spec.open`; of one reward alone.
@@ -258,7 +257,7 @@ def read_spec(name: str) -> Spec:
             with loading(target, folder, "sequence classifier"):
                 choose_output(AutoConfig.from_pretrained(folder), label, public_name(folder))
         return Spec("classifier", target, bounds, name, label)
-    if label is None and _IMPORT.fullmatch(target):
+    if label is None and own.names_code(target):
         found = _imported(target)
         if not _is_reward(found):
             return Spec("function", target, parse_bounds(bounds), name)
@@ -311,18 +310,7 @@ def _is_reward(found: Any) -> bool:
 
 
 def _imported(name: str) -> Any:
-    module, _, attributes = name.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-    except Exception as error:
-        raise AlignProError(
-            f"reward {name}: importing {module} failed ({type(error).__name__}: "
-            f"{shown(scrub(one_line(error)), 200)}); put its folder on PYTHONPATH"
-        ) from error
-    for attribute in attributes.split("."):
-        if not hasattr(found, attribute):
-            raise AlignProError(f"reward {name}: {module} has no {attributes}; check the spelling")
-        found = getattr(found, attribute)
+    found = own.imported(name)
     if not callable(found) and not _is_reward(found):
         raise AlignProError(f"reward {name}: it is {type(found).__name__}; name a function or a reward")
     return found

@@ -37,7 +37,7 @@ _LOSS: Arguments = {
 
 def _ppo(common: Arguments, s: TrainSettings) -> PPOConfig:
     names = "kl_estimator target_kl kl_horizon gamma gae_lambda clip_range value_clip_range vf_coef"
-    names += " whiten_rewards whiten_advantages critic_learning_rate allow_moved_optimum"
+    names += " whiten_rewards whiten_advantages group_baseline critic_learning_rate allow_moved_optimum"
     return PPOConfig(**common, **_LOSS, **{name: getattr(s, name) for name in names.split()})
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from alignpro.errors import AlignProError
 from alignpro.llm.models.prompt import said_in
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.rewards.reward import Reward
@@ -27,6 +28,17 @@ class Environment:
     """Determines the samples of π_F."""
     refusals: Refusals = field(default_factory=Refusals)
     """Reward of refused answers, and their count over this object's life and that of its copies."""
+
+    def __post_init__(self) -> None:
+        missing = [name for name in ("score", "describe", "low", "high") if not hasattr(self.reward, name)]
+        if missing:
+            kind = type(self.reward).__name__
+            remedy = (
+                "give it a range, as in CallableReward(reward, '0,1')"
+                if callable(self.reward)
+                else ("give a Reward, such as load_reward(name)")
+            )
+            raise AlignProError(f"reward: {kind} has no {missing[0]}; {remedy}")
 
     def scores(self, prompts: Sequence[str], actions: Sequence[str], draws: Sequence[int]) -> Scores:
         """Mean rewards of actions as rewrites of (or answers to) the prompts, [n], with their parts.

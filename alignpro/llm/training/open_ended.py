@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
+from alignpro.llm.models import packages
 from alignpro.llm.models.adapters import left_as_it_was
 from alignpro.llm.models.chat import Said, chat_of
 from alignpro.llm.models.forward import how_of, unwrap
@@ -176,7 +177,11 @@ class _Rounds(Metrics):
     def add(self, line: Line) -> None:
         super().add(line)
         self.bar.update(1)
-        self.bar.set_postfix_str(f"reward {line.get('score', math.nan):.4f}")
+        said = f"reward {line.get('score', math.nan):.4f}"
+        if self.bar.disable and self.progress:  # a file, in which no bar belongs
+            done = line["step"] // self.settings.steps_per_round
+            packages.note(f"round {done} of {self.settings.iterations}: {said}")
+        self.bar.set_postfix_str(said)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:

@@ -133,6 +133,16 @@ def explained_variance(
     return 1 - variance(returns - values) / variance(returns).clamp(min=1e-12)
 
 
+def leave_one_out(totals: Tensor, group: int) -> Tensor:
+    """The mean of the other values of each one's group, [n]; `group` ≥ 2 values follow each other.
+
+    As a baseline it has no expected gradient: given the prompt, the others are independent of the rewrite x′
+    whose score function it multiplies, and E ∇log ρ_θ(x′|x) = 0 (arXiv 2402.14740).
+    """
+    grouped = totals.view(-1, group)
+    return ((grouped.sum(1, keepdim=True) - grouped) / (group - 1)).flatten()
+
+
 def standard_error(values: Tensor, group: int) -> Tensor:
     """Standard error of the mean of `values` [n] within prompts, the `group` ≥ 2 values of each together."""
     return (values.view(-1, group).var(1).mean() / len(values)).sqrt()
@@ -188,6 +198,7 @@ class PPOConfig(GRPOConfig):
     value_clip_range: float | None = TrainSettings.value_clip_range
     whiten_rewards: bool = TrainSettings.whiten_rewards
     whiten_advantages: bool = TrainSettings.whiten_advantages
+    group_baseline: bool = TrainSettings.group_baseline
     vf_coef: float = TrainSettings.vf_coef
     critic_learning_rate: float = TrainSettings.critic_learning_rate
     critic_width: int = 128
@@ -256,6 +267,10 @@ class PPOTrainer(OwnLoss):
             raise AlignProError(f"reward of {prompts[bad]!r} is {scores[bad].item()}; rewards must be finite")
         lam = self.kl.value
         rewards = shaped_rewards(scores, old, reference, mask, lam, args.kl_estimator)
+        if args.group_baseline and self.group() > 1:
+            others = leave_one_out(self.accelerator.gather(rewards.sum(1)), self.group())
+            centred = scores - self.mine(others)
+            rewards = shaped_rewards(centred, old, reference, mask, lam, args.kl_estimator)
         if args.whiten_rewards:
             mean = self.mean(rewards, mask)
             rewards = rewards / self.mean((rewards - mean).square(), mask).sqrt().clamp(min=1e-8)

@@ -148,6 +148,9 @@ class TrainSettings(PolicySettings):
     """PPO: weight of the value loss."""
     whiten_advantages: bool = False
     """PPO: divide a round's advantages by their spread."""
+    group_baseline: bool = False
+    """PPO: count what a rewrite earns from the mean of its prompt's other rewrites of the round. That takes
+    out how hard the prompt is, where the critic has not learned it, and leaves the optimum where it is."""
     temperature: float = 1.0
     """Temperature at which the prompter is sampled while it is trained. Other than 1 moves the optimum: λ
     becomes about λ/temperature."""
@@ -210,6 +213,8 @@ class TrainSettings(PolicySettings):
             raise AlignProError(
                 f"{name} {getattr(self, name)}: does not divide {self.prompts} prompts x {self.samples}"
             )
+        if self.group_baseline and self.samples < 2:
+            raise AlignProError("group_baseline: compares rewrites of one prompt; give samples of at least 2")
         if self.samples * self.prompts < 2:
             raise AlignProError(
                 "prompts x samples = 1: one rewrite tells nothing of another; give at least 2"

@@ -95,6 +95,11 @@ class Rollouts(WholeCheckpoints):
         start = self.accelerator.process_index * count
         return [(start + i) % self.group() for i in range(count)]
 
+    def mine(self, values: Tensor) -> Tensor:
+        """This process's part of one value for each rewrite of all processes."""
+        count = len(values) // self.accelerator.num_processes
+        return values[self.accelerator.process_index * count :][:count]
+
     def draw_by_vllm(self, prompt_ids: Rows) -> Rows:
         """Continuations drawn by vLLM with the policy's present weights."""
         step = self.state.global_step
@@ -224,9 +229,7 @@ class OwnLoss(GRPORollouts):
         if batch.get("old_per_token_logps") is None:  # left out where the first loss would compute the same
             with torch.no_grad():
                 batch["old_per_token_logps"] = self.token_scores(self.model, batch)[0]
-        count = len(batch["completion_mask"])
-        mine = slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
-        scores = (self._raw_rewards * self.reward_weights.to(self._raw_rewards.device)).sum(1)[mine]
+        scores = self.mine((self._raw_rewards * self.reward_weights.to(self._raw_rewards.device)).sum(1))
         return self.appraised(batch, scores, [row["prompt"] for row in inputs])
 
     def token_scores(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -189,7 +189,7 @@ def certify_many(
     quiet: bool = False,
 ) -> list[Certificate]:
     """`certify` for each case, in order, with a progress bar on stderr unless `quiet`."""
-    bar = tqdm(list(cases), unit="certificate", disable=quiet, leave=False)
+    bar = tqdm(list(cases), unit="certificate", disable=quiet or None, leave=False)
     return [certify(*case, precision=precision, max_precision=max_precision) for case in bar]
 
 

@@ -199,7 +199,7 @@ def hunt(wanted: Target, budget: Budget = Budget(), quiet: bool = False) -> Hunt
     Ctrl-C ends the search and keeps what it has found.
     """
     seconds = None if budget.seconds is None else budget.seconds / 2
-    with tqdm(total=budget.steps + budget.tries, disable=quiet, file=sys.stderr, leave=False) as bar:
+    with tqdm(total=budget.steps + budget.tries, disable=quiet or None, file=sys.stderr, leave=False) as bar:
         bar.set_description(f"{wanted.name}: ascent")
 
         def climbed(done: int, best: float) -> None:

@@ -311,11 +311,13 @@ def verify(
     shares[: instances % len(families)] += 1
     chunk = min(_CHUNK, -(-int(shares[0]) // len(_SHAPES)))  # even a short run meets every shape
     # A bar of its own: compiling is most of a short run, and what starts should say so.
-    for shape in tqdm(_SHAPES, "compiling", unit="shape", disable=quiet, file=sys.stderr, leave=False):
+    for shape in tqdm(
+        _SHAPES, "compiling", unit="shape", disable=quiet or None, file=sys.stderr, leave=False
+    ):
         batch = FAMILIES[families[0]](np.random.default_rng(seed), chunk, shape)
         _evaluate(names, batch, np.ones(chunk), np.ones(chunk), np.asarray(batch.prior))
     result.compile_seconds = time.perf_counter() - began
-    with tqdm(total=instances, unit="instance", disable=quiet, file=sys.stderr, leave=False) as bar:
+    with tqdm(total=instances, unit="instance", disable=quiet or None, file=sys.stderr, leave=False) as bar:
         for family, share in zip(families, shares, strict=True):
             start = time.perf_counter()
             # Keyed by the family's name: its instances do not depend on which others are asked for.
