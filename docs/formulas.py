@@ -13,6 +13,7 @@ from sphinx.search.en import SearchEnglish
 
 TAG = re.compile(r"\\tag\{(\d+)\}")
 _BREAKS = set("=≤≥∝∼→≪⇒+−-")  # before these a line may end, and after a comma
+_BRACKETS = ("(", ")", "[", "]", "{", "}", "⟨", "⟩")
 _OPERANDS = ("mi", "mn", "msub", "msup", "msubsup", "mfrac", "msqrt", "mover", "mtext")
 
 
@@ -35,16 +36,19 @@ def mathml(tex: str, block: bool) -> list[str]:
 
 
 def _pieces(root: ElementTree.Element) -> list[ElementTree.Element]:
-    """Parts of a formula that are formulas: no browser breaks one itself."""
+    """Parts of a formula that are formulas, as no browser breaks one; within brackets only where it is long."""
     pieces, depth = [ElementTree.Element("math")], 0
     for child in root:
         sign = child.text if child.tag == "mo" else ""
-        if depth == 0 and sign in _BREAKS and len("".join(pieces[-1].itertext())) > 6:
+        long = len("".join(pieces[-1].itertext())) > (6 if depth == 0 else 16)
+        if sign in _BREAKS and long:
             pieces.append(ElementTree.Element("math"))
             child.set("form", "infix")  # the first of a piece would be taken for a sign
-        depth += (sign in ("(", "[", "{")) - (sign in (")", "]", "}"))
+        if sign in _BRACKETS:
+            depth += 1 if _BRACKETS.index(sign) % 2 == 0 else -1
+            child.set("stretchy", "false")  # its fellow may be in another piece
         pieces[-1].append(child)
-        if depth == 0 and sign == ",":
+        if sign == "," and (depth == 0 or long):
             pieces.append(ElementTree.Element("math"))
     return [piece for piece in pieces if len(piece)]
 

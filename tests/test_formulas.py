@@ -89,10 +89,12 @@ def test_lines_break_inside_a_formula(formulas):
         )
         assert [read([piece]) for piece in pieces] == ["F(ρ)=𝔼ρR", "−λKL(ρθ−1‖q),", "b"]
         assert '<mo form="infix">−' in pieces[1]
+        within = module.mathml(r"f(\alpha + \beta + \gamma + \delta + \log(1 - \alpha) - \log(2 + \beta))", False)
+        assert max(len(read([piece])) for piece in within) < 24  # a long one breaks within brackets, too
 
     check(formulas)
     kills(check, mutated(formulas, 'child.set("form", "infix")', "pass"))
-    kills(check, mutated(formulas, "if depth == 0 and sign in _BREAKS", "if sign in _BREAKS"))
+    kills(check, mutated(formulas, "(6 if depth == 0 else 16)", "6"))
 
 
 def test_greek_is_found_by_name(formulas):
