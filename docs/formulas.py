@@ -36,7 +36,7 @@ def mathml(tex: str, block: bool) -> list[str]:
 
 
 def _pieces(root: ElementTree.Element) -> list[ElementTree.Element]:
-    """Parts of a formula that are formulas, as no browser breaks one; within brackets only where it is long."""
+    """Parts of a formula that are formulas, as no browser breaks one; within brackets where it is long."""
     pieces, depth = [ElementTree.Element("math")], 0
     for child in root:
         sign = child.text if child.tag == "mo" else ""

@@ -89,7 +89,8 @@ def test_lines_break_inside_a_formula(formulas):
         )
         assert [read([piece]) for piece in pieces] == ["F(ρ)=𝔼ρR", "−λKL(ρθ−1‖q),", "b"]
         assert '<mo form="infix">−' in pieces[1]
-        within = module.mathml(r"f(\alpha + \beta + \gamma + \delta + \log(1 - \alpha) - \log(2 + \beta))", False)
+        tex = r"f(\alpha + \beta + \gamma + \delta + \log(1 - \alpha) - \log(2 + \beta))"
+        within = module.mathml(tex, False)
         assert max(len(read([piece])) for piece in within) < 24  # a long one breaks within brackets, too
 
     check(formulas)

@@ -22,9 +22,8 @@ EPS = 2.0**-52
 class Solution(NamedTuple):
     """Everything the statements are made of, in reward units unless said otherwise.
 
-    Per prompt [X]; `average` takes the mean over P. "ρ" is the prompter asked about: ρ* unless `solution`
-    was given one. Rewards enter the differences (gap, Δ1, Δ2, …) measured from each prompt's best reachable
-    response, so a large common offset costs no accuracy.
+    Per prompt [X]; `average` takes the mean over P. "ρ" is the prompter asked about: ρ*, or that of
+    `solution`. Rewards enter differences (gap, Δ1, …) measured from each prompt's best, so an offset costs nothing.
     """
 
     p: Float[Array, " X"]
@@ -157,7 +156,9 @@ class Solution(NamedTuple):
     """Bound on the rounding of `tv_induced` and of `tv_prompter` (probability)."""
     eps: Float[Array, ""] | float = EPS
     """The unit of rounding of these numbers, 2⁻⁵² or 2⁻²³."""
-    __repr__ = brief
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def average(self, per_prompt: Any) -> Any:
         """The mean over P; a prompt of probability 0 does not count, whatever its value."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from alignpro.llm.models.adapters import left_as_it_was
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.policies.tree import TreeScores, TreeTask, tree_scores, tree_states
 from alignpro.llm.training.algorithms import configured, trainer_on
