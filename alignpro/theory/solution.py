@@ -23,7 +23,7 @@ class Solution(NamedTuple):
     """Everything the statements are made of, in reward units unless said otherwise.
 
     Per prompt [X]; `average` takes the mean over P. "ρ" is the prompter asked about: ρ*, or that of
-    `solution`. Rewards enter differences (gap, Δ1, …) measured from each prompt's best, so an offset costs nothing.
+    `solution`. Rewards enter differences (gap, Δ1, …) from each prompt's best, so an offset costs nothing.
     """
 
     p: Float[Array, " X"]
