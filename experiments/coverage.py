@@ -23,6 +23,7 @@ import platform
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from populations import Gains, Problem, draw, gains, problems
@@ -37,7 +38,7 @@ from alignpro.estimation.simulate import Size, simulate
 from alignpro.estimation.statements import span
 from alignpro.estimation.terms import Terms
 from alignpro.estimation.winrate import rate
-from alignpro.files import write_json
+from alignpro.files import write_json, write_text
 from alignpro.theory import FAMILIES, Instance, load, solution
 
 PROMPTS = 60
@@ -277,7 +278,16 @@ def _all_hard(options: argparse.Namespace) -> None:
                 was = before.get(key)
                 print(f"| {key} | {' | '.join(_beside(was, row, column) for column in row)} |", flush=True)
     if options.publish:
-        write_json(options.publish, {"level": 0.95, "machine": machine(), "results": everything})
+        lines = ",\n".join(json.dumps(_short(known)) for known in everything)  # a line for each
+        head = json.dumps({"level": 0.95, "machine": machine()})
+        write_text(options.publish, f'{head[:-1]}, "results": [\n{lines}\n]}}\n')
+
+
+def _short(value: Any) -> Any:
+    """Numbers of four digits."""
+    if isinstance(value, dict):
+        return {key: _short(each) for key, each in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _beside(was: dict[str, float | None] | None, row: dict[str, float | None], column: str) -> str:
