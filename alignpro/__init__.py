@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Loaded on first use, so that `alignpro --version` need not wait for JAX.
+# Loaded on first use, so that `alignpro --version` need not wait for JAX, nor JAX for torch.
 _HOME = {
     "AlignProError": "alignpro.errors",
     "BOUNDS": "alignpro.theory",
@@ -18,6 +18,7 @@ _HOME = {
     "load": "alignpro.theory",
     "solution": "alignpro.theory",
     "tilt": "alignpro.theory",
+    "train": "alignpro.llm",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

@@ -1,6 +1,7 @@
 """The site: `make docs`. Its source folder is the repository, so that links work as on GitHub."""
 
 import re
+import sys
 from pathlib import Path
 
 from sphinx import addnodes
@@ -8,10 +9,15 @@ from sphinx.ext import napoleon
 
 import alignpro
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 project = "alignpro"
 author = "the alignpro authors"
 version = release = alignpro.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "formulas"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_dmath_allow_labels = False
+html_math_renderer = "mathml"
 root_doc = "docs/index"
 include_patterns = [
     *("docs/**", "experiments/*.md", "experiments/results/**/*.md", "README.md", "CHANGELOG.md"),

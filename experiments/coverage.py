@@ -2,7 +2,7 @@
 
     python experiments/coverage.py [--repetitions 500] [--seed 0] [--instance FILE.npz ...] [--out FILE.json]
     python experiments/coverage.py --hard [NAME ...] --out FOLDER [--prompts 5 8 12 20 40 60] \
-        [--beside FOLDER] [--publish FILE.json]
+        [--guaranteed] [--beside FOLDER] [--publish FILE.json]
 
 The first: enumerated instances of ordinary rewards. Each repetition draws 60 prompts with rollouts anew.
 `--instance` adds saved instances, such as the one that `alignpro demo` keeps of SmolLM2-135M-Instruct. Prints
@@ -23,6 +23,7 @@ import platform
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from populations import Gains, Problem, draw, gains, problems
@@ -37,7 +38,7 @@ from alignpro.estimation.simulate import Size, simulate
 from alignpro.estimation.statements import span
 from alignpro.estimation.terms import Terms
 from alignpro.estimation.winrate import rate
-from alignpro.files import write_json
+from alignpro.files import write_json, write_text
 from alignpro.theory import FAMILIES, Instance, load, solution
 
 PROMPTS = 60
@@ -185,9 +186,15 @@ def _joint(rows, truth, info) -> dict:
 Found = dict[str, Estimate | None]
 
 
-def _of_gains(case: Gains, prompts: int, rng: np.random.Generator) -> tuple[Found, dict[str, float]]:
+def _of_gains(
+    case: Gains, prompts: int, rng: np.random.Generator, guaranteed: bool
+) -> tuple[Found, dict[str, float]]:
     """The held-out gain of `instruct`, both means, and a judge's win rate of like chances."""
     ours = case.draw(rng, (prompts, 1))
+    if guaranteed:
+        ends = limits(ours.T, np.zeros(1), np.ones(1), 0.95, sure=True)
+        one = Estimate(*(float(end[0]) for end in ends[:3]), 0.95, prompts, prompts, "betting", "none")
+        return {"mean": one}, {"mean": case.mean}
     base = np.clip(0.5 + 0.1 * rng.standard_normal((prompts, 1)), 0.0, 1.0)
     gain = gain_over(ours, base, 0.0, 1.0)
     won = (rng.random(prompts) < case.mean).astype(float)
@@ -195,14 +202,18 @@ def _of_gains(case: Gains, prompts: int, rng: np.random.Generator) -> tuple[Foun
     return found, {"mean": case.mean, "gain": case.mean - 0.5, "judge": case.mean}
 
 
-def _of_rollouts(case: Problem, prompts: int, rng: np.random.Generator) -> tuple[Found, dict[str, float]]:
+def _of_rollouts(
+    case: Problem, prompts: int, rng: np.random.Generator, guaranteed: bool
+) -> tuple[Found, dict[str, float]]:
     rollouts, true = draw(case, prompts, rng), truth_of(case)
-    report = estimate(rollouts, case.beta, case.lam)
+    report = estimate(rollouts, case.beta, case.lam, interval="guaranteed" if guaranteed else "bootstrap")
     compared = compare(rollouts, ["none", "trained"])
     both = compared.against["trained"]
     found: Found = {name: e for name, e in report.quantities.items() if name in true}
     found |= {f"gap {arm}": e for arm, e in report.gaps.items() if f"gap {arm}" in true}
     found |= {f"slack {b.name}": b.slack for b in report.bounds if f"slack {b.name}" in true}
+    if guaranteed:
+        return {name: e for name, e in found.items() if e is None or e.guaranteed}, true
     found |= {"difference": both.mean, "win rate": both.win_rate}
     found |= {"variance trained": compared.variance["trained"], "difference of variances": both.variance}
     try:
@@ -219,14 +230,14 @@ def _of_rollouts(case: Problem, prompts: int, rng: np.random.Generator) -> tuple
 
 
 def hard(
-    case: Gains | Problem, prompts: int, repetitions: int, seed: int
+    case: Gains | Problem, prompts: int, repetitions: int, seed: int, guaranteed: bool = False
 ) -> dict[str, dict[str, float | None]]:
     """How often each interval covers, how wide it is, and how often it has no width or is not given."""
     rows: dict[str, list[tuple[float, float]]] = {}
     for i in range(repetitions):
         rng = np.random.default_rng([seed, prompts, i])
         of = _of_gains if isinstance(case, Gains) else _of_rollouts
-        found, true = of(case, prompts, rng)  # type: ignore[arg-type]
+        found, true = of(case, prompts, rng, guaranteed)  # type: ignore[arg-type]
         for name, e in found.items():
             given = e is not None and max(abs(e.lo), abs(e.hi)) < 1e300
             inside = e is None or e.lo - 1e-9 <= true[name] <= e.hi + 1e-9
@@ -254,7 +265,7 @@ def _all_hard(options: argparse.Namespace) -> None:
             path = folder / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}-{prompts}.json"
             known = json.loads(path.read_text()) if path.exists() else {}
             if known.get("repetitions") != options.repetitions:
-                rows = hard(cases[name], prompts, options.repetitions, options.seed)
+                rows = hard(cases[name], prompts, options.repetitions, options.seed, options.guaranteed)
                 known = {"population": name, "prompts": prompts, "repetitions": options.repetitions}
                 known |= {"seed": options.seed, "date": datetime.date.today().isoformat(), "rows": rows}
                 write_json(path, known)
@@ -267,7 +278,16 @@ def _all_hard(options: argparse.Namespace) -> None:
                 was = before.get(key)
                 print(f"| {key} | {' | '.join(_beside(was, row, column) for column in row)} |", flush=True)
     if options.publish:
-        write_json(options.publish, {"level": 0.95, "machine": machine(), "results": everything})
+        lines = ",\n".join(json.dumps(_short(known)) for known in everything)  # a line for each
+        head = json.dumps({"level": 0.95, "machine": machine()})
+        write_text(options.publish, f'{head[:-1]}, "results": [\n{lines}\n]}}\n')
+
+
+def _short(value: Any) -> Any:
+    """Numbers of four digits."""
+    if isinstance(value, dict):
+        return {key: _short(each) for key, each in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _beside(was: dict[str, float | None] | None, row: dict[str, float | None], column: str) -> str:
@@ -299,6 +319,7 @@ def main() -> None:
     parser.add_argument("--hard", nargs="*", help="populations of populations.py; all of them without names")
     parser.add_argument("--prompts", nargs="*", type=int, default=[5, 8, 12, 20, 40, 60])
     parser.add_argument("--beside", default="", help="a folder with results of --hard")
+    parser.add_argument("--guaranteed", action="store_true", help="of --hard, as with estimate --guaranteed")
     parser.add_argument("--publish", default="", help="file for all results of --hard")
     options = parser.parse_args()
     if options.hard is not None:

@@ -55,3 +55,22 @@ def _small_heap():
     takes half of a short run's time once torch, JAX and the modules tested before are there."""
     gc.collect()
     gc.freeze()
+
+
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A real browser, where there is one."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    if not Path(CHROMIUM).exists():
+        pytest.skip("needs a browser: apt install chromium")
+    arguments = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync"
+    )
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments.split())
+        yield browser
+        browser.close()

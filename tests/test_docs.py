@@ -4,6 +4,7 @@ somewhere, and the site builds without a warning."""
 import contextlib
 import importlib.util
 import io
+import json
 import re
 import runpy
 import shlex
@@ -215,6 +216,41 @@ def test_the_site(site):
     for start in ("index.html", "docs/start.html", "docs/api/theory.html", "experiments/LOG.html"):
         assert (site / start).is_file()
     assert "alignpro.theory.bounds.check" in (site / "docs/api/theory.html").read_text()
+
+
+WIDER = """() => [...document.querySelectorAll("article *")].filter(e => {
+    const scrolls = e.parentElement.closest("div.math, div.table-wrapper, pre, table");
+    return !scrolls && e.getBoundingClientRect().right > document.documentElement.clientWidth + 1;
+}).map(e => `${e.tagName} ${e.textContent.slice(0, 60)}`)"""
+"""What is wider than the page and in no box of its own that scrolls."""
+
+
+def test_formulas_fit_a_phone(site, chromium):
+    """Nothing makes the page itself scroll sideways, and a formula's box is no wider than the page."""
+    page = chromium.new_page(viewport={"width": 390, "height": 844})
+    for name in ("theory", "limits", "glossary"):
+        page.goto((site / f"docs/{name}.html").as_uri())
+        assert page.evaluate(WIDER) == []
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.goto((site / "docs/theory.html").as_uri())
+    boxes = "[...document.querySelectorAll('div.math')].map(e => e.getBoundingClientRect().right)"
+    assert 300 < max(page.evaluate(boxes)) <= 390
+    assert page.evaluate("document.fonts.check('1em \"STIX Two Math\"')")
+    page.add_style_tag(content="div.math {width: max-content} .math, wbr {white-space: nowrap}")  # a mutant
+    assert max(page.evaluate(boxes)) > 390
+    assert page.evaluate(WIDER)
+    page.close()
+
+
+def test_search_finds_greek_by_name(site):
+    """The search of the site looks words up in this index, by their stems."""
+    index = (site / "searchindex.js").read_text()
+    found = json.loads(index.removeprefix("Search.setIndex(").removesuffix(")"))
+    theory = found["docnames"].index("docs/theory")
+    for word in ("lambda", "rho", "beta", "pi", "λ"):
+        pages = found["terms"][word]
+        assert theory in (pages if isinstance(pages, list) else [pages]), word
+    assert "mathrm" not in found["terms"]
 
 
 def test_broken_links_are_noticed(tmp_path):

@@ -30,7 +30,7 @@ def _rates(result: "WinRates") -> "dict[str, Estimate | None]":
 
 
 def _contradictions(result: "WinRates") -> str:
-    """What a judge that goes by position is worth, in a sentence; none of another."""
+    """Say in a sentence that the judge goes by position, where it does."""
     if not result.contradictory or result.agreement is None:
         return ""
     return (

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,27 +29,36 @@ def _assumptions(bound: "BoundReport") -> str:
     return "; ".join(said) or "nothing"
 
 
-def text(result: "Solutions") -> str:
-    def show(value: float) -> str:
-        return number(value, ".6g")
+def _show(value: float) -> str:
+    return number(value, ".6g")
 
-    blocks = []
+
+def _bounds(bounds: "Sequence[BoundReport]") -> list[str]:
+    rows = [("bound on the gap", "", "rhs", "slack", "verdict", "rests on", "terms")]
+    for bound in bounds:
+        terms = ", ".join(f"{key} {_show(value)}" for key, value in bound.terms.items())
+        sides = (bound.relation, _show(bound.rhs), _show(bound.slack))
+        rows.append((bound.name, *sides, _verdict(bound), _assumptions(bound), terms))
+    vacuous = "  vacuous: at or beyond plus or minus the reward span, so true of any policies"
+    return [columns(rows), *[vacuous] * any(bound.vacuous for bound in bounds)]
+
+
+def text_of_bound(bound: "BoundReport") -> str:
+    """A claim on one instance, with its left side: the gap."""
+    return "\n".join([f"gap {_show(bound.gap)}", *_bounds([bound])])
+
+
+def text(result: "Solutions") -> str:
+    show, blocks = _show, []
     for one in result.files:
-        rows = [("bound on the gap", "", "rhs", "slack", "verdict", "rests on", "terms")]
-        for name, bound in one.bounds.items():
-            terms = ", ".join(f"{key} {show(value)}" for key, value in bound.terms.items())
-            sides = (bound.relation, show(bound.rhs), show(bound.slack))
-            rows.append((name, *sides, _verdict(bound), _assumptions(bound), terms))
         lines = [
             f"{one.file}  (beta {one.beta:g}, lam {one.lam:g})",
             f"  J(pi*) {show(one.j_star)}   J(pi_rho*) {show(one.j_rho)}   "
             f"gap {show(one.gap)}   exact identity {show(one.exact_gap)}",
             f"  Delta1 {show(one.delta1)}   Delta2 {show(one.delta2)}   "
             f"r_max {show(one.r_max)} ({one.r_max_convention})",
-            columns(rows),
+            *_bounds(list(one.bounds.values())),
         ]
-        if any(bound.vacuous for bound in one.bounds.values()):
-            lines.append("  vacuous: at or beyond plus or minus the reward span, so true of any policies")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 

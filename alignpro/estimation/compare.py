@@ -13,6 +13,7 @@ from alignpro.estimation.paired import Arm, Term, by_arm, estimates
 from alignpro.estimation.samples import win_rate
 from alignpro.estimation.terms import Terms
 from alignpro.rollouts import Rollouts
+from alignpro.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Against:
         return "earns more than" if lo > 0 else "earns less than" if hi < 0 else "cannot be told from"
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Shown):
     """Arms beside a baseline, the first arm named."""
 
     level: float

@@ -28,7 +28,7 @@ class Components:
 
 @dataclass(frozen=True)
 class PooledAt:
-    """Optimal objectives F = J − λ KL less E_ρsft R at one λ, in reward units, were effects normal."""
+    """Optimal objectives F = J − λ KL less E_ρ_sft R at one λ, in reward units, were effects normal."""
 
     lam: float
     one: Estimate

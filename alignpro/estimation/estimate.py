@@ -13,6 +13,7 @@ from alignpro.estimation.paired import Absent, Interval, Term, by_arm, estimates
 from alignpro.estimation.statements import CLAIMS, Statement, theorem1
 from alignpro.estimation.terms import Terms
 from alignpro.rollouts import Rollouts
+from alignpro.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class Split:
     """Half the width of the gap's interval, in reward units."""
 
 
-@dataclass(frozen=True)
-class EstimateReport:
+@dataclass(frozen=True, repr=False)
+class EstimateReport(Shown):
     """Everything that rollouts say about the theory, at β and λ."""
 
     beta: float

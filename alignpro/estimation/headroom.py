@@ -13,6 +13,7 @@ from alignpro.estimation.paired import Absent, Term, estimates
 from alignpro.estimation.pooled import Pooled, pooled
 from alignpro.estimation.terms import Terms
 from alignpro.rollouts import Rollouts
+from alignpro.shown import Shown
 
 POOLED = 0.9
 """Share of the answer's error that the pooled estimate may take, where strategies are shared."""
@@ -26,15 +27,15 @@ class HeadroomAt:
 
     lam: float
     over_reference: Estimate
-    """E_ρ* R − E_ρsft R = Cov_ρsft(R, e^{R/λ})/E_ρsft e^{R/λ}: what training can add to ρ_sft."""
+    """E_ρ* R − E_ρ_sft R = Cov_ρ_sft(R, e^{R/λ})/E_ρ_sft e^{R/λ}: what training can add to ρ_sft."""
     net: Estimate
-    """λ log Z − E_ρsft R: the gain over ρ_sft, less λ KL(ρ*‖ρ_sft)."""
+    """λ log Z − E_ρ_sft R: the gain over ρ_sft, less λ KL(ρ*‖ρ_sft)."""
     over_none: Estimate | None
     """E_ρ* R − J(no prompter); None without arm none."""
 
 
-@dataclass(frozen=True)
-class Headroom:
+@dataclass(frozen=True, repr=False)
+class Headroom(Shown):
     """The gain that could be had from prompt optimization, and whether to try."""
 
     level: float
@@ -48,7 +49,7 @@ class Headroom:
     """Var E(r|x′), mean over prompts: the variation that rewriting acts on. Reward units squared."""
     at: tuple[HeadroomAt, ...]
     best_of: Mapping[int, Estimate]
-    """E R(best of n rewrites) − E_ρsft R, chosen by all answers but one: no training, n times the cost."""
+    """E R(best of n rewrites) − E_ρ_sft R, chosen by all answers but one: no training, n times the cost."""
     ceiling: Estimate | None
     """E R(best of all rewrites drawn) − J(no prompter); None without arm none."""
     pooled: Pooled | None

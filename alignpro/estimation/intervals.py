@@ -11,6 +11,7 @@ import numpy as np
 
 from alignpro.claims import Verdict
 from alignpro.errors import AlignProError
+from alignpro.shown import Shown
 
 Bias = Literal["none", "up", "down", "unknown"]
 
@@ -22,8 +23,8 @@ _BLOCK = 2**22  # numbers at once
 _CUT = 0.75  # of the largest bet that cannot lose all; with 0.5 few prompts without a spread say a third less
 
 
-@dataclass(frozen=True)
-class Estimate:
+@dataclass(frozen=True, repr=False)
+class Estimate(Shown):
     """A number and how far to trust it."""
 
     value: float

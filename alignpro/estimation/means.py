@@ -113,7 +113,7 @@ def limits(
         reach = most - least
         free = ~np.isfinite(b - a)
         a, b = np.where(free, least - reach, a), np.where(free, most + reach, b)
-        empty = free & (reach == 0)
+        empty = free & (found.error[bet] == 0)  # alike, up to rounding
         width = np.where(empty, 1.0, b - a)
         unit = np.clip((x - a[:, None]) / width[:, None], 0.0, 1.0)
         below, above = betting(unit, 0.0, 1.0, 1.0 - error)

@@ -1,6 +1,6 @@
 """Rollouts of an arm as per-prompt values, whose sums and differences stay paired, and their intervals."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -262,6 +262,9 @@ def estimates(
         return {}
     sure = interval == "guaranteed"
     hidden = {key: _one_in_doubt(both, level) for key, both in (sides or {}).items()}
+    # Values may reach further than what they estimate, near whose ends the normal law fails.
+    wider = {key: t for key, t in terms.items() if not t.weak and t.reach not in (None, (t.low, t.high))}
+    hidden |= {key: True for key, term in wider.items() if _in_doubt((term,), level)[0]}
     rows = [(row, *reach, key, term) for key, term in terms.items() for row, reach in term.rows]
     found = limits(
         np.stack([row for row, *_ in rows]),
@@ -298,12 +301,16 @@ def estimates(
     return out
 
 
+def _in_doubt(terms: Sequence[Term], level: float) -> list[bool]:
+    """Whether percentile-t cannot be trusted with each of some terms, in their range; none is weak."""
+    low, high = np.array([(term.low, term.high) for term in terms]).T
+    return in_doubt(np.stack([term.values for term in terms]), low, high, level).tolist()
+
+
 def _one_in_doubt(sides: tuple[Term, Term], level: float) -> bool:
-    """Whether percentile-t can be trusted with one of two terms and not with the other; neither is weak."""
-    values, reaches = zip(*(side.rows[0] for side in sides), strict=True)
-    low, high = np.array(reaches).T
-    one, other = in_doubt(np.stack(values), low, high, level)
-    return bool(one != other)
+    """Whether percentile-t can be trusted with one of two terms and not with the other."""
+    one, other = _in_doubt(sides, level)
+    return one != other
 
 
 def _how(term: Term, found: Limits, first: int, last: int, joint: bool) -> str:

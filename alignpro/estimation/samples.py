@@ -84,7 +84,7 @@ class PrompterTilt(NamedTuple):
     lower: np.ndarray
     """Biased down for λ log Z (so for E_ρ* R too), whatever the noise and however few the draws."""
     gain: np.ndarray
-    """`lower` less the mean of the answers that it values: biased down for λ log Z − E_ρsft R."""
+    """`lower` less the mean of the answers that it values: biased down for λ log Z − E_ρ_sft R."""
     ess: np.ndarray
     """Effective number of draws behind `mean`, from 1 to K."""
     noise: np.ndarray

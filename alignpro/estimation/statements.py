@@ -49,9 +49,9 @@ def span(terms: Terms) -> Statement:
 
 
 def tight(terms: Terms) -> Statement:
-    """The span form with λ Jeff(ρ*,ρ_sft) = E_ρ* R − E_ρsft R in λ KL's place (cf. arXiv 2605.07105).
+    """The span form with λ Jeff(ρ*,ρ_sft) = E_ρ* R − E_ρ_sft R in λ KL's place (cf. arXiv 2605.07105).
 
-    J(π_ρ*) cancels from the slack: it is that of width·(TV1 + TV2) + E_ρsft R − E_π* r*, without λ.
+    J(π_ρ*) cancels from the slack: it is that of width·(TV1 + TV2) + E_ρ_sft R − E_π* r*, without λ.
     """
     jeffreys = terms.j_star() - terms.j("sft")
     statement = _three(terms, terms.width, {"prompter_jeffreys": -jeffreys}, terms.j_star())
@@ -59,7 +59,7 @@ def tight(terms: Terms) -> Statement:
 
 
 def rewards_only(terms: Terms) -> Statement:
-    """The span form with R(x,x) − E_ρsft R in width·TV2's place: sharper, and needs no log-probabilities.
+    """The span form with R(x,x) − E_ρ_sft R in width·TV2's place: sharper, and needs no log-probabilities.
 
     Proof: Theorem 1's own, which bounds that difference by width·TV2 only in its last step.
     """
@@ -73,11 +73,11 @@ def rewards_only(terms: Terms) -> Statement:
 
 
 def law(terms: Terms) -> Statement:
-    """gap(ρ*) ≤ Δ1 + W1(laws of r under π_F(·|x), under π_ρsft(·|x)) − λ Jeff(ρ*,ρ_sft): of rewards alone.
+    """gap(ρ*) ≤ Δ1 + W1(laws of r under π_F(·|x), under π_ρ_sft(·|x)) − λ Jeff(ρ*,ρ_sft): of rewards alone.
 
-    Proof: that of `alignpro.theory`'s `law`. Its slack is W1 − (R(x,x) − E_ρsft R), without weights; as W1 is
-    estimated from above, and never below that difference, it says how large the bound is and is no test of
-    it.
+    Proof: that of `alignpro.theory`'s `law`. Its slack is W1 − (R(x,x) − E_ρ_sft R), without weights; as W1
+    is estimated from above, and never below that difference, it says how large the bound is and is no test
+    of it.
     """
     return Statement(
         terms.j_pi() - terms.j_star(),
@@ -114,7 +114,7 @@ def trained(terms: Terms, arm: str) -> Statement:
 
 
 def trained_rewards_only(terms: Terms, arm: str) -> Statement:
-    """`trained` with R(x,x) − E_ρsft R in width·TV2's place, as in `rewards_only`."""
+    """`trained` with R(x,x) − E_ρ_sft R in width·TV2's place, as in `rewards_only`."""
     return _of_any(terms, arm, {"reward_shift": terms.j("none") - terms.j("sft")}, None)
 
 

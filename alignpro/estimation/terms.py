@@ -190,7 +190,7 @@ class Terms:
     def tv_model(self) -> Term:
         """TV(π*, π_F), the total variation between the RLHF optimum and the frozen model.
 
-        Where weights are degenerate: at least (E_π* r − E_πF r)/width, at most tanh(width/(4β)).
+        Where weights are degenerate: at least (E_π* r − E_π_F r)/width, at most tanh(width/(4β)).
         """
         values, plain, weights = self._model
         least = Side((plain.mean - self.j("none").values) / self.width, -1.0, 1.0)
@@ -209,7 +209,7 @@ class Terms:
         return weights.term(values[0], self.low, self.high, self._side(plain.value), upper, _BY_BETA)
 
     def model_slack(self, width: float) -> Term:
-        """Slack of Theorem 1's first term: width·TV(π*, π_F) − (E_π* r − E_πF r) ≥ 0."""
+        """Slack of Theorem 1's first term: width·TV(π*, π_F) − (E_π* r − E_π_F r) ≥ 0."""
         values, _, weights = self._model
         slack = width * values[2] - (values[1] - self.j("none").values)
         return weights.term(slack, -self.width, width, 0.0, width, _BY_BETA)
@@ -334,13 +334,13 @@ class Terms:
         return weights.term(star.mean - star.value, 0.0, self.width, 0.0, upper, COMBINED)
 
     def prompter_slack(self) -> Term:
-        """Slack of Theorem 1's last step: F(ρ*) − E_ρsft R ≥ 0, with F(ρ*) of arm star where there is one."""
+        """Slack of Theorem 1's last step: F(ρ*) − E_ρ_sft R ≥ 0, F(ρ*) of arm star where there is one."""
         if "star" in self.rollouts.arms:
             return self.j("star") - self.star_kl() - self.j("sft")
         return self.tilt_slack()
 
     def tilt_slack(self) -> Term:
-        """λ log Z − E_ρsft R ≥ 0, by reweighting ρ_sft."""
+        """λ log Z − E_ρ_sft R ≥ 0, by reweighting ρ_sft."""
         found = self.value() - self.j("sft")
         if not self.sure:
             return found
@@ -372,11 +372,11 @@ class Terms:
         return Term(self._once("tv_shift", make), 0.0, 1.0, frozenset({"sft"}), "none", method, bounded=True)
 
     def shift_slack(self, width: float) -> Term:
-        """Slack of Theorem 1's second term: width·E TV − (R(x,x) − E_ρsft R) ≥ 0."""
+        """Slack of Theorem 1's second term: width·E TV − (R(x,x) − E_ρ_sft R) ≥ 0."""
         return width * self.tv_shift() - (self.j("none") - self.j("sft"))
 
     def law_shift(self) -> Term:
-        """E_x W1 of the laws of r under π_F(·|x) and under π_ρsft(·|x), from rewards alone: biased up."""
+        """E_x W1 of the laws of r under π_F(·|x) and under π_ρ_sft(·|x), from rewards alone: biased up."""
         none, sft = self.arm("none"), self.arm("sft")
         values = self._once("law_shift", lambda: laws.shift(laws.by_prompt(none), laws.by_prompt(sft)))
         method = "area between the distribution functions of rewards of arms none and sft"
@@ -387,7 +387,7 @@ class Terms:
         return _between(found, Side(means, -self.width, self.width), Side(values, 0.0, self.width), True)
 
     def law_slack(self) -> Term:
-        """Slack of `law`: W1 − (R(x,x) − E_ρsft R) ≥ 0, in samples too: W1 bounds differences of means."""
+        """Slack of `law`: W1 − (R(x,x) − E_ρ_sft R) ≥ 0, in samples too: W1 bounds differences of means."""
         found = self.law_shift() - (self.j("none") - self.j("sft"))
         found = replace(found, low=0.0)
         if not self.sure:

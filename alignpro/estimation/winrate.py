@@ -19,6 +19,7 @@ from alignpro.errors import AlignProError
 from alignpro.estimation.intervals import LEAST_PROMPTS, Estimate, betting, check_level
 from alignpro.estimation.means import WAYS, limits, shuffled
 from alignpro.files import read_json_lines
+from alignpro.shown import Shown
 
 VERDICTS = {"win": 1.0, "tie": 0.0, "loss": -1.0, None: math.nan}
 """The first arm's outcome in one order as a number; None is an order that failed."""
@@ -214,8 +215,8 @@ def length_controlled(
     return Estimate(value, lo, hi, level, raw.n, n, method, "unknown"), phi
 
 
-@dataclass(frozen=True)
-class WinRates:
+@dataclass(frozen=True, repr=False)
+class WinRates(Shown):
     """`arms[0]` against `arms[1]`, by one judge. Counts are of pairs, rates in [0, 1]."""
 
     arms: tuple[str, str]

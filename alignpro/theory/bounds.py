@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from alignpro.claims import Claim, Relation, Verdict, of_kind
 from alignpro.errors import AlignProError, check_number, check_temperature
+from alignpro.shown import Shown
 from alignpro.theory.divergences import Floats, Scalar
 from alignpro.theory.instance import Instance, probabilities
 from alignpro.theory.solution import solution
@@ -34,8 +35,8 @@ WRONG_BOUNDS = of_kind(STATEMENTS, "known wrong")
 """Known-wrong readings, to test the tester: random search must refute each."""
 
 
-@dataclass(frozen=True)
-class BoundReport:
+@dataclass(frozen=True, repr=False)
+class BoundReport(Shown):
     """The outcome of one claim on one instance, in reward units, with all it rests on."""
 
     name: str

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from alignpro.errors import AlignProError
 from alignpro.files import atomic_write
+from alignpro.shown import brief
 from alignpro.theory import npz
 from alignpro.theory.divergences import TINY
 
@@ -19,6 +20,9 @@ ROW_SUM_TOLERANCE = 1e-9
 """How far from 1 a row of float64 probabilities may sum; it is then divided by its sum, once."""
 ROW_SUM_TOLERANCE_SINGLE = 1e-5
 """How far from 1 a row of float32 probabilities may sum."""
+
+MOST_SHOWN = 200
+"""Instances of at most so many numbers are written out; larger ones are named by their shapes."""
 
 KEYS = ("p", "prior", "frozen", "own", "reward")
 AXES = {"p": "X", "prior": "XK", "frozen": "KY", "own": "X", "reward": "XY"}
@@ -34,7 +38,7 @@ class Names(NamedTuple):
     responses: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Instance:
     """A prompt-optimization problem on finite spaces: X user prompts, K prompts the frozen model can be
     given, Y responses. K and X are independent. A JAX pytree, so that jit and vmap take it whole.
@@ -61,6 +65,13 @@ class Instance:
         arrays, sizes = _validated({key: getattr(self, key) for key in KEYS})
         for name, value in {**arrays, "names": _checked_names(self.names, sizes)}.items():
             object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        arrays = {key: getattr(self, key) for key in KEYS}
+        if sum(np.size(array) for array in arrays.values()) > MOST_SHOWN:
+            return brief(self)
+        said = ", ".join(f"{key}={value!r}" for key, value in (*arrays.items(), ("names", self.names)))
+        return f"Instance({said})"
 
     @property
     def shape(self) -> tuple[int, int, int]:

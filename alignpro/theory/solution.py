@@ -1,7 +1,4 @@
-"""`solution`: every quantity of the paper on one instance, in one pure function, with its rounding bounds.
-
-Log-space throughout (`gibbs.tilt`), so that no temperature makes a NaN.
-"""
+"""`solution`: every quantity of the paper on one instance, in log space, with bounds on its rounding."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from alignpro.shown import brief
 from alignpro.theory.divergences import Floats, Scalar, same_floats, scaled_kl, wasserstein
 from alignpro.theory.elementwise import average
 from alignpro.theory.gibbs import exponent, policy_kl, positive, power_of_two, tilt_scaled
@@ -24,9 +22,8 @@ EPS = 2.0**-52
 class Solution(NamedTuple):
     """Everything the statements are made of, in reward units unless said otherwise.
 
-    Per prompt [X]; `average` takes the mean over P. "ρ" is the prompter asked about: ρ* unless `solution`
-    was given one. Rewards enter the differences (gap, Δ1, Δ2, …) measured from each prompt's best reachable
-    response, so a large common offset costs no accuracy.
+    Per prompt [X]; `average` takes the mean over P. "ρ" is the prompter asked about: ρ*, or that of
+    `solution`. Rewards enter differences (gap, Δ1, …) from each prompt's best, so an offset costs nothing.
     """
 
     p: Float[Array, " X"]
@@ -62,7 +59,7 @@ class Solution(NamedTuple):
     delta2: Float[Array, " X"]
     """Δ2 = R(x,x) − E_ρ R, equation 7."""
     shift: Float[Array, " X"]
-    """R(x,x) − E_ρsft R."""
+    """R(x,x) − E_ρ_sft R."""
     ceiling: Float[Array, " X"]
     """E_π* r* − max of R(x,·) over the support of ρ_sft: what no prompter there can undercut."""
     value_gap: Float[Array, " X"]
@@ -80,7 +77,7 @@ class Solution(NamedTuple):
     tv_shift: Float[Array, " X"]
     """E_{x′~ρ_sft} d_TV(π_F(·|x), π_F(·|x′))."""
     tv_barycentre: Float[Array, " X"]
-    """d_TV(π_F(·|x), π_ρsft(·|x)), π_ρsft = Σ_x′ ρ_sft(x′|x) π_F(·|x′); at most `tv_shift`."""
+    """d_TV(π_F(·|x), π_ρ_sft(·|x)), π_ρ_sft = Σ_x′ ρ_sft(x′|x) π_F(·|x′); at most `tv_shift`."""
     tv_induced: Float[Array, " X"]
     """d_TV(π*(·|x), π_ρ(·|x))."""
     tv_prompter: Float[Array, " X"]
@@ -89,7 +86,7 @@ class Solution(NamedTuple):
     """W1 of the laws of r*(x,y), y from π*(·|x) and from π_F(·|x): ∫ |difference of their distribution
     functions|. Equal to `delta1`."""
     law_shift: Float[Array, " X"]
-    """W1 of the laws of r*(x,y) under π_F(·|x) and under π_ρsft(·|x); at most span times `tv_barycentre`."""
+    """W1 of the laws of r*(x,y) under π_F(·|x) and under π_ρ_sft(·|x); at most span times `tv_barycentre`."""
     law_induced: Float[Array, " X"]
     """W1 of the laws of r*(x,y) under π*(·|x) and under π_ρ(·|x); at most span times `tv_induced`."""
     model_kl: Float[Array, " X"]
@@ -101,7 +98,7 @@ class Solution(NamedTuple):
     prompter_jeffreys: Float[Array, " X"]
     """λ Jeff(ρ*, ρ_sft) = λ KL(ρ*‖ρ_sft) + λ KL(ρ_sft‖ρ*)."""
     prompter_gain: Float[Array, " X"]
-    """λ KL(ρ_sft‖ρ*) = F(ρ*) − E_ρsft R ≥ 0."""
+    """λ KL(ρ_sft‖ρ*) = F(ρ*) − E_ρ_sft R ≥ 0."""
     induced_to_star: Float[Array, " X"]
     """β KL(π_ρ‖π*)."""
     induced_to_model: Float[Array, " X"]
@@ -159,6 +156,9 @@ class Solution(NamedTuple):
     """Bound on the rounding of `tv_induced` and of `tv_prompter` (probability)."""
     eps: Float[Array, ""] | float = EPS
     """The unit of rounding of these numbers, 2⁻⁵² or 2⁻²³."""
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def average(self, per_prompt: Any) -> Any:
         """The mean over P; a prompt of probability 0 does not count, whatever its value."""

@@ -132,7 +132,7 @@ def test_a_false_bound_is_violated(monkeypatch):
 
 
 def test_a_prompter_passed_off_as_rho_star_violates_theorem_1(tmp_path, capsys):
-    """On two responses, x itself the best rewrite, the theorem gives away F(ρ*) − E_ρsft R and no more."""
+    """On two responses, x itself the best rewrite, the theorem gives away F(ρ*) − E_ρ_sft R and no more."""
     rng = np.random.default_rng(0)
     i = instance(0, shape=(8, 4, 2))
     i.frozen = np.array([[0.2, 0.8], [0.4, 0.6], [0.6, 0.4], [0.9, 0.1]])

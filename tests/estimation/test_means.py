@@ -76,6 +76,8 @@ def test_without_a_range_what_agrees_has_no_limit():
     found = limits(rows, -free, free, 0.95)
     assert found.way.tolist() == ["none", "assumed"]
     assert (found.lo[0], found.hi[0]) == (-np.inf, np.inf)
+    rounded = np.where(np.arange(8) % 2, 0.1 + 0.2, 0.3)[None]
+    assert limits(rounded, -free[:1], free[:1], 0.95).way.tolist() == ["none"]
     lo, hi = betting((shuffled(rows[1:]) + 1.0) / 3.0, 0.0, 1.0, 0.95)  # within 1 of those seen
     assert (found.lo[1], found.hi[1]) == pytest.approx((3.0 * lo[0] - 1.0, 3.0 * hi[0] - 1.0))
 

@@ -89,6 +89,16 @@ def test_a_difference_is_in_doubt_where_a_side_is(rollouts):
     assert "percentile-t" in found["n"].method
 
 
+def test_a_term_near_the_end_of_its_own_range_is_in_doubt(rollouts):
+    """A variance of nearly all that it can be, of pseudo-values that may reach further."""
+    values = 0.249 + 0.002 * np.linspace(-1.0, 1.0, 7)
+    near = replace(term(), values=values, low=0.0, high=0.25, reach=(0.0, 1.0))
+    found = estimates({"near": near, "far": replace(near, values=values - 0.1)}, rollouts, 0.95)
+    assert "betting" in found["near"].method
+    assert "percentile-t" in found["far"].method
+    assert "percentile-t" in estimates({"near": replace(near, high=1.0)}, rollouts, 0.95)["near"].method
+
+
 @pytest.fixture(scope="module")
 def rollouts():
     return simulate(instance(3), np.random.default_rng(0), Size(7, 4, 24, 6), reward_range=(0.0, 1.0))

@@ -73,7 +73,7 @@ def test_coverage_on_hard_populations(run, tmp_path, capsys):
     )
     assert "| mean | 25.0% -> " in capsys.readouterr().out
     one, two = json.loads((tmp_path / "a.json").read_text())["results"]
-    assert (one["population"], one["before"]) == ("Bernoulli(0.2)", kept["rows"])
+    assert (one["population"], one["before"]["mean"]["covered"]) == ("Bernoulli(0.2)", 0.25)
     assert {"J(pi*)", "slack span", "win rate", "headroom's answer"} <= two["rows"].keys()
     assert run("coverage", other) == 0
     assert "| mean | 25.0% |" in capsys.readouterr().out

@@ -41,14 +41,14 @@ def test_ties_count_once():
 
 
 def rows(instance, rho, beta):
-    """π*, π_F(·|x), π_ρsft and π_ρ of the first prompt, in plain NumPy."""
+    """π*, π_F(·|x), π_ρ_sft and π_ρ of the first prompt, in plain NumPy."""
     own, r = instance.frozen[instance.own[0]], instance.reward[0]
     tilted = own * np.exp((r - r.max()) / beta)
     return tilted / tilted.sum(), own, instance.prior[0] @ instance.frozen, rho[0] @ instance.frozen
 
 
 def test_every_lipschitz_reading_at_once():
-    """E_π* f − E_π_ρsft f ≤ Δ1 + W1 and E_π* f − E_π_ρ f ≤ W1(π*, π_ρ), for clipped, bent and reversed
+    """E_π* f − E_π_ρ_sft f ≤ Δ1 + W1 and E_π* f − E_π_ρ f ≤ W1(π*, π_ρ), for clipped, bent and reversed
     rewards."""
     rng = np.random.default_rng(2)
 

@@ -343,7 +343,7 @@ def test_frontier_is_optimal():
 
 
 def test_responses_have_the_higher_frontier():
-    """KL(π_ρ‖π_ρsft) ≤ KL(ρ‖ρ_sft), so the rewrites' points lie below the responses' tangents."""
+    """KL(π_ρ‖π_ρ_sft) ≤ KL(ρ‖ρ_sft), so the rewrites' points lie below the responses' tangents."""
     lams = np.geomspace(1e-2, 1e2, 9)
     for instance in draw("sparse", 9, (3, 4, 5), 5):
         low, high = J.frontier(instance, lams), J.frontier(instance, lams, responses=True)

@@ -32,6 +32,7 @@ from alignpro.llm.rewards.reward import Reward
 from alignpro.llm.rewards.scores import judged
 from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.target import Target
+from alignpro.shown import Shown
 
 FILE = "cells.jsonl"
 """Rewards by instruction, prompt and answer, a line for each block that was asked for."""
@@ -168,8 +169,8 @@ class Candidate:
     """Answers that the race had taken when it dropped out; None for the winner."""
 
 
-@dataclass(frozen=True)
-class Instructed:
+@dataclass(frozen=True, repr=False)
+class Instructed(Shown):
     """The best instruction that was found, the race, and what the instruction is worth."""
 
     winner: str

@@ -21,6 +21,7 @@ from alignpro.files import write_text
 from alignpro.llm.models.prompt import as_json, from_json, said_in
 from alignpro.llm.models.sampling import digest, is_int
 from alignpro.llm.rewards.scores import judged
+from alignpro.shown import Shown
 
 if TYPE_CHECKING:
     from alignpro.llm.policies.prompter import Prompter
@@ -263,8 +264,8 @@ class BestRewrite:
     """Mean R̂ of all rewrites of the prompt."""
 
 
-@dataclass(frozen=True)
-class Resampled:
+@dataclass(frozen=True, repr=False)
+class Resampled(Shown):
     """Gains of the training-free prompter over ρ_sft. R̂ chose, so they are optimistic."""
 
     n: int

@@ -1,9 +1,12 @@
 """LoRA adapters: where in a model they go, in any layout, and which base an adapter's folder rests on."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -61,6 +64,28 @@ def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
         fan_in_fan_out=all(issubclass(kind, Conv1D) for kind in linear.values()),  # GPT-2's transposed maps
         task_type="CAUSAL_LM",
     )
+
+
+@contextlib.contextmanager
+def left_as_it_was(model: Any) -> Iterator[None]:
+    """Take an adapter off `model` again where what is done with it raises, so that it can be used anew."""
+    learned = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training, forward = model.training, vars(model).get("forward")
+    try:
+        yield
+    except BaseException:
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, BaseTunerLayer):
+                    setattr(module, name, child.get_base_layer())
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        if forward is None:
+            vars(model).pop("forward", None)  # a trainer's, which would call the adapter's
+        for parameter, learns in learned:
+            parameter.requires_grad_(learns)
+        model.train(training)
+        raise
 
 
 def adapter_base(folder: Path) -> str:

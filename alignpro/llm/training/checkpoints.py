@@ -19,6 +19,7 @@ from alignpro.errors import AlignProError
 from alignpro.files import read_json, read_json_lines, write_json, write_text
 from alignpro.llm.training.settings import PairSettings
 from alignpro.runs import refuse_other_settings
+from alignpro.shown import Shown
 
 SETTINGS_FILE = "settings.json"
 METRICS_FILE = "metrics.jsonl"
@@ -27,8 +28,8 @@ COMPLETE = "complete"
 """The last file of a checkpoint: one without it was cut short while being written."""
 
 
-@dataclass(frozen=True)
-class Trained:
+@dataclass(frozen=True, repr=False)
+class Trained(Shown):
     """Result of a training run, as its folder holds it."""
 
     folder: Path

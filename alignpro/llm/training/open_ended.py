@@ -20,6 +20,7 @@ from tqdm import tqdm
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
 from alignpro.llm.models import packages
+from alignpro.llm.models.adapters import left_as_it_was
 from alignpro.llm.models.chat import Said, chat_of
 from alignpro.llm.models.forward import how_of, unwrap
 from alignpro.llm.models.libraries import quiet
@@ -187,7 +188,7 @@ class _Rounds(Metrics):
             self.bar.close()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainedPrompter(Trained):
     """Result of training a prompter (or, with rlhf, a policy)."""
 
@@ -211,6 +212,8 @@ def train(
     progress: bool = True,
 ) -> TrainedPrompter:
     """Train an adapter of the prompter; its language model is the reference ρ_sft and does not change.
+
+    Where an exception ends it, the adapter is taken off again, so that the same `prompter` can be trained.
 
     Args:
         prompter: ρ_sft, without an adapter (rlhf: the frozen model; its template is not used).
@@ -274,7 +277,7 @@ def train(
         sampled.add(trainer, [dict(zip(names, row, strict=True)) for row in columns])
         return rewards
 
-    with quiet():
+    with quiet(), left_as_it_was(prompter.model):
         config = configured(settings, out, prompter.model, report_to, max(map(len, ids)))
         out.mkdir(parents=True, exist_ok=True)
         facts = dict(facts or {})

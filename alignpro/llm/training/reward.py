@@ -48,7 +48,7 @@ CHECKPOINTS = "checkpoints"
 _SQUASH_PAIRS = 1000  # training pairs from which the squash is chosen; more would not move it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainedReward(Trained):
     """Result of reward learning."""
 

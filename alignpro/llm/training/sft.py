@@ -57,7 +57,7 @@ class HeldOut:
     """After it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tuned(Trained):
     """Result of fine-tuning a prompter."""
 

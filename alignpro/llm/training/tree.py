@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from alignpro.llm.models.adapters import left_as_it_was
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.policies.tree import TreeScores, TreeTask, tree_scores, tree_states
 from alignpro.llm.training.algorithms import configured, trainer_on
@@ -199,7 +200,7 @@ def train(
         return trainer.per_row(rows, trainer.leaves(rows, completion_ids), pick).tolist()
 
     curve = Curve(out / CURVE_FILE, evaluate, settings.epochs, progress)
-    with quiet():
+    with quiet(), left_as_it_was(model):
         config = configured(full, out, model)
         trainer = trainer_on(
             TreeRollouts, full, config, model, tokenizer, reward, task.prompts, curve, task=task

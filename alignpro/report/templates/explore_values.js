@@ -55,7 +55,7 @@ const called = what => ["alignpro", source.source === "file" || isUpload(source.
 const quoted = path => { path = visible(path).replace(/^-/, "./-"); return /^[\p{L}\p{N}._\/~+=:,@%-]+$/u.test(path) ? path : "'" + path.replaceAll("'", "'\\''") + "'"; };
 function commands() {
   const at = `--beta ${now.beta} --lam ${now.lam}`, file = source.source === "file" ? start.path : isUpload(source.source) ? start.files[source.source] : null;
-  if (file !== null) return [`alignpro explore --file ${quoted(file)} ${at}`, `alignpro solve ${quoted(file)} ${at} --bounds all`];
+  if (file !== null) return [`alignpro explore ${quoted(file)} ${at}`, `alignpro solve ${quoted(file)} ${at} --bounds all`];
   return [`alignpro explore --family ${source.source} --shape ${source.x} ${source.k} ${source.y} --seed ${source.seed} ${at}`, "# the numbers, of the instance saved here:", `alignpro solve ${quoted(called("instance").replace(/-beta.*-instance$/, "") + ".npz")} ${at} --bounds all`];
 }
 const CELLS = { // full precision, as the server said it

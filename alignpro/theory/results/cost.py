@@ -1,6 +1,6 @@
 """The cost in KL of a gain in reward: budgets, frontiers, best of n, the price of prompting."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from alignpro.errors import LEAST, MOST, AlignProError, as_number
+from alignpro.shown import Shown
 from alignpro.theory.bounds import paper_r_max
 from alignpro.theory.divergences import TINY, Floats, kl, log1p, log_quotient, scaled_kl
 from alignpro.theory.elementwise import average
@@ -32,7 +33,7 @@ class KLBudget(NamedTuple):
     model: Float[Array, " X"]
     """ε1(x) = r_max TV(π*, π_F), reward units."""
     shift: Float[Array, " X"]
-    """ε2(x) = r_max E_ρsft TV(π_F(·|x), π_F(·|x′)), reward units."""
+    """ε2(x) = r_max E_ρ_sft TV(π_F(·|x), π_F(·|x′)), reward units."""
     spent: Float[Array, " X"]
     """KL(ρ*‖ρ_sft) per prompt, nats."""
     mean_budget: Float[Array, ""]
@@ -138,7 +139,7 @@ class Frontier(NamedTuple):
     reward: Float[Array, "L X"]
     """E_ρ* R, reward units."""
     lift: Float[Array, "L X"]
-    """E_ρ* R − E_ρsft R ≥ 0, without cancellation."""
+    """E_ρ* R − E_ρ_sft R ≥ 0, without cancellation."""
     mean_kl: Float[Array, " L"]
     """Mean over P of `kl`, nats."""
     mean_reward: Float[Array, " L"]
@@ -146,12 +147,20 @@ class Frontier(NamedTuple):
     mean_lift: Float[Array, " L"]
     """Mean over P of `lift`, reward units."""
 
+    def to_frame(self) -> Any:
+        """A `pandas.DataFrame` with a row for each λ: the means of KL, reward and lift."""
+        return Shown.to_frame(self)  # type: ignore[arg-type]
+
+    def plot(self) -> Any:
+        """The mean reward at each λ as a `matplotlib.figure.Figure`."""
+        return Shown.plot(self)  # type: ignore[arg-type]
+
 
 def frontier(instance: Instance, lams: Float[Floats, " L"], *, responses: bool = False) -> Frontier:
     """(KL, E R) along ρ*_λ: no prompter with that KL or less has more reward, per prompt or in the mean.
 
     The curve is increasing and concave, with slope λ. With `responses`, the frontier of all policies started
-    from π_ρsft (base Σ ρ_sft π_F, energy r*): it lies on or above the first.
+    from π_ρ_sft (base Σ ρ_sft π_F, energy r*): it lies on or above the first.
     """
     if not isinstance(lams, jax.core.Tracer):
         lams = positive("lams", rectangular("lams", lams))

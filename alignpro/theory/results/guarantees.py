@@ -93,7 +93,7 @@ def robust_lam(
     """Find the λ of the largest lower bound, `floor`'s field `bound`, from 1e-4 to 1e4 times the span of R.
 
     The maximum need not be unique or interior: where nothing is gained by reading R̃ the bound grows to
-    E_ρsft R as λ → ∞, and where the error is small it may be largest at the least λ. Two rounds of `points`
+    E_ρ_sft R as λ → ∞, and where the error is small it may be largest at the least λ. Two rounds of `points`
     values in log λ; no better λ between them is excluded.
 
     Raises:

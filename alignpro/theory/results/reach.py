@@ -232,17 +232,17 @@ class ResponseValue(NamedTuple):
     """The value that tilting responses adds to tilting rewrites, at the same temperature; reward units."""
 
     prompting: Float[Array, " X"]
-    """λ log E_ρsft e^{R/λ} = F(ρ*)."""
+    """λ log E_ρ_sft e^{R/λ} = F(ρ*)."""
     joint: Float[Array, " X"]
     """λ log E_{ρ_sft, π_F} e^{r/λ}: the optimum over distributions of (x′, y) jointly."""
     added: Float[Array, " X"]
-    """joint − prompting ≥ 0; → E_ρsft Var(r|x′)/(2λ) as λ → ∞."""
+    """joint − prompting ≥ 0; → E_ρ_sft Var(r|x′)/(2λ) as λ → ∞."""
 
 
 def response_value(instance: Instance, lam: Temperature) -> ResponseValue:
-    """λ log E e^{r/λ} ≥ λ log E_ρsft e^{R/λ}: what choosing prompts leaves to choosing responses.
+    """λ log E e^{r/λ} ≥ λ log E_ρ_sft e^{R/λ}: what choosing prompts leaves to choosing responses.
 
-    The left side is the value of RLHF started from π_ρsft at temperature λ. Equal iff r* is constant on every
+    Its left side is the value of RLHF started from π_ρ_sft at temperature λ. Equal iff r* is constant on each
     rewrite's responses; informative where `variance_split` has much within rewrites.
     """
     lam, r = as_temperature("lam", lam), rewards_of(instance)

@@ -73,19 +73,19 @@ class Headroom(NamedTuple):
     """The gain of ρ* over ρ_sft, from ρ_sft alone; reward units, per prompt."""
 
     lift: Float[Array, " X"]
-    """E_ρ* R − E_ρsft R = λ Jeff(ρ*, ρ_sft)."""
+    """E_ρ* R − E_ρ_sft R = λ Jeff(ρ*, ρ_sft)."""
     covariance: Float[Array, " X"]
-    """Cov_ρsft(R, e^{R/λ})/E_ρsft e^{R/λ}, the same number."""
+    """Cov_ρ_sft(R, e^{R/λ})/E_ρ_sft e^{R/λ}, the same number."""
     first_order: Float[Array, " X"]
-    """Var_ρsft(R)/λ, its limit as λ → ∞."""
+    """Var_ρ_sft(R)/λ, its limit as λ → ∞."""
     lower: Float[Array, " X"]
-    """The lift of the law on {−m, Var/m}, m = E_ρsft R − min R on the support: ≤ lift."""
+    """The lift of the law on {−m, Var/m}, m = E_ρ_sft R − min R on the support: ≤ lift."""
     upper: Float[Array, " X"]
-    """The lift of the law on {−Var/M, M}, M = max R − E_ρsft R on the support: ≥ lift."""
+    """The lift of the law on {−Var/M, M}, M = max R − E_ρ_sft R on the support: ≥ lift."""
 
 
 def headroom(instance: Instance, lam: Temperature) -> Headroom:
-    """E_ρ* R − E_ρsft R = Cov_ρsft(R, e^{R/λ})/E_ρsft e^{R/λ}, between the lifts of two laws of two values.
+    """E_ρ* R − E_ρ_sft R = Cov_ρ_sft(R, e^{R/λ})/E_ρ_sft e^{R/λ}: between the lifts of laws of two values.
 
     Both have the mean and the variance of R, the upper its largest value and the lower its least
     (`two_points.lift`, with the proof); with two rewrites, or two values of R, both are equalities.
@@ -142,7 +142,7 @@ class LimitReadings(NamedTuple):
     reward_constant: Bool[Array, " X"]
     """Whether r*(x,·) is constant on the support of π_F(·|x): exactly then the first term is 0."""
     tv_shift: Float[Array, " X"]
-    """E_ρsft d_TV(π_F(·|x), π_F(·|x′)): the second term over r_max."""
+    """E_ρ_sft d_TV(π_F(·|x), π_F(·|x′)): the second term over r_max."""
     reference_is_own: Bool[Array, " X"]
     """Whether all rewrites in the support of ρ_sft have the own row's probabilities: exactly then the second
     term is 0."""
@@ -247,7 +247,7 @@ def critical_lam(instance: Instance, beta: Temperature, *, per_prompt: bool = Fa
 
     Some λ makes the gap negative iff max_{support} R > E_π* r* (in the mean over P, or per prompt with
     `per_prompt`); 0: never, ∞: ρ_sft itself outperforms π*. Differences of R within its rounding count as
-    none. `upper` is span/(4 artanh(τ/span)) per prompt, τ = E_π* r* − E_ρsft R; in the mean the lesser of
+    none. `upper` is span/(4 artanh(τ/span)) per prompt, τ = E_π* r* − E_ρ_sft R; in the mean the lesser of
     E span²/(4 E τ) and max span/(4 artanh(E τ/E span)).
     """
     r = rewards_of(instance)

@@ -13,6 +13,7 @@ import numpy as np
 
 from alignpro.claims import of_kind
 from alignpro.errors import AlignProError, check_temperature
+from alignpro.shown import Shown
 from alignpro.theory.bounds import STATEMENTS, BoundReport, paper_r_max, report, theorem1
 from alignpro.theory.instance import Instance, load, padded
 from alignpro.theory.solution import solution
@@ -61,8 +62,8 @@ class Solved:
         return {**vars(self), "bounds": bounds}
 
 
-@dataclass(frozen=True)
-class Solutions:
+@dataclass(frozen=True, repr=False)
+class Solutions(Shown):
     """The result of a run: every file's optima, and the verdicts counted."""
 
     files: Sequence[Solved]

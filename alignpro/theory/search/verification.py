@@ -16,6 +16,7 @@ from tqdm import tqdm
 import alignpro
 from alignpro.claims import Claim, Kind
 from alignpro.errors import AlignProError
+from alignpro.shown import Shown
 from alignpro.theory.bounds import STATEMENTS, Statement
 from alignpro.theory.families import FAMILIES, random_prompters
 from alignpro.theory.instance import Instance
@@ -124,8 +125,8 @@ class FamilySummary:
     seconds: float
 
 
-@dataclass
-class Verification:
+@dataclass(repr=False)
+class Verification(Shown):
     """The result of a run of `verify`."""
 
     instances: int

@@ -18,7 +18,7 @@ from alignpro.theory.statements.upper import theorem1
 
 
 def exact_gap(s: Solution) -> Statement:
-    """gap = β Jeff(π*,π_F) + [R(x,x) − E_ρsft R] − λ Jeff(ρ*,ρ_sft), exactly.
+    """gap = β Jeff(π*,π_F) + [R(x,x) − E_ρ_sft R] − λ Jeff(ρ*,ρ_sft), exactly.
 
     Proof: the Jeffreys identity of the tilt (see `tight`) on both sides of Δ1 + Δ2.
     """
@@ -145,7 +145,7 @@ def theorem1_l1(s: Solution) -> Statement:
 def theorem1_kl_reversed(s: Solution) -> Statement:
     """Theorem 1 misread with λ KL(ρ_sft‖ρ*): still TRUE.
 
-    E_ρ* R − E_ρsft R = λ Jeff(ρ*, ρ_sft) = λ KL(ρ*‖ρ_sft) + λ KL(ρ_sft‖ρ*) is at least either of the two.
+    E_ρ* R − E_ρ_sft R = λ Jeff(ρ*, ρ_sft) = λ KL(ρ*‖ρ_sft) + λ KL(ρ_sft‖ρ*) is at least either of the two.
     """
     return theorem1(s._replace(prompter_kl=s.prompter_gain))
 

@@ -46,9 +46,9 @@ def drift(s: Solution) -> Statement:
 
 
 def mirror(s: Solution) -> Statement:
-    """gap ≥ β Jeff(π*,π_F) − span·TV(π_F(·|x), π_ρsft(·|x)) − λ Jeff(ρ*,ρ_sft): `barycentre` from below.
+    """gap ≥ β Jeff(π*,π_F) − span·TV(π_F(·|x), π_ρ_sft(·|x)) − λ Jeff(ρ*,ρ_sft): `barycentre` from below.
 
-    Proof: the exact gap with R(x,x) − E_ρsft R ≥ −span·TV. Beats `ceiling` where λ keeps ρ* near ρ_sft.
+    Proof: the exact gap with R(x,x) − E_ρ_sft R ≥ −span·TV. Beats `ceiling` where λ keeps ρ* near ρ_sft.
     """
     return lower(
         s,

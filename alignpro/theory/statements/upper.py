@@ -36,10 +36,10 @@ def theorem1(s: Solution, r_max: Float[Floats, ""] | float | None = None) -> Sta
     `r_max` is `paper_r_max` unless given; a given one must enclose every reward in [0, r_max].
 
     Proof: Δ1 ≤ r_max TV, as r* has span at most r_max. Optimality of ρ* against ρ_sft in (9) gives
-    E_ρ* R − λ KL(ρ*‖ρ_sft) ≥ E_ρsft R, so Δ2 ≤ R(x,x) − E_ρsft R − λ KL ≤ r_max E TV − λ KL.
+    E_ρ* R − λ KL(ρ*‖ρ_sft) ≥ E_ρ_sft R, so Δ2 ≤ R(x,x) − E_ρ_sft R − λ KL ≤ r_max E TV − λ KL.
 
     What a slip in a constant does to it: TV without its ½ only loosens the right side, and KL reversed
-    leaves it TRUE, since E_ρ* R − E_ρsft R = λ Jeff(ρ*, ρ_sft) is at least λ KL in either direction.
+    leaves it TRUE, since E_ρ* R − E_ρ_sft R = λ Jeff(ρ*, ρ_sft) is at least λ KL in either direction.
     See `WRONG_BOUNDS` for where those slips are false.
     """
     width = paper_r_max(s) if r_max is None else r_max
@@ -62,14 +62,14 @@ def span(s: Solution) -> Statement:
 def tight(s: Solution) -> Statement:
     """The span form with λ Jeff(ρ*,ρ_sft) in λ KL's place: valid, and never looser than `span`.
 
-    Proof: log(ρ*/ρ_sft) = R/λ − log Z, so λ Jeff(ρ*,ρ_sft) = E_ρ* R − E_ρsft R exactly (cf. 2605.07105),
+    Proof: log(ρ*/ρ_sft) = R/λ − log Z, so λ Jeff(ρ*,ρ_sft) = E_ρ* R − E_ρ_sft R exactly (cf. 2605.07105),
     where Theorem 1 used an inequality. An equality when r* is an indicator aligned with both TV steps.
     """
     return three_terms(s, s.span, s.prompter_jeffreys, optimal(s), s.own_span)
 
 
 def model_and_barycentre(s: Solution, model: Floats, error: Floats) -> Statement:
-    """gap ≤ `model` + span·TV(π_F(·|x), π_ρsft(·|x)) − λ Jeff(ρ*,ρ_sft), `error` bounding `model`'s rounding.
+    """gap ≤ `model` + span·TV(π_F(·|x), π_ρ_sft(·|x)) − λ Jeff(ρ*,ρ_sft), `error` bounds `model`'s rounding.
 
     Needs Δ1 ≤ `model`; the rest is `barycentre`'s proof.
     """
@@ -83,9 +83,9 @@ def model_and_barycentre(s: Solution, model: Floats, error: Floats) -> Statement
 
 
 def barycentre(s: Solution) -> Statement:
-    """`tight` with TV(π_F(·|x), π_ρsft(·|x)) in E_ρsft TV's place: never looser, and without pairwise terms.
+    """`tight` with TV(π_F(·|x), π_ρ_sft(·|x)) in E_ρ_sft TV's place: never looser, without pairwise terms.
 
-    Proof: R(x,x) − E_ρsft R = E_πF(·|x) r* − E_π_ρsft r* is at most span·TV of the two policies, and TV is
+    Proof: R(x,x) − E_ρ_sft R = E_π_F(·|x) r* − E_π_ρ_sft r* is at most span·TV of the two policies, and TV is
     convex, so that is at most the average of TV over ρ_sft. Far smaller where rewrites err in different ways.
     """
     return model_and_barycentre(s, s.own_span * s.tv_model, s.own_span * s.tv_model_error)
@@ -156,13 +156,13 @@ def combined(s: Solution) -> Statement:
 
 
 def law(s: Solution) -> Statement:
-    """gap ≤ Δ1 + W1(laws of r* under π_F(·|x), under π_ρsft(·|x)) − λ Jeff(ρ*,ρ_sft): of rewards, not of
+    """gap ≤ Δ1 + W1(laws of r* under π_F(·|x), under π_ρ_sft(·|x)) − λ Jeff(ρ*,ρ_sft): of rewards, not of
     texts.
 
     W1 is the area between two distribution functions, here of the number r*(x, y). Proof: the exact gap, with
-    R(x,x) − E_ρsft R ≤ W1, as r ↦ r is 1-Lipschitz. Never looser than `combined`: W1 ≤ span·TV. An equality
+    R(x,x) − E_ρ_sft R ≤ W1, as r ↦ r is 1-Lipschitz. Never looser than `combined`: W1 ≤ span·TV. An equality
     where answers to x have the larger rewards at every level. Δ1 itself is W1(laws under π*, under π_F):
-    `model_law`. So the first two terms bound E_π* f(r*) − E_π_ρsft f(r*) for every 1-Lipschitz f at once;
+    `model_law`. So the first two terms bound E_π* f(r*) − E_π_ρ_sft f(r*) for every 1-Lipschitz f at once;
     with the third it is about f(r) = r alone.
     """
     return upper(
@@ -178,7 +178,7 @@ def trained(s: Solution) -> Statement:
     """For ANY ρ: gap(ρ) ≤ span·TV1 + span·TV2 + λ KL(ρ‖ρ*) − λ KL(ρ‖ρ_sft), the spans as in `span`.
 
     Proof: F(ρ*) − F(ρ) = λ KL(ρ‖ρ*) (`suboptimality`), so E_ρ R = F(ρ*) − λ KL(ρ‖ρ*) + λ KL(ρ‖ρ_sft), and
-    F(ρ*) ≥ F(ρ_sft) = E_ρsft R. An optimisation shortfall is thus a term, never read as a violation.
+    F(ρ*) ≥ F(ρ_sft) = E_ρ_sft R. An optimisation shortfall is thus a term, never read as a violation.
     """
     taken = {"prompter_kl": s.kl_to_reference}
     return with_any_prompter(s, s.tv_shift, s.kl_to_star, taken, s.kl_excess, s.excess_error)
@@ -207,8 +207,8 @@ def with_any_prompter(
 def trained_tight(s: Solution) -> Statement:
     """For ANY ρ: `trained` with TV to the barycentre and − λ KL(ρ_sft‖ρ*): never looser.
 
-    Proof: F(ρ*) = E_ρsft R + λ KL(ρ_sft‖ρ*) exactly (suboptimality of ρ_sft), where `trained` uses
-    F(ρ*) ≥ E_ρsft R. At ρ = ρ* it is `barycentre`.
+    Proof: F(ρ*) = E_ρ_sft R + λ KL(ρ_sft‖ρ*) exactly (suboptimality of ρ_sft), where `trained` uses
+    F(ρ*) ≥ E_ρ_sft R. At ρ = ρ* it is `barycentre`.
     """
     taken = {"prompter_kl": s.kl_to_reference, "reference_kl": s.prompter_gain}
     excess, error = s.kl_excess - s.prompter_gain, s.excess_error + s.prompter_error

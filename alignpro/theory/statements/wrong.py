@@ -39,7 +39,7 @@ def quarter_l1(s: Solution) -> Statement:
 def beta_eighth(s: Solution) -> Statement:
     """FALSE: `beta_only` with Hoeffding's span²/(8β).
 
-    That bounds β log Z* − E_πF r*, which leaves out β KL(π*‖π_F), as large again when β is large.
+    That bounds β log Z* − E_π_F r*, which leaves out β KL(π*‖π_F), as large again when β is large.
     """
     share = minimum(s.own_span / (8.0 * s.beta), ones_like(s.own_span))
     return model_and_barycentre(s, s.own_span * share, 8 * s.eps * s.own_span * share)
