@@ -1,7 +1,11 @@
-"""The one exception users see, and the check of β and λ that the theory and its estimation share."""
+"""The one exception users see, and the checks that several rooms share: of β and λ, and of choices."""
 
+import functools
 import math
 import numbers
+import types
+from collections.abc import Hashable
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 LEAST, MOST = 1e-18, 1e18
 """The least and the largest β or λ, in reward units."""
@@ -51,3 +55,31 @@ def check_temperature(name: str, value: object) -> float:
         remedy = "divide rewards, beta and lam by a common factor"
         raise AlignProError(f"{name} {value}: is outside 1e-18 to 1e18; {remedy}")
     return number
+
+
+def _values(kind: Any) -> tuple[Any, ...]:
+    """The values of a Literal in a type: itself, one that may be None, or a tuple of such."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    if get_origin(kind) in (tuple, Annotated, Union, types.UnionType):
+        return next(filter(None, map(_values, get_args(kind))), ())
+    return ()
+
+
+@functools.cache
+def _choices(record: Any) -> dict[str, tuple[Any, ...]]:
+    hints = get_type_hints(record)
+    return {name: values for name, kind in hints.items() if (values := _values(kind))}
+
+
+def check_choices(record: Any) -> None:
+    """Refuse a value that is none of those which the Literal in its field's type names; None is left alone.
+
+    Raises:
+        AlignProError: names the field, the value and the choices.
+    """
+    for name, choices in _choices(cast(Hashable, type(record))).items():
+        value = getattr(record, name)
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if one is not None and one not in choices:
+                raise AlignProError(f"{name} {one!r}: choose from {', '.join(map(str, choices))}")

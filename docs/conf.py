@@ -8,6 +8,8 @@ from sphinx import addnodes
 from sphinx.ext import napoleon
 
 import alignpro
+from alignpro.commands import helping
+from alignpro.commands.main import VERBS
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -72,7 +74,22 @@ def _folders(app, doctree) -> None:
             link.replace_self(link.children)
 
 
+def _command_line(app, config) -> None:
+    """Write a page for each verb into docs/cli, from the options that the verbs have; git ignores them."""
+    folder = Path(app.srcdir, "docs", "cli")
+    folder.mkdir(exist_ok=True)
+    pages = {name: helping.page(name, verb) for name, verb in VERBS.items()}
+    for name, text in ({"index": helping.index(VERBS)} | pages).items():
+        path = folder / f"{name}.md"
+        if not path.exists() or path.read_text(encoding="utf-8") != text:  # else it would be read again
+            path.write_text(text, encoding="utf-8")
+    for path in folder.glob("*.md"):
+        if path.stem not in ("index", *pages):
+            path.unlink()
+
+
 def setup(app) -> None:
+    app.connect("config-inited", _command_line)
     app.connect("autodoc-process-docstring", _docstring)
     app.connect("autodoc-process-signature", _signature)
     app.connect("doctree-read", _folders)

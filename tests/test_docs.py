@@ -17,13 +17,16 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from alignpro.commands.main import _parse
+from alignpro.commands.flags import options_of
+from alignpro.commands.main import VERBS, _parse
 from alignpro.errors import AlignProError
 from alignpro.llm.models import packages
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "experiments").glob("*.md"))]
+MADE = DOCS / "cli"  # by docs/conf.py, for the site alone
+WRITTEN = sorted(path for path in DOCS.rglob("*.md") if path.parent != MADE)
+DOCUMENTS = [ROOT / "README.md", *WRITTEN, *sorted((ROOT / "experiments").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHELL = re.compile(r"^ *```bash\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 # Those of experiments/ are records of long runs.
@@ -216,6 +219,13 @@ def test_the_site(site):
     for start in ("index.html", "docs/start.html", "docs/api/theory.html", "experiments/LOG.html"):
         assert (site / start).is_file()
     assert "alignpro.theory.bounds.check" in (site / "docs/api/theory.html").read_text()
+    menu = (site / "docs/index.html").read_text()
+    assert 'href="cli/index.html"' in menu
+    for verb in VERBS:
+        names = Anchors((site / f"docs/cli/{verb}.html").read_text()).names
+        for option in options_of(VERBS[verb]):
+            flag = option.flag.replace("--", "").strip("[]. ")
+            assert f"cmdoption-alignpro-{verb}-{'arg-' * option.positional}{flag}" in names
 
 
 WIDER = """() => [...document.querySelectorAll("article *")].filter(e => {

@@ -87,7 +87,7 @@ def test_the_wheel_works_where_it_is_installed(archives, tmp_path):
 @pytest.mark.parametrize(
     "verb",
     [
-        ["verify", "--bound", "theorem1", "--instances", "100"],
+        ["verify", "--bounds", "theorem1", "--instances", "100"],
         ["--version"],
         ["doctor", "--help"],
         ["train", "--help"],

@@ -106,7 +106,7 @@ class Compare:
     """Compare arms by mean reward, variance of the reward and win rate, prompt by prompt."""
 
     file: tyro.conf.Positional[str]
-    """Rollouts, as alignpro rollout writes them."""
+    """Rollouts: the folder that alignpro rollout wrote, or the file in it."""
     arms: tuple[str, ...]
     """The baseline, then the arms to compare with it."""
     level: float = 0.95
@@ -115,6 +115,14 @@ class Compare:
     """Print one JSON object, instead of a table."""
     out: str | None = None
     """Folder to keep compare.json and report.html in. Left out: nothing is kept."""
+
+    examples = (
+        ("the reference prompter against none", "alignpro compare runs/rollouts --arms none sft"),
+        (
+            "a trained prompter against both, as a page",
+            "alignpro compare runs/rollouts --arms none sft trained --out runs/compare",
+        ),
+    )
 
     def run(self) -> int:
         from alignpro import estimation

@@ -8,10 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from alignpro.commands.demo_page import EXAMPLES, PROMPTERS, answers_of, page, shown
 from alignpro.errors import AlignProError
+from alignpro.llm.training.settings import Algorithm
 from alignpro.report import keep
 from alignpro.report.numbers import Json
 from alignpro.report.text import visible
@@ -35,7 +36,7 @@ class Demo:
     """Continue an interrupted run in that folder (or start one)."""
     quick: bool = False
     """Smaller sets and a shorter training: minutes become one or two."""
-    task: str | None = None
+    task: Literal["plain-language"] | None = None
     """Show instead what a prompter can do on open-ended text: plain-language trains one, by PPO, to have the
     frozen model answer in plain words, and shows held-out prompts before and after. Left out: the exact
     demo."""
@@ -49,23 +50,33 @@ class Demo:
     prompts: int | None = None
     """How many prompts. Left out: 8, or 3 with --quick."""
     rewrites: int | None = None
-    """Distinct rewrites per prompt, the original among them. Left out: 16, or 8 with --quick."""
+    """How many distinct rewrites of each prompt, the original among them. Left out: 16, or 8 with --quick."""
     responses: int | None = None
-    """Distinct responses per prompt. Left out: 32, or 12 with --quick."""
+    """How many distinct responses to each prompt. Left out: 32, or 12 with --quick."""
     beta: float | None = None
-    """beta, which holds the RLHF optimum to the frozen model: positive, in reward units. Left out: 0.1."""
+    """Weight of the KL divergence in RLHF (beta), positive, in reward units. Left out: 0.1."""
     lam: float | None = None
-    """lambda, which holds the prompter to its start: positive, in reward units. Left out: 0.05."""
-    algorithm: str | None = None
-    """Trainer of the prompter: ppo or rloo. Left out: ppo."""
+    """Weight of the KL divergence in prompt optimization (lambda), positive, in reward units. Left out:
+    0.05."""
+    algorithm: Algorithm | None = None
+    """How the policy is improved. Left out: ppo."""
     iterations: int | None = None
-    """Rounds of sampling, each followed by 4 optimizer steps. Left out: 16, or 4 with --quick."""
+    """How many rounds of sampling, each followed by 4 optimizer steps. Left out: 16, or 4 with --quick."""
     chat_template_kwargs: str | None = None
     """Further arguments of the model's chat template, as a JSON object."""
     sampled_rewards: bool = False
     """Reward a rewrite with one sampled response, not with its expected reward."""
     seed: int = 0
-    """Determines prompts, samples and training."""
+    """Number that determines prompts, what is drawn and training."""
+
+    common = "out quick task model reward prompts-file prompts beta lam resume seed"
+    examples = (
+        ("the exact demo, smaller: one or two minutes", "alignpro demo --quick --out runs/quick"),
+        (
+            "a prompter that has a model answer in plain words, before and after",
+            "alignpro demo --task plain-language --out runs/task",
+        ),
+    )
 
     def run(self) -> int:
         if self.task is not None:

@@ -165,7 +165,12 @@ class Doctor:
     """
 
     json: bool = False
-    """One JSON object, instead of a table."""
+    """Print one JSON object, instead of a table."""
+
+    examples = (
+        ("for reading", "alignpro doctor"),
+        ("for a program, or for a report of a fault", "alignpro doctor --json"),
+    )
 
     def run(self) -> int:
         found = examine()

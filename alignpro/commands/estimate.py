@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import tyro
 
@@ -171,7 +171,8 @@ class Estimate:
     """
 
     file: tyro.conf.Positional[str]
-    """Rollouts, as alignpro rollout writes them: at least arms none (no prompter) and sft (the reference)."""
+    """Rollouts: the folder that alignpro rollout wrote, or the file in it, with at least the arms none (no
+    prompter) and sft (the reference)."""
     beta: float
     """Weight of the KL divergence in RLHF (beta), positive, in reward units: smaller lets fine-tuning move
     further from the frozen model."""
@@ -183,13 +184,25 @@ class Estimate:
     r_max: float | None = None
     """Theorem 1's r_max, in reward units, when it is known beforehand. Left out: the upper end of the
     declared range of the reward, or the width of that range where rewards can be negative."""
-    guaranteed: Annotated[bool, tyro.conf.arg(aliases=["--betting"])] = False
+    guaranteed: bool = False
     """Give intervals that cover by a theorem at every number of prompts, also to the slacks, whatever answers
     and rewrites were not drawn; they are wider. A KL from log-probabilities has none, and says so."""
     json: bool = False
     """Print one JSON object, instead of tables."""
     out: str | None = None
     """Folder to keep estimate.json and report.html in. Left out: nothing is kept."""
+
+    renamed: ClassVar = {"betting": "guaranteed"}
+    examples = (
+        (
+            "Theorem 1 on a run's rollouts, as numbers and as a page",
+            "alignpro estimate runs/rollouts --beta 0.1 --lam 0.05 --out runs/estimate",
+        ),
+        (
+            "with intervals that hold at any number of prompts",
+            "alignpro estimate runs/rollouts --beta 0.1 --lam 0.05 --guaranteed",
+        ),
+    )
 
     def run(self) -> int:
         from alignpro import estimation

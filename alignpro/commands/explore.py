@@ -17,9 +17,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import tyro
 
 from alignpro.commands.explore_server import MOST_BYTES, Server, opening
+from alignpro.commands.shared import ROLLOUTS_FILE, found_file
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.llm.models.prompt import Prompt, transcript
 from alignpro.report.numbers import plain
@@ -113,7 +116,9 @@ class App:
         lam: float | None = None,
     ) -> None:
         if file is not None and family is not None:
-            raise AlignProError(f"--file {file}, --family {family}: give one of them")
+            raise AlignProError(
+                f"--family {family}: is for a random instance, and {Path(file).name} is given; leave one out"
+            )
         from alignpro.theory.instance import load
         from alignpro.theory.search.exploring import drawn
 
@@ -259,7 +264,7 @@ class App:
         if sizes:
             return Explored(drawn(source, *sizes))
         if source not in self.files:
-            remedy = "start with --file" if source == "file" else "upload it again"
+            remedy = "start with one" if source == "file" else "upload it again"
             raise AlignProError(f"source {_short(source)}: is not here; {remedy}, or choose a family")
         return Explored(self.files[source][1])
 
@@ -290,9 +295,9 @@ class Explore:
     It shows a random instance, or a saved one, and reads rollouts. Serves on 127.0.0.1 only, until Ctrl-C.
     """
 
-    file: str | None = None
-    """Instance to show: an .npz file with the arrays p, prior, frozen, own, reward, such as the demo writes.
-    Left out: a random one."""
+    file: tyro.conf.Positional[str | None] = None
+    """Instance to show: an .npz file with the arrays p, prior, frozen, own, reward, or the folder of a run
+    that wrote one, such as the demo. Left out: a random one."""
     family: str | None = None
     """Kind of random instance (lm_like, independent, signed, ...; an unknown name lists them). The page can
     change it. Left out: lm_like, which looks as language models do."""
@@ -306,15 +311,23 @@ class Explore:
     """Where lam (lambda) stands at first: positive, in reward units. Left out: a twentieth of the rewards'
     scale."""
     rollouts: str | None = None
-    """File of rollouts to read on the page, as alignpro rollout writes it. Left out: the page has no reader
-    of them."""
+    """Rollouts to read on the page: the folder that alignpro rollout wrote, or the file in it. Left out: the
+    page has no reader of them."""
     port: int | None = None
     """Port to listen on, 1024 to 65535. Left out: a free one."""
     no_browser: bool = False
     """Print the address only, and open no browser."""
 
+    renamed: ClassVar = {"file": ""}
+    examples = (
+        ("a random instance that looks as language models do", "alignpro explore"),
+        ("the instance of a demo", "alignpro explore runs/quick"),
+    )
+
     def run(self) -> int:
-        app = App(self.file, self.family, self.shape, self.seed, self.rollouts, self.beta, self.lam)
+        file = None if self.file is None else found_file(self.file, "*.npz")
+        texts = None if self.rollouts is None else found_file(self.rollouts, ROLLOUTS_FILE)
+        app = App(file, self.family, self.shape, self.seed, texts, self.beta, self.lam)
         with Server(app, self.port) as server:
             try:
                 print(f"{server.address}  (Ctrl-C ends it)", flush=True)

@@ -203,7 +203,7 @@ class Headroom:
     """
 
     file: tyro.conf.Positional[str]
-    """Rollouts, as alignpro rollout writes them."""
+    """Rollouts: the folder that alignpro rollout wrote, or the file in it."""
     lam: tuple[float, ...] = ()
     """Weights of the KL divergence in prompt optimization (lambda) to try, in reward units: a smaller one
     lets the prompter move further from the reference. Left out: 2%, 5%, 10%, 20% and 50% of the reward's
@@ -217,6 +217,14 @@ class Headroom:
     """Print one JSON object, instead of tables."""
     out: str | None = None
     """Folder to keep headroom.json and report.html in. Left out: nothing is kept."""
+
+    examples = (
+        ("what the best prompter could gain", "alignpro headroom runs/rollouts"),
+        (
+            "at one lambda, and how many calls resampling needs to come within 0.01 of it",
+            "alignpro headroom runs/rollouts --lam 0.05 --eps 0.01 --out runs/headroom",
+        ),
+    )
 
     def run(self) -> int:
         from alignpro import estimation

@@ -148,6 +148,14 @@ class Hunt:
     out: str | None = None
     """Folder for hunt.json, report.html and the instances found (.npz). Left out: they are only printed."""
 
+    examples = (
+        ("how tight Theorem 1 can be", "alignpro hunt theorem1 --out runs/hunt"),
+        (
+            "the smallest counterexample of a claim that is wrong",
+            "alignpro hunt signed_max_abs --shape 1 2 2 --restarts 64",
+        ),
+    )
+
     def run(self) -> int:
         """Hunt one statement after another; KeyboardInterrupt after Ctrl-C, once all so far is kept."""
         from alignpro.theory.search.hunting import Budget, Hunting, hunt, validate

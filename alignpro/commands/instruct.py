@@ -41,6 +41,22 @@ class Instruct(RunOptions):
     environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(default_factory=EnvironmentSettings)
     source: tyro.conf.OmitArgPrefixes[PromptSettings] = field(default_factory=PromptSettings)
 
+    common = (
+        "out instructions-file reward target dataset prompts-file train-prompts eval-prompts budget answers "
+        "answer-tokens level seed config"
+    )
+    examples = (
+        (
+            "the packaged instructions, for a packaged reward",
+            "alignpro instruct --out runs/instruct --reward ease --budget 2000",
+        ),
+        (
+            "your own, on your own prompts",
+            "alignpro instruct --out runs/mine --instructions-file asks.txt --prompts-file mine.csv "
+            "--reward ease",
+        ),
+    )
+
     def run(self) -> int:
         from alignpro.commands.opening import (
             World,

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from alignpro.commands.options import Prefixed, RunOptions
-from alignpro.commands.shared import tell
+from alignpro.commands.flags import Prefixed
+from alignpro.commands.options import RunOptions
+from alignpro.commands.shared import ROLLOUTS_FILE, found_file, tell
 from alignpro.files import read_json
 from alignpro.llm.arms.settings import JudgeSettings
 from alignpro.llm.targets.settings import EndpointSettings
@@ -127,7 +128,7 @@ class Judge(RunOptions):
     """
 
     file: tyro.conf.Positional[str]
-    """Rollouts, as alignpro rollout writes them."""
+    """Rollouts: the folder that alignpro rollout wrote, or the file in it."""
     arms: tuple[str, str]
     """The arm of interest (A in the paper's Table 1), then the one it is compared with (B)."""
     out: str
@@ -139,13 +140,31 @@ class Judge(RunOptions):
     json: bool = False
     """Print one JSON object, instead of a table."""
 
+    common = (
+        "out arms judge judge-model judge-key-env prompts per-prompt judge-prices judge-max-calls "
+        "reply-tokens forced level json seed config"
+    )
+    examples = (
+        (
+            "a small model on this machine",
+            "alignpro judge runs/rollouts --arms trained none --judge smollm2-135m-instruct --forced "
+            "--out runs/judge",
+        ),
+        (
+            "a model behind an endpoint, which is paid for",
+            "alignpro judge runs/rollouts --arms trained none --judge https://api.openai.com/v1 "
+            "--judge-model gpt-4o-mini --judge-key-env OPENAI_API_KEY --judge-max-calls 500 --out runs/judge",
+        ),
+    )
+
     def run(self) -> int:
         from alignpro.estimation import winrate
         from alignpro.estimation.intervals import check_level
         from alignpro.llm.arms import judge
 
         check_level(self.level)
-        rows = judge.judge_file(self.file, self.arms, self.settings, self.endpoint, self.out)
+        file = found_file(self.file, ROLLOUTS_FILE)
+        rows = judge.judge_file(file, self.arms, self.settings, self.endpoint, self.out)
         result = winrate.win_rates(winrate.collect(rows), self.level)
         tell(
             "winrate",

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,17 +13,18 @@ from typing import Annotated, Any, Union
 import tyro
 
 import alignpro
+from alignpro.commands import helping
 from alignpro.commands.compare import Compare
 from alignpro.commands.demo import Demo
 from alignpro.commands.doctor import Doctor
 from alignpro.commands.estimate import Estimate
 from alignpro.commands.explore import Explore
+from alignpro.commands.flags import CONFIG, REGISTRY, options_of, renamed_in
 from alignpro.commands.headroom import Headroom
 from alignpro.commands.hunt import Hunt
 from alignpro.commands.instruct import Instruct
 from alignpro.commands.judge import Judge
 from alignpro.commands.merge import Merge
-from alignpro.commands.options import CONFIG, REGISTRY
 from alignpro.commands.resample import Resample
 from alignpro.commands.reward_model import RewardModel
 from alignpro.commands.rewrite import Rewrite
@@ -57,33 +59,60 @@ VERBS: dict[str, type[Verb]] = {
 }
 
 
-def _expanded(arguments: Sequence[str]) -> list[str]:
+def _name(flag: str) -> str:
+    return flag.split("=")[0].removeprefix("--").replace("_", "-")
+
+
+def _now(verb: str, name: str, source: str = "") -> str:
+    """The name that an option has now, said on stderr where it is another; empty where it has none."""
+    new = renamed_in(VERBS[verb]).get(name)
+    if new is None:
+        return name
+    told = f"is called --{new} now" if new else "is given without its name now"
+    print(f"alignpro: {source}--{name} {told}; the old name goes with the next release", file=sys.stderr)
+    return new
+
+
+def _renamed(verb: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments of a verb with the names that its options have now."""
+    found: list[str] = []
+    for i, argument in enumerate(arguments):
+        if argument == "--":
+            return [*found, *arguments[i:]]
+        if argument.startswith("--") and (new := _now(verb, _name(argument))) != _name(argument):
+            _, equals, value = argument.partition("=")
+            found += [f"--{new}{equals}{value}"] if new else [value] * bool(equals)
+        else:
+            found.append(argument)
+    return found
+
+
+def _expanded(verb: str, arguments: Sequence[str]) -> list[str]:
     """The arguments with what --preset and --config stand for in front; what is given outright wins."""
     from alignpro.llm.training.settings import PRESETS
 
-    verb, *rest = arguments
-    given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in rest if a.startswith("--")}
+    given = {_name(a) for a in arguments if a.startswith("--")}
 
     def value_of(name: str) -> str | None:
-        for i, a in enumerate(rest):
+        for i, a in enumerate(arguments):
             if a.startswith(f"--{name}="):
                 return a.split("=", 1)[1]
-            if a == f"--{name}" and i + 1 < len(rest):
-                return rest[i + 1]
+            if a == f"--{name}" and i + 1 < len(arguments):
+                return arguments[i + 1]
         return None
 
     path = value_of("config")
-    said = {} if path is None else _yaml(path)
+    said = {} if path is None else {_now(verb, n, f"{path}: "): v for n, v in _yaml(path).items()}
     preset: Any = value_of("preset") or said.get("preset")
-    options = PRESETS.get(preset, {}) | said
-    out = [verb]
+    now, named = renamed_in(VERBS[verb]), {_name(n): value for n, value in PRESETS.get(preset, {}).items()}
+    options = {now.get(name, name): value for name, value in named.items()} | said
+    out: list[str] = []
     for name, value in options.items():
         if name in given or value is None or value is False:
             continue
-        flag = "--" + name.replace("_", "-")
         values = value if isinstance(value, list | tuple) else [value]
-        out += [flag] if value is True else [flag, *map(str, values)]
-    return [*out, *rest]
+        out += [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
+    return [*out, *arguments]
 
 
 def _yaml(path: str) -> dict[str, Any]:
@@ -109,36 +138,32 @@ def _yaml(path: str) -> dict[str, Any]:
         values = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(v, int | float | str) for v in values):
             raise AlignProError(f"--config {path}: {name} is neither a value nor a list of values")
-        options[str(name).replace("-", "_")] = value
+        options[str(name).replace("_", "-")] = value
     return options
 
 
 def _parse(arguments: Sequence[str]) -> Verb:
-    kinds: Any = Union[  # noqa: UP007 - built from a dict
-        tuple(Annotated[verb, tyro.conf.subcommand(name=name)] for name, verb in VERBS.items())
-    ]
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
-        raise AlignProError(f"{arguments[0]}: is no verb; give one of {', '.join(VERBS)}")
-    if arguments and "config" in getattr(VERBS.get(arguments[0]), "__dataclass_fields__", {}):
-        arguments = _expanded(arguments)
-    said = io.StringIO()
+    if arguments and arguments[0] == "--tyro-print-completion":
+        kinds: Any = Union[  # noqa: UP007 - built from a dict
+            tuple(Annotated[verb, tyro.conf.subcommand(name=name)] for name, verb in VERBS.items())
+        ]
+        return tyro.cli(kinds, prog="alignpro", args=list(arguments), config=CONFIG, registry=REGISTRY)
+    if not arguments or arguments[0] not in VERBS:
+        wrong = f"{arguments[0]}: is no verb" if arguments else "verb: none is given"
+        raise AlignProError(f"{wrong}; give one of {', '.join(VERBS)}; see alignpro --help")
+    name, *rest = arguments
+    verb, said = VERBS[name], io.StringIO()
+    rest = _renamed(name, rest)
+    if "config" in verb.__dataclass_fields__:  # type: ignore[attr-defined]
+        rest = _expanded(name, rest)
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                kinds,
-                prog="alignpro",
-                description="The theory of prompt optimization for alignment, verified and put to use.",
-                args=list(arguments),
-                config=CONFIG,
-                registry=REGISTRY,
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise AlignProError(_one_line(said.getvalue(), arguments)) from None
+            return tyro.cli(verb, prog=f"alignpro {name}", args=rest, config=CONFIG, registry=REGISTRY)
+    except SystemExit:
+        raise AlignProError(_one_line(said.getvalue(), name)) from None
 
 
-def _one_line(box: str, arguments: Sequence[str]) -> str:
+def _one_line(box: str, verb: str) -> str:
     """tyro's complaint as one line: it gives none but in a frame, of Unicode or of ASCII."""
     parts = re.split("[─-]{5,}", re.sub(r"\x1b\[[0-9;]*m", "", box))
     lines = [[line.strip("│|╭╮╰╯ \t") for line in part.splitlines()] for part in parts]
@@ -146,8 +171,35 @@ def _one_line(box: str, arguments: Sequence[str]) -> str:
     said = re.sub(r"^Error parsing (?!--)\S+: ", "", " ".join(complaint).rstrip("."))
     if more and more[0].startswith("Perhaps you meant"):
         said += f"; perhaps {more[1]}"
-    verb = f" {arguments[0]}" if arguments and arguments[0] in VERBS else ""
-    return f"{said or 'cannot read the arguments'}; see alignpro{verb} --help"
+    if wrong := re.match(r"invalid choice ('.*') for argument '--(\S+)'", said):
+        (option,) = (o for o in options_of(VERBS[verb]) if o.flag == f"--{wrong[2]}")
+        said = f"{wrong[2].replace('-', '_')} {wrong[1]}: choose from {', '.join(option.choices)}"
+    said = _as_flags(said or "cannot read the arguments", verb)
+    return f"{said}; see alignpro {verb} --help"
+
+
+def _as_flags(message: str, verb: str) -> str:
+    """A message in which a setting is called as on the command line, not as in Python."""
+    if verb not in VERBS:
+        return message
+    renamed = renamed_in(VERBS[verb]).items()
+    names = {old.replace("-", "_"): new.replace("-", "_") for old, new in renamed if new}
+    if not names:
+        return message
+    found = rf"(^|\bwith settings\.|(?<=\w) x )({'|'.join(names)})(?=[ .:])"
+    return re.sub(found, lambda said: said[1] + names[said[2]], message, flags=re.MULTILINE)
+
+
+def _help(arguments: Sequence[str]) -> str | None:
+    """The help that is asked for; None where none is."""
+    verb, *rest = arguments or ("",)
+    before = rest[: rest.index("--")] if "--" in rest else rest
+    width = min(shutil.get_terminal_size().columns, 100)
+    if verb in ("-h", "--help", "--help-all"):
+        return helping.overview(VERBS, width)
+    if verb in VERBS and {"-h", "--help", "--help-all"} & set(before):
+        return helping.text(verb, VERBS[verb], width, "--help-all" in before)
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,6 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if shell not in ("bash", "zsh", "fish"):
                 raise AlignProError(f"--completion {shell}: choose from bash, zsh, fish")
             arguments = ["--tyro-print-completion", shell]
+        if (said := _help(arguments)) is not None:
+            print(said)
+            return 0
         status = _parse(arguments).run()
         sys.stdout.flush()
         return status
@@ -175,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from alignpro.llm.models.packages import scrub
 
             print(scrub("".join(traceback.format_exception(error))), file=sys.stderr)
-        for line in str(error).split("\n"):
+        for line in _as_flags(str(error), (*arguments[:1], "")[0]).split("\n"):
             print(f"alignpro: error: {line}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:

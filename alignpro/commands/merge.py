@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -20,12 +21,17 @@ class Merge:
     """Folder of a trained prompter or policy, of the run that made it, or of an adapter that PEFT saved."""
     out: str
     """A new folder for the whole model."""
-    dtype: str = "float32"
-    """Number format of its weights: float32 (as trained), or bfloat16 or float16 for half the space."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the weights that are written: as trained, or one of half the space."""
+
+    examples = (
+        ("a whole model of a trained prompter", "alignpro merge runs/ease --out models/ease"),
+        ("in half the space", "alignpro merge runs/ease --dtype bfloat16 --out models/ease16"),
+    )
 
     def run(self) -> int:
         from alignpro.commands.opening import trained_home
-        from alignpro.llm.models import adapters, catalogue, configure, load, packages, resolve
+        from alignpro.llm.models import adapters, catalogue, load, packages, resolve
         from alignpro.llm.models.libraries import quiet
         from alignpro.llm.policies.prompter import PROMPTER_FILE, Prompter
 
@@ -37,9 +43,6 @@ class Merge:
                 f"adapter {self.adapter!r}: holds no {catalogue.ADAPTER_CONFIG}; name the folder of a "
                 "trained prompter or of an adapter that PEFT saved"
             )
-        if self.dtype == "4bit":
-            raise AlignProError("--dtype 4bit: cannot be merged into; choose float32, bfloat16 or float16")
-        configure.check_dtype(self.dtype)
         base = adapters.adapter_base(home)
         folder = writable_folder(self.out)
         if any(folder.iterdir()):

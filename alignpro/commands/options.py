@@ -1,78 +1,15 @@
-"""Options that several verbs share, each written once, and how those of all verbs are read and shown."""
+"""Options that several verbs share, each written once."""
 
-import dataclasses
-import functools
 from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, ClassVar, Literal
 
-import tyro
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
-
-from alignpro.errors import AlignProError
+from alignpro.commands.flags import Prefixed
+from alignpro.errors import AlignProError, check_choices
 from alignpro.llm.models.chat import parse_options
-from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.models.sampling import Dtype, Sampling
 from alignpro.llm.rewards.rubric import JudgeRewardSettings
 from alignpro.llm.targets.settings import EndpointSettings
-
-CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
-REGISTRY = ConstructorRegistry()
-_UNPREFIXED: Any = tyro.conf.OmitArgPrefixes
-
-
-class Prefixed(NamedTuple):
-    """Marks a field whose record's flags are --PREFIX-FIELD: `Annotated[Record, Prefixed("target")]`."""
-
-    prefix: str
-
-
-@functools.cache
-def _named(record: type, prefix: str) -> type:
-    """`record` under another type, which tells `_options` the prefix of its flags."""
-    return type(record.__name__, (record,), {"_prefix": prefix, "__doc__": record.__doc__})
-
-
-def _hint(default: str) -> str:
-    """Say the default after an option's help, unless it is to be left out, or off."""
-    return "" if default in ("None", "False", "") else f"(default: {default})"
-
-
-def _flowing(text: Any) -> Any:
-    """Help whose line breaks are the terminal's, not the docstring's."""
-    said = text() if callable(text) else text
-    return said and "\n\n".join(" ".join(part.split()) for part in said.split("\n\n"))
-
-
-_asked: list[StructTypeInfo] = []
-"""Whose options tyro itself is being asked for."""
-
-
-@REGISTRY.struct_rule
-def _options(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """The options of a record as tyro finds them, with `_hint`, `_flowing` help and prefixes."""
-    if not dataclasses.is_dataclass(info.type) or _asked:
-        return None
-    _asked.append(info)
-    try:
-        found = ConstructorRegistry.get_struct_spec(info)
-    finally:
-        _asked.pop()
-    if not isinstance(found, StructConstructorSpec):
-        return None
-    prefix = getattr(info.type, "_prefix", None)
-    fields = []
-    for option in found.fields:
-        name = prefix and f"{prefix}-{option.name}"
-        kind: Any = Annotated[option.type, tyro.conf.arg(name=name, help_behavior_hint=_hint)]
-        default = option.default
-        for mark in kind.__metadata__:
-            if isinstance(mark, Prefixed):
-                record = _named(kind.__origin__, mark.prefix)
-                kind, default = _UNPREFIXED[record], record(**vars(default))
-        text = functools.partial(_flowing, option.helptext)
-        fields.append(dataclasses.replace(option, type=kind, default=default, helptext=text))
-    made = cast(type, info.type).__base__ if prefix else found.instantiate
-    return StructConstructorSpec(cast(Any, made), tuple(fields))
-
+from alignpro.llm.training.settings import Reporter
 
 DEFAULT_PROMPTER = "smollm2-135m-instruct"
 
@@ -84,8 +21,9 @@ class RunOptions:
     out: str
     """Folder of the run, made if need be."""
     config: str | None = None
-    """YAML file with any of these options, such as `lam: 0.05` on a line of its own; an option that is also
-    on the command line is taken from there."""
+    """YAML file with any of these options, such as lam: 0.05.
+
+    Each is on a line of its own; what is also on the command line is taken from there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,26 +31,27 @@ class ResumedRun(RunOptions):
     """A run that goes on after an interruption when told to."""
 
     resume: bool = False
-    """Continue the interrupted run in that folder from its last checkpoint, with the same settings; where
-    there is none, start one."""
+    """Continue the run in that folder where it was interrupted, or start one.
+
+    The settings must be the same; it goes on from its last checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportedRun(ResumedRun):
     """A run whose metrics can be followed."""
 
-    report_to: tuple[str, ...] = ()
-    """Services that also receive the metrics while it trains: tensorboard, wandb or trackio, which must be
-    installed. Left out: metrics.jsonl and the page alone."""
+    report_to: tuple[Reporter, ...] = ()
+    """Services that also receive the metrics while it trains, which must be installed. Left out:
+    metrics.jsonl and the page alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TemplateOption:
     """How a model is asked for rewrites."""
 
-    template: str | None = None
-    """How a model is asked to rewrite a prompt: rewrite (it writes the prompt anew) or append (it writes only
-    what follows the prompt). Left out: rewrite; a trained prompter keeps what it was trained with."""
+    template: Literal["rewrite", "append"] | None = None
+    """How a model is asked to rewrite a prompt: to write it anew, or to write only what follows it (append).
+    Left out: rewrite; a trained prompter keeps what it was trained with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +59,11 @@ class PrompterOptions(TemplateOption):
     """The prompter that a verb starts from."""
 
     prompter: str = DEFAULT_PROMPTER
-    """The reference prompter, rho_sft in the paper: a packaged model's name, a local folder, an id on the
-    Hugging Face hub, the folder of a fine-tuned prompter, or instructions-sft, which appends a plain
-    instruction (a packaged model, fine-tuned once on this machine)."""
+    """The reference prompter, rho_sft in the paper: a packaged model's name, a local folder or an id on the
+    Hugging Face hub; instructions-sft is one that appends a plain instruction.
+
+    A folder may be that of a fine-tuned prompter, or of the run that made it. instructions-sft is a packaged
+    model that is fine-tuned once on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,17 +95,19 @@ class PromptSettings:
     """The user prompts."""
 
     dataset: str = "instructions"
-    """Data set of the user prompts: any id owner/name (or owner/name:configuration) of the Hugging Face hub,
-    a file or folder of your own, or a name. Packaged: instructions, mt-bench, dpo-demo, healthbench or
-    verifiable (for the reward of that name). On the hub: ultrafeedback, ultrafeedback-binarized, helpsteer,
-    orca-dpo-pairs, openorca or bpo-test. In files that you download: dolly-eval, self-instruct-eval or
-    vicuna-eval."""
+    """Data set of the user prompts: a name, a file or folder of your own, or any id on the Hugging Face hub.
+
+    An id is owner/name or owner/name:configuration. Packaged: instructions, mt-bench, dpo-demo, healthbench
+    or verifiable (for the reward of that name). On the hub: ultrafeedback, ultrafeedback-binarized,
+    helpsteer, orca-dpo-pairs, openorca or bpo-test. In files that you download: dolly-eval,
+    self-instruct-eval or vicuna-eval."""
     data_folder: str | None = None
     """Folder with the files of the hub's data set, for a machine that cannot reach the hub. Left out: they
     are downloaded."""
     prompts_file: str | None = None
-    """File of your own prompts, used whole instead of a data set: .jsonl, .json, .csv, .tsv or .parquet; any
-    other is read as text with one prompt per line. Left out: the data set's prompts."""
+    """File of your own prompts, used whole instead of a data set. Left out: the data set's prompts.
+
+    Ending in .jsonl, .json, .csv, .tsv or .parquet; any other is read as text with one prompt per line."""
     prompt_column: str | None = None
     """Column of the prompts, texts or conversations (lists of messages); several texts are joined as
     instruction+input. Left out: prompt, or another common name where it is the only one."""
@@ -175,6 +118,7 @@ class PromptSettings:
     and time. Left out: every prompt is used."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             raise AlignProError(
                 f"max_prompt_tokens {self.max_prompt_tokens}: give at least 1, or leave it out"
@@ -189,8 +133,8 @@ class PromptSettings:
 class MeasuredPrompts(PromptSettings):
     """The user prompts that are measured on."""
 
-    split: str = "test"
-    """Part of the data set: train, validation or test. Training learns from train, so measure on test."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Part of the data set. Training learns from train, so measure on test."""
     prompts: int | None = None
     """How many prompts, from the first. Left out: all of them."""
 
@@ -199,14 +143,17 @@ class MeasuredPrompts(PromptSettings):
 class RewardModelSettings:
     """How a reward model (a sequence classifier) works in this process."""
 
-    dtype: str = "float32"
-    """Number format of a reward model in this process: float32, bfloat16 or float16."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the weights of a reward model in this process."""
     batch_size: int = 16
     """How many samples a reward model in this process scores at once; lower it where memory runs out."""
     sample_tokens: int | None = None
     """The most tokens of a sample, prompt and answer, that a reward model in this process reads; longer
     prompts lose their beginning. (--reward-max-tokens is the budget of a reward behind an endpoint.) Left
     out: what it was trained with, or what it can take."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     def given(self) -> list[str]:
         """Names of the fields that are not at their defaults."""
@@ -224,9 +171,10 @@ class EnvironmentSettings(ChatOption):
     """The frozen model, how it answers, and the reward that judges its answers."""
 
     target: str = "smollm2-135m-instruct"
-    """The frozen model, which answers the rewritten prompts: a packaged model's name, a local folder, an id
-    on the Hugging Face hub, or the http(s) address of an OpenAI-compatible endpoint. After vllm: (as in
-    vllm:owner/name) a folder or hub id runs on vLLM in this process."""
+    """The frozen model, which answers the rewritten prompts: a packaged model's name, a local folder, a hub
+    id, or the http(s) address of an OpenAI-compatible endpoint.
+
+    After vllm: (as in vllm:owner/name) a folder or hub id runs on vLLM in this process."""
     target_tokenizer: str | None = None
     """For a frozen model behind a vLLM server: name or folder of that model, whose tokenizer alone is read
     here. The server is then asked by token ids, for several answers at once, and tells log-probabilities too.
@@ -235,13 +183,14 @@ class EnvironmentSettings(ChatOption):
     """For vllm:NAME: arguments of vLLM's engine, as a JSON object such as '{"tensor_parallel_size": 2,
     "gpu_memory_utilization": 0.8, "max_model_len": 4096}'. Left out: vLLM's own."""
     reward: tuple[str, ...] = ("minilm-bt",)
-    """The reward, which scores the answers. Packaged: minilm-bt (preferences), ease, sentiment, brevity,
-    json, list (list:5 for five items), clean or verifiable. A judge on a rubric: judge (see --reward-judge).
-    Your own, with its range after an @: a reward model's folder or hub id (owner/name@squash:0,2;
-    owner/name#LABEL@0,1 for the probability of one of several labels), a Python function
-    (./mine.py:score@0,1, or module:score@0,1) or the address of an endpoint; a folder that reward-model wrote
-    knows its range. Several are added up (0.7*minilm-bt 0.3*ease) or, after the word mean, averaged, and each
-    is reported apart."""
+    """The reward, which scores the answers: minilm-bt (preferences), ease, sentiment, brevity, json, list,
+    clean, verifiable, a Python function (./mine.py:score@0,1) or another (see --help-all).
+
+    list:5 is for lists of five items. A judge on a rubric: judge (see --reward-judge). Your own has its range
+    after an @: a reward model's folder or hub id (owner/name@squash:0,2; owner/name#LABEL@0,1 for the
+    probability of one of several labels), a Python function (./mine.py:score@0,1, or module:score@0,1) or the
+    address of an endpoint; a folder that reward-model wrote knows its range. Several are added up
+    (0.7*minilm-bt 0.3*ease) or, after the word mean, averaged, and each is reported apart."""
     answer_tokens: int = 64
     """The most tokens of one answer; a longer one is cut."""
     answer_temperature: float = 1.0
@@ -264,7 +213,7 @@ class EnvironmentSettings(ChatOption):
     Left out: the lower end of the reward's range."""
     refused_most: float = 0.2
     """Share of refused answers, from 0 to 1, above which the run ends."""
-    dtype: str = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Number format of the weights of models in this process: float32 makes answers independent of how they
     are batched, bfloat16 halves the memory, and 4bit quarters that (it needs bitsandbytes)."""
     batch_size: int = 64
@@ -277,6 +226,13 @@ class EnvironmentSettings(ChatOption):
     reward_model: Annotated[RewardModelSettings, Prefixed("reward")] = field(
         default_factory=RewardModelSettings
     )
+
+    flags: ClassVar[dict[str, str]] = {"prices": "target_prices"}
+    """Names of fields on the command line where they differ."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choices(self)
 
     def record(self, reward: str) -> dict[str, Any]:
         """The frozen model, how it decodes, and the reward's name, as a run's record keeps them."""

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import tyro
 
@@ -43,19 +43,35 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
     out: str
     """Folder for proposals.jsonl, report.html, the answers paid for, and rewrites.jsonl."""
     proposals: int = 16
-    """How many rewrites to draw for each prompt. More come closer to rho*, the optimal prompter, and cost as
-    many answers."""
-    responses: int = 1
-    """How many answers of the frozen model judge each distinct rewrite; more make its reward less noisy."""
+    """How many rewrites of rho_sft each prompt's are resampled from. More come closer to rho*, the optimal
+    prompter, and cost as many answers."""
+    proposal_answers: int = 1
+    """How many answers of the frozen model judge each distinct proposal; more make its reward less noisy."""
     rewrite_tokens: int | None = None
     """The most tokens of one rewrite. Left out: as many as the prompter was made for."""
     lam: tuple[float, ...] = (0.02, 0.05, 0.1)
-    """Values of lambda to reweight by, positive, in units of the reward: the smaller, the further rewrites go
-    from what rho_sft would write."""
+    """Weights of the KL divergence in prompt optimization (lambda) to resample at, positive, in reward units:
+    the smaller, the further rewrites go from what rho_sft would write."""
     draws: int = 0
-    """How many rewrites of each prompt to draw at each lambda into rewrites.jsonl; 0 writes none."""
+    """How many rewrites of each prompt to draw, at each lambda, into rewrites.jsonl; 0 writes none."""
     environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(default_factory=EnvironmentSettings)
     source: tyro.conf.OmitArgPrefixes[MeasuredPrompts] = field(default_factory=MeasuredPrompts)
+
+    renamed: ClassVar = {"responses": "proposal-answers"}
+    common = (
+        "out prompter reward target dataset prompts-file prompts split lam proposals proposal-answers draws "
+        "rewrite-tokens answer-tokens seed config"
+    )
+    examples = (
+        (
+            "what choosing among 16 rewrites of each of 50 prompts gains",
+            "alignpro resample --out runs/free --prompter instructions-sft --reward ease --prompts 50",
+        ),
+        (
+            "more proposals, and four rewrites of each prompt at one lambda on file",
+            "alignpro resample --out runs/free --proposals 64 --lam 0.05 --draws 4 --prompts-file mine.csv",
+        ),
+    )
 
     def run(self) -> int:
         from alignpro.commands.opening import World, trained_home, user_prompts
@@ -66,7 +82,8 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
 
         prompter, environment = trained_home(self.prompter), self.environment
         folder = writable_folder(self.out)
-        check_least(1, proposals=self.proposals, responses=self.responses, rewrite_tokens=self.rewrite_tokens)
+        check_least(1, proposals=self.proposals, proposal_answers=self.proposal_answers)
+        check_least(1, rewrite_tokens=self.rewrite_tokens)
         check_least(0, draws=self.draws, seed=self.seed)
         if not self.lam or not all(0 < value < math.inf for value in self.lam):
             raise AlignProError(f"--lam {' '.join(map(str, self.lam))}: give positive, finite numbers")
@@ -74,8 +91,10 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         world = World(environment)
         xs = user_prompts(self.source, prompter, self.source.split, self.source.prompts, world)
         world.check_prompts(xs)
-        kept_as = ("template", "rewrite_tokens", "proposals", "responses", "seed")
-        record = {"prompter": prompter, **{name: getattr(self, name) for name in kept_as}}
+        kept_as = ("template", "rewrite_tokens", "proposals", "seed")
+        # On file under the name that it had at first, so that runs of then can be continued.
+        record = {"prompter": prompter, "responses": self.proposal_answers}
+        record |= {name: getattr(self, name) for name in kept_as}
         record |= environment.record(world.reward_name)
         begun, path = folder / "settings.json", folder / FILE
         if begun.exists():
@@ -83,7 +102,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         found = {p.prompt: p for p in resample.load_proposals(path)} if path.exists() else {}
         todo = [x for x in xs if x not in found]
         kept = f" ({len(xs) - len(todo)} kept)" if len(todo) < len(xs) else ""
-        asked, tokens = len(todo) * self.proposals * self.responses, environment.answer_tokens
+        asked, tokens = len(todo) * self.proposals * self.proposal_answers, environment.answer_tokens
         packages.note(
             f"{len(xs)} prompts{kept}: {len(todo) * self.proposals} rewrites, at most {asked} answers of at "
             f"most {tokens} tokens{world.money(asked, tokens)}"
@@ -126,7 +145,9 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         environment = self.environment
         frozen = world.target()
         target, judge = world.kept(frozen, folder), world.reward(folder)
-        worth = Environment(judge, target, environment.sampling(), self.responses, self.seed, world.refusals)
+        worth = Environment(
+            judge, target, environment.sampling(), self.proposal_answers, self.seed, world.refusals
+        )
         check_target_room(frozen, todo, environment.answer_tokens)
         options = environment.chat_options()
         rho = Prompter.from_pretrained(prompter, template=self.template, chat_template_kwargs=options)

@@ -3,7 +3,7 @@
 import math
 import shlex
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
@@ -37,11 +37,23 @@ class RewardModel(ResumedRun):
     base: str = "smollm2-135m-instruct"
     """Model that is trained: a packaged model's name, or a local folder or Hugging Face hub id of a language
     model or reward model."""
-    template: str | None = None
+    sample_template: str | None = None
     """How a prompt and an answer are written as one text: a text with {prompt} and {response} in it. Left
     out: the model's chat template."""
-    device: str = "auto"
-    """Device to train on: cpu, cuda (a GPU) or auto (a GPU where there is one)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on: cuda is a GPU, and auto one where there is one."""
+
+    renamed: ClassVar = {"template": "sample-template"}
+    common = (
+        "out pairs base epochs learning-rate pairs-per-step sample-tokens lora-rank device seed config resume"
+    )
+    examples = (
+        ("from preferences of your own", "alignpro reward-model --pairs pairs.jsonl --out runs/reward"),
+        (
+            "all weights of a small model",
+            "alignpro reward-model --pairs pairs.jsonl --lora-rank 0 --learning-rate 1e-5 --out runs/whole",
+        ),
+    )
 
     def run(self) -> int:
         from alignpro.llm.data.own import read_pairs
@@ -57,7 +69,11 @@ class RewardModel(ResumedRun):
             f"{len(read)} pairs of {len({p.prompt for p in read})} prompts ({sizes}); {steps} steps of "
             f"{settings.batch_size} pairs, {how}, samples of at most {settings.max_tokens} tokens"
         )
-        given: dict[str, Any] = {"template": self.template, "device": self.device, "resume": self.resume}
+        given: dict[str, Any] = {
+            "template": self.sample_template,
+            "device": self.device,
+            "resume": self.resume,
+        }
         result = train_reward(read, self.base, self.out, settings, **given)
         keep.keep(page(result), self.out)
         print(text(result, self.out))

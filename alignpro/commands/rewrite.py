@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import dataclass
+from typing import ClassVar
 
 import tyro
 
@@ -16,7 +17,8 @@ class Rewrite(ChatOption, SeedOption):
     """Rewrite prompts with a trained prompter."""
 
     prompter: tyro.conf.Positional[str]
-    """The folder that training wrote, or the prompter/ in it; any model's name does, too, untrained."""
+    """The prompter: the folder that training wrote, or the prompter/ in it; any model's name does, too,
+    untrained."""
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Prompts to rewrite, each in quotes. Left out: those of the file, or one per line of standard input."""
     prompts_file: str | None = None
@@ -27,13 +29,22 @@ class Rewrite(ChatOption, SeedOption):
     one."""
     system_prompt: str | None = None
     """System message that the frozen model will be given with every prompt that has none. Left out: none."""
-    samples: int = 1
-    """How many rewrites of each prompt."""
-    max_tokens: int | None = None
+    draws: int = 1
+    """How many rewrites of each prompt to draw."""
+    rewrite_tokens: int | None = None
     """The most tokens of one rewrite; a longer one is cut. Left out: as many as in training."""
     json: bool = False
     """Print one JSON object per line, with the prompt as x, the turns before it as context, and the rewrite,
     instead of the rewrite alone."""
+
+    renamed: ClassVar = {"samples": "draws", "max-tokens": "rewrite-tokens"}
+    examples = (
+        ("with a trained prompter", 'alignpro rewrite runs/ease "How do tides work?"'),
+        (
+            "four rewrites of each prompt of a file, as JSON",
+            "alignpro rewrite runs/ease --prompts-file mine.csv --draws 4 --json",
+        ),
+    )
 
     def run(self) -> int:
         from alignpro.commands.opening import trained_home
@@ -54,11 +65,11 @@ class Rewrite(ChatOption, SeedOption):
             given = [reading.made(x if self.prompts else x.strip()) for x in typed if x.strip()]
         if not given:
             raise AlignProError("prompts: none given; name some, or write one per line to standard input")
-        check_least(1, samples=self.samples, max_tokens=self.max_tokens)
+        check_least(1, draws=self.draws, rewrite_tokens=self.rewrite_tokens)
         home = trained_home(self.prompter)
         prompter = Prompter.from_pretrained(home, chat_template_kwargs=self.chat_options())
-        prompter.max_tokens = self.max_tokens or prompter.max_tokens
-        for x, row in zip(given, prompter.rewrites(given, self.samples, seed=self.seed), strict=True):
+        prompter.max_tokens = self.rewrite_tokens or prompter.max_tokens
+        for x, row in zip(given, prompter.rewrites(given, self.draws, seed=self.seed), strict=True):
             for rewrite in row:
                 line = {**said(x), "rewrite": rewrite}
                 print(json.dumps(line, ensure_ascii=False) if self.json else rewrite)

@@ -51,10 +51,28 @@ class Rollout(TemplateOption, RunOptions):
         default_factory=lambda: EnvironmentSettings(dtype="float32")
     )
     prompter: str | None = None
-    """The reference prompter, rho_sft in the paper: a packaged model's name, a local folder, an id on the
-    Hugging Face hub, or instructions-sft (see alignpro train --help). Left out: what the trained prompters
-    were trained from, or smollm2-135m-instruct."""
+    """The reference prompter, rho_sft in the paper: a packaged model's name, a local folder or an id on the
+    Hugging Face hub. Left out: what the trained prompters were trained from, or smollm2-135m-instruct.
+
+    instructions-sft is one that appends a plain instruction: a packaged model that is fine-tuned once on this
+    machine."""
     source: tyro.conf.OmitArgPrefixes[MeasuredPrompts] = field(default_factory=MeasuredPrompts)
+
+    common = (
+        "out arms trained instruction prompter reward target dataset prompts-file prompts split draws "
+        "answers rewrite-tokens answer-tokens seed config"
+    )
+    examples = (
+        (
+            "no prompter and the reference, on 50 prompts",
+            "alignpro rollout --out runs/rollouts --reward ease --prompts 50",
+        ),
+        (
+            "and a trained one, and an instruction",
+            "alignpro rollout --out runs/rollouts --reward ease --prompts 50 --trained runs/ease "
+            "--instruction plain='Use plain words.'",
+        ),
+    )
 
     def run(self) -> int:
         from alignpro.estimation.intervals import LEAST_PROMPTS
@@ -236,7 +254,7 @@ def _check_trained(arm: "Arm", said: Any, environment: EnvironmentSettings) -> N
         raise AlignProError(wrong) from None
     if (task == "rlhf") != (arm.name == "rlhf"):
         option = "rlhf" if task == "rlhf" else "trained"
-        raise AlignProError(f"{arm.folder!r}: it was trained with --task {task}; give it as --{option}")
+        raise AlignProError(f"{arm.folder!r}: it was trained with --policy {task}; give it as --{option}")
     served = opening.is_address(environment.target)
     target = environment.target.removeprefix("vllm:")
     if arm.name == "rlhf" and not served and not _same_model(base, target):

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import tyro
 
@@ -33,11 +33,28 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
     the word instructions: packaged prompts, each followed by one of about a hundred plain instructions; the
     template is then append, unless another is named."""
     settings: tyro.conf.OmitArgPrefixes[SFTSettings] = field(default_factory=SFTSettings)
-    prompt_field: str | None = None
-    """Key of the prompt, a text or a conversation, in those objects. Left out: prompt, or another common name
-    where it is the only one."""
-    rewrite_field: str | None = None
-    """Key of the rewrite in those objects. Left out: rewrite, or optimized_prompt as in the data of BPO."""
+    prompt_column: str | None = None
+    """Column (key) of the prompts, texts or conversations, in those objects. Left out: prompt, or another
+    common name where it is the only one."""
+    rewrite_column: str | None = None
+    """Column (key) of the rewrites in those objects. Left out: rewrite, or optimized_prompt as in the data of
+    BPO."""
+
+    renamed: ClassVar = {"prompt-field": "prompt-column", "rewrite-field": "rewrite-column"}
+    common = (
+        "out pairs prompter template prompt-column rewrite-column epochs learning-rate pairs-per-step "
+        "rewrite-tokens seed config resume"
+    )
+    examples = (
+        (
+            "on packaged instructions, to begin training with",
+            "alignpro sft --pairs instructions --out runs/sft",
+        ),
+        (
+            "on pairs of your own",
+            "alignpro sft --pairs mine.jsonl --prompt-column question --rewrite-column asked --out runs/sft",
+        ),
+    )
 
     def run(self) -> int:
         from alignpro.commands.opening import trained_home
@@ -50,9 +67,9 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
 
         settings, prompter = self.settings, trained_home(self.prompter)
         made, template = self.pairs in PAIRS, self.template
-        if made and (self.prompt_field or self.rewrite_field):
+        if made and (self.prompt_column or self.rewrite_column):
             raise AlignProError(
-                f"--pairs {self.pairs}: is packaged; leave out --prompt-field and --rewrite-field"
+                f"--pairs {self.pairs}: is packaged; leave out --prompt-column and --rewrite-column"
             )
         if made and template is None and not has_template(prompter):
             template = "append"
@@ -70,7 +87,7 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
         if made:
             read = PAIRS[self.pairs]()
         else:
-            read = own.read_rewrites(self.pairs, prompt=self.prompt_field, rewrite=self.rewrite_field)
+            read = own.read_rewrites(self.pairs, prompt=self.prompt_column, rewrite=self.rewrite_column)
         sizes = Counter(split.split_of(first_turn(pair.prompt)) for pair in read)
         steps = settings.epochs * -(-sizes["train"] // settings.batch_size)
         packages.note(

@@ -36,11 +36,40 @@ class Verb(Protocol):
         ...
 
 
+ROLLOUTS_FILE = "rollouts.jsonl"
+"""The rollouts in the folder of the run that made them."""
+
+
+def found_files(name: str, pattern: str) -> list[str]:
+    """The file that `name` is; where it is a folder, those by `pattern` in it, or else one level down.
+
+    Raises:
+        AlignProError: the folder holds none.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return [name]
+    found = sorted(folder.glob(pattern)) or sorted(folder.glob(f"*/{pattern}"))
+    if not found:
+        raise AlignProError(f"{name}: is a folder without {pattern}; name a file, or the folder of a run")
+    return [str(path) for path in found]
+
+
+def found_file(name: str, pattern: str) -> str:
+    """The one file of `found_files`; AlignProError where there are several."""
+    found = found_files(name, pattern)
+    if len(found) > 1:
+        some = ", ".join(found[:4]) + ", …" * (len(found) > 4)
+        raise AlignProError(f"{name}: is a folder with {len(found)} files {pattern}; name one of {some}")
+    return found[0]
+
+
 def read_rollouts(file: str, out: str | None) -> Any:
-    """The rollouts of `file`, once it is known that results can be written to the folder `out`."""
+    """The rollouts of a file or folder, once it is known that results can be written to the folder `out`."""
     from alignpro import rollouts
     from alignpro.files import writable_folder
 
+    file = found_file(file, ROLLOUTS_FILE)
     if out is not None:
         writable_folder(out)
     return rollouts.read(file)

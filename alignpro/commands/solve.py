@@ -4,11 +4,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import tyro
 
-from alignpro.report.keep import check_file, keep
+from alignpro.commands.shared import found_files
+from alignpro.report.keep import keep
 from alignpro.report.numbers import columns, number, plain
 from alignpro.report.page import Dot, Dots, Page, Table
 
@@ -109,13 +111,13 @@ class Solve:
 
     files: tyro.conf.Positional[tuple[str, ...]]
     """Instances: .npz files with the arrays p (probabilities of the prompts), prior (of rewrites), frozen (of
-    answers), own (each prompt's row of frozen) and reward."""
+    answers), own (each prompt's row of frozen) and reward; or folders, for all such files in them."""
     beta: float
-    """How strongly RLHF is held to the frozen model: positive, in reward units. Small: it follows the
-    reward."""
+    """Weight of the KL divergence in RLHF (beta), positive, in reward units: smaller lets fine-tuning move
+    further from the frozen model."""
     lam: float
-    """How strongly the prompter is held to its reference (lambda): positive, in reward units. Small: it
-    follows the reward."""
+    """Weight of the KL divergence in prompt optimization (lambda), positive, in reward units: smaller lets
+    the prompter move further from its reference."""
     bounds: tuple[str, ...] = ("theorem1",)
     """Upper and lower bounds on the gap by name (theorem1, span, tight, barycentre, trained, ceiling, ...; an
     unknown name lists them), or all."""
@@ -124,27 +126,39 @@ class Solve:
     reward, measured from the least one if that is negative."""
     json: bool = False
     """Print one JSON object per file and line, instead of a table."""
-    report: str | None = None
-    """File for a page of the results, ending in .html. Left out: no page."""
+    out: str | None = None
+    """Folder to keep solve.json and report.html in. Left out: nothing is kept."""
+
+    renamed: ClassVar = {"report": "out"}
+    examples = (
+        ("the instance of a demo", "alignpro solve runs/quick --beta 0.1 --lam 0.05"),
+        (
+            "every bound on what a search has found, as a page",
+            "alignpro solve runs/hunt --beta 0.1 --lam 0.05 --bounds all --out runs/solve",
+        ),
+    )
 
     def run(self) -> int:
         from tqdm import tqdm
 
+        from alignpro.files import writable_folder, write_json
         from alignpro.theory.scale.instances import solve_files
 
-        if self.report is not None:
-            check_file(self.report)
-        with tqdm(
-            total=len(self.files), unit="file", disable=len(self.files) < 100 or None, leave=False
-        ) as bar:
-            result = solve_files(
-                self.files, self.beta, self.lam, self.bounds, self.r_max, progress=bar.update
-            )
+        out = None if self.out is None else Path(self.out)
+        as_page = out is not None and out.suffix == ".html" and not out.is_dir()  # as --report had it
+        if out is not None:
+            writable_folder(out.parent if as_page else out)
+        files = [file for name in self.files for file in found_files(name, "*.npz")]
+        with tqdm(total=len(files), unit="file", disable=len(files) < 100 or None, leave=False) as bar:
+            result = solve_files(files, self.beta, self.lam, self.bounds, self.r_max, progress=bar.update)
+        values = [plain(one.json()) for one in result.files]
         if self.json:
-            for one in result.files:
-                print(json.dumps(plain(one.json()), ensure_ascii=False, allow_nan=False))
+            for one in values:
+                print(json.dumps(one, ensure_ascii=False, allow_nan=False))
         else:
             print(text(result))
-        if self.report is not None:
-            keep(page(result), self.report)
+        if out is not None:
+            if not as_page:
+                write_json(out / "solve.json", values)
+            keep(page(result), out)
         return 0

@@ -1,8 +1,9 @@
 """`alignpro train`: a prompter, or the RLHF oracle, on open-ended text."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -10,7 +11,7 @@ from alignpro.commands.options import EnvironmentSettings, PrompterOptions, Prom
 from alignpro.commands.shared import with_reward
 from alignpro.errors import AlignProError
 from alignpro.files import writable_folder
-from alignpro.llm.training.settings import PRESETS, EvaluationSettings, TrainSettings, refuse_moved_optimum
+from alignpro.llm.training.settings import EvaluationSettings, TrainSettings, refuse_moved_optimum
 from alignpro.report import keep
 from alignpro.report.numbers import number
 from alignpro.report.page import Curve, Curves, Json, Page, Panel, Table
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Train(PrompterOptions, ReportedRun):
-    """Train a prompter (or, with --task rlhf, the RLHF oracle) on open-ended text.
+    """Train a prompter (or, with --policy rlhf, the RLHF oracle) on open-ended text.
 
     The default settings are faithful: their optimum is the paper's closed form. A setting that moves it is
     refused, and named, unless --allow-moved-optimum is given. Interrupt at any time; --resume continues.
@@ -34,15 +35,33 @@ class Train(PrompterOptions, ReportedRun):
     """Folder for checkpoints, metrics.jsonl, rewrites.jsonl, report.html, the answers paid for, and
     prompter/, the trained one."""
     settings: tyro.conf.OmitArgPrefixes[TrainSettings] = field(default_factory=TrainSettings)
-    preset: str = "faithful"
-    """Named settings that the others start from: faithful (the optimum is the paper's closed form) or paper
-    (the authors' choices: learning rate 1.41e-5, batches of 128, a weight of the KL that adapts)."""
+    preset: Literal["faithful", "paper"] = "faithful"
+    """Settings that the others start from: those whose optimum is the paper's closed form, or the authors'.
+
+    The authors' have a learning rate of 1.41e-5, batches of 128, and a weight of the KL that adapts."""
     environment: tyro.conf.OmitArgPrefixes[EnvironmentSettings] = field(default_factory=EnvironmentSettings)
     source: tyro.conf.OmitArgPrefixes[PromptSettings] = field(default_factory=PromptSettings)
     train_prompts: int | None = None
-    """How many prompts of the data set's training split (or of the file) to learn from, from the first. Left
-    out: all of them."""
+    """How many prompts to learn from, from the first of the data set's training split, or of the file. Left
+    out: all."""
     evaluation: tyro.conf.OmitArgPrefixes[EvaluationSettings] = field(default_factory=EvaluationSettings)
+
+    common = (
+        "out prompter reward target dataset prompts-file train-prompts lam algorithm iterations "
+        "prompts-per-round draws answers rewrite-tokens answer-tokens eval-every preset policy seed config "
+        "resume"
+    )
+    examples = (
+        (
+            "shorter sentences: a packaged prompter learns by PPO on packaged prompts",
+            "alignpro train --out runs/ease --prompter instructions-sft --reward ease",
+        ),
+        (
+            "your own prompts and reward, the best of the evaluations on prompts held out",
+            "alignpro train --out runs/mine --prompts-file mine.csv --reward rewards:score@0,1 "
+            "--eval-every 8",
+        ),
+    )
 
     def run(self) -> int:
         from alignpro.commands.opening import World, divided_prompts, trained_home, user_prompts
@@ -50,8 +69,6 @@ class Train(PrompterOptions, ReportedRun):
         from alignpro.llm.policies.prompter import check_prompter
         from alignpro.llm.training.settings import check_reporters
 
-        if self.preset not in PRESETS:
-            raise AlignProError(f"--preset {self.preset}: choose from {', '.join(PRESETS)}")
         settings, rlhf, prompter = self.settings, self.settings.task == "rlhf", trained_home(self.prompter)
         refuse_moved_optimum(settings)
         check_reporters(self.report_to)
@@ -66,11 +83,14 @@ class Train(PrompterOptions, ReportedRun):
         # The oracle is its own target.
         world = World(replace(environment, target=prompter) if rlhf else environment)
         evaluation, held_out = self.evaluation, list[str]()
-        if evaluation.eval_every is None:
-            prompts = user_prompts(self.source, prompter, n=self.train_prompts, world=world)
-        else:
-            some = (self.train_prompts, evaluation.eval_prompts, world)
-            prompts, held_out = divided_prompts(self.source, prompter, *some)
+        try:
+            if evaluation.eval_every is None:
+                prompts = user_prompts(self.source, prompter, n=self.train_prompts, world=world)
+            else:
+                some = (self.train_prompts, evaluation.eval_prompts, world)
+                prompts, held_out = divided_prompts(self.source, prompter, *some)
+        except AlignProError as error:  # `prompts` is what other verbs call their number
+            raise AlignProError(re.sub(r"^prompts (?=-?\d)", "train_prompts ", str(error))) from None
         world.check_prompts([*prompts, *held_out])
         if (distinct := len(set(prompts))) < settings.prompts:
             packages.note(f"each round takes all {distinct} prompts, as there are not {settings.prompts}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from alignpro.commands.shared import save
 from alignpro.errors import AlignProError
@@ -48,7 +48,7 @@ def _by_family(result: "Verification") -> list[str]:
 def _by_statement(result: "Verification") -> str:
     head = "statement|kind|checked|violated|unclear|least slack/span|lhs/rhs 50%|95%|vacuous|identity error"
     rows = [(claim.name, claim.kind, *_cells(claim, str)) for claim in result.by_statement]
-    note = "\n(lhs/rhs: median over the families; by family with --bound NAME, or in verify.json)"
+    note = "\n(lhs/rhs: median over the families; by family with --bounds NAME, or in verify.json)"
     return columns([head.split("|"), *rows], "w" + "n" * 9, "") + note
 
 
@@ -162,7 +162,7 @@ class Verify:
     as signed_max_abs and never_outperforms, test the tester: they must be refuted.
     """
 
-    bound: tuple[str, ...] = ()
+    bounds: tuple[str, ...] = ()
     """Statements to check, by name: theorem1, trained, ceiling, exact_gap, ... or a known-wrong one; an
     unknown name lists them all. Left out: every true statement. Up to three are shown family by family."""
     instances: int = 1_000_000
@@ -181,6 +181,15 @@ class Verify:
     """Folder for verify.json, report.html and, as .npz files, the instances that refute a statement. Left
     out: the result is only printed."""
 
+    renamed: ClassVar = {"bound": "bounds"}
+    examples = (
+        ("every statement, in seconds", "alignpro verify --instances 100000"),
+        (
+            "Theorem 1, with proofs where rounding could decide",
+            "alignpro verify --bounds theorem1 --certify --out runs/verify",
+        ),
+    )
+
     def run(self) -> int:
         from alignpro.theory.families import FAMILIES
         from alignpro.theory.search.verification import TRUE, validate, verify
@@ -188,7 +197,7 @@ class Verify:
         if len(self.certify) > 1:
             raise AlignProError(f"--certify {' '.join(map(str, self.certify))}: give one number, or none")
         certify = self.certify[0] if self.certify else 8
-        statements, families = self.bound or TRUE, self.family or tuple(FAMILIES)
+        statements, families = self.bounds or TRUE, self.family or tuple(FAMILIES)
         validate(statements, self.instances, self.seed, families, certify)
         folder = None if self.out is None else writable_folder(self.out)
         result = verify(statements, self.instances, self.seed, families, certify=certify)

@@ -13,20 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from alignpro.errors import AlignProError
-from alignpro.files import atomic_write, writable_folder, write_text
+from alignpro.files import atomic_write, write_text
 from alignpro.report.numbers import unplaced
 from alignpro.report.page import Page
 
 TYPED: ContextVar[Sequence[str] | None] = ContextVar("TYPED", default=None)
 """The command line's arguments, for the page of what they run; None outside of it."""
-
-
-def check_file(path: str) -> None:
-    """Refuse, before any long work, a --report that is no .html file or cannot be written."""
-    if Path(path).suffix != ".html" or Path(path).is_dir():
-        raise AlignProError(f"--report {path}: name a file that ends in .html")
-    writable_folder(Path(path).parent, "--report")
 
 
 def keep(page: Page, place: str | os.PathLike[str]) -> Path | None:

@@ -20,8 +20,26 @@ status = alignpro(
         *("--target", "smollm2-135m-instruct"),  # π_F: any folder or hub id, or the address of an endpoint
         *("--reward", "minilm-bt"),  # r*, in [0, 1]
         *("--algorithm", "ppo", "--lam", "0.05"),
-        *("--iterations", "2", "--prompts", "4", "--samples", "2", "--epochs", "2"),  # by default 32, 8, 8, 4
-        *("--max-tokens", "16", "--answer-tokens", "16", "--lora-layers", "0.34", "--learning-rate", "1e-3"),
+        *(
+            "--iterations",
+            "2",
+            "--prompts-per-round",
+            "4",
+            "--draws",
+            "2",
+            "--epochs",
+            "2",
+        ),  # by default 32, 8, 8, 4
+        *(
+            "--rewrite-tokens",
+            "16",
+            "--answer-tokens",
+            "16",
+            "--lora-layers",
+            "0.34",
+            "--learning-rate",
+            "1e-3",
+        ),
     ]
 )
 if status == 0:

@@ -24,5 +24,5 @@ for bound in ("theorem1", "tight", "combined"):
 
 # Random instances of two families made to be awkward; a verdict that rounding could forge is proved. The
 # tester is tested on what is false: with signed rewards, max |r| is the wrong r_max.
-verify = ["verify", "--bound", "theorem1", "signed_max_abs", "--family", "lm_like", "signed"]
+verify = ["verify", "--bounds", "theorem1", "signed_max_abs", "--family", "lm_like", "signed"]
 print("exit status", alignpro([*verify, "--instances", "4000", "--certify", "2"]))

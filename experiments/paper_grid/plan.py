@@ -14,10 +14,13 @@ from typing import Any
 
 import yaml
 
+from alignpro.commands.flags import renamed_in
+from alignpro.commands.main import VERBS
 from alignpro.errors import AlignProError
 from alignpro.files import write_json, write_text
 from alignpro.llm.data import public, subset
 from alignpro.llm.data.split import SPLITS, split_of
+from alignpro.llm.training.settings import TrainSettings
 
 PRESETS = Path(__file__).parent / "presets"
 CONFIGURATIONS = {
@@ -107,6 +110,11 @@ def load(name: str) -> Preset:
     if not isinstance(said, dict) or (unknown := set(said) - names):
         what = f"has no field {min(unknown)}" if isinstance(said, dict) else "holds no fields"
         raise AlignProError(f"--preset {name}: a preset {what}; its fields are {', '.join(sorted(names))}")
+    # Here as in `TrainSettings`, by which costs are reckoned; jobs are written with their flags' names.
+    own = {flag: name for name, flag in TrainSettings.flags.items()}
+    for part in {"align_pro", "rlhf"} & set(said):
+        if isinstance(said[part], dict):
+            said[part] = {own.get(name, name): value for name, value in said[part].items()}
     try:
         return Preset(**{"name": path.stem, **said})
     except TypeError as error:
@@ -160,7 +168,7 @@ class Job:
     argument: str = ""
 
     def resolved(self, out: Path) -> dict[str, Any]:
-        """Its options with paths as the verb takes them."""
+        """Its options with names and paths as the verb takes them."""
         at = {"prompts_file", "trained", "rlhf", "answers_folder"}
 
         def place(value: str) -> str:
@@ -172,7 +180,13 @@ class Job:
             if name in at:
                 value = [place(v) for v in value] if isinstance(value, list) else place(value)
             found[name] = value
-        return found
+        return as_flags(self.verb, found)
+
+
+def as_flags(verb: str, options: Options) -> dict[str, Any]:
+    """Options by their names on the command line, where some have those of Python's settings, or old ones."""
+    names = renamed_in(VERBS[verb]) if verb in VERBS else {}
+    return {names.get(n.replace("_", "-"), n).replace("-", "_"): value for n, value in options.items()}
 
 
 def cells(preset: Preset) -> list[Cell]:

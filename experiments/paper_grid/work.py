@@ -112,6 +112,7 @@ def check_settings(jobs: Sequence[Job], out: Path) -> None:
         if not (finished(job, out) and path.is_file()):
             continue
         before, now = yaml.safe_load(path.read_text(encoding="utf-8")), job.resolved(out)
+        before = plan.as_flags(job.verb, before)  # a grid that was begun when they had other names
         for name in {**before, **now}:
             if name != "out" and before.get(name) != plan.plain(now.get(name)):
                 raise AlignProError(

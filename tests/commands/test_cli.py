@@ -53,17 +53,17 @@ def test_solve_prints_a_table(files, capsys):
 
 def test_verify_holds_and_refutes(tmp_path, capsys):
     few = ["--instances", "300", "--family", "signed"]
-    assert main.main(["verify", *few, "--bound", "theorem1", "--out", str(tmp_path / "new" / "run")]) == 0
+    assert main.main(["verify", *few, "--bounds", "theorem1", "--out", str(tmp_path / "new" / "run")]) == 0
     assert "theorem1: no violation in 300 instances" in capsys.readouterr().out
     assert json.loads((tmp_path / "new" / "run" / "verify.json").read_text())["violations"] == 0
-    assert main.main(["verify", *few, "--bound", "signed_max_abs", "--out", str(tmp_path)]) == 1
+    assert main.main(["verify", *few, "--bounds", "signed_max_abs", "--out", str(tmp_path)]) == 1
     assert "signed_max_abs: REFUTED" in capsys.readouterr().out
     names = ["new", "refuted-signed_max_abs.npz", "report.html", "verify.json"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 BAD = {
-    "no verb": ([], "Expected one of"),
+    "no verb": ([], "verb: none is given; give one of demo"),
     "unknown verb": (["prove"], "prove: is no verb; give one of"),
     "unknown flag": (["solve", "FILE", *GOOD, "--jsno"], "Unrecognized options: --jsno; perhaps --json"),
     "no beta": (["solve", "FILE", "--lam", "1"], "Missing from alignpro solve: --beta FLOAT"),
@@ -80,7 +80,7 @@ BAD = {
     "r_max": (["solve", "FILE", *GOOD, "--r-max", "nan"], "--r-max nan: must be a finite number"),
     "bound": (["solve", "FILE", *GOOD, "--bounds", "q"], "--bounds q: is unknown; give one of theorem1"),
     "missing": (["solve", "FILE", "gone.npz", *GOOD], "gone.npz: no such file"),
-    "verify bound": (["verify", "--bound", "q", "--out", "OUT"], "--bound q: is unknown"),
+    "verify bound": (["verify", "--bounds", "q", "--out", "OUT"], "--bounds q: is unknown"),
     "verify family": (["verify", "--family", "q", "--out", "OUT"], "--family q: is unknown"),
     "verify count": (["verify", "--instances", "0", "--out", "OUT"], "--instances 0: is below one"),
     "verify seed": (["verify", "--seed", "-1", "--out", "OUT"], "--seed -1: must not be negative"),

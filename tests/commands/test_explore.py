@@ -218,7 +218,7 @@ def test_other_requests_are_refused(server):
 
 def test_without_a_file_or_rollouts_there_are_none():
     app = App()
-    with pytest.raises(AlignProError, match="--file"):
+    with pytest.raises(AlignProError, match="start with one"):
         app.answer("solve", {"source": "file", "beta": "1", "lam": "1", "prompt": "0"})
     for route in ("find", "rollout"):
         with pytest.raises(AlignProError, match="--rollouts"):
@@ -229,8 +229,8 @@ def test_without_a_file_or_rollouts_there_are_none():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--file", "a.npz", "--family", "lm_like"], "--file a.npz, --family lm_like"),
-        (["--file", "missing.npz"], "missing.npz: no such file"),
+        (["a.npz", "--family", "lm_like"], "--family lm_like: is for a random instance, and a.npz is given"),
+        (["missing.npz"], "missing.npz: no such file"),
         (["--family", "nonsense"], "'nonsense' is unknown"),
         (["--shape", "0", "1", "1"], "shape (0, 1, 1)"),
         (["--shape", "2000", "2000", "2000"], "shape 2000 2000 2000"),

@@ -5,13 +5,13 @@ import io
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 import tyro
 
-from alignpro.commands import main
-from alignpro.commands import options as shown
+from alignpro.commands import flags, helping
+from alignpro.commands.flags import Prefixed
 
 
 @dataclass(frozen=True)
@@ -32,29 +32,35 @@ class Verb:
 
     out: str
     """Folder."""
-    target: Annotated[Server, shown.Prefixed("target")] = field(default_factory=Server)
-    judge: Annotated[Server, shown.Prefixed("judge")] = field(default_factory=lambda: Server(calls=3))
+    target: Annotated[Server, Prefixed("target")] = field(default_factory=Server)
+    judge: Annotated[Server, Prefixed("judge")] = field(default_factory=lambda: Server(calls=3))
     lam: tuple[float, ...] = ()
     """Numbers."""
     prices: tuple[float, float] | None = None
     """Two numbers."""
+    how: Literal["fast", "slow"] = "fast"
+    """How it
+    goes.
+
+    Second paragraph."""
     resume: bool = False
     """Go on."""
 
+    flags: ClassVar = {"prices": "money"}
+    examples = (("one", "alignpro verb --out a"),)
+
 
 def parsed(*arguments, **how):
-    how = {"config": shown.CONFIG, "registry": shown.REGISTRY} | how
+    how = {"config": flags.CONFIG, "registry": flags.REGISTRY} | how
     return tyro.cli(Verb, args=list(arguments), **how)
 
 
-def help_of(**how):
-    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
-        parsed("--help", **how)
-    return " ".join(said.getvalue().replace("│", " ").split())
+def help_of(width=100, whole=False):
+    return helping.text("verb", Verb, width, whole)
 
 
 def test_one_record_under_two_names():
-    found = parsed("--out", "x", "--target-model", "m", "--judge-calls", "9", "--prices", "1", "2")
+    found = parsed("--out", "x", "--target-model", "m", "--judge-calls", "9", "--money", "1", "2")
     assert found == Verb("x", Server("m", 8), Server(None, 9), prices=(1.0, 2.0))
     assert type(found.target) is Server
     assert parsed("--out", "x") == Verb("x")
@@ -64,22 +70,32 @@ def test_one_record_under_two_names():
 
 
 def test_help_shows_defaults_where_there_are_some():
-    said = help_of()
-    assert "--target-model STR Name of the model there (as it knows it). Left out: the first. --" in said
+    said = " ".join(help_of().split())
+    assert "--target-model NAME Name of the model there (as it knows it). Left out: the first. --" in said
     assert "--target-calls INT Requests at once. (default: 8)" in said
     assert "--judge-calls INT Requests at once. (default: 3)" in said
-    for unsaid in ("None", "False", "(default: )"):
+    assert "--money FLOAT FLOAT Two numbers. --" in said
+    assert "--how {fast,slow} How it goes. (default: fast)" in said
+    for unsaid in ("None", "False", "(default: )", "STR"):
         assert unsaid not in said
-        assert unsaid in help_of(config=(tyro.conf.FlagCreatePairsOff,), registry=None)  # as tyro has it
 
 
-@pytest.mark.parametrize("verb", main.VERBS)
-def test_no_verb_speaks_of_none(verb, capsys):
-    assert main.main([verb, "--help"]) == 0
-    said = capsys.readouterr().out
-    assert "--" in said
-    for unsaid in ("{None}", "(default: None)", "(default: )", "(default: False)"):
-        assert unsaid not in said
+def test_help_fits_the_terminal():
+    for width in (56, 80, 100):
+        lines = help_of(width).splitlines()
+        assert max(map(len, lines)) <= width
+        assert lines[-1] == "  alignpro verb --out a"
+
+
+def test_plain_help_has_first_paragraphs_of_common_options(monkeypatch):
+    monkeypatch.setattr(Verb, "common", "out how", raising=False)
+    said, whole = help_of(), help_of(whole=True)
+    assert "--lam" not in said
+    assert "Second paragraph." not in said
+    assert "--help-all shows the 7 other options, too" in said
+    for part in ("--lam", "Second paragraph.", "--target-…: A server:", "--judge-…: A server:"):
+        assert part in whole
+    assert whole.count("--how {fast,slow}") == 1
 
 
 def test_verbs_of_models_start_without_libraries():

@@ -24,7 +24,6 @@ pytest.importorskip("jinja2")
 from paper_grid import page as grid_page
 
 from alignpro.commands import main
-from alignpro.errors import AlignProError
 from alignpro.estimation.simulate import Size, simulated_rows
 from alignpro.report import figures as report_figures
 from alignpro.report import keep, numbers, render, text
@@ -151,24 +150,24 @@ def model(home):
 
 WORLD = f"--target MODEL --prompter MODEL --prompts-file HOME/prompts.txt --reward {__name__}:shares@0,1"
 WORLD += " --dtype float32 --answer-tokens 4 --out OUT"
-FIT = "--epochs 1 --batch-size 4 --seed 5 --out OUT"
+FIT = "--epochs 1 --pairs-per-step 4 --seed 5 --out OUT"
 COMMANDS = {
-    "verify": "verify --instances 90 --family signed --bound theorem1 signed_max_abs --certify 1 --out OUT",
+    "verify": "verify --instances 90 --family signed --bounds theorem1 signed_max_abs --certify 1 --out OUT",
     "hunt": "hunt theorem1 signed_max_abs --restarts 8 --steps 40 --tries 40 --out OUT",
-    "solve": "solve HOME/0.npz HOME/1.npz --beta 0.5 --lam 0.25 --bounds all --json --report OUT/report.html",
+    "solve": "solve HOME/0.npz HOME/1.npz --beta 0.5 --lam 0.25 --bounds all --json --out OUT",
     "estimate": "estimate HOME/rollouts.jsonl --beta 0.5 --lam 0.3 --out OUT",
     "headroom": "headroom HOME/rollouts.jsonl --lam 0.1 0.3 --json --out OUT",
     "compare": "compare HOME/rollouts.jsonl --arms none sft trained --out OUT",
     "judge": "judge HOME/rollouts.jsonl --arms trained none --judge MODEL --forced --prompts 6 --out OUT",
-    "train": f"train {WORLD.replace('prompts.txt', 'many.txt')} --iterations 2 --prompts 2 --samples 4"
-    " --epochs 1 --max-tokens 4 --eval-every 1 --eval-proposals 3 --template append --seed 5",
+    "train": f"train {WORLD.replace('prompts.txt', 'many.txt')} --iterations 2 --prompts-per-round 2"
+    " --draws 4 --epochs 1 --rewrite-tokens 4 --eval-every 1 --eval-proposals 3 --template append --seed 5",
     "rollout": f"rollout {WORLD} --rewrite-tokens 4 --draws 2 --answers 2 --seed 5",
     "sft": f"sft --prompter MODEL --pairs HOME/rewrites.jsonl {FIT}",
     "reward-model": f"reward-model --base MODEL --pairs HOME/pairs.jsonl {FIT}",
     "resample": f"resample {WORLD} --rewrite-tokens 4 --proposals 4 --lam 0.05 2 --seed 5",
     "instruct": "instruct "
     + WORLD.replace(" --prompter MODEL", "").replace("prompts.txt", "many.txt")
-    + " --instructions HOME/prompts.txt --budget 60 --seed 5",
+    + " --instructions-file HOME/prompts.txt --budget 60 --seed 5",
 }
 WITH_MODEL = ("judge", "train", "rollout", "sft", "reward-model", "resample", "instruct")
 
@@ -667,21 +666,15 @@ def test_one_process_of_several_writes(tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("name", ["x.npz", "report", "folder.html"])
-def test_a_report_that_cannot_be_is_refused_first(name, home, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["file/x.html", "file/folder"])
+def test_a_folder_that_cannot_be_is_refused_first(name, home, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         "alignpro.theory.scale.instances.solve_files", lambda *_, **__: pytest.fail("computed")
     )
-    (tmp_path / "folder.html").mkdir()
-    command = ["solve", str(home / "0.npz"), "--beta", "1", "--lam", "1", "--report", str(tmp_path / name)]
+    (tmp_path / "file").write_text("")
+    command = ["solve", str(home / "0.npz"), "--beta", "1", "--lam", "1", "--out", str(tmp_path / name)]
     assert main.main(command) == 2
-    said = capsys.readouterr().err
-    assert said == f"alignpro: error: --report {tmp_path / name}: name a file that ends in .html\n"
-
-
-def test_a_folder_that_cannot_be_is_named():
-    with pytest.raises(AlignProError, match=r"^--report /dev/null: cannot write there"):
-        keep.check_file("/dev/null/x.html")
+    assert capsys.readouterr().err.startswith(f"alignpro: error: --out {tmp_path / 'file'}")
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])

@@ -190,7 +190,7 @@ def test_equal_calls(home, whole):
     training = [
         yaml.safe_load((whole / f"f/one/p/{n}-0" / plan.CONFIG).read_text()) for n in ("align-pro", "rloo")
     ]
-    calls = [t["iterations"] * t["prompts"] * t["samples"] for t in training]
+    calls = [t["iterations"] * t["prompts_per_round"] * t["draws"] for t in training]
     assert calls[0] == calls[1]
     assert abs(config["proposals"] * 6 - calls[0]) <= 3
 

@@ -39,7 +39,7 @@ def trained(home, tmp_path, monkeypatch):
     monkeypatch.chdir(work)
     arguments = ["train", "--out", "runs/a", "--prompter", "models/base", "--target", "models/base"]
     arguments += ["--reward", "zoo:letters@0,1", "--prompts-file", str(home / "prompts.jsonl")]
-    arguments += ["--iterations", "2", "--prompts", "2", "--samples", "2", "--max-tokens", "5"]
+    arguments += ["--iterations", "2", "--prompts-per-round", "2", "--draws", "2", "--rewrite-tokens", "5"]
     arguments += ["--answer-tokens", "5", "--learning-rate", "0.05"]
     assert main.main(arguments) == 0
     return work / "runs" / "a"
@@ -124,7 +124,7 @@ def test_an_adapter_is_a_model_wherever_one_is_named(home, trained, tmp_path):
         "--lam",
         "0.1",
     ]
-    arguments += ["--iterations", "1", "--prompts", "2", "--samples", "2", "--max-tokens", "5"]
+    arguments += ["--iterations", "1", "--prompts-per-round", "2", "--draws", "2", "--rewrite-tokens", "5"]
     assert main.main([*arguments, "--answer-tokens", "5"]) == 0
     again = Prompter.from_pretrained(tmp_path / "again" / "prompter", device="cpu")
     with again.model.disable_adapter():

@@ -314,7 +314,18 @@ def prompts_of_dolly():
 
 
 def small(command, *more):
-    sizes = ["--iterations", "2", "--prompts", "2", "--samples", "2", "--epochs", "1", "--max-tokens", "8"]
+    sizes = [
+        "--iterations",
+        "2",
+        "--prompts-per-round",
+        "2",
+        "--draws",
+        "2",
+        "--epochs",
+        "1",
+        "--rewrite-tokens",
+        "8",
+    ]
     return [command, "--answer-tokens", "8", *(sizes if command == "train" else []), *more]
 
 
@@ -323,7 +334,7 @@ def test_train_and_rollout_on_chats_of_tiny_models(base, tmp_path, capsys):  # n
     rows = [{"messages": [*before, {"role": "user", "content": x}]} for x in ("d", "e", "f")]
     data = ["--dataset", str(jsonl(tmp_path / "chats" / "a.jsonl", rows).parent)]
     split = split_of("ad")
-    assert main.main([*verb("train", base, tmp_path / "t"), *data, "--prompts", "2"]) == 0
+    assert main.main([*verb("train", base, tmp_path / "t"), *data, "--prompts-per-round", "2"]) == 0
     assert f"3 prompts from column messages of {tmp_path / 'chats'}, split train" in capsys.readouterr().err
     command = ["rollout", "--out", str(tmp_path / "r"), "--target", base, "--reward", f"{__name__}:heard@0,1"]
     command += ["--answer-tokens", "2", "--draws", "1", "--trained", str(tmp_path / "t"), *data]

@@ -99,10 +99,19 @@ def rows_of(out):
 def run(home, tmp_path_factory):
     """A training run, and rollouts of every kind of arm."""
     out = tmp_path_factory.mktemp("run")
-    command = ["train", "--out", str(out / "trained"), *world(home), "--iterations", "3", "--prompts", "3"]
-    assert main.main([*command, "--samples", "2", "--epochs", "1", "--max-tokens", "4"]) == 0
+    command = [
+        "train",
+        "--out",
+        str(out / "trained"),
+        *world(home),
+        "--iterations",
+        "3",
+        "--prompts-per-round",
+        "3",
+    ]
+    assert main.main([*command, "--draws", "2", "--epochs", "1", "--rewrite-tokens", "4"]) == 0
     more = ["--arms", "none", "sft", "--trained", str(out / "trained"), "--instruction", f"step={SAYS}"]
-    assert rolled(home, out / "rolled", *more, "--rewrites", f"bpo={home / 'bpo.jsonl'}") == 0
+    assert rolled(home, out / "rolled", *more, "--rewrites-file", f"bpo={home / 'bpo.jsonl'}") == 0
     return out
 
 
@@ -298,7 +307,7 @@ def test_they_are_judged_like_any_arms(run):
 def test_neither_needs_a_prompter(home, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Prompter, "from_pretrained", None)
     more = ["--arms", "none", "--instruction", f"step={SAYS}", "brief=Be brief."]
-    assert rolled(home, tmp_path, *more, "--rewrites", f"bpo={home / 'bpo.jsonl'}", "--draws", "1") == 0
+    assert rolled(home, tmp_path, *more, "--rewrites-file", f"bpo={home / 'bpo.jsonl'}", "--draws", "1") == 0
     said = capsys.readouterr().err
     assert "none (seed 0), step (seed 0), brief (seed 0), bpo (seed 0): 0 rewrites, 40 answers" in said
     assert "bpo: the first 1 of up to 2 rewrites" in said
@@ -311,7 +320,7 @@ def test_a_changed_file_or_instruction_is_refused(home, tmp_path, capsys):
     file = tmp_path / "mine.jsonl"
     shutil.copy(home / "bpo.jsonl", file)
     arms = ["--arms", "none", "--draws", "1"]
-    given_ = [*arms, "--rewrites", f"bpo={file}", "--instruction", f"step={SAYS}"]
+    given_ = [*arms, "--rewrites-file", f"bpo={file}", "--instruction", f"step={SAYS}"]
     assert rolled(home, tmp_path / "out", *given_) == 0
     before = (tmp_path / "out" / "rollouts.jsonl").read_bytes()
     assert rolled(home, tmp_path / "out", *given_) == 0
@@ -327,19 +336,25 @@ def test_a_changed_file_or_instruction_is_refused(home, tmp_path, capsys):
 BAD = {
     "no name": (["--instruction", "Be brief."], "instruction 'Be brief.': give NAME=TEXT"),
     "no text": (["--instruction", "a= "], "instruction 'a= ': give NAME=TEXT"),
-    "odd name": (["--rewrites", "a b=f"], "rewrites 'a b=f': give NAME=FILE, the name of letters"),
+    "odd name": (["--rewrites-file", "a b=f"], "rewrites_file 'a b=f': give NAME=FILE, the name of letters"),
     "an arm's name": (["--instruction", "sft=a"], "sft is an arm of its own"),
-    "rlhf": (["--rewrites", "rlhf=f"], "rlhf is an arm of its own"),
-    "trained": (["--rewrites", "trained=f"], "trained is an arm of its own"),
+    "rlhf": (["--rewrites-file", "rlhf=f"], "rlhf is an arm of its own"),
+    "trained": (["--rewrites-file", "trained=f"], "trained is an arm of its own"),
     "twice": (["--instruction", "a=b", "a=c"], "a is an arm of its own"),
-    "both": (["--instruction", "a=b", "--rewrites", "a=f"], "a is an arm of its own"),
+    "both": (["--instruction", "a=b", "--rewrites-file", "a=f"], "a is an arm of its own"),
     "as an arm": (
         ["--arms", "rewrites"],
         "arms 'rewrites': choose from none, sft, star, best_of_n; give NAME=",
     ),
-    "no file": (["--rewrites", "a=/nowhere.jsonl"], "rewrites /nowhere.jsonl: cannot read it"),
-    "no format": (["--rewrites", "a=/nowhere.txt"], "rewrites /nowhere.txt: give a file in .jsonl, .json"),
-    "few": (["--rewrites", "a=HOME/few.jsonl"], "has none for 3 of 5 prompts, first for 'def'; add them"),
+    "no file": (["--rewrites-file", "a=/nowhere.jsonl"], "rewrites_file /nowhere.jsonl: cannot read it"),
+    "no format": (
+        ["--rewrites-file", "a=/nowhere.txt"],
+        "rewrites_file /nowhere.txt: give a file in .jsonl, .json",
+    ),
+    "few": (
+        ["--rewrites-file", "a=HOME/few.jsonl"],
+        "has none for 3 of 5 prompts, first for 'def'; add them",
+    ),
 }
 
 
@@ -434,7 +449,7 @@ def test_damaged_rows_are_named(row, message, tmp_path):
 
 def test_a_rewrite_without_room_is_refused_before_anything_is_asked(home, tmp_path, capsys):
     write(home / "long.jsonl", [{"prompt": x, "rewrite": "ab" * 5000 if x == "e" else "a"} for x in PROMPTS])
-    assert rolled(home, tmp_path, "--arms", "none", "--rewrites", f"long={home / 'long.jsonl'}") == 2
+    assert rolled(home, tmp_path, "--arms", "none", "--rewrites-file", f"long={home / 'long.jsonl'}") == 2
     said = capsys.readouterr().err
     assert "prompt 'abab" in said
     assert "more exceed the" in said
@@ -481,7 +496,7 @@ def test_refused_answers_are_counted_from_the_service_to_the_pages(home, tmp_pat
         for body, _ in server.requests:
             counts[refuses(body)] += 1
         command = ["train", "--out", str(tmp_path / "trained"), *world(home), *behind, "--iterations", "3"]
-        command += ["--prompts", "3", "--samples", "2", "--epochs", "1", "--max-tokens", "8"]
+        command += ["--prompts-per-round", "3", "--draws", "2", "--epochs", "1", "--rewrite-tokens", "8"]
         assert main.main(command) == 0
         trained = [refuses(body) for body, _ in server.requests[sum(counts.values()) :]]
 

@@ -505,7 +505,7 @@ def test_rewrite_takes_a_file_of_chats(tmp_path, capsys):
         part.save_pretrained(tmp_path / "base")
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps({"messages": [*turns, ASKED]}) + "\n" for turns in ([HI, HELLO], [])))
-    command = ["rewrite", str(tmp_path / "base"), "--max-tokens", "4", "--json"]
+    command = ["rewrite", str(tmp_path / "base"), "--rewrite-tokens", "4", "--json"]
     assert main.main([*command, "--prompts-file", str(path), "--system-prompt", "Be kind."]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     kind = {"role": "system", "content": "Be kind."}

@@ -163,9 +163,8 @@ def test_columns_travel_from_the_file_through_training_and_rollouts(tmp_path, ca
     known = {(row["prompt"], row["letter"], row["weight"]) for row in rows}
     base, name = tmp_path / "base", f"{__name__}:wants@0,1"
     world = f"--prompter {base} --target {base} --answer-tokens 4 --prompts-file {file} --reward {name} ease"
-    train = (
-        f"train --out {tmp_path}/t --iterations 2 --prompts 2 --samples 2 --epochs 1 --max-tokens 4 {world}"
-    )
+    train = f"train --out {tmp_path}/t --iterations 2 --prompts-per-round 2 --draws 2 --epochs 1 {world}"
+    train += " --rewrite-tokens 4"
     asked.clear()
     assert main.main(shlex.split(train)) == 0, capsys.readouterr().err
     assert {*asked} <= known

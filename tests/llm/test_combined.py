@@ -270,8 +270,12 @@ def test_parts_add_up_through_training_rollouts_and_the_record(tmp_path, capsys)
         f"--reward 0.5*{__name__}:letters@0,1 -0.25*{__name__}:lengths@0,1 2*brevity"
     )
     names = [f"{__name__}:letters@0,1", f"{__name__}:lengths@0,1", "brevity"]
-    train = f"train --out {tmp_path}/t --prompter {tmp_path}/base --iterations 2 --prompts 2 --samples 2"
-    assert main.main(shlex.split(f"{train} --epochs 1 --max-tokens 4 {world}")) == 0, capsys.readouterr().err
+    train = (
+        f"train --out {tmp_path}/t --prompter {tmp_path}/base --iterations 2 --prompts-per-round 2 --draws 2"
+    )
+    assert main.main(shlex.split(f"{train} --epochs 1 --rewrite-tokens 4 {world}")) == 0, (
+        capsys.readouterr().err
+    )
     for line in (tmp_path / "t" / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         parts = [row[f"reward/{name}"] for name in names]

@@ -660,7 +660,7 @@ def base(tmp_path_factory):
 def verb(name, base, out):
     command = [name, "--out", str(out), "--prompter", base, "--target", base, "--answer-tokens", "2"]
     command += ["--reward", f"{__name__}:shares@0,1"]
-    sizes = ["--iterations", "1", "--samples", "2", "--epochs", "1", "--max-tokens", "2"]
+    sizes = ["--iterations", "1", "--draws", "2", "--epochs", "1", "--rewrite-tokens", "2"]
     return [*command, *(sizes if name == "train" else ["--proposals", "2", "--rewrite-tokens", "2"])]
 
 
@@ -670,7 +670,7 @@ def test_train_and_resample_take_a_data_set(base, tmp_path, capsys):
     more = ["--dataset", "helpsteer", "--data-folder", str(folder), "--max-prompt-tokens", "2"]
     short = [x for x in xs if len(x) == 2]
     train = [x for x in short if split_of(x) == "train"]
-    assert main.main([*verb("train", base, tmp_path / "t"), *more, "--prompts", "2"]) == 0
+    assert main.main([*verb("train", base, tmp_path / "t"), *more, "--prompts-per-round", "2"]) == 0
     assert f"{len(train)} prompts; 1 rounds of 2 x 2" in capsys.readouterr().err
     held = [x for x in short if split_of(x) == "test"]
     assert held
@@ -701,7 +701,7 @@ def test_train_and_resample_take_a_data_set(base, tmp_path, capsys):
         ),
         (
             ["--prompts-file", "{mine}", "--prompt-column", "q", "--train-prompts", "3"],
-            "prompts 3: choose from 1 to the 2 there are",
+            "train_prompts 3: choose from 1 to the 2 there are",
         ),
         (["--dataset", "orca"], "dataset 'orca': choose from instructions, mt-bench, dpo-demo"),
         (

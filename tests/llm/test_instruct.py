@@ -56,12 +56,12 @@ def command(tmp_path):
     def get(server, *more, out="out"):
         words = ["instruct", "--out", str(tmp_path / out), "--target", server.url, "--target-model", "m"]
         words += [
-            "--instructions",
+            "--instructions-file",
             str(tmp_path / "list.txt"),
             "--prompts-file",
             str(tmp_path / "prompts.txt"),
         ]
-        words += ["--reward", f"{__name__}:shares@0,1", "--budget", "200", "--held-out-answers", "3", *more]
+        words += ["--reward", f"{__name__}:shares@0,1", "--budget", "200", "--eval-answers", "3", *more]
         return words
 
     return get
@@ -148,7 +148,7 @@ def test_an_interrupted_race_goes_on_to_the_same_files(cut, command, tmp_path, m
             raise KeyboardInterrupt
         return judged(*positional)
 
-    small = ("--budget", "60", "--held-out", "5", "--held-out-answers", "1")
+    small = ("--budget", "60", "--eval-prompts", "5", "--eval-answers", "1")
     with Server(says) as server:
         assert main.main(command(server, *small, out="whole")) == 0
         asked = len(server.requests)
@@ -165,7 +165,7 @@ def test_an_interrupted_race_goes_on_to_the_same_files(cut, command, tmp_path, m
 
 
 def test_a_finished_folder_asks_for_no_more_than_what_is_new(command, tmp_path, capsys):
-    small = ("--held-out", "5", "--held-out-answers", "1")
+    small = ("--eval-prompts", "5", "--eval-answers", "1")
     with Server(says) as server:
         assert main.main(command(server, *small, "--budget", "60")) == 0
         asked = len(server.requests)
@@ -199,7 +199,7 @@ def test_a_model_in_this_process_and_the_packaged_bank(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     words = ["instruct", "--out", str(tmp_path / "out"), "--target", str(tmp_path / "model")]
     words += ["--prompts-file", str(tmp_path / "prompts.txt"), "--reward", f"{__name__}:shares@0,1"]
-    words += ["--answer-tokens", "3", "--dtype", "float32", "--budget", "800", "--held-out", "6"]
+    words += ["--answer-tokens", "3", "--dtype", "float32", "--budget", "800", "--eval-prompts", "6"]
     assert main.main(words) == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "out" / "instruct.json").read_text())
     assert {c["instruction"] for c in found["candidates"]} == {"", *INSTRUCTIONS}
@@ -239,9 +239,9 @@ def test_refused_answers_are_counted_and_worth_what_is_declared(command, tmp_pat
         (["--budget", "14"], "budget 14: 5 candidates take at least 15 answers"),
         (["--budget", "0"], "budget 0: give a whole number of at least 1"),
         (["--answers", "0"], "answers 0: give a whole number of at least 1"),
-        (["--held-out", "4"], "held_out 4: give a whole number of at least 5"),
+        (["--eval-prompts", "4"], "eval_prompts 4: give a whole number of at least 5"),
         (["--level", "0.4"], "level 0.4: must lie between 0.5 and 1"),
-        (["--instructions", "none.txt"], "instructions none.txt: cannot read it"),
+        (["--instructions-file", "none.txt"], "instructions_file none.txt: cannot read it"),
         (["--reward", "nope"], "reward 'nope'"),
         (["--refused-reward", "2"], "refused_reward 2"),
     ],

@@ -468,7 +468,7 @@ def run(file, out, server, *more):
 def test_the_verb(file, tmp_path, capsys):
     out = tmp_path / "out"
     with served(gullible) as server:
-        assert run(file, out, server, "--prices", "2", "8", "--reply-tokens", "99") == 0
+        assert run(file, out, server, "--judge-prices", "2", "8", "--reply-tokens", "99") == 0
         said = capsys.readouterr()
         assert "6 pairs of trained and none, both orders" in said.err
         assert re.search(
@@ -599,12 +599,15 @@ BAD = {
     "too many prompts": ({"--prompts": ["7"]}, "prompts 7: choose from 1 to the 6 there are"),
     "no prompts": ({"--prompts": ["0"]}, "prompts 0: give a whole number of at least 1"),
     "no pairs": ({"--per-prompt": ["0"]}, "per_prompt 0: give a whole number of at least 1"),
-    "temperature": ({"--temperature": ["-1"]}, "temperature -1.0: choose"),
+    "temperature": ({"--reply-temperature": ["-1"]}, "reply_temperature -1.0: choose"),
     "forced endpoint": (
         {"--judge": ["http://127.0.0.1:1/v1"], "--forced": []},
         "forced: an endpoint does not",
     ),
-    "forced draws": ({"--temperature": ["0.5"], "--forced": []}, "temperature 0.5: a forced choice draws"),
+    "forced draws": (
+        {"--reply-temperature": ["0.5"], "--forced": []},
+        "reply_temperature 0.5: a forced choice draws",
+    ),
     "refusals": ({"--refused-most": ["2"]}, "refused_most 2.0: give a share from 0 to 1"),
     "extra": (
         {"--judge": ["http://127.0.0.1:1/v1"], "--judge-model": ["m"], "--judge-extra-body": ["[1]"]},
@@ -615,7 +618,7 @@ BAD = {
         "omit 'messages': is no field that is sent; choose from model, temperature, top_p, max_tokens, seed",
     ),
     "level": ({"--level": ["95"]}, "level 95.0: must lie between"),
-    "price": ({"--prices": ["-1", "0"]}, "prices.prompt -1.0"),
+    "price": ({"--judge-prices": ["-1", "0"]}, "judge_prices.prompt -1.0"),
 }
 
 
@@ -636,7 +639,7 @@ def test_settings_of_the_judge_reach_it(file, tmp_path):
     seeds = []
     for seed in ("3", "4"):
         with served(gullible) as server:
-            more = ["--temperature", "0.5", "--prompts", "1", "--seed", seed]
+            more = ["--reply-temperature", "0.5", "--prompts", "1", "--seed", seed]
             assert run(file, tmp_path / seed, server, *more) == 0
             bodies = [body for body, _ in server.requests]
         assert {(b["temperature"], b["max_tokens"], b["top_p"]) for b in bodies} == {(0.5, 256, 1.0)}

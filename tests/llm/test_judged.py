@@ -567,7 +567,18 @@ def command(home, verb, out, *more):
     return said if verb == "rollout" else [*said, "--prompter", model]
 
 
-SMALL = ("--iterations", "2", "--prompts", "2", "--samples", "2", "--epochs", "1", "--max-tokens", "4")
+SMALL = (
+    "--iterations",
+    "2",
+    "--prompts-per-round",
+    "2",
+    "--draws",
+    "2",
+    "--epochs",
+    "1",
+    "--rewrite-tokens",
+    "4",
+)
 
 
 def test_training_by_a_judge(home, tmp_path, capsys):

@@ -204,7 +204,7 @@ def test_it_is_a_prompter_wherever_one_is_named(tiny_recipe, tmp_path, monkeypat
     def run(line):
         assert main.main(line.split()) == 0, capfd.readouterr().err
 
-    run(f"rewrite {NAME} Hello --max-tokens 4")
+    run(f"rewrite {NAME} Hello --rewrite-tokens 4")
     run(f"merge {NAME} --out {tmp_path / 'whole'}")
     assert (tmp_path / "whole" / "model.safetensors").is_file()
     run("doctor --json")

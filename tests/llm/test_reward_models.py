@@ -939,7 +939,8 @@ def test_training_goes_on_without_paying_twice(server, tmp_path, capsys, monkeyp
     base = save(tmp_path / "base", *configure.tiny_model(seed=1))
     (tmp_path / "prompts.txt").write_text("abc\ndef\ngab\n")
     small = (
-        "--iterations 3 --prompts 2 --samples 4 --epochs 1 --max-tokens 4 --answer-tokens 4 --dtype float32"
+        "--iterations 3 --prompts-per-round 2 --draws 4 --epochs 1 --rewrite-tokens 4 "
+        "--answer-tokens 4 --dtype float32"
     )
 
     def train(out, reward, *more):

@@ -324,7 +324,7 @@ def call(base, tmp_path, capsys):
     rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in COMMANDED]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = shlex.split(
-        "--learning-rate 3e-3 --epochs 2 --batch-size 32 --max-tokens 64 --lora-rank 0 --device cpu"
+        "--learning-rate 3e-3 --epochs 2 --pairs-per-step 32 --sample-tokens 64 --lora-rank 0 --device cpu"
     )
 
     def run(*arguments, out="out"):
@@ -367,7 +367,9 @@ def test_a_reward_model_from_the_command_line_judges_training(call, base, tmp_pa
     option, name = shlex.split(re.search(r"train with (--reward .+) \(bounds", said.out)[1])
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("abc\ndef\n")
-    small = shlex.split("--iterations 1 --prompts 2 --samples 4 --epochs 1 --max-tokens 4 --answer-tokens 4")
+    small = shlex.split(
+        "--iterations 1 --prompts-per-round 2 --draws 4 --epochs 1 --rewrite-tokens 4 --answer-tokens 4"
+    )
     command = ["train", "--out", str(tmp_path / "run"), "--prompter", str(base), "--target", str(base)]
     status = main.main([*command, "--prompts-file", str(prompts), *small, option, name])
     assert status == 0, capsys.readouterr().err
@@ -386,7 +388,10 @@ def test_mistakes_at_the_command_line_are_one_line(call, tmp_path):
         (["--base", str(tmp_path / "none")], "no such folder"),
         (["--epochs", "0"], "epochs 0.0: give a positive, finite number"),
         (["--save-every", "0"], "save_every 0: give a whole number of at least 1"),
-        (["--template", "{prompt}"], "template '{prompt}': write {prompt} and {response} once each"),
+        (
+            ["--sample-template", "{prompt}"],
+            "sample_template '{prompt}': write {prompt} and {response} once each",
+        ),
         (["--device", "abacus"], "device 'abacus'"),
     ):
         status, said = call(*arguments)

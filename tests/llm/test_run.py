@@ -16,7 +16,18 @@ from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.policies.prompter import Prompter
 
 KEY = "sk-planted-51d84b067f3a9c2e"
-SMALL = ["--iterations", "2", "--prompts", "2", "--samples", "4", "--epochs", "1", "--max-tokens", "4"]
+SMALL = [
+    "--iterations",
+    "2",
+    "--prompts-per-round",
+    "2",
+    "--draws",
+    "4",
+    "--epochs",
+    "1",
+    "--rewrite-tokens",
+    "4",
+]
 
 
 def shares(prompts, responses):
@@ -71,7 +82,7 @@ def test_train_then_rewrite_in_three_lines(call, tmp_path, capsys):
     rewrite = prompter.rewrite("abc")
     assert prompter.rewrite("abc") == rewrite
     assert prompter.facts["settings"]["iterations"] == 2
-    assert main.main(["rewrite", str(out / "prompter"), "abc", "--json", "--samples", "3"]) == 0
+    assert main.main(["rewrite", str(out / "prompter"), "abc", "--json", "--draws", "3"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["x"] for line in lines] == ["abc"] * 3
     assert lines[0]["rewrite"] == rewrite
@@ -108,13 +119,12 @@ def test_options_from_a_file_and_what_wins(call, tmp_path):
     ("arguments", "message"),
     [
         (["--top-k", "5"], "top_k = 5: unlikely tokens are never drawn"),
-        (["--preset", "best"], "--preset best: choose from faithful, paper"),
+        (["--preset", "best"], "preset 'best': choose from faithful, paper"),
         (["--reward", "nope"], "reward 'nope'"),
         (["--target", "http://127.0.0.1:9/v1"], "target_model: name the model that"),
         (["--target-model", "m"], "model: is for an endpoint"),
         (["--algorithm", "dpo"], "algorithm 'dpo': choose from ppo, rloo, grpo"),
         (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: cannot read it"),
-        (["--prompts", "4"], "prompts 4: more than the 3 distinct ones given"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, message, call):
@@ -130,7 +140,7 @@ def test_rewrite_refuses_what_it_cannot_do(capsys, tmp_path):
     for arguments, message in (
         ([str(tmp_path), "x"], "prompter.json is not one that Prompter.save wrote"),
         (["", "x"], "prompter '': name a model"),
-        ([str(tmp_path), "x", "--samples", "0"], "--samples 0: give at least 1"),
+        ([str(tmp_path), "x", "--draws", "0"], "--draws 0: give at least 1"),
     ):
         assert main.main(["rewrite", *arguments]) == 2
         assert message in capsys.readouterr().err

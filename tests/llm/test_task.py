@@ -133,7 +133,7 @@ def test_the_tasks(capfd, tmp_path):
         assert recipes.home(task.prompter).name.startswith(task.prompter)
         assert "is trained first" in demo_task.cost(name, task, True)
     for options, said in {
-        "--task poems": f"--task poems: choose from {NAME}",
+        "--task poems": f"task 'poems': choose from {NAME}",
         f"--task {NAME} --beta 1": "--beta: is not for --task; leave it out",
         f"--task {NAME} --model gone": "model 'gone': no such folder",
     }.items():

@@ -45,7 +45,16 @@ def pairs(tmp_path_factory):
 
 def sft(base, pairs, out, *more):
     command = ["sft", "--out", str(out), "--prompter", base, "--pairs", str(pairs)]
-    command += ["--prompt-field", "x", "--rewrite-field", "better", "--epochs", "2", "--max-tokens", "6"]
+    command += [
+        "--prompt-column",
+        "x",
+        "--rewrite-column",
+        "better",
+        "--epochs",
+        "2",
+        "--rewrite-tokens",
+        "6",
+    ]
     return main.main([*command, "--learning-rate", "0.01", *more])
 
 
@@ -74,7 +83,18 @@ def test_sft_gives_a_prompter_that_train_takes(base, pairs, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     command = ["train", "--out", str(tmp_path / "train"), "--prompter", str(folder), "--target", base]
     command += ["--reward", f"{__name__}:shares@0,1", "--prompts-file", str(tmp_path / "prompts.txt")]
-    command += ["--iterations", "1", "--prompts", "2", "--samples", "2", "--epochs", "1", "--max-tokens", "4"]
+    command += [
+        "--iterations",
+        "1",
+        "--prompts-per-round",
+        "2",
+        "--draws",
+        "2",
+        "--epochs",
+        "1",
+        "--rewrite-tokens",
+        "4",
+    ]
     assert main.main([*command, "--answer-tokens", "4"]) == 0
     # And a second run does not touch the first, unless it resumes it.
     assert sft(base, pairs, tmp_path / "sft") == 2
@@ -89,7 +109,7 @@ def test_sft_gives_a_prompter_that_train_takes(base, pairs, tmp_path, capsys):
     [
         (["--epochs", "0"], "epochs 0: give a whole number of at least 1"),
         (["--pairs", "/nowhere"], "rewrites /nowhere: cannot read it"),
-        (["--rewrite-field", "worse"], "line 1: field 'worse' is missing"),
+        (["--rewrite-column", "worse"], "line 1: field 'worse' is missing"),
         (["--prompter", "nope"], "nope"),
     ],
 )
@@ -114,7 +134,7 @@ def command(base, tmp_path):
 
 def test_resample_prints_what_the_formulas_say(command, tmp_path, capsys):
     """Gain, KL and effective sample size of eq. (10) on the proposals, and the best of n, by plain NumPy."""
-    assert main.main([*command, "--lam", "0.05", "2", "--draws", "3", "--responses", "2"]) == 0
+    assert main.main([*command, "--lam", "0.05", "2", "--draws", "3", "--proposal-answers", "2"]) == 0
     said = capsys.readouterr()
     assert "5 prompts: 40 rewrites, at most 80 answers of at most 4 tokens" in said.err
     rewards = np.array([p.rewards for p in load_proposals(tmp_path / "out" / "proposals.jsonl")])

@@ -53,13 +53,16 @@ def world(tmp_path, monkeypatch):
 
 WORLD = "--target {model} --reward zoo:letters@0,1 --answer-tokens 6 --prompts-file {prompts}"
 # So small a learning rate that no step of the round is clipped, the first or a later one.
-SHORT = "--iterations 1 --prompts 2 --samples 2 --epochs 1 --max-tokens 5 --learning-rate 1e-7"
-PAPER = "--preset paper --prompts 4 --minibatches 2 --iterations 1 --max-tokens 5 --learning-rate 1e-7"
+SHORT = "--iterations 1 --prompts-per-round 2 --draws 2 --epochs 1 --rewrite-tokens 5 --learning-rate 1e-7"
+PAPER = (
+    "--preset paper --prompts-per-round 4 --minibatches 2 --iterations 1 "
+    "--rewrite-tokens 5 --learning-rate 1e-7"
+)
 TRAININGS = {
     "ppo": SHORT + " --minibatches 2",
     "rloo": SHORT + " --algorithm rloo --policy-dtype bfloat16",
     "grpo": SHORT + " --algorithm grpo --microbatches 2",
-    "rlhf": SHORT + " --task rlhf",
+    "rlhf": SHORT + " --policy rlhf",
     "paper": PAPER + " --gradient-checkpointing",
 }
 
@@ -73,7 +76,7 @@ def test_every_verb_runs(name, animals, world, capsys):
     here["pairs"] = here["at"] / "pairs.jsonl"
     rows = ({"prompt": x, "rewrite": f"{x} Be brief."} for x in texts)
     here["pairs"].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run("sft --out {at}/sft --prompter {model} --pairs {pairs} --epochs 1 --max-tokens 64", **here)
+    run("sft --out {at}/sft --prompter {model} --pairs {pairs} --epochs 1 --rewrite-tokens 64", **here)
     # TRL's two algorithms differ from PPO in nothing that a family could: each family meets one of them.
     left_out = set() if NIGHTLY else {("rloo", "grpo")[FAMILIES.index(name) % 2]}
     for run_name in set(TRAININGS) - left_out:
@@ -84,7 +87,7 @@ def test_every_verb_runs(name, animals, world, capsys):
         assert clips == [0.0]
         assert json.loads((here["at"] / run_name / "settings.json").read_text())["read"]["masks"]
     run("merge {at}/ppo --out {at}/merged", **here)
-    assert main.main(["rewrite", str(here["at"] / "merged"), "How do plants grow?", "--samples", "2"]) == 0
+    assert main.main(["rewrite", str(here["at"] / "merged"), "How do plants grow?", "--draws", "2"]) == 0
     run(
         f"resample --out {{at}}/resample --prompter {{model}} {WORLD} --proposals 2 --rewrite-tokens 5 "
         "--split train --prompts 2",
@@ -178,7 +181,7 @@ def test_reward_models_from_each_family(name, animals, tmp_path, capsys):
     rows = ({"prompt": f"How, {i}?", "chosen": "aaa", "rejected": "zzz"} for i in range(24))
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["reward-model", "--base", str(animals(name)), "--pairs", str(pairs)]
-    arguments += ["--out", str(tmp_path / "reward"), "--device", "cpu", "--batch-size", "8"]
+    arguments += ["--out", str(tmp_path / "reward"), "--device", "cpu", "--pairs-per-step", "8"]
     status = main.main(arguments)
     said = capsys.readouterr().err
     if name in NO_CLASSIFIER:  # transformers has no classifier of this architecture
@@ -194,7 +197,8 @@ def test_the_papers_pairs_train_as_the_paper_has_it(prompter, frozen, animals, w
     """One rewrite of each prompt, several steps a pass; the paper's prompters before its frozen models."""
     here = world | {"model": animals(frozen), "prompter": animals(prompter)}
     run(
-        "train --preset paper --prompts 4 --minibatches 2 --iterations 1 --max-tokens 6 --out {at}/out "
+        "train --preset paper --prompts-per-round 4 --minibatches 2 --iterations 1 "
+        "--rewrite-tokens 6 --out {at}/out "
         f"--prompter {{prompter}} {WORLD}",
         **here,
     )

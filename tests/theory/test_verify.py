@@ -136,7 +136,7 @@ def test_a_violation_that_rounding_forged_is_settled(monkeypatch):
 @pytest.mark.usefixtures("one_shape")
 @pytest.mark.parametrize(("certify", "count"), [(["--certify"], 8), (["--certify", "2"], 2)])
 def test_the_flag(certify, count, capsys):
-    asked = ["verify", "--bound", "theorem1", "--instances", "60", "--family", "signed"]
+    asked = ["verify", "--bounds", "theorem1", "--instances", "60", "--family", "signed"]
     assert main.main([*asked, *certify]) == 0
     assert f"(ball arithmetic on the {count} most doubtful" in capsys.readouterr().out
 
@@ -149,7 +149,7 @@ def test_the_flag_takes_one_number(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"statements": ("theorem2",)}, "--bound theorem2: is unknown; give one of theorem1"),
+        ({"statements": ("theorem2",)}, "--bounds theorem2: is unknown; give one of theorem1"),
         ({"families": ("dense",)}, "--family dense: is unknown; give one of independent"),
         ({"instances": 3}, "--instances 3: is below one for each of 10 families"),
         ({"seed": -1}, "--seed -1: must not be negative"),

@@ -60,8 +60,10 @@ class Draw:
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _WANTS = {
-    **{name: f"; name its folder in {name}" for name in ("trained", "rlhf")},
-    **{name: f"; give NAME=… in {name}" for name in ("instruction", "rewrites")},
+    "trained": "; name its folder in trained",
+    "rlhf": "; name its folder in rlhf",
+    "instruction": "; give NAME=… in instruction",
+    "rewrites": "; give NAME=… in rewrites_file",
 }
 
 
@@ -93,7 +95,8 @@ def arms_of(settings: RolloutSettings) -> list[Arm]:
             found.append(Arm(name, settings.seed, **{what: value}))
     if not found:
         raise AlignProError(
-            f"arms: none given; choose from {', '.join(ARMS)}, or give trained, rlhf, instruction or rewrites"
+            f"arms: none given; choose from {', '.join(ARMS)}, or give trained, rlhf, instruction or "
+            "rewrites_file"
         )
     return found
 

@@ -1,9 +1,10 @@
 """Settings of rollouts, judging and enumeration. Nothing here needs torch."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from alignpro.errors import AlignProError
-from alignpro.llm.models.sampling import Sampling, is_int
+from alignpro.errors import AlignProError, check_choices
+from alignpro.llm.models.sampling import Dtype, Sampling, is_int
 from alignpro.llm.training.settings import check_positive, check_whole
 
 
@@ -15,25 +16,26 @@ class RolloutSettings:
     """Arms to compare, any of: none (the prompt as it is), sft (rewrites of the reference prompter, rho_sft),
     star (those, resampled to approach the optimal prompter, rho*) and best_of_n (the best of n of those)."""
     trained: tuple[str, ...] = ()
-    """Folders of trained prompters to compare too. They are one arm, called trained, with a seed for each;
-    NAME=FOLDER makes an arm called NAME instead."""
+    """Folders of trained prompters, or of runs that trained one, to compare too. They are one arm, called
+    trained, with a seed for each; NAME=FOLDER makes an arm called NAME instead."""
     rlhf: tuple[str, ...] = ()
-    """Folders that train --task rlhf wrote. They make the arm rlhf: no rewrite, the tuned model answers."""
+    """Folders that train --policy rlhf wrote. They make the arm rlhf: no rewrite, the tuned model answers."""
     instruction: tuple[str, ...] = ()
     """Fixed instructions to compare too, as NAME=TEXT: the arm NAME adds the text to every prompt's end."""
     rewrites: tuple[str, ...] = ()
     """Files of rewrites that another system made (or people), as NAME=FILE: the arm NAME asks them. Rows of a
     .jsonl, .json, .csv or .tsv file with a prompt and its rewrite, or a list of them."""
     draws: int = 4
-    """How many rewrites of each prompt, in each arm and seed; more narrow the intervals and cost answers."""
+    """How many rewrites of each prompt to draw, in each arm and seed; more narrow the intervals and cost
+    answers."""
     answers: int = 2
     """How many answers to each rewrite. At least 2 tell the noise of answers from that of rewrites."""
     rewrite_tokens: int | None = None
     """The most tokens of one rewrite. Left out: as many as the trained prompters were trained with, or as
     the reference prompter was made for."""
     lam: float = 0.05
-    """For star: lambda, positive, in units of the reward, as in training. The smaller, the further rewrites
-    go from what rho_sft would write."""
+    """For star: weight of the KL divergence in prompt optimization (lambda), positive, in reward units, as in
+    training. The smaller, the further rewrites go from what rho_sft would write."""
     proposals: int = 16
     """For star and best_of_n: how many rewrites of rho_sft each prompt's are resampled from."""
     proposal_answers: int = 1
@@ -43,6 +45,9 @@ class RolloutSettings:
     """For best_of_n: n, at most the proposals. Left out: all proposals."""
     seed: int = 0
     """Number that determines rewrites and answers. Trained arms count their seeds from here."""
+
+    flags: ClassVar[dict[str, str]] = {"rewrites": "rewrites_file"}
+    """Names of fields on the command line where they differ."""
 
     def __post_init__(self) -> None:
         check_whole(self, {"draws": 1, "answers": 1, "proposals": 1, "proposal_answers": 1, "seed": 0})
@@ -67,17 +72,25 @@ class InstructSettings:
     """How many answers to each prompt with each instruction. More prompts tell more than more answers; where
     prompts run out, answers grow by themselves."""
     prompts: int | None = None
-    """How many prompts the race may use, at most. Left out: all that are for training."""
+    """How many prompts to learn from, in the race, at most. Left out: all that are for training."""
     held_out: int = 100
-    """How many other prompts to measure the winner on, at most, which the race does not use: of the test
-    split of a data set, or of a file the 30% that are not for training. At least 5."""
+    """How many held-out prompts to measure on, at most, which the race does not use: of the test split of a
+    data set, or of a file the 30% that are not for training. At least 5."""
     held_out_answers: int = 2
-    """How many answers to each of those prompts, with the winner and without any instruction."""
+    """How many answers to each held-out prompt, with the winner and without any instruction."""
     level: float = 0.95
     """How often an interval covers the truth, and how often the best instruction is not ruled out, between
     0.5 and 1."""
     seed: int = 0
     """Number that determines the order of prompts, and the answers."""
+
+    flags: ClassVar[dict[str, str]] = {
+        "instructions": "instructions_file",
+        "prompts": "train_prompts",
+        "held_out": "eval_prompts",
+        "held_out_answers": "eval_answers",
+    }
+    """Names of fields on the command line where they differ."""
 
     def __post_init__(self) -> None:
         # With fewer than 5 prompts there is no interval (`intervals.LEAST_PROMPTS`, which needs NumPy).
@@ -125,7 +138,7 @@ class JudgeSettings:
     temperature: float = 0.0
     """How freely the judge draws its reply; 0 takes the likeliest token each time."""
     reply_tokens: int = 256
-    """Tokens of a reply, at most; one that reaches them counts as failed. A judge that reasons first needs
+    """The most tokens of one reply; one that reaches them counts as failed. A judge that reasons first needs
     more."""
     refused_most: float = 0.2
     """Share of replies that the judge's service refuses to give, from 0 to 1, above which the run ends; below
@@ -136,17 +149,21 @@ class JudgeSettings:
     prompts: int | None = None
     """How many prompts, from the first. Left out: all of them."""
     per_prompt: int = 1
-    """Pairs of answers to each prompt, at most."""
+    """How many pairs of answers to each prompt, at most."""
     seed: int = 0
-    """Seed of the judge's draws, where its temperature is not 0."""
-    dtype: str = "bfloat16"
-    """Type of the weights of a judge in this process: bfloat16, float32 or 4bit."""
+    """Number that determines the judge's draws, where its temperature is not 0."""
+    dtype: Dtype = "bfloat16"
+    """Number format of the weights of a judge in this process."""
     batch_size: int = 8
-    """Pairs that a judge in this process reads at once; fewer need less memory."""
+    """How many pairs a judge in this process reads at once; fewer need less memory."""
     chat_template_kwargs: str | None = None
     """Further arguments of the chat template of a judge in this process, as a JSON object. Left out: none."""
 
+    flags: ClassVar[dict[str, str]] = {"prices": "judge_prices", "temperature": "reply_temperature"}
+    """Names of fields on the command line where they differ."""
+
     def __post_init__(self) -> None:
+        check_choices(self)
         check_whole(self, {"reply_tokens": 1, "per_prompt": 1, "batch_size": 1})
         if self.prompts is not None and (not is_int(self.prompts) or self.prompts < 1):
             raise AlignProError(f"prompts {self.prompts!r}: give a whole number of at least 1")

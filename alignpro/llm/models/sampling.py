@@ -5,10 +5,13 @@ import json
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.prompt import Prompt, as_json
+
+Dtype = Literal["float32", "bfloat16", "float16", "4bit"]
+"""The rows of `configure.DTYPES`, said here because that table needs torch."""
 
 
 def is_int(value: Any) -> bool:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.prompt import context_of, transcript
@@ -140,7 +140,7 @@ class JudgeRewardSettings:
     rubric: str | None = None
     """For --reward judge: what makes an answer good, as text, or the file that says it. Left out: the paper's
     seven criteria."""
-    scale: str = "1-10"
+    scale: Literal["1-10", "yes-no"] = "1-10"
     """For --reward judge: 1-10 has the judge write a score, which becomes 0 to 1; yes-no takes the
     probability of its saying yes rather than no to whether the answer meets the rubric."""
     reply_tokens: int = 256

@@ -4,13 +4,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
-from alignpro.errors import AlignProError
+from alignpro.errors import AlignProError, check_choices
 
-ALGORITHM_NAMES = ("ppo", "rloo", "grpo")
+Algorithm = Literal["ppo", "rloo", "grpo"]
 """The rows of `algorithms.ALGORITHMS`, said here because that table needs torch."""
-TASK_NAMES = ("prompter", "rlhf")
+ALGORITHM_NAMES = get_args(Algorithm)
+Task = Literal["prompter", "rlhf"]
+TASK_NAMES = get_args(Task)
 SCHEDULES: dict[str, dict[str, Any]] = {"cosine_with_min_lr": {"min_lr_rate": 0.1}, "constant": {}}
 
 
@@ -41,14 +43,17 @@ class FitSettings:
     lora_rank: int = 16
     """Rank of the adapter (LoRA): a larger one can learn more and takes more memory."""
     seed: int = 0
-    """Determines the initial weights of what is trained and the order of the data."""
+    """Number that determines the initial weights of what is trained and the order of the data."""
 
     positive: ClassVar[tuple[str, ...]] = ("learning_rate",)
     """Names of fields that must be positive and finite."""
     least: ClassVar[dict[str, int]] = {"lora_rank": 1, "seed": 0}
     """Names of fields that must be whole numbers, and the least that each may be."""
+    flags: ClassVar[dict[str, str]] = {}
+    """Names of fields on the command line where they differ: a run's settings.json keeps the fields' own."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_positive(self, self.positive)
         check_whole(self, self.least)
         share = getattr(self, "lora_layers", 1.0)
@@ -60,15 +65,16 @@ class FitSettings:
 class PolicySettings(FitSettings):
     """Settings that training by rollouts has, on open-ended text as on enumerated rewrites."""
 
-    algorithm: str = "ppo"
-    """How the policy is improved: ppo (with a critic), rloo or grpo (both compare rewrites of one prompt)."""
+    algorithm: Algorithm = "ppo"
+    """How the policy is improved: by PPO with a critic, or by RLOO or GRPO, which compare rewrites of one
+    prompt."""
     lam: float = 0.05
-    """λ: weight of KL(ρ‖ρ_sft) in the objective (eq. 9), in units of the reward. Smaller lets the prompter
-    move further from ρ_sft."""
+    """Weight λ of KL(ρ‖ρ_sft) in the objective (eq. 9), in reward units. Smaller lets the prompter move
+    further from ρ_sft."""
     iterations: int = 32
-    """Rounds, each of sampling and then learning from the samples."""
+    """How many rounds, each of drawing rewrites and then learning from them."""
     samples: int = 8
-    """Rewrites sampled of each prompt in each round."""
+    """How many rewrites of each prompt to draw in each round."""
     epochs: int = 4
     """Passes over the samples of a round."""
     learning_rate: float = 1e-3
@@ -76,23 +82,17 @@ class PolicySettings(FitSettings):
     lora_layers: float = 0.5
     """Share of the layers, from the top, that carry the adapter. Fewer are faster."""
     seed: int = 0
-    """Determines the adapter's initial values, the order of the prompts, and all samples."""
+    """Number that determines the adapter's start, the order of the prompts and all draws."""
 
     positive: ClassVar[tuple[str, ...]] = ("lam", "learning_rate", "lora_layers")
     least = FitSettings.least | {"iterations": 1, "samples": 1, "epochs": 1}
 
     def __post_init__(self) -> None:
-        self.choose("algorithm", ALGORITHM_NAMES)
         super().__post_init__()
         if self.algorithm != "ppo" and self.samples < 2:
             raise AlignProError(
                 f"samples {self.samples}: {self.algorithm} compares rewrites of one prompt; give at least 2"
             )
-
-    def choose(self, name: str, choices: Iterable[str]) -> None:
-        """Raise AlignProError unless the field `name` is one of the choices."""
-        if getattr(self, name) not in choices:
-            raise AlignProError(f"{name} {getattr(self, name)!r}: choose from {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class TreeSettings(PolicySettings):
     iterations: int = 16
     """Rounds, each of sampling and then `epochs` optimizer steps."""
     samples: int = 64
-    """Rewrites sampled of each prompt in each round."""
+    """How many rewrites of each prompt to draw in each round."""
 
     least = PolicySettings.least | {"samples": 2}
 
@@ -111,21 +111,21 @@ class TreeSettings(PolicySettings):
 class TrainSettings(PolicySettings):
     """How to train on open-ended text. The defaults are faithful: they leave the optimum at ρ* (eq. 10)."""
 
-    task: str = "prompter"
-    """Policy that is trained: prompter, or rlhf, the frozen model itself (eq. 2), with lam as β."""
+    task: Task = "prompter"
+    """Policy that is trained: the prompter, or with rlhf the frozen model itself (eq. 2), with lam as β."""
     prompts: int = 8
-    """User prompts in each round."""
+    """How many user prompts in each round."""
     responses: int = 1
-    """Answers of the frozen model to each rewrite; the reward is their mean."""
+    """How many answers of the frozen model to each rewrite; the reward is their mean."""
     minibatches: int = 1
     """Optimizer steps in each pass."""
-    schedule: str = "cosine_with_min_lr"
-    """How the learning rate falls: cosine_with_min_lr (to a tenth) or constant."""
+    schedule: Literal["cosine_with_min_lr", "constant"] = "cosine_with_min_lr"
+    """How the learning rate falls: along a cosine to a tenth, or not at all."""
     max_tokens: int = 48
-    """Longest rewrite (with rlhf: answer), in tokens, its end token included."""
-    policy_dtype: str = "float32"
-    """Type of the weights under the adapter, which is trained in float32: float32, bfloat16 for half the
-    memory, or 4bit for an eighth (bitsandbytes; the adapter is then in bfloat16, as TRL has it)."""
+    """The most tokens of one rewrite (with --policy rlhf, of an answer), its end token included."""
+    policy_dtype: Literal["float32", "bfloat16", "4bit"] = "float32"
+    """Type of the weights under the adapter, which is trained in float32: bfloat16 takes half the memory and
+    4bit an eighth (bitsandbytes; the adapter is then in bfloat16, as TRL has it)."""
     critic_learning_rate: float = 3e-3
     """PPO: step of the optimizer (Adam) for the critic."""
     gae_lambda: float = 1.0
@@ -160,17 +160,17 @@ class TrainSettings(PolicySettings):
     """Number of likeliest tokens that are sampled from; 0 for all. Other than 0 moves the optimum."""
     gamma: float = 1.0
     """PPO: discount of later rewards. Other than 1 moves the optimum."""
-    kl_estimator: str = "k1"
-    """PPO: estimator of the KL in the reward, k1 or k3. k3 moves the optimum."""
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    """PPO: estimator of the KL in the reward. k3 moves the optimum."""
     whiten_rewards: bool = False
     """PPO: divide a round's rewards by their spread. Moves the optimum."""
     target_kl: float | None = None
     """PPO: adapt λ so that a rewrite's KL nears this, in nats. Moves the optimum: λ is not fixed."""
     kl_horizon: int = 10_000
     """PPO: rewrites over which λ adapts, where target_kl is given."""
-    vllm: str | None = None
-    """Draw rewrites with vLLM, through TRL: colocate (in the training processes) or server (`trl vllm-serve`
-    on this machine). The draws then depend on more than the seed, and a resumed run repeats none."""
+    vllm: Literal["colocate", "server"] | None = None
+    """Draw rewrites with vLLM, through TRL: in the training processes, or by a server (`trl vllm-serve`) on
+    this machine. The draws then depend on more than the seed, and a resumed run repeats none."""
     vllm_memory: float | None = None
     """With vllm colocate: share of a GPU's memory that vLLM takes, its copy of the weights included. Left
     out: 0.3."""
@@ -182,18 +182,16 @@ class TrainSettings(PolicySettings):
     positive = (*PolicySettings.positive, "critic_learning_rate", "temperature", "clip_range", "vf_coef")
     least = PolicySettings.least | {"prompts": 1, "responses": 1, "minibatches": 1, "microbatches": 1}
     least |= {"max_tokens": 1, "top_k": 0, "kl_horizon": 1, "save_every": 1}
+    flags: ClassVar[dict[str, str]] = {
+        "samples": "draws",
+        "prompts": "prompts_per_round",
+        "responses": "answers",
+        "max_tokens": "rewrite_tokens",
+        "task": "policy",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (
-            ("task", TASK_NAMES),
-            ("schedule", SCHEDULES),
-            ("kl_estimator", ("k1", "k3")),
-            ("policy_dtype", ("float32", "bfloat16", "4bit")),
-        ):
-            self.choose(name, choices)
-        if self.vllm is not None:
-            self.choose("vllm", ("colocate", "server"))
         if self.vllm_memory is not None:
             if self.vllm != "colocate":
                 raise AlignProError(f"vllm_memory {self.vllm_memory}: is for vllm colocate; leave it out")
@@ -231,13 +229,15 @@ class EvaluationSettings:
     """Evaluations on held-out prompts while a prompter is trained, by which it is chosen."""
 
     eval_every: int | None = None
-    """Rounds between evaluations on held-out (validation) prompts, with one before the first round and one
-    after the last. The prompter that is kept is then that of the evaluation with the highest objective,
-    reward - lam KL: a later one replaces the best before it where its mean gain on the same prompts and draws
-    is positive. That number is too high on average, for it was chosen: rollout on test prompts tells what the
-    prompter is worth. Left out: there are none, and the last round's is kept."""
+    """Rounds between evaluations on held-out (validation) prompts; the best prompter is then kept. Left out:
+    the last round's is.
+
+    There is one evaluation before the first round and one after the last. The prompter that is kept is that
+    of the evaluation with the highest objective, reward - lam KL: a later one replaces the best before it
+    where its mean gain on the same prompts and draws is positive. That number is too high on average, for it
+    was chosen: rollout on test prompts tells what the prompter is worth."""
     eval_prompts: int = 32
-    """Held-out prompts of each evaluation, or as many as there are."""
+    """How many held-out prompts to measure on, at most."""
     eval_draws: int = 2
     """Rewrites of each held-out prompt in each evaluation."""
     eval_proposals: int = 8
@@ -279,11 +279,12 @@ class PairSettings(FitSettings):
     """Settings that training on pairs of texts has."""
 
     batch_size: int = 16
-    """Pairs in each optimizer step."""
+    """How many pairs in each optimizer step."""
     save_every: int = 100
     """Optimizer steps between checkpoints, which an interrupted run continues from."""
 
     least = FitSettings.least | {"batch_size": 1, "save_every": 1}
+    flags: ClassVar[dict[str, str]] = {"batch_size": "pairs_per_step"}
 
 
 @dataclass(frozen=True)
@@ -295,8 +296,8 @@ class SFTSettings(PairSettings):
     epochs: int = 3
     """Passes over the training pairs."""
     max_tokens: int = 128
-    """Longest rewrite in tokens, its end token included, here and when sampled later. Longer pairs are left
-    out: cut, they would teach never to end."""
+    """The most tokens of one rewrite, its end token included, here and when sampled later. Longer pairs are
+    left out: cut, they would teach never to end."""
     lora_layers: float = 1.0
     """Share of the layers, from the top, that carry the adapter."""
     together: bool = False
@@ -305,6 +306,7 @@ class SFTSettings(PairSettings):
 
     positive: ClassVar[tuple[str, ...]] = ("learning_rate", "lora_layers")
     least = PairSettings.least | {"epochs": 1, "max_tokens": 2}
+    flags = PairSettings.flags | {"max_tokens": "rewrite_tokens"}
 
 
 @dataclass(frozen=True)
@@ -317,7 +319,8 @@ class RewardSettings(PairSettings):
     epochs: float = 1.0
     """Passes over the training pairs. Reward models overfit after few."""
     max_tokens: int = 1024
-    """Longest sample in tokens, template included; longer ones lose the beginning of the prompt."""
+    """The most tokens of a sample, prompt and answer, with what the template adds; longer ones lose the
+    beginning of the prompt."""
     lora_rank: int = 16
     """Rank of the adapter (LoRA), which is merged before saving; 0 trains all weights."""
     centre: float = 0.01
@@ -326,6 +329,7 @@ class RewardSettings(PairSettings):
 
     positive: ClassVar[tuple[str, ...]] = ("learning_rate", "epochs")
     least = PairSettings.least | {"lora_rank": 0, "max_tokens": 1}
+    flags = PairSettings.flags | {"max_tokens": "sample_tokens"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -415,14 +419,14 @@ def refuse_moved_optimum(args: Any) -> None:
         )
 
 
-REPORTERS = ("tensorboard", "wandb", "trackio")
+Reporter = Literal["tensorboard", "wandb", "trackio"]
 """Services that a trainer can report to; each is the package that it takes."""
 
 
 def check_reporters(report_to: Sequence[str]) -> None:
-    """Raise AlignProError for a name that is not in `REPORTERS`, or whose package is not installed."""
+    """Raise AlignProError for a name that is no `Reporter`, or whose package is not installed."""
     for name in report_to:
-        if name not in REPORTERS:
-            raise AlignProError(f"report_to {name}: choose from {', '.join(REPORTERS)}")
+        if name not in get_args(Reporter):
+            raise AlignProError(f"report_to {name!r}: choose from {', '.join(get_args(Reporter))}")
         if find_spec(name) is None:
             raise AlignProError(f"report_to {name}: the package is missing; run pip install {name}")

@@ -259,7 +259,7 @@ def validate(
     """Refuse what `verify` cannot run, before anything is written or computed."""
     for name in statements:
         if name not in STATEMENTS:
-            raise AlignProError(f"--bound {name}: is unknown; give one of {', '.join(STATEMENTS)}")
+            raise AlignProError(f"--bounds {name}: is unknown; give one of {', '.join(STATEMENTS)}")
     for name in families:
         if name not in FAMILIES:
             raise AlignProError(f"--family {name}: is unknown; give one of {', '.join(FAMILIES)}")
