@@ -306,9 +306,9 @@ class Explore:
     seed: int = 0
     """Number that determines the random instance. The page can change it."""
     beta: float | None = None
-    """Where beta stands at first: positive, in reward units. Left out: a tenth of the rewards' scale."""
+    """Position of beta at first: positive, in reward units. Left out: a tenth of the rewards' scale."""
     lam: float | None = None
-    """Where lam (lambda) stands at first: positive, in reward units. Left out: a twentieth of the rewards'
+    """Position of lam (lambda) at first: positive, in reward units. Left out: a twentieth of the rewards'
     scale."""
     rollouts: str | None = None
     """Rollouts to read on the page: the folder that alignpro rollout wrote, or the file in it. Left out: the

@@ -28,7 +28,7 @@ _REMEDY = "open the address that the command printed"
 
 
 class Answers(Protocol):
-    """What answers the page's questions."""
+    """An app that answers the page's questions."""
 
     def answer(self, route: str, given: dict[str, str], body: bytes | None = None) -> Any:
         """Answer with a plain JSON value, or with the bytes of a file; AlignProError for a bad question."""
