@@ -312,6 +312,6 @@ def test_a_sweep_is_what_check_says_at_each_lam(server):
     agree(parts)
     kills(agree, parts[:-1])
     kills(lambda found: agree(found, 0.01), parts)
-    for bad in ({"part": 8}, {"beta": 0}, {"part": 0, "beta": 1, "lam": 1}):
+    for bad in ({"part": 20}, {"beta": 0}, {"part": 0, "beta": 1, "lam": 1}):
         status = ask(server, "/api/sweep?" + urlencode({**family("lm_like"), "beta": 1, "part": 0, **bad}))[0]
         assert status == 400

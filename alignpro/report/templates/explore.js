@@ -60,6 +60,7 @@ let busy = false, again = false, telling, moved;
 async function move(by) {
   moved ??= performance.now();
   again = true;
+  clearTimeout(resting); // no sweep begins meanwhile
   if (by) settle = by;
   if (busy) return; // the newest position is asked for as soon as the answer under way is here
   busy = true;

@@ -26,7 +26,7 @@ WIDEST = 2**12
 """X, K or Y of an instance asked for on the page, at most: as many prompts are named in a list there."""
 SWEPT = ("theorem1", "barycentre", "ceiling")
 """Claims drawn over λ."""
-PARTS, POINTS = 8, 5
+PARTS, POINTS = 20, 2
 """A sweep is asked for in parts, so that none holds up a move for long, each of so many values of λ."""
 _LABEL = 300  # characters of a name
 _DECADES = (-3, 2)  # of the sliders, about the rewards' scale
