@@ -1,10 +1,11 @@
 """Writing files so that an interruption or a bad path never costs what is already there."""
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,6 +46,52 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             raise
         remedy = "free space or choose another path"
         raise AlignProError(f"cannot write {path}: {error.strerror}; {remedy}") from error
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Bring a file, or the names in a folder, to the disk, where the system can: a power cut keeps them."""
+    with contextlib.suppress(OSError):  # Windows opens no folder
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+Listed = dict[str, dict[str, Any]]
+"""Size in `bytes` and `sha256` of files, by their paths in a folder."""
+
+
+def listed(folder: Path, names: Iterable[str] | None = None) -> Listed:
+    """Sizes and hashes of files in a folder: of those named, or of all plain ones in it and below it."""
+    if names is None:
+        plain = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
+        names = [path.relative_to(folder).as_posix() for path in plain]
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names
+    }
+
+
+def flaw(folder: Path, files: Mapping[str, Any]) -> str | None:
+    """In what a folder differs from a list of its files, told of the first that does; None where it does not.
+
+    Files that are not listed are left alone.
+    """
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if (size := path.stat().st_size) != record["bytes"]:
+            return f"{path} has {size} bytes, expected {record['bytes']}"
+        if (got := sha256(path)) != record["sha256"]:
+            return f"{path} has sha256 {got}, expected {record['sha256']}"
+    return None
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -65,14 +65,18 @@ class Lease:
 
 
 @contextlib.contextmanager
-def lease(folder: Path, name: str) -> Iterator[Lease | None]:
+def lease(folder: Path, name: str, *, about: str = "", leave: bool = True) -> Iterator[Lease | None]:
     """Hold the lease `name` of a folder until the end of the block; None where another process has it.
+
+    Args:
+        about: what `holder` tells beside the process.
+        leave: whether the lease's file stays after the block, and with it how often it was taken.
 
     Raises:
         OSError: nothing can be written there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (got := _take(folder, name)) is None:
+    if (got := _take(folder, name, about)) is None:
         yield None
         return
     file, held = got
@@ -91,14 +95,17 @@ def lease(folder: Path, name: str) -> Iterator[Lease | None]:
         ended.set()
         beating.join()
         with contextlib.suppress(OSError), file:
-            _write(file, {"free": True, "deaths": held.deaths})
+            if leave:
+                _write(file, {"free": True, "deaths": held.deaths})
+            elif os.fstat(file.fileno()).st_ino == held.path.stat().st_ino:
+                held.path.unlink()  # before the lock is dropped: whoever gets that sees that the file is gone
 
 
 @contextlib.contextmanager
-def waited(folder: Path, name: str) -> Iterator[Lease]:
-    """Hold the lease `name` of a folder, as soon as nobody else does."""
+def waited(folder: Path, name: str, *, leave: bool = True) -> Iterator[Lease]:
+    """Hold the lease `name` of a folder, as soon as nobody else does. See `lease`."""
     while True:
-        with lease(folder, name) as held:
+        with lease(folder, name, leave=leave) as held:
             if held is not None:
                 yield held
                 return
@@ -106,7 +113,8 @@ def waited(folder: Path, name: str) -> Iterator[Lease]:
 
 
 def holder(folder: Path, name: str) -> dict[str, Any] | None:
-    """Who has the lease now: `host`, `process`, `since` (a Unix time of its clock), and `number`; or None."""
+    """Who has the lease now: `host`, `process`, `since` (a Unix time of its clock), `about` and `number`; or
+    None."""
     if not (number := taken(folder, name)):
         return None
     path = _path(folder, name, number)
@@ -168,8 +176,9 @@ def _numbers(folder: Path, name: str) -> list[int]:
     return [int(n[len(start) :]) for n in names if n.startswith(start) and n[len(start) :].isdigit()]
 
 
-def _take(folder: Path, name: str) -> tuple[IO[bytes], Lease] | None:
-    last = taken(folder, name)
+def _take(folder: Path, name: str, about: str) -> tuple[IO[bytes], Lease] | None:
+    seen = _numbers(folder, name)
+    last = max(seen, default=0)
     free, before = _look(_path(folder, name, last)) if last else (True, {"free": True})
     if not free:
         return None
@@ -181,11 +190,13 @@ def _take(folder: Path, name: str) -> tuple[IO[bytes], Lease] | None:
     # Whoever looks meanwhile finds it empty, and does not take it for a dead one's.
     _lock(file, exclusive=True)
     numbers = _numbers(folder, name)
-    if max(numbers) > last + 1:  # the listing was old, and what it showed is tidied away
-        file.close()
+    if set(numbers) - {*seen, last + 1}:
+        # The listing was old: another took a later number, or gave back the last and a third began anew.
+        with file, contextlib.suppress(OSError):
+            path.unlink()
         return None
     deaths = before.get("deaths", 0) + (not before.get("free", False))
-    said = {"machine": _machine(), "host": socket.gethostname(), "process": os.getpid()}
+    said = {"machine": _machine(), "host": socket.gethostname(), "process": os.getpid(), "about": about}
     _write(file, {**said, "since": time.time(), "deaths": deaths})
     for number in numbers:
         if number <= last:
@@ -207,6 +218,8 @@ def _look(path: Path) -> tuple[bool, dict[str, Any]]:
         with open(path, "rb") as file:  # opening asks a server for the newest
             unlocked = _lock(file, exclusive=False)
             text = file.read()
+            if os.fstat(file.fileno()).st_ino != path.stat().st_ino:  # another's by now
+                return False, {}
         said = json.loads(text) if text.endswith(b"}") else {}
         # The machine that a lock was taken on always knows of it; others need not.
         here = said.get("machine") == _machine()

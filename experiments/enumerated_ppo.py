@@ -36,7 +36,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
     prompts = user_prompts(settings)
     reward = load_reward(settings.reward)
     model, tokenizer = load_model(settings.model)
-    enumeration = enumerated(out, settings, prompts, model, tokenizer, reward)
+    enumeration, _ = enumerated(out, settings, prompts, model, tokenizer, reward)
     measures = Measures(enumeration.instance, settings.beta, settings.training.lam)
     curves = {}
     for seed in experiment.seeds:

@@ -1,27 +1,28 @@
 """`alignpro demo --task`: a prompter trained on a task on which asking matters, before and after."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignpro.commands import compare
 from alignpro.commands.options import EnvironmentSettings, MeasuredPrompts, PromptSettings
 from alignpro.commands.rollout import Rollout
 from alignpro.commands.train import Train
-from alignpro.errors import AlignProError
-from alignpro.files import read_json, read_json_lines, writable_folder, write_json
+from alignpro.files import read_json_lines, write_json
 from alignpro.report import keep
 from alignpro.report.numbers import interval, number, plain
 from alignpro.report.page import Curve, Curves, Page, Panel, Table
-from alignpro.runs import refuse_other_settings
+from alignpro.runs import TASK_FILE, here, owning
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.task import Task, TaskResult
 
-RECORD, RESULT = "task.json", "report.json"
+RESULT = "report.json"
 TRAINING, ROLLED = "training", "rollouts"
 _MOST_ADDED, _DIGITS = 12, ".3f"
 
 
+@owning("demo", file=TASK_FILE)
 def run(name: str, out: str, *, quick: bool, resume: bool, seed: int, model: str | None) -> int:
     """Train, roll out, compare, and write the page into `out`, with a folder for each of the two runs."""
     from alignpro.llm.arms import task as tasks
@@ -31,14 +32,10 @@ def run(name: str, out: str, *, quick: bool, resume: bool, seed: int, model: str
     task = replace(task, training=replace(task.training, seed=seed), rollout=replace(task.rollout, seed=seed))
     frozen = model or catalogue.RECIPES[task.prompter].base
     catalogue.check_name(frozen)
-    folder = writable_folder(out)
+    folder, held = Path(out), here(out)
     record = plain({"task": name, "model": frozen, **asdict(task)})
     record.pop("minutes")
-    if resume and (folder / RECORD).exists():
-        refuse_other_settings(folder, read_json(folder / RECORD), record)
-    elif any(folder.iterdir()):
-        raise AlignProError(f"--out {folder}: it is not empty; name a new folder, or continue with --resume")
-    write_json(folder / RECORD, record)
+    held.begin(record, resume=resume, names=(RESULT, f"{TRAINING}/settings.json", f"{ROLLED}/settings.json"))
     packages.note(cost(name, task, not recipes.cached(task.prompter)))
 
     environment = EnvironmentSettings(

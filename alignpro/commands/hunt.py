@@ -11,6 +11,7 @@ from alignpro.commands.shared import save
 from alignpro.files import writable_folder
 from alignpro.report.numbers import columns, number
 from alignpro.report.page import Dot, Dots, Page, Table
+from alignpro.runs import owning
 
 if TYPE_CHECKING:
     from alignpro.theory.search.found import Found
@@ -156,6 +157,7 @@ class Hunt:
         ),
     )
 
+    @owning("hunt")
     def run(self) -> int:
         """Hunt one statement after another; KeyboardInterrupt after Ctrl-C, once all so far is kept."""
         from alignpro.theory.search.hunting import Budget, Hunting, hunt, validate

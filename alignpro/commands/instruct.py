@@ -1,18 +1,19 @@
 """`alignpro instruct`: the best of a list of instructions, and what it is worth."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
 from alignpro.commands.options import DEFAULT_PROMPTER, EnvironmentSettings, PromptSettings, RunOptions
 from alignpro.commands.shared import add_at_least, at_least, with_reward
-from alignpro.files import read_json, writable_folder, write_json
+from alignpro.files import write_json
 from alignpro.llm.arms.settings import InstructSettings
 from alignpro.report import keep
 from alignpro.report.numbers import columns, interval, number, plain
 from alignpro.report.page import Curve, Curves, Dots, Json, Page, Panel, Table, dot
-from alignpro.runs import refuse_other_settings
+from alignpro.runs import here, owning
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.instruct import Candidate, Instructed
@@ -57,6 +58,7 @@ class Instruct(RunOptions):
         ),
     )
 
+    @owning("instruct")
     def run(self) -> int:
         from alignpro.commands.opening import (
             World,
@@ -71,7 +73,7 @@ class Instruct(RunOptions):
         from alignpro.llm.models.prompt import said_in, with_instruction
 
         settings, environment, source = self.settings, self.environment, self.source
-        folder, sampling = writable_folder(self.out), environment.sampling()
+        folder, sampling = Path(self.out), environment.sampling()
         candidates = instruct.read_instructions(settings.instructions)
         budget = instruct.budget_of(settings, candidates)
         world = World(environment)
@@ -91,16 +93,14 @@ class Instruct(RunOptions):
             "seed": settings.seed,
             **environment.record(world.reward_name),
         }
-        begun = folder / "settings.json"
-        if begun.exists():
-            refuse_other_settings(folder, read_json(begun), record, "--out")
+        here(folder).contents |= world.contents()
+        here(folder).begin(record, names=(instruct.FILE,))
         after = 2 * len(held) * settings.held_out_answers
         packages.note(
             f"{len(candidates)} candidates on up to {len(raced)} prompts: at most {budget:,} answers of at "
             f"most {sampling.max_tokens} tokens, and {after:,} to the winner on {len(held)} others"
             + world.money(budget + after, sampling.max_tokens)
         )
-        write_json(begun, record)
 
         def open_target() -> "Target":
             target = world.target()

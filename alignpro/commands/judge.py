@@ -15,6 +15,7 @@ from alignpro.llm.arms.settings import JudgeSettings
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.report.numbers import columns, interval, number, plain
 from alignpro.report.page import Dots, Page, Table, dots
+from alignpro.runs import owning
 
 if TYPE_CHECKING:
     from alignpro.estimation.intervals import Estimate
@@ -157,6 +158,7 @@ class Judge(RunOptions):
         ),
     )
 
+    @owning("judge")
     def run(self) -> int:
         from alignpro.estimation import winrate
         from alignpro.estimation.intervals import check_level

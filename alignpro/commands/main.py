@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union
 
 import tyro
@@ -58,6 +58,9 @@ VERBS: dict[str, type[Verb]] = {
     "doctor": Doctor,
 }
 
+CONTINUED = ("rollout", "resample", "judge", "instruct")
+"""Verbs that go on by themselves where their folder has a run."""
+
 
 def _name(flag: str) -> str:
     return flag.split("=")[0].removeprefix("--").replace("_", "-")
@@ -87,8 +90,11 @@ def _renamed(verb: str, arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def _expanded(verb: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments with what --preset and --config stand for in front; what is given outright wins."""
+def _expanded(verb: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments with what --preset and --config stand for in front; what is given outright wins.
+
+    Beside them the file of each option that is taken from one.
+    """
     from alignpro.llm.training.settings import PRESETS
 
     given = {_name(a) for a in arguments if a.startswith("--")}
@@ -112,7 +118,7 @@ def _expanded(verb: str, arguments: Sequence[str]) -> list[str]:
             continue
         values = value if isinstance(value, list | tuple) else [value]
         out += [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
-    return [*out, *arguments]
+    return [*out, *arguments], dict.fromkeys(said.keys() - given, path or "")
 
 
 def _yaml(path: str) -> dict[str, Any]:
@@ -153,14 +159,24 @@ def _parse(arguments: Sequence[str]) -> Verb:
         raise AlignProError(f"{wrong}; give one of {', '.join(VERBS)}; see alignpro --help")
     name, *rest = arguments
     verb, said = VERBS[name], io.StringIO()
-    rest = _renamed(name, rest)
+    rest, files = _renamed(name, rest), dict[str, str]()
     if "config" in verb.__dataclass_fields__:  # type: ignore[attr-defined]
-        rest = _expanded(name, rest)
+        rest, files = _expanded(name, rest)
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(verb, prog=f"alignpro {name}", args=rest, config=CONFIG, registry=REGISTRY)
     except SystemExit:
-        raise AlignProError(_one_line(said.getvalue(), name)) from None
+        raise AlignProError(_placed(_one_line(said.getvalue(), name), files)) from None
+    except AlignProError as error:  # of the settings that were read
+        raise AlignProError(_placed(_as_flags(str(error), name), files)) from error
+
+
+def _placed(complaint: str, files: Mapping[str, str]) -> str:
+    """The complaint with the file before it that the option is from, where it is from one."""
+    for option, file in files.items():
+        if re.search(rf"(^|--| )({option}|{option.replace('-', '_')})(?=[ .:]|$)", complaint):
+            return f"--config {file}: {complaint}"
+    return complaint
 
 
 def _one_line(box: str, verb: str) -> str:
@@ -169,6 +185,11 @@ def _one_line(box: str, verb: str) -> str:
     lines = [[line.strip("│|╭╮╰╯ \t") for line in part.splitlines()] for part in parts]
     _, complaint, more, *_ = [[*filter(None, part)] for part in lines if any(part)] + [[], [], []]
     said = re.sub(r"^Error parsing (?!--)\S+: ", "", " ".join(complaint).rstrip("."))
+    number = (
+        r"^Error parsing (--\S+): (?:could not convert string to float|invalid literal for int.*): ('.*')$"
+    )
+    if wrong := re.match(number, said):
+        said = f"{wrong[1]} {wrong[2]}: give a {'whole ' * ('int()' in said)}number"
     if more and more[0].startswith("Perhaps you meant"):
         said += f"; perhaps {more[1]}"
     if wrong := re.match(r"invalid choice ('.*') for argument '--(\S+)'", said):
@@ -202,6 +223,14 @@ def _help(arguments: Sequence[str]) -> str | None:
     return None
 
 
+def _goes_on(verb: str) -> str:
+    """How an interrupted verb is continued, where it can be."""
+    if verb in CONTINUED:
+        return "; the same command goes on"
+    resumes = "resume" in getattr(VERBS.get(verb), "__dataclass_fields__", {})
+    return "; the same command with --resume goes on" if resumes else ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and give its exit status: 0 done, 1 a finding, 2 a mistake, 130 interrupted.
 
@@ -210,6 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug, arguments = "--debug" in arguments, [a for a in arguments if a != "--debug"]
     typed = keep.TYPED.set(tuple(arguments))
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter is no reason to lose a result
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if list(arguments) in (["--version"], ["-V"]):
             print(f"alignpro {alignpro.__version__}")
@@ -240,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"alignpro: error: {arguments[0]}: {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("alignpro: interrupted", file=sys.stderr)
+        print(f"alignpro: interrupted{_goes_on((*arguments, '')[0])}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader left; keep the interpreter from complaining as it flushes at exit.

@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from alignpro.errors import AlignProError
-from alignpro.files import writable_folder
+from alignpro.runs import here, owning
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Merge:
         ("in half the space", "alignpro merge runs/ease --dtype bfloat16 --out models/ease16"),
     )
 
+    @owning("merge")
     def run(self) -> int:
         from alignpro.commands.opening import trained_home
         from alignpro.llm.models import adapters, catalogue, load, packages, resolve
@@ -44,9 +45,8 @@ class Merge:
                 "trained prompter or of an adapter that PEFT saved"
             )
         base = adapters.adapter_base(home)
-        folder = writable_folder(self.out)
-        if any(folder.iterdir()):
-            raise AlignProError(f"--out {folder}: it is not empty; name a new folder")
+        folder = Path(self.out)
+        here(folder).check(names=("*",))
         packages.note(f"merging {home} into {base}, as {self.dtype}")
         if (home / PROMPTER_FILE).is_file():
             merged = Prompter.from_pretrained(home, dtype=self.dtype, device="cpu", merged=True)

@@ -161,6 +161,21 @@ class World:
             chat_template_kwargs=settings.chat_options(),
         )
 
+    def contents(self, **models: str) -> "dict[str, Callable[[], str | None]]":
+        """Digests of what the names of a run stand for, for `runs.Run.contents`: the frozen model's, the
+        reward's, its judge's, and those of further models."""
+        from functools import partial
+
+        from alignpro.llm.models import contents
+
+        if not is_address(self.settings.target):
+            models = {"target": self.settings.target.removeprefix("vllm:"), **models}
+        judge = self.settings.reward_judge
+        if self._judge and judge.judge is not None and not judge.address:
+            models["reward_judge"] = judge.judge
+        found: dict[str, Callable[[], str | None]] = {"reward": self._plan.content}
+        return found | {name: partial(contents.of_model, model) for name, model in models.items()}
+
     def kept(self, target: "Target", folder: Path) -> "Cached":
         """Answers of the frozen model on file, those of the run in `folder` or those that runs share."""
         shared = self.settings.answers_folder

@@ -17,11 +17,11 @@ from alignpro.commands.options import (
 )
 from alignpro.commands.shared import REWARD_FILE, check_least, with_reward
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, writable_folder, write_json, write_text
+from alignpro.files import read_json, write_text
 from alignpro.report import keep
 from alignpro.report.numbers import interval, number
 from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dot
-from alignpro.runs import refuse_other_settings
+from alignpro.runs import claim, here, owning
 
 if TYPE_CHECKING:
     from alignpro.commands.opening import World
@@ -73,6 +73,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         ),
     )
 
+    @owning("resample")
     def run(self) -> int:
         from alignpro.commands.opening import World, trained_home, user_prompts
         from alignpro.llm.arms import resample
@@ -81,7 +82,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         from alignpro.llm.policies.prompter import check_prompter
 
         prompter, environment = trained_home(self.prompter), self.environment
-        folder = writable_folder(self.out)
+        run, folder = here(self.out), Path(self.out)
         check_least(1, proposals=self.proposals, proposal_answers=self.proposal_answers)
         check_least(1, rewrite_tokens=self.rewrite_tokens)
         check_least(0, draws=self.draws, seed=self.seed)
@@ -96,9 +97,9 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         record = {"prompter": prompter, "responses": self.proposal_answers}
         record |= {name: getattr(self, name) for name in kept_as}
         record |= environment.record(world.reward_name)
-        begun, path = folder / "settings.json", folder / FILE
-        if begun.exists():
-            refuse_other_settings(folder, read_json(begun), record, "--out")
+        path = folder / FILE
+        run.contents |= world.contents(prompter=prompter)
+        run.begin(record, names=(FILE,))
         found = {p.prompt: p for p in resample.load_proposals(path)} if path.exists() else {}
         todo = [x for x in xs if x not in found]
         kept = f" ({len(xs) - len(todo)} kept)" if len(todo) < len(xs) else ""
@@ -107,7 +108,6 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
             f"{len(xs)} prompts{kept}: {len(todo) * self.proposals} rewrites, at most {asked} answers of at "
             f"most {tokens} tokens{world.money(asked, tokens)}"
         )
-        write_json(begun, record)
         if todo:
             self._propose(world, prompter, folder, todo, found)
         proposals = [found[x] for x in xs]
@@ -157,6 +157,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
             block = todo[start : start + BLOCK]
             for p in resample.propose(rho, worth, block, self.proposals, seed=self.seed):
                 found[p.prompt] = p
+            claim(folder)
             resample.save_proposals(folder / FILE, list(found.values()))
         packages.note(target.ledger.line())
         world.told(judge, folder)

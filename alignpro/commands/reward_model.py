@@ -13,6 +13,7 @@ from alignpro.llm.training.settings import RewardSettings
 from alignpro.report import keep
 from alignpro.report.numbers import interval, limits, number
 from alignpro.report.page import Dots, Page, Table, dot, some
+from alignpro.runs import owning
 
 if TYPE_CHECKING:
     from alignpro.llm.training.reward import TrainedReward
@@ -55,6 +56,7 @@ class RewardModel(ResumedRun):
         ),
     )
 
+    @owning("reward-model")
     def run(self) -> int:
         from alignpro.llm.data.own import read_pairs
         from alignpro.llm.models import packages

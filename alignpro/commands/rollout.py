@@ -19,11 +19,12 @@ from alignpro.commands.options import (
 )
 from alignpro.commands.shared import ranges, with_reward, with_sums
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, writable_folder
+from alignpro.files import read_json
 from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.report import keep
 from alignpro.report.numbers import interval, number
 from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dots
+from alignpro.runs import here, owning
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.draws import Arm, Scorer
@@ -74,6 +75,7 @@ class Rollout(TemplateOption, RunOptions):
         ),
     )
 
+    @owning("rollout")
     def run(self) -> int:
         from alignpro.estimation.intervals import LEAST_PROMPTS
         from alignpro.llm.arms import rollout
@@ -85,7 +87,7 @@ class Rollout(TemplateOption, RunOptions):
         from alignpro.llm.policies.prompter import PROMPTER_FILE, Prompter
 
         settings, environment = self.settings, self.environment
-        folder, sampling = writable_folder(self.out), environment.sampling()
+        folder, sampling = Path(self.out), environment.sampling()
         arms = rollout.arms_of(settings)
         # A trained prompter is named by its folder, or by that of the run that made it.
         homes = {arm.folder: _prompter_folder(arm.folder) for arm in arms if arm.folder}
@@ -135,6 +137,7 @@ class Rollout(TemplateOption, RunOptions):
             **environment.record(reward),
             "arms": {str(arm): how(arm) for arm in arms},
         }
+        here(folder).contents |= world.contents(prompter=reference)
         planned = rollout.plan(folder, xs, settings, record)
         if settings.rlhf and not sampling.natural:
             packages.note(

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import tyro
@@ -9,11 +10,11 @@ import tyro
 from alignpro.commands.options import ChatOption, PrompterOptions, ReportedRun
 from alignpro.commands.shared import fell
 from alignpro.errors import AlignProError
-from alignpro.files import writable_folder
 from alignpro.llm.training.settings import SFTSettings
 from alignpro.report import keep
 from alignpro.report.numbers import number
 from alignpro.report.page import Dot, Dots, Page, Table
+from alignpro.runs import here, owning
 
 if TYPE_CHECKING:
     from alignpro.llm.training.sft import Tuned
@@ -56,12 +57,13 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
         ),
     )
 
+    @owning("sft")
     def run(self) -> int:
         from alignpro.commands.opening import trained_home
         from alignpro.llm.data import own, split
         from alignpro.llm.data.pairs import PAIRS
         from alignpro.llm.data.rows import first_turn
-        from alignpro.llm.models import packages
+        from alignpro.llm.models import contents, packages
         from alignpro.llm.policies.prompter import check_prompter, has_template
         from alignpro.llm.training.settings import check_reporters
 
@@ -75,11 +77,9 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
             template = "append"
         check_prompter(prompter, template)
         check_reporters(self.report_to)
-        folder = writable_folder(self.out)
-        if any(folder.iterdir()) and not self.resume:
-            raise AlignProError(
-                f"--out {folder}: it is not empty; name a new folder, or continue with --resume"
-            )
+        run, folder = here(self.out), Path(self.out)
+        run.contents["prompter"] = lambda: contents.of_model(prompter)
+        run.check(self.resume, ("*",))
 
         from alignpro.llm.policies.prompter import Prompter
         from alignpro.llm.training.sft import sft

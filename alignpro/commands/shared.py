@@ -5,6 +5,7 @@ A verb's module has `text` and `page` beside its options: its result for the ter
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -84,13 +85,16 @@ def tell(
     page: Callable[[], Page] | None = None,
 ) -> None:
     """Print a result, as text or JSON, and keep it as `name`.json in the folder `out`, with its page."""
+    from alignpro import locks
     from alignpro.files import write_json
 
-    if out is not None:
-        write_json(os.path.join(out, f"{name}.json"), values)
     print(json.dumps(values, ensure_ascii=False, allow_nan=False) if as_json else text)
-    if out is not None and page is not None:
-        keep(page(), out)
+    if out is not None:
+        # A result and its page are of one process: another that has the same folder waits.
+        with locks.waited(Path(out), name, leave=False):
+            write_json(os.path.join(out, f"{name}.json"), values)
+            if page is not None:
+                keep(page(), out)
 
 
 def with_reward(page: Page, folder: str | os.PathLike[str]) -> Page:
@@ -105,13 +109,31 @@ def with_reward(page: Page, folder: str | os.PathLike[str]) -> Page:
 
 
 def save(result: Any, verb: str, page: Page, folder: Path) -> None:
-    """Write VERB.json, report.html and the instances of a result of the theory into `folder`."""
-    from alignpro.files import write_json
+    """Write VERB.json, report.html and the instances of a result of the theory into `folder`.
 
+    Instances that only an earlier VERB.json names go: they would pass for this result's.
+    """
+    from alignpro.files import read_json, write_json
+
+    path, values = folder / f"{verb}.json", plain(result.json())
+    before = _instances(read_json(path)) if path.exists() else set()
     result.save_instances(folder)
-    write_json(folder / f"{verb}.json", plain(result.json()))
+    write_json(path, values)
+    for name in before - _instances(values):
+        (folder / name).unlink(missing_ok=True)
     print(f"wrote {folder / f'{verb}.json'}")
     keep(page, folder)
+
+
+def _instances(found: Any) -> set[str]:
+    """The files of instances that a result names."""
+    if isinstance(found, list):
+        return set().union(*map(_instances, found))
+    if not isinstance(found, dict):
+        return set()
+    name = found.get("instance")
+    own = {name} if isinstance(name, str) and re.fullmatch(r"[\w-]+\.npz", name) else set()
+    return own.union(*map(_instances, found.values()))
 
 
 def fell(metrics: Sequence[Json], unit: str, panels: Mapping[str, str]) -> tuple[str, Curves]:

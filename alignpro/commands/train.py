@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
@@ -10,12 +11,12 @@ import tyro
 from alignpro.commands.options import EnvironmentSettings, PrompterOptions, PromptSettings, ReportedRun
 from alignpro.commands.shared import with_reward
 from alignpro.errors import AlignProError
-from alignpro.files import writable_folder
-from alignpro.llm.training.settings import EvaluationSettings, TrainSettings, refuse_moved_optimum
+from alignpro.llm.training.settings import OWN, EvaluationSettings, TrainSettings, refuse_moved_optimum
 from alignpro.report import keep
 from alignpro.report.numbers import number
 from alignpro.report.page import Curve, Curves, Json, Page, Panel, Table
 from alignpro.report.text import shorten
+from alignpro.runs import here, owning
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.found import Example, Found, Used
@@ -63,6 +64,7 @@ class Train(PrompterOptions, ReportedRun):
         ),
     )
 
+    @owning("train")
     def run(self) -> int:
         from alignpro.commands.opening import World, divided_prompts, trained_home, user_prompts
         from alignpro.llm.models import configure, packages
@@ -72,11 +74,8 @@ class Train(PrompterOptions, ReportedRun):
         settings, rlhf, prompter = self.settings, self.settings.task == "rlhf", trained_home(self.prompter)
         refuse_moved_optimum(settings)
         check_reporters(self.report_to)
-        folder = writable_folder(self.out)
-        if (folder / "settings.json").exists() and not self.resume:
-            raise AlignProError(
-                f"--out {folder}: holds a run already; continue it with --resume or choose another"
-            )
+        run, folder = here(self.out), Path(self.out)
+        run.check(self.resume, OWN)
         check_prompter(prompter, self.template)
         configure.check_dtype(settings.policy_dtype)
         environment, answers = self.environment, self.environment.sampling()
@@ -117,6 +116,7 @@ class Train(PrompterOptions, ReportedRun):
             asked += 0 if rlhf else more
         packages.note(line + world.money(asked, answers.max_tokens, scored))
 
+        run.contents |= world.contents(prompter=prompter)
         judge = world.reward(folder)
         target: Cached | None = None
         read: dict[str, Any] = {}

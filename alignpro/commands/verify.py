@@ -9,6 +9,7 @@ from alignpro.errors import AlignProError
 from alignpro.files import writable_folder
 from alignpro.report.numbers import columns, number
 from alignpro.report.page import Dot, Dots, Page, Table
+from alignpro.runs import owning
 
 if TYPE_CHECKING:
     from alignpro.theory.search.verification import Summary, Verification
@@ -190,6 +191,7 @@ class Verify:
         ),
     )
 
+    @owning("verify")
     def run(self) -> int:
         from alignpro.theory.families import FAMILIES
         from alignpro.theory.search.verification import TRUE, validate, verify

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ BAD = {
     "unknown verb": (["prove"], "prove: is no verb; give one of"),
     "unknown flag": (["solve", "FILE", *GOOD, "--jsno"], "Unrecognized options: --jsno; perhaps --json"),
     "no beta": (["solve", "FILE", "--lam", "1"], "Missing from alignpro solve: --beta FLOAT"),
-    "text beta": (["solve", "FILE", "--beta", "x", "--lam", "1"], "Error parsing --beta: could not convert"),
+    "text beta": (["solve", "FILE", "--beta", "x", "--lam", "1"], "--beta 'x': give a number"),
     "no file": (["solve", *GOOD], "FILES: no file given"),
     "zero lam": (
         ["solve", "FILE", "--beta", "1", "--lam", "0"],
@@ -156,3 +157,44 @@ def test_debug_shows_where_a_mistake_was_noticed(capsys):
     assert shown.splitlines()[-1].startswith("alignpro: error: ")
     assert main.main(["solve", "no-such.npz", *GOOD]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_option_of_a_file_is_refused_with_the_files_name(tmp_path, capsys):
+    """Options given outright are not blamed on the file. Mutant: whatever is wrong is."""
+    file = tmp_path / "c.yaml"
+    for text, said in (
+        ("lam: much\n", "--lam 'much': give a number;"),
+        ("epochs: 1.5\n", "--epochs '1.5': give a whole number;"),
+        ("learning_rate: -1\n", "learning_rate -1.0: give a positive"),
+        ("algorithm: dpo\n", "algorithm 'dpo': choose from ppo"),
+    ):
+        file.write_text(text)
+        assert main.main(["train", "--out", str(tmp_path / "t"), "--config", str(file)]) == 2
+        assert capsys.readouterr().err.startswith(f"alignpro: error: --config {file}: {said}")
+    file.write_text("epochs: 2\n")
+    assert main.main(["train", "--out", str(tmp_path / "t"), "--config", str(file), "--lam", "much"]) == 2
+    assert str(file) not in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
+def test_an_interrupted_verb_says_how_it_goes_on(monkeypatch, capsys):
+    def stopped(self):
+        raise KeyboardInterrupt
+
+    for verb, arguments, said in (
+        ("train", ["--out", "x"], "interrupted; the same command with --resume goes on"),
+        ("rollout", ["--out", "x"], "interrupted; the same command goes on"),
+        ("solve", ["x.npz", *GOOD], "interrupted"),
+    ):
+        monkeypatch.setattr(main.VERBS[verb], "run", stopped)
+        assert main.main([verb, *arguments]) == 130
+        assert capsys.readouterr().err == f"alignpro: {said}\n"
+
+
+def test_a_terminal_that_lacks_letters_loses_nothing():
+    """λ and ρ are told by their numbers, where they would end in a traceback after the work."""
+    command = [sys.executable, "-m", "alignpro", "train", "--help"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"Weight \u03bb of KL(\u03c1" in done.stdout

@@ -150,7 +150,10 @@ def test_mistakes_are_one_line_and_leave_nothing(workplace, tmp_path, capsys, mo
     model = ["--model", str(folder / "model"), "--reward", "letters"]
     cases = [
         (["--out", str(tmp_path / "file")], "a file is in the way"),
-        (["--out", str(tmp_path / "other"), *model], "choose an empty folder"),
+        (
+            ["--out", str(tmp_path / "other"), *model],
+            "holds report.json and no run.json that says of which run",
+        ),
         (["--out", str(tmp_path / "a"), "--prompts-file", str(tmp_path / "none.txt")], "No such file"),
         (["--out", str(tmp_path / "a"), "--prompts-file", str(tmp_path / "empty.txt")], "holds no prompts"),
         (["--out", str(tmp_path / "a"), "--lam", "0"], "lam 0.0"),

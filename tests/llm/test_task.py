@@ -81,7 +81,7 @@ def test_a_task_from_start_to_page(small, tmp_path, monkeypatch, capfd):
         )
         assert "instructions-sft is trained first" not in told
         assert main.main([*run, "1"]) == 2
-        assert "it is not empty; name a new folder, or continue with --resume" in capfd.readouterr().err
+        assert "holds a run of demo (" in capfd.readouterr().err
         assert main.main([*run, "2", "--resume"]) == 2
         assert "training.seed = 1, not 2" in capfd.readouterr().err
         assert main.main([*run, "1", "--resume"]) == 0

@@ -353,7 +353,7 @@ def test_bad_problems_are_named(tmp_path):
 
 def test_reporters_are_checked_first(monkeypatch, tmp_path):
     """All three were tried by hand; none is needed for the tests."""
-    with pytest.raises(AlignProError, match=r"^report_to mlflow: choose from tensorboard, wandb, trackio"):
+    with pytest.raises(AlignProError, match=r"^report_to 'mlflow': choose from tensorboard, wandb, trackio"):
         fit(tmp_path, report_to=("mlflow",))
     monkeypatch.setattr(settings, "find_spec", lambda name: None)
     with pytest.raises(AlignProError, match=r"^report_to trackio: the package is missing; run pip install"):

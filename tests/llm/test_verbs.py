@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_sft_gives_a_prompter_that_train_takes(base, pairs, tmp_path, capsys):
     assert main.main([*command, "--answer-tokens", "4"]) == 0
     # And a second run does not touch the first, unless it resumes it.
     assert sft(base, pairs, tmp_path / "sft") == 2
-    assert "it is not empty; name a new folder, or continue with --resume" in capsys.readouterr().err
+    assert "holds a run of sft (base " in capsys.readouterr().err
     assert sft(base, pairs, tmp_path / "sft", "--resume") == 0
     assert sft(base, pairs, tmp_path / "sft", "--resume", "--seed", "1") == 2
     assert "settings.seed = 0, not 1" in capsys.readouterr().err
@@ -194,6 +195,35 @@ def test_resample_goes_on_where_it_stopped(command, tmp_path, monkeypatch, capsy
     for more, name in ((["--seed", "1"], "seed = 0, not 1"), (["--proposals", "9"], "proposals = 8, not 9")):
         assert main.main([*command, *more]) == 2
         assert name in capsys.readouterr().err
+
+
+def raising(prompts, responses):
+    raise ValueError("a slip")
+
+
+def test_a_failed_start_claims_nothing_and_another_model_is_told_of(command, base, tmp_path, capsys):
+    """Another reward may have the folder; once there are proposals, its frozen model is theirs."""
+    mine = shutil.copytree(base, tmp_path / "mine")
+    given = [
+        str(mine) if word == base and command[i - 1] == "--target" else word for i, word in enumerate(command)
+    ]
+    bad = [word.replace(":shares@", ":raising@") for word in given]
+    assert main.main(bad) == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"answers"}  # paid for
+    assert main.main(given) == 0
+    capsys.readouterr()
+    assert main.main(bad) == 2
+    assert (
+        "was started with reward = test_verbs:shares@0,1, not test_verbs:raising@0,1"
+        in capsys.readouterr().err
+    )
+    tiny_model(seed=2)[0].save_pretrained(mine)
+    assert main.main(given) == 2
+    assert (
+        f"--out: {tmp_path / 'out'} was started with another content of target (" in capsys.readouterr().err
+    )
+    assert main.main(["train", "--out", str(tmp_path / "out"), "--resume"]) == 2
+    assert "holds a run of resample (prompter " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -19,26 +19,32 @@ import torch
 from tqdm import tqdm
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, writable_folder, write_json
+from alignpro.files import flaw, listed, read_json, write_json
 from alignpro.llm.arms.enumerate import Enumeration, enumerate_models, refuse_chats
 from alignpro.llm.arms.settings import EnumerationSettings
 from alignpro.llm.data import own
 from alignpro.llm.data.packaged import instructions
-from alignpro.llm.models import catalogue
+from alignpro.llm.models import catalogue, contents
 from alignpro.llm.models.chat import parse_options
 from alignpro.llm.models.forward import text_config
 from alignpro.llm.models.load import load_model
+from alignpro.llm.models.sampling import digest
 from alignpro.llm.rewards import opening
 from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.rewards.reward import Reward
 from alignpro.llm.training import tree
 from alignpro.llm.training.settings import TreeSettings
 from alignpro.report.numbers import Json, plain
-from alignpro.runs import environment, refuse_other_settings
+from alignpro.runs import DEMO_FILE, claim, environment, here, owning
 from alignpro.theory import Instance, Solution, check, solution
 from alignpro.theory.bounds import paper_r_max
 
-RUN_FILE = "run.json"
+FILES = ("instance.npz", "texts.json")
+"""The enumeration, in the order in which its files are written."""
+MADE_FILE = "enumeration.json"
+"""Sizes and hashes of `FILES`, and what the reward said of itself when they were made."""
+OWN = (*FILES, MADE_FILE, "report.json", "training")
+"""Further names that the demo writes in its folder."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +150,12 @@ class DemoResult:
     seconds: Mapping[str, float]
 
 
+@owning("demo", file=DEMO_FILE)
 def run(
     out: str | Path, settings: DemoSettings, *, resume: bool = False, command: str | None = None
 ) -> DemoResult:
     """Enumerate, train and analyse in `out`, with report.json at the end."""
-    out = writable_folder(out)
+    out = Path(out)
     try:
         return _run(out, settings, resume, command)
     except KeyboardInterrupt:
@@ -157,27 +164,35 @@ def run(
 
 
 def _run(out: Path, settings: DemoSettings, resume: bool, command: str | None) -> DemoResult:
-    state = _open_run(out, settings, resume)
-    timings: dict[str, float] = state["seconds"]
+    # Names first: a slip in one should cost no download.
+    catalogue.check_name(settings.model)
+    spec = opening.read_spec(settings.reward)
+    held = here(out)
+    held.contents |= {
+        "model": lambda: contents.of_model(settings.model),
+        "reward": spec.content,
+        "prompts": lambda: digest(*user_prompts(settings)).hex()[:16] if settings.prompts_file else None,
+    }
+    held.begin({"settings": asdict(settings)}, resume=resume, names=OWN)
+    timings: dict[str, float] = dict((held.before() or {}).get("seconds", {}))
 
     @contextlib.contextmanager
     def stage(name: str) -> Iterator[None]:
         since = time.monotonic()
         yield
         timings[name] = round(timings.get(name, 0.0) + time.monotonic() - since, 1)
-        write_json(out / RUN_FILE, state)
+        if held.claimed:
+            held.write(seconds=timings)
 
-    # Names first: a slip in one should cost no download.
-    catalogue.check_name(settings.model)
-    opening.read_spec(settings.reward)
     with stage("load"):
         prompts = user_prompts(settings)
         reward = load_reward(settings.reward)
         options = parse_options(settings.chat_template_kwargs)
         model, tokenizer = load_model(settings.model, chat_template_kwargs=options)
-        _say(_cost(model, settings, skip_enumeration=(out / "texts.json").exists()))
+        _say(_cost(model, settings, skip_enumeration=made(out)))
     with stage("enumerate"):
-        enumeration = enumerated(out, settings, prompts, model, tokenizer, reward)
+        enumeration, judged = enumerated(out, settings, prompts, model, tokenizer, reward)
+        claim(out)
     measures = Measures(enumeration.instance, settings.beta, settings.training.lam)
     with stage("train"):
         how: dict[str, Any] = {"exact_rewards": settings.exact_rewards, "resume": resume}
@@ -189,7 +204,7 @@ def _run(out: Path, settings: DemoSettings, resume: bool, command: str | None) -
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         environment=environment(),
         settings=asdict(settings),
-        reward_model=reward.describe(),
+        reward_model=judged,
         curve=trained.metrics,
         seconds=dict(timings),
     )
@@ -206,17 +221,44 @@ def user_prompts(settings: DemoSettings) -> list[str]:
     return instructions(settings.prompts, seed=settings.seed, max_words=settings.prompt_words)
 
 
+def made(out: Path) -> bool:
+    """Whether the enumeration is in `out`, whole."""
+    if (out / MADE_FILE).exists() or not (out / FILES[-1]).exists():
+        return (out / MADE_FILE).exists()
+    # An earlier version kept no list of the files, and wrote the last of them last.
+    return "verb" not in (read_json(out / DEMO_FILE) if (out / DEMO_FILE).exists() else {})
+
+
 def enumerated(
     out: Path, settings: DemoSettings, prompts: Sequence[str], model: Any, tokenizer: Any, reward: Reward
-) -> Enumeration:
-    """The enumeration saved in `out`, made first if it is not there."""
-    if (out / "texts.json").exists():
-        return Enumeration.load(out)
+) -> tuple[Enumeration, Json]:
+    """The enumeration saved in `out`, made first if it is not there, and what the reward said of itself then.
+
+    Raises:
+        AlignProError: what is there is not what was saved.
+    """
+    if made(out):
+        said = read_json(out / MADE_FILE) if (out / MADE_FILE).exists() else {}
+        if (wrong := flaw(out, said.get("files", {}))) is not None:
+            raise AlignProError(
+                f"--out {out}: {wrong}; put it back, or remove {MADE_FILE} to have all drawn anew"
+            )
+        if "reward" not in said:  # an earlier version's, which is taken as it is
+            said = _made(out, reward)
+        return Enumeration.load(out), said["reward"]
     models = (model, tokenizer, model, tokenizer)
     with _bars() as stage:
-        made = enumerate_models(*models, prompts, reward, settings.enumeration, progress=stage)
-    made.save(out)
-    return made
+        found = enumerate_models(*models, prompts, reward, settings.enumeration, progress=stage)
+    claim(out)
+    found.save(out)
+    return found, _made(out, reward)["reward"]
+
+
+def _made(out: Path, reward: Reward) -> Json:
+    """Write down what the enumeration is, and what the reward says of itself."""
+    said = {"files": listed(out, FILES), "reward": plain(reward.describe())}
+    write_json(out / MADE_FILE, said)
+    return said
 
 
 def fit(
@@ -251,22 +293,6 @@ def fit(
             resume=resume,
             progress=show,
         )
-
-
-def _open_run(out: Path, settings: DemoSettings, resume: bool) -> dict[str, Any]:
-    path = out / RUN_FILE
-    wanted = asdict(settings)
-    if not path.exists():
-        for name in ("texts.json", "instance.npz", "report.json", "training"):
-            if (out / name).exists():
-                raise AlignProError(f"--out {out}: {name} is there but no {RUN_FILE}; choose an empty folder")
-        return {"settings": wanted, "seconds": {}}
-    if not resume:
-        remedy = "add --resume to continue it, or choose another folder"
-        raise AlignProError(f"--out {out}: holds a run already; {remedy}")
-    state = read_json(path)
-    refuse_other_settings(out, state.get("settings"), wanted)
-    return state
 
 
 def _say(text: str) -> None:

@@ -32,6 +32,7 @@ from alignpro.llm.rewards.reward import Reward
 from alignpro.llm.rewards.scores import judged
 from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.target import Target
+from alignpro.runs import claim
 from alignpro.shown import Shown
 
 FILE = "cells.jsonl"
@@ -146,6 +147,7 @@ class Cells:
             rewards = found.total.reshape(len(arms), len(prompts), answers)
             row = {"kind": kind, "candidates": names, "prompts": ids, "answers": answers}
             row |= {"rewards": rewards.tolist(), "refused": sum(a.finish == "refused" for a in flat)}
+            claim(self.path)
             append(self.path, (json.dumps(row, ensure_ascii=False) + "\n").encode())
         else:
             self.on_answer(size)

@@ -14,7 +14,7 @@ import numpy as np
 
 from alignpro import rollouts
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, writable_folder, write_json, write_text
+from alignpro.files import write_text
 from alignpro.llm.arms.forced import ForcedChoice
 from alignpro.llm.arms.question import Reading, question, read_verdict
 from alignpro.llm.arms.settings import JudgeSettings
@@ -25,11 +25,11 @@ from alignpro.llm.targets.quoting import control_tokens
 from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Answer, Target
+from alignpro.runs import SETTINGS_FILE as SETTINGS_FILE
+from alignpro.runs import here, owning
 
 FILE = "judgements.jsonl"
 """A line for each pair judged."""
-SETTINGS_FILE = "settings.json"
-"""The comparison that a folder was begun with."""
 _COUNTED = 32  # replies after which it is seen whether too many are refused
 Row = tuple[int, int, int]
 """Seed, draw and answer of a rollout."""
@@ -184,10 +184,15 @@ def judge(
     ]
 
 
+def is_address(name: str) -> bool:
+    """Whether `name` is that of an endpoint and not of a model in this process."""
+    return name.startswith(("http://", "https://"))
+
+
 def opening(settings: JudgeSettings, endpoint: EndpointSettings) -> Callable[[], Target]:
     """Check how the judge is named, and return what opens it: a model in this process is loaded only then."""
     given, options = endpoint.given(), parse_options(settings.chat_template_kwargs)
-    if settings.judge.startswith(("http://", "https://")):
+    if is_address(settings.judge):
         if settings.forced:
             raise AlignProError(
                 "forced: an endpoint does not score given replies; leave out --forced, or give --judge a "
@@ -220,6 +225,7 @@ def opening(settings: JudgeSettings, endpoint: EndpointSettings) -> Callable[[],
     return load
 
 
+@owning("judge")
 def judge_file(
     file: str, arms: Sequence[str], settings: JudgeSettings, endpoint: EndpointSettings, out: str
 ) -> list[dict[str, Any]]:
@@ -231,45 +237,43 @@ def judge_file(
     """
     from tqdm import tqdm
 
-    from alignpro.llm.models import packages
+    from alignpro.llm.models import contents, packages
     from alignpro.llm.targets.ledger import Cached, Prices
 
     prices = None if settings.prices is None else Prices(*settings.prices)
     opened = opening(settings, endpoint)
     compared = pairs(file, arms, settings.per_prompt, settings.prompts)
-    folder = writable_folder(out)
+    folder, run = Path(out), here(out, "judge")
     record: dict[str, Any] = {"arms": list(arms), "judge": settings.judge, "judge_model": endpoint.model}
     record |= {name: getattr(settings, name) for name in ("temperature", "reply_tokens", "seed")}
-    record |= {"forced": True} if settings.forced else {}
     changes = endpoint.record("judge")
-    record |= {name: changes[name] for name in ("judge_omit", "judge_extra_body") if changes[name]}
-    begun = folder / SETTINGS_FILE
-    before = read_json(begun) if begun.exists() else record
-    if not isinstance(before, dict) or before.keys() != record.keys():
-        raise AlignProError(f"--out {folder}: holds another run; choose another folder")
-    for name, value in record.items():
-        if before[name] != value:
-            raise AlignProError(
-                f"--out {folder}: was begun with {name} {before[name]!r}, not {value!r}; repeat that or "
-                "choose another folder"
-            )
-    write_json(begun, record)
+    record |= {"forced": settings.forced or None}  # None, as where an earlier version left them out
+    record |= {name: changes[name] or None for name in ("judge_omit", "judge_extra_body")}
+    if not is_address(settings.judge):
+        run.contents["judge"] = lambda: contents.of_model(settings.judge)
+    run.begin(record, names=(FILE,))
     identical, missing = (sum(getattr(p, name) for p in compared) for name in ("identical", "missing"))
     same = f" ({identical} identical, not asked)" if identical else ""
     same += f" ({missing} with an answer that was refused, not asked)" if missing else ""
     packages.note(f"{len(compared)} pairs of {arms[0]} and {arms[1]}{same}, both orders")
     target = Cached(opened(), folder / "answers", prices=prices)
+
+    def replied() -> None:
+        run.claim()
+        bar.update()
+
     with tqdm(total=2 * (len(compared) - identical - missing), unit="reply", disable=None) as bar:
         judged = judge(
             target,
             compared,
             settings.sampling(),
             seed=settings.seed,
-            on_reply=bar.update,
+            on_reply=replied,
             refusals=Refusals(most=settings.refused_most),
         )
     packages.note(target.ledger.line())
     rows = [judgement.row((arms[0], arms[1]), target.name) for judgement in judged]
+    run.claim()
     # ASCII: a reply may hold what UTF-8 cannot.
     write_text(folder / FILE, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

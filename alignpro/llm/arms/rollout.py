@@ -24,7 +24,7 @@ from alignpro import rollouts
 from alignpro.errors import AlignProError
 from alignpro.estimation.paired import estimates
 from alignpro.estimation.terms import Terms
-from alignpro.files import atomic_write, read_json, read_json_lines, writable_folder, write_json
+from alignpro.files import atomic_write, read_json_lines, sync
 from alignpro.llm.arms.draws import RESAMPLED, Arm, Array, Work, arms_of, draws_of, stream
 from alignpro.llm.arms.resample import Mean
 from alignpro.llm.arms.settings import RolloutSettings
@@ -33,12 +33,11 @@ from alignpro.llm.models.sampling import Sampling, digest
 from alignpro.llm.rewards.scores import judged, ranges_of
 from alignpro.llm.targets.target import Answer
 from alignpro.rollouts import Rollout
-from alignpro.runs import refuse_other_settings
+from alignpro.runs import Run, here
 
 FILE = "rollouts.jsonl"
 PARTIAL = "rollouts.partial.jsonl"
 """The rollouts so far, in whole blocks of prompts; it becomes `FILE` when all arms are done."""
-SETTINGS_FILE = "settings.json"
 BLOCK = 32
 """Prompts that are rolled out together: what an interruption costs at most, answers apart."""
 
@@ -143,6 +142,8 @@ class Plan:
     """Arms and blocks of prompts, in order."""
     kept: tuple[bytes, ...]
     """Lines that are done, whole blocks only."""
+    run: Run
+    """The run of the folder, which is claimed once a block is done."""
 
     @property
     def rows(self) -> int:
@@ -183,13 +184,13 @@ def plan(
 
     `record` is all that the rows depend on, as JSON values; its "arms" may grow from run to run.
     """
-    folder = writable_folder(folder)
+    folder = Path(folder)
     arms = arms_of(settings)
     record = json.loads(json.dumps(record))
-    begun = folder / SETTINGS_FILE
-    before = read_json(begun) if begun.exists() else {**record, "arms": {}}
-    met = {name: how for name, how in record["arms"].items() if name in before["arms"]}
-    refuse_other_settings(folder, before, {**record, "arms": met}, "--out")
+    run = here(folder, "rollout")
+    before = (run.check(names=(FILE, PARTIAL)) or {}).get("arms", {})
+    run.begin({**record, "arms": {name: how for name, how in record["arms"].items() if name in before}})
+    run.record = {**(run.record or {}), "arms": {**before, **record["arms"]}}
     blocks = [tuple(prompts[i : i + BLOCK]) for i in range(0, len(prompts), BLOCK)]
     lines, counts = _lines(folder)
     whole = settings.draws * settings.answers
@@ -207,8 +208,7 @@ def plan(
         for block in blocks
         if (arm.name, arm.seed, prompt_id(block[0])) not in complete
     )
-    write_json(begun, {**record, "arms": {**before["arms"], **record["arms"]}})
-    return Plan(folder, tuple(prompts), tuple(arms), settings, todo, kept)
+    return Plan(folder, tuple(prompts), tuple(arms), settings, todo, kept, run)
 
 
 def roll_out(
@@ -231,15 +231,21 @@ def roll_out(
                     f"--out {plan.folder}: holds rollouts of {name} {before[name]!r}, not {now!r}; choose "
                     "another folder"
                 )
-    with atomic_write(partial) as file:
-        file.writelines(plan.kept)
+    if plan.kept:
+        plan.run.claim()
+        with atomic_write(partial) as file:
+            file.writelines(plan.kept)
+    else:
+        partial.unlink(missing_ok=True)  # a part of a block, which is done again as a whole
     done, hidden = len(plan.kept), None if progress else True
     with tqdm(total=plan.rows + done, initial=done, unit="rollout", disable=hidden) as bar:
         for arm, block in plan.todo:
             bar.set_postfix_str(str(arm))
             rows = block_rows(work, arm, block, parties(arm), bar.update)
+            plan.run.claim()
             append(partial, "".join(row.line() for row in rows).encode("utf-8", "surrogatepass"))
     os.replace(partial, final)
+    sync(plan.folder)
     return final
 
 

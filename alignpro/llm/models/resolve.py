@@ -128,7 +128,8 @@ def _restore_pre_tokenizer(gguf: Path, tokenizer: Any) -> None:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, levels])
 
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+"""The files of a hub's model that are read."""
 
 
 def resolve(model: str | Path) -> Path:
@@ -164,7 +165,7 @@ def resolve_tokenizer(model: str | Path) -> Path:
     path = Path(model).expanduser()
     if packaged(model) or path.is_file():
         return resolve(model)
-    return path if path.is_dir() else _from_hub(str(model), [f for f in _HUB_FILES if f != "*.safetensors"])
+    return path if path.is_dir() else _from_hub(str(model), [f for f in HUB_FILES if f != "*.safetensors"])
 
 
 def _ready(folder: Path) -> bool:
@@ -174,7 +175,7 @@ def _ready(folder: Path) -> bool:
     return True
 
 
-def _from_hub(model: str, files: Sequence[str] = _HUB_FILES) -> Path:
+def _from_hub(model: str, files: Sequence[str] = HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from transformers import AutoConfig
 
 from alignpro.errors import AlignProError
+from alignpro.llm.models import contents
 from alignpro.llm.models.catalogue import HUB_ID, check_name, checked_folder
 from alignpro.llm.models.configure import check_dtype
 from alignpro.llm.rewards import own
@@ -82,6 +83,18 @@ class Spec:
         """The reward where it is a few lines of Python, and nothing is to be loaded; else None."""
         light = self.kind in ("function", "object") or REWARDS.get(self.target) is Verifiable
         return self.open() if light else None
+
+    def content(self) -> str | None:
+        """Digest what the name stands for, as it is now: the weights of a model, or the code of a function.
+
+        None of a packaged reward, whose name says it, of an endpoint, and of what is not on this machine.
+        """
+        match self.kind:
+            case "head" | "classifier":
+                return contents.of_model(self.target)
+            case "function" | "object":
+                return contents.of_code(_imported(self.target))
+        return None
 
     @property
     def probability(self) -> bool:
@@ -167,6 +180,11 @@ class Plan:
     def shown(self) -> str:
         """Name it in one line, as it may be written down."""
         return said(self.kind, [spec.shown for spec in self.specs], self.weights)
+
+    def content(self) -> str | None:
+        """Digest what the names stand for (see `Spec.content`)."""
+        found = [spec.content() for spec in self.specs]
+        return "+".join(each or "-" for each in found) if any(found) else None
 
     @property
     def reads(self) -> Columns:

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +155,17 @@ class Cached:
         """Spending of this object; `total` is that of the file."""
         self.name = target.name
         self.remote = target.remote
-        self._store = Store(writable_folder(folder, "folder"))
-        if (damaged := self._store.damaged) and note:
-            note(f"{Path(folder) / OLD_FILE}: {damaged} damaged lines; their answers are asked again")
+        self._folder = writable_folder(folder, "folder")
+
+    @cached_property
+    def _store(self) -> Store:
+        """The file, which is made when it is first asked: a run that fails before leaves none."""
+        store = Store(self._folder)
+        if store.damaged and self.note:
+            self.note(
+                f"{self._folder / OLD_FILE}: {store.damaged} damaged lines; their answers are asked again"
+            )
+        return store
 
     @property
     def revision(self) -> str:

@@ -75,7 +75,6 @@ def configured(
             f"{settings.microbatches} microbatches do not fit"
         )
     common: Arguments = {
-        "save_total_limit": 2,
         "bf16": False,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the other kind needs trained inputs
         "disable_tqdm": True,

@@ -23,7 +23,6 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import TrainerCallback
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json, write_text
@@ -32,9 +31,10 @@ from alignpro.llm.models.chat import Said
 from alignpro.llm.models.policy import log_probs, sample_and_score, sample_key
 from alignpro.llm.models.prompt import as_json
 from alignpro.llm.models.sampling import Sampling
-from alignpro.llm.training.checkpoints import Line
+from alignpro.llm.training.checkpoints import Kept, Line
 from alignpro.llm.training.environment import Environment
 from alignpro.llm.training.settings import EvaluationSettings, TrainSettings
+from alignpro.runs import claim
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 BEST_FILE = "best.safetensors"
@@ -58,7 +58,7 @@ def check_held_out(held_out: Sequence[str], prompts: Sequence[str]) -> None:
             raise AlignProError(f"held_out {str(x)[:60]!r}: is learned from too; hold out other prompts")
 
 
-class Evaluations(TrainerCallback):
+class Evaluations(Kept):
     """Evaluates the policy on held-out prompts, keeps the adapter of the best evaluation, and stops.
 
     With several processes each takes a share of the prompts and all know all results, so that they decide
@@ -116,7 +116,7 @@ class Evaluations(TrainerCallback):
             self.lines, self.best = [], {}
             self.evaluate(0)
         elif state.is_world_process_zero:
-            self._write()  # without what came after the checkpoint
+            self.write()  # without what came after the checkpoint
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         done, within = divmod(state.global_step, self.settings.steps_per_round)
@@ -143,7 +143,7 @@ class Evaluations(TrainerCallback):
                 names = ("reward", "kl", "objective")
                 self.trainer.log({f"eval_{name}": line[name] for name in names})
         if self.trainer.state.is_world_process_zero:
-            self._write()
+            self.write()
             if self.progress:
                 tqdm.write(f"alignpro: {told(line)}", file=sys.stderr)
 
@@ -233,7 +233,9 @@ class Evaluations(TrainerCallback):
         for name, parameter in _trained(model):
             parameter.copy_(self.best[name])
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write the results to their file."""
+        claim(self.path)
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from alignpro.errors import AlignProError
-from alignpro.files import write_json
 from alignpro.llm.models import packages
 from alignpro.llm.models.adapters import left_as_it_was
 from alignpro.llm.models.chat import Said, chat_of
@@ -32,18 +31,17 @@ from alignpro.llm.training.algorithms import configured, trainer_on
 from alignpro.llm.training.checkpoints import (
     METRICS_FILE,
     PROMPTER_FOLDER,
-    SETTINGS_FILE,
     Line,
     Metrics,
     Trained,
-    begin,
     last_checkpoint,
 )
 from alignpro.llm.training.environment import Environment
 from alignpro.llm.training.evaluation import EVALUATIONS_FILE, Evaluations, check_held_out
 from alignpro.llm.training.rewrites import REWRITES_FILE, RewriteLog
-from alignpro.llm.training.settings import EvaluationSettings, TrainSettings, check_reporters
+from alignpro.llm.training.settings import OWN, EvaluationSettings, TrainSettings, check_reporters
 from alignpro.llm.training.trl_adapter import Party, Rollouts, Rows
+from alignpro.runs import here, owning
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class OpenRollouts(Rollouts):
         evaluations: Evaluations | None = None,
         **named: Any,
     ) -> None:
-        self._task, self._draws_seed, self._evaluations = task, draws_seed, evaluations
+        self._task, self._draws_seed = task, draws_seed
         self._drawn: list[list[float]] = []
         self._hidden: Tensor | None = None
         super().__init__(*positional, **named)
@@ -86,16 +84,6 @@ class OpenRollouts(Rollouts):
         if evaluations is not None:
             evaluations.trainer = self
             self.add_callback(evaluations)  # type: ignore[attr-defined]
-
-    def save_more(self, folder: Path) -> None:
-        super().save_more(folder)
-        if self._evaluations is not None:
-            self._evaluations.save(folder)
-
-    def load_more(self, folder: Path) -> None:
-        super().load_more(folder)
-        if self._evaluations is not None:
-            self._evaluations.load(folder)
 
     def sums(self) -> tuple[list[float], list[float]]:
         """Log-probabilities of this process's rewrites of the round, by the policy that drew and ρ_sft."""
@@ -197,6 +185,7 @@ class TrainedPrompter(Trained):
     """Lines of evaluations.jsonl; none where nothing was held out."""
 
 
+@owning("train", option="out")
 def train(
     prompter: Prompter,
     environment: Environment,
@@ -279,7 +268,6 @@ def train(
 
     with quiet(), left_as_it_was(prompter.model):
         config = configured(settings, out, prompter.model, report_to, max(map(len, ids)))
-        out.mkdir(parents=True, exist_ok=True)
         facts = dict(facts or {})
         record = {"settings": asdict(settings), "prompts": len(prompts)}
         record["prompts_digest"] = digest(*prompts).hex()[:16]
@@ -290,7 +278,8 @@ def train(
             record["evaluation"] = None
         record |= {"chat": chat_of(tokenizer).describe(), "read": how_of(prompter.model).describe(), **facts}
         record = json.loads(json.dumps(record))
-        begin(out, record, resume)
+        run = here(out)
+        run.begin(record, resume=resume, names=OWN)
         metrics = _Rounds(out / METRICS_FILE, settings, progress)
         sampled = RewriteLog(out / REWRITES_FILE, settings.steps_per_round)
         evaluations = None
@@ -322,8 +311,10 @@ def train(
         last = last_checkpoint(out) if resume else None
         if evaluations is not None and last is not None:
             evaluations.load(Path(last))
-        if evaluations is not None and evaluations.stopped is not None:
+        if evaluations is not None and last is not None and evaluations.stopped is not None:
+            metrics.load(Path(last))
             metrics.go_on(evaluations.lines[-1]["step"])  # patience ended before: nothing is left to train
+            evaluations.write()
         else:
             trainer.train(resume_from_checkpoint=last)
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -339,7 +330,7 @@ def train(
         if trainer.args.should_save:
             trained.save(out / PROMPTER_FOLDER)
             if evaluations is not None:
-                write_json(out / SETTINGS_FILE, record)
+                run.write(kept=record["kept"])
     lines = [] if evaluations is None else evaluations.lines
     return TrainedPrompter(out, record, metrics.lines, trained, lines)
 

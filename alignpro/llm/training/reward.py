@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,11 +15,11 @@ from safetensors import SafetensorError
 from trl import RewardConfig, RewardTrainer
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json_lines, writable_folder, write_json
+from alignpro.files import read_json_lines, write_json
 from alignpro.llm.data.own import read_pairs
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.data.split import SPLITS, Split, normalised
-from alignpro.llm.models import catalogue, configure, libraries, resolve
+from alignpro.llm.models import catalogue, configure, contents, libraries, resolve
 from alignpro.llm.models.forward import text_config
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.rewards.accuracy import accuracy, longer_wins
@@ -29,16 +28,17 @@ from alignpro.llm.rewards.classifier import REWARD_FILE, SequenceReward, loading
 from alignpro.llm.rewards.reward import check_scores, check_template, shown
 from alignpro.llm.training.checkpoints import (
     METRICS_FILE,
-    SETTINGS_FILE,
     PairMetrics,
     Trained,
     WholeCheckpoints,
     check_begun,
     last_checkpoint,
     pair_arguments,
+    remove_all,
     trainer_of,
 )
 from alignpro.llm.training.settings import RewardSettings
+from alignpro.runs import here, owning
 
 Array = np.ndarray
 
@@ -56,6 +56,7 @@ class TrainedReward(Trained):
     """The reward; its `facts` say how good it is, as reward.json does."""
 
 
+@owning("reward-model", option="out")
 def train_reward(
     pairs: Sequence[PreferencePair] | str | Path,
     model: str | Path,
@@ -92,7 +93,7 @@ def train_reward(
             )
     where = configure.device_of(device)
     catalogue.check_name(model)
-    out = writable_folder(out, "out")
+    out = Path(out)
     texts = json.dumps([[p.prompt, p.chosen, p.rejected, p.split] for p in pairs])
     counts = Counter((p.source, p.split) for p in pairs)
     record = {
@@ -102,9 +103,10 @@ def train_reward(
         "pairs": {f"{source} {part}": n for (source, part), n in sorted(counts.items())},
         "pairs_sha256": hashlib.sha256(texts.encode()).hexdigest(),
     }
+    here(out).contents["base"] = lambda: contents.of_model(model)
     check_begun(out, record, resume)
     if (out / REWARD_FILE).exists():
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+        remove_all(out / CHECKPOINTS)
         lines = read_json_lines(out / METRICS_FILE)
         return TrainedReward(out, record, lines, SequenceReward.load(out, device=device))
     with torch.random.fork_rng():  # TRL seeds the process
@@ -113,7 +115,6 @@ def train_reward(
         reward = SequenceReward(
             base, tokenizer, Squash(0.0, 1.0), name=name, template=template, max_tokens=most
         )
-        write_json(out / SETTINGS_FILE, record)
         metrics = PairMetrics(out / METRICS_FILE)
         reward.model = _fit(reward, split["train"], settings, where, out, metrics)
     reward.model.eval()
@@ -149,7 +150,7 @@ def train_reward(
             "was trained is kept"
         ) from error
     write_json(out / REWARD_FILE, reward.facts)  # last: without it the folder is not taken for a reward
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    remove_all(out / CHECKPOINTS)
     return TrainedReward(out, record, metrics.lines, reward)
 
 

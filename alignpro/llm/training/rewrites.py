@@ -1,5 +1,6 @@
 """The rewrites of a training run on file: one line for each that was sampled, round by round."""
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -7,15 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from transformers import TrainerCallback
 
 from alignpro.errors import AlignProError
+from alignpro.files import read_json
+from alignpro.llm.models import packages
+from alignpro.llm.training.checkpoints import Kept
+from alignpro.runs import claim
 
 REWRITES_FILE = "rewrites.jsonl"
+LOG_FILE = "rewrites.json"
+"""Hash of the rewrites so far, in a checkpoint: they are too many to be kept in each."""
 
 
-class RewriteLog(TrainerCallback):
-    """Appends a round's rewrites to a file; a resumed run goes on after its checkpoint's round.
+class RewriteLog(Kept):
+    """Appends a round's rewrites to a file; a resumed run goes on after its checkpoint's round, and says so
+    where the file is not what was written.
 
     Args:
         steps: optimizer steps of a round.
@@ -23,10 +30,26 @@ class RewriteLog(TrainerCallback):
 
     def __init__(self, path: Path, steps: int) -> None:
         self.path, self.steps = path, steps
+        self._hash = hashlib.sha256()
+        self._wanted: str | None = None
+
+    def save(self, folder: Path) -> None:
+        (folder / LOG_FILE).write_text(json.dumps({"sha256": self._hash.hexdigest()}))
+
+    def load(self, folder: Path) -> None:
+        if (folder / LOG_FILE).exists():
+            self._wanted = read_json(folder / LOG_FILE)["sha256"]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             cut(self.path, state.global_step // self.steps)
+            if state.global_step and self.path.exists():
+                with open(self.path, "rb") as file:
+                    self._hash = hashlib.file_digest(file, "sha256")  # type: ignore[assignment]
+            if self._wanted not in (None, self._hash.hexdigest()):
+                packages.note(
+                    f"{self.path}: is not what was written of earlier rounds; training loses nothing"
+                )
 
     def add(self, trainer: Any, lines: Sequence[dict[str, Any]]) -> None:
         """Append what this process sampled, after the processes before it: called by all at once."""
@@ -36,12 +59,15 @@ class RewriteLog(TrainerCallback):
         if not trainer.state.is_world_process_zero:
             return
         done = trainer.state.global_step // self.steps + 1
-        text = "".join(json.dumps({"round": done, **row}, ensure_ascii=False) + "\n" for row in rows)
+        text = (json.dumps({"round": done, **row}, ensure_ascii=False) + "\n" for row in rows)
+        data = "".join(text).encode(errors="replace")
+        claim(self.path)
         try:
             with open(self.path, "ab") as file:
-                file.write(text.encode(errors="replace"))
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            self._hash.update(data)
         except OSError as error:
             raise AlignProError(
                 f"cannot write {self.path} ({error.strerror}); free space and resume: the checkpoints before "

@@ -337,6 +337,9 @@ class RewardSettings(PairSettings):
             raise AlignProError(f"centre {self.centre}: give a finite number, at least 0")
 
 
+OWN = ("checkpoint-*", "metrics.jsonl", "rewrites.jsonl", "evaluations.jsonl", "prompter")
+"""Patterns of what training writes into its folder, beside settings.json and answers."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "faithful": {},
     # TRL 0.11.4's PPOConfig with the one value that the gpt2-sentiment notebook sets, its learning rate. Ours

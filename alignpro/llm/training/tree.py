@@ -15,9 +15,10 @@ from alignpro.llm.models.adapters import left_as_it_was
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.policies.tree import TreeScores, TreeTask, tree_scores, tree_states
 from alignpro.llm.training.algorithms import configured, trainer_on
-from alignpro.llm.training.checkpoints import Line, Metrics, Trained, begin, last_checkpoint
+from alignpro.llm.training.checkpoints import Line, Metrics, Trained, last_checkpoint
 from alignpro.llm.training.settings import TrainSettings, TreeSettings
 from alignpro.llm.training.trl_adapter import Party, Rollouts, Rows, parts_of
+from alignpro.runs import here, owning
 
 CURVE_FILE = "curve.jsonl"
 
@@ -163,6 +164,7 @@ class TrainedTree(Trained):
     """ρ_θ over the leaves of each prompt's tree, X arrays."""
 
 
+@owning("training on trees", option="out")
 def train(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -184,9 +186,8 @@ def train(
         progress: called with (step, last step, exact quantities) once per iteration.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     record = asdict(settings)
-    begin(out, record, resume)
+    here(out).begin(record, resume=resume, names=("checkpoint-*", CURVE_FILE, "adapter"))
 
     depth = max(t.layout.leaf_edges.shape[1] for t in task.trees)
     full = TrainSettings(**record, prompts=len(task.prompts), max_tokens=depth)
