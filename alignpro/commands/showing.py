@@ -8,6 +8,7 @@ from alignpro.errors import AlignProError
 from alignpro.report.excerpt import excerpt, preformatted
 from alignpro.report.numbers import ends, interval
 from alignpro.report.page import Dots, Page, Stack, Stacks, dot
+from alignpro.shown import brief
 
 Row = dict[str, Any]
 
@@ -180,6 +181,7 @@ LAYOUTS: dict[str, Layout] = {
     "Resampled": _verb("resample", _resampled, {}),
     "Instructed": _verb("instruct", _raced, {}),
     "TrainedPrompter": Layout(_of("train", "text"), _metrics, _trained_page),
+    "TrainedTree": Layout(brief, _metrics),
     "Tuned": _verb("sft", _metrics),
     "TrainedReward": Layout(_of("reward_model", "text"), _metrics, _of("reward_model", "page")),
 }

@@ -235,7 +235,7 @@ def test_yaml_takes_old_and_new_names_and_choices(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     file.write_text("algorithm: q\n")
     with pytest.raises(
-        AlignProError, match=r"^algorithm 'q': choose from ppo, rloo, grpo; see alignpro train"
+        AlignProError, match=r"run.yaml: algorithm 'q': choose from ppo, rloo, grpo; see alignpro train"
     ):
         main._parse(["train", "--out", "o", "--config", str(file)])
 

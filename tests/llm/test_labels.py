@@ -126,10 +126,12 @@ def test_options_reach_the_model(folders, tmp_path):
     world = World(EnvironmentSettings(reward=(name, "ease"), reward_model=options))
     reward = world.reward(tmp_path).rewards[0]
     assert (reward.describe()["dtype"], reward.batch_size, reward.max_tokens) == ("bfloat16", 2, 40)
-    for flag, wrong in (("--reward-sample-tokens", "9999"), ("--reward-dtype", "int3")):
-        verb = main._parse(["train", "--out", "o", "--reward", name, flag, wrong])
-        with pytest.raises(AlignProError, match=wrong):
-            World(verb.environment).reward(tmp_path)
+    train = ["train", "--out", "o", "--reward", name]
+    verb = main._parse([*train, "--reward-sample-tokens", "9999"])
+    with pytest.raises(AlignProError, match="9999"):
+        World(verb.environment).reward(tmp_path)
+    with pytest.raises(AlignProError, match="reward_dtype 'int3': choose from float32"):
+        main._parse([*train, "--reward-dtype", "int3"])
 
 
 def test_every_output_of_labels_sums_to_one(folders):

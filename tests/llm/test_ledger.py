@@ -461,7 +461,7 @@ def done():
     if not url:
         return open("asked").read().count(chr(10))
     return sqlite3.connect(store.FILE).execute("SELECT count(*) FROM answers").fetchone()[0]
-Cached(make(), ".", note=None)
+Cached(make(), ".", note=None).total()
 http.client_library()
 for _ in range(kills):
     goal, patience = done() + rng.randint(1, 12 if url else 25), time.monotonic() + 20
@@ -578,6 +578,7 @@ FULL = (
     + """
 import contextlib
 target, out = Cached(Slow(), ".", note=None), {}
+target.total()
 limit = os.path.getsize(store.FILE + "-wal") + 200_000
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 if sys.argv[1] == "mutant":

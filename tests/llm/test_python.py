@@ -150,7 +150,13 @@ def test_every_result_that_shows_itself_has_a_layout():
     """Also those of the language models, which are found by their classes alone."""
     for module in (
         *("estimation.winrate", "llm.arms.instruct", "llm.arms.resample", "llm.training.reward"),
-        *("llm.training.sft", "theory.search.verification", "theory.scale.instances", "estimation"),
+        *(
+            "llm.training.sft",
+            "llm.training.tree",
+            "theory.search.verification",
+            "theory.scale.instances",
+            "estimation",
+        ),
     ):
         importlib.import_module(f"alignpro.{module}")
 

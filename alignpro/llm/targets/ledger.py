@@ -156,10 +156,13 @@ class Cached:
         self.name = target.name
         self.remote = target.remote
         self._folder = writable_folder(folder, "folder")
+        if any((self._folder / name).exists() for name in (FILE, OLD_FILE)):
+            _ = self._store  # a file that cannot be used is told of before any work
 
     @cached_property
     def _store(self) -> Store:
-        """The file, which is made when it is first asked: a run that fails before leaves none."""
+        """The file. Where there is none it is made when it is first asked: a run that fails before leaves
+        none."""
         store = Store(self._folder)
         if store.damaged and self.note:
             self.note(
