@@ -306,10 +306,11 @@ class Explore:
     seed: int = 0
     """Number that determines the random instance. The page can change it."""
     beta: float | None = None
-    """Position of beta at first: positive, in reward units. Left out: a tenth of the rewards' scale."""
+    """Weight of the KL divergence in RLHF (beta), positive, in reward units, at first. Left out: a tenth of the
+    rewards' scale."""
     lam: float | None = None
-    """Position of lam (lambda) at first: positive, in reward units. Left out: a twentieth of the rewards'
-    scale."""
+    """Weight of the KL divergence in prompt optimization (lambda), positive, in reward units, at first. Left
+    out: a twentieth of the rewards' scale."""
     rollouts: str | None = None
     """Rollouts to read on the page: the folder that alignpro rollout wrote, or the file in it. Left out: the
     page has no reader of them."""
