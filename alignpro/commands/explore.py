@@ -306,8 +306,8 @@ class Explore:
     seed: int = 0
     """Number that determines the random instance. The page can change it."""
     beta: float | None = None
-    """Weight of the KL divergence in RLHF (beta), positive, in reward units, at first. Left out: a tenth of the
-    rewards' scale."""
+    """Weight of the KL divergence in RLHF (beta), positive, in reward units, at first. Left out: a tenth of
+    the rewards' scale."""
     lam: float | None = None
     """Weight of the KL divergence in prompt optimization (lambda), positive, in reward units, at first. Left
     out: a twentieth of the rewards' scale."""
