@@ -25,7 +25,7 @@ from alignpro.llm.rewards.endpoint import EndpointReward, check_url
 from alignpro.llm.rewards.function import CallableReward
 from alignpro.llm.rewards.judged import JudgeReward
 from alignpro.llm.rewards.minilm import minilm_bt
-from alignpro.llm.rewards.reward import Reward, shown
+from alignpro.llm.rewards.reward import Reward, lacking, shown
 from alignpro.llm.rewards.rubric import JudgeRewardSettings
 from alignpro.llm.rewards.texts import NUMBERED, TEXTS
 from alignpro.llm.rewards.verifiable import Verifiable
@@ -322,9 +322,7 @@ def _split(name: str) -> tuple[str, Bounds | None]:
 
 
 def _is_reward(found: Any) -> bool:
-    return all(hasattr(found, name) for name in ("score", "describe", "low", "high")) and not inspect.isclass(
-        found
-    )
+    return not lacking(found) and not inspect.isclass(found)
 
 
 def _imported(name: str) -> Any:

@@ -113,6 +113,11 @@ PLAIN = "Human: {prompt}\n\nAssistant: {response}"
 """The way a sample is written for a model whose tokenizer has no chat template."""
 
 
+def lacking(found: Any) -> list[str]:
+    """Names of what a `Reward` has and `found` has not."""
+    return [name for name in ("score", "describe", "low", "high") if not hasattr(found, name)]
+
+
 def at_least(least: int, **values: int) -> None:
     """Refuse settings below `least`, naming the first."""
     for name, value in values.items():

@@ -8,7 +8,7 @@ import numpy as np
 from alignpro.errors import AlignProError
 from alignpro.llm.models.prompt import said_in
 from alignpro.llm.models.sampling import Sampling
-from alignpro.llm.rewards.reward import Reward
+from alignpro.llm.rewards.reward import Reward, lacking
 from alignpro.llm.rewards.scores import Scores, judged, scored
 from alignpro.llm.targets.refusals import Refusals
 from alignpro.llm.targets.target import Target
@@ -30,14 +30,11 @@ class Environment:
     """Reward of refused answers, and their count over this object's life and that of its copies."""
 
     def __post_init__(self) -> None:
-        missing = [name for name in ("score", "describe", "low", "high") if not hasattr(self.reward, name)]
-        if missing:
+        if missing := lacking(self.reward):
             kind = type(self.reward).__name__
-            remedy = (
-                "give it a range, as in CallableReward(reward, '0,1')"
-                if callable(self.reward)
-                else ("give a Reward, such as load_reward(name)")
-            )
+            remedy = "give a Reward, such as load_reward(name)"
+            if callable(self.reward):
+                remedy = "give it a range, as in CallableReward(reward, '0,1')"
             raise AlignProError(f"reward: {kind} has no {missing[0]}; {remedy}")
 
     def scores(self, prompts: Sequence[str], actions: Sequence[str], draws: Sequence[int]) -> Scores:
