@@ -70,6 +70,7 @@ def jobs(out: Path) -> list[Job]:
                     "answer_tokens": 40,
                     "lora_layers": 0.34,
                     "policy_dtype": "bfloat16",
+                    "dtype": "bfloat16",
                     "eval_every": rounds,
                     "eval_prompts": 48,
                     "eval_draws": 2,

@@ -60,9 +60,10 @@ def _small_heap():
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """A real browser, where there is one."""
+    """A real browser, where there is one. It ends with its module: while it is there, Playwright has an event
+    loop running in this thread, and no other test could start one."""
     api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
     if not Path(CHROMIUM).exists():
         pytest.skip("needs a browser: apt install chromium")
