@@ -5,8 +5,8 @@
     python benchmarks/release.py --python python3.13 --extras llm
     python benchmarks/release.py --python python3.13 --suite   # the sdist's tests, as `make test` has them
 
-The wheel and the sdist are built from the files that git tracks at HEAD. For each Python a new environment is
-made, the wheel is installed with the constraints that `make` uses, and the checks run in an empty folder. What
+The wheel and the sdist are built from the files that git tracks at HEAD. Each Python has an environment made
+for it, the wheel is installed with the constraints that `make` uses, and checks run in an empty folder. What
 failed shows its output, a table at the end says what passed, and the exit status is 1 where anything failed.
 """
 
