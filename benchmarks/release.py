@@ -24,10 +24,11 @@ ROOT = Path(__file__).parents[1]
 PYTHONS = ("python3.11", "python3.12", "python3.13", "python3.14")
 PROGRAM = """
 import numpy as np
-from alignpro import Instance, check, solution
+from alignpro import Instance, check
 rng = np.random.default_rng(0)
 p, prior, frozen = rng.dirichlet(np.ones(3)), rng.dirichlet(np.ones(4), 3), rng.dirichlet(np.ones(5), 4)
-found = check("theorem1", Instance(p, prior, frozen, [0, 1, 2], rng.uniform(size=(3, 5)), beta=0.3, lam=0.2))
+instance = Instance(p, prior, frozen, [0, 1, 2], rng.uniform(size=(3, 5)))
+found = check(instance, beta=0.3, lam=0.2, bound="theorem1")
 assert found.verdict == "holds", found
 print(found)
 """

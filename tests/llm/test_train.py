@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import vllm_stub
+from mutants import kills, mutated
 from trl.generation import vllm_generation
 from trl.trainer import grpo_trainer, rloo_trainer
 
@@ -415,6 +416,34 @@ def test_interrupted_and_resumed_equals_uninterrupted(algorithm, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
     with pytest.raises(AlignProError, match=r"was started with settings\.lam = 0\.35, not 0\.4"):
         fit(tmp_path / "cut", replace(settings, lam=0.4), resume=True)
+
+
+def test_a_finished_run_goes_on_for_more_rounds(tmp_path):
+    """Where the learning rate is constant, 3 rounds and then 5 are the first 8, to the bit."""
+    longer = replace(SHORT, schedule="constant")
+    whole = fit(tmp_path / "whole", longer)
+    fit(tmp_path / "cut", replace(longer, iterations=3))
+    assert len((tmp_path / "cut" / METRICS_FILE).read_text().splitlines()) == 3
+    assert fit(tmp_path / "cut", longer, resume=True).metrics == whole.metrics
+    name = "prompter/adapter_model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+    def refused(module, settings, folder):
+        model, tokenizer = tiny_model(seed=1, vocab="abcd")
+        world = Prompter(model, tokenizer, BARE), Environment(TableReward(), None), PROMPTS
+        said = "nothing"
+        try:
+            module.train(*world, settings, folder, resume=True, progress=False)
+        except AlignProError as error:
+            said = str(error)
+        assert "was started with settings.iterations = " in said
+
+    refused(open_ended, replace(longer, iterations=3), tmp_path / "cut")
+    falling = replace(SHORT, iterations=2)
+    fit(tmp_path / "falling", falling)
+    refused(open_ended, replace(falling, iterations=3), tmp_path / "falling")
+    mutant = mutated(open_ended, 'if settings.schedule == "constant" else ()', "")
+    kills(lambda m: refused(m, replace(falling, iterations=3), tmp_path / "falling"), mutant)
 
 
 # RLIMIT_FSIZE cuts writes short as a full disk does: here those of the third checkpoint, and nothing smaller.

@@ -212,7 +212,8 @@ def train(
             one: the last round's, or with `evaluation` that of the best evaluation (evaluations.jsonl).
         held_out: prompts never learned from, which `evaluation` evaluates on.
         evaluation: how often to evaluate, and when to stop.
-        resume: continue from the last checkpoint in `out`, if there is one; on a CPU to the bit.
+        resume: continue from the last checkpoint in `out`, if there is one; on a CPU to the bit. With a
+            constant learning rate `settings.iterations` may be larger than before: a finished run goes on.
         report_to: tensorboard, wandb, trackio.
         facts: for the model card and settings.json.
         progress: whether a terminal sees a bar.
@@ -279,7 +280,9 @@ def train(
         record |= {"chat": chat_of(tokenizer).describe(), "read": how_of(prompter.model).describe(), **facts}
         record = json.loads(json.dumps(record))
         run = here(out)
-        run.begin(record, resume=resume, names=OWN)
+        # Where the learning rate falls to no planned end, a finished run is the beginning of a longer one.
+        grows = ("settings.iterations",) if settings.schedule == "constant" else ()
+        run.begin(record, resume=resume, names=OWN, grows=grows)
         metrics = _Rounds(out / METRICS_FILE, settings, progress)
         sampled = RewriteLog(out / REWRITES_FILE, settings.steps_per_round)
         evaluations = None

@@ -120,7 +120,8 @@ class TrainSettings(PolicySettings):
     minibatches: int = 1
     """Optimizer steps in each pass."""
     schedule: Literal["cosine_with_min_lr", "constant"] = "cosine_with_min_lr"
-    """How the learning rate falls: along a cosine to a tenth, or not at all."""
+    """How the learning rate falls: along a cosine to a tenth, or not at all; then --resume with more
+    --iterations takes a finished run further."""
     max_tokens: int = 48
     """The most tokens of one rewrite (with --policy rlhf, of an answer), its end token included."""
     policy_dtype: Literal["float32", "bfloat16", "4bit"] = "float32"
