@@ -27,7 +27,7 @@ from alignpro.llm.policies.prompter import Prompter, Template
 from alignpro.llm.rewards.bounds import Declared
 from alignpro.llm.rewards.function import CallableReward
 from alignpro.llm.targets.local import LocalTarget
-from alignpro.llm.training import algorithms, open_ended, settings
+from alignpro.llm.training import algorithms, open_ended, rewrites, settings
 from alignpro.llm.training.algorithms import ALGORITHMS
 from alignpro.llm.training.checkpoints import METRICS_FILE
 from alignpro.llm.training.environment import Environment
@@ -444,6 +444,28 @@ def test_a_finished_run_goes_on_for_more_rounds(tmp_path):
     refused(open_ended, replace(falling, iterations=3), tmp_path / "falling")
     mutant = mutated(open_ended, 'if settings.schedule == "constant" else ()', "")
     kills(lambda m: refused(m, replace(falling, iterations=3), tmp_path / "falling"), mutant)
+
+
+@pytest.mark.parametrize("name", rewrites.TABLES)
+def test_a_watched_run_shows_its_rewrites(name, tmp_path, monkeypatch):
+    """W&B and trackio have a table, Table(dataframe=…), and log(…); here something else with these two is in
+    their place, as neither is installed for tests (tried with trackio 0.43)."""
+    logged = []
+    backend = SimpleNamespace(Table=lambda dataframe: dataframe, log=logged.append)
+    monkeypatch.setitem(sys.modules, name, backend)
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=1),
+        state=SimpleNamespace(global_step=8, is_world_process_zero=True),
+        args=SimpleNamespace(report_to=["tensorboard", name]),
+    )
+    rows = [{"prompt": x, "rewrite": f"{x}!", "answer": "y", "reward": 0.5} for x in PROMPTS]
+    log = rewrites.RewriteLog(tmp_path / "rewrites.jsonl", 4)
+    log.add(trainer, rows)
+    ((table,),) = (one.values() for one in logged)
+    assert table.to_dict("records") == [{"round": 3, **row} for row in rows]
+    trainer.args.report_to = []
+    log.add(trainer, rows)
+    assert len(logged) == 1
 
 
 # RLIMIT_FSIZE cuts writes short as a full disk does: here those of the third checkpoint, and nothing smaller.
