@@ -165,9 +165,11 @@ def ended(pid: int, folder: Path, kill_after: float | None = None) -> tuple[int 
 
 
 def without_clocks(value: Any) -> Any:
-    """A JSON value without what differs from run to run."""
+    """A JSON value without what differs from run to run, or from process to process."""
     if isinstance(value, dict):
-        return {k: without_clocks(v) for k, v in value.items() if not CLOCKS.search(k)}
+        return {
+            k: without_clocks(v) for k, v in value.items() if not (CLOCKS.search(k) or OF_A_PROCESS.search(k))
+        }
     return [without_clocks(v) for v in value] if isinstance(value, list) else value
 
 
