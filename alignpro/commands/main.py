@@ -13,7 +13,7 @@ import tyro
 
 import alignpro
 from alignpro import terminal
-from alignpro.commands import helping
+from alignpro.commands import helping, trusted
 from alignpro.commands.compare import Compare
 from alignpro.commands.demo import Demo
 from alignpro.commands.doctor import Doctor
@@ -110,6 +110,8 @@ def _expanded(verb: str, arguments: Sequence[str]) -> tuple[list[str], dict[str,
 
     path = value_of("config")
     said = {} if path is None else {_now(verb, n, f"{path}: "): v for n, v in _yaml(path).items()}
+    if path is not None:
+        said = trusted.checked(path, said, given)
     preset: Any = value_of("preset") or said.get("preset")
     now, named = renamed_in(VERBS[verb]), {_name(n): value for n, value in PRESETS.get(preset, {}).items()}
     options = {now.get(name, name): value for name, value in named.items()} | said
