@@ -2,7 +2,9 @@
 
 import ast
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import gguf
@@ -11,7 +13,7 @@ from mutants import kills, mutated
 
 from alignpro.errors import AlignProError
 from alignpro.llm.data import public
-from alignpro.llm.models import catalogue, packages, resolve
+from alignpro.llm.models import adapters, catalogue, chat, limits, packages, resolve
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.load import load_model, load_tokenizer
 
@@ -178,3 +180,55 @@ def test_a_data_folder_is_read_and_nothing_outside(tmp_path, monkeypatch):
 
     check(public)
     kills(check, mutated(public, "                _check_inside(files, folder)\n", "                pass\n"))
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Limits that a test can wait for."""
+    monkeypatch.setattr(limits, "CPU_S", 0.3)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system that makes no copies of a process")
+def test_no_chat_template_takes_for_ever(brief, monkeypatch):
+    _, tokenizer = tiny_model(seed=0)
+    for template, said in (
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 0.3 s"),
+        ("{{ 9**99999999 }}", "more than 0.3 s"),
+        ("{{ 'a' * 6000000000 }}", "more than 1 GB"),
+        ("{% for m in messages %}{{ m.content * 10000 }}{% endfor %}", "more than 1 million characters"),
+    ):
+        tokenizer.chat_template = template
+        started = time.process_time()
+        for _ in range(2):  # tried once
+            with pytest.raises(AlignProError, match=f"has a chat template that .*{said}; mend"):
+                chat.configure(tokenizer, {})
+        assert time.process_time() - started < 1
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(AlignProError, match=r"fails \(no\)"):
+        chat.configure(tokenizer, {})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system that makes no copies of a process")
+def test_no_pattern_of_an_adapter_takes_for_ever(brief, tmp_path):
+    """Mutant: the patterns are not tried, which PEFT would match until it is killed."""
+    model, _ = tiny_model(seed=0)
+    file = tmp_path / "adapter_config.json"
+
+    def check(module):
+        for said in (
+            {"target_modules": "(.*)*(.*)*(.*)*X"},
+            {"target_modules": ["q_proj"], "rank_pattern": {"(.*)*(.*)*(.*)*X": 4}},
+        ):
+            file.write_text(json.dumps(said))
+            try:
+                module.check_patterns(model, tmp_path)
+            except AlignProError as error:
+                assert "takes more than 0.3 s; list names" in str(error)  # noqa: PT017
+            else:
+                raise AssertionError(said)
+
+    check(adapters)
+    kills(check, mutated(adapters, "limits.beyond(match)", "None"))
+    for good in ("all-linear", r".*\.(q|v)_proj", "(", ["q_proj", "v_proj"], None):
+        file.write_text(json.dumps({"target_modules": good}))
+        adapters.check_patterns(model, tmp_path)
