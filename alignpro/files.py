@@ -21,8 +21,11 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str], *, private: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` and move it over `path` only once the block succeeds.
+
+    Args:
+        private: whether it holds answers, which are for this user alone; one that is there keeps its mode.
 
     Raises AlignProError where the folder is missing or not writable, or the disk is full.
     """
@@ -38,7 +41,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
+        mode = 0o666 & ~mask
+        if private:
+            mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
@@ -94,15 +100,22 @@ def flaw(folder: Path, files: Mapping[str, Any]) -> str | None:
     return None
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def make_private(path: str | os.PathLike[str]) -> None:
+    """Make an empty file for this user alone, to be appended to; one that is there stays as it is."""
+    with contextlib.suppress(OSError):  # whoever opens it is told
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+
+def write_text(path: str | os.PathLike[str], text: str, *, private: bool = False) -> None:
     """`text` as UTF-8, atomically (see `atomic_write`)."""
-    with atomic_write(path) as file:
+    with atomic_write(path, private=private) as file:
         file.write(text.encode())
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any, *, private: bool = False) -> None:
     """`value` as strict, indented JSON, atomically. Raises ValueError on NaN or infinity."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text, private=private)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -126,7 +126,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
                 for i, rewrite in enumerate(resample.resample(p, value, self.draws, seed=self.seed))
             ]
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_text(folder / "rewrites.jsonl", lines)
+            write_text(folder / "rewrites.jsonl", lines, private=True)
             say(f"wrote {folder / 'rewrites.jsonl'}")
         say(f"wrote {path}")
         return 0

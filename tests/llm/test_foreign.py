@@ -11,11 +11,14 @@ import gguf
 import pytest
 from mutants import kills, mutated
 
+from alignpro import files
 from alignpro.errors import AlignProError
+from alignpro.llm.arms.rollout import append
 from alignpro.llm.data import public
 from alignpro.llm.models import adapters, catalogue, chat, limits, packages, resolve
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.load import load_model, load_tokenizer
+from alignpro.llm.targets.store import FILE, Store
 
 ROOT = Path(__file__).parents[2]
 SAFE = {"Prompter", "GenerationConfig", "PeftModel"}
@@ -232,3 +235,35 @@ def test_no_pattern_of_an_adapter_takes_for_ever(brief, tmp_path):
     for good in ("all-linear", r".*\.(q|v)_proj", "(", ["q_proj", "v_proj"], None):
         file.write_text(json.dumps({"target_modules": good}))
         adapters.check_patterns(model, tmp_path)
+
+
+def test_answers_are_for_this_user_alone(tmp_path):
+    """Under the mask of most machines, 022. Mutant: they are for all, as results are."""
+
+    def mode(name):
+        return (tmp_path / name).stat().st_mode & 0o777
+
+    def check(module):
+        for name in ("texts.json", "new.jsonl"):
+            (tmp_path / name).unlink(missing_ok=True)
+        module.write_json(tmp_path / "texts.json", [], private=True)
+        module.make_private(tmp_path / "new.jsonl")
+        assert (mode("texts.json"), mode("new.jsonl")) == (0o600, 0o600)
+
+    before = os.umask(0o022)
+    try:
+        check(files)
+        kills(check, mutated(files, "else 0o600", "else mode"))
+        kills(check, mutated(files, "os.O_WRONLY, 0o600", "os.O_WRONLY, 0o666"))
+        append(tmp_path / "rollouts.jsonl", b"{}\n")
+        store = Store(tmp_path)
+        store.add("owner", dict.fromkeys(("calls", "retries", "answers"), 1))
+        assert {mode(path.name) for path in tmp_path.glob(f"{FILE}*")} == {0o600}
+        assert mode("rollouts.jsonl") == 0o600
+        (tmp_path / "texts.json").chmod(0o640)  # shared on purpose
+        files.write_json(tmp_path / "texts.json", [1], private=True)
+        assert mode("texts.json") == 0o640
+        files.write_json(tmp_path / "result.json", [])
+        assert mode("result.json") == 0o644
+    finally:
+        os.umask(before)

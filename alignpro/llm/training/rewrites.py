@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json
+from alignpro.files import make_private, read_json
 from alignpro.llm.models import packages
 from alignpro.llm.training.checkpoints import Kept
 from alignpro.runs import claim
@@ -62,6 +62,7 @@ class RewriteLog(Kept):
         text = (json.dumps({"round": done, **row}, ensure_ascii=False) + "\n" for row in rows)
         data = "".join(text).encode(errors="replace")
         claim(self.path)
+        make_private(self.path)
         try:
             with open(self.path, "ab") as file:
                 file.write(data)
