@@ -3,12 +3,14 @@
 import ast
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
 
 import gguf
 import pytest
+import yaml
 from mutants import kills, mutated
 
 from alignpro import files
@@ -18,6 +20,7 @@ from alignpro.llm.data import public
 from alignpro.llm.models import adapters, catalogue, chat, limits, packages, resolve
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.load import load_model, load_tokenizer
+from alignpro.llm.policies import prompter
 from alignpro.llm.targets.store import FILE, Store
 
 ROOT = Path(__file__).parents[2]
@@ -267,3 +270,29 @@ def test_answers_are_for_this_user_alone(tmp_path):
         assert mode("result.json") == 0o644
     finally:
         os.umask(before)
+
+
+def test_a_model_card_says_only_what_it_says(tmp_path):
+    """Mutant: a base's name becomes part of the card's head."""
+
+    def check(module):
+        model, tokenizer = tiny_model(seed=0)
+        base = "a/b\ntags:\n- trusted\n---\n[x](javascript:alert(1)) <script>"
+        facts = {"reward": "</pre>\n# <script>\u202e", "k\n- e": "`" * 5, "none": None}
+        prompter = module.Prompter(model, tokenizer, base=base, facts=facts)
+        said = prompter.card()
+        head, body = said.removeprefix("---\n").split("\n---\n", 1)
+        assert yaml.safe_load(head) == {
+            "library_name": "transformers",
+            "tags": ["prompt-optimization", "align-pro"],
+        }
+        marked = [line for line in body.split("\n") if "script" in line or "`" * 5 in line]
+        assert re.fullmatch(r"# A prompter for [\w .-]+", marked[0])
+        assert len(marked) == 3
+        assert all(line.startswith("    ") for line in marked[1:])  # code
+        assert "\u202e" not in said
+        prompter.base = "owner/name"
+        assert "\nbase_model: owner/name\n" in prompter.card()
+
+    check(prompter)
+    kills(check, mutated(prompter, "if catalogue.HUB_ID.fullmatch(self.base)", "if '/' in self.base"))
