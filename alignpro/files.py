@@ -1,6 +1,7 @@
 """Writing files so that an interruption or a bad path never costs what is already there."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -50,8 +51,16 @@ def atomic_write(path: str | os.PathLike[str], *, private: bool = False) -> Iter
         Path(temporary).unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        remedy = "free space or choose another path"
-        raise AlignProError(f"cannot write {path}: {error.strerror}; {remedy}") from error
+        raise AlignProError(
+            f"cannot write {path}: {why(error, 'free space or choose another path')}"
+        ) from error
+
+
+def why(error: OSError, remedy: str) -> str:
+    """Say why a file could not be written, and what helps: `remedy`, unless its folder has gone."""
+    if error.errno in (errno.ENOENT, errno.ESTALE):
+        return "its folder was removed meanwhile; run again, and leave it in place"
+    return f"{error.strerror}; {remedy}"
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

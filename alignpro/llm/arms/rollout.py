@@ -8,6 +8,7 @@ what it cannot give. Both of log π_F(y|x) and log π_F(y|x′) come from one sc
 ratio carries no more than that dtype's noise. Where the backend has none they are null.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from alignpro import rollouts
 from alignpro.errors import AlignProError
 from alignpro.estimation.paired import estimates
 from alignpro.estimation.terms import Terms
-from alignpro.files import atomic_write, make_private, read_json_lines, sync
+from alignpro.files import atomic_write, make_private, read_json_lines, sync, why
 from alignpro.llm.arms.draws import RESAMPLED, Arm, Array, Work, arms_of, draws_of, stream
 from alignpro.llm.arms.resample import Mean
 from alignpro.llm.arms.settings import RolloutSettings
@@ -259,10 +260,10 @@ def append(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        os.truncate(path, size)
-        raise AlignProError(
-            f"cannot write {path}: {error.strerror}; free space and run again: what it holds is kept"
-        ) from None
+        with contextlib.suppress(OSError):  # it has gone
+            os.truncate(path, size)
+        said = why(error, "free space and run again: what it holds is kept")
+        raise AlignProError(f"cannot write {path}: {said}") from None
 
 
 Key = tuple[str, int, str]

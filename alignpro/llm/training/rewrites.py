@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from alignpro.errors import AlignProError
-from alignpro.files import make_private, read_json
+from alignpro.files import make_private, read_json, why
 from alignpro.llm.models import packages
 from alignpro.llm.training.checkpoints import Kept
 from alignpro.runs import claim
@@ -70,10 +70,8 @@ class RewriteLog(Kept):
                 os.fsync(file.fileno())
             self._hash.update(data)
         except OSError as error:
-            raise AlignProError(
-                f"cannot write {self.path} ({error.strerror}); free space and resume: the checkpoints before "
-                "it are whole"
-            ) from error
+            said = why(error, "free space and resume: the checkpoints before it are whole")
+            raise AlignProError(f"cannot write {self.path}: {said}") from error
 
 
 def cut(path: Path, rounds: int) -> None:
