@@ -304,6 +304,7 @@ def test_a_folder_that_is_removed_meanwhile_is_told(tmp_path):
     kills(check, mutated(runs, "if _place(path) != place:", "if False:"))
     with (
         pytest.raises(AlignProError, match="its folder was removed meanwhile"),
-        runs.own(tmp_path / "b", "x"),files.atomic_write(tmp_path / "b" / "f")
+        runs.own(tmp_path / "b", "x"),
+        files.atomic_write(tmp_path / "b" / "f"),
     ):
         shutil.rmtree(tmp_path / "b")

@@ -38,8 +38,9 @@ class EndpointSettings:
     model: str | None = None
     """Name that the server knows the model by. A server of frozen models or judges needs it."""
     key_env: str | None = None
-    """NAME of the environment variable that holds the key. Left out: no key is sent, or, to a reward, the one
-    in ALIGNPRO_REWARD_KEY where that is set."""
+    """NAME of the environment variable that holds the key. Where NAME_HOST is set too, the key goes to the
+    hosts in that alone. Left out: no key is sent, or, to a reward, the one in ALIGNPRO_REWARD_KEY where that
+    is set."""
     dialect: str | None = None
     """Form in which requests are written. Frozen models and judges: openai, vllm or transformers (the latter
     two take top-k). Rewards: rewards, score or classify. Left out: vllm where the server says to be vLLM,
