@@ -133,7 +133,7 @@ class Chat:
             raise AlignProError(f"has a chat template that {_TRIED[key]}; mend chat_template.jinja")
 
     def _attempts(self, turns: list[Message]) -> Iterator[str]:
-        """What the template makes of conversations, those apart that it refuses."""
+        """Texts that the template makes of conversations, but of those that it refuses."""
         for messages in (turns, [{"role": "system", "content": "?" * 500}, *turns[:1]], turns[:2]):
             for generate in (True, False):
                 try:

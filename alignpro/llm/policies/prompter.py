@@ -8,7 +8,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from alignpro.files import read_json, write_json, write_text
 from alignpro.llm.models import adapters, catalogue, load, packages, recipes, resolve
 from alignpro.llm.models.chat import Said, chat_of
 from alignpro.llm.models.forward import room
+from alignpro.llm.models.hub import elsewhere, push
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.models.policy import Ids, log_probs, sample_and_score, sample_key
 from alignpro.llm.models.prompt import Message, context_of, messages_of
@@ -234,22 +235,20 @@ class Prompter:
         write_json(folder / PROMPTER_FILE, record)
         write_text(folder / "README.md", self.card())
 
-    def push_to_hub(self, repository: str, **options: Any) -> None:
-        """Upload what `save` writes to `repository` (owner/name); needs `hf auth login`."""
-        from huggingface_hub import HfApi
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Upload what `save` writes to `repository` (owner/name), and return its address.
 
-        # Where the base lies on this machine is nobody else's business.
-        shared = replace(self, base=Path(self.base).name) if Path(self.base).is_absolute() else self
+        Needs `hf auth login`, or HF_TOKEN in the environment; see `alignpro.llm.models.hub.push`.
+        """
         with tempfile.TemporaryDirectory() as folder:
-            shared.save(folder, whole=not hasattr(self.model, "peft_config"))
-            api = HfApi()
-            api.create_repo(repository, exist_ok=True, **options)
-            api.upload_folder(repo_id=repository, folder_path=folder)
+            self.save(folder, whole=not hasattr(self.model, "peft_config"))
+            return push(folder, repository, private=private)
 
     def card(self) -> str:
         """The model card, as Markdown, in which names and facts of others are text."""
         facts = "\n".join(
-            harmless(f"    {json.dumps(key)[1:-1]}: {json.dumps(value, ensure_ascii=False)}")  # as code
+            # Indented, it is code.
+            harmless(f"    {json.dumps(key)[1:-1]}: {json.dumps(elsewhere(value), ensure_ascii=False)}")
             for key, value in self.facts.items()
             if value is not None
         )

@@ -85,7 +85,7 @@ def read_json(data: bytes) -> Any:
 
 
 def as_json(value: Any) -> str:
-    """What a server sent, as JSON to be shown: also what is nested as deep as can be read."""
+    """Write a server's value as JSON to be shown, also one that is nested as deep as can be read."""
     try:
         return json.dumps(value)
     except (ValueError, RecursionError):
