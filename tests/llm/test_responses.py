@@ -1,7 +1,9 @@
 """Keys go where they belong and are shown nowhere; what a server sends is read within limits."""
 
 import base64
+import contextlib
 import json
+import math
 import socketserver
 import threading
 import time
@@ -12,8 +14,9 @@ from faulty import Server
 from mutants import kills, mutated
 
 from alignpro.errors import AlignProError
-from alignpro.llm.rewards.endpoint import EndpointReward
-from alignpro.llm.targets import keys, responses
+from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.rewards.endpoint import STYLES, EndpointReward
+from alignpro.llm.targets import keys, responses, served
 from alignpro.llm.targets.endpoint import Endpoint
 from alignpro.llm.targets.settings import EndpointSettings, check_address
 
@@ -159,3 +162,91 @@ def test_numbers_of_a_server_are_of_a_size():
     for digits in (16, 400, 100_000):
         (found,) = responses.read_json(b"[" + b"9" * digits + b"]")
         assert isinstance(found, float)
+
+
+ODD = (
+    None,
+    True,
+    "",
+    [],
+    {},
+    -1,
+    2**40,
+    10**400,
+    1e308,
+    math.inf,
+    math.nan,
+    "\ud800",
+    "9" * 6000,
+    [None],
+    {"a": 1},
+)
+REPLIES = {
+    "chat": {
+        "choices": [{"index": 0, "message": {"content": "hi"}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+    },
+    "tokens": {
+        "choices": [
+            {
+                "index": 0,
+                "token_ids": [3, 1],
+                "logprobs": {"token_logprobs": [-0.1, -0.3]},
+                "finish_reason": "stop",
+                "prompt_logprobs": [None, {"4": {"logprob": -0.1}}],
+            }
+        ]
+    },
+    "rewards": {"rewards": [0.5, 0.2]},
+    "score": {"data": [{"index": 0, "score": 0.1}, {"index": 1, "score": 0.2}]},
+    "classify": {"data": [{"index": 0, "probs": [0.1]}, {"index": 1, "probs": [0.2]}]},
+}
+
+
+def changed(value):
+    """JSON texts of `value` with each of its parts gone, odd, or nested deep."""
+    marked = "@@"
+
+    def places(part):
+        yield marked
+        if isinstance(part, dict | list):
+            for key in part if isinstance(part, dict) else range(len(part)):
+                for inner in places(part[key]):
+                    other = part.copy()
+                    other[key] = inner
+                    yield other
+                other = part.copy()
+                del other[key]
+                yield other
+
+    for text in map(json.dumps, places(value)):
+        yield from (text.replace(f'"{marked}"', json.dumps(odd)) for odd in ODD)
+        yield from (text.replace(f'"{marked}"', "[" * n + "]" * n) for n in (100, 900))
+
+
+def test_whatever_a_server_sends_is_told_in_a_line():
+    """Each part of each reply that is read, in each odd form. Mutant: tokens are not looked at."""
+    _, tokenizer = tiny_model(seed=0)
+    chat = Endpoint("http://h/v1", EndpointSettings("m", dialect="openai"))
+    scores = {d: EndpointReward("http://h/r", "clip:0,1", EndpointSettings("m", dialect=d)) for d in STYLES}
+    secret = keys.Secret(KEY)
+
+    def check(module):
+        by_tokens = module.Served("http://h/v1", EndpointSettings("m"), tokenizer, [1])
+        readers = {d: lambda v, d=d: scores[d]._read(v, ["a", "b"], ["c", "d"], 0, secret) for d in STYLES}
+        readers["chat"] = lambda v: chat._parse(v, secret, sampling())
+        readers["tokens"] = lambda v: (
+            by_tokens._read_answers(v, (3, 4), 1, sampling()),
+            by_tokens._read_tops(v, (3,), (4,), 1),
+        )
+        for name, reply in REPLIES.items():
+            for text in changed(reply):
+                with contextlib.suppress(AlignProError, RecursionError):
+                    try:
+                        readers[name](responses.read_json(text.encode()))
+                    except (TypeError, ValueError, OverflowError, AttributeError, KeyError) as error:
+                        assert isinstance(error, AlignProError), (text[:300], error)  # noqa: PT017
+                        raise
+
+    check(served)
+    kills(check, mutated(served, "is_int(i) and 0 <= i < _TOKENS", "is_int(i)"))

@@ -16,6 +16,7 @@ from alignpro.llm.targets.target import Answer, Known
 from alignpro.llm.targets.vllm import SCORED, VLLM, Asked, Drawn, Ids, Keep, Tops, read_tops, sampled
 
 _ASKING_S = 10.0  # for a list of models
+_TOKENS = 2**31  # of no vocabulary are as many
 _REASON = 400  # characters of a refusal that are kept
 _OWN = ("model", "prompt", "n", "stream", "echo", "prompt_logprobs", "return_token_ids")
 
@@ -202,7 +203,7 @@ class Served(http.Counted, VLLM):
         found = []
         for choice in choices:
             new, told = choice.get("token_ids"), choice.get("logprobs")
-            if not isinstance(new, list) or not all(is_int(i) for i in new):
+            if not isinstance(new, list) or not all(is_int(i) and 0 <= i < _TOKENS for i in new):
                 return _wrong(
                     "token_ids", "a list of tokens; serve by a newer vLLM, which knows return_token_ids"
                 )
