@@ -32,7 +32,8 @@ def checked(file: str, options: Mapping[str, Any], given: Collection[str]) -> di
     own = {name: value for name, value in options.items() if name not in given}
     if "reward" in own:
         words = own["reward"] if isinstance(own["reward"], list) else [own["reward"]]
-        own["reward"] = [_beside(file, word) if isinstance(word, str) else word for word in words]
+        found = [_beside(file, word) if isinstance(word, str) else word for word in words]
+        own["reward"] = found if isinstance(own["reward"], list) else found[0]
         _check_reward_key(file, own, given, [word for word in words if _ADDRESS.match(_parts(word)[1])])
     if _ADDRESS.match(str(own.get("reward-judge"))):
         _check_reward_key(file, own, given, [own["reward-judge"]])

@@ -61,6 +61,7 @@ def test_a_function_beside_the_file_is_named_from_the_working_folder(home, monke
     assert found == {"reward": ["0.7*conf/mine.py:score@squash:0,1", *words[1:]], "seed": 3}
     monkeypatch.chdir(home / "conf")
     assert trusted.checked("c.yaml", {"reward": words}, [])["reward"] == words
+    assert trusted.checked("c.yaml", {"reward": "ease"}, []) == {"reward": "ease"}
 
 
 def test_a_file_sends_no_key_away(home, monkeypatch):
