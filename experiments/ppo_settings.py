@@ -52,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "RLOO, without a critic": {"algorithm": "rloo"},
     "learning rate 2e-3, group baseline": {"learning_rate": 2e-3, "group_baseline": True},
     "learning rate 2e-3, 16 × 2": {"learning_rate": 2e-3, "prompts": 16, "samples": 2},
+    "32 × 1": {"prompts": 32, "samples": 1},
 }
 """By name: what differs from `CENTRE`."""
 
