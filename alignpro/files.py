@@ -1,6 +1,7 @@
 """Writing files so that an interruption or a bad path never costs what is already there."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -21,8 +22,11 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str], *, private: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` and move it over `path` only once the block succeeds.
+
+    Args:
+        private: whether it holds answers, which are for this user alone; one that is there keeps its mode.
 
     Raises AlignProError where the folder is missing or not writable, or the disk is full.
     """
@@ -38,14 +42,25 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
+        mode = 0o666 & ~mask
+        if private:
+            mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        remedy = "free space or choose another path"
-        raise AlignProError(f"cannot write {path}: {error.strerror}; {remedy}") from error
+        raise AlignProError(
+            f"cannot write {path}: {why(error, 'free space or choose another path')}"
+        ) from error
+
+
+def why(error: OSError, remedy: str) -> str:
+    """Say why a file could not be written, and what helps: `remedy`, unless its folder has gone."""
+    if error.errno in (errno.ENOENT, errno.ESTALE):
+        return "its folder was removed meanwhile; run again, and leave it in place"
+    return f"{error.strerror}; {remedy}"
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -94,15 +109,22 @@ def flaw(folder: Path, files: Mapping[str, Any]) -> str | None:
     return None
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def make_private(path: str | os.PathLike[str]) -> None:
+    """Make an empty file for this user alone, to be appended to; one that is there stays as it is."""
+    with contextlib.suppress(OSError):  # whoever opens it is told
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+
+def write_text(path: str | os.PathLike[str], text: str, *, private: bool = False) -> None:
     """`text` as UTF-8, atomically (see `atomic_write`)."""
-    with atomic_write(path) as file:
+    with atomic_write(path, private=private) as file:
         file.write(text.encode())
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any, *, private: bool = False) -> None:
     """`value` as strict, indented JSON, atomically. Raises ValueError on NaN or infinity."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text, private=private)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -200,6 +200,7 @@ def own(
         return
     missing = [each for each in (path, *path.parents) if not each.exists()]
     run, began = Run(writable_folder(path, option), verb, file, option), {*os.listdir(path)}
+    place = _place(path)
     try:
         with contextlib.ExitStack() as stack:
             if _first():
@@ -211,10 +212,24 @@ def own(
                 _HELD.reset(token)
                 if not run.claimed and _first():
                     _leave(run, began)
+        if _place(path) != place:
+            raise AlignProError(
+                f"{option} {path}: was removed while {verb} was at work there; run again, and leave it "
+                "in place"
+            )
     finally:
         for made in missing:
             with contextlib.suppress(OSError):  # not empty
                 made.rmdir()
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """Device and number of a folder, which another of its name has not; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _enter(stack: contextlib.ExitStack, run: Run) -> None:
@@ -243,7 +258,8 @@ def _enter(stack: contextlib.ExitStack, run: Run) -> None:
 
 def _leave(run: Run, began: set[str]) -> None:
     """Take away what a start that led to nothing made: its settings, and folders that are empty."""
-    for name in {*os.listdir(run.folder)} - began:
+    there = os.listdir(run.folder) if run.folder.is_dir() else ()
+    for name in {*there} - began:
         path = run.folder / name
         with contextlib.suppress(OSError):
             if name == run.file:

@@ -38,6 +38,30 @@ def named(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+# --- promises, and the tests that hold them ---
+
+
+def unkept(text: str) -> list[str]:
+    """Rows of a table of promises without a test, and tests that are not there."""
+    rows = [line for line in text.split("\n") if line.startswith("| ") and not line.startswith("| promise")]
+    found = [row for row in rows if not re.search(r"`tests/\S+::\w+`", row)]
+    for file, name in re.findall(r"`(tests/\S+)::(\w+)`", text):
+        path = ROOT / file
+        if not path.is_file() or not re.search(rf"^ *def {name}\(", path.read_text(), re.MULTILINE):
+            found.append(f"{file}::{name}")
+    return found
+
+
+def test_each_promise_has_its_test():
+    page = (DOCS / "security.md").read_text()
+    assert page.count("::test_") > 30
+    assert unkept(page) == []
+    assert unkept("| promise | held by |\n| a | `tests/test_docs.py::absent` |\n| b | - |") == [
+        "| b | - |",
+        "tests/test_docs.py::absent",
+    ]
+
+
 # --- blocks of Python ---
 
 

@@ -9,6 +9,7 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from mutants import kills
 
 import alignpro
 
@@ -46,8 +47,8 @@ def test_the_wheel(archives):
         said = message_from_bytes(wheel.read(metadata))
     assert {name.split("/")[0] for name in names} == {"alignpro", metadata.split("/")[0]}
     tracked = subprocess.run(["git", "ls-files", "alignpro"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode == 0:  # templates and py.typed too
-        assert set(tracked.stdout.split()) <= names
+    if tracked.returncode == 0:  # templates and py.typed too, and nothing else
+        assert set(tracked.stdout.split()) == {name for name in names if name.startswith("alignpro/")}
     assert "alignpro/py.typed" in names
     assert set(said.get_all("Provides-Extra")) == EXTRAS
     # What is no extra must not bring torch, nor a server or a browser.
@@ -69,6 +70,39 @@ def test_the_sdist(archives):
     assert wanted <= names
     assert any(name.startswith("tests/") for name in names)
     assert not [name for name in names if name.startswith(("runs/", ".venv/", "build/"))]
+
+
+def test_untracked_files_are_in_no_archive(tmp_path):
+    """Mutant: a build without the hook."""
+    pytest.importorskip("hatchling", reason="pip install hatchling")
+    from hatchling.builders.sdist import SdistBuilder
+    from hatchling.builders.wheel import WheelBuilder
+
+    hook = "[tool.hatch.build.hooks.custom]\n"
+    head = '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
+    head += '[project]\nname = "pack"\nversion = "1"\n'
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "__init__.py").touch()
+    (tmp_path / "hatch_build.py").write_text((ROOT / "hatch_build.py").read_text())
+    (tmp_path / "pyproject.toml").write_text(head + hook)
+    for command in (["git", "init", "-q"], ["git", "add", "."]):
+        subprocess.run(command, cwd=tmp_path, check=True)
+    for name in ("key.py", "no[t]es #1 .txt", "!x"):
+        (tmp_path / "pack" / name).touch()
+
+    def check(text):
+        (tmp_path / "pyproject.toml").write_text(head + text)
+        out = str(tmp_path / "dist")
+        wheel = next(WheelBuilder(str(tmp_path)).build(directory=out, versions=["standard"]))
+        sdist = next(SdistBuilder(str(tmp_path)).build(directory=out))
+        with zipfile.ZipFile(wheel) as one, tarfile.open(sdist) as other:
+            names = [name.split("/", 1)[-1] for name in (*one.namelist(), *other.getnames())]
+        assert not {"key.py", "no[t]es #1 .txt", "!x"} & {name.split("/")[-1] for name in names}
+        assert names.count("pack/__init__.py") == 1  # the sdist's: the wheel's has no folder before it
+        assert "__init__.py" in names
+
+    check(hook)
+    kills(check, "")
 
 
 def test_the_wheel_works_where_it_is_installed(archives, tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import threading
 
 import pytest
@@ -275,3 +276,35 @@ def test_instances_of_an_earlier_result_go_with_it(tmp_path, monkeypatch):
     for i, wrong in enumerate(("for name in ():", "for name in {p.name for p in folder.glob('*.npz')}:")):
         mutant = mutated(shared, "for name in before - _instances(values):", wrong)
         kills(lambda module, i=i: hunted_twice(module, tmp_path / f"wrong {i}"), mutant)
+
+
+def test_a_folder_that_is_removed_meanwhile_is_told(tmp_path):
+    """Also where what wrote there last made it again. Mutant: nothing is looked at."""
+
+    def check(module):
+        for again in (False, True):
+            folder = tmp_path / f"{again}"
+
+            def work(folder=folder, again=again):
+                with module.own(folder, "train"):
+                    shutil.rmtree(folder)
+                    if again:
+                        folder.mkdir(parents=True)
+                        (folder / "result.json").write_text("{}")
+
+            try:
+                work()
+            except AlignProError as error:
+                assert "was removed while train was at work there; run again" in str(error)  # noqa: PT017
+            else:
+                raise AssertionError(again)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    check(runs)
+    kills(check, mutated(runs, "if _place(path) != place:", "if False:"))
+    with (
+        pytest.raises(AlignProError, match="its folder was removed meanwhile"),
+        runs.own(tmp_path / "b", "x"),
+        files.atomic_write(tmp_path / "b" / "f"),
+    ):
+        shutil.rmtree(tmp_path / "b")

@@ -16,6 +16,7 @@ from alignpro.llm.training.settings import Algorithm
 from alignpro.report import keep
 from alignpro.report.numbers import Json
 from alignpro.report.text import visible
+from alignpro.terminal import say
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.demo import DemoResult
@@ -106,7 +107,7 @@ class Demo:
         result = demo.run(self.out, settings, resume=self.resume, command=command)
         write_text(Path(self.out) / EXAMPLES, examples(result.prompts))
         keep.keep(page(result), self.out)
-        print(f"{text(result)} ({time.monotonic() - started:.0f} s in all)", file=sys.stderr)
+        say(f"{text(result)} ({time.monotonic() - started:.0f} s in all)", error=True)
         return 0
 
     def _refuse_exact(self) -> None:

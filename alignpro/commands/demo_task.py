@@ -13,6 +13,7 @@ from alignpro.report import keep
 from alignpro.report.numbers import interval, number, plain
 from alignpro.report.page import Curve, Curves, Page, Panel, Table
 from alignpro.runs import TASK_FILE, here, owning
+from alignpro.terminal import say
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.task import Task, TaskResult
@@ -60,7 +61,7 @@ def run(name: str, out: str, *, quick: bool, resume: bool, seed: int, model: str
     result = tasks.result(name, task, rolled / "rollouts.jsonl", lines)
     write_json(folder / RESULT, plain(result))
     keep.keep(page(result, record), folder)
-    print(text(result))
+    say(text(result))
     return 0
 
 

@@ -26,6 +26,7 @@ from alignpro.commands.shared import ROLLOUTS_FILE, found_file
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.llm.models.prompt import Prompt, transcript
 from alignpro.report.numbers import plain
+from alignpro.terminal import say
 
 if TYPE_CHECKING:
     from alignpro.theory.instance import Instance
@@ -331,10 +332,10 @@ class Explore:
         app = App(file, self.family, self.shape, self.seed, texts, self.beta, self.lam)
         with Server(app, self.port) as server:
             try:
-                print(f"{server.address}  (Ctrl-C ends it)", flush=True)
+                say(f"{server.address}  (Ctrl-C ends it)")
                 with nullcontext() if self.no_browser else opening(server.address):
                     server.serve_forever()
             except KeyboardInterrupt:  # the normal end
-                print()
+                say()
                 app.close()
         return 0

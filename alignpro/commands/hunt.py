@@ -12,6 +12,7 @@ from alignpro.files import writable_folder
 from alignpro.report.numbers import columns, number
 from alignpro.report.page import Dot, Dots, Page, Table
 from alignpro.runs import owning
+from alignpro.terminal import say
 
 if TYPE_CHECKING:
     from alignpro.theory.search.found import Found
@@ -169,11 +170,11 @@ class Hunt:
         try:
             for one in wanted:
                 result.hunted.append(hunt(one, budget))
-                print(("\n\n" if len(result.hunted) > 1 else "") + text(result.hunted[-1]), flush=True)
+                say(("\n\n" if len(result.hunted) > 1 else "") + text(result.hunted[-1]))
                 if result.hunted[-1].interrupted:
                     raise KeyboardInterrupt
         finally:
             if folder is not None and result.hunted:
-                print()
+                say()
                 save(result, "hunt", page(result), folder)
         return 1 if result.refuted else 0

@@ -14,6 +14,7 @@ from alignpro.report import keep
 from alignpro.report.numbers import columns, interval, number, plain
 from alignpro.report.page import Curve, Curves, Dots, Json, Page, Panel, Table, dot
 from alignpro.runs import here, owning
+from alignpro.terminal import say
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.instruct import Candidate, Instructed
@@ -120,11 +121,11 @@ class Instruct(RunOptions):
         for target in opened:
             packages.note(target.ledger.line())
         world.told(judge, folder)
-        print(text(result))
+        say(text(result))
         write_json(folder / "instruct.json", plain(result))
         made = page(result, {**record, **plain(settings), "budget": budget})
         keep.keep(with_reward(made, folder), folder)
-        print(f"wrote {folder / 'instruct.json'}")
+        say(f"wrote {folder / 'instruct.json'}")
         return 0
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import re
 import shutil
 import sys
@@ -13,7 +12,8 @@ from typing import Annotated, Any, Union
 import tyro
 
 import alignpro
-from alignpro.commands import helping
+from alignpro import terminal
+from alignpro.commands import helping, trusted
 from alignpro.commands.compare import Compare
 from alignpro.commands.demo import Demo
 from alignpro.commands.doctor import Doctor
@@ -37,6 +37,7 @@ from alignpro.commands.train import Train
 from alignpro.commands.verify import Verify
 from alignpro.errors import AlignProError
 from alignpro.report import keep
+from alignpro.terminal import say
 
 VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
@@ -74,7 +75,7 @@ def _now(verb: str, name: str, source: str = "") -> str:
     if new is None:
         return name
     told = f"is called --{new} now" if new else "is given without its name now"
-    print(f"alignpro: {source}--{name} {told}; the old name goes with the next release", file=sys.stderr)
+    say(f"alignpro: {source}--{name} {told}; the old name goes with the next release", error=True)
     return new
 
 
@@ -111,6 +112,8 @@ def _expanded(verb: str, arguments: Sequence[str]) -> tuple[list[str], dict[str,
 
     path = value_of("config")
     said = {} if path is None else {_now(verb, n, f"{path}: "): v for n, v in _yaml(path).items()}
+    if path is not None:
+        said = trusted.checked(path, said, given)
     preset: Any = value_of("preset") or said.get("preset")
     now, named = renamed_in(VERBS[verb]), {_name(n): value for n, value in PRESETS.get(preset, {}).items()}
     options = {now.get(name, name): value for name, value in named.items()} | said
@@ -233,6 +236,25 @@ def _goes_on(verb: str) -> str:
     return "; the same command with --resume goes on" if resumes else ""
 
 
+def _done(arguments: Sequence[str]) -> int:
+    """Do what is asked for: a verb, or what is said of them; the exit status."""
+    if list(arguments) in (["--version"], ["-V"]):
+        say(f"alignpro {alignpro.__version__}")
+        return 0
+    if list(arguments[:1]) == ["--completion"]:
+        shell = (*arguments[1:], "")[0]
+        if shell not in ("bash", "zsh", "fish"):
+            raise AlignProError(f"--completion {shell}: choose from bash, zsh, fish")
+        with contextlib.redirect_stdout(io.StringIO()) as script, contextlib.suppress(SystemExit):
+            _parse(["--tyro-print-completion", shell])
+        say(script.getvalue().removesuffix("\n"))
+        return 0
+    if (said := _help(arguments)) is not None:
+        say(said)
+        return 0
+    return _parse(arguments).run()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and give its exit status: 0 done, 1 a finding, 2 a mistake, 130 interrupted.
 
@@ -241,45 +263,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug, arguments = "--debug" in arguments, [a for a in arguments if a != "--debug"]
     typed = keep.TYPED.set(tuple(arguments))
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter is no reason to lose a result
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    terminal.begin()
     try:
-        if list(arguments) in (["--version"], ["-V"]):
-            print(f"alignpro {alignpro.__version__}")
-            return 0
-        if list(arguments[:1]) == ["--completion"]:
-            shell = (*arguments[1:], "")[0]
-            if shell not in ("bash", "zsh", "fish"):
-                raise AlignProError(f"--completion {shell}: choose from bash, zsh, fish")
-            arguments = ["--tyro-print-completion", shell]
-        if (said := _help(arguments)) is not None:
-            print(said)
-            return 0
-        status = _parse(arguments).run()
-        sys.stdout.flush()
+        status = _done(arguments)
+        terminal.flush()
+        if (failure := terminal.lost()) is not None:
+            why = f"cannot be written ({failure.strerror}); free space, or send it elsewhere"
+            raise AlignProError(f"standard output: {why}")
         return status
     except AlignProError as error:
         if debug:
             from alignpro.llm.models.packages import scrub
 
-            print(scrub("".join(traceback.format_exception(error))), file=sys.stderr)
+            say(scrub("".join(traceback.format_exception(error))), error=True)
         for line in _as_flags(str(error), (*arguments[:1], "")[0]).split("\n"):
-            print(f"alignpro: error: {line}", file=sys.stderr)
+            say(f"alignpro: error: {line}", error=True)
         return 2
     except ModuleNotFoundError as error:
         if (error.name or "alignpro").split(".")[0] == "alignpro":
             raise
         remedy = f"the package {error.name} is missing; run pip install 'alignpro[llm]'"
-        print(f"alignpro: error: {arguments[0]}: {remedy}", file=sys.stderr)
+        say(f"alignpro: error: {arguments[0]}: {remedy}", error=True)
         return 2
     except KeyboardInterrupt:
-        print(f"alignpro: interrupted{_goes_on((*arguments, '')[0])}", file=sys.stderr)
+        say(f"alignpro: interrupted{_goes_on((*arguments, '')[0])}", error=True)
         return 130
-    except BrokenPipeError:
-        # The reader left; keep the interpreter from complaining as it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     finally:

@@ -8,6 +8,7 @@ import tyro
 
 from alignpro.errors import AlignProError
 from alignpro.runs import here, owning
+from alignpro.terminal import say
 
 
 @dataclass(frozen=True)
@@ -56,5 +57,5 @@ class Merge:
             with quiet():
                 model.save_pretrained(str(folder), safe_serialization=True)
                 tokenizer.save_pretrained(str(folder))
-        print(f"wrote {folder}: a whole model; give it as --prompter or --target")
+        say(f"wrote {folder}: a whole model; give it as --prompter or --target")
         return 0

@@ -23,7 +23,8 @@ class RunOptions:
     config: str | None = None
     """YAML file with any of these options, such as lam: 0.05.
 
-    Each is on a line of its own; what is also on the command line is taken from there."""
+    Each is on a line of its own; what is also on the command line is taken from there. A reward that is a
+    Python function must be in a file beside it, and the variable of a key stays on the command line."""
 
 
 @dataclass(frozen=True, kw_only=True)

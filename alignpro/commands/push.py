@@ -5,6 +5,8 @@ from pathlib import Path
 
 import tyro
 
+from alignpro.terminal import say
+
 
 @dataclass(frozen=True, kw_only=True)
 class Push:
@@ -34,5 +36,5 @@ class Push:
         hub.check_repository(self.repository)
         names = ", ".join(hub.shared_files(home))
         packages.note(f"uploading {names} to {self.repository}")
-        print(f"wrote {hub.push(home, self.repository, private=self.private)}")
+        say(f"wrote {hub.push(home, self.repository, private=self.private)}")
         return 0

@@ -22,6 +22,7 @@ from alignpro.report import keep
 from alignpro.report.numbers import interval, number
 from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dot
 from alignpro.runs import claim, here, owning
+from alignpro.terminal import say
 
 if TYPE_CHECKING:
     from alignpro.commands.opening import World
@@ -114,7 +115,7 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         described = read_json(folder / REWARD_FILE) if (folder / REWARD_FILE).exists() else {}
         ends = described.get("low", -math.inf), described.get("high", math.inf)
         result = resample.resampled(proposals, self.lam, ends[1] - ends[0])
-        print(text(result))
+        say(text(result))
         made = page(result, {**record, "lambda": list(self.lam)})
         keep.keep(with_reward(made, folder), folder)
         if self.draws:
@@ -125,9 +126,9 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
                 for i, rewrite in enumerate(resample.resample(p, value, self.draws, seed=self.seed))
             ]
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_text(folder / "rewrites.jsonl", lines)
-            print(f"wrote {folder / 'rewrites.jsonl'}")
-        print(f"wrote {path}")
+            write_text(folder / "rewrites.jsonl", lines, private=True)
+            say(f"wrote {folder / 'rewrites.jsonl'}")
+        say(f"wrote {path}")
         return 0
 
     def _propose(

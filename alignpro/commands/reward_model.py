@@ -14,6 +14,7 @@ from alignpro.report import keep
 from alignpro.report.numbers import interval, limits, number
 from alignpro.report.page import Dots, Page, Table, dot, some
 from alignpro.runs import owning
+from alignpro.terminal import say
 
 if TYPE_CHECKING:
     from alignpro.llm.training.reward import TrainedReward
@@ -78,7 +79,7 @@ class RewardModel(ResumedRun):
         }
         result = train_reward(read, self.base, self.out, settings, **given)
         keep.keep(page(result), self.out)
-        print(text(result, self.out))
+        say(text(result, self.out))
         return 0
 
 

@@ -10,6 +10,7 @@ import tyro
 from alignpro.commands.options import ChatOption, SeedOption
 from alignpro.commands.shared import check_least
 from alignpro.errors import AlignProError
+from alignpro.terminal import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,5 +73,5 @@ class Rewrite(ChatOption, SeedOption):
         for x, row in zip(given, prompter.rewrites(given, self.draws, seed=self.seed), strict=True):
             for rewrite in row:
                 line = {**said(x), "rewrite": rewrite}
-                print(json.dumps(line, ensure_ascii=False) if self.json else rewrite)
+                say(json.dumps(line, ensure_ascii=False) if self.json else rewrite)
         return 0

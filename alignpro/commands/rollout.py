@@ -25,6 +25,7 @@ from alignpro.report import keep
 from alignpro.report.numbers import interval, number
 from alignpro.report.page import MOST_PROMPTS, Dots, Json, Page, Table, dots
 from alignpro.runs import here, owning
+from alignpro.terminal import say
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.draws import Arm, Scorer
@@ -220,7 +221,7 @@ class Rollout(TemplateOption, RunOptions):
                 packages.note(off)
             world.told(judge, folder)
         result = rollout.summarise(path, MOST_PROMPTS)
-        print(text(result))
+        say(text(result))
         keep.keep(with_reward(page(result, record | {"seed": settings.seed}), folder), folder)
         return 0
 

@@ -15,6 +15,7 @@ from alignpro.report import keep
 from alignpro.report.numbers import number
 from alignpro.report.page import Dot, Dots, Page, Table
 from alignpro.runs import here, owning
+from alignpro.terminal import say
 
 if TYPE_CHECKING:
     from alignpro.llm.training.sft import Tuned
@@ -103,7 +104,7 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
         )
         result = sft(base, read, settings, folder, resume=self.resume, report_to=self.report_to)
         keep.keep(page(result), folder)
-        print(text(result))
+        say(text(result))
         return 0
 
 

@@ -14,6 +14,7 @@ from alignpro.errors import AlignProError
 from alignpro.report.keep import keep
 from alignpro.report.numbers import number, plain
 from alignpro.report.page import Curve, Curves, Json, Page, Table
+from alignpro.terminal import say
 
 if TYPE_CHECKING:
     from alignpro.estimation.pac_bayes import Mixture, PacBayes
@@ -88,7 +89,7 @@ def tell(
     from alignpro import locks
     from alignpro.files import write_json
 
-    print(json.dumps(values, ensure_ascii=False, allow_nan=False) if as_json else text)
+    say(json.dumps(values, ensure_ascii=False, allow_nan=False) if as_json else text)
     if out is not None:
         # A result and its page are of one process: another that has the same folder waits.
         with locks.waited(Path(out), name, leave=False):
@@ -121,7 +122,7 @@ def save(result: Any, verb: str, page: Page, folder: Path) -> None:
     write_json(path, values)
     for name in before - _instances(values):
         (folder / name).unlink(missing_ok=True)
-    print(f"wrote {folder / f'{verb}.json'}")
+    say(f"wrote {folder / f'{verb}.json'}")
     keep(page, folder)
 
 

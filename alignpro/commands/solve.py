@@ -13,6 +13,7 @@ from alignpro.commands.shared import found_files
 from alignpro.report.keep import keep
 from alignpro.report.numbers import columns, number, plain
 from alignpro.report.page import Dot, Dots, Page, Table
+from alignpro.terminal import say
 
 if TYPE_CHECKING:
     from alignpro.theory.bounds import BoundReport
@@ -154,9 +155,9 @@ class Solve:
         values = [plain(one.json()) for one in result.files]
         if self.json:
             for one in values:
-                print(json.dumps(one, ensure_ascii=False, allow_nan=False))
+                say(json.dumps(one, ensure_ascii=False, allow_nan=False))
         else:
-            print(text(result))
+            say(text(result))
         if out is not None:
             if not as_page:
                 write_json(out / "solve.json", values)

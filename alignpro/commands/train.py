@@ -17,6 +17,7 @@ from alignpro.report.numbers import number
 from alignpro.report.page import Curve, Curves, Json, Page, Panel, Table
 from alignpro.report.text import shorten
 from alignpro.runs import here, owning
+from alignpro.terminal import say
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.found import Example, Found, Used
@@ -148,7 +149,7 @@ class Train(PrompterOptions, ReportedRun):
             packages.note(target.ledger.line())
         if result.metrics:  # of several processes the first one tells
             world.told(judge, folder)
-            print(text(result))
+            say(text(result))
             keep.keep(with_reward(page(found(result)), folder), folder)
         return 0
 

@@ -10,6 +10,7 @@ from alignpro.files import writable_folder
 from alignpro.report.numbers import columns, number
 from alignpro.report.page import Dot, Dots, Page, Table
 from alignpro.runs import owning
+from alignpro.terminal import say
 
 if TYPE_CHECKING:
     from alignpro.theory.search.verification import Summary, Verification
@@ -203,7 +204,7 @@ class Verify:
         validate(statements, self.instances, self.seed, families, certify)
         folder = None if self.out is None else writable_folder(self.out)
         result = verify(statements, self.instances, self.seed, families, certify=certify)
-        print(text(result))
+        say(text(result))
         if folder is not None:
             save(result, "verify", page(result), folder)
         return 1 if result.findings else 0

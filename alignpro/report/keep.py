@@ -16,6 +16,7 @@ from typing import Any
 from alignpro.files import atomic_write, write_text
 from alignpro.report.numbers import unplaced
 from alignpro.report.page import Page
+from alignpro.terminal import say
 
 TYPED: ContextVar[Sequence[str] | None] = ContextVar("TYPED", default=None)
 """The command line's arguments, for the page of what they run; None outside of it."""
@@ -39,7 +40,7 @@ def keep(page: Page, place: str | os.PathLike[str]) -> Path | None:
     try:
         from alignpro.report import render
     except ImportError as error:
-        print(f"alignpro: {path.name} is not written: {error}", file=sys.stderr)
+        say(f"alignpro: {path.name} is not written: {error}", error=True)
         return None
     html, pictures = render.page(page, facts())
     for name, png in pictures.items():
@@ -49,7 +50,7 @@ def keep(page: Page, place: str | os.PathLike[str]) -> Path | None:
         with atomic_write(path.with_name(name)) as file:
             file.write(png)
     write_text(path, html)
-    print(f"wrote {path}", file=sys.stderr)
+    say(f"wrote {path}", error=True)
     return path
 
 

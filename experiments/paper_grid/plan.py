@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from alignpro.commands import trusted
 from alignpro.commands.flags import renamed_in
 from alignpro.commands.main import VERBS
 from alignpro.errors import AlignProError
@@ -115,6 +116,10 @@ def load(name: str) -> Preset:
     for part in {"align_pro", "rlhf"} & set(said):
         if isinstance(said[part], dict):
             said[part] = {own.get(name, name): value for name, value in said[part].items()}
+    if isinstance(said.get("environment"), dict):  # jobs are given the reward outright, and do not check it
+        own = {str(name).replace("_", "-"): value for name, value in said["environment"].items()}
+        found = trusted.checked(str(path), own, ())
+        said["environment"] = {name: found[str(name).replace("_", "-")] for name in said["environment"]}
     try:
         return Preset(**{"name": path.stem, **said})
     except TypeError as error:

@@ -152,9 +152,12 @@ def do(job: Job, out: Path) -> None:
         plan.select_prompts(job, out)
         return
     argument = [str(out / job.argument)] if job.argument else []
+    named = job.options.get("reward", [])
+    # Outright: from its config.yaml no function is taken, since none lies beside that.
+    reward = ["--reward", *(named if isinstance(named, list) else [named])] if named else []
     heard = _Heard(sys.stderr)
     with contextlib.redirect_stderr(heard):  # type: ignore[type-var]
-        status = main.main([job.verb, *argument, "--config", str(path)])
+        status = main.main([job.verb, *argument, "--config", str(path), *reward])
     if status == 130:
         raise KeyboardInterrupt
     if status:

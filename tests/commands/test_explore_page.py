@@ -204,6 +204,7 @@ def test_what_is_shown_can_be_taken_away(chromium, server, tmp_path):
         light = page.evaluate("getComputedStyle(document.querySelector('body')).backgroundColor")
         assert drawn.find("{http://www.w3.org/2000/svg}rect").get("fill") not in (light, "#17181a")
         quoting = {"=1+1": '"\'=1+1"', "-x": '"\'-x"', 'a"b': '"a""b"', "x": '"x"'}
+        quoting |= {"a;=1+1": '"a;\'=1+1"', "a, +b\n@c": "\"a, '+b\n'@c\"", "a=1-2": '"a=1-2"'}
         for text, cell in quoting.items():
             assert page.evaluate("t => cell(t)", text) == cell
         quoting = {"a b.npz": "'a b.npz'", "it's": "'it'\\''s'", "-x": "./-x", "$(x)": "'$(x)'"}

@@ -5,7 +5,6 @@ enumerate (texts.json, instance.npz), train (training/), analyse (report.json).
 """
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -36,6 +35,7 @@ from alignpro.llm.training import tree
 from alignpro.llm.training.settings import TreeSettings
 from alignpro.report.numbers import Json, plain
 from alignpro.runs import DEMO_FILE, claim, environment, here, owning
+from alignpro.terminal import say
 from alignpro.theory import Instance, Solution, check, solution
 from alignpro.theory.bounds import paper_r_max
 
@@ -296,7 +296,7 @@ def fit(
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(text, error=True)
 
 
 @contextlib.contextmanager

@@ -200,7 +200,7 @@ class Enumeration:
         """Write `instance.npz` (numbers) and `texts.json` (texts and tokens) into `folder`."""
         folder = Path(folder)
         self.instance.save(folder / "instance.npz")
-        write_json(folder / "texts.json", {key: getattr(self, key) for key in _TEXT_FIELDS})
+        write_json(folder / "texts.json", {key: getattr(self, key) for key in _TEXT_FIELDS}, private=True)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Enumeration":

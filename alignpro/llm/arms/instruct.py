@@ -108,7 +108,7 @@ class Cells:
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         whole = [line for line in lines if line.endswith(b"\n") and self._keep(line)]
         if len(whole) < len(lines):  # the last was cut short
-            with atomic_write(self.path) as file:
+            with atomic_write(self.path, private=True) as file:
                 file.writelines(whole)
 
     def _keep(self, line: bytes) -> bool:

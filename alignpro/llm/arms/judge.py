@@ -275,7 +275,7 @@ def judge_file(
     rows = [judgement.row((arms[0], arms[1]), target.name) for judgement in judged]
     run.claim()
     # ASCII: a reply may hold what UTF-8 cannot.
-    write_text(folder / FILE, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(folder / FILE, "".join(json.dumps(row) + "\n" for row in rows), private=True)
     return rows
 
 

@@ -142,7 +142,8 @@ def answers(environment: "Environment", prompts: Sequence[str], n: int) -> list[
 def save_proposals(path: str | Path, proposals: Sequence[Proposals]) -> None:
     """Write one JSON line for each prompt, atomically."""
     rows = [asdict(p) | {"prompt": as_json(p.prompt)} for p in proposals]
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(path, text, private=True)
 
 
 def load_proposals(path: str | Path) -> list[Proposals]:

@@ -8,6 +8,7 @@ what it cannot give. Both of log π_F(y|x) and log π_F(y|x′) come from one sc
 ratio carries no more than that dtype's noise. Where the backend has none they are null.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from alignpro import rollouts
 from alignpro.errors import AlignProError
 from alignpro.estimation.paired import estimates
 from alignpro.estimation.terms import Terms
-from alignpro.files import atomic_write, read_json_lines, sync
+from alignpro.files import atomic_write, make_private, read_json_lines, sync, why
 from alignpro.llm.arms.draws import RESAMPLED, Arm, Array, Work, arms_of, draws_of, stream
 from alignpro.llm.arms.resample import Mean
 from alignpro.llm.arms.settings import RolloutSettings
@@ -233,7 +234,7 @@ def roll_out(
                 )
     if plan.kept:
         plan.run.claim()
-        with atomic_write(partial) as file:
+        with atomic_write(partial, private=True) as file:
             file.writelines(plan.kept)
     else:
         partial.unlink(missing_ok=True)  # a part of a block, which is done again as a whole
@@ -252,16 +253,17 @@ def roll_out(
 def append(path: Path, data: bytes) -> None:
     """Add `data` to a file for good; a failed write leaves the file as it was, and raises AlignProError."""
     size = path.stat().st_size if path.exists() else 0
+    make_private(path)
     try:
         with open(path, "ab") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        os.truncate(path, size)
-        raise AlignProError(
-            f"cannot write {path}: {error.strerror}; free space and run again: what it holds is kept"
-        ) from None
+        with contextlib.suppress(OSError):  # it has gone
+            os.truncate(path, size)
+        said = why(error, "free space and run again: what it holds is kept")
+        raise AlignProError(f"cannot write {path}: {said}") from None
 
 
 Key = tuple[str, int, str]

@@ -319,6 +319,7 @@ def _rows(
     folder = None if folder is None else Path(folder).expanduser().resolve()
     if folder is not None and source.file:
         for path in sorted(folder.glob(source.file)):
+            _check_inside([str(path)], folder)
             yield from ((i, x, {}) for i, x in enumerate(own.file_prompts(path, reading, used), 1))
             return
         if not source.hub:
@@ -327,7 +328,10 @@ def _rows(
         if folder is None:
             loaded = library.load_dataset(source.repository, source.config, revision=source.revision)
         else:  # streamed, since a copy in the library's cache would help nobody
-            loaded = library.load_dataset(str(folder), source.config, streaming=True)
+            builder = library.load_dataset_builder(str(folder), source.config)
+            for files in (builder.config.data_files or {}).values():
+                _check_inside(files, folder)
+            loaded = builder.as_streaming_dataset()
         # Files without their card have the splits that the library reads off their names.
         parts = [loaded[split] for split in source.splits if split in loaded] or list(loaded.values())
         number = 0
@@ -352,6 +356,20 @@ def _rows(
         raise
     except Exception as error:  # of datasets, huggingface_hub, httpx and pyarrow, without a common class
         raise _refused(name, source, folder, error) from error
+
+
+def _check_inside(files: Iterable[str], folder: Path) -> None:
+    """Refuse files that lie outside a folder: its card, or a link, may name any of this or other machines.
+
+    A snapshot in the hub's cache is of links to files beside it.
+    """
+    home = folder.parents[1] if folder.parent.name == "snapshots" else folder
+    for file in map(str, files):
+        if "://" in file or home not in Path(file).resolve().parents:
+            raise AlignProError(
+                f"data_folder {folder}: its card, or a link in it, names {file}, which is outside; put that "
+                "file there, or name it with --prompts-file"
+            )
 
 
 def _elsewhere(name: str, source: Source) -> str:

@@ -1,6 +1,7 @@
 """LoRA adapters: where in a model they go, in any layout, and which base an adapter's folder rests on."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json
+from alignpro.llm.models import limits
 from alignpro.llm.models.catalogue import ADAPTER_CONFIG, HUB_ID, packaged
 from alignpro.llm.models.forward import text_config, unwrap
 
@@ -64,6 +66,34 @@ def adapter_config(model: Any, rank: int, layers: float) -> LoraConfig:
         fan_in_fan_out=all(issubclass(kind, Conv1D) for kind in linear.values()),  # GPT-2's transposed maps
         task_type="CAUSAL_LM",
     )
+
+
+def check_patterns(model: Any, folder: Path) -> None:
+    """Refuse an adapter's folder whose patterns of modules' names take too long to match.
+
+    A list of names, as is written here, needs none; other tools write regular expressions.
+    """
+    said = read_json(folder / ADAPTER_CONFIG)
+    said = said if isinstance(said, dict) else {}
+    patterns = [said.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns += list(said.get(name) or ()) if isinstance(said.get(name), dict) else []
+    texts = [pattern for pattern in patterns if isinstance(pattern, str) and re.search(r"[*+?{(]", pattern)]
+    names = [name for name, _ in model.named_modules()]
+
+    def match() -> str:
+        for pattern in texts:
+            with contextlib.suppress(re.error):  # PEFT tells
+                for form in (re.compile(pattern), re.compile(rf"(.*\.)?({pattern})$")):
+                    for name in names:
+                        form.match(name)
+                        form.fullmatch(name)
+        return ""
+
+    if texts and (why := limits.beyond(match)) is not None:
+        raise AlignProError(
+            f"adapter {folder}: a pattern in its {ADAPTER_CONFIG} {why}; list names in target_modules instead"
+        )
 
 
 @contextlib.contextmanager

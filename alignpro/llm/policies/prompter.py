@@ -5,6 +5,7 @@ prompter.rewrite("How do plants grow?")
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,7 @@ from alignpro.llm.models.libraries import quiet
 from alignpro.llm.models.policy import Ids, log_probs, sample_and_score, sample_key
 from alignpro.llm.models.prompt import Message, context_of, messages_of
 from alignpro.llm.models.sampling import Sampling
+from alignpro.terminal import harmless
 
 PROMPTER_FILE = "prompter.json"
 BEFORE = "Conversation so far:"
@@ -243,14 +245,15 @@ class Prompter:
             return push(folder, repository, private=private)
 
     def card(self) -> str:
-        """The model card, as Markdown."""
+        """The model card, as Markdown, in which names and facts of others are text."""
         facts = "\n".join(
-            f"- {key}: {json.dumps(elsewhere(value), ensure_ascii=False)}"
+            # Indented, it is code.
+            harmless(f"    {json.dumps(key)[1:-1]}: {json.dumps(elsewhere(value), ensure_ascii=False)}")
             for key, value in self.facts.items()
             if value is not None
         )
-        on_hub = "/" in self.base and not self.base.startswith((".", "/", "~"))
-        base = f"base_model: {self.base}\n" if on_hub else ""
+        base = f"base_model: {self.base}\n" if catalogue.HUB_ID.fullmatch(self.base) else ""
+        name = re.sub(r"[^\w .-]", "-", Path(self.base).name)
         adapter = hasattr(self.model, "peft_config")
         library, kind = ("peft", "A LoRA adapter") if adapter else ("transformers", "A language model")
         aim = "the objective of Align-Pro (arXiv 2501.03486, equation 9)"
@@ -258,7 +261,7 @@ class Prompter:
             aim = "pairs of a prompt and its rewrite"
         return (
             f"---\nlibrary_name: {library}\n{base}tags:\n- prompt-optimization\n- align-pro\n---\n\n"
-            f"# A prompter for {Path(self.base).name}\n\n"
+            f"# A prompter for {name}\n\n"
             f"It rewrites a request so that a frozen language model answers it better. {kind} trained "
             f"with `alignpro` on {aim}.\n\n"
             "```python\nfrom alignpro.llm.policies.prompter import Prompter\n\n"

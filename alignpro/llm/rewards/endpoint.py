@@ -25,10 +25,12 @@ from alignpro.llm.rewards.reward import (
     fill,
 )
 from alignpro.llm.targets import http
+from alignpro.llm.targets.keys import Secret, read_key
 from alignpro.llm.targets.ledger import Cached, Ledger
 from alignpro.llm.targets.refusals import Refusals
+from alignpro.llm.targets.responses import as_json
 from alignpro.llm.targets.services import Complaint
-from alignpro.llm.targets.settings import EndpointSettings, Secret, check_address, read_key
+from alignpro.llm.targets.settings import EndpointSettings, check_address
 from alignpro.llm.targets.target import Answer, Known, OnAnswer, Stopped
 
 
@@ -109,7 +111,7 @@ class EndpointReward(http.Counted):
                 f"template {self.template}: an endpoint needs a text with {{prompt}} and {{response}}"
             )
         at_least(1, batch_size=self.batch_size)
-        read_key(self.settings.key_env)
+        read_key(self.settings.key_env, self.url)
         http.client_library()
         self._http = http.Transport(
             url=self.url,
@@ -206,7 +208,7 @@ class EndpointReward(http.Counted):
             if isinstance(content, dict) and content.get("error"):
                 return http.Problem("error", True, error=content["error"])
             return http.Problem(
-                f"answered {secret.said(json.dumps(content))}, which is not of dialect {self.style}; choose "
+                f"answered {secret.said(as_json(content))}, which is not of dialect {self.style}; choose "
                 f"from {', '.join(STYLES)}, or mend the server",
                 False,
             )

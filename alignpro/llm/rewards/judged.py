@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alignpro.errors import AlignProError
-from alignpro.files import writable_folder
+from alignpro.files import make_private, writable_folder
 from alignpro.llm.models.sampling import digest
 from alignpro.llm.rewards import rubric
 from alignpro.llm.rewards.reward import Array, batches, check_texts
@@ -42,7 +42,9 @@ class Noise:
 
     def read(self) -> int:
         """Take in what is on file, by other processes too; how many answers are still to be asked."""
-        for line in self.path.read_text().splitlines() if self.path and self.path.exists() else ():
+        for line in (
+            self.path.read_text(encoding="utf-8").splitlines() if self.path and self.path.exists() else ()
+        ):
             try:
                 row = json.loads(line)
                 self.pairs[row["key"]] = (row["scores"][0], row["scores"][1])
@@ -55,7 +57,8 @@ class Noise:
         pair = [None if math.isnan(score) else score for score in (first, second)]
         self.pairs[key] = (pair[0], pair[1])
         if self.path:
-            with open(self.path, "a") as file:
+            make_private(self.path)
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "scores": pair}) + "\n")
 
     def describe(self) -> dict[str, Any]:

@@ -273,7 +273,9 @@ def read_spec(name: str) -> Spec:
             bounds = _of_label(label, bounds)
         if label is not None:
             with loading(target, folder, "sequence classifier"):
-                choose_output(AutoConfig.from_pretrained(folder), label, public_name(folder))
+                choose_output(
+                    AutoConfig.from_pretrained(folder, trust_remote_code=False), label, public_name(folder)
+                )
         return Spec("classifier", target, bounds, name, label)
     if label is None and own.names_code(target):
         found = _imported(target)

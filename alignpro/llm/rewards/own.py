@@ -95,6 +95,10 @@ def _module(name: str, module: str) -> ModuleType:
     if top not in sys.modules and importlib.util.find_spec(top) is None and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # last, so that nothing there is taken for a library
         importlib.invalidate_caches()
+    begins = importlib.util.find_spec(top)
+    if begins is not None and top not in sys.modules:  # before a package runs, to be looked into
+        place = begins.origin or next(iter(begins.submodule_search_locations or ()), "")
+        note(f"reward {name}: runs {module} from {place}")
     try:
         spec = importlib.util.find_spec(module)
         if spec is None:
@@ -102,8 +106,6 @@ def _module(name: str, module: str) -> ModuleType:
                 f"reward {name}: there is no module {module} here or on PYTHONPATH; name its file as in "
                 f"./{module.rpartition('.')[2]}.py:score"
             )
-        if module not in sys.modules:
-            note(f"reward {name}: runs {module} from {spec.origin}")
         return importlib.import_module(module)
     except AlignProError:
         raise

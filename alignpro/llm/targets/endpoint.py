@@ -9,9 +9,11 @@ from alignpro.errors import AlignProError
 from alignpro.llm.models.prompt import messages_of, transcript
 from alignpro.llm.models.sampling import Sampling, is_int, stream_key
 from alignpro.llm.targets import http
+from alignpro.llm.targets.keys import Secret, read_key
+from alignpro.llm.targets.responses import as_json
 from alignpro.llm.targets.served import serving
 from alignpro.llm.targets.services import FINISHES, Complaint, content
-from alignpro.llm.targets.settings import EndpointSettings, Secret, check_address, read_key
+from alignpro.llm.targets.settings import EndpointSettings, check_address
 from alignpro.llm.targets.target import Answer, Answers, Known, OnAnswer, Stopped, arrange, jobs
 from alignpro.llm.targets.vllm import NEUTRAL
 
@@ -143,7 +145,7 @@ class Endpoint(http.Counted):
                 "'transformers', put it in extra_body, or choose top_k 0"
             )
         http.client_library()
-        secret = read_key(self.settings.key_env)
+        secret = read_key(self.settings.key_env, self.base_url)
         answers: Answers = {}
 
         def call(job: tuple[int, int]) -> http.Call[Answer]:
@@ -212,7 +214,7 @@ class Endpoint(http.Counted):
         said = secret.said
 
         def wrong(name: str, got: Any, want: str, transient: bool = True) -> http.Problem:
-            return http.Problem(f"response field {name} is {said(json.dumps(got))}, not {want}", transient)
+            return http.Problem(f"response field {name} is {said(as_json(got))}, not {want}", transient)
 
         if not isinstance(value, dict):
             return wrong("(whole)", value, "an object; check the server")

@@ -8,7 +8,8 @@ from typing import Any
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.targets import http
 from alignpro.llm.targets.endpoint import Endpoint
-from alignpro.llm.targets.settings import Secret, is_number
+from alignpro.llm.targets.keys import Secret
+from alignpro.llm.targets.settings import is_number
 from alignpro.llm.targets.target import Answer
 
 TOP = 20

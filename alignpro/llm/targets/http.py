@@ -3,28 +3,34 @@
 import asyncio
 import contextlib
 import json
-import logging
 import math
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from alignpro.errors import AlignProError
+from alignpro.llm.targets.keys import Secret
+from alignpro.llm.targets.responses import (
+    Unread,
+    as_json,
+    body_of,
+    client_library,
+    finish,
+    headers_of,
+    read_json,
+    retry_after,
+)
 from alignpro.llm.targets.services import REFUSES, Complaint, complaint
-from alignpro.llm.targets.settings import EndpointSettings, Secret
+from alignpro.llm.targets.settings import EndpointSettings
 
 T = TypeVar("T")
 J = TypeVar("J")
 
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
-LARGEST = 16 * 2**20  # bytes of a response
 _POLL_S = 0.02  # between two looks at a budget that calls under way may give back to
 
 
@@ -215,13 +221,10 @@ class _Run(Generic[J]):
         to = self.transport
         self.loop = asyncio.get_running_loop()
         self.stopping = asyncio.Event()
-        headers = {"accept": "application/json", "accept-encoding": "identity"}
-        if self.secret.value:
-            headers["Authorization"] = f"Bearer {self.secret.value}"
         workers = min(to.settings.concurrency, len(queue))
         try:
             client = httpx.AsyncClient(
-                headers=httpx.Headers(headers),  # whose repr hides the key
+                headers=headers_of(self.secret),
                 follow_redirects=False,
                 timeout=None,  # one deadline for all of a request, in `_attempt`
                 verify=urlsplit(to.url).scheme != "http",  # nothing to verify there: saves 50 ms
@@ -231,8 +234,6 @@ class _Run(Generic[J]):
             return GiveUp(
                 f"the HTTP client does not start ({type(error).__name__}); check the proxy settings"
             )
-        finally:
-            del headers
         async with client:
             await asyncio.gather(*(self._work(client, queue) for _ in range(workers)))
         return self.failure
@@ -317,7 +318,7 @@ class _Run(Generic[J]):
 
     async def _attempt(self, client: Any, call: Call[T]) -> tuple[T, int] | Instead | Problem:
         httpx = client_library()
-        to, said, received = self.transport, self.secret.said, bytearray()
+        to, said = self.transport, self.secret.said
         address, timeout_s = to.words["address"], to.settings.timeout_s
         try:
             async with (
@@ -326,10 +327,10 @@ class _Run(Generic[J]):
                     "POST", to.url, content=call.body, headers={"content-type": "application/json"}
                 ) as response,
             ):
-                async for chunk in response.aiter_bytes():
-                    received += chunk
-                    if len(received) > LARGEST:
-                        return Problem(f"response above {LARGEST} bytes; check {address}", True)
+                received = await body_of(response)
+        except Unread as error:
+            passes = response.status_code in RETRIED or error.passes
+            return Problem(f"{said(str(error))}; check {address}", passes)
         except TimeoutError:
             return Problem(
                 f"no whole response within timeout_s {timeout_s}; raise it or check the server", True
@@ -345,9 +346,9 @@ class _Run(Generic[J]):
         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
             return Problem(f"{type(error).__name__} ({said(str(error))}); check the server", True)
         if response.status_code != 200:
-            return self._failed(call, response.status_code, bytes(received), response.headers)
+            return self._failed(call, response.status_code, received, response.headers)
         try:
-            content = json.loads(received)
+            content = read_json(received)
         except (ValueError, RecursionError):
             shown = said(received.decode(errors="replace"))
             return Problem(f"response {shown!r} is not JSON; check {to.words['json']}", True)
@@ -356,7 +357,7 @@ class _Run(Generic[J]):
             return result
         code = result.error.get("code") if isinstance(result.error, dict) else None
         status = code if isinstance(code, int) and 400 <= code < 600 else 200
-        return self._failed(call, status, json.dumps(result.error).encode(), {})
+        return self._failed(call, status, as_json(result.error).encode(), {})
 
     def _failed(
         self, call: Call[T], status: int, body: bytes, headers: Mapping[str, str]
@@ -371,7 +372,7 @@ class _Run(Generic[J]):
             return Problem(f"status {status}: it redirects; give the final address as {where}", False)
         if status in REFUSES:
             try:
-                found = complaint(json.loads(body), json.loads(call.body))
+                found = complaint(read_json(body), json.loads(call.body))
             except (ValueError, RecursionError):
                 found = Complaint("", False, ())
             if (settled := call.settle(found)) is not None:
@@ -397,54 +398,3 @@ class _Run(Generic[J]):
             asks = f"{text}; it asks to wait {wait:.0f} s: run again then, or raise max_wait_s"
             return Problem(asks, False)
         return Problem(f"{text}; lower the rate limits or raise retries", True, wait)
-
-
-def retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for: a number, or a date."""
-    if not value:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def finish(work: Coroutine[Any, Any, T], stop: Callable[[], None] = lambda: None) -> T:
-    """Run a coroutine to its end, also below a running event loop (a notebook's); `stop` on an interrupt."""
-    try:
-        below = asyncio.get_running_loop() is not None
-    except RuntimeError:
-        below = False
-    if not below:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(asyncio.run, work)
-        try:
-            return future.result()
-        except BaseException:
-            stop()
-            raise
-
-
-def _without_queries(record: logging.LogRecord) -> bool:
-    if isinstance(record.args, tuple):
-        record.args = tuple(a.copy_with(query=None) if hasattr(a, "copy_with") else a for a in record.args)
-    return True
-
-
-def client_library() -> Any:
-    """httpx2, told to log no query: there may be a key in it.
-
-    Raises:
-        AlignProError: it is not installed.
-    """
-    try:
-        import httpx2
-    except ImportError:
-        raise AlignProError("an endpoint needs an HTTP client: pip install 'alignpro[http]'") from None
-    logging.getLogger("httpx2").addFilter(_without_queries)  # once, however often it is asked
-    return httpx2

@@ -8,12 +8,15 @@ from typing import Any, ClassVar
 from alignpro.errors import AlignProError
 from alignpro.llm.models.sampling import Sampling, is_int
 from alignpro.llm.targets import http
+from alignpro.llm.targets.keys import read_key
+from alignpro.llm.targets.responses import get
 from alignpro.llm.targets.services import Complaint
-from alignpro.llm.targets.settings import EndpointSettings, check_address, is_number, read_key
+from alignpro.llm.targets.settings import EndpointSettings, check_address, is_number
 from alignpro.llm.targets.target import Answer, Known
 from alignpro.llm.targets.vllm import SCORED, VLLM, Asked, Drawn, Ids, Keep, Tops, read_tops, sampled
 
 _ASKING_S = 10.0  # for a list of models
+_TOKENS = 2**31  # of no vocabulary are as many
 _REASON = 400  # characters of a refusal that are kept
 _OWN = ("model", "prompt", "n", "stream", "echo", "prompt_logprobs", "return_token_ids")
 
@@ -33,24 +36,16 @@ def serving(base_url: str, settings: EndpointSettings) -> Serving | None:
 
     A server without such a list serves nothing that it names.
     """
-    httpx = http.client_library()
     try:
-        secret = read_key(settings.key_env)
+        secret = read_key(settings.key_env, base_url)
     except AlignProError:
         return None
-    headers = {"accept": "application/json"}
-    if secret.value:
-        headers["Authorization"] = f"Bearer {secret.value}"
-    try:
-        with httpx.Client(
-            headers=httpx.Headers(headers), timeout=min(_ASKING_S, settings.timeout_s)
-        ) as client:
-            response = client.get(f"{base_url.rstrip('/')}/models")
-    except Exception:  # its own errors, and those of what it reads from the environment
+    told = get(f"{base_url.rstrip('/')}/models", secret, min(_ASKING_S, settings.timeout_s))
+    if told is None:
         return None
     try:
-        rows = [row for row in response.json()["data"] if isinstance(row["id"], str)]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        rows = [row for row in told["data"] if isinstance(row["id"], str)]
+    except (KeyError, TypeError):
         rows = []
     most = {row["id"]: row.get("max_model_len") for row in rows}
     return Serving(
@@ -125,7 +120,7 @@ class Served(http.Counted, VLLM):
     def _draw(
         self, asked: Sequence[Asked], sampling: Sampling, keep: Keep, known: Known, meter: http.Meter | None
     ) -> http.GiveUp | None:
-        secret = read_key(self.settings.key_env)
+        secret = read_key(self.settings.key_env, self.base_url)
 
         def call(group: Asked) -> http.Call[list[Answer]]:
             missing = []
@@ -167,7 +162,7 @@ class Served(http.Counted, VLLM):
         return self._http.post(asked, call, secret, meter)
 
     def _score(self, rows: Sequence[tuple[Ids, Ids]], top: int, meter: http.Meter | None) -> list[list[Tops]]:
-        secret = read_key(self.settings.key_env)
+        secret = read_key(self.settings.key_env, self.base_url)
         out: list[list[Tops]] = [[] for _ in rows]
 
         def call(i: int) -> http.Call[list[Tops]]:
@@ -208,7 +203,7 @@ class Served(http.Counted, VLLM):
         found = []
         for choice in choices:
             new, told = choice.get("token_ids"), choice.get("logprobs")
-            if not isinstance(new, list) or not all(is_int(i) for i in new):
+            if not isinstance(new, list) or not all(is_int(i) and 0 <= i < _TOKENS for i in new):
                 return _wrong(
                     "token_ids", "a list of tokens; serve by a newer vLLM, which knows return_token_ids"
                 )

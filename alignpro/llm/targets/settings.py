@@ -1,21 +1,25 @@
-"""How a server is asked, for frozen models, judges and rewards: settings, addresses and keys.
+"""How a server is asked, for frozen models, judges and rewards: settings and addresses.
 
-A key is read from the environment when it is needed, goes into one request header, to the address given and
-nowhere else, and is removed from whatever a server sends back. Needs no torch, no NumPy.
+Needs no torch, no NumPy.
 """
 
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import urlsplit
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.sampling import digest, is_int
+
+LIKE_A_KEY = re.compile(
+    r"(?<=/)(?:(?:sk|pk|hf|key|token|gh[a-z]|xox[a-z])[-_][\w.~-]{8,}"
+    r"|(?=[A-Za-z_~]*\d)(?=[\d_~]*[A-Za-z])[\w~]{20,})(?=/|$)"
+)
+"""A part of an address's path that is a key, as some services have it there."""
 
 
 def _refuse(constant: str) -> None:
@@ -34,8 +38,9 @@ class EndpointSettings:
     model: str | None = None
     """Name that the server knows the model by. A server of frozen models or judges needs it."""
     key_env: str | None = None
-    """NAME of the environment variable that holds the key. Left out: no key is sent, or, to a reward, the one
-    in ALIGNPRO_REWARD_KEY where that is set."""
+    """NAME of the environment variable that holds the key. Where NAME_HOST is set too, the key goes to the
+    hosts in that alone. Left out: no key is sent, or, to a reward, the one in ALIGNPRO_REWARD_KEY where that
+    is set."""
     dialect: str | None = None
     """Form in which requests are written. Frozen models and judges: openai, vllm or transformers (the latter
     two take top-k). Rewards: rewards, score or classify. Left out: vllm where the server says to be vLLM,
@@ -138,7 +143,7 @@ class EndpointSettings:
 
 
 def check_address(name: str, address: Any, example: str, query: bool = False) -> str:
-    """`address` without its query, to be shown.
+    """`address` as it may be shown: without its query, and `<key>` for what looks like one in its path.
 
     Raises:
         AlignProError: names field `name`: no http(s) address, or one with a user name, or with a query where
@@ -159,52 +164,4 @@ def check_address(name: str, address: Any, example: str, query: bool = False) ->
             "key_env names"
         )
     host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
-    return f"{parts.scheme}://{host}{port}{parts.path}"
-
-
-class Secret:
-    """A key, and whatever in an address may be one, that no traceback, log or repr shows.
-
-    Args:
-        value: the key; empty for none.
-        address: the one that is asked; its query is hidden too.
-    """
-
-    def __init__(self, value: str, address: str = "") -> None:
-        self.value = value
-        query = urlsplit(address).query
-        hidden = {query, *(v for _, v in parse_qsl(query) if len(v) > 3)}
-        # Placeholders such as EMPTY are no secrets, and are words besides.
-        hidden |= {value} if len(value) >= 8 else set()
-        forms = {form for s in hidden for form in (s, quote(s, safe=""), json.dumps(s)[1:-1])} - {""}
-        self._forms = sorted(forms, key=len, reverse=True)
-
-    def __repr__(self) -> str:
-        return "<key>"
-
-    def scrub(self, text: str) -> str:
-        """`text` with `<key>` in place of each."""
-        for form in self._forms:
-            text = text.replace(form, "<key>")
-        return text
-
-    def said(self, text: str, most: int = 200) -> str:
-        """Foreign text made safe to print: one line, no key (removed before cutting), no control codes."""
-        line = " ".join(self.scrub(text).split())
-        line = "".join(c if c.isprintable() else "?" for c in line)
-        return line if len(line) <= most else line[: most - 3] + "..."
-
-
-def read_key(name: str | None, address: str = "") -> Secret:
-    """The key in the environment variable `name`, and what `address` hides; refuses what is no key."""
-    if name is None:
-        return Secret("", address)
-    value = os.environ.get(name, "").strip()
-    if not value:
-        named = name if name.isupper() else "given"  # in small letters it may be a key, pasted by mistake
-        raise AlignProError(f"key_env {named}: that environment variable is not set; export it")
-    if not re.fullmatch(r"[\x21-\x7e]+", value):
-        raise AlignProError(
-            f"key_env {name}: its value is no key (white space or non-ASCII in it); copy it again"
-        )
-    return Secret(value, address)
+    return f"{parts.scheme}://{host}{port}{LIKE_A_KEY.sub('<key>', parts.path)}"

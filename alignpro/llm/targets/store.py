@@ -20,6 +20,7 @@ from typing import Any
 
 from alignpro import locks
 from alignpro.errors import AlignProError
+from alignpro.files import make_private
 from alignpro.llm.targets.http import Meter
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Answer
@@ -69,6 +70,7 @@ class Store:
             by_folder.touch()
         self._folder_lock = folder / f"{FILE}.lock" if by_folder.exists() else None
         file = self.path.resolve().as_uri() + ("?vfs=unix-dotfile" if self._folder_lock else "")
+        make_private(self.path)  # and what SQLite puts beside it is as this is
         with self._told():
             # One connection, guarded by the lock: an event loop may run in a thread of its own.
             self._db = sqlite3.connect(

@@ -36,6 +36,7 @@ from alignpro.llm.training.checkpoints import Kept, Line
 from alignpro.llm.training.environment import Environment
 from alignpro.llm.training.settings import EvaluationSettings, TrainSettings
 from alignpro.runs import claim
+from alignpro.terminal import harmless
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 BEST_FILE = "best.safetensors"
@@ -146,7 +147,7 @@ class Evaluations(Kept):
         if self.trainer.state.is_world_process_zero:
             self.write()
             if self.progress:
-                tqdm.write(f"alignpro: {told(line)}", file=sys.stderr)
+                tqdm.write(harmless(f"alignpro: {told(line)}"), file=sys.stderr)
 
     def _measured(self, model: Any, mine: Sequence[int], first: bool) -> list[dict[str, Any]]:
         """Rewards and log-ratios of each draw of the prompts at `mine`."""

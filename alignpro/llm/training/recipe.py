@@ -14,6 +14,7 @@ from alignpro.llm.policies.prompter import Prompter
 from alignpro.llm.training.checkpoints import PROMPTER_FOLDER, SETTINGS_FILE
 from alignpro.llm.training.pair_settings import SFTSettings
 from alignpro.llm.training.sft import sft
+from alignpro.terminal import say
 
 
 def make(name: str, folder: Path, recipe: Recipe) -> None:
@@ -46,7 +47,7 @@ def main() -> int:
     try:
         make(name, packages.cache_folder() / "prompters" / folder, Recipe(**json.loads(recipe)))
     except AlignProError as error:
-        print(error)
+        say(error)
         return 2
     return 0
 

@@ -12,7 +12,7 @@ import pandas  # which datasets needs
 from accelerate.utils import gather_object
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json
+from alignpro.files import make_private, read_json, why
 from alignpro.llm.models import packages
 from alignpro.llm.training.checkpoints import Kept
 from alignpro.runs import claim
@@ -66,6 +66,7 @@ class RewriteLog(Kept):
         text = (json.dumps({"round": done, **row}, ensure_ascii=False) + "\n" for row in rows)
         data = "".join(text).encode(errors="replace")
         claim(self.path)
+        make_private(self.path)
         for name in set(TABLES) & set(trainer.args.report_to):
             reporter, frame = import_module(name), pandas.DataFrame({"round": done, **row} for row in rows)
             reporter.log({"rewrites": reporter.Table(dataframe=frame)})
@@ -76,10 +77,8 @@ class RewriteLog(Kept):
                 os.fsync(file.fileno())
             self._hash.update(data)
         except OSError as error:
-            raise AlignProError(
-                f"cannot write {self.path} ({error.strerror}); free space and resume: the checkpoints before "
-                "it are whole"
-            ) from error
+            said = why(error, "free space and resume: the checkpoints before it are whole")
+            raise AlignProError(f"cannot write {self.path}: {said}") from error
 
 
 def cut(path: Path, rounds: int) -> None:

@@ -67,8 +67,8 @@ const CELLS = { // full precision, as the server said it
   responses: () => bars("responses", "response", "pi_F", "pi_star"),
 };
 const bars = (id, what, first, second) => [[what, "reward", first, second, "x_itself"], ...now[id].rows.map(r => [r.label, r.reward, r.base, r.tilted, r.own]), ...(now[id].more.count ? [[`${now[id].more.count} more, summed`, null, now[id].more.base, now[id].more.tilted, false]] : [])];
-// A stranger's text must not become a formula of the spreadsheet that opens it.
-const cell = v => v === null || v === undefined ? "" : typeof v !== "string" ? String(v) : `"${visible(v).replace(/^[=+\-@\t\r]/, "'$&").replaceAll('"', '""')}"`;
+// A stranger's text must not become a formula of the spreadsheet that opens it, which may part cells at another mark.
+const cell = v => v === null || v === undefined ? "" : typeof v !== "string" ? String(v) : `"${visible(v).replace(/(^|[;,|\t\r\n])(\s*)(?=[=+\-@＝＋－＠])/g, "$1$2'").replace(/^[\t\r]/, "'$&").replaceAll('"', '""')}"`;
 const csv = id => CELLS[id]().map(row => row.map(cell).join(",")).join("\r\n") + "\r\n";
 const flat = node => [...node.childNodes].map(n => n.tagName === "SUB" ? "_" + n.textContent : n.nodeType === 3 ? n.data : "").join("");
 const DRAWN = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "stroke-linejoin", "paint-order", "font-size", "font-weight", "font-family"];
