@@ -14,7 +14,6 @@ from typing import Any
 from alignpro.errors import AlignProError
 from alignpro.llm.data import public
 from alignpro.llm.models import packages
-from alignpro.llm.training.settings import PRESETS, TrainSettings
 from paper_grid import plan
 from paper_grid.plan import Job, Preset
 
@@ -198,8 +197,7 @@ def _common(o: Mapping[str, Any], preset: Preset) -> tuple[Size, Size, int, int,
 
 
 def _training(o: Mapping[str, Any], preset: Preset, machine: Machine) -> Cost:
-    chosen = {**PRESETS[o.get("preset", "faithful")], **o}
-    s = TrainSettings(**{f.name: chosen[f.name] for f in fields(TrainSettings) if f.name in chosen})
+    s = plan.settings_of(o, "training")
     frozen, reward, prompt, answer, nbytes = _common(o, preset)
     policy, batch = size(o["prompter"]), s.prompts * s.samples
     own = 4 if s.policy_dtype == "float32" else 2

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from alignpro.errors import AlignProError
+from alignpro.files import parse_json
 from alignpro.llm.models.prompt import Message
 
 if TYPE_CHECKING:
@@ -333,8 +334,8 @@ def parse_options(text: str | None) -> dict[str, Any]:
     if text is None or not text.strip():
         return {}
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text)
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise AlignProError(

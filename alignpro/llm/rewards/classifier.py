@@ -361,9 +361,9 @@ def saved_facts(model: str | Path) -> dict[str, Any]:
     path = Path(model).expanduser() / REWARD_FILE
     if not path.is_file():
         return {}
-    facts = read_json(path)
+    facts = read_json(path, dict)
     kinds = {"bounds": str, "template": str, "max_tokens": int}
-    if not isinstance(facts, dict) or not all(isinstance(facts.get(k), t) for k, t in kinds.items()):
+    if not all(isinstance(facts.get(k), t) for k, t in kinds.items()):
         raise AlignProError(f"{path}: not what train_reward wrote; remove it and give bounds")
     return facts
 
