@@ -117,7 +117,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # where half a character may be: no other escape begins so
-_MOST_DIGITS = 308
+MOST_DIGITS = 308
 """Digits of a whole number that fits a float."""
 
 
@@ -134,7 +134,7 @@ def _deeper(value: Any) -> bool:
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS:
+    if len(digits) > MOST_DIGITS:
         raise ValueError(f"a whole number has {len(digits)} digits")
     return int(digits)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from alignpro.errors import AlignProError
+from alignpro.files import MOST_DIGITS
 
 R = TypeVar("R")
 _MOST_WHOLE = 1 << 63
@@ -113,7 +114,9 @@ def _record(record: Any, value: Any, where: str) -> Any:
     if lacking := [name for name, (_, needed) in known.items() if needed and name not in value]:
         raise AlignProError(f"{where}: lacks {lacking[0]}; add it")
     if odd := [name for name in value if name not in known]:
-        raise AlignProError(f"{where}: has no field {_BRIEF.repr(odd[0]).strip(chr(39))}; choose from {', '.join(known)}")
+        raise AlignProError(
+            f"{where}: has no field {_BRIEF.repr(odd[0]).strip(chr(39))}; choose from {', '.join(known)}"
+        )
     return record(**{name: _made(known[name][0], v, f"{where} {name}") for name, v in value.items()})
 
 
@@ -195,6 +198,8 @@ def _loader(as_text: bool) -> Any:
             raise yaml.constructor.ConstructorError(None, None, why, mark)
 
         def _int(self, node: Any) -> int:
+            if len(node.value) > MOST_DIGITS:
+                self._refuse(f"a whole number has {len(node.value)} digits", node.start_mark)
             return int(self.construct_scalar(node))
 
         def _float(self, node: Any) -> float:

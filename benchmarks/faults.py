@@ -67,6 +67,8 @@ WRONG: dict[str, str] = {
     "zero": "0",
     "negative": "-1",
     "fraction": "0.5",
+    "many": "3000",
+    "large number": "1000000000",
     "huge number": "9" * 400,
     "infinite": "1e999",
     "nan": "NaN",
@@ -184,7 +186,14 @@ def structured(file: str, data: bytes) -> Iterator[Fault]:
     elif suffix == ".npz":
         yield from _arrays(data)
     elif suffix == ".jinja":
-        for text in ("null", "{{ messages }}", "{% for m in messages %}", "{{ 1/0 }}", "{{ x.y.z }}", "U S ?"):
+        for text in (
+            "null",
+            "{{ messages }}",
+            "{% for m in messages %}",
+            "{{ 1/0 }}",
+            "{{ x.y.z }}",
+            "U S ?",
+        ):
             yield "another value", text, text.encode()
 
 
@@ -348,7 +357,13 @@ def kind(name: str, file: str, read: Callable[[Path], Any], heavy: bool = False)
     return add
 
 
-ASKED = ("How do plants grow?", "Name a painter of é and 🌻.", "Tips for sleeping better", "Say why", "Is it?")
+ASKED = (
+    "How do plants grow?",
+    "Name a painter of é and 🌻.",
+    "Tips for sleeping better",
+    "Say why",
+    "Is it?",
+)
 
 
 def jsonl(path: Path, rows: Any) -> None:
@@ -580,7 +595,8 @@ def _(folder: Path) -> None:
     row = {"kind": "race", "candidates": ["", "Briefly."], "prompts": ["p0"], "answers": 2}
     rewards = [[[0.5, 1.0]], [[0.25, 0.0]]]
     jsonl(
-        folder / "cells.jsonl", [{**row, "prompts": [f"p{i}"], "rewards": rewards, "refused": 0} for i in (0, 1)]
+        folder / "cells.jsonl",
+        [{**row, "prompts": [f"p{i}"], "rewards": rewards, "refused": 0} for i in (0, 1)],
     )
 
 
@@ -697,7 +713,9 @@ def _job(folder: Path) -> Any:
 def _done(folder: Path) -> None:
     from paper_grid import plan
 
-    plan.write_config(plan.Job("train", "train", {"prompter": "m", "seed": 3, "lam": 0.05, "resume": True}), folder)
+    plan.write_config(
+        plan.Job("train", "train", {"prompter": "m", "seed": 3, "lam": 0.05, "resume": True}), folder
+    )
     (folder / "train" / "finished.json").write_text('{"seconds": 1.5, "cpu_seconds": 1.0}')
 
 
@@ -833,7 +851,7 @@ def _classifies(folder: Path) -> None:
         )
         LlamaForSequenceClassification(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    facts = {"bounds": "clip:-1,1", "template": "text", "max_tokens": 64, "accuracy": 0.7}
+    facts = {"bounds": "clip:-1,1", "template": "{prompt}{response}", "max_tokens": 64, "accuracy": 0.7}
     (folder / "model" / "reward.json").write_text(json.dumps(facts))
 
 
@@ -854,7 +872,9 @@ def reason(kind_name: str, fault: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Damage the kinds that are asked for, print what came of it, and give the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kinds", nargs="*", help="words of the kinds' names; all that load no model if none")
     parser.add_argument("--cases", type=int, default=300, help="most cases of a kind")
     parser.add_argument("--seed", type=int, default=SEED)
@@ -870,7 +890,9 @@ def main(arguments: list[str] | None = None) -> int:
     total: collections.Counter[str] = collections.Counter()
     findings: collections.Counter[str] = collections.Counter()
     others: collections.Counter[str] = collections.Counter()
-    print(f"{'kind':<36}{'cases':>7}{'refused':>9}{'same':>7}{'differs':>9}{'traceback':>11}{'hangs':>7}{'s':>7}")
+    print(
+        f"{'kind':<36}{'cases':>7}{'refused':>9}{'same':>7}{'differs':>9}{'traceback':>11}{'hangs':>7}{'s':>7}"
+    )
     for name, each in chosen.items():
         counts: collections.Counter[str] = collections.Counter()
         start = time.monotonic()

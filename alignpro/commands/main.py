@@ -116,7 +116,10 @@ def _expanded(verb: str, arguments: Sequence[str]) -> tuple[list[str], dict[str,
         options = read_yaml(path, "--config", as_text=True)
         said = from_file(VERBS[verb], options, f"--config {path}", renamed)
     preset = value_of("preset") or said.get("preset")
-    now, named = renamed_in(VERBS[verb]), {_name(n): value for n, value in PRESETS.get(str(preset), {}).items()}
+    now, named = (
+        renamed_in(VERBS[verb]),
+        {_name(n): value for n, value in PRESETS.get(str(preset), {}).items()},
+    )
     options = {now.get(name, name): value for name, value in named.items()} | said
     out = arguments_of({name: value for name, value in options.items() if name not in given})
     return [*out, *arguments], dict.fromkeys(said.keys() - given, path or "")

@@ -100,7 +100,7 @@ def _reward_model(reward: str) -> str | None:
     """The model behind a reward; None where it is an address, a Python function or a few lines of one."""
     from alignpro.llm.rewards.texts import TEXTS
 
-    name = reward.split("@")[0]
+    name = str(reward).split("@")[0]
     return None if ":" in name or name in TEXTS else name.split("#")[0]
 
 
@@ -151,7 +151,7 @@ def size(model: str) -> Size:
 
 def _decode(machine: Machine, m: Size, tokens: int, count: int, batch: int, nbytes: float) -> float:
     """Seconds to write `tokens` tokens of each of `count` texts."""
-    at_once = min(batch, count)
+    at_once = max(1, min(batch, count))
     step = max(m.parameters * nbytes / machine.bandwidth, 2 * m.parameters * at_once / machine.operations)
     return -(-count // at_once) * tokens * (step + machine.step)
 
@@ -230,7 +230,7 @@ def _training(o: Mapping[str, Any], preset: Preset, machine: Machine) -> Cost:
 
 def _rollout(o: Mapping[str, Any], preset: Preset, machine: Machine) -> Cost:
     frozen, reward, prompt, answer, nbytes = _common(o, preset)
-    draws, each = int(o.get("draws", 4)), int(o.get("answers", 2))
+    draws, each = int(o.get("draws") or 4), int(o.get("answers") or 2)
     prompter = size(next(iter(preset.prompters.values()))["prompter"])
     resampled = [arm for arm in o["arms"] if arm in ("star", "best_of_n")]
     policies = len(o.get("rlhf", ())) + len(o["trained"])

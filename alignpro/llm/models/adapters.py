@@ -88,13 +88,27 @@ def left_as_it_was(model: Any) -> Iterator[None]:
         raise
 
 
+def check_adapter(folder: Path, what: str) -> None:
+    """Refuse the configuration of an adapter that lacks what PEFT would fill in with its own, and so another
+    adapter; or that names its layers by a pattern, which may take for ever to match."""
+    path = folder / ADAPTER_CONFIG
+    said = read_json(path, dict)
+    kinds = {"peft_type": str, "r": int, "lora_alpha": int | float, "target_modules": list}
+    for name, kind in kinds.items() if said.get("peft_type") == "LORA" else [("peft_type", str)]:
+        value = said.get(name)
+        if value == "all-linear" and name == "target_modules":
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise AlignProError(f"{what}: {path.name} has no {name} that is one; save it again")
+
+
 def adapter_base(folder: Path) -> str:
     """The name of the model that an adapter's folder rests on, found from any working folder."""
     said: Any = {}
     for file, key in (("prompter.json", "base"), (ADAPTER_CONFIG, "base_model_name_or_path")):
         if (folder / file).is_file():
-            said = read_json(folder / file)
-            if isinstance(said, dict) and isinstance(said.get(key), str) and said[key]:
+            said = read_json(folder / file, dict)
+            if isinstance(said.get(key), str) and said[key]:
                 return find_base(said[key], folder)
     raise AlignProError(f"adapter {folder}: does not name the model that it belongs to; save it again")
 

@@ -326,6 +326,9 @@ def configure(tokenizer: Any, options: Mapping[str, Any] | None) -> Chat:
     found = Chat(tokenizer, dict(options or {}))
     setattr(tokenizer, _ATTRIBUTE, found)
     found.sample()
+    mark = _PRIVATE[2]
+    if mark not in found.render([{"role": "user", "content": mark}]):
+        raise AlignProError("has a chat template that leaves the prompt out; mend chat_template.jinja")
     return found
 
 

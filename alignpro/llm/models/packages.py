@@ -9,7 +9,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import json
 import os
 import re
 import shutil

@@ -137,7 +137,10 @@ class BradleyTerryReward:
             if shapes != expected | {"baseline": (Embedder.DIMENSION + 1,)}:
                 raise ValueError(f"shapes {shapes}")
             arrays = [*tensors.values(), np.array([centre, scale])]
-            if not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in arrays) or scale <= 0:
+            if (
+                not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in arrays)
+                or scale <= 0
+            ):
                 raise ValueError("a number is not finite")
         except Exception as error:
             raise AlignProError(

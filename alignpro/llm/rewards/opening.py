@@ -272,7 +272,7 @@ def read_spec(name: str) -> Spec:
         elif label is not None:
             bounds = _of_label(label, bounds)
         if label is not None:
-            with loading(target, folder, "sequence classifier"):
+            with loading(f"reward model {target!r}", folder, "sequence classifier"):
                 choose_output(AutoConfig.from_pretrained(folder), label, public_name(folder))
         return Spec("classifier", target, bounds, name, label)
     if label is None and own.names_code(target):
