@@ -115,11 +115,13 @@ class Run:
         *,
         resume: bool | None = None,
         names: Sequence[str] = (),
+        grows: Sequence[str] = (),
         option: str | None = None,
     ) -> None:
         """Take the folder for a run with these settings, which `claim` will write down. See `check`.
 
         Args:
+            grows: settings, as `settings.iterations`, that may be larger than they were.
             option: the flag that a refusal of other settings begins with. Left out: --resume where that is
                 what makes the run go on, else the folder's own.
 
@@ -131,7 +133,7 @@ class Run:
         if before is not None:
             option = option or (self.option if resume is None else "--resume")
             known = {name: digest for name, digest in found.items() if digest is not None}
-            refuse_other_settings(self.folder, before, {**record, CONTENTS: known}, option)
+            refuse_other_settings(self.folder, before, {**record, CONTENTS: known}, option, grows)
         self.record = {"verb": self.verb, **record}
         kept = dict((before or {}).get(CONTENTS) or {})
         self.record[CONTENTS] = kept | {name: digest for name, digest in found.items() if digest is not None}
@@ -297,12 +299,16 @@ def owning(
 
 
 def refuse_other_settings(
-    folder: Path, before: Any, now: Mapping[str, Any], option: str = "--resume"
+    folder: Path,
+    before: Any,
+    now: Mapping[str, Any],
+    option: str = "--resume",
+    grows: Sequence[str] = (),
 ) -> None:
     """Raise AlignProError, naming the first setting that differs, unless a run can be continued as asked.
 
     Digests of contents are compared where both have them: runs of an earlier version have none. A setting
-    that an earlier version did not have was off.
+    that an earlier version did not have was off. Those of `grows` may be larger than they were.
     """
     old_contents, contents = before.get(CONTENTS) or {}, now.get(CONTENTS) or {}
     for name in old_contents.keys() & contents.keys():
@@ -323,6 +329,8 @@ def refuse_other_settings(
 
     settings = {name: value for name, value in now.items() if name not in (CONTENTS, "verb")}
     for name, old, new in differences(before, settings, ""):
+        if name in grows and isinstance(old, int) and old < new:
+            continue
         raise AlignProError(
             f"{option}: {folder} was started with {name} = {old}, not {new}; "
             "repeat that setting or choose another folder"

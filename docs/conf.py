@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 project = "alignpro"
 author = "the alignpro authors"
 version = release = alignpro.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "formulas"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "formulas", "notebooks"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_dmath_allow_labels = False
 html_math_renderer = "mathml"

@@ -1,12 +1,13 @@
 """What the documents say is so: blocks run, commands parse, tutorials print what they show, links lead
 somewhere, and the site builds without a warning."""
 
+import ast
+import asyncio
 import contextlib
 import importlib.util
 import io
 import json
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -92,6 +93,10 @@ def test_a_wrong_command_is_noticed():
 
 # --- tutorials ---
 
+_SPEC = importlib.util.spec_from_file_location("notebooks", DOCS / "notebooks.py")
+NOTEBOOKS = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(NOTEBOOKS)
+
 needs_weights = pytest.mark.skipif(
     not all(packages.cached(name) for name in ("smollm2", "minilm", "llamafactory", "eval-framework")),
     reason="fetch them with: alignpro demo --quick --out runs/quick",
@@ -131,17 +136,25 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_tutorials_print_what_they_show(name, folder, monkeypatch):
-    monkeypatch.chdir(folder)
+    """As notebooks: cell by cell in one namespace, below a running event loop, as Jupyter does it."""
+    monkeypatch.chdir(DOCS if name == "run_the_paper" else folder)
     script, printed = DOCS / "tutorials" / f"{name}.py", io.StringIO()
     assert len(script.read_text().splitlines()) < 60
     page = script.with_suffix(".md").read_text()
     assert f"{{literalinclude}} {name}.py" in page
-    if name == "run_the_paper":  # a script of scripts
-        command = [sys.executable, script]
-        printed.write(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    else:
-        with contextlib.redirect_stdout(printed):
-            runpy.run_path(str(script), run_name="__main__")
+    assert f"<{name}.ipynb>" in page
+    code = [cell["source"] for cell in NOTEBOOKS.notebook(script, script.with_suffix(".md"))["cells"][1:]]
+    assert ast.dump(ast.parse("\n".join(code))) == ast.dump(
+        ast.Module(ast.parse(script.read_text()).body[1:], [])
+    )
+
+    async def notebook():
+        names: dict[str, object] = {"__name__": "__main__"}
+        for number, cell in enumerate(code, 1):
+            exec(compile(cell, f"{script.name}, cell {number}", "exec"), names)
+
+    with contextlib.redirect_stdout(printed):
+        asyncio.run(notebook())
     shows(page, printed.getvalue())
 
 
@@ -221,6 +234,9 @@ def test_the_site(site):
     assert "alignpro.theory.bounds.check" in (site / "docs/api/theory.html").read_text()
     menu = (site / "docs/index.html").read_text()
     assert 'href="cli/index.html"' in menu
+    notebooks = {path.stem: json.loads(path.read_text()) for path in site.glob("_downloads/*/*.ipynb")}
+    assert set(notebooks) == {path.stem for path in DOCS.glob("tutorials/*.py")}
+    assert {len({cell["id"] for cell in n["cells"]}) - len(n["cells"]) for n in notebooks.values()} == {0}
     for verb in VERBS:
         names = Anchors((site / f"docs/cli/{verb}.html").read_text()).names
         for option in options_of(VERBS[verb]):

@@ -26,6 +26,7 @@ from alignpro.commands.hunt import Hunt
 from alignpro.commands.instruct import Instruct
 from alignpro.commands.judge import Judge
 from alignpro.commands.merge import Merge
+from alignpro.commands.push import Push
 from alignpro.commands.resample import Resample
 from alignpro.commands.reward_model import RewardModel
 from alignpro.commands.rewrite import Rewrite
@@ -44,6 +45,7 @@ VERBS: dict[str, type[Verb]] = {
     "train": Train,
     "rewrite": Rewrite,
     "merge": Merge,
+    "push": Push,
     "sft": Sft,
     "reward-model": RewardModel,
     "resample": Resample,

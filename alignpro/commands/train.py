@@ -98,10 +98,12 @@ class Train(PrompterOptions, ReportedRun):
         from alignpro.commands.opening import check_target_room, how_read
         from alignpro.llm.arms.found import found
         from alignpro.llm.policies.prompter import Prompter
+        from alignpro.llm.training.algorithms import check_processes
         from alignpro.llm.training.environment import Environment
         from alignpro.llm.training.evaluation import check_held_out
         from alignpro.llm.training.open_ended import train
 
+        check_processes(settings)
         rounds, each = settings.iterations, settings.prompts * settings.samples
         asked = 0 if rlhf else rounds * each * settings.responses
         line = f"{len(prompts)} prompts; {rounds} rounds of {settings.prompts} x {settings.samples} "

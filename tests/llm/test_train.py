@@ -6,7 +6,6 @@ import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 import vllm_stub
+from mutants import kills, mutated
+from peft import get_peft_model
+from torch.distributed.tensor import DTensor
 from trl.generation import vllm_generation
 from trl.trainer import grpo_trainer, rloo_trainer
 
 from alignpro.errors import AlignProError
 from alignpro.llm.arms.resample import answers, star
+from alignpro.llm.models import adapters, shards
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.policy import log_probs, sample_and_score, sample_key
 from alignpro.llm.models.sampling import Sampling
@@ -26,7 +29,7 @@ from alignpro.llm.policies.prompter import Prompter, Template
 from alignpro.llm.rewards.bounds import Declared
 from alignpro.llm.rewards.function import CallableReward
 from alignpro.llm.targets.local import LocalTarget
-from alignpro.llm.training import algorithms, open_ended, settings
+from alignpro.llm.training import algorithms, open_ended, rewrites, settings
 from alignpro.llm.training.algorithms import ALGORITHMS
 from alignpro.llm.training.checkpoints import METRICS_FILE
 from alignpro.llm.training.environment import Environment
@@ -417,10 +420,64 @@ def test_interrupted_and_resumed_equals_uninterrupted(algorithm, tmp_path):
         fit(tmp_path / "cut", replace(settings, lam=0.4), resume=True)
 
 
+def test_a_finished_run_goes_on_for_more_rounds(tmp_path):
+    """Where the learning rate is constant, 3 rounds and then 5 are the first 8, to the bit."""
+    longer = replace(SHORT, schedule="constant")
+    whole = fit(tmp_path / "whole", longer)
+    fit(tmp_path / "cut", replace(longer, iterations=3))
+    assert len((tmp_path / "cut" / METRICS_FILE).read_text().splitlines()) == 3
+    assert fit(tmp_path / "cut", longer, resume=True).metrics == whole.metrics
+    name = "prompter/adapter_model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+    def refused(module, settings, folder):
+        model, tokenizer = tiny_model(seed=1, vocab="abcd")
+        world = Prompter(model, tokenizer, BARE), Environment(TableReward(), None), PROMPTS
+        said = "nothing"
+        try:
+            module.train(*world, settings, folder, resume=True, progress=False)
+        except AlignProError as error:
+            said = str(error)
+        assert "was started with settings.iterations = " in said
+
+    refused(open_ended, replace(longer, iterations=3), tmp_path / "cut")
+    falling = replace(SHORT, iterations=2)
+    fit(tmp_path / "falling", falling)
+    refused(open_ended, replace(falling, iterations=3), tmp_path / "falling")
+    mutant = mutated(open_ended, 'if settings.schedule == "constant" else ()', "")
+    kills(lambda m: refused(m, replace(falling, iterations=3), tmp_path / "falling"), mutant)
+
+
+@pytest.mark.parametrize("name", rewrites.TABLES)
+def test_a_watched_run_shows_its_rewrites(name, tmp_path, monkeypatch):
+    """W&B and trackio have a table, Table(dataframe=…), and log(…); here something else with these two is in
+    their place, as neither is installed for tests (tried with trackio 0.43)."""
+    logged = []
+    backend = SimpleNamespace(Table=lambda dataframe: dataframe, log=logged.append)
+    monkeypatch.setitem(sys.modules, name, backend)
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=1),
+        state=SimpleNamespace(global_step=8, is_world_process_zero=True),
+        args=SimpleNamespace(report_to=["tensorboard", name]),
+    )
+    rows = [{"prompt": x, "rewrite": f"{x}!", "answer": "y", "reward": 0.5} for x in PROMPTS]
+    log = rewrites.RewriteLog(tmp_path / "rewrites.jsonl", 4)
+    log.add(trainer, rows)
+    ((table,),) = (one.values() for one in logged)
+    assert table.to_dict("records") == [{"round": 3, **row} for row in rows]
+    trainer.args.report_to = []
+    log.add(trainer, rows)
+    assert len(logged) == 1
+
+
+def environment():
+    """For another Python that imports this module."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 # RLIMIT_FSIZE cuts writes short as a full disk does: here those of the third checkpoint, and nothing smaller.
 _FULL = """
 import json, resource, sys
-sys.path.insert(0, sys.argv[1])
 import test_train as t
 right, largest = t.open_ended.Metrics.on_log, 20_000
 def on_log(self, args, state, control, logs=None, **named):
@@ -429,7 +486,7 @@ def on_log(self, args, state, control, logs=None, **named):
     right(self, args, state, control, logs, **named)
 t.open_ended.Metrics.on_log = on_log
 try:
-    t.fit(sys.argv[2], t.SHORT)
+    t.fit(sys.argv[1], t.SHORT)
 except t.AlignProError as error:
     print(json.dumps(str(error)))
 """
@@ -439,8 +496,8 @@ def test_a_full_disk_is_one_error_and_loses_nothing(tmp_path):
     cut = tmp_path / "cut"
     want = fit(tmp_path / "whole", SHORT).metrics
     said = subprocess.run(
-        [sys.executable, "-c", _FULL, str(Path(__file__).parent), str(cut)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", _FULL, str(cut)],
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -459,9 +516,8 @@ def test_a_full_disk_is_one_error_and_loses_nothing(tmp_path):
 # Imported once; each run is a fork of it, killed after a random while.
 _KILLER = """
 import os, random, signal, sys, time
-sys.path.insert(0, sys.argv[1])
 import test_train as t
-rng, kills, folder = random.Random(0), 0, sys.argv[2]
+rng, kills, folder = random.Random(0), 0, sys.argv[1]
 while True:
     child = os.fork()
     if child == 0:
@@ -489,9 +545,8 @@ while True:
 def test_killed_at_random_moments_ends_in_the_same_result(tmp_path):
     """kill −9, twenty times at least; each run continues what the one before it left, evaluations too."""
     whole = fit(tmp_path / "whole", SHORT, **HELD).metrics
-    command = [sys.executable, "-c", _KILLER, str(Path(__file__).parent), str(tmp_path / "cut")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", _KILLER, str(tmp_path / "cut")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[-1]) >= 20
     lines = (tmp_path / "cut" / METRICS_FILE).read_text().splitlines()
@@ -500,59 +555,162 @@ def test_killed_at_random_moments_ends_in_the_same_result(tmp_path):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-_TWO = """
-import sys
+# Imported once; the processes of a training are forks of it, which find each other as those of torchrun do.
+_RANKS = """
+import json, os, random, signal, socket, sys, time, traceback
 from dataclasses import replace
-sys.path.insert(0, sys.argv[1])
 import test_train as t
 from alignpro.llm.training.ppo import PPOTrainer
-t.fit(sys.argv[2] + "/together", replace(t.SHORT, minibatches=1), **t.HELD)
-# The mutant: each process's critic goes its own way.
-PPOTrainer.join_critic_gradients = lambda self: None
-t.fit(sys.argv[2] + "/apart", replace(t.SHORT, minibatches=1))
-import torch.distributed as d
-print("of", d.get_world_size())
-d.destroy_process_group()
+import torch.distributed
+
+def together(n, work, until=None):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(n):
+        if not (pid := os.fork()):
+            at = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_PORT": port}
+            os.environ |= {name: str(value) for name, value in at.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            try:
+                work()
+                torch.distributed.destroy_process_group()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        ranks.append(pid)
+    if until is not None:
+        while not os.path.exists(until):
+            time.sleep(0.005)
+        os.kill(ranks[-1], signal.SIGKILL)
+        time.sleep(0.5)
+        for pid in ranks[:-1]:  # as torchrun does with the others
+            os.kill(pid, signal.SIGKILL)
+    return [os.waitpid(pid, 0)[1] for pid in ranks]
+
+def train(n, name, settings, kill=None, **how):
+    home = f"{folder}/{name}"
+    return together(n, lambda: t.fit(home, settings, **how), kill and f"{home}/{kill}")
+
+folder = sys.argv[1]
+exec(sys.argv[2])
 """
 
 
-def test_two_processes_train_as_one(tmp_path):
-    """DDP on two CPU processes: the loss curve of one process at equal global batch, critic included.
-
-    Evaluations, of which each process has a share of the prompts, and the rewrites are those of one, too.
-    """
-    one = fit(tmp_path / "one", replace(SHORT, minibatches=1), **HELD).metrics
-    script = tmp_path / "run.py"
-    script.write_text(_TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(script), str(Path(__file__).parent), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def ranks(script, folder):
+    """Run lines of Python in which train(processes, name, settings) trains into `folder`/name, and
+    together(processes, work) does anything."""
+    command = [sys.executable, "-c", _RANKS, str(folder), script]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("of 2") == 2
 
-    def check(critic):
-        two = [json.loads(line) for line in (tmp_path / critic / METRICS_FILE).read_text().splitlines()]
-        names = ("score", "kl_k1", "objective", "policy_loss", "value_loss", "explained_variance")
-        for name in ("score", *(f"ppo/{n}" for n in names[1:])):
-            np.testing.assert_allclose([x[name] for x in two], [x[name] for x in one], rtol=1e-3, atol=1e-4)
 
-    check("together")
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
-    def lines(folder, name):
-        return [json.loads(line) for line in (tmp_path / folder / name).read_text().splitlines()]
 
-    for a, b in zip(*(lines(of, "evaluations.jsonl") for of in ("one", "together")), strict=True):
+CURVES = (
+    "score",
+    "ppo/kl_k1",
+    "ppo/objective",
+    "ppo/policy_loss",
+    "ppo/value_loss",
+    "ppo/explained_variance",
+)
+
+
+def alike(folder, other):
+    """The same curves, evaluations and rewrites."""
+    a, b = (lines(home / METRICS_FILE) for home in (folder, other))
+    for name in CURVES:
+        np.testing.assert_allclose([x[name] for x in a], [x[name] for x in b], rtol=1e-3, atol=1e-4)
+    for a, b in zip(*(lines(home / "evaluations.jsonl") for home in (folder, other)), strict=True):
         assert a["best"] == b["best"]
         for key in ("objectives", "kl", "objective_stderr"):
             np.testing.assert_allclose(b[key], a[key], atol=1e-3)
-    said = [
-        [(x["round"], x["prompt"], x["answer"]) for x in lines(of, "rewrites.jsonl")]
-        for of in ("one", "together")
+    a, b = (lines(home / "rewrites.jsonl") for home in (folder, other))
+    assert [(x["round"], x["prompt"], x["answer"]) for x in a] == [
+        (x["round"], x["prompt"], x["answer"]) for x in b
     ]
-    assert said[0] == said[1]
-    with pytest.raises(AssertionError):
-        check("apart")
+
+
+def test_shards_need_processes(tmp_path):
+    sharded = replace(SHORT, shard=True)
+    with pytest.raises(AlignProError, match=r"^shard: divides weights among processes, and this is one"):
+        fit(tmp_path / "one", sharded)
+    for other in ({"policy_dtype": "4bit"}, {"vllm": "server"}):
+        with pytest.raises(AlignProError, match=r"^shard: cannot be had with"):
+            replace(sharded, **other)
+
+
+def sharded_beside_whole():
+    """In each of several processes: a sharded model scores, learns and draws as the whole one does, though
+    the processes have unequal numbers of sequences, and so of passes."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+
+    def model():
+        base, tokenizer = tiny_model(seed=1, vocab="abcd")
+        torch.manual_seed(0)
+        made = get_peft_model(base, adapters.adapter_config(base, 4, 1.0))
+        for p in made.parameters():
+            if p.requires_grad:
+                torch.nn.init.normal_(p, std=0.1)
+        return made, tokenizer.pad_token_id
+
+    (whole, pad), (divided, _) = model(), model()
+    shards.shard(divided)
+    rng = np.random.default_rng(rank)
+    prompts = rng.integers(4, size=(6 + 4 * rank, 5)).tolist()
+    said = rng.integers(4, size=(len(prompts), 4)).tolist()
+    keys = [[i] for i in range(len(prompts))]
+    found = []
+    for one in (whole, divided):
+        wrapped = torch.nn.parallel.DistributedDataParallel(one, broadcast_buffers=False)
+        values = log_probs(wrapped, prompts, said, most=20).log_probs
+        values.square().sum().backward()
+        with shards.gathered(one):
+            drawn = sample_and_score(one, pad, prompts, keys, Sampling(max_tokens=4))
+        again = log_probs(wrapped, prompts, said, most=20).log_probs
+        found.append((values, again, *(p.grad for p in one.parameters() if p.requires_grad), drawn))
+    *a, drawn = found[0]
+    *b, drawn_by_parts = found[1]
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(y.detach(), x.detach(), rtol=1e-5, atol=1e-6)
+    assert max(float(x.abs().max()) for x in a[2:]) > 0.1
+    assert drawn == drawn_by_parts
+    here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in divided.parameters())
+    assert here < 0.7 * sum(p.numel() for p in whole.parameters())
+
+
+def test_several_processes_train_as_one(tmp_path):
+    """On CPUs: the loss curve of one process at equal global batch, critic included. Two processes (DDP); two
+    with the frozen weights divided between them (FSDP2); and four, of which one is killed, and resumed.
+
+    Evaluations, of which each process has a share of the prompts or, the fourth, none, and the rewrites are
+    those of one, too.
+    """
+    fit(tmp_path / "one", replace(SHORT, minibatches=1), **HELD)
+    ranks(
+        """
+assert together(2, t.sharded_beside_whole) == [0, 0]
+settings = replace(t.SHORT, minibatches=1)
+assert train(2, "together", settings, **t.HELD) == [0, 0]
+sharded = replace(settings, shard=True)
+assert train(2, "two", sharded, **t.HELD) == [0, 0]
+assert 9 in train(4, "four", sharded, kill="checkpoint-8/complete", **t.HELD)
+assert not os.path.exists(folder + "/four/prompter")
+assert train(4, "four", sharded, resume=True, **t.HELD) == [0] * 4
+# The mutant: each process's critic goes its own way.
+PPOTrainer.join_critic_gradients = lambda self: None
+assert train(2, "apart", settings, **t.HELD) == [0, 0]
+""",
+        tmp_path,
+    )
+    for name in ("together", "two", "four"):
+        alike(tmp_path / name, tmp_path / "one")
+    kills(lambda name: alike(tmp_path / name, tmp_path / "one"), "apart")
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo", "grpo"])
@@ -656,7 +814,7 @@ def test_sharded_weights_are_refused():
 
     refuse, kinds = open_ended._refuse_sharded, open_ended.DistributedType
     for kind, stage, name in ((kinds.FSDP, None, "FSDP"), (kinds.DEEPSPEED, 3, "DeepSpeed ZeRO-3")):
-        with pytest.raises(AlignProError, match=f"^distributed_type {name}: .* use DDP, or DeepSpeed"):
+        with pytest.raises(AlignProError, match=f"^distributed_type {name}: .* give --shard"):
             refuse(accelerator(kind, stage))
     for kind, stage in ((kinds.NO, None), (kinds.MULTI_CPU, None), (kinds.DEEPSPEED, 2)):
         refuse(accelerator(kind, stage))

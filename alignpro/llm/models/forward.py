@@ -75,6 +75,13 @@ def room(model: Any) -> int | None:
     return int(found) if found else None
 
 
+def has_experts(model: Any) -> bool:
+    """Whether its layers are mixtures of experts, of which a token goes through some."""
+    config = text_config(model)
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return any(getattr(config, name, None) for name in names)
+
+
 def windows(model: Any) -> dict[str, int | None]:
     """The window of attention of each type of layer; None sees everything before."""
     config = text_config(model)
@@ -177,11 +184,21 @@ def passes(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
         order = order[n:]
 
 
-def _alone(model: Any, forests: Sequence[Forest], wanted: Sequence[np.ndarray]) -> list[Tensor]:
-    """Hidden states as `states` gives them, each sequence read by itself and padded on the right."""
-    device = next(unwrap(model).parameters()).device
-    rows: list[tuple[int, list[int]]] = []  # forest, and a path that no other goes on from
-    home: list[dict[int, tuple[int, int]]] = [{} for _ in forests]  # node: row and place
+def count_passes(forest: Forest, wanted: np.ndarray, how: How) -> int:
+    """How many forward passes `states` makes of one forest."""
+    if how.masks != "none":
+        return 1
+    rows, _ = _paths([forest], [wanted])
+    return sum(1 for _ in passes([len(path) for _, path in rows], _ONE_PASS))
+
+
+def _paths(
+    forests: Sequence[Forest], wanted: Sequence[np.ndarray]
+) -> tuple[list[tuple[int, list[int]]], list[dict[int, tuple[int, int]]]]:
+    """Sequences that hold all wanted nodes, each as its forest and a path that no other goes on from; and for
+    each forest, by node, its sequence and its place there."""
+    rows: list[tuple[int, list[int]]] = []
+    home: list[dict[int, tuple[int, int]]] = [{} for _ in forests]
     for b, (forest, at) in enumerate(zip(forests, wanted, strict=True)):
         for node in sorted({int(node) for node in at}, key=lambda n: -len(forest.path(n))):
             if node in home[b]:
@@ -190,6 +207,13 @@ def _alone(model: Any, forests: Sequence[Forest], wanted: Sequence[np.ndarray]) 
             for place, passed in enumerate(path):
                 home[b].setdefault(passed, (len(rows), place))
             rows.append((b, path))
+    return rows, home
+
+
+def _alone(model: Any, forests: Sequence[Forest], wanted: Sequence[np.ndarray]) -> list[Tensor]:
+    """Hidden states as `states` gives them, each sequence read by itself and padded on the right."""
+    device = next(unwrap(model).parameters()).device
+    rows, home = _paths(forests, wanted)
     found: dict[int, Tensor] = {}
     for some in passes([len(path) for _, path in rows], _ONE_PASS):
         ids, mask = np.zeros((2, len(some), len(rows[some[0]][1])), np.int64)

@@ -23,10 +23,12 @@ from transformers import (
 )
 
 from alignpro.errors import AlignProError
+from alignpro.llm.models import shards
 from alignpro.llm.models.forward import (
     Forest,
     Head,
     How,
+    count_passes,
     edge_log_probs,
     how_of,
     states,
@@ -376,7 +378,7 @@ def log_probs(
         prompts, continuations: B pairs of token ids.
         steps: T; the longest continuation's length when None.
         hidden: whether to return the hidden states too.
-        most: tokens in one forward pass, about.
+        most: tokens in one forward pass, about. Processes with shards of one model make equally many passes.
         sampling: makes another distribution than the model's own; −inf where it excludes a token. No
             gradient then.
         drawn: the continuations were drawn from it (see `Warper.log_probs`).
@@ -391,7 +393,10 @@ def log_probs(
     steps = max(map(len, continuations)) if steps is None else steps
     order: list[int] = []
     parts: list[list[Tensor]] = []
-    for pack in packs(prompts, continuations, most):
+    every = packs(prompts, continuations, most)
+    own = sum(count_passes(pack.forest, pack.states, how) for pack in every)
+    spare = shards.most(model, own) - own
+    for pack in every:
         (found,) = states(model, [pack.forest], [pack.states], how)
         at, token, inside = (torch.as_tensor(a, device=found.device) for a in pack.table(steps))
         with torch.set_grad_enabled(torch.is_grad_enabled() and choose is None):
@@ -403,4 +408,7 @@ def log_probs(
         order += pack.rows
     back = torch.argsort(torch.tensor(order, device=parts[0][0].device))
     joined = [torch.cat(column)[back] for column in zip(*parts, strict=True)]
+    for _ in range(spare):  # in step with the other processes, forward and backward
+        (found,) = states(model, [Forest(np.zeros(1, int), np.array([-1]))], [np.zeros(1, int)], how)
+        joined[0] = joined[0] + 0.0 * found.float().sum()
     return Scores(joined[0], joined[1], joined[2] if hidden else None)

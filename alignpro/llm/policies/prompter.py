@@ -7,7 +7,7 @@ prompter.rewrite("How do plants grow?")
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from alignpro.files import read_json, write_json, write_text
 from alignpro.llm.models import adapters, catalogue, load, packages, recipes, resolve
 from alignpro.llm.models.chat import Said, chat_of
 from alignpro.llm.models.forward import room
+from alignpro.llm.models.hub import elsewhere, push
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.models.policy import Ids, log_probs, sample_and_score, sample_key
 from alignpro.llm.models.prompt import Message, context_of, messages_of
@@ -232,22 +233,19 @@ class Prompter:
         write_json(folder / PROMPTER_FILE, record)
         write_text(folder / "README.md", self.card())
 
-    def push_to_hub(self, repository: str, **options: Any) -> None:
-        """Upload what `save` writes to `repository` (owner/name); needs `hf auth login`."""
-        from huggingface_hub import HfApi
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Upload what `save` writes to `repository` (owner/name), and return its address.
 
-        # Where the base lies on this machine is nobody else's business.
-        shared = replace(self, base=Path(self.base).name) if Path(self.base).is_absolute() else self
+        Needs `hf auth login`, or HF_TOKEN in the environment; see `alignpro.llm.models.hub.push`.
+        """
         with tempfile.TemporaryDirectory() as folder:
-            shared.save(folder, whole=not hasattr(self.model, "peft_config"))
-            api = HfApi()
-            api.create_repo(repository, exist_ok=True, **options)
-            api.upload_folder(repo_id=repository, folder_path=folder)
+            self.save(folder, whole=not hasattr(self.model, "peft_config"))
+            return push(folder, repository, private=private)
 
     def card(self) -> str:
         """The model card, as Markdown."""
         facts = "\n".join(
-            f"- {key}: {json.dumps(value, ensure_ascii=False)}"
+            f"- {key}: {json.dumps(elsewhere(value), ensure_ascii=False)}"
             for key, value in self.facts.items()
             if value is not None
         )

@@ -11,6 +11,7 @@ from trl import GRPOConfig, RLOOConfig
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.adapters import adapter_config
+from alignpro.llm.models.forward import has_experts
 from alignpro.llm.training.checkpoints import Metrics, trainer_of
 from alignpro.llm.training.ppo import PPOConfig, PPOTrainer
 from alignpro.llm.training.settings import SCHEDULES, TrainSettings, refuse_moved_optimum
@@ -58,6 +59,22 @@ ALGORITHMS: dict[str, Algorithm] = {
 with the KL moved into the reward. `settings.ALGORITHM_NAMES` lists the names where torch is not at hand."""
 
 
+def check_processes(settings: TrainSettings) -> int:
+    """How many processes train together (WORLD_SIZE); AlignProError where the settings do not suit them."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.prompts * settings.samples % (settings.minibatches * settings.microbatches * world):
+        raise AlignProError(
+            f"prompts x samples = {settings.prompts * settings.samples}: {world} processes x "
+            f"{settings.minibatches} minibatches x {settings.microbatches} microbatches do not fit"
+        )
+    if settings.shard and world < 2:
+        raise AlignProError(
+            "shard: divides weights among processes, and this is one; start several, as with "
+            "`torchrun --nproc_per_node 8 -m alignpro train ...`, or leave it out"
+        )
+    return world
+
+
 def configured(
     settings: TrainSettings, out: Path, model: Any, report_to: Sequence[str] = (), longest: int | None = None
 ) -> Any:
@@ -66,18 +83,16 @@ def configured(
     `longest` is the number of tokens of the longest prompt: vLLM in the training processes keeps room for
     that and a rewrite, and not for as many tokens as the model could read.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = check_processes(settings)
     batch = settings.prompts * settings.samples
     steps = settings.minibatches * settings.microbatches
-    if batch % (steps * world):
-        raise AlignProError(
-            f"prompts x samples = {batch}: {world} processes x {settings.minibatches} minibatches x "
-            f"{settings.microbatches} microbatches do not fit"
-        )
     common: Arguments = {
         "bf16": False,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the other kind needs trained inputs
         "disable_tqdm": True,
+        # Buffers are alike in all processes. Sent at each pass, they would wait where one makes more passes.
+        "ddp_broadcast_buffers": False,
+        "ddp_find_unused_parameters": has_experts(model),  # those that no token was sent to
         "shuffle_dataset": False,  # the order is given; a fixed one makes resuming bit-exact
         "remove_unused_columns": False,
         "disable_dropout": True,

@@ -251,7 +251,8 @@ class Metrics(Kept):
     the lines before them, so that the file can be made again.
     """
 
-    clocks = ("time", "runtime", "per_second", "num_tokens")
+    left_out = ("time", "runtime", "per_second", "num_tokens", "epoch")
+    """Parts of names: of clocks, and of the share of all planned rounds, which may become more."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -259,7 +260,7 @@ class Metrics(Kept):
         self._loaded = False
 
     def kept(self, logs: Line) -> Line:
-        return {k: v for k, v in logs.items() if not any(clock in k for clock in self.clocks)}
+        return {k: v for k, v in logs.items() if not any(part in k for part in self.left_out)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero and state.global_step:

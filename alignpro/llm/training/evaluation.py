@@ -31,6 +31,7 @@ from alignpro.llm.models.chat import Said
 from alignpro.llm.models.policy import log_probs, sample_and_score, sample_key
 from alignpro.llm.models.prompt import as_json
 from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.models.shards import gathered, is_sharded
 from alignpro.llm.training.checkpoints import Kept, Line
 from alignpro.llm.training.environment import Environment
 from alignpro.llm.training.settings import EvaluationSettings, TrainSettings
@@ -149,9 +150,10 @@ class Evaluations(Kept):
 
     def _measured(self, model: Any, mine: Sequence[int], first: bool) -> list[dict[str, Any]]:
         """Rewards and log-ratios of each draw of the prompts at `mine`."""
-        if not mine:
+        if not mine and not is_sharded(model):
             return []
-        how, xs = self.how, [self.prompts[i] for i in mine]
+        # With shards the other processes wait for this one at each pass, though it has no prompt.
+        how, xs = self.how, [self.prompts[i] for i in mine or [0]]
         n = how.first if first else how.eval_draws
         ids = [self.prompt_ids(x) for x in xs]
         keys = [
@@ -161,7 +163,8 @@ class Evaluations(Kept):
         # As the prompter is used later, whatever it is sampled with while it is trained.
         sampling = Sampling(max_tokens=self.settings.max_tokens)
         pad = self.trainer.processing_class.pad_token_id
-        drawn = [pair for row in sample_and_score(model, pad, ids, keys, sampling) for pair in row]
+        with gathered(model):
+            drawn = [pair for row in sample_and_score(model, pad, ids, keys, sampling) for pair in row]
         starts, tokens = [row for row in ids for _ in range(n)], [said for said, _ in drawn]
         values = [math.fsum(each) for _, each in drawn]
         with torch.no_grad():
@@ -169,6 +172,8 @@ class Evaluations(Kept):
                 values = log_probs(model, starts, tokens).log_probs.double().sum(1).tolist()
             with model.disable_adapter():
                 before = log_probs(model, starts, tokens).log_probs.double().sum(1).tolist()
+        if not mine:
+            return []
         asked, draws = [x for x in xs for _ in range(n)], [*range(n)] * len(xs)
         texts = [self.said(x, tuple(said)).text for x, said in zip(asked, tokens, strict=True)]
         scores, answers = self.environment.answered(asked, texts, draws)

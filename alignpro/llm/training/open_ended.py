@@ -26,6 +26,7 @@ from alignpro.llm.models.libraries import quiet
 from alignpro.llm.models.policy import log_probs, sample_and_score, sample_key
 from alignpro.llm.models.prompt import as_json, from_json
 from alignpro.llm.models.sampling import Sampling, digest
+from alignpro.llm.models.shards import gathered, shard
 from alignpro.llm.policies.prompter import Prompter, Template, check_room, target_ids
 from alignpro.llm.training.algorithms import configured, trainer_on
 from alignpro.llm.training.checkpoints import (
@@ -122,7 +123,8 @@ class OpenRollouts(Rollouts):
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
-        drawn = sample_and_score(model, self.processing_class.pad_token_id, [*rows], keys, sampling)  # type: ignore[attr-defined]
+        with gathered(model):
+            drawn = sample_and_score(model, self.processing_class.pad_token_id, [*rows], keys, sampling)  # type: ignore[attr-defined]
         model.train(training)
         out: list[list[int]] = [[] for _ in prompt_ids]
         self._drawn = [[] for _ in prompt_ids]
@@ -212,7 +214,8 @@ def train(
             one: the last round's, or with `evaluation` that of the best evaluation (evaluations.jsonl).
         held_out: prompts never learned from, which `evaluation` evaluates on.
         evaluation: how often to evaluate, and when to stop.
-        resume: continue from the last checkpoint in `out`, if there is one; on a CPU to the bit.
+        resume: continue from the last checkpoint in `out`, if there is one; on a CPU to the bit. With a
+            constant learning rate `settings.iterations` may be larger than before: a finished run goes on.
         report_to: tensorboard, wandb, trackio.
         facts: for the model card and settings.json.
         progress: whether a terminal sees a bar.
@@ -279,7 +282,9 @@ def train(
         record |= {"chat": chat_of(tokenizer).describe(), "read": how_of(prompter.model).describe(), **facts}
         record = json.loads(json.dumps(record))
         run = here(out)
-        run.begin(record, resume=resume, names=OWN)
+        # Where the learning rate falls to no planned end, a finished run is the beginning of a longer one.
+        grows = ("settings.iterations",) if settings.schedule == "constant" else ()
+        run.begin(record, resume=resume, names=OWN, grows=grows)
         metrics = _Rounds(out / METRICS_FILE, settings, progress)
         sampled = RewriteLog(out / REWRITES_FILE, settings.steps_per_round)
         evaluations = None
@@ -307,6 +312,8 @@ def train(
             **how,
         )
         _refuse_sharded(trainer.accelerator)
+        if settings.shard:
+            shard(trainer.model)
         trainer.add_callback(sampled)
         last = last_checkpoint(out) if resume else None
         if evaluations is not None and last is not None:
@@ -351,14 +358,14 @@ def _prompt(row: str) -> str:
 
 
 def _refuse_sharded(accelerator: Any) -> None:
-    """Refuse sharded weights: sampling reads them whole, at another pace in each process."""
+    """Refuse what shards all weights: an adapter stays whole, and its base is to be whole while it draws."""
     kind = accelerator.distributed_type
     plugin = accelerator.state.deepspeed_plugin if kind == DistributedType.DEEPSPEED else None
     if kind == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3):
         name = "FSDP" if plugin is None else "DeepSpeed ZeRO-3"
         raise AlignProError(
-            f"distributed_type {name}: it shards the weights that rewrites are drawn from; use DDP, or "
-            "DeepSpeed with zero_stage 2"
+            f"distributed_type {name}: start the processes without it, as torchrun does, and give --shard, "
+            "which divides the frozen weights by FSDP2 and leaves the adapter whole"
         )
 
 

@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pandas  # which datasets needs
 from accelerate.utils import gather_object
 
 from alignpro.errors import AlignProError
@@ -16,6 +18,8 @@ from alignpro.llm.training.checkpoints import Kept
 from alignpro.runs import claim
 
 REWRITES_FILE = "rewrites.jsonl"
+TABLES = ("wandb", "trackio")
+"""Reporters that show a table: theirs has the round's rewrites with answers and rewards."""
 LOG_FILE = "rewrites.json"
 """Hash of the rewrites so far, in a checkpoint: they are too many to be kept in each."""
 
@@ -62,6 +66,9 @@ class RewriteLog(Kept):
         text = (json.dumps({"round": done, **row}, ensure_ascii=False) + "\n" for row in rows)
         data = "".join(text).encode(errors="replace")
         claim(self.path)
+        for name in set(TABLES) & set(trainer.args.report_to):
+            reporter, frame = import_module(name), pandas.DataFrame({"round": done, **row} for row in rows)
+            reporter.log({"rewrites": reporter.Table(dataframe=frame)})
         try:
             with open(self.path, "ab") as file:
                 file.write(data)

@@ -120,7 +120,8 @@ class TrainSettings(PolicySettings):
     minibatches: int = 1
     """Optimizer steps in each pass."""
     schedule: Literal["cosine_with_min_lr", "constant"] = "cosine_with_min_lr"
-    """How the learning rate falls: along a cosine to a tenth, or not at all."""
+    """How the learning rate falls: along a cosine to a tenth, or not at all; then --resume with more
+    --iterations takes a finished run further."""
     max_tokens: int = 48
     """The most tokens of one rewrite (with --policy rlhf, of an answer), its end token included."""
     policy_dtype: Literal["float32", "bfloat16", "4bit"] = "float32"
@@ -168,6 +169,9 @@ class TrainSettings(PolicySettings):
     """PPO: adapt λ so that a rewrite's KL nears this, in nats. Moves the optimum: λ is not fixed."""
     kl_horizon: int = 10_000
     """PPO: rewrites over which λ adapts, where target_kl is given."""
+    shard: bool = False
+    """With several processes: divide the frozen weights of the policy's layers among them (FSDP2) instead of
+    keeping all in each. They are whole in each while rewrites are drawn, and layer by layer in learning."""
     vllm: Literal["colocate", "server"] | None = None
     """Draw rewrites with vLLM, through TRL: in the training processes, or by a server (`trl vllm-serve`) on
     this machine. The draws then depend on more than the seed, and a resumed run repeats none."""
@@ -197,6 +201,9 @@ class TrainSettings(PolicySettings):
                 raise AlignProError(f"vllm_memory {self.vllm_memory}: is for vllm colocate; leave it out")
             if not 0 < self.vllm_memory < 1:
                 raise AlignProError(f"vllm_memory {self.vllm_memory}: give a share above 0 and below 1")
+        if self.shard and (self.vllm is not None or self.policy_dtype == "4bit"):
+            other = "policy_dtype 4bit" if self.vllm is None else f"vllm {self.vllm}"
+            raise AlignProError(f"shard: cannot be had with {other}; leave one of them out")
         for name in ("top_p", "gamma", "gae_lambda"):
             if not 0 < getattr(self, name) <= 1:
                 raise AlignProError(f"{name} {getattr(self, name)}: give a number above 0 and at most 1")
