@@ -101,7 +101,7 @@ def flaw(folder: Path, files: Mapping[str, Any]) -> str | None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """`text` as UTF-8, atomically (see `atomic_write`); half a character as JSON's escape, such as \\ud800."""
+    """Write `text` atomically (see `atomic_write`), as `encoded` has it."""
     with atomic_write(path) as file:
         file.write(encoded(text))
 
@@ -139,6 +139,13 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is given twice in one object")
+    return found
+
+
 def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{text[:40]} is no finite number")
@@ -146,14 +153,16 @@ def _finite(text: str) -> float:
 
 
 _DECODER = json.JSONDecoder(parse_int=_whole)
-_FINITE = json.JSONDecoder(parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+_STRICT = json.JSONDecoder(
+    object_pairs_hook=_once, parse_int=_whole, parse_float=_finite, parse_constant=_finite
+)
 
 
-def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
+def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
     """The value of JSON text; of bytes as UTF-8, a mark of that before it left out.
 
     Args:
-        finite: refuse NaN and infinities, which Python takes for JSON.
+        strict: refuse what Python takes for JSON, too: NaN, infinities, and a name twice in one object.
 
     Raises:
         ValueError: it is none, is nested too deeply, or has what nothing could go on with: a whole number
@@ -161,7 +170,7 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
     """
     text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     try:
-        value = (_FINITE if finite else _DECODER).decode(text)
+        value = (_STRICT if strict else _DECODER).decode(text)
         if text.count("[") + text.count("{") > _DEEPEST and _deeper(value):
             raise RecursionError
         if _HALF.search(text):
@@ -176,7 +185,7 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
 def read_json(path: str | os.PathLike[str], kind: type = object) -> Any:
     """The JSON value in `path`, of that type. Raises AlignProError if it is missing, damaged or another."""
     try:
-        value = parse_json(Path(path).read_bytes(), finite=True)
+        value = parse_json(Path(path).read_bytes(), strict=True)
         if not isinstance(value, kind):
             raise ValueError(f"it holds a {type(value).__name__}")
         return value

@@ -1,4 +1,4 @@
-"""Values from JSON and YAML as records, each checked by the types of its own fields; and the reader of YAML."""
+"""Values from JSON and YAML as records, each checked by the types of its fields; and the reader of YAML."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import reprlib
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from alignpro.errors import AlignProError
 from alignpro.files import MOST_DIGITS
@@ -114,9 +114,8 @@ def _record(record: Any, value: Any, where: str) -> Any:
     if lacking := [name for name, (_, needed) in known.items() if needed and name not in value]:
         raise AlignProError(f"{where}: lacks {lacking[0]}; add it")
     if odd := [name for name in value if name not in known]:
-        raise AlignProError(
-            f"{where}: has no field {_BRIEF.repr(odd[0]).strip(chr(39))}; choose from {', '.join(known)}"
-        )
+        said = _BRIEF.repr(odd[0]).strip("'")
+        raise AlignProError(f"{where}: has no field {said}; choose from {', '.join(known)}")
     return record(**{name: _made(known[name][0], v, f"{where} {name}") for name, v in value.items()})
 
 
@@ -170,7 +169,7 @@ def _loader(as_text: bool) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: dict[str, Any] = {}
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:

@@ -27,7 +27,7 @@ FLOORS = (
 """From the ground up: a room imports from the floors below it alone."""
 ONLY = {"report": {"ground"}}
 """Rooms that import from fewer floors than they stand on."""
-GROUND = {"", "calls", "errors", "files", "locks", "runs", "claims", "moved", "shown", "strategies"}
+GROUND = {"", "calls", "errors", "files", "locks", "runs", "claims", "moved", "shown", "strategies", "typed"}
 DOORS = {"__main__", "cli", "testing", "winrate"}
 """Entrances and old paths, which pass on what is elsewhere."""
 TORCH = {"torch", "transformers", "trl", "peft", "accelerate"}

@@ -89,17 +89,13 @@ def left_as_it_was(model: Any) -> Iterator[None]:
 
 
 def check_adapter(folder: Path, what: str) -> None:
-    """Refuse the configuration of an adapter that lacks what PEFT would fill in with its own, and so another
-    adapter; or that names its layers by a pattern, which may take for ever to match."""
-    path = folder / ADAPTER_CONFIG
-    said = read_json(path, dict)
-    kinds = {"peft_type": str, "r": int, "lora_alpha": int | float, "target_modules": list}
+    """Refuse the configuration of an adapter that lacks a number which PEFT would fill in with its own, so
+    that it would be another adapter."""
+    said = read_json(folder / ADAPTER_CONFIG, dict)
+    kinds = {"peft_type": str, "r": int, "lora_alpha": int | float, "target_modules": list | str}
     for name, kind in kinds.items() if said.get("peft_type") == "LORA" else [("peft_type", str)]:
-        value = said.get(name)
-        if value == "all-linear" and name == "target_modules":
-            continue
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise AlignProError(f"{what}: {path.name} has no {name} that is one; save it again")
+        if not isinstance(said.get(name), kind) or isinstance(said[name], bool):
+            raise AlignProError(f"{what}: its {ADAPTER_CONFIG} has no {name} that is one; save it again")
 
 
 def adapter_base(folder: Path) -> str:

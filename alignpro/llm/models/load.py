@@ -206,7 +206,7 @@ def read_weights(
 _LAYER = re.compile(r"\.\d+\.(?!.*inv_freq)")
 """A weight of one of several layers. Frequencies of rotations, which old versions saved, are none."""
 _SIZE = re.compile(
-    r"(^|_)(vocab_size|hidden_size|intermediate_size|\w*dim|num_\w*(heads|experts)|n_(embd|head|inner))$"
+    r"(^|_)((vocab|hidden|intermediate)_size|\w*dim|num_\w*(heads|experts)|n_(embd|head|inner))$"
 )
 
 
@@ -224,8 +224,8 @@ def _check_sizes(folder: Path, what: str) -> None:
             most = tensors if name in _LAYERS else numbers if _SIZE.search(name) else None
             if most is not None and type(value) is int and value > most:
                 raise AlignProError(
-                    f"{what}: {folder}/config.json says {name} {value}, which its weights, {numbers:,} numbers "
-                    f"in {tensors:,} tensors, cannot have; save the whole model again"
+                    f"{what}: {folder}/config.json says {name} {value}, more than its weights can have, "
+                    f"{numbers:,} numbers in {tensors:,} tensors; save the whole model again"
                 )
 
 

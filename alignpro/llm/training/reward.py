@@ -22,9 +22,10 @@ from alignpro.llm.data.split import SPLITS, Split, normalised
 from alignpro.llm.models import catalogue, configure, contents, libraries, resolve
 from alignpro.llm.models.forward import text_config
 from alignpro.llm.models.libraries import quiet
+from alignpro.llm.models.load import loading, read_weights
 from alignpro.llm.rewards.accuracy import accuracy, longer_wins
 from alignpro.llm.rewards.bounds import Bounded, Squash
-from alignpro.llm.rewards.classifier import REWARD_FILE, SequenceReward, loading, longest, public_name
+from alignpro.llm.rewards.classifier import REWARD_FILE, SequenceReward, longest, public_name
 from alignpro.llm.rewards.reward import check_scores, check_template, shown
 from alignpro.llm.training.checkpoints import (
     METRICS_FILE,
