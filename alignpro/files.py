@@ -134,7 +134,7 @@ def _deeper(value: Any) -> bool:
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
+    if len(digits.lstrip("-")) > MOST_DIGITS:
         raise ValueError(f"a whole number has {len(digits)} digits")
     return int(digits)
 

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -83,6 +84,8 @@ WRONG: dict[str, str] = {
 }
 """Values, as JSON, that are put in the place of another."""
 
+OTHER = "another "
+"""Before the name of a value that is of the type of the one before it."""
 Fault = tuple[str, str, bytes]
 """The name of a fault, where in the file, and the file with it."""
 
@@ -145,13 +148,23 @@ def _without(value: Any, path: tuple[Any, ...]) -> Any:
     return copy
 
 
+def _like(name: str, old: Any) -> bool:
+    """Whether a wrong value is of the type of the one in whose place it is put."""
+    new = json.loads(WRONG[name]) if name != "deep" else []
+    if isinstance(old, float) and not isinstance(new, bool):
+        return isinstance(new, int | float) and abs(new) < 1e300  # type: ignore[operator]
+    return type(new) is type(old)
+
+
 def in_json(value: Any, dump: Callable[[Any], str] = json.dumps) -> Iterator[tuple[str, str, str]]:
     """Faults of a JSON value: a wrong one in each place, each key gone, renamed or twice."""
     for path in paths(value):
         where = ".".join("*" if isinstance(part, int) else str(part) for part in path)
-        marked = dump(_mark(value, path, "@@@"))
+        marked, old = dump(_mark(value, path, "@@@")), value
+        for part in path:
+            old = old[part]
         for name, new in WRONG.items():
-            yield name, where, marked.replace('"@@@"', new)
+            yield OTHER * _like(name, old) + name, where, marked.replace('"@@@"', new)
         if path:
             yield "key gone", where, dump(_without(value, path))
         if path and isinstance(path[-1], str):
@@ -861,13 +874,99 @@ for _file in ("config.json", "tokenizer.json", "model.safetensors", "reward.json
 
 # --- what is right though the numbers differ ---
 
-REASONS: dict[tuple[str, str], str] = {}
-"""By kind (or `*`) and fault."""
+_NONE = "no file|a folder|a loop of links|a link to .*"
+REASONS: tuple[tuple[str, str, str, str], ...] = (
+    (".*", "another .*", ".*", "a value of the field's own type: it is what the file says"),
+    (
+        ".*",
+        "flipped bit|not utf-8",
+        ".*",
+        "another letter, digit, name or line end, and no check sum that tells",
+    ),
+    (".*", "line gone|line twice|doubled .*", ".*", "rows are a file's to have, once or twice"),
+    (".*", "cut|empty", "", "a file that ends where a row does is a shorter one"),
+    (
+        ".*",
+        "crlf|bom|null bytes|compressed",
+        ".*",
+        "how a text begins, or ends its lines, is not what it says",
+    ),
+    ("prompts as text|instructions|a rubric", ".*", ".*", "whatever has letters is a text"),
+    ("prompts as .*", ".*", "level.*|more.*|answer", "a further column may hold anything, or be missing"),
+    (
+        "rewrites",
+        ".*",
+        "calls|cost",
+        "what a rewrite took is told where it is known, as numbers or their texts",
+    ),
+    (
+        "rollouts",
+        ".*",
+        "(context|columns|reward_parts|reward_spread|logp_.*).*",
+        "a field may be null, or missing",
+    ),
+    ("rollouts", ".*", "columns.*", "a further column may hold anything"),
+    ("rollouts to go on with", ".*", ".*", "a line that is none is drawn again"),
+    (
+        "a .*settings",
+        ".*",
+        "(contents|arms).*",
+        "what was not recorded, as in earlier versions, is not compared",
+    ),
+    (
+        "judgements",
+        ".*",
+        "rollouts.*|replies.*|failures.*|lengths.*|prompt_id|identical|judge|arms.*",
+        "is shown",
+    ),
+    ("proposals", ".*", "responses|calls|original", "a field that has a default, or may be null"),
+    ("an instruction's rewards", ".*", ".*", "a block that is none is asked for again"),
+    ("an enumeration's texts", "key gone", ".*_ids.*", "another sequence of tokens, which nothing names"),
+    ("an instance", "negative", "reward", "any finite reward"),
+    ("an instance", "key gone|key renamed", "names", "labels may be missing"),
+    ("answers as they .*", ".*", ".*", "a line that is none is counted, and its answer asked for again"),
+    ("answers", _NONE, ".*", "no answers are kept yet"),
+    (
+        "options of a verb",
+        "key gone|null|zero|.*number|many|fraction|negative|true|infinite|nan",
+        ".*",
+        "as typed",
+    ),
+    ("a preset of the grid", "key gone|null", ".*", "a field that has a default"),
+    (
+        "a preset of the grid",
+        ".*number|many|zero|fraction|negative|infinite|nan|true",
+        ".*",
+        "a number is a name, too, where a name is asked for",
+    ),
+    ("a job's (end|failure)", _NONE, ".*", "a job without the file is to be done"),
+    ("a job's end", "key gone|key renamed", ".*", "times are told"),
+    ("a trained head's facts", ".*", ".*", "facts are shown, and nothing is computed from them"),
+    ("a classifier's reward.json", ".*", "accuracy.*", "facts are shown, and nothing is computed from them"),
+    ("a prompter's prompter.json", ".*", "facts.*", "facts are shown, and nothing is computed from them"),
+    ("a prompter's prompter.json", "no file", "", "a folder without it is an adapter that PEFT saved"),
+    (
+        "a prompter's prompter.json",
+        "key gone",
+        "template.*",
+        "a field, or an example, that need not be there",
+    ),
+    (".*tokenizer.*", ".*", ".*", "another tokenizer: what its tokens are is its own to say"),
+    (
+        ".*config.json",
+        "key gone|null|key renamed",
+        ".*",
+        "a field that has a default, of what the weights fit",
+    ),
+)
+"""Patterns of a kind, a fault and its place, and why a file with it may say something else."""
 
 
-def reason(kind_name: str, fault: str) -> str:
+def reason(kind_name: str, fault: str, where: str) -> str:
     """Why a file with this fault may be read as another; empty where nothing says so."""
-    return REASONS.get((kind_name, fault)) or REASONS.get(("*", fault)) or ""
+    said = (kind_name, fault, where)
+    found = (row[3] for row in REASONS if all(map(re.fullmatch, row[:3], said)))
+    return next(found, "")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -901,7 +1000,7 @@ def main(arguments: list[str] | None = None) -> int:
             if came.what in ("traceback", "hangs", "lines"):
                 findings[f"{came.what}: {name}: {came.said.split(chr(10))[0] or fault + ' ' + where}"] += 1
             elif came.what == "differs":
-                why = reason(name, fault)
+                why = reason(name, fault, where)
                 others[f"{name}: {fault} {where}: {why or 'NO REASON'}"] += 1
                 if not why:
                     findings[f"no reason: {name}: {fault} {where}"] += 1

@@ -1,5 +1,6 @@
 """The packaged models, what the name of a model may be, and the packages that hold models and data."""
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from alignpro.errors import AlignProError
+from alignpro.files import parse_json
 
 
 class PackagedModel(NamedTuple):
@@ -95,6 +97,7 @@ def checked_folder(folder: Path) -> Path:
             f"model folder {folder} has no config.json; name the folder that save_pretrained wrote"
         )
     if any(folder.glob("*.safetensors")):
+        check_sizes(folder)
         return folder
     if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
         raise AlignProError(
@@ -102,6 +105,47 @@ def checked_folder(folder: Path) -> Path:
             "code; convert it with save_pretrained(..., safe_serialization=True) where you trust it"
         )
     raise AlignProError(f"model folder {folder} has no *.safetensors; save the model with save_pretrained")
+
+
+_SIZE = re.compile(
+    r"(^|_)((vocab|hidden|intermediate)_size|\w*dim|num_\w*(heads|experts)|num_labels|n_(embd|head|inner))$"
+)
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+
+
+def stored(folder: Path) -> list[tuple[str, str, int]]:
+    """The name, type and count of numbers of each tensor in a folder's safetensors, or what they raise."""
+    from safetensors import safe_open
+
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118 - no dictionary
+                tensor = file.get_slice(name)
+                found.append((name, str(tensor.get_dtype()), math.prod(tensor.get_shape())))
+    return found
+
+
+def check_sizes(folder: Path) -> None:
+    """Refuse a configuration of more layers than there are tensors, or of sizes beyond all their numbers:
+    what only opens it, such as its tokenizer, may take for ever and all memory."""
+    try:
+        tensors = stored(folder)
+        parts = [parse_json((folder / "config.json").read_bytes())]
+    except Exception:  # told by whoever reads the weights
+        return
+    numbers = sum(count for *_, count in tensors)
+    while tensors and parts:
+        part = parts.pop()
+        for name, value in part.items() if isinstance(part, dict) else ():
+            if isinstance(value, dict):
+                parts.append(value)
+            most = len(tensors) if name in _LAYERS else numbers if _SIZE.search(name) else None
+            if most is not None and type(value) is int and value > most:
+                raise AlignProError(
+                    f"model folder {folder}: its config.json says {name} {value}, more than its weights can "
+                    f"have, {numbers:,} numbers in {len(tensors):,} tensors; save the whole model again"
+                )
 
 
 RANDOM_FILE = "random_weights.json"

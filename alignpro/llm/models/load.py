@@ -4,21 +4,18 @@ Weights are read from safetensors, GGUF or (packaged) ONNX only. Nothing is unpi
 """
 
 import contextlib
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,7 +24,7 @@ from alignpro.errors import AlignProError
 from alignpro.files import read_json
 from alignpro.llm.models import packages
 from alignpro.llm.models.adapters import adapter_base, check_adapter
-from alignpro.llm.models.catalogue import ADAPTER_WEIGHTS, RANDOM_FILE, drawn_at_random, is_adapter
+from alignpro.llm.models.catalogue import ADAPTER_WEIGHTS, RANDOM_FILE, drawn_at_random, is_adapter, stored
 from alignpro.llm.models.configure import DTYPES, check_dtype, configure_tokenizer, device_of, prepare
 from alignpro.llm.models.libraries import one_line, quiet
 from alignpro.llm.models.resolve import resolve, resolve_tokenizer
@@ -175,7 +172,7 @@ def read_weights(
             if (folder / "generation_config.json").is_file():
                 made.generation_config = GenerationConfig.from_pretrained(folder)
             return made, []
-        _check_sizes(folder, what)
+        kinds = {name: kind for name, kind, _ in stored(folder)}
         loaded, report = auto.from_pretrained(
             folder,
             dtype=dtype,
@@ -194,7 +191,10 @@ def read_weights(
         packages.note(
             f"{what}: left aside are weights that such a model has no place for, {odd[0]} the first"
         )
+    quantised = getattr(loaded.config, "quantization_config", None) is not None
     for name, value in loaded.named_parameters():
+        if value.is_floating_point() and kinds.get(name, "F")[0] in "IU" and not quantised:
+            raise AlignProError(f"{what}: {folder} has whole numbers in {name}; save the model again")
         if value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float32))):
             raise AlignProError(
                 f"{what}: {folder} has numbers in {name} that are not finite; its weights are damaged: save "
@@ -203,33 +203,8 @@ def read_weights(
     return loaded, sorted({*report["missing_keys"], *(map(str, report.get("mismatched_keys", ())))})
 
 
-_LAYER = re.compile(r"\.\d+\.(?!.*inv_freq)")
-"""A weight of one of several layers. Frequencies of rotations, which old versions saved, are none."""
-_SIZE = re.compile(
-    r"(^|_)((vocab|hidden|intermediate)_size|\w*dim|num_\w*(heads|experts)|n_(embd|head|inner))$"
-)
-
-
-def _check_sizes(folder: Path, what: str) -> None:
-    """Refuse a configuration of more layers than there are tensors, or of sizes beyond all their numbers: to
-    build such a model may take for ever."""
-    tensors = numbers = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - no dictionary
-                tensors, numbers = tensors + 1, numbers + math.prod(file.get_slice(name).get_shape())
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    for part in (config, *(each for each in vars(config).values() if isinstance(each, PreTrainedConfig))):
-        for name, value in vars(part).items():
-            most = tensors if name in _LAYERS else numbers if _SIZE.search(name) else None
-            if most is not None and type(value) is int and value > most:
-                raise AlignProError(
-                    f"{what}: {folder}/config.json says {name} {value}, more than its weights can have, "
-                    f"{numbers:,} numbers in {tensors:,} tensors; save the whole model again"
-                )
-
-
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+_LAYER = re.compile(r"\.\d+\.(?!.*(rotary_emb|attn\.(masked_)?bias$|attention\.(masked_)?bias$))")
+"""A weight of a layer. Masks and frequencies of rotations, which old versions saved, are none."""
 
 
 def attach_adapter(model: Any, folder: Path, name: str) -> Any:
@@ -241,15 +216,20 @@ def attach_adapter(model: Any, folder: Path, name: str) -> Any:
         raise AlignProError(f"{what}: {ADAPTER_WEIGHTS} is missing; save it again as safetensors")
     check_adapter(folder, what)
     with loading(what, folder, "adapter"):
-        stored = {key: bool(torch.isfinite(value).all()) for key, value in load_file(weights).items()}
+        sound = {
+            key: value.is_floating_point() and bool(torch.isfinite(value).all())
+            for key, value in load_file(weights).items()
+        }
         adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
         # Embedding layers, if True, would ask the hub.
         wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    if odd := sorted(wanted ^ set(stored)):
+        with torch.inference_mode():  # its configuration may make maps that fail only when they are used
+            adapted(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device))
+    if odd := sorted(wanted ^ set(sound)):
         raise AlignProError(
             f"{what}: {'lacks' if odd[0] in wanted else 'has no place for'} {odd[0]} ({len(odd)} such "
             "tensors); it belongs to another model, or is damaged: save it again"
         )
-    if odd := sorted(key for key, finite in stored.items() if not finite):
+    if odd := sorted(key for key, well in sound.items() if not well):
         raise AlignProError(f"{what}: {odd[0]} has numbers that are not finite; train or save it again")
     return adapted.eval()

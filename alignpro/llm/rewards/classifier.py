@@ -144,7 +144,7 @@ class SequenceReward:
                 "would be drawn at random; name a trained reward model, or train one with alignpro "
                 "reward-model (train_reward)"
             )
-        return cls(
+        made = cls(
             loaded.to(where),
             tokenizer,
             chosen,
@@ -156,6 +156,11 @@ class SequenceReward:
             batch_size=batch_size,
             facts=saved,
         )
+        with loading(what, folder, kind):  # a tokenizer may fail, or make nothing of a text, only when used
+            tried = made.logits(["?"], ["?"])
+        if not np.isfinite(tried).all():
+            raise AlignProError(f"{what}: its scores are not finite; its weights are damaged: save it again")
+        return made
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
         """Score each response to its prompt: [n] float64 in [low, high]."""
