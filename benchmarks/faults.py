@@ -894,6 +894,13 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
     ("prompts as text|instructions|a rubric", ".*", ".*", "whatever has letters is a text"),
     ("prompts as .*", ".*", "level.*|more.*|answer", "a further column may hold anything, or be missing"),
     (
+        "prompts as .*",
+        "text|control|key gone|null",
+        ".*",
+        "a prompt is a text or a chat, and may be in parts",
+    ),
+    ("rollouts", "null", "response", "a service refused to answer"),
+    (
         "rewrites",
         ".*",
         "calls|cost",

@@ -50,6 +50,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "group baseline": {"group_baseline": True},
     "group baseline, 8 × 8, half the rounds": {"group_baseline": True, "samples": 8},
     "RLOO, without a critic": {"algorithm": "rloo"},
+    "learning rate 2e-3, group baseline": {"learning_rate": 2e-3, "group_baseline": True},
+    "learning rate 2e-3, 16 × 2": {"learning_rate": 2e-3, "prompts": 16, "samples": 2},
+    "32 × 1": {"prompts": 32, "samples": 1},
 }
 """By name: what differs from `CENTRE`."""
 

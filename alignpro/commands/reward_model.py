@@ -9,7 +9,7 @@ import tyro
 
 from alignpro.commands.options import ResumedRun
 from alignpro.commands.shared import fell
-from alignpro.llm.training.settings import RewardSettings
+from alignpro.llm.training.pair_settings import RewardSettings
 from alignpro.report import keep
 from alignpro.report.numbers import interval, limits, number
 from alignpro.report.page import Dots, Page, Table, dot, some

@@ -76,6 +76,12 @@ class Rollout(TemplateOption, RunOptions):
 
     @owning("rollout")
     def run(self) -> int:
+        from alignpro.llm.models.load import sharing
+
+        with sharing():  # prompters, and the frozen model with a tuned policy, often have one base
+            return self._run()
+
+    def _run(self) -> int:
         from alignpro.estimation.intervals import LEAST_PROMPTS
         from alignpro.llm.arms import rollout
         from alignpro.llm.arms.draws import RESAMPLED, draws_of

@@ -10,7 +10,7 @@ import tyro
 from alignpro.commands.options import ChatOption, PrompterOptions, ReportedRun
 from alignpro.commands.shared import fell
 from alignpro.errors import AlignProError
-from alignpro.llm.training.settings import SFTSettings
+from alignpro.llm.training.pair_settings import SFTSettings
 from alignpro.report import keep
 from alignpro.report.numbers import number
 from alignpro.report.page import Dot, Dots, Page, Table
@@ -95,7 +95,11 @@ class Sft(ChatOption, PrompterOptions, ReportedRun):
             f"to measure on; {settings.epochs} epochs, {steps} steps of {settings.batch_size} at most"
         )
         base = Prompter.from_pretrained(
-            prompter, template=template, chat_template_kwargs=self.chat_options(), merged=True
+            prompter,
+            template=template,
+            dtype=settings.policy_dtype,
+            chat_template_kwargs=self.chat_options(),
+            merged=True,
         )
         result = sft(base, read, settings, folder, resume=self.resume, report_to=self.report_to)
         keep.keep(page(result), folder)

@@ -1,12 +1,15 @@
 """Adapters: where they go in any layout, that they are whole, and that they are found from anywhere."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 import torch
 import zoo
+from mutants import kills, mutated
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -212,3 +215,51 @@ def test_chat_options_are_an_object(text, match, home, capsys):
     arguments = ["rewrite", str(home / "llama3_2"), "x", "--chat-template-kwargs", text]
     assert main.main(arguments) == 2
     assert match in capsys.readouterr().err
+
+
+def test_models_of_one_base_share_its_weights(trained, home):
+    """A reference, a prompter on its base and one that is merged: two have one base in memory, and each says
+    what it says alone."""
+    base, template = (
+        trained.parents[1] / "models" / "base",
+        Prompter.from_pretrained(trained / "prompter").template,
+    )
+    names = {"reference": base, "trained": trained / "prompter", "again": trained / "prompter"}
+
+    def scores(prompter):
+        return prompter.log_probs(TEXTS, ["abc", "cab"])
+
+    alone = {name: scores(Prompter.from_pretrained(folder)) for name, folder in names.items()}
+    assert not np.allclose(alone["trained"], alone["reference"])
+
+    def check(module):
+        with module.sharing():
+            opened = {name: module.load_model(folder, device="cpu") for name, folder in names.items()}
+            plain, merged = opened["reference"][0], opened["trained"][0]
+            other = module.load_model(base, device="cpu")[0]
+            assert other is not plain
+            pairs = zip(plain.parameters(), other.parameters(), strict=True)
+            assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
+            # An adapter on one of them, and one that was merged into its base, change no other.
+            adapted = module.attach_adapter(other, trained / "prompter", "trained")
+            found = {
+                "reference": Prompter(plain, opened["reference"][1], template),
+                "trained": Prompter(adapted, opened["reference"][1], template),
+                "again": Prompter(merged, opened["trained"][1], template),
+            }
+            for name in ("trained", "again"):
+                np.testing.assert_allclose(scores(found[name]), alone[name], rtol=1e-4)
+            np.testing.assert_array_equal(scores(found["reference"]), scores_of_base)
+
+    scores_of_base = scores(
+        Prompter(
+            *load.load_model(base, device="cpu"), Prompter.from_pretrained(trained / "prompter").template
+        )
+    )
+    check(load)
+    kills(check, mutated(load, "{id(p): p for p in self.model.parameters()}", "{}"))
+    kills(check, mutated(load, "return kept.copy(), kept.tokenizer", "return kept.model, kept.tokenizer"))
+    with load.sharing():
+        gone = weakref.ref(load.load_model(base, device="cpu")[0]._alignpro_whole)
+        gc.collect()
+        assert gone() is None

@@ -252,6 +252,23 @@ def test_out_of_memory_halves_the_batch(target, monkeypatch):
         small.respond(PROMPTS, Sampling(max_tokens=4))
     assert error.value.reason == "failed"
 
+    # Rewrites, and whatever else is drawn in batches, likewise.
+    keys = [[1, 2, 3], [4, 5], [6]]
+    asked = target.model, target.tokenizer.pad_token_id, [[3], [4], [5]], keys, Sampling(max_tokens=4)
+    whole, drawn, sizes = policy.sample_and_score(*asked), policy.draw, []
+
+    def little(model, pad, rows, keys, sampling, score):
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return drawn(model, pad, rows, keys, sampling, score=score)
+
+    monkeypatch.setattr(policy, "draw", little)
+    assert [[ids for ids, _ in row] for row in policy.sample_and_score(*asked)] == [
+        [ids for ids, _ in row] for row in whole
+    ]
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
+
 
 def test_log_probs_are_the_chain_rule(target):
     prompts = ["abc", "d", "abcdef", "a"]

@@ -22,7 +22,7 @@ from alignpro.llm.models import catalogue, packages, recipes
 from alignpro.llm.models.resolve import resolve
 from alignpro.llm.policies.prompter import TEMPLATES, Prompter
 from alignpro.llm.training import recipe, sft
-from alignpro.llm.training.settings import SFTSettings
+from alignpro.llm.training.pair_settings import SFTSettings
 
 NEEDED = catalogue.RECIPES[NAME].data
 needs_data = pytest.mark.skipif(not all(map(packages.cached, NEEDED)), reason="packages are not cached")

@@ -24,8 +24,8 @@ from alignpro.llm.models import configure, load
 from alignpro.llm.rewards import accuracy, opening
 from alignpro.llm.rewards.classifier import SequenceReward
 from alignpro.llm.training import reward as reward_training
+from alignpro.llm.training.pair_settings import RewardSettings
 from alignpro.llm.training.reward import train_reward
-from alignpro.llm.training.settings import RewardSettings
 
 
 def save(folder, model, tokenizer):
@@ -161,6 +161,17 @@ def test_an_adapter_is_merged_and_training_is_deterministic(base, tmp_path):
         pairs, base, tmp_path / "other", RewardSettings(**{**one.facts["settings"], "seed": 1}), device="cpu"
     ).reward
     assert other.facts["test_loss"] != one.facts["test_loss"]
+    # Less memory, the same training: the last step of the epoch is no whole one.
+    losses = [
+        [line["loss"] for line in train_reward(pairs, base, tmp_path / name, settings, device="cpu").metrics]
+        for name, settings in (
+            ("whole", settings),
+            ("parts", replace(settings, microbatches=4)),
+            ("again", replace(settings, gradient_checkpointing=True)),
+        )
+    ]
+    np.testing.assert_allclose(losses[1][:-1], losses[0][:-1], rtol=1e-4)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
     heads = [reward_training._base(base, seed)[0].score.weight for seed in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])

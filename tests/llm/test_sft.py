@@ -20,7 +20,8 @@ from alignpro.llm.policies.prompter import Prompter, Template
 from alignpro.llm.training import sft as module
 from alignpro.llm.training.environment import Environment
 from alignpro.llm.training.open_ended import train
-from alignpro.llm.training.settings import SFTSettings, TrainSettings
+from alignpro.llm.training.pair_settings import SFTSettings
+from alignpro.llm.training.settings import TrainSettings
 from alignpro.llm.training.sft import encode, nats_per_token, sft
 
 TEMPLATE = Template(system="", examples=(), request="", opening=">", space="")
@@ -210,6 +211,34 @@ def test_pairs_of_one_prompt_together(prompter, tmp_path, monkeypatch):
 
     assert prompts_of_a_batch(True) == 1
     assert prompts_of_a_batch(False) > 1
+
+
+def test_less_memory_is_the_same_training(prompter, tmp_path):
+    """Parts of a step add up to the step, whose last one of an epoch has parts of unequal length; what is
+    computed again is what was computed; bfloat16 under the adapter learns too."""
+
+    def check(module, parts):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        return [x["loss"] for x in module.sft(prompter, PAIRS, replace(SHORT, **parts), out).metrics]
+
+    whole = check(module, {})
+    for parts in ({"microbatches": 4}, {"gradient_checkpointing": True}):
+        np.testing.assert_allclose(check(module, parts), whole, rtol=1e-4)
+    half = Prompter(*load_model(prompter.base, "bfloat16"), TEMPLATE, base=prompter.base)
+    lines = sft(half, PAIRS, replace(SETTINGS, policy_dtype="bfloat16"), tmp_path / "half").metrics
+    assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
+    with pytest.raises(AlignProError, match="microbatches 3: does not divide batch_size 16"):
+        replace(SHORT, microbatches=3)
+
+    def alike(mutant):
+        np.testing.assert_allclose(check(mutant, {"microbatches": 2}), whole, rtol=1e-4)
+
+    kills(
+        alike,
+        mutated(
+            module, "tokens = here if num_items_in_batch is None else num_items_in_batch", "tokens = here"
+        ),
+    )
 
 
 def test_seeds_are_honoured(prompter, tmp_path):

@@ -54,11 +54,14 @@ def train(
             out: every fourth where there are held-out prompts, otherwise none.
         resume: continue the run in `out`; without one there it is begun.
         progress: whether a terminal sees a bar.
-        settings: fields of `TrainSettings` by name, such as lam, iterations, algorithm or learning_rate.
+        settings: fields of `TrainSettings`, by their names or by those on the command line, such as lam,
+            iterations, draws, prompts_per_round or learning_rate.
 
     Raises:
         AlignProError: a bad argument, or a setting that moves the optimum unless allow_moved_optimum is true.
     """
+    flags = {flag: name for name, flag in TrainSettings.flags.items()}
+    settings = {flags.get(name, name): value for name, value in settings.items()}
     known = [field.name for field in dataclasses.fields(TrainSettings)]
     if unknown := sorted(set(settings) - set(known)):
         raise AlignProError(f"{unknown[0]}: is no setting of training; choose from {', '.join(known)}")

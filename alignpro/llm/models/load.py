@@ -4,10 +4,14 @@ Weights are read from safetensors, GGUF or (packaged) ONNX only. Nothing is unpi
 """
 
 import contextlib
+import copy
+import json
 import re
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors.torch import load_file
@@ -53,6 +57,14 @@ def load_model(
     where = device_of(device)
     check_dtype(dtype)
     folder = resolve(model)
+    if (pool := _SHARED.get()) is not None:
+        options = json.dumps(chat_template_kwargs, sort_keys=True, default=str)
+        key = f"{folder.resolve()} {dtype} {where} {options}"
+        if (kept := pool.get(key)) is None:
+            with _unshared():
+                loaded = load_model(model, dtype, device, chat_template_kwargs=chat_template_kwargs)
+            pool[key] = kept = _Whole(*loaded)
+        return kept.copy(), kept.tokenizer
     if is_adapter(folder):
         if dtype == "4bit":
             raise AlignProError(
@@ -69,6 +81,45 @@ def load_model(
     loaded, tokenizer = _load(folder, str(model), dtype, where)
     prepare(loaded, tokenizer, str(model), chat_template_kwargs=chat_template_kwargs)
     return loaded, tokenizer
+
+
+_SHARED: ContextVar[WeakValueDictionary[str, "_Whole"] | None] = ContextVar("_SHARED", default=None)
+
+
+@contextlib.contextmanager
+def sharing() -> Iterator[None]:
+    """Have models that are loaded more than once in the block share their weights in memory.
+
+    Each is a model of its own, on which an adapter can be put; what must not be changed in the block are the
+    weights themselves. They are let go with the last model that has them.
+    """
+    token = _SHARED.set(WeakValueDictionary())
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+@contextlib.contextmanager
+def _unshared() -> Iterator[None]:
+    token = _SHARED.set(None)  # what is loaded to be merged is changed
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+class _Whole:
+    """A loaded model that nobody changes, and copies of it with the same weights, which keep it alive."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def copy(self) -> PreTrainedModel:
+        """Modules of its own around the same parameters."""
+        made = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
+        vars(made)["_alignpro_whole"] = self
+        return made
 
 
 def load_tokenizer(

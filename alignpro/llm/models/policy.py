@@ -6,10 +6,10 @@ through it once, with the gradients of the plain computation.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ from alignpro.llm.models.forward import (
 from alignpro.llm.models.libraries import CACHE, quiet
 from alignpro.llm.models.sampling import Sampling, digest
 
+S = TypeVar("S")
+T = TypeVar("T")
 Ids = Sequence[int]
 Drawn = tuple[list[int], list[float]]
 """A continuation's tokens, and the log-probability of each, in nats."""
@@ -221,17 +223,47 @@ def sample_and_score(
     batch_size: int = 64,
     score: bool = True,
 ) -> list[list[Drawn]]:
-    """[prompts][keys of the prompt] continuations, as `draw` gives them in batches of `batch_size`."""
+    """[prompts][keys of the prompt] continuations, as `draw` gives them `in_batches` of `batch_size`."""
     out: list[list[Any]] = [[None for _ in row] for row in keys]
     order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
     jobs = [(p, i) for p in order for i in range(len(keys[p]))]
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
+
+    def run(batch: Sequence[tuple[int, int]]) -> list[Drawn]:
         each = [keys[p][i] for p, i in batch]
-        found = draw(model, pad, [prompts[p] for p, _ in batch], each, sampling, score=score)
+        return draw(model, pad, [prompts[p] for p, _ in batch], each, sampling, score=score)
+
+    for batch, found, _ in in_batches(jobs, batch_size, run):
         for (p, i), drawn in zip(batch, found, strict=True):
             out[p][i] = drawn
     return out
+
+
+def in_batches(
+    rows: Sequence[T], size: int, run: Callable[[Sequence[T]], S]
+) -> Iterator[tuple[Sequence[T], S, int]]:
+    """Call `run` on consecutive batches of `size` rows; a GPU that is out of memory halves the size for good.
+
+    Yields:
+        a batch, what `run` gave for it, and the size that it fitted in.
+
+    Raises:
+        torch.OutOfMemoryError: one row alone does not fit.
+    """
+    start = 0
+    while start < len(rows):
+        batch = rows[start : start + size]
+        result = None
+        try:
+            result = run(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        if result is None:  # outside the handler, whose traceback holds the tensors
+            size = max(1, len(batch) // 2)
+            torch.cuda.empty_cache()
+            continue
+        start += len(batch)
+        yield batch, result, size
 
 
 def _opening(model: Any, rows: Sequence[Ids], more: int) -> int:

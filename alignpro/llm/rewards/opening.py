@@ -260,7 +260,7 @@ def read_spec(name: str) -> Spec:
     target, bounds = (name, None) if folder.is_dir() else _split(name)
     if _ADDRESS.match(target):
         address = check_url(target)
-        return Spec("endpoint", target, parse_bounds(bounds), f"{address}@{bounds}")
+        return Spec("endpoint", target, _bounded(address, bounds), f"{address}@{bounds}")
     folder = Path(target).expanduser()
     label: str | None = None
     if "#" in target and not folder.is_dir():
@@ -269,7 +269,7 @@ def read_spec(name: str) -> Spec:
     if target and folder.is_dir():
         checked_folder(folder)
         if bounds is None and (label is None or saved_facts(folder)):
-            parse_bounds(saved_facts(folder).get("bounds"))
+            _bounded(target, saved_facts(folder).get("bounds"))
         elif label is not None:
             bounds = _of_label(label, bounds)
         if label is not None:
@@ -279,7 +279,7 @@ def read_spec(name: str) -> Spec:
     if label is None and own.names_code(target):
         found = _imported(target)
         if not _is_reward(found):
-            return Spec("function", target, parse_bounds(bounds), name)
+            return Spec("function", target, _bounded(target, bounds), name)
         if not -math.inf < found.low < found.high < math.inf:
             limits = f"[{found.low}, {found.high}]"
             raise AlignProError(f"reward {target}: its range is {limits}; let low be below high, both finite")
@@ -287,11 +287,21 @@ def read_spec(name: str) -> Spec:
             raise AlignProError(f"reward {target}: it has bounds of its own; leave out @{bounds}")
         return Spec("object", target, None, name)
     if HUB_ID.fullmatch(target):
-        bounds = parse_bounds(bounds) if label is None else _of_label(label, bounds)
+        bounds = _bounded(target, bounds) if label is None else _of_label(label, bounds)
         return Spec("classifier", target, bounds, name, label)
     known = ", ".join([*REWARDS, JUDGE])
     name = target if label is None else f"{target}#{label}"
     raise AlignProError(f"reward {shown(name)}: choose from {known}, or name {_NAMES}")
+
+
+def _bounded(name: str, bounds: Bounds | str | None) -> Bounds:
+    """The bounds that stand behind a reward's name, where they must."""
+    if bounds is None:
+        raise AlignProError(
+            f"reward {shown(name)}: Theorem 1 needs a bounded reward; write its range behind it, as "
+            f"{name}@0,1 ({SYNTAX})"
+        )
+    return parse_bounds(bounds)
 
 
 def _of_label(label: str, bounds: Bounds | None) -> Bounds:

@@ -1,5 +1,6 @@
 """Python functions of the user's own, by `module:function` or by the file that they are in."""
 
+import difflib
 import importlib
 import importlib.util
 import os
@@ -41,7 +42,10 @@ def imported(name: str) -> Any:
     module: Any = _from_file(name, place) if place.endswith(".py") else _module(name, place)
     for attribute in attributes.split("."):
         if not hasattr(module, attribute):
-            raise AlignProError(f"reward {name}: {place} has no {attributes}; check the spelling")
+            there = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
+            near = difflib.get_close_matches(attribute, there, 1) or there[:5]
+            has = f" (it has {', '.join(near)})" if near else ""
+            raise AlignProError(f"reward {name}: {place} has no {attributes}{has}; check the spelling")
         module = getattr(module, attribute)
     return module
 

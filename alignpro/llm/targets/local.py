@@ -14,7 +14,7 @@ from alignpro.errors import AlignProError
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import room
 from alignpro.llm.models.load import load_model
-from alignpro.llm.models.policy import draw, end_tokens, log_probs
+from alignpro.llm.models.policy import draw, end_tokens, in_batches, log_probs
 from alignpro.llm.models.sampling import Sampling, digest, is_int, stream_key
 from alignpro.llm.targets.target import Answer, Answers, OnAnswer, Stopped, arrange, jobs
 from alignpro.llm.targets.tokens import answer_of, ids_of, prompt_ids, to_score
@@ -185,21 +185,9 @@ class LocalTarget:
         )
 
     def _batches(self, rows: Sequence[T], run: Callable[[Sequence[T]], S]) -> Iterator[tuple[Sequence[T], S]]:
-        """`run` on consecutive batches; out of memory halves the batch and tries again."""
-        start = 0
-        while start < len(rows):
-            batch = rows[start : start + self.batch_size]
-            result = None
-            try:
-                result = run(batch)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-            if result is None:  # outside the handler, whose traceback holds the tensors
-                self.batch_size = max(1, len(batch) // 2)
-                torch.cuda.empty_cache()
-                continue
-            start += len(batch)
+        """`run` on consecutive batches (see `policy.in_batches`)."""
+        for batch, result, size in in_batches(rows, self.batch_size, run):
+            self.batch_size = size
             yield batch, result
 
     def _generate(

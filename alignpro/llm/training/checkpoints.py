@@ -19,7 +19,7 @@ from transformers import PrinterCallback, TrainerCallback
 from alignpro.errors import AlignProError
 from alignpro.files import flaw, listed, read_json, read_json_lines, sync, write_text
 from alignpro.llm.models import packages
-from alignpro.llm.training.settings import PairSettings
+from alignpro.llm.training.pair_settings import PairSettings
 from alignpro.runs import SETTINGS_FILE as SETTINGS_FILE
 from alignpro.runs import claim, here
 from alignpro.shown import Shown
@@ -53,14 +53,16 @@ def pair_arguments(settings: PairSettings, folder: Path, on_cpu: bool, processes
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
         "output_dir": str(folder),
-        "per_device_train_batch_size": settings.batch_size // processes,
+        "per_device_train_batch_size": settings.batch_size // processes // settings.microbatches,
+        "gradient_accumulation_steps": settings.microbatches,
         "num_train_epochs": settings.epochs,
         "learning_rate": settings.learning_rate,
         "seed": settings.seed,
         "save_steps": settings.save_every,
         "lr_scheduler_type": "cosine",
         "max_length": None,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the other kind needs trained inputs
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "disable_tqdm": not sys.stderr.isatty(),

@@ -12,7 +12,7 @@ from alignpro.llm.models import packages
 from alignpro.llm.models.catalogue import Recipe
 from alignpro.llm.policies.prompter import Prompter
 from alignpro.llm.training.checkpoints import PROMPTER_FOLDER, SETTINGS_FILE
-from alignpro.llm.training.settings import SFTSettings
+from alignpro.llm.training.pair_settings import SFTSettings
 from alignpro.llm.training.sft import sft
 
 

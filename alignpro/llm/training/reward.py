@@ -38,7 +38,7 @@ from alignpro.llm.training.checkpoints import (
     remove_all,
     trainer_of,
 )
-from alignpro.llm.training.settings import RewardSettings
+from alignpro.llm.training.pair_settings import RewardSettings
 from alignpro.runs import here, owning
 
 Array = np.ndarray

@@ -40,7 +40,8 @@ from alignpro.llm.training.checkpoints import (
     pair_arguments,
     trainer_of,
 )
-from alignpro.llm.training.settings import SFTSettings, check_reporters
+from alignpro.llm.training.pair_settings import SFTSettings
+from alignpro.llm.training.settings import check_reporters
 
 Encoded = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt behind the template, and of its rewrite with the end token."""
@@ -220,8 +221,11 @@ def _trainer(
 ) -> Any:
     """TRL's trainer of an adapter on a copy of the prompter's model."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.batch_size % world:
-        raise AlignProError(f"batch_size {settings.batch_size}: {world} processes do not divide it")
+    if settings.batch_size % (world * settings.microbatches):
+        raise AlignProError(
+            f"batch_size {settings.batch_size}: {world} processes x {settings.microbatches} microbatches "
+            "do not divide it"
+        )
     model = copy.deepcopy(prompter.model)
     vars(model).pop("forward", None)  # one that a trainer of TRL has put there calls the original
     if settings.together:
@@ -229,7 +233,6 @@ def _trainer(
     config = SFTConfig(
         train_sampling_strategy="sequential" if settings.together else "random",
         **pair_arguments(settings, out, model.device.type == "cpu", world),
-        gradient_accumulation_steps=1,
         packing=False,
         bf16=False,
         report_to=list(report_to),
