@@ -113,7 +113,7 @@ def test_weights_that_are_not_the_models_are_refused(home, tmp_path):
         ("if _LAYER.search(name)", "if False"),
         ("and not bool(torch.isfinite(value.sum(dtype=torch.float32)))", "and False"),
         ('in "IU" and not quantised', 'in "IU" and False'),
-        ('*report["missing_keys"]', ""),
+        ('*report["missing_keys"], ', ""),
     ):
         kills(check, mutated(load, right, wrong))
 
