@@ -325,8 +325,11 @@ def outcome(kind: Kind, folder: Path, whole: str) -> Outcome:
     return Outcome("same" if found == whole else "differs", found)
 
 
-def run(name: str, kind: Kind, cases: int, seed: int = SEED) -> Iterator[tuple[str, str, Outcome]]:
-    """Cases of one kind: the name of each fault, where it is, and what came of it."""
+def run(
+    name: str, kind: Kind, cases: int, seed: int = SEED, *, places: bool = True
+) -> Iterator[tuple[str, str, Outcome]]:
+    """Cases of one kind: the name of each fault, where it is, and what came of it; `places`: with other things
+    in the file's place, too."""
     rng = random.Random(f"{seed} {name}")
     home = Path(tempfile.mkdtemp(prefix="faults-"))
     try:
@@ -346,7 +349,7 @@ def run(name: str, kind: Kind, cases: int, seed: int = SEED) -> Iterator[tuple[s
         for fault, where, damaged in faults:
             path.write_bytes(damaged)
             yield fault, where, outcome(kind, other, whole)
-        for fault, put in place(path):
+        for fault, put in place(path) if places else ():
             shutil.rmtree(other)
             shutil.copytree(folder, other)
             put()
