@@ -328,8 +328,8 @@ def outcome(kind: Kind, folder: Path, whole: str) -> Outcome:
 def run(
     name: str, kind: Kind, cases: int, seed: int = SEED, *, places: bool = True
 ) -> Iterator[tuple[str, str, Outcome]]:
-    """Cases of one kind: the name of each fault, where it is, and what came of it; `places`: with other things
-    in the file's place, too."""
+    """Cases of one kind: the name of each fault, where it is, and what came of it; with `places`, those of
+    other things in the file's place, too."""
     rng = random.Random(f"{seed} {name}")
     home = Path(tempfile.mkdtemp(prefix="faults-"))
     try:
