@@ -4,7 +4,9 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -98,8 +100,12 @@ def flaw(folder: Path, files: Mapping[str, Any]) -> str | None:
 
     Files that are not listed are left alone.
     """
+    if not isinstance(files, Mapping):
+        return f"the list of files of {folder} is damaged"
     for name, record in files.items():
         path = folder / name
+        if not isinstance(record, Mapping) or not {"bytes", "sha256"} <= record.keys():
+            return f"the list of files of {folder} is damaged"
         if not path.is_file():
             return f"{path} is missing"
         if (size := path.stat().st_size) != record["bytes"]:
@@ -116,9 +122,14 @@ def make_private(path: str | os.PathLike[str]) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, private: bool = False) -> None:
-    """`text` as UTF-8, atomically (see `atomic_write`)."""
+    """Write `text` atomically (see `atomic_write`), as `encoded` has it."""
     with atomic_write(path, private=private) as file:
-        file.write(text.encode())
+        file.write(encoded(text))
+
+
+def encoded(text: str) -> bytes:
+    """`text` as UTF-8; half a character (a lone surrogate) as JSON's escape, such as \\ud800."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, private: bool = False) -> None:
@@ -127,31 +138,117 @@ def write_json(path: str | os.PathLike[str], value: Any, *, private: bool = Fals
     write_text(path, text, private=private)
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """The JSON value in `path`. Raises AlignProError if it is missing or damaged."""
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # where half a character may be: no other escape begins so
+MOST_DIGITS = 308
+"""Digits of a whole number that fits a float."""
+
+
+_DEEPEST = 100
+"""Levels of lists and objects within one another. What Python can read deeper, it cannot always write."""
+
+
+def _deeper(value: Any) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_DEEPEST):
+        within = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for some in within for each in some if isinstance(each, dict | list)]
+    return bool(level)
+
+
+def _whole(digits: str) -> int:
+    if len(digits.lstrip("-")) > MOST_DIGITS:
+        raise ValueError(f"a whole number has {len(digits)} digits")
+    return int(digits)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is given twice in one object")
+    return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return number
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole)
+_STRICT = json.JSONDecoder(
+    object_pairs_hook=_once, parse_int=_whole, parse_float=_finite, parse_constant=_finite
+)
+
+
+def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
+    """The value of JSON text; of bytes as UTF-8, a mark of that before it left out.
+
+    Args:
+        strict: refuse what Python takes for JSON, too: NaN, infinities, and a name twice in one object.
+
+    Raises:
+        ValueError: it is none, is nested too deeply, or has what nothing could go on with: a whole number
+            beyond floats, or half a character (a lone surrogate), which no UTF-8 can hold.
+    """
+    text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = (_STRICT if strict else _DECODER).decode(text)
+        if text.count("[") + text.count("{") > _DEEPEST and _deeper(value):
+            raise RecursionError
+        if _HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character (a lone surrogate)") from None
+
+
+def read_json(path: str | os.PathLike[str], kind: type = object) -> Any:
+    """The JSON value in `path`, of that type. Raises AlignProError if it is missing, damaged or another."""
+    try:
+        value = parse_json(Path(path).read_bytes(), strict=True)
+        if not isinstance(value, kind):
+            raise ValueError(f"it holds a {type(value).__name__}")
+        return value
+    except (OSError, ValueError) as error:
         raise AlignProError(f"{path}: missing or damaged; remove it or choose another folder") from error
 
 
-def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
-    """One JSON value for each line of `path`. Raises AlignProError if it is missing, or names the bad line.
+def read_json_lines(path: str | os.PathLike[str], kind: type = object) -> list[Any]:
+    """One JSON value of that type for each line of `path`. Raises AlignProError if it is missing, or names
+    the bad line.
 
     Only a newline ends a line: U+2028 and its kind are text.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise AlignProError(f"{path}: missing or damaged; remove it or choose another folder") from error
     values = []
     for i, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
         try:
-            values.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
+            values.append(parse_json(line))
+            if not isinstance(values[-1], kind):
+                raise ValueError
+        except ValueError as error:
             remedy = "remove that line or choose another file"
             raise AlignProError(f"{path}: line {i} is no JSON; {remedy}") from error
     return values
+
+
+def byte_lines(path: str | os.PathLike[str]) -> list[bytes]:
+    """The lines of a file, with their ends, as they lie there; none where there is no file.
+
+    Raises AlignProError where it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.readlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise AlignProError(f"cannot read {path}: {error.strerror}; remove it or choose another") from None
 
 
 def writable_folder(path: str | os.PathLike[str], field: str = "--out") -> Path:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from alignpro.errors import AlignProError
+from alignpro.files import parse_json
 from alignpro.strategies import strategy_of
 
 LOGPS = ("logp_frozen_x", "logp_frozen_rewrite", "logp_prompter", "logp_reference", "logp_policy")
@@ -186,11 +187,10 @@ def read(path: str | os.PathLike[str]) -> Rollouts:
 def _values(raw: bytes) -> list[Any]:
     """The values of one line of a file, in the order of `FIELDS` and `OPTIONAL`."""
     try:
-        row = json.loads(raw)
-    except (ValueError, RecursionError):
-        if not raw.endswith(b"\n"):
-            _fail("is cut short; remove this last line, or let the rollout finish")
-        _fail("is not JSON; write one object per line")
+        row = parse_json(raw)
+    except ValueError as error:
+        torn = "is cut short; remove this last line, or let the rollout finish"
+        _fail(f"is not JSON ({error}); write one object per line" if raw.endswith(b"\n") else torn)
     if type(row) is not dict:
         _fail("is not a JSON object; write one per line")
     try:

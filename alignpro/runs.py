@@ -71,8 +71,8 @@ class Run:
         """
         for file in (SETTINGS_FILE, DEMO_FILE, TASK_FILE):
             if (self.folder / file).exists():
-                found = read_json(self.folder / file)
-                if not isinstance(found, dict):
+                found = read_json(self.folder / file, dict)
+                if not isinstance(found.get(CONTENTS) or {}, dict):
                     raise AlignProError(
                         f"{self.option} {self.folder}: {file} is damaged; choose another folder"
                     )

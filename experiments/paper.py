@@ -65,6 +65,7 @@ def _run(args) -> int:
     preset = plan.load(args.preset)
     cost.machine_of(preset)
     jobs = plan.chosen(plan.jobs(preset), args.only)
+    plan.check(jobs)
     if args.dry_run:
         return _dry_run(preset, jobs, args.out)
     if args.out is None:

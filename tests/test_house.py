@@ -39,6 +39,7 @@ GROUND = {
     "shown",
     "strategies",
     "terminal",
+    "typed",
 }
 DOORS = {"__main__", "cli", "testing", "winrate"}
 """Entrances and old paths, which pass on what is elsewhere."""

@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+
+from alignpro.errors import AlignProError
 
 CONFIG = (
     tyro.conf.FlagCreatePairsOff,
@@ -94,6 +96,11 @@ class Option:
     def positional(self) -> bool:
         """Whether it is given by its place."""
         return not self.flag.startswith("--")
+
+    @property
+    def several(self) -> bool:
+        """Whether it takes several values."""
+        return " " in self.takes
 
 
 _OF_TEXT = {
@@ -200,3 +207,53 @@ def _records(record: Any, prefix: str) -> Iterator[tuple[type, str]]:
         if dataclasses.is_dataclass(kind := _plain(field.type)):
             marks = [m.prefix for m in getattr(field.type, "__metadata__", ()) if isinstance(m, Prefixed)]
             yield from _records(kind, f"{marks[0]}-" if marks else "")
+
+
+_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def from_file(
+    verb: type, options: Mapping[str, Any], where: str, renamed: Callable[[str], str] = str
+) -> dict[str, Any]:
+    """Check the kinds of values that a file has for a verb's options: one, a list, or a truth value.
+
+    Args:
+        where: words for the file, which an error begins with.
+        renamed: gives the name that an option has now.
+
+    Returns:
+        the values by the options' names now; of what the verb does not have, too.
+
+    Raises:
+        AlignProError: a value of another kind than its option takes, or an option that is given twice.
+    """
+    known, found = {option.flag: option for option in options_of(verb)}, dict[str, Any]()
+    for said, value in options.items():
+        name = renamed(said.replace("_", "-"))
+        option, values = known.get(f"--{name}"), value if isinstance(value, list | tuple) else [value]
+        if value is not None and not all(isinstance(v, int | float | str) for v in values):
+            raise AlignProError(f"{where}: {said} is neither a value nor a list of values")
+        if name in found:
+            raise AlignProError(f"{where}: {said} is given twice, by two of its names; keep one")
+        if option is not None and value is not None:
+            truth = _TRUTH.get(str(value).lower()) if isinstance(value, str | bool) else None
+            if not option.takes and truth is None:
+                raise AlignProError(f"{where}: {said}: write true or false")
+            if option.takes and any(isinstance(v, bool) for v in values):
+                raise AlignProError(f"{where}: {said} takes a value, not true or false")
+            if values is value and not option.several:
+                raise AlignProError(f"{where}: {said} takes one value, not a list")
+            value = value if option.takes else truth
+        found[name] = value
+    return found
+
+
+def arguments_of(options: Mapping[str, Any]) -> list[str]:
+    """Options by name as arguments of the command line; what is None or false is left out."""
+    out: list[str] = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        out += [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
+    return out

@@ -1,6 +1,7 @@
 """`alignpro <verb>`: each verb is a dataclass in `VERBS`; its docstrings are --help, its `run` does it."""
 
 import contextlib
+import functools
 import io
 import re
 import shutil
@@ -19,7 +20,7 @@ from alignpro.commands.demo import Demo
 from alignpro.commands.doctor import Doctor
 from alignpro.commands.estimate import Estimate
 from alignpro.commands.explore import Explore
-from alignpro.commands.flags import CONFIG, REGISTRY, options_of, renamed_in
+from alignpro.commands.flags import CONFIG, REGISTRY, arguments_of, from_file, options_of, renamed_in
 from alignpro.commands.headroom import Headroom
 from alignpro.commands.hunt import Hunt
 from alignpro.commands.instruct import Instruct
@@ -38,6 +39,7 @@ from alignpro.commands.verify import Verify
 from alignpro.errors import AlignProError
 from alignpro.report import keep
 from alignpro.terminal import say
+from alignpro.typed import read_yaml
 
 VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
@@ -111,46 +113,32 @@ def _expanded(verb: str, arguments: Sequence[str]) -> tuple[list[str], dict[str,
         return None
 
     path = value_of("config")
-    said = {} if path is None else {_now(verb, n, f"{path}: "): v for n, v in _yaml(path).items()}
+    said: dict[str, Any] = {}
     if path is not None:
-        said = trusted.checked(path, said, given)
-    preset: Any = value_of("preset") or said.get("preset")
-    now, named = renamed_in(VERBS[verb]), {_name(n): value for n, value in PRESETS.get(preset, {}).items()}
+        renamed = functools.partial(_now, verb, source=f"{path}: ")
+        options = read_yaml(path, "--config", as_text=True)
+        said = trusted.checked(path, from_file(VERBS[verb], options, f"--config {path}", renamed), given)
+    preset = value_of("preset") or said.get("preset")
+    now, named = (
+        renamed_in(VERBS[verb]),
+        {_name(n): value for n, value in PRESETS.get(str(preset), {}).items()},
+    )
     options = {now.get(name, name): value for name, value in named.items()} | said
-    out: list[str] = []
-    for name, value in options.items():
-        if name in given or value is None or value is False:
-            continue
-        values = value if isinstance(value, list | tuple) else [value]
-        out += [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
+    out = arguments_of({name: value for name, value in options.items() if name not in given})
     return [*out, *arguments], dict.fromkeys(said.keys() - given, path or "")
 
 
-def _yaml(path: str) -> dict[str, Any]:
-    """The options in a file of YAML. Raises AlignProError where it holds anything else."""
-    try:
-        import yaml
+def check(verb: str, options: Mapping[str, Any], where: str, *given: str) -> None:
+    """Refuse options from a file, by any of their names, that the verb would refuse; `given` go by place.
 
-        with open(path, encoding="utf-8") as file:
-            said = yaml.safe_load(file)
-    except ModuleNotFoundError:
-        raise AlignProError("--config: the package yaml is missing; run pip install pyyaml") from None
-    except OSError as error:
-        raise AlignProError(f"--config {path}: cannot read it ({error.strerror}); name a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        place = f" at line {where.line + 1}" if where else ""
-        remedy = "write lines such as lam: 0.05"
-        raise AlignProError(f"--config {path}: is not valid YAML{place}; {remedy}") from None
-    if not isinstance(said, dict):
-        raise AlignProError(f"--config {path}: holds no options; write lines such as lam: 0.05")
-    options: dict[str, Any] = {}
-    for name, value in said.items():
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(v, int | float | str) for v in values):
-            raise AlignProError(f"--config {path}: {name} is neither a value nor a list of values")
-        options[str(name).replace("_", "-")] = value
-    return options
+    Raises:
+        AlignProError: so; it begins with `where`.
+    """
+    said = from_file(VERBS[verb], options, where, lambda name: renamed_in(VERBS[verb]).get(name, name))
+    try:
+        _parse([verb, *given, *arguments_of(said)])
+    except AlignProError as error:
+        raise AlignProError(f"{where}: {error}") from None
 
 
 def _parse(arguments: Sequence[str]) -> Verb:
@@ -179,7 +167,8 @@ def _parse(arguments: Sequence[str]) -> Verb:
 def _placed(complaint: str, files: Mapping[str, str]) -> str:
     """The complaint with the file before it that the option is from, where it is from one."""
     for option, file in files.items():
-        if re.search(rf"(^|--| )({option}|{option.replace('-', '_')})(?=[ .:]|$)", complaint):
+        names = "|".join(map(re.escape, (option, option.replace("-", "_"))))
+        if re.search(rf"(^|--| )({names})(?=[ .:,]|$)", complaint):
             return f"--config {file}: {complaint}"
     return complaint
 

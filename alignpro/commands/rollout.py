@@ -19,7 +19,6 @@ from alignpro.commands.options import (
 )
 from alignpro.commands.shared import ranges, with_reward, with_sums
 from alignpro.errors import AlignProError
-from alignpro.files import read_json
 from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.report import keep
 from alignpro.report.numbers import interval, number
@@ -30,7 +29,7 @@ from alignpro.terminal import say
 if TYPE_CHECKING:
     from alignpro.llm.arms.draws import Arm, Scorer
     from alignpro.llm.arms.rollout import ArmSummary, RolloutSummary
-    from alignpro.llm.policies.prompter import Prompter, Template
+    from alignpro.llm.policies.prompter import Prompter, Saved, Template
     from alignpro.llm.targets.target import Target
 
 _RESAMPLING = ("lam", "proposals", "proposal_answers", "best_of")
@@ -91,14 +90,14 @@ class Rollout(TemplateOption, RunOptions):
         from alignpro.llm.models import packages
         from alignpro.llm.models.libraries import quiet
         from alignpro.llm.models.prompt import said_in
-        from alignpro.llm.policies.prompter import PROMPTER_FILE, Prompter
+        from alignpro.llm.policies.prompter import Prompter, read_saved
 
         settings, environment = self.settings, self.environment
         folder, sampling = Path(self.out), environment.sampling()
         arms = rollout.arms_of(settings)
         # A trained prompter is named by its folder, or by that of the run that made it.
         homes = {arm.folder: _prompter_folder(arm.folder) for arm in arms if arm.folder}
-        saved = {name: read_json(home / PROMPTER_FILE) for name, home in homes.items()}
+        saved = {name: read_saved(home, name) for name, home in homes.items()}
         for arm in arms:
             if arm.folder:
                 _check_trained(arm, saved[arm.folder], environment)
@@ -106,7 +105,7 @@ class Rollout(TemplateOption, RunOptions):
         reference = _reference(self.prompter and opening.trained_home(self.prompter), trained, homes)
         chosen = _template(self.template, reference, trained)
         if settings.rewrite_tokens is None and trained:
-            lengths = {int(said["max_tokens"]) for said in trained.values()}
+            lengths = {said.max_tokens for said in trained.values()}
             if len(lengths) > 1:
                 raise AlignProError(
                     f"rewrite_tokens: the trained prompters have {sorted(lengths)}; give one for all arms"
@@ -156,7 +155,7 @@ class Rollout(TemplateOption, RunOptions):
 
         path, options = folder / rollout.FILE, environment.chat_options()
         if options is None and trained:  # as they were trained, and ρ_sft as they were
-            options = dict(next(iter(trained.values())).get("chat_template_kwargs") or {})
+            options = next(iter(trained.values())).chat_template_kwargs
         if planned.todo or not path.exists() or (folder / rollout.PARTIAL).exists():
             target = world.target()
             opening.check_target_room(target, xs, sampling.max_tokens)
@@ -252,16 +251,10 @@ def _same_model(one: str, other: str) -> bool:
     return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
-def _check_trained(arm: "Arm", said: Any, environment: EnvironmentSettings) -> None:
+def _check_trained(arm: "Arm", said: "Saved", environment: EnvironmentSettings) -> None:
     """Refuse a policy as a prompter, a prompter as a policy, and the policy of another model."""
-    from alignpro.llm.policies.prompter import PROMPTER_FILE
-
-    try:
-        task, base = said["facts"].get("settings", {}).get("task", "prompter"), str(said["base"])
-        _ = int(said["max_tokens"]), dict(said["template"])["examples"]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        wrong = f"trained {arm.folder!r}: its {PROMPTER_FILE} is damaged; save it again"
-        raise AlignProError(wrong) from None
+    settings, base = said.facts.get("settings"), said.base
+    task = settings.get("task", "prompter") if isinstance(settings, dict) else "prompter"
     if (task == "rlhf") != (arm.name == "rlhf"):
         option = "rlhf" if task == "rlhf" else "trained"
         raise AlignProError(f"{arm.folder!r}: it was trained with --policy {task}; give it as --{option}")
@@ -274,13 +267,11 @@ def _check_trained(arm: "Arm", said: Any, environment: EnvironmentSettings) -> N
         )
 
 
-def _reference(prompter: str | None, trained: Mapping[str, Any], homes: Mapping[str, Path]) -> str:
+def _reference(prompter: str | None, trained: Mapping[str, "Saved"], homes: Mapping[str, Path]) -> str:
     """The name of ρ_sft: what the trained prompters' adapters rest on."""
     from alignpro.llm.models.catalogue import ADAPTER_WEIGHTS
 
-    bases = {
-        str(said["base"]): name for name, said in trained.items() if (homes[name] / ADAPTER_WEIGHTS).is_file()
-    }
+    bases = {said.base: name for name, said in trained.items() if (homes[name] / ADAPTER_WEIGHTS).is_file()}
     given = prompter or next(iter(bases), DEFAULT_PROMPTER)
     for base, name in bases.items():
         if not _same_model(base, given):
@@ -291,11 +282,11 @@ def _reference(prompter: str | None, trained: Mapping[str, Any], homes: Mapping[
     return given
 
 
-def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "Template | None":
+def _template(name: str | None, reference: str, trained: Mapping[str, "Saved"]) -> "Template | None":
     """The template for ρ_sft: the trained prompters', as they are compared with it; None where it has one."""
-    from alignpro.llm.policies.prompter import Template, check_prompter, check_template, has_template
+    from alignpro.llm.policies.prompter import check_prompter, check_template, has_template
 
-    saved = [said["template"] for said in trained.values()]
+    saved = [said.template for said in trained.values()]
     for said in saved:
         if said != saved[0]:
             raise AlignProError("trained: their templates differ; roll each out in a folder of its own")
@@ -304,9 +295,7 @@ def _template(name: str | None, reference: str, trained: Mapping[str, Any]) -> "
     check_prompter(reference, name)
     if has_template(reference):
         return None
-    if not saved:
-        return check_template(name)
-    return Template(**saved[0] | {"examples": tuple(map(tuple, saved[0]["examples"]))})
+    return saved[0] if saved else check_template(name)
 
 
 def text(result: "RolloutSummary") -> str:

@@ -105,7 +105,7 @@ def with_reward(page: Page, folder: str | os.PathLike[str]) -> Page:
     file = os.path.join(folder, REWARD_FILE)
     if os.path.exists(file):
         said = "The reward, as it describes itself."
-        page.add("The reward", said, facts=read_json(file), folded=True)
+        page.add("The reward", said, facts=read_json(file, dict), folded=True)
     return page
 
 

@@ -71,7 +71,7 @@ def collect(rows: Iterable[Mapping[str, Any]], where: str = "judgement") -> Judg
             failures.update(str(kind) for kind in row["failures"] if kind is not None)
             prompt.append(prompts.setdefault(str(row["prompt_id"]), len(prompts)))
             asked.append(not row["identical"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise AlignProError(f"{where} {number}: is no judgement; judge the rollouts again") from None
         shared = shared or names
         if names != shared:

@@ -14,7 +14,6 @@ from typing import Any
 from alignpro.errors import AlignProError
 from alignpro.llm.data import public
 from alignpro.llm.models import packages
-from alignpro.llm.training.settings import PRESETS, TrainSettings
 from paper_grid import plan
 from paper_grid.plan import Job, Preset
 
@@ -101,7 +100,7 @@ def _reward_model(reward: str) -> str | None:
     """The model behind a reward; None where it is an address, a Python function or a few lines of one."""
     from alignpro.llm.rewards.texts import TEXTS
 
-    name = reward.split("@")[0]
+    name = str(reward).split("@")[0]
     return None if ":" in name or name in TEXTS else name.split("#")[0]
 
 
@@ -152,7 +151,7 @@ def size(model: str) -> Size:
 
 def _decode(machine: Machine, m: Size, tokens: int, count: int, batch: int, nbytes: float) -> float:
     """Seconds to write `tokens` tokens of each of `count` texts."""
-    at_once = min(batch, count)
+    at_once = max(1, min(batch, count))
     step = max(m.parameters * nbytes / machine.bandwidth, 2 * m.parameters * at_once / machine.operations)
     return -(-count // at_once) * tokens * (step + machine.step)
 
@@ -198,8 +197,7 @@ def _common(o: Mapping[str, Any], preset: Preset) -> tuple[Size, Size, int, int,
 
 
 def _training(o: Mapping[str, Any], preset: Preset, machine: Machine) -> Cost:
-    chosen = {**PRESETS[o.get("preset", "faithful")], **o}
-    s = TrainSettings(**{f.name: chosen[f.name] for f in fields(TrainSettings) if f.name in chosen})
+    s = plan.settings_of(o, "training")
     frozen, reward, prompt, answer, nbytes = _common(o, preset)
     policy, batch = size(o["prompter"]), s.prompts * s.samples
     own = 4 if s.policy_dtype == "float32" else 2
@@ -232,7 +230,7 @@ def _training(o: Mapping[str, Any], preset: Preset, machine: Machine) -> Cost:
 
 def _rollout(o: Mapping[str, Any], preset: Preset, machine: Machine) -> Cost:
     frozen, reward, prompt, answer, nbytes = _common(o, preset)
-    draws, each = int(o.get("draws", 4)), int(o.get("answers", 2))
+    draws, each = int(o.get("draws") or 4), int(o.get("answers") or 2)
     prompter = size(next(iter(preset.prompters.values()))["prompter"])
     resampled = [arm for arm in o["arms"] if arm in ("star", "best_of_n")]
     policies = len(o.get("rlhf", ())) + len(o["trained"])

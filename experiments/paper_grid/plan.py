@@ -5,22 +5,25 @@ is one verb of `alignpro` with one file of options, which anyone can run by hand
 <job>/config.yaml`. Cells share jobs: the RLHF policy of a frozen model serves every prompter's cell.
 """
 
+import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from alignpro.commands import trusted
+from alignpro import typed
+from alignpro.commands import main, trusted
 from alignpro.commands.flags import renamed_in
 from alignpro.commands.main import VERBS
 from alignpro.errors import AlignProError
 from alignpro.files import write_json, write_text
 from alignpro.llm.data import public, subset
 from alignpro.llm.data.split import SPLITS, split_of
+from alignpro.llm.training.settings import PRESETS as TRAINING_PRESETS
 from alignpro.llm.training.settings import TrainSettings
 
 PRESETS = Path(__file__).parent / "presets"
@@ -47,7 +50,7 @@ class Preset:
     frozen: Mapping[str, str | Options]
     """By name: the frozen model, an option target, or several options of it: target, target_model, …. One at
     an address has no oracle, since its weights are out of reach."""
-    datasets: Mapping[str, Options]
+    datasets: Mapping[str, Mapping[str, str]]
     """By name: dataset, and data_folder where the hub is out of reach."""
     environment: Options
     """Of all: the reward, how the frozen model answers, dtype and batch size."""
@@ -81,8 +84,22 @@ class Preset:
         for name in ("prompters", "frozen", "datasets"):
             if not getattr(self, name):
                 raise AlignProError(f"preset {self.name}: {name} is empty; name at least one")
-        for name in ("seeds", "baseline_seeds", "held_out_splits"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("held_out_prompts", "longest_prompt", "training_prompts"):
+            if (most := getattr(self, name)) is not None and most < 1:
+                raise AlignProError(f"preset {self.name}: {name} {most}: give at least 1")
+        needed: list[tuple[str, Options, tuple[str, ...]]] = [
+            ("environment", self.environment, ("reward", "answer_tokens", "batch_size")),
+            *((f"prompters {name}", said, ("prompter",)) for name, said in self.prompters.items()),
+            *((f"datasets {name}", said, ("dataset",)) for name, said in self.datasets.items()),
+            *((f"targets {n}", target(m), ("target",)) for n, m in {**self.frozen, **self.unseen}.items()),
+            ("align_pro", self.align_pro, ("lam", "iterations", "prompts", "samples", "max_tokens")),
+            ("judge", self.judge or {"judge": ""}, ("judge",)),
+        ]
+        for part, options, names in needed:
+            for name in names:
+                if name not in options or options[name] is None:
+                    raise AlignProError(f"preset {self.name}: {part} lacks {name}; give it")
+        settings_of(self.align_pro, f"preset {self.name}: align_pro")
         if not self.seeds:
             raise AlignProError(f"preset {self.name}: seeds is empty; give at least one")
         for split in self.held_out_splits:
@@ -93,6 +110,20 @@ class Preset:
             raise AlignProError(f"preset {self.name}: {clash[0]!r} is no name; choose another")
 
 
+def settings_of(options: Options, where: str) -> TrainSettings:
+    """The settings of a training with these options, those of its preset behind them.
+
+    Raises:
+        AlignProError: they are none; it begins with `where`.
+    """
+    name = options.get("preset", "faithful")
+    if not isinstance(name, str) or name not in TRAINING_PRESETS:
+        raise AlignProError(f"{where} preset {name!r}: choose from {', '.join(TRAINING_PRESETS)}")
+    chosen = {**TRAINING_PRESETS[name], **options}
+    known = {each.name for each in fields(TrainSettings)}
+    return typed.made(TrainSettings, {n: value for n, value in chosen.items() if n in known}, where)
+
+
 def load(name: str) -> Preset:
     """A preset by name or file.
 
@@ -101,16 +132,9 @@ def load(name: str) -> Preset:
     """
     known = {path.stem: path for path in PRESETS.glob("*.yaml")}
     path = known.get(name, Path(name))
-    try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise AlignProError(f"--preset {name}: choose from {', '.join(known)}, or name a YAML file") from None
-    except yaml.YAMLError as error:
-        raise AlignProError(f"--preset {name}: is not valid YAML ({str(error).splitlines()[0]})") from None
-    names = {f.name for f in fields(Preset)}
-    if not isinstance(said, dict) or (unknown := set(said) - names):
-        what = f"has no field {min(unknown)}" if isinstance(said, dict) else "holds no fields"
-        raise AlignProError(f"--preset {name}: a preset {what}; its fields are {', '.join(sorted(names))}")
+    if not path.exists():
+        raise AlignProError(f"--preset {name}: choose from {', '.join(known)}, or name a YAML file")
+    said = typed.read_yaml(path, "--preset")
     # Here as in `TrainSettings`, by which costs are reckoned; jobs are written with their flags' names.
     own = {flag: name for name, flag in TrainSettings.flags.items()}
     for part in {"align_pro", "rlhf"} & set(said):
@@ -120,10 +144,7 @@ def load(name: str) -> Preset:
         own = {str(name).replace("_", "-"): value for name, value in said["environment"].items()}
         found = trusted.checked(str(path), own, ())
         said["environment"] = {name: found[str(name).replace("_", "-")] for name in said["environment"]}
-    try:
-        return Preset(**{"name": path.stem, **said})
-    except TypeError as error:
-        raise AlignProError(f"--preset {name}: {str(error).split(') ')[-1]}") from None
+    return typed.made(Preset, {"name": path.stem, **said}, f"--preset {name}")
 
 
 def target(model: str | Options) -> dict[str, Any]:
@@ -192,6 +213,30 @@ def as_flags(verb: str, options: Options) -> dict[str, Any]:
     """Options by their names on the command line, where some have those of Python's settings, or old ones."""
     names = renamed_in(VERBS[verb]) if verb in VERBS else {}
     return {names.get(n.replace("_", "-"), n).replace("-", "_"): value for n, value in options.items()}
+
+
+def check(jobs: Sequence[Job]) -> None:
+    """Refuse jobs whose options their verbs would refuse.
+
+    Raises:
+        AlignProError: so; it names the first.
+    """
+    seen: set[str] = set()
+    for job in jobs:
+        # Jobs of one kind differ in names, of models, data and folders, and in seeds.
+        like = {name: value for name, value in job.options.items() if name not in _NAMES}
+        kind = json.dumps([job.verb, sorted(job.options), like], sort_keys=True)
+        if job.verb != "prompts" and kind not in seen:
+            seen.add(kind)
+            _check(job.verb, json.dumps(job.resolved(Path("out"))), job.argument, f"job {job.name}")
+
+
+_NAMES = ("prompts_file", "trained", "seed", "prompter", "target", "rlhf")
+
+
+@functools.lru_cache(maxsize=128)
+def _check(verb: str, options: str, argument: str, where: str) -> None:
+    main.check(verb, json.loads(options), where, *filter(None, [argument]))
 
 
 def cells(preset: Preset) -> list[Cell]:

@@ -14,12 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from alignpro import locks
+from alignpro import locks, typed
 from alignpro.commands import main
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json
@@ -55,7 +54,20 @@ def failure(job: Job, out: Path) -> str | None:
 
 def _failed(job: Job, out: Path) -> dict[str, Any] | None:
     path = out / job.name / FAILED
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return vars(typed.made(_Failure, read_json(path), f"--out {path}"))
+
+
+@dataclass
+class _Failure:
+    """The content of `FAILED`."""
+
+    reason: str
+    again: bool
+    """Whether it may be tried anew."""
+    deaths: int
+    """Deaths of workers at the job by then."""
 
 
 def again(jobs: Sequence[Job], out: Path) -> None:
@@ -111,7 +123,7 @@ def check_settings(jobs: Sequence[Job], out: Path) -> None:
         path = out / job.name / plan.CONFIG
         if not (finished(job, out) and path.is_file()):
             continue
-        before, now = yaml.safe_load(path.read_text(encoding="utf-8")), job.resolved(out)
+        before, now = typed.read_yaml(path, "--out"), job.resolved(out)
         before = plan.as_flags(job.verb, before)  # a grid that was begun when they had other names
         for name in {**before, **now}:
             if name != "out" and before.get(name) != plan.plain(now.get(name)):
@@ -231,4 +243,5 @@ def _try(job: Job, out: Path, held: locks.Lease, act: Callable[[Job, Path], None
 
 def times(jobs: Sequence[Job], out: Path) -> dict[str, dict[str, float]]:
     """What each finished job took, its last run alone: clocks, which no two runs share."""
-    return {job.name: read_json(out / job.name / FINISHED) for job in jobs if finished(job, out)}
+    paths = {job.name: out / job.name / FINISHED for job in jobs if finished(job, out)}
+    return {n: typed.made(dict[str, float], read_json(path), f"--out {path}") for n, path in paths.items()}

@@ -94,15 +94,15 @@ FAULTS = {
     "empty range": ({"reward_low": 1.0}, "reward_low 1.0 must be below reward_high 1.0"),
     "seed": ({"seed": 0.5}, "seed 0.5 must be a whole number"),
     "arm": ({"arm": 3}, "arm 3 must be a string"),
-    "huge reward": ({"reward": 10**400}, "reward 1"),
+    "huge reward": ({"reward": 10**300}, "reward 1"),
     "reward whose square overflows": (
         {"reward": 1e155},
         "reward 1e+155 must be a finite number, below 1e+150",
     ),
     "range whose square overflows": ({"reward_high": 1e155}, "reward_high 1e+155 must be a finite number"),
-    "huge logp": ({"logp_frozen_x": -(10**400)}, "logp_frozen_x -1"),
-    "huge spread": ({"reward_spread": 10**400}, "reward_spread 1"),
-    "huge parts": ({"reward_parts": {"a": [10**400, 0, 1]}}, "reward_parts {'a': [1"),
+    "huge logp": ({"logp_frozen_x": -(10**300)}, "logp_frozen_x -1"),
+    "huge spread": ({"reward_spread": 10**300}, "reward_spread 1"),
+    "huge parts": ({"reward_parts": {"a": [10**300, 0, 1]}}, "reward_parts {'a': [1"),
     "positive logp": ({"logp_frozen_x": 2.0}, "logp_frozen_x 2.0 must be a log-probability"),
     "nan logp": ({"logp_reference": np.nan}, "logp_reference nan must be a log-probability"),
     "impossible": ({"logp_frozen_rewrite": -np.inf}, "logp_frozen_rewrite is -Infinity"),
@@ -152,9 +152,9 @@ def test_truncated_damaged_repeated_and_empty_files(tmp_path):
     cut = write(tmp_path / "cut.jsonl", [*lines[:9], lines[9][:40]])
     with pytest.raises(AlignProError, match=r"line 10: is cut short; remove this last line"):
         read(cut)
-    with pytest.raises(AlignProError, match=r"line 2: is not JSON; write one object per line"):
+    with pytest.raises(AlignProError, match=r"line 2: is not JSON .*; write one object per line"):
         read(write(tmp_path / "bad.jsonl", [lines[0], "{oops}\n", lines[1]]))
-    with pytest.raises(AlignProError, match=r"line 1: is not JSON; write one object per line"):
+    with pytest.raises(AlignProError, match=r"line 1: is not JSON .*; write one object per line"):
         read(write(tmp_path / "deep.jsonl", ["[" * 100_000 + "\n"]))
     with pytest.raises(AlignProError, match=r"line 1: is not a JSON object"):
         read(write(tmp_path / "list.jsonl", ["[1]\n"]))

@@ -483,7 +483,7 @@ def test_damage_and_changed_weights_are_noticed(home, tmp_path, capsys):
     assert "arms.trained (seed 0).weights = " in capsys.readouterr().err
     (folder / "prompter.json").write_text('{"base": "x"}')
     assert main.main(command) == 2
-    assert "its prompter.json is damaged" in capsys.readouterr().err
+    assert "prompter.json is not one that Prompter.save wrote" in capsys.readouterr().err
 
 
 def test_a_template_that_appends(home, tmp_path):

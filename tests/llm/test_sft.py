@@ -392,7 +392,7 @@ def test_pairs_are_read_from_files(tmp_path):
         ),
         ('{"prompt": " ", "rewrite": "b"}', r"line 1: field 'prompt' is missing or no text"),
         ('{"prompt": "a", "rewrite": " "}', r"line 1: field 'rewrite' is missing or no text"),
-        ('{"prompt": "a"', r"line 1: is no JSON object; mend or remove it$"),
+        ('{"prompt": "a"', r"line 1: is no JSON object .*; mend or remove it$"),
         ("3", r"line 1: is no JSON object"),
         ('[{"prompt": "a", "rewrite": "b"}, 3]', r"item 2: is no JSON object"),
         ("[3", r"no JSON list"),

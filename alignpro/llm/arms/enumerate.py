@@ -8,9 +8,8 @@ diagonal blocks of `prior` and `frozen`; the rewards are real on every pair (x, 
 """
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ import torch
 from scipy.linalg import block_diag
 from transformers import PreTrainedTokenizerBase
 
+from alignpro import typed
 from alignpro.errors import AlignProError
-from alignpro.files import write_json
+from alignpro.files import read_json, write_json
 from alignpro.llm.arms.settings import EnumerationSettings
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import how_of
@@ -154,8 +154,8 @@ def sample_responses(
 
 
 @dataclass(frozen=True)
-class Enumeration:
-    """A prompter and a frozen model on finite sets, and the exact instance they form."""
+class _Texts:
+    """Prompts, rewrites and responses as texts and as tokens."""
 
     prompts: tuple[str, ...]
     prompt_ids: tuple[Tokens, ...]
@@ -165,6 +165,12 @@ class Enumeration:
     response_ids: tuple[tuple[Tokens, ...], ...]
     rewrites: tuple[tuple[str, ...], ...]
     responses: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Enumeration(_Texts):
+    """A prompter and a frozen model on finite sets, and the exact instance they form."""
+
     instance: Instance
     """Rewrites and responses are in it prompt by prompt."""
 
@@ -200,23 +206,24 @@ class Enumeration:
         """Write `instance.npz` (numbers) and `texts.json` (texts and tokens) into `folder`."""
         folder = Path(folder)
         self.instance.save(folder / "instance.npz")
-        write_json(folder / "texts.json", {key: getattr(self, key) for key in _TEXT_FIELDS}, private=True)
+        texts = {each.name: getattr(self, each.name) for each in fields(_Texts)}
+        write_json(folder / "texts.json", texts, private=True)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Enumeration":
         """Read what `save` wrote."""
-        folder = Path(folder)
+        path, instance = Path(folder) / "texts.json", load(Path(folder) / "instance.npz")
         try:
-            stored = json.loads((folder / "texts.json").read_text())
-            texts = {key: _tuples(stored[key]) for key in _TEXT_FIELDS}
-        except (OSError, ValueError, KeyError) as error:
-            raise AlignProError(
-                f"{folder / 'texts.json'}: missing or damaged; run the enumeration again"
-            ) from error
-        return cls(**texts, instance=load(folder / "instance.npz"))
-
-
-_TEXT_FIELDS = ("prompts", "prompt_ids", "rewrite_ids", "response_ids", "rewrites", "responses")
+            texts = typed.made(_Texts, read_json(path), "texts")
+            lists = texts.prompt_ids, texts.rewrite_ids, texts.rewrites, texts.response_ids, texts.responses
+            rows = [tuple(map(len, each)) for each in lists[1:]]
+            if {*map(len, lists)} != {len(texts.prompts)} or rows[::2] != rows[1::2]:
+                raise AlignProError("its lists differ in length")
+            if instance.shape != (len(texts.prompts), sum(rows[0]), sum(rows[2])):
+                raise AlignProError("instance.npz is of others")
+        except AlignProError as error:
+            raise AlignProError(f"{path}: missing or damaged; run the enumeration again") from error
+        return cls(**vars(texts), instance=instance)
 
 
 def _tuples(value: Any) -> Any:
@@ -299,8 +306,8 @@ def enumerate_models(
 
     instance = assemble(prior_rows, frozen_rows, scores, prompts, rewrites, responses)
     texts = ([*prompts], prompt_ids, rewrite_ids, response_ids, rewrites, responses)
-    fields = dict(zip(_TEXT_FIELDS, map(_tuples, texts), strict=True))
-    return Enumeration(**fields, instance=instance)
+    named = dict(zip((each.name for each in fields(_Texts)), map(_tuples, texts), strict=True))
+    return Enumeration(**named, instance=instance)
 
 
 def assemble(

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from alignpro import typed
 from alignpro.errors import AlignProError
 from alignpro.estimation.intervals import LEAST_PROMPTS, Estimate
 from alignpro.estimation.pac_bayes import PacBayes
 from alignpro.estimation.race import BLOCK, Gain, gain_over, least_budget, race
-from alignpro.files import atomic_write, writable_folder
+from alignpro.files import atomic_write, byte_lines, encoded, parse_json, writable_folder
 from alignpro.llm.arms.draws import stream
 from alignpro.llm.arms.rollout import append, prompt_id
 from alignpro.llm.arms.settings import InstructSettings
@@ -84,6 +85,23 @@ def divided(
     return [raced[i] for i in order[: settings.prompts]], held[: settings.held_out]
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A block of answers that was asked for at once, as a line of `FILE`."""
+
+    kind: str
+    """The stream of the answers."""
+    candidates: list[str]
+    prompts: list[str]
+    """Ids of the prompts."""
+    answers: int
+    """Answers to each candidate on each prompt."""
+    rewards: list[list[list[float]]]
+    """By candidate, prompt and answer, in reward units."""
+    refused: int
+    """Answers that the service would not give."""
+
+
 @dataclass
 class Cells:
     """Asks instructions on prompts, and keeps the rewards of the answers in a folder."""
@@ -102,10 +120,10 @@ class Cells:
 
     def __post_init__(self) -> None:
         self.path = writable_folder(self.folder) / FILE
-        self.kept: dict[str, Any] = {}
+        self.kept: dict[str, Cell] = {}
         self.refused = 0
         """Answers that were refused, those of earlier runs included."""
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        lines = byte_lines(self.path)
         whole = [line for line in lines if line.endswith(b"\n") and self._keep(line)]
         if len(whole) < len(lines):  # the last was cut short
             with atomic_write(self.path, private=True) as file:
@@ -113,10 +131,13 @@ class Cells:
 
     def _keep(self, line: bytes) -> bool:
         try:
-            row = json.loads(line)
-            self.kept[self._key(row["kind"], row["candidates"], row["prompts"], row["answers"])] = row
-        except (ValueError, KeyError, TypeError):
+            row = typed.made(Cell, parse_json(line), self.path.name)
+            shape = len(row.candidates), len(row.prompts), row.answers
+            if np.shape(row.rewards) != shape or not np.isfinite(row.rewards).all():
+                raise ValueError
+        except ValueError:
             return False
+        self.kept[self._key(row.kind, row.candidates, row.prompts, row.answers)] = row
         return True
 
     @staticmethod
@@ -145,14 +166,14 @@ class Cells:
             flat = [answer for of in answered for answer in of]
             found = judged(self.reward, [x for x in xs for _ in range(answers)], flat, self.refusals)
             rewards = found.total.reshape(len(arms), len(prompts), answers)
-            row = {"kind": kind, "candidates": names, "prompts": ids, "answers": answers}
-            row |= {"rewards": rewards.tolist(), "refused": sum(a.finish == "refused" for a in flat)}
+            refused = sum(answer.finish == "refused" for answer in flat)
+            row = Cell(kind, names, ids, answers, rewards.tolist(), refused)
             claim(self.path)
-            append(self.path, (json.dumps(row, ensure_ascii=False) + "\n").encode())
+            append(self.path, encoded(json.dumps(vars(row), ensure_ascii=False) + "\n"))
         else:
             self.on_answer(size)
-        self.refused += row["refused"]
-        return np.array(row["rewards"], float)
+        self.refused += row.refused
+        return np.array(row.rewards, float)
 
 
 @dataclass(frozen=True)

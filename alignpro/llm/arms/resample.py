@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from alignpro import typed
 from alignpro.errors import AlignProError
 from alignpro.estimation.intervals import LEAST_PROMPTS
 from alignpro.estimation.means import limits
-from alignpro.files import write_text
+from alignpro.files import read_json_lines, write_text
 from alignpro.llm.models.prompt import as_json, from_json, said_in
 from alignpro.llm.models.sampling import digest, is_int
 from alignpro.llm.rewards.scores import judged
@@ -148,16 +149,14 @@ def save_proposals(path: str | Path, proposals: Sequence[Proposals]) -> None:
 
 def load_proposals(path: str | Path) -> list[Proposals]:
     """Read what `save_proposals` wrote."""
-    number, found = 0, []
-    try:
-        for line in Path(path).read_text(encoding="utf-8").split("\n"):
-            number += 1
-            row = json.loads(line) if line else None
-            found += [Proposals(**row | {"prompt": from_json(row["prompt"])})] if row else []
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise AlignProError(
-            f"proposals {path}, line {number}: not what save_proposals wrote ({error}); propose again"
-        ) from None
+    found = []
+    for number, row in enumerate(read_json_lines(path, dict), 1):
+        try:
+            found.append(typed.made(Proposals, row | {"prompt": from_json(row.get("prompt"))}, "proposals"))
+        except AlignProError as error:
+            raise AlignProError(
+                f"proposals {path}, line {number}: not what save_proposals wrote ({error}); propose again"
+            ) from None
     return found
 
 

@@ -25,7 +25,16 @@ from alignpro import rollouts
 from alignpro.errors import AlignProError
 from alignpro.estimation.paired import estimates
 from alignpro.estimation.terms import Terms
-from alignpro.files import atomic_write, make_private, read_json_lines, sync, why
+from alignpro.files import (
+    atomic_write,
+    byte_lines,
+    encoded,
+    make_private,
+    parse_json,
+    read_json_lines,
+    sync,
+    why,
+)
 from alignpro.llm.arms.draws import RESAMPLED, Arm, Array, Work, arms_of, draws_of, stream
 from alignpro.llm.arms.resample import Mean
 from alignpro.llm.arms.settings import RolloutSettings
@@ -190,6 +199,8 @@ def plan(
     record = json.loads(json.dumps(record))
     run = here(folder, "rollout")
     before = (run.check(names=(FILE, PARTIAL)) or {}).get("arms", {})
+    if not isinstance(before, dict):
+        raise AlignProError(f"--out {folder}: its settings are damaged; choose another folder")
     run.begin({**record, "arms": {name: how for name, how in record["arms"].items() if name in before}})
     run.record = {**(run.record or {}), "arms": {**before, **record["arms"]}}
     blocks = [tuple(prompts[i : i + BLOCK]) for i in range(0, len(prompts), BLOCK)]
@@ -244,7 +255,7 @@ def roll_out(
             bar.set_postfix_str(str(arm))
             rows = block_rows(work, arm, block, parties(arm), bar.update)
             plan.run.claim()
-            append(partial, "".join(row.line() for row in rows).encode("utf-8", "surrogatepass"))
+            append(partial, encoded("".join(row.line() for row in rows)))
     os.replace(partial, final)
     sync(plan.folder)
     return final
@@ -274,14 +285,14 @@ def _lines(folder: Path) -> tuple[list[tuple[Key, bytes]], Counter[Key]]:
     path = folder / PARTIAL
     path = path if path.exists() else folder / FILE
     found: list[tuple[Key, bytes]] = []
-    if path.exists():
-        with open(path, "rb") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                    found.append(((row["arm"], row["seed"], row["prompt_id"]), line))
-                except (ValueError, KeyError, TypeError):
-                    continue
+    for line in byte_lines(path):
+        try:
+            row = parse_json(line)
+            key = row["arm"], row["seed"], row["prompt_id"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if tuple(map(type, key)) == (str, int, str):
+            found.append((key, line))
     return found, Counter(key for key, _ in found)
 
 

@@ -2,13 +2,13 @@
 
 import contextlib
 import csv
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignpro.errors import AlignProError
+from alignpro.files import parse_json
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.data.rows import Reading, Row, conversation, read_rows
 from alignpro.llm.data.split import split_of
@@ -179,10 +179,12 @@ class _NoList(Exception):
 def _reading(field: str, path: Path, kind: str) -> Iterator[None]:
     try:
         yield
+    except AlignProError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise AlignProError(f"{field} {path}: cannot read it ({reason}); name a {kind} file") from None
-    except (json.JSONDecodeError, RecursionError, _NoList) as error:
+    except (ValueError, _NoList) as error:
         raise AlignProError(
             f"{field} {path}: no JSON list of objects ({error}); mend it, or use JSONL"
         ) from None
@@ -197,15 +199,16 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+        return parse_json(text)
+    except ValueError as error:
+        return error
 
 
 def _objects(path: Path, said: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Row]]:
     for where, row in said:
         if not isinstance(row, dict):
-            raise AlignProError(f"{path.name}, {where}: is no JSON object; mend or remove it")
+            why = f" ({row})" if isinstance(row, ValueError) else ""
+            raise AlignProError(f"{path.name}, {where}: is no JSON object{why}; mend or remove it")
         yield where, row
 
 
@@ -214,7 +217,7 @@ def _jsonl(path: Path, _: Reading) -> Iterator[tuple[str, Row]]:
 
 
 def _json(path: Path, _: Reading) -> Iterator[tuple[str, Row]]:
-    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    rows = parse_json(path.read_bytes())
     if conversation(rows) is not None:  # a file with one chat
         rows = [{"messages": rows}]
     elif isinstance(rows, dict) and any(conversation(value) is not None for value in rows.values()):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignpro.errors import AlignProError
+from alignpro.files import parse_json
 from alignpro.llm.data.split import normalised
 from alignpro.llm.models.prompt import (
     ROLES,
@@ -119,8 +120,8 @@ def conversation(value: Any) -> list[Row] | None:
         if not value.lstrip().startswith("["):
             return None
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse_json(value)
+        except ValueError:
             return None
     elif isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
         value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
@@ -152,7 +153,7 @@ def _message(number: int, turn: Row) -> Message:
     )
     if role in _TOOLS or turn.get("tool_calls") or turn.get("function_call"):
         raise AlignProError(f"message {number} uses tools, which cannot be replayed")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise AlignProError(f"message {number} is of role {role!r:.40}; known are {', '.join(ROLES)}")
     if isinstance(content, list):
         texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in content]

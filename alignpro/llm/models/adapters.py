@@ -118,13 +118,23 @@ def left_as_it_was(model: Any) -> Iterator[None]:
         raise
 
 
+def check_adapter(folder: Path, what: str) -> None:
+    """Refuse the configuration of an adapter that lacks a number which PEFT would fill in with its own, so
+    that it would be another adapter."""
+    said = read_json(folder / ADAPTER_CONFIG, dict)
+    kinds = {"peft_type": str, "r": int, "lora_alpha": int | float, "target_modules": list | str}
+    for name, kind in kinds.items() if said.get("peft_type") == "LORA" else [("peft_type", str)]:
+        if not isinstance(said.get(name), kind) or isinstance(said[name], bool):
+            raise AlignProError(f"{what}: its {ADAPTER_CONFIG} has no {name} that is one; save it again")
+
+
 def adapter_base(folder: Path) -> str:
     """The name of the model that an adapter's folder rests on, found from any working folder."""
     said: Any = {}
     for file, key in (("prompter.json", "base"), (ADAPTER_CONFIG, "base_model_name_or_path")):
         if (folder / file).is_file():
-            said = read_json(folder / file)
-            if isinstance(said, dict) and isinstance(said.get(key), str) and said[key]:
+            said = read_json(folder / file, dict)
+            if isinstance(said.get(key), str) and said[key]:
                 return find_base(said[key], folder)
     raise AlignProError(f"adapter {folder}: does not name the model that it belongs to; save it again")
 

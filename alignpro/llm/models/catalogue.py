@@ -1,5 +1,6 @@
 """The packaged models, what the name of a model may be, and the packages that hold models and data."""
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json
+from alignpro.files import parse_json, read_json
 
 
 class PackagedModel(NamedTuple):
@@ -97,6 +98,7 @@ def checked_folder(folder: Path) -> Path:
         )
     if any(folder.glob("*.safetensors")):
         _check_index(folder)
+        check_sizes(folder)
         return folder
     if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
         raise AlignProError(
@@ -116,6 +118,47 @@ def _check_index(folder: Path) -> None:
                 raise AlignProError(
                     f"model folder {folder}: {index.name} names {file[:80]!r}, which is no file of that "
                     "folder; save the model again"
+                )
+
+
+_SIZE = re.compile(
+    r"(^|_)((vocab|hidden|intermediate)_size|\w*dim|num_\w*(heads|experts)|num_labels|n_(embd|head|inner))$"
+)
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+
+
+def stored(folder: Path) -> list[tuple[str, str, int]]:
+    """The name, type and count of numbers of each tensor in a folder's safetensors, or what they raise."""
+    from safetensors import safe_open
+
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118 - no dictionary
+                tensor = file.get_slice(name)
+                found.append((name, str(tensor.get_dtype()), math.prod(tensor.get_shape())))
+    return found
+
+
+def check_sizes(folder: Path) -> None:
+    """Refuse a configuration of more layers than there are tensors, or of sizes beyond all their numbers:
+    what only opens it, such as its tokenizer, may take for ever and all memory."""
+    try:
+        tensors = stored(folder)
+        parts = [parse_json((folder / "config.json").read_bytes())]
+    except Exception:  # told by whoever reads the weights
+        return
+    numbers = sum(count for *_, count in tensors)
+    while tensors and parts:
+        part = parts.pop()
+        for name, value in part.items() if isinstance(part, dict) else ():
+            if isinstance(value, dict):
+                parts.append(value)
+            most = len(tensors) if name in _LAYERS else numbers if _SIZE.search(name) else None
+            if most is not None and type(value) is int and value > most:
+                raise AlignProError(
+                    f"model folder {folder}: its config.json says {name} {value}, more than its weights can "
+                    f"have, {numbers:,} numbers in {len(tensors):,} tensors; save the whole model again"
                 )
 
 

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from alignpro.errors import AlignProError
+from alignpro.files import parse_json
 from alignpro.llm.models import limits
 from alignpro.llm.models.prompt import Message
 
@@ -349,6 +350,9 @@ def configure(tokenizer: Any, options: Mapping[str, Any] | None) -> Chat:
     found = Chat(tokenizer, dict(options or {}))
     setattr(tokenizer, _ATTRIBUTE, found)
     found.sample()
+    mark = _PRIVATE[2]
+    if mark not in found.render([{"role": "user", "content": mark}]):
+        raise AlignProError("has a chat template that leaves the prompt out; mend chat_template.jinja")
     return found
 
 
@@ -357,8 +361,8 @@ def parse_options(text: str | None) -> dict[str, Any]:
     if text is None or not text.strip():
         return {}
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text)
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise AlignProError(

@@ -297,7 +297,16 @@ def configure_tokenizer(
     except AlignProError as error:
         raise AlignProError(f"model {name!r} {error}") from error
     listed = shipped if isinstance(shipped, list) else [shipped]  # several tokens may end a turn
-    ends = [int(i) for i in dict.fromkeys([*listed, tokenizer.eos_token_id]) if i is not None]
+    for i in listed:
+        if i is not None and (type(i) is not int or i < 0):
+            raise AlignProError(
+                f"model {name!r}: its end token {i!r:.40} is no token's id; mend eos_token_id"
+            )
+    if isinstance(tokenizer.model_max_length, bool) or not isinstance(
+        tokenizer.model_max_length, int | float
+    ):
+        raise AlignProError(f"model {name!r}: its tokenizer's model_max_length is no number; mend it")
+    ends = [i for i in dict.fromkeys([*listed, tokenizer.eos_token_id]) if i is not None]
     if end not in ends:
         if ends:
             packages.note(
@@ -324,7 +333,12 @@ def configure_model(
     """All of `prepare` but the check of its numbers."""
     shipped = model.generation_config.eos_token_id
     ends = configure_tokenizer(tokenizer, shipped, name, chat_template_kwargs)
-    pad_id = int(tokenizer.pad_token_id)
+    pad_id, size = int(tokenizer.pad_token_id), int(text_config(model).vocab_size)
+    if odd := [i for i in (*ends, pad_id) if i >= size]:
+        raise AlignProError(
+            f"model {name!r}: the token {tokenizer.convert_ids_to_tokens(odd[0])!r}, which ends or pads its "
+            f"texts, is not among the {size:,} that the model knows; mend its tokenizer_config.json"
+        )
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = pad_id
     model.generation_config = GenerationConfig(

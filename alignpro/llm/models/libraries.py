@@ -12,7 +12,7 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters e
 """The argument by which a model of this version of transformers takes keys and values read before."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The text of an exception, in at most 200 characters; its type's name where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

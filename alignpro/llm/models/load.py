@@ -6,6 +6,7 @@ Weights are read from safetensors, GGUF or (packaged) ONNX only. Nothing is unpi
 import contextlib
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,8 +26,9 @@ from transformers import (
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json
-from alignpro.llm.models.adapters import adapter_base, check_patterns
-from alignpro.llm.models.catalogue import ADAPTER_WEIGHTS, RANDOM_FILE, drawn_at_random, is_adapter
+from alignpro.llm.models import packages
+from alignpro.llm.models.adapters import adapter_base, check_adapter, check_patterns
+from alignpro.llm.models.catalogue import ADAPTER_WEIGHTS, RANDOM_FILE, drawn_at_random, is_adapter, stored
 from alignpro.llm.models.configure import DTYPES, check_dtype, configure_tokenizer, device_of, prepare
 from alignpro.llm.models.libraries import one_line, quiet
 from alignpro.llm.models.resolve import resolve, resolve_tokenizer
@@ -131,19 +134,13 @@ def load_tokenizer(
     folder = resolve_tokenizer(model)
     while is_adapter(folder):  # which has none of its own
         folder = resolve_tokenizer(adapter_base(folder))
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            if (folder / "generation_config.json").is_file():
-                shipped = GenerationConfig.from_pretrained(folder)
-            else:
-                shipped = GenerationConfig.from_model_config(config)
-    except Exception as error:
-        raise AlignProError(
-            f"model {str(model)!r}: cannot read its tokenizer and configuration ({one_line(error)}); save "
-            "them with save_pretrained"
-        ) from error
+    with loading(f"model {str(model)!r}", folder, "tokenizer and configuration, with the model"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if (folder / "generation_config.json").is_file():
+            shipped = GenerationConfig.from_pretrained(folder)
+        else:
+            shipped = GenerationConfig.from_model_config(config)
     return tokenizer, configure_tokenizer(tokenizer, shipped.eos_token_id, str(model), chat_template_kwargs)
 
 
@@ -160,20 +157,14 @@ def _load(folder: Path, name: str, dtype: str, where: torch.device) -> tuple[Any
             bnb_4bit_use_double_quant=True,
         )
         more = {"quantization_config": config, "device_map": {"": where}}
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            loaded, report = read_weights(AutoModelForCausalLM, folder, DTYPES[dtype], where, **more)
-    except Exception as error:
+    what = f"model {name!r}"
+    with loading(what, folder, "causal language model"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    loaded, lacking = read_weights(AutoModelForCausalLM, folder, what, DTYPES[dtype], where, **more)
+    if lacking:
         raise AlignProError(
-            f"model {name!r}: cannot load {folder} ({one_line(error)}); check that it is a complete "
-            "causal language model saved as safetensors"
-        ) from error
-    wrong = sorted(report["missing_keys"]) or sorted(map(str, report.get("mismatched_keys", ())))
-    if wrong:
-        raise AlignProError(
-            f"model {name!r}: {folder} has no weights that fit {wrong[0]} ({len(wrong)} in all), which would "
-            "be drawn at random; save the whole model again"
+            f"{what}: {folder} has no weights that fit {lacking[0]} ({len(lacking)} in all), which would be "
+            "drawn at random; save the whole model again"
         )
     loaded.name_or_path = loaded.config._name_or_path = str(folder.resolve())  # an adapter's base, to PEFT
     if dtype == "4bit":
@@ -183,53 +174,114 @@ def _load(folder: Path, name: str, dtype: str, where: torch.device) -> tuple[Any
     return loaded, tokenizer
 
 
+@contextlib.contextmanager
+def loading(what: str, folder: Path, kind: str) -> Iterator[None]:
+    """Load quietly, and say in one line what went wrong: an AlignProError with its cause.
+
+    Args:
+        what: words for what is loaded, which the line begins with.
+        kind: words for what the folder should be.
+    """
+    try:
+        with quiet():
+            yield
+    except (AlignProError, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:  # a panic of the Rust libraries is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise AlignProError(
+            f"{what}: cannot load {folder} ({one_line(error)}); check that it is a complete {kind} saved as "
+            "safetensors"
+        ) from error
+
+
 def read_weights(
-    auto: Any, folder: Path, dtype: torch.dtype, where: torch.device, **options: Any
-) -> tuple[Any, dict[str, Any]]:
-    """A model of one of transformers' auto classes from safetensors, without its code, and what was amiss.
+    auto: Any,
+    folder: Path,
+    what: str,
+    dtype: torch.dtype,
+    where: torch.device,
+    kind: str = "causal language model",
+    **options: Any,
+) -> tuple[Any, list[str]]:
+    """A model of one of transformers' auto classes from safetensors, without its code, and the names of its
+    weights that the folder has nothing for.
 
     In a folder for rehearsals the weights are drawn, on the device at once.
+
+    Raises:
+        AlignProError: the folder cannot be read, has weights of another shape, more layers than the model or
+            numbers that are not finite.
     """
-    if drawn_at_random(folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device(where), torch.random.fork_rng():
-            torch.manual_seed(int(read_json(folder / RANDOM_FILE)["seed"]))
-            made = auto.from_config(config, dtype=dtype, trust_remote_code=False)
-        if (folder / "generation_config.json").is_file():
-            made.generation_config = GenerationConfig.from_pretrained(folder)
-        return made, {"missing_keys": []}
-    return auto.from_pretrained(
-        folder,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        **options,
-    )
+    with loading(what, folder, kind):
+        if drawn_at_random(folder):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            with torch.device(where), torch.random.fork_rng():
+                torch.manual_seed(int(read_json(folder / RANDOM_FILE)["seed"]))
+                made = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+            if (folder / "generation_config.json").is_file():
+                made.generation_config = GenerationConfig.from_pretrained(folder)
+            return made, []
+        kinds = {name: kind for name, kind, _ in stored(folder)}
+        loaded, report = auto.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    # Its own classes know what a model may well leave aside, such as layers that predict further tokens.
+    if odd := sorted(name for name in report["unexpected_keys"] if _LAYER.search(name)):
+        raise AlignProError(
+            f"{what}: {folder} has weights that its config.json has no place for, {odd[0]} the first of "
+            f"{len(odd)}; save the whole model again"
+        )
+    if odd := sorted(name for name in report["unexpected_keys"] if not name.startswith("lm_head.")):
+        packages.note(
+            f"{what}: left aside are weights that such a model has no place for, {odd[0]} the first"
+        )
+    quantised = getattr(loaded.config, "quantization_config", None) is not None
+    for name, value in loaded.named_parameters():
+        if value.is_floating_point() and kinds.get(name, "F")[0] in "IU" and not quantised:
+            raise AlignProError(f"{what}: {folder} has whole numbers in {name}; save the model again")
+        if value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float32))):
+            raise AlignProError(
+                f"{what}: {folder} has numbers in {name} that are not finite; its weights are damaged: save "
+                "it again"
+            )
+    return loaded, sorted({*report["missing_keys"], *(map(str, report.get("mismatched_keys", ())))})
+
+
+_LAYER = re.compile(r"\.\d+\.(?!.*(rotary_emb|attn\.(masked_)?bias$|attention\.(masked_)?bias$))")
+"""A weight of a layer. Masks and frequencies of rotations, which old versions saved, are none."""
 
 
 def attach_adapter(model: Any, folder: Path, name: str) -> Any:
     """`model` with the adapter that PEFT saved in `folder`, every tensor of it in place."""
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
 
-    weights = folder / ADAPTER_WEIGHTS
+    weights, what = folder / ADAPTER_WEIGHTS, f"adapter {name!r}"
     if not weights.is_file():
-        raise AlignProError(f"adapter {name!r}: {ADAPTER_WEIGHTS} is missing; save it again as safetensors")
+        raise AlignProError(f"{what}: {ADAPTER_WEIGHTS} is missing; save it again as safetensors")
+    check_adapter(folder, what)
     check_patterns(model, folder)
-    try:
-        with quiet():
-            adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
-        with safe_open(weights, "pt") as file:
-            stored = set(file.keys())
-    except Exception as error:
+    with loading(what, folder, "adapter"):
+        sound = {
+            key: value.is_floating_point() and bool(torch.isfinite(value).all())
+            for key, value in load_file(weights).items()
+        }
+        adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
+        # Embedding layers, if True, would ask the hub.
+        wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        with torch.inference_mode():  # its configuration may make maps that fail only when they are used
+            adapted(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device))
+    if odd := sorted(wanted ^ set(sound)):
         raise AlignProError(
-            f"adapter {name!r}: cannot be put on its model ({one_line(error)}); save it again"
-        ) from error
-    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))  # True would ask the hub
-    if odd := sorted(wanted ^ stored):
-        raise AlignProError(
-            f"adapter {name!r}: {'lacks' if odd[0] in wanted else 'has no place for'} {odd[0]} ({len(odd)} "
-            "such tensors); it belongs to another model, or is damaged: save it again"
+            f"{what}: {'lacks' if odd[0] in wanted else 'has no place for'} {odd[0]} ({len(odd)} such "
+            "tensors); it belongs to another model, or is damaged: save it again"
         )
+    if odd := sorted(key for key, well in sound.items() if not well):
+        raise AlignProError(f"{what}: {odd[0]} has numbers that are not finite; train or save it again")
     return adapted.eval()

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -28,7 +27,7 @@ from typing import IO
 from tqdm import tqdm
 
 from alignpro.errors import AlignProError
-from alignpro.files import cache_folder, flaw, listed, sha256, write_json
+from alignpro.files import cache_folder, flaw, listed, read_json, sha256, write_json
 from alignpro.llm.models.catalogue import HASHES, Package, package_of
 from alignpro.terminal import note
 
@@ -349,10 +348,10 @@ def _corrupted(folder: Path, what: str) -> AlignProError:
 
 def _read_manifest(folder: Path) -> dict:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST, dict)
         if not isinstance(manifest["files"], dict):
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise _corrupted(folder, f"{folder / MANIFEST} is not a manifest") from None
     return manifest
 

@@ -117,6 +117,8 @@ def from_json(value: Any) -> str:
     if isinstance(value, str):
         return value
     try:
+        if not isinstance(value["text"], str):
+            raise TypeError
         return Prompt(value["text"], value.get("context", ()), value.get("columns"))
     except (KeyError, TypeError, AttributeError):
         raise AlignProError(

@@ -11,7 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models import packages, recipes
-from alignpro.llm.models.catalogue import MODELS, PACKAGES, RECIPES, check_name, checked_folder, packaged
+from alignpro.llm.models.catalogue import (
+    MODELS,
+    PACKAGES,
+    RECIPES,
+    check_name,
+    check_sizes,
+    checked_folder,
+    packaged,
+)
 from alignpro.llm.models.configure import configure_model
 from alignpro.llm.models.libraries import one_line, quiet
 
@@ -167,7 +175,10 @@ def resolve_tokenizer(model: str | Path) -> Path:
     path = Path(model).expanduser()
     if packaged(model) or path.is_file():
         return resolve(model)
-    return path if path.is_dir() else _from_hub(str(model), [f for f in HUB_FILES if f != "*.safetensors"])
+    if path.is_dir():
+        check_sizes(path)
+        return path
+    return _from_hub(str(model), [f for f in HUB_FILES if f != "*.safetensors"])
 
 
 def _ready(folder: Path) -> bool:

@@ -5,6 +5,7 @@ prompter.rewrite("How do plants grow?")
 """
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from alignpro import typed
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, write_json, write_text
 from alignpro.llm.models import adapters, catalogue, load, packages, recipes, resolve
@@ -120,7 +122,8 @@ def check_template(name: str | None) -> Template:
 
 def has_template(name: str | Path) -> bool:
     """Whether `name` is that of a trained prompter, which has a template of its own."""
-    return str(name) in catalogue.RECIPES or (Path(name).expanduser() / PROMPTER_FILE).is_file()
+    # Whatever lies there in its place, it is no model without one.
+    return str(name) in catalogue.RECIPES or os.path.lexists(Path(name).expanduser() / PROMPTER_FILE)
 
 
 def check_prompter(name: str | Path, template: str | None) -> None:
@@ -130,6 +133,32 @@ def check_prompter(name: str | Path, template: str | None) -> None:
         catalogue.check_name(name)
     elif template is not None:
         raise AlignProError(f"template {template}: {name} has its own; leave it out")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A trained prompter's record in `PROMPTER_FILE`; fields that `Prompter` has, too, mean the same."""
+
+    base: str
+    template: Template
+    max_tokens: int
+    facts: dict[str, Any]
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise AlignProError(f"max_tokens {self.max_tokens}: give at least 1")
+
+
+def read_saved(folder: Path, name: str) -> Saved:
+    """Read the `PROMPTER_FILE` of a prompter's folder; an error calls it by `name`."""
+    try:
+        return typed.made(Saved, read_json(folder / PROMPTER_FILE), PROMPTER_FILE)
+    except AlignProError as error:
+        raise AlignProError(
+            f"prompter {name!r}: {PROMPTER_FILE} is not one that Prompter.save wrote ({error})"
+        ) from None
 
 
 @dataclass
@@ -183,17 +212,10 @@ class Prompter:
             return cls(*loaded, check_template(template), base=str(folder.resolve() if local else name))
         recipe = str(name) in catalogue.RECIPES
         folder = resolve.resolve(name) if recipe else folder
-        said = read_json(folder / PROMPTER_FILE)
-        try:
-            own = Template(**said["template"] | {"examples": tuple(map(tuple, said["template"]["examples"]))})
-            base, max_tokens, facts = str(said["base"]), int(said["max_tokens"]), dict(said["facts"])
-            options = dict(said.get("chat_template_kwargs", {}))
-        except (KeyError, TypeError, ValueError) as error:
-            raise AlignProError(
-                f"prompter {str(name)!r}: {PROMPTER_FILE} is not one that Prompter.save wrote ({error!r})"
-            ) from None
-        if chat_template_kwargs is not None:
-            options = dict(chat_template_kwargs)
+        said = read_saved(folder, str(name))
+        own, base, max_tokens, facts = said.template, said.base, said.max_tokens, said.facts
+        given = said.chat_template_kwargs if chat_template_kwargs is None else chat_template_kwargs
+        options = dict(given)
         if merged or (folder / "config.json").is_file():  # `save` with `whole`
             loaded = load.load_model(folder, dtype, device, chat_template_kwargs=options)
             return cls(*loaded, own, max_tokens, str(name if recipe else folder.resolve()), facts)
@@ -230,9 +252,9 @@ class Prompter:
             self.model.save_pretrained(str(folder), safe_serialization=True, **more)
         if whole:
             self.tokenizer.save_pretrained(str(folder))
-        record = {"base": self.base, "template": asdict(self.template), "max_tokens": self.max_tokens}
-        record |= {"chat_template_kwargs": dict(chat_of(self.tokenizer).options), "facts": self.facts}
-        write_json(folder / PROMPTER_FILE, record)
+        options = dict(chat_of(self.tokenizer).options)
+        record = Saved(self.base, self.template, self.max_tokens, self.facts, options)
+        write_json(folder / PROMPTER_FILE, asdict(record))
         write_text(folder / "README.md", self.card())
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:

@@ -12,7 +12,7 @@ from scipy import optimize
 from scipy.special import expit
 
 from alignpro.errors import AlignProError
-from alignpro.files import write_json
+from alignpro.files import read_json, write_json
 from alignpro.llm.data.packaged import last_first
 from alignpro.llm.rewards.features import TEXT_FEATURES, Embedder, features
 from alignpro.llm.rewards.reward import Array, check_scores, check_texts
@@ -129,13 +129,19 @@ class BradleyTerryReward:
         folder = Path(folder)
         try:
             tensors = load_file(folder / "head.safetensors")
-            facts = json.loads((folder / "reward.json").read_text(encoding="utf-8"))
+            facts = read_json(folder / "reward.json", dict)
             centre, scale = map(float, tensors.pop("squash"))
             size = Embedder.DIMENSION + len(TEXT_FEATURES)
             shapes = {name: array.shape for name, array in tensors.items()}
             expected = dict.fromkeys(("weights", "mean", "scale_by"), (size,))
             if shapes != expected | {"baseline": (Embedder.DIMENSION + 1,)}:
                 raise ValueError(f"shapes {shapes}")
+            arrays = [*tensors.values(), np.array([centre, scale])]
+            if (
+                not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in arrays)
+                or scale <= 0
+            ):
+                raise ValueError("a number is not finite")
         except Exception as error:
             raise AlignProError(
                 f"cannot load a reward from {folder} ({type(error).__name__}); name a folder that "

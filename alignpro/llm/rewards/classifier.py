@@ -1,10 +1,9 @@
 """A sequence-classification model as reward."""
 
-import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json
-from alignpro.llm.models import catalogue, configure, libraries, packages, resolve
+from alignpro.llm.models import catalogue, configure, packages, resolve
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import room, text_config
 from alignpro.llm.models.libraries import quiet
-from alignpro.llm.models.load import read_weights
+from alignpro.llm.models.load import loading, read_weights
 from alignpro.llm.models.prompt import Message, Prompt, context_of, messages_of, transcript
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
 from alignpro.llm.rewards.reward import PLAIN, Array, at_least, batches, check_template, check_texts, fill
@@ -134,17 +133,18 @@ class SequenceReward:
         saved = saved_facts(model)
         chosen = parse_bounds(bounds if bounds is not None else saved.get("bounds"))
         folder = resolve.resolve(model)
-        with loading(model, folder, "sequence classifier"):
+        what, kind = f"reward model {str(model)!r}", "sequence classifier"
+        with loading(what, folder, kind):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            auto = AutoModelForSequenceClassification
-            loaded, report = read_weights(auto, folder, configure.DTYPES[dtype], where)
-        if report["missing_keys"]:
+        auto = AutoModelForSequenceClassification
+        loaded, lacking = read_weights(auto, folder, what, configure.DTYPES[dtype], where, kind)
+        if lacking:
             raise AlignProError(
-                f"reward model {str(model)!r} has no weights for {sorted(report['missing_keys'])[0]}, which "
+                f"{what} has no weights for {lacking[0]}, which "
                 "would be drawn at random; name a trained reward model, or train one with alignpro "
                 "reward-model (train_reward)"
             )
-        return cls(
+        made = cls(
             loaded.to(where),
             tokenizer,
             chosen,
@@ -156,6 +156,11 @@ class SequenceReward:
             batch_size=batch_size,
             facts=saved,
         )
+        with loading(what, folder, kind):  # a tokenizer may fail, or make nothing of a text, only when used
+            tried = made.logits(["?"], ["?"])
+        if not np.isfinite(tried).all():
+            raise AlignProError(f"{what}: its scores are not finite; its weights are damaged: save it again")
+        return made
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Array:
         """Score each response to its prompt: [n] float64 in [low, high]."""
@@ -361,23 +366,8 @@ def saved_facts(model: str | Path) -> dict[str, Any]:
     path = Path(model).expanduser() / REWARD_FILE
     if not path.is_file():
         return {}
-    facts = read_json(path)
+    facts = read_json(path, dict)
     kinds = {"bounds": str, "template": str, "max_tokens": int}
-    if not isinstance(facts, dict) or not all(isinstance(facts.get(k), t) for k, t in kinds.items()):
+    if not all(isinstance(facts.get(k), t) for k, t in kinds.items()):
         raise AlignProError(f"{path}: not what train_reward wrote; remove it and give bounds")
     return facts
-
-
-@contextlib.contextmanager
-def loading(model: str | Path, folder: Path, what: str) -> Iterator[None]:
-    """Load quietly, and say in one sentence what went wrong: an AlignProError with its cause."""
-    try:
-        with quiet():
-            yield
-    except AlignProError:
-        raise
-    except Exception as error:
-        raise AlignProError(
-            f"reward model {str(model)!r}: cannot load {folder} ({libraries.one_line(error)}); check that "
-            f"it is a complete {what} saved as safetensors"
-        ) from error

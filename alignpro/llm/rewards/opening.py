@@ -15,10 +15,11 @@ from alignpro.errors import AlignProError
 from alignpro.llm.models import contents
 from alignpro.llm.models.catalogue import HUB_ID, check_name, checked_folder
 from alignpro.llm.models.configure import check_dtype
+from alignpro.llm.models.load import loading
 from alignpro.llm.rewards import own
 from alignpro.llm.rewards.bounds import SYNTAX, Bounds, Declared, parse_bounds
 from alignpro.llm.rewards.bradley_terry import BradleyTerryReward
-from alignpro.llm.rewards.classifier import SequenceReward, choose_output, loading, public_name, saved_facts
+from alignpro.llm.rewards.classifier import SequenceReward, choose_output, public_name, saved_facts
 from alignpro.llm.rewards.columns import Columns, columns_of_all
 from alignpro.llm.rewards.combined import Mean, Sum, check_parts, check_prompts, said
 from alignpro.llm.rewards.endpoint import EndpointReward, check_url
@@ -272,7 +273,7 @@ def read_spec(name: str) -> Spec:
         elif label is not None:
             bounds = _of_label(label, bounds)
         if label is not None:
-            with loading(target, folder, "sequence classifier"):
+            with loading(f"reward model {target!r}", folder, "sequence classifier"):
                 choose_output(
                     AutoConfig.from_pretrained(folder, trust_remote_code=False), label, public_name(folder)
                 )

@@ -7,6 +7,7 @@ memory that processes share; where nothing locks records, SQLite locks by a fold
 """
 
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alignpro import locks
+from alignpro import locks, typed
 from alignpro.errors import AlignProError
 from alignpro.files import make_private
 from alignpro.llm.targets.http import Meter
@@ -69,7 +70,7 @@ class Store:
         if not by_folder.exists() and not locks.record_locks(folder):
             by_folder.touch()
         self._folder_lock = folder / f"{FILE}.lock" if by_folder.exists() else None
-        file = self.path.resolve().as_uri() + ("?vfs=unix-dotfile" if self._folder_lock else "")
+        file = Path(os.path.realpath(self.path)).as_uri() + ("?vfs=unix-dotfile" if self._folder_lock else "")
         make_private(self.path)  # and what SQLite puts beside it is as this is
         with self._told():
             # One connection, guarded by the lock: an event loop may run in a thread of its own.
@@ -179,8 +180,8 @@ class Store:
 
     def _answer(self, line: str) -> Answer:
         try:
-            return read_line(json.loads(line))[2]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            return read_line(json.loads(line))[2]  # may hold half a character, which `Answer` mends
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise AlignProError(self._damage("one of its answers cannot be read")) from None
 
     def _import(self, old: Path) -> None:
@@ -201,7 +202,7 @@ class Store:
             row = json.loads(line)
             owner, spent, answer = read_line(row)
             key = b"" if answer is None else bytes.fromhex(row["key"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             self.damaged += bool(line.strip())
             return
         self._spend(owner, spent)
@@ -287,14 +288,13 @@ def owner_of(name: str, revision: str) -> str:
 def read_line(row: Mapping[str, Any]) -> tuple[str, dict[str, Any], Any]:
     """Owner, what was spent and answer (None where there was none) of a line as `Store.add` is given it.
     Raises ValueError, KeyError or TypeError where it is none."""
-    spent: dict[str, Any] = {"calls": int(row["calls"]), "retries": int(row["retries"])}
-    spent["seconds"] = float(row["seconds"])
-    spent["cost"] = float(row["cost"]) if "cost" in row else None
+    spent: dict[str, Any] = {name: typed.made(int, row[name], name) for name in ("calls", "retries")}
+    spent["seconds"] = typed.made(float, row["seconds"], "seconds")
+    spent["cost"] = typed.made(float, row["cost"], "cost") if "cost" in row else None
     answer = None
     if "answer" in row:
-        answer = Answer(**row["answer"])
-        if not isinstance(answer.text, str) or answer.finish not in ("stop", "length", "refused"):
-            raise ValueError
+        answer = typed.made(Answer, row["answer"], "answer")
         spent |= {"answers": 1, "prompt_tokens": answer.prompt_tokens, "tokens": answer.tokens}
         spent |= {"thoughts": int(answer.thought), "refused": int(answer.finish == "refused")}
-    return owner_of(str(row["model"]), str(row["revision"])), spent, answer
+    model, revision = (typed.made(str, row[name], name) for name in ("model", "revision"))
+    return owner_of(model, revision), spent, answer

@@ -36,6 +36,9 @@ class Answer:
     def __post_init__(self) -> None:
         if self.ids is not None:
             object.__setattr__(self, "ids", tuple(map(int, self.ids)))  # a list, from JSON
+        if not self.text.isascii():  # half a character, which no file can hold, is read as decoders read it
+            text = self.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            object.__setattr__(self, "text", text)
 
 
 Answers = dict[tuple[int, int], Answer]

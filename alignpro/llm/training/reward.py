@@ -22,9 +22,10 @@ from alignpro.llm.data.split import SPLITS, Split, normalised
 from alignpro.llm.models import catalogue, configure, contents, libraries, resolve
 from alignpro.llm.models.forward import text_config
 from alignpro.llm.models.libraries import quiet
+from alignpro.llm.models.load import loading, read_weights
 from alignpro.llm.rewards.accuracy import accuracy, longer_wins
 from alignpro.llm.rewards.bounds import Bounded, Squash
-from alignpro.llm.rewards.classifier import REWARD_FILE, SequenceReward, loading, longest, public_name
+from alignpro.llm.rewards.classifier import REWARD_FILE, SequenceReward, longest, public_name
 from alignpro.llm.rewards.reward import check_scores, check_template, shown
 from alignpro.llm.training.checkpoints import (
     METRICS_FILE,
@@ -180,21 +181,15 @@ def _base(model: str | Path, seed: int) -> tuple[Any, Any]:
 
     folder = resolve.resolve(model)
     torch.manual_seed(seed)
-    with loading(model, folder, "language model"):
+    what = f"model {str(model)!r}"
+    with loading(what, folder, "language model"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        base, report = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            num_labels=1,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    body = sorted(key for key in report["missing_keys"] if key.startswith(f"{base.base_model_prefix}."))
-    if body:
-        raise AlignProError(f"model {str(model)!r} has no weights for {body[0]}; give a complete model")
+    auto, cpu = AutoModelForSequenceClassification, torch.device("cpu")
+    base, lacking = read_weights(auto, folder, what, torch.float32, cpu, "language model", num_labels=1)
+    if body := [key for key in lacking if key.startswith(f"{base.base_model_prefix}.")]:
+        raise AlignProError(f"{what} has no weights for {body[0]}; give a complete model")
     configure.forget_quantizer(base)
-    if report["missing_keys"]:
+    if lacking:
         text_config(base).pad_token_id = None  # a new head may choose one that ends nothing
     return base, tokenizer
 
