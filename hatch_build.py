@@ -14,7 +14,7 @@ class TrackedFiles(BuildHookInterface):
         if not self._git("ls-files", "pyproject.toml"):  # no git, or another project's
             return
         # A wheel that is installed for editing holds a path alone.
-        untracked = (self._git("ls-files", "--others", "-z") or "").split("\0")
+        untracked = (self._git("ls-files", "--others", "--directory", "-z") or "").split("\0")
         patterns = ["/" + re.sub(r"([*?\[\]\\ !#])", r"\\\1", name) for name in untracked if name]
         self.build_config.target_config["exclude"] = patterns
 

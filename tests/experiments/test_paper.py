@@ -34,9 +34,17 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+SHARES = '''
 def shares(prompts, responses):
     """Reward: the share of a's, and a little for length."""
     return [0.9 * y.count("a") / max(1, len(y)) + 0.02 * min(5, len(y)) for y in responses]
+'''
+
+
+def write_preset(path, said):
+    """A preset, and beside it the function that it names: a file runs no other."""
+    (path.parent / "shares.py").write_text(SHARES)
+    path.write_text(yaml.safe_dump(said, sort_keys=False))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +72,7 @@ def home(tmp_path_factory):
         "seeds": [0, 1],
         "held_out_prompts": 6,
         "held_out_splits": ["test", "validation"],
-        "environment": {"reward": f"{__name__}:shares@0,1", "answer_tokens": 5, "batch_size": 8},
+        "environment": {"reward": "./shares.py:shares@0,1", "answer_tokens": 5, "batch_size": 8},
         "align_pro": {
             "lam": 0.05,
             "iterations": 2,
@@ -77,7 +85,7 @@ def home(tmp_path_factory):
         "rollout": {"draws": 2, "answers": 2},
         "judge": {"judge": str(folder / "model-1"), "forced": True},
     }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(preset, sort_keys=False))
+    write_preset(folder / "tiny.yaml", preset)
     return folder
 
 
@@ -270,8 +278,8 @@ def test_killed_at_any_moment_gives_the_same_results(home, whole, tmp_path):
 
 def test_a_failing_job_is_told_and_the_rest_is_kept(home, whole, tmp_path, capsys):
     said = yaml.safe_load((home / "tiny.yaml").read_text())
-    said["environment"]["reward"] = f"{__name__}:nothing@0,1"
-    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(said))
+    said["environment"]["reward"] = "./shares.py:nothing@0,1"
+    write_preset(tmp_path / "bad.yaml", said)
     assert paper.main(["--preset", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "nothing" in error
@@ -282,8 +290,8 @@ def test_a_failing_job_is_told_and_the_rest_is_kept(home, whole, tmp_path, capsy
 def test_other_settings_are_refused(home, whole, tmp_path, capsys):
     said = yaml.safe_load((home / "tiny.yaml").read_text())
     said["align_pro"]["lam"] = 0.07
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(said))
-    assert paper.main(["--preset", str(tmp_path / "other.yaml"), "--out", str(whole)]) == 2
+    write_preset(home / "other.yaml", said)
+    assert paper.main(["--preset", str(home / "other.yaml"), "--out", str(whole)]) == 2
     assert "was done with lam = 0.05, not 0.07" in capsys.readouterr().err
 
 
@@ -302,7 +310,7 @@ def test_mistakes(name, home, tmp_path, capsys):
     change, words = BAD[name]
     path = tmp_path / "p.yaml"
     if change is not None:
-        path.write_text(yaml.safe_dump(yaml.safe_load((home / "tiny.yaml").read_text()) | change))
+        write_preset(path, yaml.safe_load((home / "tiny.yaml").read_text()) | change)
     assert paper.main(["--preset", str(path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert words in error

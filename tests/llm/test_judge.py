@@ -492,7 +492,9 @@ def test_the_verb(file, tmp_path, capsys):
         assert "was started with reply_tokens = 99, not 98" in capsys.readouterr().err
         (tmp_path / "settings.json").write_text("[]")
         assert run(file, tmp_path, server) == 2
-        assert "settings.json is damaged; choose another folder" in capsys.readouterr().err
+        assert (
+            "settings.json: missing or damaged; remove it or choose another folder" in capsys.readouterr().err
+        )
         assert len(server.requests) == 24
 
 

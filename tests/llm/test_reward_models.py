@@ -40,7 +40,7 @@ from alignpro.llm.rewards.endpoint import CachedReward, EndpointReward
 from alignpro.llm.rewards.function import CallableReward
 from alignpro.llm.rewards.reward import PLAIN, check_scores, check_template, fill, shown
 from alignpro.llm.targets import http as transport
-from alignpro.llm.targets import ledger
+from alignpro.llm.targets import ledger, responses
 from alignpro.llm.targets.settings import EndpointSettings
 from alignpro.llm.targets.target import Stopped
 from alignpro.llm.training.environment import Environment
@@ -310,9 +310,8 @@ def test_truncation_takes_the_beginning_of_the_prompt_and_keeps_the_response(fol
     fits = "y" * (40 - len(reward.encode("", "")["input_ids"]))
     assert reward.encode("", fits)["input_ids"].count(ids[-1]) == ids.count(ids[-1])
     assert reward.counts["prompts_truncated"] == 2
-    short = SequenceReward.load(folder, "squash:0,2", device="cpu", max_tokens=3)
     with pytest.raises(AlignProError, match="template alone is longer"):
-        short.score(["a"], ["b"])
+        SequenceReward.load(folder, "squash:0,2", device="cpu", max_tokens=3)
 
 
 def test_texts_cannot_spell_special_tokens(reward):
@@ -802,8 +801,9 @@ def test_a_query_is_in_no_log(server, caplog, monkeypatch):
         assert server.url in caplog.text
         assert "query-secret" not in caplog.text
         # The mutant: httpx2 logs as it likes.
-        logging.getLogger("httpx2").removeFilter(transport._without_queries)
+        logging.getLogger("httpx2").removeFilter(responses._without_queries)
         monkeypatch.setattr(transport, "client_library", lambda: __import__("httpx2"))
+        monkeypatch.setattr(responses, "client_library", lambda: __import__("httpx2"))
         reward.score(["a"], ["b"])
         assert "query-secret" in caplog.text
 

@@ -177,14 +177,19 @@ def split_pairs(pairs: Sequence[PreferencePair]) -> dict[Split, list[PreferenceP
 
 def _base(model: str | Path, seed: int) -> tuple[Any, Any]:
     """A sequence classifier with one output and the tokenizer; the head is new if `model` has none."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     folder = resolve.resolve(model)
     torch.manual_seed(seed)
     what = f"model {str(model)!r}"
     with loading(what, folder, "language model"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     auto, cpu = AutoModelForSequenceClassification, torch.device("cpu")
+    if type(config) not in auto._model_mapping:
+        raise AlignProError(
+            f"{what}: transformers has no classifier of its architecture; choose another base"
+        )
     base, lacking = read_weights(auto, folder, what, torch.float32, cpu, "language model", num_labels=1)
     if body := [key for key in lacking if key.startswith(f"{base.base_model_prefix}.")]:
         raise AlignProError(f"{what} has no weights for {body[0]}; give a complete model")
