@@ -35,10 +35,10 @@ FIXED = "fixed"
 class Size:
     """How much of everything."""
 
-    iterations: int = 40
-    prompts: int = 8
-    samples: int = 4
-    rlhf_iterations: int = 20
+    iterations: int = 20
+    prompts: int = 16
+    samples: int = 2
+    rlhf_iterations: int = 10
     seeds: tuple[int, ...] = (0, 1, 2)
     lam: float = 0.02
     held_out: int = 60
