@@ -523,7 +523,7 @@ while True:
     if child == 0:
         t.fit(folder, t.SHORT, resume=True, **t.HELD)
         os._exit(0)
-    deadline = time.monotonic() + rng.uniform(0.1, 1.2)
+    deadline = time.monotonic() + rng.uniform(0.05, 0.8)
     while time.monotonic() < deadline or kills >= 20:
         if os.waitpid(child, 0 if kills >= 20 else os.WNOHANG)[0]:
             break
@@ -684,6 +684,9 @@ def sharded_beside_whole():
     assert here < 0.7 * sum(p.numel() for p in whole.parameters())
 
 
+TOGETHER = replace(SHORT, iterations=4, minibatches=1)
+
+
 def test_several_processes_train_as_one(tmp_path):
     """On CPUs: the loss curve of one process at equal global batch, critic included. Two processes (DDP); two
     with the frozen weights divided between them (FSDP2); and four, of which one is killed, and resumed.
@@ -691,11 +694,11 @@ def test_several_processes_train_as_one(tmp_path):
     Evaluations, of which each process has a share of the prompts or, the fourth, none, and the rewrites are
     those of one, too.
     """
-    fit(tmp_path / "one", replace(SHORT, minibatches=1), **HELD)
+    fit(tmp_path / "one", TOGETHER, **HELD)
     ranks(
         """
 assert together(2, t.sharded_beside_whole) == [0, 0]
-settings = replace(t.SHORT, minibatches=1)
+settings = t.TOGETHER
 assert train(2, "together", settings, **t.HELD) == [0, 0]
 sharded = replace(settings, shard=True)
 assert train(2, "two", sharded, **t.HELD) == [0, 0]
