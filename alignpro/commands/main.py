@@ -150,6 +150,9 @@ def _parse(arguments: Sequence[str]) -> Verb:
     if not arguments or arguments[0] not in VERBS:
         wrong = f"{arguments[0]}: is no verb" if arguments else "verb: none is given"
         raise AlignProError(f"{wrong}; give one of {', '.join(VERBS)}; see alignpro --help")
+    for argument in arguments:  # no record of the run could hold it
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):
+            raise AlignProError(f"{argument}: is not UTF-8; type it again, or rename the file")
     name, *rest = arguments
     verb, said = VERBS[name], io.StringIO()
     rest, files = _renamed(name, rest), dict[str, str]()

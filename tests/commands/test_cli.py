@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import subprocess
@@ -6,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from mutants import kills, mutated
 
 import alignpro
 from alignpro.commands import main
@@ -198,3 +200,22 @@ def test_a_terminal_that_lacks_letters_loses_nothing():
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert r"Weight \u03bb of KL(\u03c1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words", ["rollout --out {} --instruction a=\udcff", "train --out {}\udce9 --prompts-file x"]
+)
+def test_words_that_are_not_utf_8(words, tmp_path, capfd):
+    """As a shell passes on bytes in another encoding: one line, and nothing is made."""
+
+    def check(module):
+        status = 0
+        with contextlib.suppress(Exception):
+            status = module.main(words.format(tmp_path / "out").split())
+        said = capfd.readouterr().err
+        assert (status, said.count("\n")) == (2, 1)
+        assert "is not UTF-8; type it again, or rename the file" in said
+        assert not list(tmp_path.iterdir())
+
+    check(main)
+    kills(check, mutated(main, '"\\ud800" <= letter', '"\\ude00" <= letter'))
