@@ -20,6 +20,7 @@ from trl.generation import vllm_generation
 from trl.trainer import grpo_trainer, rloo_trainer
 
 from alignpro.errors import AlignProError
+from alignpro.files import read_json_lines
 from alignpro.llm.arms.resample import answers, star
 from alignpro.llm.models import adapters, shards
 from alignpro.llm.models.configure import tiny_model
@@ -606,10 +607,6 @@ def ranks(script, folder):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 CURVES = (
     "score",
     "ppo/kl_k1",
@@ -622,14 +619,14 @@ CURVES = (
 
 def alike(folder, other):
     """The same curves, evaluations and rewrites."""
-    a, b = (lines(home / METRICS_FILE) for home in (folder, other))
+    a, b = (read_json_lines(home / METRICS_FILE) for home in (folder, other))
     for name in CURVES:
         np.testing.assert_allclose([x[name] for x in a], [x[name] for x in b], rtol=1e-3, atol=1e-4)
-    for a, b in zip(*(lines(home / "evaluations.jsonl") for home in (folder, other)), strict=True):
+    for a, b in zip(*(read_json_lines(home / "evaluations.jsonl") for home in (folder, other)), strict=True):
         assert a["best"] == b["best"]
         for key in ("objectives", "kl", "objective_stderr"):
             np.testing.assert_allclose(b[key], a[key], atol=1e-3)
-    a, b = (lines(home / "rewrites.jsonl") for home in (folder, other))
+    a, b = (read_json_lines(home / "rewrites.jsonl") for home in (folder, other))
     assert [(x["round"], x["prompt"], x["answer"]) for x in a] == [
         (x["round"], x["prompt"], x["answer"]) for x in b
     ]

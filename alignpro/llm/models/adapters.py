@@ -73,8 +73,7 @@ def check_patterns(model: Any, folder: Path) -> None:
 
     A list of names, as is written here, needs none; other tools write regular expressions.
     """
-    said = read_json(folder / ADAPTER_CONFIG)
-    said = said if isinstance(said, dict) else {}
+    said = read_json(folder / ADAPTER_CONFIG, dict)
     patterns = [said.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
     for name in ("rank_pattern", "alpha_pattern"):
         patterns += list(said.get(name) or ()) if isinstance(said.get(name), dict) else []

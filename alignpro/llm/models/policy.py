@@ -426,8 +426,10 @@ def log_probs(
     order: list[int] = []
     parts: list[list[Tensor]] = []
     every = packs(prompts, continuations, most)
-    own = sum(count_passes(pack.forest, pack.states, how) for pack in every)
-    spare = shards.most(model, own) - own
+    spare = 0
+    if shards.is_sharded(model):
+        own = sum(count_passes(pack.forest, pack.states, how) for pack in every)
+        spare = shards.most(model, own) - own
     for pack in every:
         (found,) = states(model, [pack.forest], [pack.states], how)
         at, token, inside = (torch.as_tensor(a, device=found.device) for a in pack.table(steps))

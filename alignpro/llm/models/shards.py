@@ -68,8 +68,6 @@ def gathered(model: Any) -> Iterator[None]:
 
 def most(model: Any, count: int) -> int:
     """The greatest `count` of all processes: with shards they make their passes in step, and all as many."""
-    if not is_sharded(model):
-        return count
     found = torch.tensor(count, device=next(unwrap(model).parameters()).device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
