@@ -26,6 +26,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,44 +45,65 @@ from alignpro.llm.training.open_ended import Environment, train
 from alignpro.llm.training.ppo import PPOTrainer
 from alignpro.llm.training.settings import TrainSettings
 
-REWRITE, ANSWER = 24, 32
-
 
 class Clock:
-    """Seconds by phase, and within forward and backward passes."""
+    """Seconds by phase, and within forward and backward passes.
+
+    On a GPU a phase waits for what it set going, and passes are timed by events among the kernels, so that
+    nothing is held up amid a phase.
+    """
 
     def __init__(self):
+        self.on_gpu = torch.cuda.is_available()
         self.steps = []
         self.begin()
+
+    def now(self):
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def begin(self):
         self.phases = defaultdict(float)
         self.tokens = defaultdict(int)
-        self.inside = 0.0
+        self.passes = []
         self.depth = 0
-        self.since = time.perf_counter()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self.since = self.now()
 
     def end(self):
-        total = time.perf_counter() - self.since
-        self.steps.append((total, dict(self.phases), dict(self.tokens), self.inside))
+        total = self.now() - self.since
+        inside = sum(
+            start.elapsed_time(stop) / 1000 if self.on_gpu else stop - start for start, stop in self.passes
+        )
+        memory = torch.cuda.max_memory_allocated() if self.on_gpu else 0
+        self.steps.append(Step(total, dict(self.phases), dict(self.tokens), inside, memory))
         self.begin()
 
     @contextmanager
     def phase(self, name):
-        start = time.perf_counter()
+        start = self.now()
         yield
-        self.phases[name] += time.perf_counter() - start
+        self.phases[name] += self.now() - start
 
     @contextmanager
     def within(self):
         self.depth += 1
-        start = time.perf_counter()
+        start = self._mark() if self.depth == 1 else None
         try:
             yield
         finally:
             self.depth -= 1
-            if not self.depth:
-                self.inside += time.perf_counter() - start
+            if start is not None:
+                self.passes.append((start, self._mark()))
+
+    def _mark(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def watch(self, model):
         """Counts the forward passes of the model, and of its trunk called by itself, as inside."""
@@ -97,7 +119,26 @@ class Clock:
         return run
 
     def best(self):
-        return min(self.steps[1:], key=lambda step: step[0])
+        return min(self.steps[1:], key=lambda step: step.seconds)
+
+
+class Step(NamedTuple):
+    """What one step took; `memory` in bytes, of a GPU, at most."""
+
+    seconds: float
+    phases: dict
+    tokens: dict
+    inside: float
+    memory: int
+
+
+class Parts(NamedTuple):
+    """What a step is made of."""
+
+    prompter: Prompter
+    frozen: LocalTarget
+    reward: Any
+    prompts: list
 
 
 class Cheap:
@@ -117,39 +158,65 @@ def parts(tiny):
         model, tokenizer = tiny_model(seed=0)
         frozen, _ = tiny_model(seed=1)
         prompts = ["abc", "bcd", "cde", "def", "efg", "fgh", "gha", "hab"]
-        return (
-            Prompter(model, tokenizer, base="tiny"),
-            LocalTarget((frozen, tokenizer), batch_size=64),
-            prompts,
-        )
+        target = LocalTarget((frozen, tokenizer), batch_size=64)
+        return Parts(Prompter(model, tokenizer, base="tiny"), target, Cheap(), prompts)
     prompter = Prompter.from_pretrained("smollm2-135m-instruct")
-    return (
-        prompter,
-        LocalTarget("smollm2-135m-instruct", dtype="float32", batch_size=64),
-        packaged.instructions(8),
-    )
+    target = LocalTarget("smollm2-135m-instruct", dtype="float32", batch_size=64)
+    return Parts(prompter, target, Cheap(), packaged.instructions(8))
 
 
-def settings(args, algorithm="ppo"):
+def settings(args):
     return TrainSettings(
-        algorithm=algorithm,
+        algorithm="ppo",
         iterations=args.rounds + 1,
-        prompts=8,
+        prompts=args.prompts,
         samples=args.samples,
         epochs=1,
-        max_tokens=REWRITE,
-        lora_layers=0.34,
+        microbatches=args.microbatches,
+        max_tokens=args.rewrite_tokens,
+        lora_layers=args.lora_layers,
         learning_rate=1e-4,
     )
 
 
-def ours(args):
-    """`alignpro.llm.training.open_ended`, PPO."""
-    prompter, frozen, prompts = parts(args.tiny)
+def watched(made):
+    """A clock on every model of a step."""
     clock = Clock()
-    clock.watch(prompter.model)
-    clock.watch(frozen.model)
-    environment = Environment(Cheap(), frozen, Sampling(max_tokens=ANSWER))
+    for part in made[:3]:
+        if hasattr(part, "model"):
+            clock.watch(part.model)
+    return clock
+
+
+def answering(clock, frozen):
+    """Times what the frozen model does, and counts its tokens."""
+    respond = frozen.respond
+
+    def responding(*positional, **named):
+        with clock.phase("frozen generation"):
+            found = respond(*positional, **named)
+        clock.tokens["answers"] += sum(answer.tokens for row in found for answer in row)
+        return found
+
+    frozen.respond = responding
+
+
+def judging(clock, reward):
+    """Times what the reward does."""
+    score = reward.score
+
+    def scoring(*positional, **named):
+        with clock.phase("reward"):
+            return score(*positional, **named)
+
+    reward.score = scoring
+
+
+def ours(args, made):
+    """`alignpro.llm.training.open_ended`, PPO."""
+    prompter, frozen, reward, prompts = made
+    clock = watched(made)
+    environment = Environment(reward, frozen, Sampling(max_tokens=args.answer_tokens))
     head = policy.edge_log_probs
 
     def applied(*positional, **named):  # the model's head, which is applied outside its forward pass
@@ -172,16 +239,9 @@ def ours(args):
 
     for name, phase in timed.items():
         setattr(open_ended, name, wrap(name, phase))
-    respond = frozen.respond
-
-    def responding(*positional, **named):
-        with clock.phase("frozen generation"):
-            found = respond(*positional, **named)
-        clock.tokens["answers"] += sum(answer.tokens for row in found for answer in row)
-        return found
-
-    frozen.respond = responding
-    with _backward(clock, PPOTrainer), tempfile.TemporaryDirectory() as folder:
+    answering(clock, frozen)
+    judging(clock, reward)
+    with _backward(clock, PPOTrainer, args.microbatches), tempfile.TemporaryDirectory() as folder:
         train(prompter, environment, prompts, settings(args), folder, progress=False)
     policy.edge_log_probs = head
     for name, function in saved.items():
@@ -190,16 +250,22 @@ def ours(args):
 
 
 @contextmanager
-def _backward(clock, trainer):
-    """Times each training step and the backward pass in it."""
+def _backward(clock, trainer, passes=1):
+    """Times each step, of so many passes with their gradients, and the backward passes in it."""
     from accelerate import Accelerator
 
     step, backward = trainer.training_step, Accelerator.backward
 
+    done = 0
+
     def stepping(self, *positional, **named):
-        clock.begin()
+        nonlocal done
+        if done % passes == 0:
+            clock.begin()
         found = step(self, *positional, **named)
-        clock.end()
+        done += 1
+        if done % passes == 0:
+            clock.end()
         return found
 
     def going_back(self, *positional, **named):
@@ -213,26 +279,17 @@ def _backward(clock, trainer):
         trainer.training_step, Accelerator.backward = step, backward
 
 
-def trl_rloo(args):
+def trl_rloo(args, made):
     """trl.RLOOTrainer as it comes."""
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
 
-    prompter, frozen, prompts = parts(args.tiny)
+    prompter, frozen, judge, prompts = made
     tokenizer, template = prompter.tokenizer, prompter.template
-    clock = Clock()
-    clock.watch(prompter.model)
-    clock.watch(frozen.model)
-    environment = Environment(Cheap(), frozen, Sampling(max_tokens=ANSWER))
-    respond = frozen.respond
-
-    def responding(*positional, **named):
-        with clock.phase("frozen generation"):
-            found = respond(*positional, **named)
-        clock.tokens["answers"] += sum(answer.tokens for row in found for answer in row)
-        return found
-
-    frozen.respond = responding
+    clock = watched(made)
+    environment = Environment(judge, frozen, Sampling(max_tokens=args.answer_tokens))
+    answering(clock, frozen)
+    judging(clock, judge)
 
     def reward(prompts, completion_ids, x, **_):
         clock.tokens["rewrites"] += sum(map(len, completion_ids))
@@ -245,10 +302,10 @@ def trl_rloo(args):
     with tempfile.TemporaryDirectory() as folder, quiet():
         config = RLOOConfig(
             output_dir=folder,
-            per_device_train_batch_size=8 * args.samples,
+            per_device_train_batch_size=args.prompts * args.samples,
             num_generations=args.samples,
             max_steps=args.rounds + 1,
-            max_completion_length=REWRITE,
+            max_completion_length=args.rewrite_tokens,
             temperature=1.0,
             beta=0.05,
             learning_rate=1e-4,
@@ -261,7 +318,7 @@ def trl_rloo(args):
         )
         trainer = RLOOTrainer(
             model=prompter.model,
-            peft_config=adapter_config(prompter.model, 16, 0.34),
+            peft_config=adapter_config(prompter.model, 16, args.lora_layers),
             reward_funcs=reward,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": asked, "x": prompts}),
@@ -272,27 +329,25 @@ def trl_rloo(args):
     return clock.best()
 
 
-def plain(args):
-    """The same step with transformers alone."""
+def plain(args, made):
+    """The same step with transformers alone: padded batches, logits of the rewrites only."""
     from peft import get_peft_model
 
-    prompter, frozen, prompts = parts(args.tiny)
+    prompter, frozen, reward, prompts = made
     tokenizer, template = prompter.tokenizer, prompter.template
-    clock = Clock()
-    model = get_peft_model(prompter.model, adapter_config(prompter.model, 16, 0.34))
-    clock.watch(model.get_base_model())
-    clock.watch(frozen.model)
+    clock = watched(made)
+    judging(clock, reward)
+    model = get_peft_model(prompter.model, adapter_config(prompter.model, 16, args.lora_layers))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
 
-    def padded(rows, left):
+    def padded(rows, pad, device):
         width = max(map(len, rows))
-        fill = [[pad] * (width - len(row)) for row in rows]
-        ids = torch.tensor([f + list(r) if left else list(r) + f for f, r in zip(fill, rows, strict=True)])
-        return ids, (ids != pad).long()
+        ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+        real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        return ids.to(device), real.to(device)
 
-    def generate(net, rows, count, most):
-        ids, mask = padded(rows, True)
+    def generate(net, words, rows, count, most):
+        ids, mask = padded(rows, words.pad_token_id, net.device)
         with torch.no_grad():
             out = net.generate(
                 input_ids=ids,
@@ -301,44 +356,58 @@ def plain(args):
                 top_k=0,
                 max_new_tokens=most,
                 num_return_sequences=count,
-                pad_token_id=pad,
+                pad_token_id=words.pad_token_id,
             )
-        said = out[:, ids.shape[1] :].tolist()
-        return [row[: row.index(end) + 1] if end in row else row for row in said]
+        ends = net.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends)
+        said = []
+        for row in out[:, ids.shape[1] :].tolist():
+            stops = [i for i, token in enumerate(row) if token in ends]
+            said.append(row[: stops[0] + 1] if stops else row)
+        return said
 
     def log_probs(rows, said):
-        ids, mask = padded([[*r, *s] for r, s in zip(rows, said, strict=True)], False)
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        values = torch.log_softmax(logits, -1).gather(2, ids[:, 1:, None])[..., 0]
-        place = torch.arange(ids.shape[1] - 1)[None]
-        first = torch.tensor([len(r) - 1 for r in rows])[:, None]
-        last = torch.tensor([len(r) + len(s) - 1 for r, s in zip(rows, said, strict=True)])[:, None]
-        return (values * ((place >= first) & (place < last))).sum(1)
+        both = [[*r, *s] for r, s in zip(rows, said, strict=True)]
+        ids, mask = padded(both, tokenizer.pad_token_id, model.device)
+        most = max(map(len, said))
+        out = model(input_ids=ids, attention_mask=mask, logits_to_keep=most + 1, use_cache=False)
+        values = torch.log_softmax(out.logits[:, :-1].float(), -1).gather(2, ids[:, -most:, None])[..., 0]
+        lengths = torch.tensor([[len(s)] for s in said], device=ids.device)
+        return (values * (torch.arange(most, 0, -1, device=ids.device) <= lengths)).sum(1)
+
+    def pieces(values):
+        size = -(-len(values) // args.microbatches)
+        return [values[i : i + size] for i in range(0, len(values), size)]
 
     for _ in range(args.rounds + 1):
         clock.begin()
         rows = [template.prompt_ids(tokenizer, x) for x in prompts]
         with clock.phase("prompter generation"):
-            said = generate(model, rows, args.samples, REWRITE)
+            said = generate(model, tokenizer, rows, args.samples, args.rewrite_tokens)
         rows = [row for row in rows for _ in range(args.samples)]
         owners = [x for x in prompts for _ in range(args.samples)]
         texts = [template.rewrite(tokenizer, x, tuple(ids)) for x, ids in zip(owners, said, strict=True)]
+        words = frozen.tokenizer
         with clock.phase("frozen generation"):
-            answers = generate(frozen.model, [target_ids(tokenizer, x or " ") for x in texts], 1, ANSWER)
+            asked = [target_ids(words, x or " ") for x in texts]
+            answers = generate(frozen.model, words, asked, 1, args.answer_tokens)
         clock.tokens["rewrites"] += sum(map(len, said))
         clock.tokens["answers"] += sum(map(len, answers))
-        scores = torch.tensor(
-            Cheap().score(owners, [tokenizer.decode(a, skip_special_tokens=True) for a in answers])
-        )
-        with clock.phase("scoring and update, forward"):
-            with torch.no_grad(), model.disable_adapter():
-                reference = log_probs(rows, said)
-            policy = log_probs(rows, said)
-        advantage = scores - 0.05 * (policy.detach() - reference)
+        scores = reward.score(owners, [words.decode(a, skip_special_tokens=True) for a in answers])
+        parts = list(zip(pieces(rows), pieces(said), strict=True))
+        with clock.phase("scoring and update, forward"), torch.no_grad():
+            with model.disable_adapter():
+                reference = torch.cat([log_probs(*part) for part in parts])
+            policy = torch.cat([log_probs(*part) for part in parts])
+        advantage = torch.tensor(scores, dtype=torch.float32, device=policy.device)
+        advantage = advantage - 0.05 * (policy - reference)
         grouped = advantage.view(-1, args.samples)
         advantage = (grouped - grouped.mean(1, keepdim=True)).flatten()
-        with clock.phase("update, backward"), clock.within():
-            (-(policy * advantage).mean()).backward()
+        for part, gains in zip(parts, pieces(advantage), strict=True):
+            with clock.phase("scoring and update, forward"):
+                loss = -(log_probs(*part) * gains).sum() / len(said)
+            with clock.phase("update, backward"), clock.within():
+                loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         clock.end()
@@ -477,13 +546,49 @@ def memory(path):
         path.write_text(json.dumps(found, indent=1))
 
 
-RIVALS = {"alignpro ppo": ours, "plain transformers": plain, "trl rloo": trl_rloo}
+PLAIN = "plain transformers"
+RIVALS = {"alignpro ppo": ours, PLAIN: plain, "trl rloo": trl_rloo}
+
+
+def add_arguments(parser):
+    """Of a step's sizes."""
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--rewrite-tokens", type=int, default=24)
+    parser.add_argument("--answer-tokens", type=int, default=32)
+    parser.add_argument("--microbatches", type=int, default=1)
+    parser.add_argument("--lora-layers", type=float, default=0.34)
+
+
+def measured(name, args, made):
+    """One rival's best step."""
+    step = RIVALS[name](args, made)
+    tokens = sum(step.tokens.values())
+    return {**step._asdict(), "tokens_per_second": tokens / step.seconds}
+
+
+_CELLS = ("step s", "rewrites", "answers", "tok/s", "in models", "x plain")
+HEAD = f"{'':22s}" + "".join(f"{cell:>11s}" for cell in _CELLS) + "   seconds by phase"
+
+
+def line(name, row):
+    """A row below `HEAD`."""
+    cells = (
+        f"{row['seconds']:.2f}",
+        str(row["tokens"]["rewrites"]),
+        str(row["tokens"]["answers"]),
+        f"{row['tokens_per_second']:.1f}",
+        f"{100 * row['inside'] / row['seconds']:.0f}%",
+        f"{row['times_plain']:.2f}",
+    )
+    by_phase = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in row["phases"].items())
+    return f"{name:22s}" + "".join(f"{cell:>11s}" for cell in cells) + f"   {by_phase}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=8)
+    add_arguments(parser)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -495,31 +600,11 @@ def main():
         return
     found = {"machine": machine(), "threads": args.threads, "rivals": {}}
     print(", ".join(f"{key} {value}" for key, value in found["machine"].items() if value is not None))
-    head = ("", "step s", "rewrites", "answers", "tok/s", "in models", "x plain")
-    print(f"{head[0]:22s}" + "".join(f"{cell:>11s}" for cell in head[1:]) + "   seconds by phase")
-    base = None
-    for name in ("plain transformers", "trl rloo", "alignpro ppo"):
-        total, phases, tokens, inside = RIVALS[name](args)
-        made = sum(tokens.values())
-        base = base or made / total
-        found["rivals"][name] = {
-            "seconds": total,
-            "phases": phases,
-            "tokens": tokens,
-            "inside": inside,
-            "tokens_per_second": made / total,
-            "times_plain": made / total / base,
-        }
-        cells = (
-            f"{total:.2f}",
-            str(tokens["rewrites"]),
-            str(tokens["answers"]),
-            f"{made / total:.1f}",
-            f"{100 * inside / total:.0f}%",
-            f"{made / total / base:.2f}",
-        )
-        by_phase = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in phases.items())
-        print(f"{name:22s}" + "".join(f"{cell:>11s}" for cell in cells) + f"   {by_phase}", flush=True)
+    print(HEAD)
+    for name in (PLAIN, "trl rloo", "alignpro ppo"):
+        row = found["rivals"][name] = measured(name, args, parts(args.tiny))
+        row["times_plain"] = row["tokens_per_second"] / found["rivals"][PLAIN]["tokens_per_second"]
+        print(line(name, row), flush=True)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
 

@@ -1,11 +1,12 @@
-"""Many processes on one folder: the grid's cells, the ledger, one budget, answers a second.
+"""Many processes on one folder: the grid's cells, the ledger, one budget, answers a second; one training.
 
     python benchmarks/scale.py grid --workers 64 --cells 1000 --dying 0.05
     python benchmarks/scale.py ledger --answers 1000000 --writers 8
     python benchmarks/scale.py budget --workers 4 --calls 400
     python benchmarks/scale.py rollouts --workers 1 2 4
+    python benchmarks/scale.py training --processes 1 2
 
-No models: a cell is a sleep, and the frozen model a server on this machine that answers after a while.
+No models, but for `training`: a cell is a sleep, and the frozen model a server that answers after a while.
 Workers are processes all the same, some of them killed amid what they do, and what holds them together is
 what holds real ones together: leases, launcher, ledger and HTTP client. Each part checks what it measures.
 """
@@ -17,8 +18,10 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -241,6 +244,50 @@ def budget(workers: int, calls: int, killed: int = 0, delay_s: float = 0.01) -> 
         return {"received": asked.value, "counted": spent(name)["m"].calls}
 
 
+def training(processes: int, rounds: int, options: list[str]) -> dict[str, float]:
+    """One training over so many processes, one thread each; its rounds are the same however many share them.
+
+    Returns:
+        `round_s`, of a round after the first; `rewrites_per_second`, each with its answer, its reward and its
+        part in the update.
+    """
+    prompts, draws = 8, 4
+    command = [sys.executable, "-m", "alignpro", "train"]
+    if processes > 1:
+        command[1:2] = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "-m"]
+    command += ["--dataset", "instructions", "--prompts-per-round", str(prompts), "--draws", str(draws)]
+    command += [
+        "--iterations",
+        str(rounds),
+        "--epochs",
+        "1",
+        "--minibatches",
+        "1",
+        "--reward",
+        "ease",
+        *options,
+    ]
+    told: dict[int, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        started = subprocess.Popen(
+            [*command, "--out", str(Path(folder) / "out")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert started.stdout is not None
+        said = []
+        for line in started.stdout:
+            said.append(line)
+            if found := re.search(r"round (\d+) of", line):
+                told.setdefault(int(found[1]), time.monotonic())
+        if started.wait():
+            raise SystemExit("".join(said[-20:]))
+    round_s = (told[rounds] - told[1]) / (rounds - 1)
+    return {"round_s": round_s, "rewrites_per_second": prompts * draws / round_s}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = parser.add_subparsers(dest="part", required=True)
@@ -261,7 +308,12 @@ def main() -> None:
     of_rollouts.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     of_rollouts.add_argument("--answers", type=int, default=1000)
     of_rollouts.add_argument("--concurrency", type=int, default=8, help="requests under way, of a worker")
-    options = parser.parse_args()
+    of_training = parts.add_parser("training", help="further options are those of train")
+    of_training.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    of_training.add_argument("--rounds", type=int, default=4)
+    options, more = parser.parse_known_args()
+    if more and options.part != "training":
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     if options.part == "grid":
         if options.no_flock:
             locks._lock = lambda *_, **__: None
@@ -275,6 +327,10 @@ def main() -> None:
         found = budget(options.workers, options.calls, options.killed)
         print(json.dumps(found))
         assert found["received"] <= found["counted"] == options.calls
+    elif options.part == "training":
+        for processes in options.processes:
+            found = training(processes, options.rounds, more)
+            print(processes, "processes:", json.dumps(found), flush=True)
     else:
         for workers in options.workers:
             found = rollouts(workers, options.answers, 0.05, options.concurrency)
