@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from alignpro.files import real
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -144,7 +146,7 @@ def record_locks(folder: Path) -> bool:
 def several_machines(folder: Path, mounts: str = "/proc/self/mountinfo") -> bool:
     """Whether other machines may have this folder mounted too, by the kind of its file system. False where
     the system does not tell (macOS, Windows)."""
-    place, found, kind = folder.resolve(), -1, ""
+    place, found, kind = real(folder), -1, ""
     try:
         lines = Path(mounts).read_text(errors="replace").splitlines()
     except OSError:

@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from alignpro import locks
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, sync, writable_folder, write_json
+from alignpro.files import read_json, real, sync, writable_folder, write_json
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,7 +61,7 @@ class Run:
     """Whether the folder is this run's by now."""
 
     def __post_init__(self) -> None:
-        self.home = self.folder.resolve()
+        self.home = real(self.folder)
 
     def before(self) -> dict[str, Any] | None:
         """The settings of the run that the folder holds; None where it holds none.
@@ -269,7 +269,7 @@ def _leave(run: Run, began: set[str]) -> None:
 
 
 def _held(folder: Path) -> Run | None:
-    home = folder.resolve()
+    home = real(folder)
     return next((run for run in reversed(_HELD.get()) if run.home == home), None)
 
 
@@ -282,7 +282,7 @@ def claim(path: str | os.PathLike[str]) -> None:
     """Make the held folders that `path` is in their runs' own: to be called at a finished piece of work."""
     waiting = [run for run in _HELD.get() if not run.claimed]
     if waiting:
-        home = Path(path).resolve()
+        home = real(path)
         for run in waiting:
             if run.home == home or run.home in home.parents:
                 run.claim()

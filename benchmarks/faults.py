@@ -875,6 +875,65 @@ for _file in ("config.json", "tokenizer.json", "model.safetensors", "reward.json
     KINDS[f"a classifier's {_file}"] = Kind(f"model/{_file}", _classifies, _classifier, heavy=True)
 
 
+def _trained(folder: Path, rounds: int) -> Any:
+    """Train in `folder` until so many rounds are done; what the run says, and what it learned."""
+    import numpy as np
+
+    from alignpro.llm.arms.train import train
+    from alignpro.llm.models.configure import tiny_model
+    from alignpro.llm.models.sampling import Sampling
+    from alignpro.llm.policies.prompter import Prompter
+    from alignpro.llm.rewards.function import CallableReward
+    from alignpro.llm.targets.local import LocalTarget
+
+    model, tokenizer = tiny_model(0, hidden=8)
+    reward = CallableReward(lambda x, y: [float("a" in text) for text in y], "0,1", name="has an a")
+    found = train(
+        ["abc", "cab", "bca"],
+        reward=reward,
+        target=LocalTarget((tiny_model(1, hidden=8)[0], tokenizer)),
+        prompter=Prompter(model, tokenizer, base="tiny"),
+        out=folder,
+        answers=Sampling(max_tokens=2),
+        held_out=["ab", "ba"],
+        eval_every=1,
+        resume=True,
+        progress=False,
+        iterations=rounds,
+        prompts_per_round=2,
+        draws=2,
+        epochs=1,
+        rewrite_tokens=2,
+        schedule="constant",
+    )
+    weights = {
+        name: float(np.abs(w.detach().numpy()).sum())
+        for name, w in found.prompter.model.named_parameters()
+        if "lora_" in name
+    }
+    return found.record, found.metrics, found.evaluations, weights
+
+
+def _gone_on(folder: Path) -> Any:
+    copy = folder.parent / "gone on"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy, symlinks=True)
+    return _trained(copy, 3)
+
+
+for _file in (
+    "settings.json",
+    "metrics.jsonl",
+    "evaluations.jsonl",
+    "rewrites.jsonl",
+    "checkpoint-2/complete",
+    "checkpoint-2/trainer_state.json",
+    "checkpoint-2/adapter_model.safetensors",
+    "checkpoint-2/optimizer.pt",
+):
+    KINDS[f"a training's {_file}"] = Kind(_file, lambda folder: _trained(folder, 2), _gone_on, heavy=True)
+
+
 # --- what is right though the numbers differ ---
 
 _NONE = "no file|a folder|a loop of links|a link to .*"

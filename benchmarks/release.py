@@ -88,8 +88,9 @@ class Environment:
         return done.returncode == 0
 
     def installed(self, *what: str) -> bool:
-        """Install with the constraints of `make`."""
-        pip = ["python", "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "constraints.txt")]
+        """Install what a user's pip would, and the torch of `make`."""
+        torch = str(ROOT / "requirements" / "torch.txt")
+        pip = ["python", "-m", "pip", "install", "--quiet", "--constraint", torch]
         return self.run("install", [*pip, *what], ROOT)
 
     @property

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -70,6 +71,59 @@ def test_the_sdist(archives):
     assert wanted <= names
     assert any(name.startswith("tests/") for name in names)
     assert not [name for name in names if name.startswith(("runs/", ".venv/", "build/"))]
+
+
+LOCKED = re.compile(
+    r"^([\w.-]+)==([^ ;]+)(?: ; (.+?))? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
+)
+
+
+def test_what_make_installs_is_locked_with_hashes():
+    """Each requirement of the extras but torch: within its range, and once for each Python."""
+    from packaging.markers import Marker, default_environment
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pythons = [
+        default_environment() | {"python_version": v, "python_full_version": f"{v}.1"}
+        for v in ("3.11", "3.13")
+    ]
+
+    def locked(text, environment):
+        found = {}
+        for name, version, marker, _ in LOCKED.findall(text):
+            if not marker or Marker(marker).evaluate(environment):
+                assert canonicalize_name(name) not in found
+                found[canonicalize_name(name)] = version
+        return found
+
+    def needed(extra):
+        for text in [*extras["dependencies"], *extras["optional-dependencies"][extra]]:
+            wanted = Requirement(text)
+            if wanted.name == "alignpro":
+                for inner in wanted.extras:
+                    yield from needed(inner)
+            else:
+                yield wanted
+
+    def check(text, extra):
+        assert LOCKED.sub("", text).strip() == ""  # nothing without a hash
+        for environment in pythons:
+            found = locked(text, environment)
+            assert not {name for name in found if name == "torch" or name.startswith("nvidia-")}
+            for wanted in needed(extra):
+                if wanted.name != "torch":
+                    assert found[canonicalize_name(wanted.name)] in wanted.specifier
+
+    for extra in ("llm", "dev"):
+        text = (ROOT / "requirements" / f"{extra}.lock").read_text()
+        check(text, extra)
+        kills(lambda text, extra=extra: check(text, extra), text + "six==1.17.0\n")
+        kills(
+            lambda text, extra=extra: check(text, extra),
+            re.sub(r"^(trl==)[\d.]+", r"\g<1>1.12.0", text, flags=re.M),
+        )
 
 
 def test_untracked_files_are_in_no_archive(tmp_path):

@@ -45,6 +45,25 @@ def test_a_failed_start_leaves_nothing(tmp_path):
     kills(lambda module: a_failed_start_leaves_nothing(module, tmp_path / "wrong"), wrong)
 
 
+def test_a_loop_of_links_is_told_of(tmp_path):
+    """As a run's folder, and as a file that its work replaces. Mutant: `Path.resolve`, which raises."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+
+    def check(module):
+        with module.own(tmp_path / "run", "train") as run:
+            run.begin({}, resume=False)
+            try:
+                module.claim(tmp_path / "loop")
+            except RuntimeError:
+                raise AssertionError("a loop") from None
+            assert not run.claimed
+
+    check(runs)
+    kills(check, mutated(runs, "home = real(path)", "home = Path(path).resolve()"))
+    with pytest.raises(AlignProError, match=r"loop: cannot write there \(a file is in the way\)"):
+        runs.owning("train")(lambda out: None)(out=tmp_path / "loop")
+
+
 @pytest.fixture
 def begun(tmp_path):
     with runs.own(tmp_path, "train") as run:

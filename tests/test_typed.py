@@ -56,7 +56,7 @@ def test_json_is_read_whole_or_refused():
         ("> MOST_DIGITS:", "> 10 * MOST_DIGITS:"),
         ("if _HALF.search(text)", "if False"),
         ("if len(found) < len(pairs)", "if False"),
-        ("(_STRICT if strict else _DECODER)", "_DECODER"),
+        ("_STRICT if strict else _ONCE", "_ONCE"),
     ):
         kills(check_json, mutated(files, right, wrong))
 

@@ -19,6 +19,7 @@ from alignpro.commands.options import (
 )
 from alignpro.commands.shared import ranges, with_reward, with_sums
 from alignpro.errors import AlignProError
+from alignpro.files import real
 from alignpro.llm.arms.settings import RolloutSettings
 from alignpro.report import keep
 from alignpro.report.numbers import interval, number
@@ -248,7 +249,7 @@ def _weights(home: Path) -> Path:
 
 
 def _same_model(one: str, other: str) -> bool:
-    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    return one == other or real(Path(one).expanduser()) == real(Path(other).expanduser())
 
 
 def _check_trained(arm: "Arm", said: "Saved", environment: EnvironmentSettings) -> None:

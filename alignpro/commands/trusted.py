@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from alignpro.errors import AlignProError
+from alignpro.files import real
 
 _CODE = re.compile(r"(?P<place>[\w.]+|.*\.py):(?P<name>[^\W\d][\w.]*(?:@.*)?)", re.DOTALL)
 """A reward that is a Python function: FILE.py:NAME or module:NAME, with bounds after it."""
@@ -61,15 +62,15 @@ def _beside(file: str, word: str) -> str:
     found = None if _ADDRESS.match(reward) else _CODE.fullmatch(reward)
     if found is None:
         return word
-    place, home = Path(found["place"]).expanduser(), Path(file).parent.resolve()
-    path = (home / place).resolve()
+    place, home = Path(found["place"]).expanduser(), real(Path(file).parent)
+    path = real(home / place)
     if place.suffix != ".py" or path.parent != home or not path.is_file():
         shown = word if len(word) <= 80 else f"{word[:79]}…"
         raise AlignProError(
             f"--config {file}: reward {shown}: a file names Python functions of files beside it alone, as "
             "./mine.py:score; put that file there, or give --reward on the command line"
         )
-    name = found["place"] if Path(found["place"]).expanduser().resolve() == path else os.path.relpath(path)
+    name = found["place"] if real(Path(found["place"]).expanduser()) == path else os.path.relpath(path)
     return f"{weight}{name}:{found['name']}"
 
 

@@ -621,6 +621,12 @@ def test_only_a_newline_ends_a_line(tmp_path):
     [
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt"\n', "a.jsonl, line 2: is no JSON object"),
         ("a.jsonl", b'"a"\n', "a.jsonl, line 1: is no JSON object"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a", "prompt": "b"}\n',
+            r"line 1: is no JSON object \(a name is given twice",
+        ),
+        ("a.json", b'[{"prompt": "a", "prompt": "b"}]', "a name is given twice"),
         ("a.json", b'{"prompt": "a"}', "no JSON list of objects"),
         ("a.json", b"[", "no JSON"),
         ("a.csv", b'n,prompt\n1,"a\n', "line 2: cannot be read"),

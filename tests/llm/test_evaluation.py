@@ -274,6 +274,8 @@ def test_a_file_of_rewrites_is_cut_after_a_round(tmp_path):
 
     check(rewrites)
     kills(check, mutated(rewrites, '["round"] > rounds', '["round"] >= rounds'))
+    with pytest.raises(AlignProError, match=": Is a directory; move what is there elsewhere, and resume"):
+        rewrites.cut(tmp_path, 2)
 
 
 def test_resampling_is_not_judged_by_what_it_was_chosen_by():

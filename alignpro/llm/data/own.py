@@ -199,7 +199,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _parsed(text: str) -> Any:
     try:
-        return parse_json(text)
+        return parse_json(text, once=True)
     except ValueError as error:
         return error
 
@@ -217,7 +217,7 @@ def _jsonl(path: Path, _: Reading) -> Iterator[tuple[str, Row]]:
 
 
 def _json(path: Path, _: Reading) -> Iterator[tuple[str, Row]]:
-    rows = parse_json(path.read_bytes())
+    rows = parse_json(path.read_bytes(), once=True)
     if conversation(rows) is not None:  # a file with one chat
         rows = [{"messages": rows}]
     elif isinstance(rows, dict) and any(conversation(value) is not None for value in rows.values()):

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from alignpro.errors import AlignProError
+from alignpro.files import real
 from alignpro.llm.data import own, packaged
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.data.rows import Reading, Row, first_turn, identity
@@ -316,7 +317,7 @@ def _rows(
         missing = f"dataset {name}: the package datasets is missing; run pip install 'alignpro[llm]'"
         raise AlignProError(missing) from None
     packages.note(f"reading {source.repository} ({source.licence}) from {folder or 'the hub or its cache'}")
-    folder = None if folder is None else Path(folder).expanduser().resolve()
+    folder = None if folder is None else real(Path(folder).expanduser())
     if folder is not None and source.file:
         for path in sorted(folder.glob(source.file)):
             _check_inside([str(path)], folder)
@@ -365,7 +366,7 @@ def _check_inside(files: Iterable[str], folder: Path) -> None:
     """
     home = folder.parents[1] if folder.parent.name == "snapshots" else folder
     for file in map(str, files):
-        if "://" in file or home not in Path(file).resolve().parents:
+        if "://" in file or home not in real(file).parents:
             raise AlignProError(
                 f"data_folder {folder}: its card, or a link in it, names {file}, which is outside; put that "
                 "file there, or name it with --prompts-file"

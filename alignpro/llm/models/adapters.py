@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json
+from alignpro.files import read_json, real
 from alignpro.llm.models import limits
 from alignpro.llm.models.catalogue import ADAPTER_CONFIG, HUB_ID, packaged
 from alignpro.llm.models.forward import text_config, unwrap
@@ -145,7 +145,7 @@ def find_base(base: str, folder: Path) -> str:
     if packaged(base) or path.exists():
         return base
     if not path.is_absolute():
-        home = folder.expanduser().resolve()
+        home = real(folder.expanduser())
         for parent in (home, *home.parents):
             if (parent / path).exists():
                 return str(parent / path)

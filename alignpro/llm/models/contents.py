@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.errors import AlignProError
-from alignpro.files import cache_folder, read_json, sha256, write_json
+from alignpro.files import cache_folder, read_json, real, sha256, write_json
 from alignpro.llm.models import adapters, catalogue, packages, recipes, resolve
 
 _LARGE = 1 << 20
@@ -67,7 +67,7 @@ def file_hash(path: Path) -> str:
     status = path.stat()
     if status.st_size < _LARGE:
         return sha256(path)
-    key = str(path.resolve())
+    key = str(real(path))
     state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     book = cache_folder() / _KEPT
     known = _book(book).get(key)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json
+from alignpro.files import read_json, real
 from alignpro.llm.models import packages
 from alignpro.llm.models.adapters import adapter_base, check_adapter, check_patterns
 from alignpro.llm.models.catalogue import ADAPTER_WEIGHTS, RANDOM_FILE, drawn_at_random, is_adapter, stored
@@ -59,7 +59,7 @@ def load_model(
     folder = resolve(model)
     if (pool := _SHARED.get()) is not None:
         options = json.dumps(chat_template_kwargs, sort_keys=True, default=str)
-        key = f"{folder.resolve()} {dtype} {where} {options}"
+        key = f"{real(folder)} {dtype} {where} {options}"
         if (kept := pool.get(key)) is None:
             with _unshared():
                 loaded = load_model(model, dtype, device, chat_template_kwargs=chat_template_kwargs)
@@ -76,7 +76,7 @@ def load_model(
         )
         with quiet():
             merged = attach_adapter(base, folder, str(model)).merge_and_unload()
-        merged.name_or_path = merged.config._name_or_path = str(folder.resolve())
+        merged.name_or_path = merged.config._name_or_path = str(real(folder))
         return merged.eval(), tokenizer
     loaded, tokenizer = _load(folder, str(model), dtype, where)
     prepare(loaded, tokenizer, str(model), chat_template_kwargs=chat_template_kwargs)
@@ -166,7 +166,7 @@ def _load(folder: Path, name: str, dtype: str, where: torch.device) -> tuple[Any
             f"{what}: {folder} has no weights that fit {lacking[0]} ({len(lacking)} in all), which would be "
             "drawn at random; save the whole model again"
         )
-    loaded.name_or_path = loaded.config._name_or_path = str(folder.resolve())  # an adapter's base, to PEFT
+    loaded.name_or_path = loaded.config._name_or_path = str(real(folder))  # an adapter's base, to PEFT
     if dtype == "4bit":
         loaded.requires_grad_(False)  # what computes on the quantised weights takes no others
     else:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignpro import typed
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, write_json, write_text
+from alignpro.files import read_json, real, write_json, write_text
 from alignpro.llm.models import adapters, catalogue, load, packages, recipes, resolve
 from alignpro.llm.models.chat import Said, chat_of
 from alignpro.llm.models.forward import room
@@ -209,7 +209,7 @@ class Prompter:
         if not has_template(name):
             loaded = load.load_model(name, dtype, device, chat_template_kwargs=chat_template_kwargs)
             local = folder.exists() and not catalogue.packaged(name)
-            return cls(*loaded, check_template(template), base=str(folder.resolve() if local else name))
+            return cls(*loaded, check_template(template), base=str(real(folder) if local else name))
         recipe = str(name) in catalogue.RECIPES
         folder = resolve.resolve(name) if recipe else folder
         said = read_saved(folder, str(name))
@@ -218,7 +218,7 @@ class Prompter:
         options = dict(given)
         if merged or (folder / "config.json").is_file():  # `save` with `whole`
             loaded = load.load_model(folder, dtype, device, chat_template_kwargs=options)
-            return cls(*loaded, own, max_tokens, str(name if recipe else folder.resolve()), facts)
+            return cls(*loaded, own, max_tokens, str(name if recipe else real(folder)), facts)
         if not (folder / catalogue.ADAPTER_WEIGHTS).is_file():
             raise AlignProError(
                 f"prompter {str(name)!r}: {catalogue.ADAPTER_WEIGHTS} is missing; save it again"

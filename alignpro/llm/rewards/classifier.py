@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json
+from alignpro.files import read_json, real
 from alignpro.llm.models import catalogue, configure, packages, resolve
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import room, text_config
@@ -358,7 +358,7 @@ def longest(model: Any, tokenizer: Any) -> int:
 def public_name(model: str | Path) -> str:
     """Name a model by its hub id, or by the last part of its folder: where that lies is nobody's business."""
     path = Path(model).expanduser()
-    return path.resolve().name if path.exists() else str(model)
+    return real(path).name if path.exists() else str(model)
 
 
 def saved_facts(model: str | Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import alignpro
 from alignpro.errors import AlignProError
+from alignpro.files import real
 from alignpro.llm.models.libraries import one_line
 from alignpro.llm.models.packages import note, scrub
 from alignpro.llm.rewards.reward import shown
@@ -64,7 +65,7 @@ _LIBRARIES = tuple({str(Path(os.__file__).parent), *(str(Path(p)) for p in sys.p
 
 
 def _from_file(name: str, file: str) -> ModuleType:
-    path = Path(file).expanduser().resolve()
+    path = real(Path(file).expanduser())
     if not path.is_file():
         raise AlignProError(f"reward {name}: there is no file {file}; check the path")
     # A file that was edited since, as beside a notebook, is read anew.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.errors import AlignProError
+from alignpro.files import real
 from alignpro.llm.models import packages
 from alignpro.llm.models.catalogue import is_adapter
 from alignpro.llm.models.libraries import one_line
@@ -167,5 +168,5 @@ def weights_of(folder: Path) -> list[tuple[str, str]]:
 
 
 def _sha256(file: Path) -> str:
-    named = file.resolve().name  # the hub's cache calls a large file by its checksum
+    named = real(file).name  # the hub's cache calls a large file by its checksum
     return named if re.fullmatch(r"[0-9a-f]{64}", named) else packages.sha256(file)

@@ -82,16 +82,22 @@ class RewriteLog(Kept):
 
 
 def cut(path: Path, rounds: int) -> None:
-    """Leave the lines of the first `rounds` rounds in a file; one that is cut short goes with the rest."""
+    """Leave the lines of the first `rounds` rounds in a file; one that is cut short goes with the rest.
+
+    Raises AlignProError where the file cannot be changed.
+    """
     if not path.exists():
         return
     whole = 0
-    with open(path, "r+b") as file:
-        for raw in file:
-            try:
-                if not raw.endswith(b"\n") or json.loads(raw)["round"] > rounds:
+    try:
+        with open(path, "r+b") as file:
+            for raw in file:
+                try:
+                    if not raw.endswith(b"\n") or json.loads(raw)["round"] > rounds:
+                        break
+                except (ValueError, KeyError, TypeError, RecursionError):
                     break
-            except (ValueError, KeyError, TypeError):
-                break
-            whole += len(raw)
-        file.truncate(whole)
+                whole += len(raw)
+            file.truncate(whole)
+    except OSError as error:
+        raise AlignProError(f"{path}: {error.strerror}; move what is there elsewhere, and resume") from error
