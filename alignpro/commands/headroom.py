@@ -53,6 +53,10 @@ def _prices(pooled: "estimation.Pooled", name: str = "{}") -> list[tuple[str, ..
     return [(name.format(number(at.lam)), *map(interval, (at.one, at.read, at.price))) for at in pooled.at]
 
 
+def _tuned_head(result: "estimation.Headroom") -> tuple[str, ...]:
+    return () if result.beta is None else (f"fine-tuning (beta {result.beta:g}) beyond it",)
+
+
 _PRICES = ("one instruction, net", "reading the prompt, net", "price of not reading")
 
 
@@ -84,11 +88,14 @@ def _calls_head(calls: "Calls") -> list[str]:
 
 def text(result: "estimation.Headroom") -> str:
     found = _basis(result, {f"best of {n} rewrites, over sft": e for n, e in result.best_of.items()})
-    rows = [("lambda", "over sft", "net of lambda KL", "over none", "")]
+    rows = [("lambda", "over sft", "net of lambda KL", "over none", *_tuned_head(result), "")]
     for at in result.at:
         none = "" if at.over_none is None else interval(at.over_none)
-        remarks = ", ".join(at.over_reference.remarks)
-        rows.append((f"{at.lam:g}", interval(at.over_reference), interval(at.net), none, remarks))
+        tuned = () if at.tuned is None else (interval(at.tuned),)
+        remarks = ", ".join(
+            dict.fromkeys((*at.over_reference.remarks, *(at.tuned.remarks if at.tuned else ())))
+        )
+        rows.append((f"{at.lam:g}", interval(at.over_reference), interval(at.net), none, *tuned, remarks))
     lines = [
         f"{result.n} rollouts of {result.n_prompts} prompts; {result.level:.0%} intervals over prompts",
         columns([(name, interval(e)) for name, e in found.items()]),
@@ -96,6 +103,7 @@ def text(result: "estimation.Headroom") -> str:
         "the optimal prompter's gain",
         columns(rows),
         *_text_of_shared(result.pooled),
+        *((result.tuning,) if result.tuning else ()),
         *text_of_calls(result.calls),
         *(f"warning: {warning}" for warning in result.warnings),
         "",
@@ -129,23 +137,29 @@ def text_of_calls(calls: "Calls | None") -> list[str]:
 
 def page(result: "estimation.Headroom") -> Page:
     axis = f"reward units, {result.level:.0%} intervals"
-    settings = {"level": result.level, "lambda": [at.lam for at in result.at]} | BOOTSTRAP_SEED
+    settings = {"level": result.level, "lambda": [at.lam for at in result.at], "beta": result.beta}
+    settings |= BOOTSTRAP_SEED
     page = Page("headroom", "What prompting could gain", result.answer, settings)
     page.key("Train at all?", result.decision)
     for name, e in result.means.items():
         page.estimate(f"J({name})", e)
+    if (tuned := result.at[0].tuned) is not None:
+        page.estimate("Fine-tuning beyond ρ*", tuned)
     page.key("Rollouts", number(result.n), f"of {result.n_prompts} prompts")
 
-    groups = ("over ρ_sft", "net of λ KL", "over no prompter")
+    beyond = () if result.beta is None else (f"fine-tuning (β = {number(result.beta)}) beyond ρ*",)
+    groups = ("over ρ_sft", "net of λ KL", "over no prompter", *beyond)
     rows, gained = [], []
     for at in result.at:
-        name, gains = f"λ = {number(at.lam)}", (at.over_reference, at.net, at.over_none)
+        gains = (at.over_reference, at.net, at.over_none, at.tuned)[: len(groups)]
+        name = f"λ = {number(at.lam)}"
         rows.append((name, *map(interval, gains)))
         gained += [dot(name, e, group) for e, group in zip(gains, groups, strict=True) if e is not None]
     page.add(
         "The optimal prompter's gain",
-        f"What ρ* would earn at each λ, in reward units, with {result.level:.0%} intervals over prompts.",
-        Table(["", *groups], rows, "wnnn"),
+        f"What ρ* would earn at each λ, in reward units, with {result.level:.0%} intervals over prompts. "
+        + result.tuning,
+        Table(["", *groups], rows, "w" + "n" * len(groups)),
         Dots("Gain at each λ", axis, gained, [(0.0, "no gain")]),
     )
     if result.pooled is not None:
@@ -210,6 +224,9 @@ class Headroom:
     range."""
     level: float = 0.95
     """How often an interval covers the truth, between 0.5 and 1; those behind the answer cover jointly."""
+    beta: float | None = None
+    """Weight of the KL divergence in RLHF (beta), positive, in reward units: also say what fine-tuning the
+    frozen model at it would earn beyond the optimal prompter. Left out: not asked."""
     eps: float | None = None
     """Also say how many draws and answers bring resampling (alignpro resample) this close to the optimal
     prompter in mean reward, in reward units, and what fewer calls cannot do. Left out: not asked."""
@@ -221,14 +238,15 @@ class Headroom:
     examples = (
         ("what the best prompter could gain", "alignpro headroom runs/rollouts"),
         (
-            "at one lambda, and how many calls resampling needs to come within 0.01 of it",
-            "alignpro headroom runs/rollouts --lam 0.05 --eps 0.01 --out runs/headroom",
+            "at one lambda, what fine-tuning would add, and how many calls resampling needs",
+            "alignpro headroom runs/rollouts --lam 0.05 --beta 0.1 --eps 0.01 --out runs/headroom",
         ),
     )
 
     def run(self) -> int:
         from alignpro import estimation
 
-        result = estimation.headroom(read_rollouts(self.file, self.out), self.lam, self.level, self.eps)
+        rollouts = read_rollouts(self.file, self.out)
+        result = estimation.headroom(rollouts, self.lam, self.level, self.eps, self.beta)
         tell("headroom", plain(result), text(result), self.json, self.out, lambda: page(result))
         return 0

@@ -32,6 +32,8 @@ class HeadroomAt:
     """λ log Z − E_ρ_sft R: the gain over ρ_sft, less λ KL(ρ*‖ρ_sft)."""
     over_none: Estimate | None
     """E_ρ* R − J(no prompter); None without arm none."""
+    tuned: Estimate | None
+    """J(π*) − E_ρ* R at β, the gap of Theorem 1: what fine-tuning adds to ρ*. None where β is not given."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,6 +56,10 @@ class Headroom(Shown):
     """E R(best of all rewrites drawn) − J(no prompter); None without arm none."""
     pooled: Pooled | None
     """The gain that strategies shared among prompts would bring; None where too few draws share one."""
+    beta: float | None
+    """Weight of the KL divergence of π*, in reward units; None where it is not compared."""
+    tuning: str
+    """Whether fine-tuning adds to the optimal prompter, in a sentence; empty where it is not compared."""
     calls: Calls | None
     """How many calls resampling needs at each λ; None where it was not asked."""
     answer: str
@@ -67,11 +73,17 @@ class Headroom(Shown):
 
 
 def headroom(
-    rollouts: Rollouts, lams: Sequence[float] = (), level: float = 0.95, eps: float | None = None
+    rollouts: Rollouts,
+    lams: Sequence[float] = (),
+    level: float = 0.95,
+    eps: float | None = None,
+    beta: float | None = None,
 ) -> Headroom:
     """Estimate the gain that prompt optimization could reach at each λ, from arm sft (and none).
 
     With `eps`, also how many calls bring resampling (`alignpro resample`) within it of ρ* in mean reward.
+    With `beta`, also what the policy fine-tuned at β would earn beyond ρ*, the gap of Theorem 1, from arm
+    none: four answers a prompt at least, and as many as its weights e^{r/β} ask for.
 
     Arm sft needs two draws per prompt with two answers each. `lams` left out are `SHARES` of the declared
     width of the reward. Intervals cover at `level` by themselves; the answer's cover jointly over λ, and it
@@ -80,7 +92,8 @@ def headroom(
     level = check_level(level)
     lams = tuple(check_temperature("lam", lam) for lam in lams)
     lams = tuple(sorted(set(lams))) or tuple(s * (rollouts.high - rollouts.low) for s in SHARES)
-    terms = Terms(rollouts, 1.0, lams[0])
+    beta = None if beta is None else check_temperature("beta", beta)
+    terms = Terms(rollouts, 1.0 if beta is None else beta, lams[0])
     try:
         arm = terms.arm("sft")
         arm.least(2, 2)
@@ -112,6 +125,11 @@ def headroom(
         decisive["over", lam] = rows["over", lam]
     if none:
         rows["ceiling"] = terms.best() - terms.j("none")
+    if beta is not None:
+        try:
+            rows |= {("tuned", lam): terms.j_pi() - terms.j_rho(lam) for lam in lams}
+        except Absent as absent:
+            raise AlignProError(f"headroom at beta {beta:g}: {absent}") from None
     found = estimates(rows, rollouts, level)
     joint = estimates(decisive, rollouts, level, simultaneous=True)
     error = 1.0 - level
@@ -127,15 +145,42 @@ def headroom(
         within=found["within"],
         between=found["between"],
         at=tuple(
-            HeadroomAt(lam, found["over", lam], found["net", lam], found.get(("none", lam))) for lam in lams
+            HeadroomAt(
+                lam,
+                found["over", lam],
+                found["net", lam],
+                found.get(("none", lam)),
+                found.get(("tuned", lam)),
+            )
+            for lam in lams
         ),
         best_of={n: found["best", n] for n in counts},
         ceiling=found.get("ceiling"),
         pooled=shared,
+        beta=beta,
+        tuning="" if beta is None else _tuning(beta, lams[0], found["tuned", lams[0]], terms.width),
         calls=None if eps is None else calls(arm, lams, eps, level, rollouts.low, rollouts.high),
         answer=_answer(terms, lams, joint, sure, shared, none, level),
         warnings=tuple(terms.warnings.values()),
     )
+
+
+def _tuning(beta: float, lam: float, gap: Estimate, width: float) -> str:
+    """Say whether fine-tuning at β adds to the optimal prompter at the smallest λ."""
+    said, smallest = f"{gap.value:+.3g} [{gap.lo:+.3g}, {gap.hi:+.3g}]", 0.01 * width
+    what = f"at beta {beta:g} fine-tuning earns {said} more than the optimal prompter at lambda {lam:g}"
+    if gap.lo > smallest:
+        return f"Fine-tuning adds to prompting: {what}."
+    if gap.hi < smallest:
+        return f"Fine-tuning adds nothing to prompting: {what}, less than 1% of the reward's range."
+    more = prompts_to_settle(gap)
+    if gap.bracket:
+        remedy = "more answers would tell (see the warnings)"
+    elif more is None:
+        remedy = "no realistic number of prompts would tell"
+    else:
+        remedy = f"about {more} more prompts would tell"
+    return f"Whether fine-tuning adds to prompting is open: {what}; {remedy}."
 
 
 def _answer(

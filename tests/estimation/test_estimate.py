@@ -6,10 +6,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from importlib import import_module
 
 import numpy as np
 import pytest
 from estimate_oracle import halfway, instance, truth
+from mutants import kills, mutated
 from scipy import stats
 
 from alignpro.claims import Claim
@@ -22,6 +24,7 @@ from alignpro.estimation.simulate import Size, simulate, simulated_rows
 from alignpro.estimation.terms import Terms
 from alignpro.rollouts import LOGPS, collect
 
+headroom_module = import_module("alignpro.estimation.headroom")
 BETA, LAM = 0.25, 0.2
 SIZE = Size(60, 24, 12, 4)
 
@@ -459,6 +462,44 @@ def test_headroom_answers():
     rollouts = simulate(vague, np.random.default_rng(0), Size(6, 4, 3, 2), reward_range=(0, 1))
     found = headroom(replace(rollouts, strategy=None), (0.2,))
     assert found.answer.startswith("Undecided: ")
+
+
+def test_headroom_says_what_fine_tuning_adds(rollouts, rows):
+    """The gap of Theorem 1, where it is known; and a word for each case. Mutant: no prompter for π*."""
+    true = truth(instance(3), BETA, LAM, halfway(instance(3), LAM))
+    size = Size(60, 16, 16, 4)
+
+    def drawn(frozen, reward, size=size):
+        i = instance(0, shape=(10, 4, 2))
+        i.own, i.prior, i.frozen = np.zeros(10, int), np.full((10, 4), 0.25), np.array(frozen)
+        return simulate(constant(i, reward), np.random.default_rng(0), size, reward_range=(0, 1))
+
+    alike = [[0.5, 0.5]] * 4
+    cases = {
+        "Fine-tuning adds to prompting: at beta 0.2": drawn(alike, [0.1, 0.9]),
+        "Fine-tuning adds nothing to prompting": drawn(alike, [0.4999, 0.5001]),
+        "Whether fine-tuning adds to prompting is open": drawn(alike, [0.45, 0.55], Size(6, 4, 3, 2)),
+    }
+
+    def check(module):
+        (at,) = module.headroom(rollouts, (LAM,), beta=BETA).at
+        assert at.tuned.lo <= true["J(pi*)"] - true["J(rho*)"] <= at.tuned.hi
+        for words, drawn in cases.items():
+            found = module.headroom(drawn, (0.3, 0.5), beta=0.2)
+            assert found.tuning.startswith(words), found.tuning
+            assert found.at[0].tuned.lo <= found.at[0].tuned.value <= found.at[0].tuned.hi
+
+    check(headroom_module)
+    kills(
+        check,
+        mutated(headroom_module, "terms.j_pi() - terms.j_rho(lam)", 'terms.j("none") - terms.j_rho(lam)'),
+    )
+    found = headroom(rollouts, (LAM,))
+    assert (found.beta, found.tuning, found.at[0].tuned) == (None, "", None)
+    with pytest.raises(AlignProError, match=r"headroom at beta 0\.2: arm none is absent"):
+        headroom(collect([row for row in rows if row.arm != "none"]), (LAM,), beta=0.2)
+    with pytest.raises(AlignProError, match="beta -1"):
+        headroom(rollouts, (LAM,), beta=-1.0)
 
 
 def test_headroom_needs_two_answers_per_draw(rows):
