@@ -92,10 +92,9 @@ def text(result: "estimation.Headroom") -> str:
     for at in result.at:
         none = "" if at.over_none is None else interval(at.over_none)
         tuned = () if at.tuned is None else (interval(at.tuned),)
-        remarks = ", ".join(
-            dict.fromkeys((*at.over_reference.remarks, *(at.tuned.remarks if at.tuned else ())))
-        )
-        rows.append((f"{at.lam:g}", interval(at.over_reference), interval(at.net), none, *tuned, remarks))
+        remarks = dict.fromkeys(said for e in (at.over_reference, at.tuned) if e for said in e.remarks)
+        gains = interval(at.over_reference), interval(at.net), none, *tuned
+        rows.append((f"{at.lam:g}", *gains, ", ".join(remarks)))
     lines = [
         f"{result.n} rollouts of {result.n_prompts} prompts; {result.level:.0%} intervals over prompts",
         columns([(name, interval(e)) for name, e in found.items()]),
@@ -137,8 +136,8 @@ def text_of_calls(calls: "Calls | None") -> list[str]:
 
 def page(result: "estimation.Headroom") -> Page:
     axis = f"reward units, {result.level:.0%} intervals"
-    settings = {"level": result.level, "lambda": [at.lam for at in result.at], "beta": result.beta}
-    settings |= BOOTSTRAP_SEED
+    settings = {"level": result.level, "lambda": [at.lam for at in result.at]} | BOOTSTRAP_SEED
+    settings |= {} if result.beta is None else {"beta": result.beta}
     page = Page("headroom", "What prompting could gain", result.answer, settings)
     page.key("Train at all?", result.decision)
     for name, e in result.means.items():

@@ -173,14 +173,17 @@ def _tuning(beta: float, lam: float, gap: Estimate, width: float) -> str:
         return f"Fine-tuning adds to prompting: {what}."
     if gap.hi < smallest:
         return f"Fine-tuning adds nothing to prompting: {what}, less than 1% of the reward's range."
-    more = prompts_to_settle(gap)
-    if gap.bracket:
-        remedy = "more answers would tell (see the warnings)"
-    elif more is None:
-        remedy = "no realistic number of prompts would tell"
-    else:
-        remedy = f"about {more} more prompts would tell"
-    return f"Whether fine-tuning adds to prompting is open: {what}; {remedy}."
+    return f"Whether fine-tuning adds to prompting is open: {what}; {_remedy(gap)}."
+
+
+def _remedy(gain: Estimate) -> str:
+    """Say what would tell whether it is a gain."""
+    if gain.bracket:
+        return "more answers and rewrites per prompt would tell (see the warnings)"
+    more = prompts_to_settle(gain)
+    if more is None:
+        return "no realistic number of prompts would tell"
+    return f"about {more} more prompts would tell"
 
 
 def _answer(
@@ -233,11 +236,4 @@ def _answer(
     who = f"at lambda {lam:g} the optimal prompter"
     if shared is not None and shared.deciding.value > 0:  # it is biased down: below 0 it says nothing
         who, gain = "a prompter that pools strategies over prompts", shared.deciding
-    more = prompts_to_settle(gain)
-    if gain.bracket:
-        remedy = "more answers and rewrites per prompt would tell (see the warnings)"
-    elif more is None:
-        remedy = "no realistic number of prompts would tell"
-    else:
-        remedy = f"about {more} more prompts would tell"
-    return f"Undecided: {who} earns {said(gain)} over {rival}; {remedy}."
+    return f"Undecided: {who} earns {said(gain)} over {rival}; {_remedy(gain)}."
