@@ -19,6 +19,7 @@ _HOME = {
     "TrainSettings": "alignpro.llm.training.settings",
     "TrainedPrompter": "alignpro.llm.training.open_ended",
     "load_reward": "alignpro.llm.rewards.opening",
+    "prompts": "alignpro.llm.data.public",
     "read_prompts": "alignpro.llm.data.own",
     "split_of": "alignpro.llm.data.split",
     "train": "alignpro.llm.arms.train",
