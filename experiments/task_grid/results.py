@@ -15,8 +15,9 @@ from paper_grid.work import FINISHED
 
 from alignpro import rollouts
 from alignpro.estimation import headroom
-from alignpro.estimation.compare import compare
+from alignpro.estimation.compare import Comparison, compare
 from alignpro.estimation.estimate import estimate
+from alignpro.estimation.headroom import Headroom
 from alignpro.estimation.intervals import Estimate
 from alignpro.estimation.paired import Arm, Term, estimates
 from alignpro.files import read_json, read_json_lines
@@ -72,7 +73,8 @@ def _task(size: Size, out: Path, task: str, reward: str) -> dict[str, Any]:
     alone = compare(table, ["none", "trained"], LEVEL).against["trained"]
     race = read_json(here / "instruct" / "instruct.json")
     report = estimate(table, lam, lam, LEVEL)
-    foreseen = headroom(rewarded(out / "foreseen" / next(iter(size.prompters)) / FILE, reward), (lam,))
+    seen = rewarded(out / "foreseen" / next(iter(size.prompters)) / FILE, reward)
+    foreseen = headroom(seen, (lam,), LEVEL, beta=lam)
     return {
         "reward": reward,
         "instruction": race["winner"],
@@ -80,6 +82,7 @@ def _task(size: Size, out: Path, task: str, reward: str) -> dict[str, Any]:
         "race": {name: race[name] for name in ("calls", "budget", "contenders")},
         "foreseen": foreseen.answer,
         "pooled": None if foreseen.pooled is None else foreseen.pooled.finding,
+        "numbers": _numbers(foreseen, every, trained),
         "mean": {arm: shown(e) for arm, e in every.mean.items()},
         "over none": {arm: shown(of.mean) for arm, of in every.against.items()},
         "trained over": {arm: minus(of.mean) for arm, of in trained.against.items()},
@@ -105,6 +108,30 @@ def _task(size: Size, out: Path, task: str, reward: str) -> dict[str, Any]:
             and bound.name in ("theorem1", "trained", "trained_rewards_only")
         ],
         "examples": _examples(here / "rollout" / FILE),
+    }
+
+
+def _numbers(foreseen: Headroom, every: Comparison, trained: Comparison) -> dict[str, dict[str, Any]]:
+    """What one instruction brings, what reading the prompt adds to it, and what fine-tuning adds to that:
+    foreseen from the reference's rollouts, and realised on held-out prompts.
+
+    Realised are the best fixed instruction over no prompter, PPO over it, and RLHF over PPO.
+    """
+    pooled = foreseen.pooled
+    over, beyond = every.against.get(FIXED), trained.against.get("rlhf")
+    return {
+        "one instruction": {
+            "foreseen": shown(None if pooled is None else pooled.over_none),
+            "realised": shown(None if over is None else over.mean),
+        },
+        "reading the prompt": {
+            "foreseen": shown(pooled.at[0].price if pooled is not None and pooled.at else None),
+            "realised": minus(trained.against[FIXED].mean) if over is not None else None,
+        },
+        "fine-tuning": {
+            "foreseen": shown(foreseen.at[0].tuned),
+            "realised": shown(None if beyond is None else beyond.mean),
+        },
     }
 
 

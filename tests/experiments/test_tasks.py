@@ -70,6 +70,18 @@ def test_what_it_says(size, whole, tmp_path, capsys):
         )
         assert gain["value"] == pytest.approx(np.mean([e["value"] for e in task["by seed"]]))
         assert task["trained over"]["none"]["value"] == pytest.approx(gain["value"])
+        mean = {arm: e["value"] for arm, e in task["mean"].items()} | {"fixed": np.nan}
+        if task["instruction"]:
+            mean["fixed"] = task["mean"]["fixed"]["value"]
+        for part, one, other in (
+            ("one instruction", "fixed", "none"),
+            ("reading the prompt", "trained", "fixed"),
+            ("fine-tuning", "rlhf", "trained"),
+        ):
+            realised = task["numbers"][part]["realised"]
+            assert (realised is None) == (not task["instruction"] and "fixed" in (one, other))
+            assert realised is None or realised["value"] == pytest.approx(mean[one] - mean[other])
+        assert task["numbers"]["fine-tuning"]["foreseen"]["lo"] is not None
         assert {b["name"] for b in task["bounds"]} == {"theorem1", "trained", "trained_rewards_only"}
         assert len(task["examples"]) == 3
     assert len(found["foresight"]) == 2 * (len(results.LAMS) + len(size.seeds))
