@@ -26,7 +26,7 @@ from alignpro.runs import environment
 TASKS = {"reading ease": "ease", "format": "list"}
 SEEDS = (0, 1, 2)
 ANSWERS = 640
-"""Half of what `tasks.py` spends on a training: settings that differ have parted by then."""
+"""As many as `tasks.py` spends on a training."""
 CENTRE: dict[str, Any] = {
     "lam": 0.02,
     "learning_rate": 1e-3,
