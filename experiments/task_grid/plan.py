@@ -67,6 +67,8 @@ class Size:
         }
     )
     """Further options of train."""
+    race_calls: int = 1280
+    """Answers of a race of instructions: the bank, each of whose candidates is tried, takes 721 at least."""
     race: Mapping[str, Any] = field(default_factory=dict)
     """Further options of instruct."""
 
@@ -115,7 +117,7 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
     start = next(iter(size.prompters.values()))
     for task, reward in size.tasks.items():
         here, world = slug(task), {**asked, "reward": reward}
-        race = {**world, "budget": size.calls, "held_out": size.held_out, "held_out_answers": size.answers}
+        race = {**world, "budget": size.race_calls, "held_out": size.held_out, "held_out_answers": size.answers}
         race |= size.race
         yield Job(f"{here}/instruct", "instruct", race)
         shape = {"iterations": size.iterations, "prompts": size.prompts, "samples": size.samples}
