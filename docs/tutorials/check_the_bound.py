@@ -1,29 +1,28 @@
-"""What the prompter of `train_a_prompter.py` earns on held-out prompts, and Theorem 1 on it: five minutes."""
+"""Check Theorem 1 on rollouts of real models, that of `train_a_prompter.py` among them if it is there."""
 
-from alignpro import rollouts
+from pathlib import Path
+
 from alignpro.commands.main import main as alignpro
-from alignpro.estimation import compare, estimate, headroom
 
-HELD_OUT = 40  # prompts that it was not trained on
+PROMPTS = [
+    "How do I fold a shirt?",
+    "Name three uses of vinegar.",
+    "Why is the sky blue?",
+    "Write a birthday wish for a colleague.",
+    "How long should I boil an egg?",
+    "Give me a tip for packing light.",
+]
+Path("held_out.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")  # not those of training
 
+trained = ["--trained", "runs/mine"] if Path("runs/mine/prompter").exists() else []
 status = alignpro(
     [
-        *("rollout", "--out", "runs/rolled"),
-        *("--dataset", "instructions", "--prompts", str(HELD_OUT)),  # of its split `test`
-        *("--arms", "none", "sft", "--trained", "runs/mine", "--draws", "2", "--answers", "2"),
-        *("--target", "smollm2-135m-instruct", "--answer-tokens", "40", "--reward", "ease"),  # as in training
+        *("rollout", "--out", "runs/rolled", "--prompts-file", "held_out.txt"),
+        *("--arms", "none", "sft", *trained),
+        *("--draws", "2", "--answers", "2", "--rewrite-tokens", "12", "--answer-tokens", "10"),
     ]
 )
-assert status == 0, "rollout has said why"
-
-rolled = rollouts.read("runs/rolled/rollouts.jsonl")
-compared = compare(rolled, ["none", "sft", "trained"])
-print(compared)
-compared.plot().savefig("compared.png")
-
-# β and λ are those of the statement: what RLHF and the prompter would be tuned with.
-report = estimate(rolled, beta=0.2, lam=0.2)
-print(report)
-report.plot().savefig("bounds.png")  # each bound beside the gap
-
-print(headroom(rolled, lams=(0.02, 0.2)))
+if status == 0:
+    # β and λ are those of the statement: what RLHF and the prompter would be tuned with.
+    alignpro(["estimate", "runs/rolled/rollouts.jsonl", "--beta", "0.2", "--lam", "0.2"])
+    alignpro(["headroom", "runs/rolled/rollouts.jsonl", "--lam", "0.05", "0.2"])

@@ -1,31 +1,46 @@
-"""Train a prompter that a person can see working: about ten minutes on two CPU cores."""
+"""Train a prompter on prompts of your own: two minutes on one CPU core, too short a run to teach it much."""
 
-from alignpro import train
-from alignpro.llm import Sampling
-from alignpro.llm.data.public import prompts
+from pathlib import Path
 
-ROUNDS = 20  # of 16 prompts, each rewritten twice: 640 answers in all
+from alignpro.commands.main import main as alignpro
 
-trained = train(
-    prompts("instructions", split="train"),  # 416 requests; a list of your own, or the Path of a file
-    out="runs/mine",
-    resume=True,  # the same call goes on where it was interrupted
-    prompter="instructions-sft",  # ρ_sft, which adds a few words; made at its first use, in minutes
-    target="smollm2-135m-instruct",  # π_F: any folder or hub id, or an Endpoint
-    reward="ease",  # r: how easily the answer reads, from 0 to 1
-    answers=Sampling(max_tokens=40),
-    lam=0.02,
-    iterations=ROUNDS,
-    prompts_per_round=16,
-    draws=2,
-    epochs=2,
-    schedule="constant",
-    rewrite_tokens=24,
-    lora_layers=0.34,
+PROMPTS = [
+    "How do I keep my bread from going stale?",
+    "Explain compound interest.",
+    "My bicycle chain squeaks.",
+    "What should I see in Lisbon in one day?",
+]
+Path("mine.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+
+status = alignpro(
+    [
+        *("train", "--out", "runs/mine", "--resume"),  # the same command goes on where it was interrupted
+        *("--prompts-file", "mine.txt"),
+        *("--prompter", "smollm2-135m-instruct"),  # ρ_sft; what is trained is an adapter on it
+        *("--target", "smollm2-135m-instruct"),  # π_F: any folder or hub id, or the address of an endpoint
+        *("--reward", "minilm-bt"),  # r*, in [0, 1]
+        *("--algorithm", "ppo", "--lam", "0.05"),
+        *(
+            "--iterations",
+            "2",
+            "--prompts-per-round",
+            "4",
+            "--draws",
+            "2",
+            "--epochs",
+            "2",
+        ),  # by default 32, 8, 8, 4
+        *(
+            "--rewrite-tokens",
+            "16",
+            "--answer-tokens",
+            "16",
+            "--lora-layers",
+            "0.34",
+            "--learning-rate",
+            "1e-3",
+        ),
+    ]
 )
-print(trained)
-
-trained.plot().savefig("curves.png")  # reward and KL, round by round
-
-for request in ("Explain compound interest.", "How do I keep bread from going stale?"):
-    print({"x": request, "rewrite": trained.prompter.rewrite(request, seed=1)})
+if status == 0:
+    alignpro(["rewrite", "runs/mine/prompter", "Tips for learning the piano", "--seed", "1", "--json"])
