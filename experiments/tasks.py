@@ -20,7 +20,7 @@ from alignpro.errors import AlignProError
 from alignpro.files import writable_folder, write_json
 from alignpro.llm.models import packages
 
-SECONDS = 0.5
+SECONDS = 0.42
 """Of one core for an answer, training and scoring included: about what it took on two shared cores."""
 
 
