@@ -117,8 +117,8 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
     start = next(iter(size.prompters.values()))
     for task, reward in size.tasks.items():
         here, world = slug(task), {**asked, "reward": reward}
-        race = {**world, "budget": size.race_calls, "held_out": size.held_out, "held_out_answers": size.answers}
-        race |= size.race
+        race = {**world, "budget": size.race_calls, "held_out": size.held_out}
+        race |= {"held_out_answers": size.answers, **size.race}
         yield Job(f"{here}/instruct", "instruct", race)
         shape = {"iterations": size.iterations, "prompts": size.prompts, "samples": size.samples}
         training = {**world, **_kept(start), **shape, "lam": size.lam, "resume": True}
