@@ -41,7 +41,6 @@ PAIRS = {
 }
 REWARD = "weqweasdas/RM-Gemma-2B"
 RIVALS = ("alignpro ppo", "plain transformers")
-GOALS = {"step": 0.7, "theory": 0.5}
 LIMIT_S = 460.0
 """Seconds for everything: a part that has none left is not done."""
 
@@ -205,18 +204,8 @@ def tests(seconds: float) -> dict[str, Any]:
     """The tests marked `gpu`: how many passed, failed and were skipped."""
     if importlib.util.find_spec("pytest") is None:
         return {"failed": "pytest is not installed"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "--no-header",
-        "-rfEs",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+    command += ["-p", "no:cacheprovider", "--no-header", "-rfEs"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds, cwd=ROOT)
     except subprocess.TimeoutExpired:

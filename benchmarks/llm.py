@@ -375,8 +375,8 @@ def plain(args, made):
         lengths = torch.tensor([[len(s)] for s in said], device=ids.device)
         return (values * (torch.arange(most, 0, -1, device=ids.device) <= lengths)).sum(1)
 
-    def pieces(values):
-        size = -(-len(values) // args.microbatches)
+    def pieces(values):  # each with all rewrites of its prompts
+        size = args.samples * -(-args.prompts // args.microbatches)
         return [values[i : i + size] for i in range(0, len(values), size)]
 
     for _ in range(args.rounds + 1):
@@ -394,20 +394,16 @@ def plain(args, made):
         clock.tokens["rewrites"] += sum(map(len, said))
         clock.tokens["answers"] += sum(map(len, answers))
         scores = reward.score(owners, [words.decode(a, skip_special_tokens=True) for a in answers])
-        parts = list(zip(pieces(rows), pieces(said), strict=True))
-        with clock.phase("scoring and update, forward"), torch.no_grad():
-            with model.disable_adapter():
-                reference = torch.cat([log_probs(*part) for part in parts])
-            policy = torch.cat([log_probs(*part) for part in parts])
-        advantage = torch.tensor(scores, dtype=torch.float32, device=policy.device)
-        advantage = advantage - 0.05 * (policy - reference)
-        grouped = advantage.view(-1, args.samples)
-        advantage = (grouped - grouped.mean(1, keepdim=True)).flatten()
-        for part, gains in zip(parts, pieces(advantage), strict=True):
+        scores = torch.tensor(scores, dtype=torch.float32, device=model.device)
+        for *part, earned in zip(pieces(rows), pieces(said), pieces(scores), strict=True):
             with clock.phase("scoring and update, forward"):
-                loss = -(log_probs(*part) * gains).sum() / len(said)
+                with torch.no_grad(), model.disable_adapter():
+                    reference = log_probs(*part)
+                policy = log_probs(*part)
+            advantage = (earned - 0.05 * (policy.detach() - reference)).view(-1, args.samples)
+            advantage = (advantage - advantage.mean(1, keepdim=True)).flatten()
             with clock.phase("update, backward"), clock.within():
-                loss.backward()
+                (-(policy * advantage).sum() / len(said)).backward()
         optimizer.step()
         optimizer.zero_grad()
         clock.end()
