@@ -100,9 +100,7 @@ def table(folder: str, prompts: int, tokens: int, rewards: list[str], seeds: int
     from alignpro.llm.targets.local import LocalTarget
 
     candidates, xs = read_instructions(None), public.prompts("instructions", "train")[:prompts]
-    target = Cached(
-        LocalTarget("smollm2-135m-instruct", dtype="bfloat16", batch_size=len(candidates)), folder
-    )
+    target = Cached(LocalTarget("smollm2-135m-instruct", batch_size=len(candidates)), folder)
     sampling = Sampling(max_tokens=tokens)
     answers = []
     for i, x in enumerate(xs):

@@ -81,11 +81,14 @@ def _devices() -> dict[str, Any]:
     if find_spec("torch") is not None:
         import torch
 
+        from alignpro.llm.models import devices
+
         found["cuda"] = [
             f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB"
             for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         ]
         found["threads"] = torch.get_num_threads()
+        found["dtype"] = devices.dtype_of("auto")
     if find_spec("jax") is not None:
         import jax
 
@@ -139,6 +142,8 @@ def table(found: dict[str, Any]) -> str:
     if devices["cuda"] is not None:
         gpus = "; ".join(devices["cuda"]) or "none: language models run on the CPU"
         lines.append(f"  GPUs that torch sees: {gpus}")
+    if devices.get("dtype"):
+        lines.append(f"  language models are frozen in {devices['dtype']} here (--dtype auto)")
     if devices.get("jax"):
         lines.append(f"  JAX runs on: {', '.join(devices['jax'])}")
     cache = found["cache"]

@@ -46,7 +46,7 @@ class World:
     """The frozen model and the reward that were named: checked now, opened when asked for."""
 
     def __init__(self, settings: EnvironmentSettings) -> None:
-        from alignpro.llm.models import catalogue, configure
+        from alignpro.llm.models import catalogue, devices
         from alignpro.llm.rewards.opening import JUDGE, judge_opener, keyed, read_plan
         from alignpro.llm.targets.engine import PREFIX, check_engine, parse_engine
         from alignpro.llm.targets.ledger import Prices
@@ -76,10 +76,10 @@ class World:
         elif on_vllm(settings.target):
             check_engine(settings.target, settings.dtype)
             catalogue.check_name(settings.target.removeprefix(PREFIX))
-            configure.check_dtype(settings.dtype)
+            devices.check_dtype(settings.dtype)
         else:
             catalogue.check_name(settings.target)
-            configure.check_dtype(settings.dtype)
+            devices.check_dtype(settings.dtype)
         self._plan, judge = read_plan(settings.reward), settings.reward_judge
         specs = self._plan.specs
         kinds = [spec.kind for spec in specs]

@@ -214,9 +214,10 @@ class EnvironmentSettings(ChatOption):
     Left out: the lower end of the reward's range."""
     refused_most: float = 0.2
     """Share of refused answers, from 0 to 1, above which the run ends."""
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
     """Number format of the weights of models in this process: float32 makes answers independent of how they
-    are batched, bfloat16 halves the memory, and 4bit quarters that (it needs bitsandbytes)."""
+    are batched, bfloat16 halves the memory, and 4bit quarters that (it needs bitsandbytes). auto is bfloat16
+    on a GPU or processor that computes with it, and float32 on others."""
     batch_size: int = 64
     """How many sequences a model in this process works on at once; lower it where memory runs out."""
     target_endpoint: Annotated[EndpointSettings, Prefixed("target")] = field(default_factory=EndpointSettings)
@@ -237,13 +238,15 @@ class EnvironmentSettings(ChatOption):
 
     def record(self, reward: str) -> dict[str, Any]:
         """The frozen model, how it decodes, and the reward's name, as a run's record keeps them."""
+        from alignpro.llm.models.devices import dtype_of
+
         return {
             "target": self.target,
             **self.target_endpoint.record("target"),
             "target_tokenizer": self.target_tokenizer,
             "target_engine": self.target_engine,
             **self.reward_endpoint.record("reward"),
-            "dtype": self.dtype,
+            "dtype": dtype_of(self.dtype),
             "reward": reward,
             **self.reward_model.record(),
             "sampling": asdict(self.sampling()),

@@ -68,7 +68,7 @@ class Train(PrompterOptions, ReportedRun):
     @owning("train")
     def run(self) -> int:
         from alignpro.commands.opening import World, divided_prompts, trained_home, user_prompts
-        from alignpro.llm.models import configure, packages
+        from alignpro.llm.models import devices, packages
         from alignpro.llm.policies.prompter import check_prompter
         from alignpro.llm.training.settings import check_reporters
 
@@ -78,7 +78,8 @@ class Train(PrompterOptions, ReportedRun):
         run, folder = here(self.out), Path(self.out)
         run.check(self.resume, OWN)
         check_prompter(prompter, self.template)
-        configure.check_dtype(settings.policy_dtype)
+        devices.check_dtype(settings.policy_dtype)
+        settings = settings.here()
         environment, answers = self.environment, self.environment.sampling()
         # The oracle is its own target.
         world = World(replace(environment, target=prompter) if rlhf else environment)

@@ -63,7 +63,7 @@ class Size:
             "minibatches": 1,
             "schedule": "constant",
             "lora_layers": 0.34,
-            "policy_dtype": "bfloat16",
+            "policy_dtype": "auto",
         }
     )
     """Further options of train."""
@@ -105,7 +105,7 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
         "target": size.target,
         "answer_tokens": size.answer_tokens,
         "answers_folder": str(out / "answers"),
-        "dtype": "bfloat16",
+        "dtype": "auto",
     }
     # Whatever rewards them, the texts are the same; `results.rewarded` scores them for every task.
     first = next(iter(size.tasks.values()))

@@ -252,7 +252,9 @@ def test_choices_are_one_error_everywhere():
         TrainSettings(algorithm="q")
     with pytest.raises(AlignProError, match=r"^vllm 'q': choose from colocate, server$"):
         TrainSettings(vllm="q")
-    with pytest.raises(AlignProError, match=r"^dtype 'q': choose from float32, bfloat16, float16, 4bit$"):
+    with pytest.raises(
+        AlignProError, match=r"^dtype 'q': choose from auto, float32, bfloat16, float16, 4bit$"
+    ):
         JudgeSettings("j", dtype="q")
     for words, said in (
         ("--algorithm q", "algorithm 'q': choose from ppo, rloo, grpo"),

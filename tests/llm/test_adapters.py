@@ -15,7 +15,7 @@ from torch import nn
 
 from alignpro.commands import main
 from alignpro.errors import AlignProError
-from alignpro.llm.models import catalogue, configure, load
+from alignpro.llm.models import catalogue, devices, load
 from alignpro.llm.models.adapters import adapter_config, blocks_of
 from alignpro.llm.policies.prompter import Prompter
 from alignpro.llm.targets.local import LocalTarget
@@ -178,18 +178,18 @@ def test_every_process_has_a_device_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert configure.device_of("auto") == torch.device("cuda", 0)
+    assert devices.device_of("auto") == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert configure.device_of("auto") == torch.device("cuda", 3)
+    assert devices.device_of("auto") == torch.device("cuda", 3)
     assert chosen == [0, 3]
-    assert configure.device_of("cuda:1") == torch.device("cuda", 1)
+    assert devices.device_of("cuda:1") == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(AlignProError, match=r"^LOCAL_RANK 4: this machine has 4 CUDA devices"):
-        configure.device_of("auto")
+        devices.device_of("auto")
 
 
 def test_four_bits_need_their_package(home, monkeypatch, capsys):
-    monkeypatch.setattr(configure, "find_spec", lambda name: None)
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
     with pytest.raises(AlignProError, match=r"^dtype '4bit': the package bitsandbytes is missing; run pip"):
         load.load_model(home / "llama3_2", "4bit")
     arguments = ["train", "--out", str(home / "none"), "--prompter", str(home / "llama3_2")]

@@ -7,10 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from mutants import kills, mutated
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from alignpro.commands.options import EnvironmentSettings
 from alignpro.errors import AlignProError
-from alignpro.llm.models import packages
+from alignpro.llm.models import devices, packages
 from alignpro.llm.models.catalogue import MODELS
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.load import load_model
@@ -92,6 +94,37 @@ def test_sampling_follows_the_model_itself(saved):
 def test_dtypes(saved, dtype):
     model, _ = load_model(saved, dtype=dtype, device="cpu")
     assert str(next(model.parameters()).dtype) == f"torch.{dtype}"
+
+
+@pytest.mark.parametrize(
+    ("known", "dtype"),
+    [
+        ({}, "float32"),
+        ({"avx2": True, "amx_bf16": False, "avx512_bf16": False}, "float32"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({"avx512_bf16": True}, "bfloat16"),
+    ],
+)
+def test_auto_is_what_the_processor_computes_with(saved, known, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+
+    def check(module) -> None:
+        assert module.dtype_of("auto", "cpu") == dtype
+        assert module.dtype_of("float16", "cpu") == "float16"
+
+    check(devices)
+    kills(check, mutated(devices, "any(known.get(name) for name in names)", f"{dtype != 'bfloat16'}"))
+    for opened in (load_model(saved, "auto", "cpu")[0], LocalTarget(saved, device="cpu").model):
+        assert str(next(opened.parameters()).dtype) == f"torch.{dtype}"
+    # What a run keeps is the format, not how it was chosen: elsewhere auto may be another.
+    assert EnvironmentSettings().record("ease")["dtype"] == dtype
+
+
+def test_auto_on_a_gpu_is_what_it_computes_with(monkeypatch):
+    for real in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, real=real: real)
+        assert devices.computes_bfloat16(torch.device("cuda", 0)) is real
+    assert not devices.computes_bfloat16(torch.device("meta"))
 
 
 def test_pad_equal_to_eos_is_replaced(saved):

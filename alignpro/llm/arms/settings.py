@@ -152,8 +152,9 @@ class JudgeSettings:
     """How many pairs of answers to each prompt, at most."""
     seed: int = 0
     """Number that determines the judge's draws, where its temperature is not 0."""
-    dtype: Dtype = "bfloat16"
-    """Number format of the weights of a judge in this process."""
+    dtype: Dtype = "auto"
+    """Number format of the weights of a judge in this process; auto is bfloat16 on a GPU or processor that
+    computes with it, and float32 on others."""
     batch_size: int = 8
     """How many pairs a judge in this process reads at once; fewer need less memory."""
     chat_template_kwargs: str | None = None

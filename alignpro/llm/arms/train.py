@@ -69,7 +69,7 @@ def train(
         raise AlignProError(f"prompts {prompts!r}: give a list of prompts, or the Path of a file")
     given = read_prompts(prompts) if isinstance(prompts, Path) else list(prompts)
     settings.setdefault("prompts", max(1, min(TrainSettings.prompts, len(set(given)))))
-    chosen = TrainSettings(**settings)
+    chosen = TrainSettings(**settings).here()
     refuse_moved_optimum(chosen)
     if eval_every is None and held_out:
         eval_every = 4

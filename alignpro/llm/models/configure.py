@@ -7,12 +7,10 @@ Removed is what would silently move the optimum away from ρ* of Lemma 1: a ship
 λ), truncation, a repetition penalty, dropout, and a pad token equal to the end token (which hides the ends).
 """
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -183,10 +181,6 @@ def _drawn_off(model: Any, tokenizer: Any, pairs: Sequence[Pair], how: How, name
     return _off([np.array(values) for _, values in drawn], plain) / plain.tolerance
 
 
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-DTYPES["4bit"] = torch.bfloat16
-"""Types of weights by name, and what is computed in. 4bit: NF4 by bitsandbytes (arXiv 2305.14314)."""
-
 # A pad token must be one that no answer contains. In order of preference, where the tokenizer has them.
 _PAD_CANDIDATES = (
     "<|pad|>",
@@ -197,17 +191,6 @@ _PAD_CANDIDATES = (
     "<|reserved_special_token_0|>",
     "<unk>",
 )
-
-
-def check_dtype(dtype: str) -> None:
-    """Refuse a type of weights that is not in `DTYPES`, and 4bit without bitsandbytes."""
-    if dtype not in DTYPES:
-        raise AlignProError(f"dtype {dtype!r}: choose from {', '.join(DTYPES)}")
-    if dtype == "4bit" and find_spec("bitsandbytes") is None:
-        raise AlignProError(
-            "dtype '4bit': the package bitsandbytes is missing; run pip install bitsandbytes, or choose "
-            "bfloat16"
-        )
 
 
 def tiny_model(
@@ -384,25 +367,3 @@ def forget_quantizer(model: Any) -> None:
         del model.config.quantization_config
     if hasattr(model.config, "_model_name_or_path"):  # the GGUF's title, which is no path
         del model.config._model_name_or_path
-
-
-def device_of(device: str) -> torch.device:
-    """The torch device that `device` names; by `auto`, each process on a machine has its own."""
-    if device == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if rank >= torch.cuda.device_count():
-            raise AlignProError(
-                f"LOCAL_RANK {rank}: this machine has {torch.cuda.device_count()} CUDA devices; start no "
-                "more processes than that"
-            )
-        torch.cuda.set_device(rank)  # what asks for CUDA without a number means this one
-        return torch.device("cuda", rank)
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise AlignProError(f"device {device!r}: use auto, cpu, cuda or cuda:0") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise AlignProError(f"device {device!r}: this machine or this torch has no CUDA; use cpu or auto")
-    return chosen

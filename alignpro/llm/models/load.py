@@ -29,7 +29,8 @@ from alignpro.files import read_json, real
 from alignpro.llm.models import packages
 from alignpro.llm.models.adapters import adapter_base, check_adapter, check_patterns
 from alignpro.llm.models.catalogue import ADAPTER_WEIGHTS, RANDOM_FILE, drawn_at_random, is_adapter, stored
-from alignpro.llm.models.configure import DTYPES, check_dtype, configure_tokenizer, device_of, prepare
+from alignpro.llm.models.configure import configure_tokenizer, prepare
+from alignpro.llm.models.devices import DTYPES, check_dtype, device_of, dtype_of
 from alignpro.llm.models.libraries import one_line, quiet
 from alignpro.llm.models.resolve import resolve, resolve_tokenizer
 
@@ -46,7 +47,7 @@ def load_model(
     Args:
         model: a name, folder, file or hub id (`resolve`), or the folder of an adapter that PEFT saved, which
             is merged into its base in memory.
-        dtype: a row of `DTYPES`.
+        dtype: a row of `DTYPES`, or `auto`: bfloat16 on a device that computes with it, otherwise float32.
         device: `auto` (CUDA if there is one: that of this process's LOCAL_RANK), or a torch device such as
             `cpu` or `cuda:1`.
         chat_template_kwargs: further arguments of the chat template, such as {"enable_thinking": False}.
@@ -56,6 +57,7 @@ def load_model(
     """
     where = device_of(device)
     check_dtype(dtype)
+    dtype = dtype_of(dtype, device)
     folder = resolve(model)
     if (pool := _SHARED.get()) is not None:
         options = json.dumps(chat_template_kwargs, sort_keys=True, default=str)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from alignpro.errors import AlignProError
 from alignpro.llm.models.prompt import Prompt, as_json
 
-Dtype = Literal["float32", "bfloat16", "float16", "4bit"]
-"""The rows of `configure.DTYPES`, said here because that table needs torch."""
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "4bit"]
+"""`auto` and the rows of `devices.DTYPES`, said here because that table needs torch."""
 
 
 def is_int(value: Any) -> bool:

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, real
-from alignpro.llm.models import catalogue, configure, packages, resolve
+from alignpro.llm.models import catalogue, configure, devices, packages, resolve
 from alignpro.llm.models.chat import chat_of
 from alignpro.llm.models.forward import room, text_config
 from alignpro.llm.models.libraries import quiet
@@ -124,9 +124,9 @@ class SequenceReward:
             AlignProError: unknown names or no bounds, before any download; a model without a trained head,
                 a folder that transformers cannot read, or a failure of `models.resolve`.
         """
-        if dtype not in configure.DTYPES:
-            raise AlignProError(f"dtype {dtype!r}: choose from {', '.join(configure.DTYPES)}")
-        where = configure.device_of(device)
+        if dtype not in devices.DTYPES:
+            raise AlignProError(f"dtype {dtype!r}: choose from {', '.join(devices.DTYPES)}")
+        where = devices.device_of(device)
         if template is not None:
             check_template(template)
         catalogue.check_name(model)
@@ -137,7 +137,7 @@ class SequenceReward:
         with loading(what, folder, kind):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         auto = AutoModelForSequenceClassification
-        loaded, lacking = read_weights(auto, folder, what, configure.DTYPES[dtype], where, kind)
+        loaded, lacking = read_weights(auto, folder, what, devices.DTYPES[dtype], where, kind)
         if lacking:
             raise AlignProError(
                 f"{what} has no weights for {lacking[0]}, which "

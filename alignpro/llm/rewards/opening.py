@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from alignpro.errors import AlignProError
 from alignpro.llm.models import contents
 from alignpro.llm.models.catalogue import HUB_ID, check_name, checked_folder
-from alignpro.llm.models.configure import check_dtype
+from alignpro.llm.models.devices import check_dtype
 from alignpro.llm.models.load import loading
 from alignpro.llm.rewards import own
 from alignpro.llm.rewards.bounds import SYNTAX, Bounds, Declared, parse_bounds
@@ -160,7 +160,7 @@ def judge_opener(
     if given := (endpoint or EndpointSettings()).given():
         raise AlignProError(f"reward_{given[0]}: is for an endpoint, and {name!r} is no http(s) address")
     check_name(name)
-    check_dtype(local.get("dtype", "bfloat16"))
+    check_dtype(local.get("dtype", "auto"))
 
     def load() -> JudgeReward:
         return JudgeReward(LocalTarget(name, **{"batch_size": 8, **local}), settings, refusals)

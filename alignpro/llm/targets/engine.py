@@ -12,6 +12,7 @@ from alignpro.errors import AlignProError
 from alignpro.files import real
 from alignpro.llm.models import packages
 from alignpro.llm.models.catalogue import is_adapter
+from alignpro.llm.models.devices import dtype_of
 from alignpro.llm.models.libraries import one_line
 from alignpro.llm.models.load import load_tokenizer
 from alignpro.llm.models.resolve import resolve
@@ -69,7 +70,8 @@ class InProcess(VLLM):
 
     Args:
         model: a name or folder (`resolve.resolve`) of a whole model in safetensors, or a hub id.
-        dtype: of the weights and of the arithmetic: float32, bfloat16 or float16.
+        dtype: of the weights and of the arithmetic: float32, bfloat16, float16 or `auto` (bfloat16 where the
+            device computes with it, otherwise float32).
         engine: further arguments of `vllm.LLM`: tensor_parallel_size, gpu_memory_utilization, max_model_len …
         chat_template_kwargs: further arguments of the chat template.
 
@@ -81,12 +83,13 @@ class InProcess(VLLM):
         self,
         model: str | Path,
         *,
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         engine: Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         name = f"{PREFIX}{model}"
         check_engine(name, dtype)
+        dtype = dtype_of(dtype)
         tokenizer, ends = load_tokenizer(model, chat_template_kwargs=chat_template_kwargs)
         super().__init__(tokenizer, ends, name)
         folder = resolve(model)

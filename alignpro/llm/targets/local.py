@@ -33,7 +33,8 @@ class LocalTarget:
     Args:
         model: a name or folder (`models.load_model`), or a (model, tokenizer) that it returned or that
             `models.prepare` made ready. The weights must not change while this exists.
-        dtype, device: those of a model that is named here; bfloat16 halves memory and, mostly, time.
+        dtype, device: those of a model that is named here (`models.load_model`); bfloat16, which `auto` is
+            where the device computes with it, halves memory and, mostly, time.
         batch_size: sequences at once; halved for good when CUDA runs out of memory.
         name: instead of the model's own, in caches and tables.
         chat_template_kwargs: further arguments of the chat template of a model that is named here.
@@ -45,7 +46,7 @@ class LocalTarget:
         self,
         model: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase],
         *,
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         device: str = "auto",
         batch_size: int = 32,
         name: str = "",

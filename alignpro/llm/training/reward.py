@@ -19,7 +19,7 @@ from alignpro.files import read_json_lines, write_json
 from alignpro.llm.data.own import read_pairs
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.data.split import SPLITS, Split, normalised
-from alignpro.llm.models import catalogue, configure, contents, libraries, resolve
+from alignpro.llm.models import catalogue, configure, contents, devices, libraries, resolve
 from alignpro.llm.models.forward import text_config
 from alignpro.llm.models.libraries import quiet
 from alignpro.llm.models.load import loading, read_weights
@@ -92,7 +92,7 @@ def train_reward(
             raise AlignProError(
                 "template pair: TRL's trainer has no segments; give a text with {prompt} and {response}"
             )
-    where = configure.device_of(device)
+    where = devices.device_of(device)
     catalogue.check_name(model)
     out = Path(out)
     texts = json.dumps([[p.prompt, p.chosen, p.rejected, p.split] for p in pairs])

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, get_args
 
@@ -127,9 +127,10 @@ class TrainSettings(PolicySettings):
     --iterations takes a finished run further."""
     max_tokens: int = 48
     """The most tokens of one rewrite (with --policy rlhf, of an answer), its end token included."""
-    policy_dtype: Literal["float32", "bfloat16", "4bit"] = "float32"
+    policy_dtype: Literal["auto", "float32", "bfloat16", "4bit"] = "float32"
     """Type of the weights under the adapter, which is trained in float32: bfloat16 takes half the memory and
-    4bit an eighth (bitsandbytes; the adapter is then in bfloat16, as TRL has it)."""
+    4bit an eighth (bitsandbytes; the adapter is then in bfloat16, as TRL has it). auto is bfloat16 on a GPU
+    or processor that computes with it, and float32 on others."""
     critic_learning_rate: float = 3e-3
     """PPO: step of the optimizer (Adam) for the critic."""
     gae_lambda: float = 1.0
@@ -227,6 +228,13 @@ class TrainSettings(PolicySettings):
             raise AlignProError(
                 "prompts x samples = 1: one rewrite tells nothing of another; give at least 2"
             )
+
+    def here(self) -> "TrainSettings":
+        """The settings with the format of weights that `auto` is on this machine: what a run records."""
+        from alignpro.llm.models.devices import dtype_of
+
+        kind: Any = dtype_of(self.policy_dtype)
+        return replace(self, policy_dtype=kind)
 
     @property
     def steps_per_round(self) -> int:
