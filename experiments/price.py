@@ -1,0 +1,285 @@
+"""On which tasks would a prompter that reads the prompt earn more than one instruction for all?
+
+    python experiments/price.py --out runs/price      # half an hour of one core, nothing but packages
+
+Every prompt is asked with every one of some instructions of the bank, several times; the answers are kept, so
+that the same command goes on. Tasks are the packaged rewards, and pairs of them: one for requests of a kind,
+another for all others. For each: the best fixed instruction, the best one of each kind and a router by the
+prompt's embedding (all learned from other prompts than they are judged on), the best of each prompt (chosen
+by half of its answers, judged by the other half), and the price F(ρ*) − F(q*) of not reading the prompt, by
+the components of the variance of R(x, s).
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from task_grid import router
+from tqdm import tqdm
+
+from alignpro import rollouts
+from alignpro.errors import AlignProError
+from alignpro.estimation import headroom
+from alignpro.estimation.intervals import Estimate
+from alignpro.estimation.means import limits
+from alignpro.files import writable_folder, write_json
+from alignpro.llm.data import public
+from alignpro.llm.data.bank import BANK
+from alignpro.llm.models.prompt import with_instruction
+from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.rewards.features import Embedder
+from alignpro.llm.rewards.opening import load_reward
+from alignpro.llm.targets.ledger import Cached
+from alignpro.llm.targets.local import LocalTarget
+from alignpro.rollouts import Rollout, Rollouts
+from alignpro.runs import environment
+
+MODEL = "smollm2-135m-instruct"
+REWARDS = ("ease", "sentiment", "brevity", "list", "minilm-bt")
+KINDS: Mapping[str, re.Pattern[str]] = {
+    "asks for several things": re.compile(
+        r"\b(lists?|two|three|four|five|six|seven|eight|nine|ten|some|several|ways|tips|reasons|benefits"
+        r"|(dis)?advantages|steps|ideas|examples|features|pros and cons)\b",
+        re.IGNORECASE,
+    ),
+    "asks for a text": re.compile(
+        r"^(write|create|compose|generate|craft|construct|design|output|make|come up|imagine|tell)\b",
+        re.IGNORECASE,
+    ),
+}
+"""What a prompt says of its kind."""
+LEVEL, FOLDS, LAM = 0.95, 8, 0.02
+
+
+def strategies(each: int) -> tuple[str, ...]:
+    """No instruction, and the first ones of every group of the bank."""
+    return ("", *(text for group in BANK.values() for text in group[:each]))
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Rewards [prompts, strategies, answers] by the name of a task."""
+
+    prompts: Sequence[str]
+    strategies: Sequence[str]
+    reward: Mapping[str, np.ndarray]
+    kind: Mapping[str, np.ndarray]
+    """Kinds of the prompts, 0 or 1, of tasks that have two."""
+    embeddings: np.ndarray
+    """Of the prompts [prompts, 384], by which a router reads them."""
+
+
+def answered(
+    out: Path, prompts: Sequence[str], texts: Sequence[str], answers: int, tokens: int
+) -> list[list[list[str]]]:
+    """Answers [prompts][strategies][answers] of the frozen model, from `out` where they are on file."""
+    target = Cached(LocalTarget(MODEL, batch_size=len(texts) * answers), out)
+    found = []
+    for x in tqdm(prompts, unit="prompt", disable=None):
+        asked = [with_instruction(x, text) if text else x for text in texts]
+        given = target.respond(asked, Sampling(max_tokens=tokens), samples=answers)
+        found.append([[answer.text for answer in row] for row in given])
+    return found
+
+
+def rewarded(prompts: Sequence[str], texts: Sequence[str], found: list[list[list[str]]]) -> Tasks:
+    """Score the answers for every task."""
+    shape = len(prompts), len(texts), len(found[0][0])
+    flat = [text for row in found for cell in row for text in cell]
+    of = [x for x in prompts for _ in range(shape[1] * shape[2])]
+    alone = {name: np.asarray(load_reward(name).score(of, flat), float).reshape(shape) for name in REWARDS}
+    reward, kind = dict(alone), {}
+    for name, pattern in KINDS.items():
+        is_of = np.array([bool(pattern.search(x)) for x in prompts])
+        for a, b in permutations(REWARDS, 2):
+            task = f"{a} where it {name}, else {b}"
+            reward[task] = np.where(is_of[:, None, None], alone[a], alone[b])
+            kind[task] = is_of.astype(int)
+    return Tasks(prompts, texts, reward, kind, Embedder().embed(prompts))
+
+
+def chosen_elsewhere(
+    values: np.ndarray, choose: Callable[[np.ndarray], np.ndarray], seed: int = 0
+) -> np.ndarray:
+    """What prompts earn [X] by strategies that are chosen from the `values` [X, S] of other folds.
+
+    Args:
+        choose: from truth values [X], the prompts to learn from, to the strategy of each prompt [X].
+    """
+    count = len(values)
+    fold = np.random.default_rng([seed, count]).permutation(count) % FOLDS
+    found = np.empty(count)
+    for k in range(FOLDS):
+        held = fold == k
+        found[held] = values[held, choose(~held)[held]]
+    return found
+
+
+def by_kind(values: np.ndarray, kind: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Choose for each kind of prompts the strategy that earns most on it."""
+
+    def choose(known: np.ndarray) -> np.ndarray:
+        best = {k: values[known & (kind == k)].mean(0).argmax() for k in np.unique(kind)}
+        return np.array([best[k] for k in kind])
+
+    return choose
+
+
+def crossed(rewards: np.ndarray) -> np.ndarray:
+    """What prompts earn [X] by the best strategy of each: half of the answers choose it, the others judge."""
+    half = rewards.shape[2] // 2
+    first, second = rewards[..., :half].mean(2), rewards[..., half:].mean(2)
+    rows = np.arange(len(rewards))
+    return (first[rows, second.argmax(1)] + second[rows, first.argmax(1)]) / 2
+
+
+def as_rollouts(tasks: Tasks, name: str) -> Rollouts:
+    """The table as rollouts of a reference prompter that adds each instruction equally often."""
+    rewards = tasks.reward[name]
+    shared: dict[str, Any] = {
+        "seed": 0,
+        "response": None,
+        **dict.fromkeys(rollouts.LOGPS),
+        "frozen": MODEL,
+        "prompter": "each instruction once",
+        "reward_model": name,
+        "sampling": "",
+        "reward_low": 0.0,
+        "reward_high": 1.0,
+    }
+    shared["logp_prompter"] = shared["logp_reference"] = -float(np.log(len(tasks.strategies)))
+    rows = []
+    for i, x in enumerate(tasks.prompts):
+        for s, text in enumerate(tasks.strategies):
+            for a, reward in enumerate(rewards[i, s]):
+                own = {"prompt_id": f"{i:04}", "x": x, "answer": a, "reward": float(reward)}
+                rewrite = with_instruction(x, text) if text else x
+                rows.append(Rollout(arm="sft", draw=s, rewrite=rewrite, **own, **shared))
+                if not text:
+                    rows.append(Rollout(arm="none", draw=0, rewrite=x, **own, **shared))
+    return rollouts.collect(rows)
+
+
+def measured(tasks: Tasks, name: str) -> dict[str, Any]:
+    """One task's row of the table."""
+    rewards = tasks.reward[name]
+    values, everywhere = rewards.mean(2), np.zeros(len(rewards), int)
+    kind = tasks.kind.get(name, everywhere)
+    none = values[:, list(tasks.strategies).index("")]
+    fixed = chosen_elsewhere(values, by_kind(values, everywhere))
+    kinds = chosen_elsewhere(values, by_kind(values, kind))
+    ridges = [router.earned(tasks.embeddings, values, ridge) for ridge in router.RIDGES]
+    routed = max(ridges, key=np.mean)  # the best in hindsight: at most as good on other prompts
+    named = {
+        "none": none,
+        "fixed": fixed,
+        "by kind": kinds,
+        "router": routed,
+        "by prompt": crossed(rewards),
+        "fixed over none": fixed - none,
+        "by kind over fixed": kinds - fixed,
+        "router over fixed": routed - fixed,
+    }
+    low = np.array([-1.0 if "over" in key else 0.0 for key in named])
+    rows = np.stack(list(named.values()))
+    at = limits(rows, low, np.ones(len(rows)), LEVEL)
+    found: dict[str, Any] = {
+        key: {"value": float(v), "lo": float(lo), "hi": float(hi)}
+        for key, v, lo, hi in zip(named, rows.mean(1), at.lo, at.hi, strict=True)
+    }
+    best = {k: tasks.strategies[values[kind == k].mean(0).argmax()] for k in np.unique(kind)}
+    found["instructions"] = [best[k] or "(none)" for k in sorted(best, reverse=True)]
+    pooled = headroom(as_rollouts(tasks, name), (LAM,), LEVEL).pooled
+    if pooled is not None and pooled.components is not None:
+        parts = pooled.components
+        found["sd of strategies"] = float(np.sqrt(max(parts.strategies.value, 0.0)))
+        found["sd of interaction"] = float(np.sqrt(max(parts.interaction.value, 0.0)))
+        found["price"] = told(pooled.at[0].price)
+        found["finding"] = pooled.finding
+    return found
+
+
+def told(e: Estimate) -> dict[str, float]:
+    return {"value": e.value, "lo": e.lo, "hi": e.hi}
+
+
+def table(results: Mapping[str, Any], most: int) -> str:
+    """The single rewards, and the pairs whose kinds gain most, as Markdown."""
+    rows = results["tasks"]
+    pairs = [name for name in rows if name not in REWARDS]
+    pairs.sort(key=lambda name: -rows[name]["by kind over fixed"]["value"])
+    heads = (
+        "none",
+        "fixed",
+        "by kind",
+        "router",
+        "by prompt",
+        "by kind over fixed",
+        "router over fixed",
+        "price",
+    )
+    lines = [f"| task | {' | '.join(heads)} | best |", "|---" * (len(heads) + 2) + "|"]
+    for name in [*(name for name in REWARDS if name in rows), *pairs[:most]]:
+        row = rows[name]
+        cells = []
+        for key in heads:
+            e = row.get(key)
+            interval = e and ("over" in key or key == "price")
+            shown = f"{e['value']:.3f}" if e else ""
+            cells.append(f"{shown} [{e['lo']:.3f}, {e['hi']:.3f}]" if interval else shown)
+        lines.append(f"| {name} | {' | '.join(cells)} | {' / '.join(row['instructions'])} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the answers and the results")
+    parser.add_argument("--prompts", type=int, default=64, help="how many prompts, from the first")
+    parser.add_argument("--split", default="train", choices=("train", "validation", "test"))
+    parser.add_argument("--each", type=int, default=3, help="instructions of each group of the bank")
+    parser.add_argument("--answers", type=int, default=2, help="answers to each prompt with each instruction")
+    parser.add_argument("--answer-tokens", type=int, default=40)
+    parser.add_argument("--most", type=int, default=10, help="pairs of rewards to print")
+    args = parser.parse_args()
+    try:
+        if args.answers < 2 or args.prompts < FOLDS:
+            raise AlignProError(f"--answers, --prompts: give at least 2 and {FOLDS}")
+        out, texts = writable_folder(args.out.resolve()), strategies(args.each)
+        prompts = public.prompts("instructions", args.split)[: args.prompts]
+        asked = len(prompts) * len(texts) * args.answers
+        print(f"{len(prompts)} prompts with {len(texts)} instructions, {asked:,} answers", file=sys.stderr)
+        tasks = rewarded(prompts, texts, answered(out, prompts, texts, args.answers, args.answer_tokens))
+        results = {
+            "prompts": len(prompts),
+            "split": args.split,
+            "instructions": list(texts),
+            "answers": args.answers,
+            "kinds": {
+                name: float(np.mean([bool(p.search(x)) for x in prompts])) for name, p in KINDS.items()
+            },
+            "lam": LAM,
+            "level": LEVEL,
+            "environment": environment(),
+            "tasks": {name: measured(tasks, name) for name in tqdm(tasks.reward, unit="task", disable=None)},
+        }
+        write_json(out / "results.json", results)
+        print(table(results, args.most))
+    except AlignProError as error:
+        print(f"price.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("price.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
