@@ -66,7 +66,7 @@ RECIPES: dict[str, Recipe] = {
             "seed": 0,
         },
         data=("llamafactory", "mtbench"),
-        cost="about four minutes on two cores",
+        cost="four to twelve minutes on two cores",
     ),
 }
 """Prompters by name, which `alignpro.llm.models.recipes` has made. Named as models are."""
