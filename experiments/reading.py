@@ -176,17 +176,14 @@ class Table:
         """The same with all strategies as likely."""
         return replace(self, prior=np.full(self.prior.shape, 1 / self.prior.shape[1]))
 
-    def fixed(self, s: int, lam: float) -> float:
-        """F of the prompter that always takes strategy s, reward units."""
-        return float(self.p @ (self.reward[:, s] + lam * np.log(self.prior[:, s])))
-
 
 def priced(table: Table, lam: float) -> Json:
     """Rewards and objectives of the prompters at one λ, and the price of not reading x; reward units.
 
     `rewards` are E R, `objectives` F(ρ) = E R − λ KL(ρ‖ρ_sft), of: none, fixed (the instruction of largest
     E R), sft, shared (q*), router (the optimum among those that read the kind of x alone), star (ρ*).
-    `price` = F(ρ*) − F(q*) = `explained` (what the router has of it) + `rest`, between `lower` and `upper`.
+    `price` = F(ρ*) − F(q*) = `explained` (what the router has of it) + `rest`, between `lower` and `upper`;
+    `alone` is what it would be if all strategies earned alike: where ρ_sft reads x, ignoring x costs KL.
     """
     reward, prior, p, kinds = table.reward, table.prior, table.p, table.kinds
     found = universal(reward, lam, prior, p, labels=kinds)
@@ -195,10 +192,9 @@ def priced(table: Table, lam: float) -> Json:
         universal(reward[kinds == kind], lam, prior[kinds == kind], p[kinds == kind] / weight)
         for kind, weight in zip(np.unique(kinds), share, strict=True)
     ]
-    best, value = int(found.best), float(found.value)
+    best, value, sft = int(found.best), float(found.value), float(p @ (prior * reward).sum(1))
     price, explained = float(found.price), float(found.explained)
-    sft = float(p @ (prior * reward).sum(1))
-    certificates = certified_price(reward, lam, prior, p)
+    always = p @ (reward + lam * np.log(prior))  # F of the prompter that always takes this strategy
     return {
         "lam": lam,
         "rewards": {
@@ -210,8 +206,8 @@ def priced(table: Table, lam: float) -> Json:
             "star": float(found.achieved_read),
         },
         "objectives": {
-            "none": table.fixed(0, lam),
-            "fixed": table.fixed(best, lam),
+            "none": float(always[0]),
+            "fixed": float(always[best]),
             "sft": sft,
             "shared": value,
             "router": value + explained,
@@ -220,6 +216,7 @@ def priced(table: Table, lam: float) -> Json:
         "price": price,
         "explained": explained,
         "rest": price - explained,
+        "alone": float(universal(np.zeros_like(reward), lam, prior, p).price),
         "lower": float(found.lower),
         "upper": float(found.upper),
         "error": float(found.error),
@@ -228,7 +225,7 @@ def priced(table: Table, lam: float) -> Json:
         "fixed": best,
         "router": [int(np.argmax(w.q)) for w in within],
         "q": np.asarray(found.q).tolist(),
-        "certificates": [asdict(each) for each in certificates],
+        "certificates": [asdict(each) for each in certified_price(reward, lam, prior, p)],
     }
 
 
@@ -282,13 +279,11 @@ def _run(experiment: Experiment) -> Json:
     sizes = EnumerationSettings(
         responses=experiment.responses, response_tokens=experiment.response_tokens, seed=experiment.seed
     )
-    settings = DemoSettings(beta=experiment.beta, enumeration=sizes, seed=experiment.seed)
-    enumeration, judged = enumerated(
-        out, settings, prompts, model, tokenizer, ByKind(), prompter=prompter, rewrites=rewrites
-    )
+    settings = DemoSettings(enumeration=sizes, seed=experiment.seed)
+    how: Json = {"prompter": prompter, "rewrites": rewrites}
+    enumeration, judged = enumerated(out, settings, prompts, model, tokenizer, ByKind(), **how)
     if [list(row) for row in enumeration.rewrites] != rewrites:
         raise AlignProError(f"--out {out}: holds other prompts or instructions; choose another folder")
-    del model
     table = Table.of(enumeration.instance, [kind_of(x) for x in prompts])
     results = {
         "settings": asdict(replace(experiment, out=Path())) | {"out": None},
@@ -343,16 +338,9 @@ def trained(experiment: Experiment, enumeration: Enumeration, table: Table, seed
     training = replace(experiment.training, seed=seed)
     measures = Collected(enumeration.instance, experiment.beta, training.lam, table)
     prompter = open_prompter(experiment.prompter)  # training wraps the model in place
-    curve = fit(
-        enumeration,
-        measures,
-        training,
-        prompter.model,
-        prompter.tokenizer,
-        Path(experiment.out) / f"{training.algorithm}-lam{training.lam:g}-seed{seed}",
-        exact_rewards=True,
-        resume=True,
-    ).metrics
+    folder = Path(experiment.out) / f"{training.algorithm}-lam{training.lam:g}-seed{seed}"
+    models, how = (prompter.model, prompter.tokenizer), {"exact_rewards": True, "resume": True}
+    curve = fit(enumeration, measures, training, *models, folder, **how).metrics
     return {
         "lam": training.lam,
         "price": measures.price,
@@ -410,49 +398,43 @@ def said_of(seed: int, training: Mapping[str, Any]) -> str:
 def keep(results: Mapping[str, Any], out: Path, prior: str) -> None:
     """Write results.json and reading.png."""
     write_json(out / "results.json", results)
-    draw(results, out / "reading.png", prior)
+    with mpl.rc_context(theme.STYLE):
+        draw(results, out / "reading.png", prior)
 
 
 def draw(results: Mapping[str, Any], path: Path, prior: str) -> None:
     """Reward against λ, the price and what explains it, and, where there was training, both divergences."""
     rows, runs = results["prices"][prior], results["trained"]
-    lams = [row["lam"] for row in rows]
-    with mpl.rc_context(theme.STYLE):
-        count = 3 if runs else 2
-        figure = Figure(figsize=(4.4 * count, 3.9), layout="constrained")
-        left, middle, *more = figure.subplots(1, count)
-        left.axhline(
-            results["rlhf"], color=theme.INK, linestyle="--", linewidth=1.2, label="π*, RLHF optimum"
-        )
-        for name, (words, colour, style) in reversed(LINES.items()):
-            values = [row["rewards"][name] for row in rows]
-            left.plot(lams, values, color=colour, linestyle=style, label=words, linewidth=1.8)
-        left.set(xscale="log", xlabel="λ, reward units", ylabel="expected reward", title="What each earns")
-        left.legend(fontsize=8)
-        explained, rest = ([row[name] for row in rows] for name in ("explained", "rest"))
-        named = ("its kind explains", "the rest of x does")
-        middle.stackplot(lams, explained, rest, labels=named, colors=(theme.GREEN, theme.SKY), alpha=0.75)
-        for name, words in (("upper", "bounds, proved"), ("lower", None)):
-            values = [row[name] for row in rows]
-            middle.plot(lams, values, color=theme.INK, linestyle="--", linewidth=1, label=words)
-        middle.set(
-            xscale="log", xlabel="λ, reward units", ylabel="F(ρ*) − F(q*)", title="The price of not reading"
-        )
-        middle.legend(fontsize=8)
-        for axis in more:
-            for seed, training in runs.items():
-                steps = [line["step"] for line in training["curve"]]
-                words = f"seed {seed}: {training['last']['collected']:.1%} of the price"
-                for name, colour, label in (
-                    ("kl_to_shared", theme.BLUE, None),
-                    ("kl_to_star", theme.VERMILION, words),
-                ):
-                    values = [line[name] for line in training["curve"]]
-                    axis.plot(steps, values, color=colour, linewidth=1.4, alpha=0.8, label=label)
-            axis.set(xlabel="optimizer steps", ylabel="nats", yscale="log")
-            axis.set_title("KL(ρ_θ‖ρ*) red, KL(ρ_θ‖q*) blue")
-            axis.legend(fontsize=8)
-        figure.savefig(path, dpi=120, metadata={"Software": None})
+    count, lams = 3 if runs else 2, [row["lam"] for row in rows]
+    figure = Figure(figsize=(4.6 * count, 4), layout="constrained")
+    left, middle, *more = figure.subplots(1, count)
+    left.axhline(results["rlhf"], color=theme.INK, linestyle="--", linewidth=1.2, label="π*, RLHF optimum")
+    for name, (words, colour, style) in reversed(LINES.items()):
+        values = [row["rewards"][name] for row in rows]
+        left.plot(lams, values, color=colour, linestyle=style, label=words, linewidth=1.8)
+    left.set(xscale="log", ylabel="expected reward", title="What each earns")
+    explained, rest, lower, upper = (
+        [row[n] for row in rows] for n in ("explained", "rest", "lower", "upper")
+    )
+    named = ("what the kind of x explains", "what the rest of x does")
+    middle.stackplot(lams, explained, rest, labels=named, colors=(theme.GREEN, theme.SKY), alpha=0.75)
+    middle.plot(lams, upper, color=theme.INK, linestyle="--", linewidth=1, label="its bounds")
+    middle.plot(lams, lower, color=theme.INK, linestyle="--", linewidth=1)
+    middle.set(xscale="log", ylabel="F(ρ*) − F(q*)", title="What reading x is worth")
+    for axis in (left, middle):
+        axis.set_xlabel("λ, reward units")
+    for axis in more:
+        for seed, training in runs.items():
+            steps = [line["step"] for line in training["curve"]]
+            words = f"seed {seed}: {training['last']['collected']:.1%} of the price"
+            for name, colour, label in (("shared", theme.BLUE, None), ("star", theme.VERMILION, words)):
+                values = [line[f"kl_to_{name}"] for line in training["curve"]]
+                axis.plot(steps, values, color=colour, linewidth=1.4, alpha=0.8, label=label)
+        axis.set(xlabel="optimizer steps", ylabel="nats", yscale="log")
+        axis.set_title("PPO: KL(ρ_θ‖ρ*), red, and KL(ρ_θ‖q*), blue")
+    for axis in (left, middle, *more):
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ SMALL = {
     "when_informative": "--instances 8",
     "which_bound": "--instances 20",
 }
-WEIGHTS = ("enumerated_ppo", "frames", "judge_choice", "open_ppo", "ppo_settings", "training_free")
+WEIGHTS = ("enumerated_ppo", "frames", "judge_choice", "open_ppo", "ppo_settings", "reading", "training_free")
 EVERY = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
