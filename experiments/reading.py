@@ -12,6 +12,7 @@ and reading.png into `out`.
 """
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -75,7 +76,8 @@ class Experiment:
     """λ of the exact numbers; training has its own."""
     prior: Literal["prompter", "uniform"] = "prompter"
     """ρ_sft of the printed table and of the figure's lines over λ; results.json has both."""
-    training: TreeSettings = field(default_factory=lambda: TreeSettings(iterations=32))
+    training: TreeSettings = field(default_factory=lambda: TreeSettings(lam=0.02, iterations=32))
+    """How PPO is trained, from the prompter's ρ_sft and with it as the reference."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the training; the enumeration is the same for all."""
     train: bool = True
@@ -438,4 +440,11 @@ def draw(results: Mapping[str, Any], path: Path, prior: str) -> None:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Experiment, config=(tyro.conf.FlagCreatePairsOff,)))
+    try:
+        run(tyro.cli(Experiment, config=(tyro.conf.FlagCreatePairsOff,)))
+    except AlignProError as error:
+        print(f"reading.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("reading.py: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
