@@ -42,6 +42,8 @@ from alignpro.llm.training.settings import TreeSettings
 from alignpro.report import theme
 from alignpro.runs import environment, own
 from alignpro.theory import Instance, solution
+from alignpro.theory.instance import KEYS
+from alignpro.theory.proof.certify import certify
 from alignpro.theory.proof.shared import certified_price
 from alignpro.theory.results import strategy_table, universal
 
@@ -49,6 +51,8 @@ Json = dict[str, Any]
 KINDS = ("make", "tell")
 MAKING = ("compose", "create", "design", "draft", "generate", "imagine", "invent", "make", "write")
 """First words of requests of the first kind; all others are of the second."""
+GAPS = ("theorem1", "law")
+"""Bounds of J(π*) − J(ρ*) that are certified, prompt by prompt."""
 SHARED = ("instance.npz", "texts.json", "results.json", "ppo-*")
 """Names that are made in the folder."""
 
@@ -97,9 +101,6 @@ class Experiment:
         return {n: getattr(self, n) for n in (*names, "responses", "response_tokens", "seed")}
 
 
-# --- the instance --------------------------------------------------------------------------------------
-
-
 def kind_of(x: str) -> int:
     """The kind of a prompt, a position in `KINDS`, by its first word."""
     return 0 if x.split()[0].lower() in MAKING else 1
@@ -140,14 +141,6 @@ def strategies(count: int) -> list[str]:
     """What is added to x: nothing, or one of `count` instructions, from the bank's groups by turns."""
     turns = itertools.zip_longest(*BANK.values())
     return ["", *[text for turn in turns for text in turn if text][:count]]
-
-
-def rewrites_of(prompts: Sequence[str], added: Sequence[str]) -> list[list[str]]:
-    """The rewrites of each prompt, one for each strategy in its order; the first is the prompt itself."""
-    return [[x, *(with_instruction(x, text) for text in added[1:])] for x in prompts]
-
-
-# --- exact numbers -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -231,11 +224,18 @@ def priced(table: Table, lam: float) -> Json:
     }
 
 
-def collected(shortfall: float, price: float) -> float:
-    """The share of F(ρ*) − F(q*) = `price` that a prompter with F(ρ*) − F(ρ) = `shortfall` has collected.
+def blocks(enumeration: Enumeration) -> list[Instance]:
+    """Each prompt's own part of the instance, with the rewrites and responses that it can reach."""
+    _, prior, frozen, _, reward = (np.asarray(getattr(enumeration.instance, key)) for key in KEYS)
+    found = []
+    for x in range(len(enumeration.prompts)):
+        k, y = enumeration.rows(x), enumeration.columns(x)
+        found.append(Instance(np.ones(1), prior[[x], k], frozen[k, y], np.zeros(1, int), reward[[x], y]))
+    return found
 
-    1 at ρ*, 0 at q* and at any other that earns no more, negative for one that earns less.
-    """
+
+def collected(shortfall: float, price: float) -> float:
+    """The share of F(ρ*) − F(q*) = `price` that a prompter short of F(ρ*) by `shortfall` has: 0 at q*."""
     return 1 - shortfall / price
 
 
@@ -258,9 +258,6 @@ class Collected(Measures):
         return exact | {"kl_to_shared": apart, "collected": collected(exact["shortfall"], self.price)}
 
 
-# --- the run -------------------------------------------------------------------------------------------
-
-
 def run(experiment: Experiment) -> Json:
     """Enumerate, price, train, and write down."""
     if experiment.threads is not None:
@@ -274,7 +271,7 @@ def _run(experiment: Experiment) -> Json:
     out = Path(experiment.out)
     prompts = chosen_prompts(experiment.prompts, experiment.seed, experiment.prompt_words)
     added = strategies(experiment.instructions)
-    rewrites = rewrites_of(prompts, added)
+    rewrites = [[x, *(with_instruction(x, text) for text in added[1:])] for x in prompts]
     model, tokenizer = load_model(experiment.model)
     prompter = open_prompter(experiment.prompter)
     print(cost(experiment, token_seconds(model)), flush=True)
@@ -286,6 +283,7 @@ def _run(experiment: Experiment) -> Json:
     enumeration, judged = enumerated(out, settings, prompts, model, tokenizer, ByKind(), **how)
     if [list(row) for row in enumeration.rewrites] != rewrites:
         raise AlignProError(f"--out {out}: holds other prompts or instructions; choose another folder")
+    parts = blocks(enumeration)
     table = Table.of(enumeration.instance, [kind_of(x) for x in prompts])
     results = {
         "settings": asdict(replace(experiment, out=Path())) | {"out": None},
@@ -301,13 +299,22 @@ def _run(experiment: Experiment) -> Json:
             name: [priced(each, lam) for lam in experiment.lams]
             for name, each in (("prompter", table), ("uniform", table.uniform()))
         },
+        "gaps": {
+            name: [
+                [certify(each, experiment.beta, lam, name).verdict for each in parts]
+                for lam in experiment.lams
+            ]
+            for name in GAPS
+        },
         "trained": {},
     }
     print(said(results, experiment.prior), flush=True)
-    keep(results, out, experiment.prior)
+    write_json(out / "results.json", results)
+    draw(results, out / "reading.png", experiment.prior)
     for seed in experiment.seeds if experiment.train else ():
         results["trained"][seed] = trained(experiment, enumeration, table, seed)
-        keep(results, out, experiment.prior)
+        write_json(out / "results.json", results)
+        draw(results, out / "reading.png", experiment.prior)
         print(said_of(seed, results["trained"][seed]), flush=True)
     return results
 
@@ -352,8 +359,6 @@ def trained(experiment: Experiment, enumeration: Enumeration, table: Table, seed
     }
 
 
-# --- what is shown -------------------------------------------------------------------------------------
-
 LINES = {
     "none": ("none", theme.MUTED, ":"),
     "fixed": ("best fixed instruction", theme.ORANGE, "-"),
@@ -384,6 +389,8 @@ def said(results: Mapping[str, Any], prior: str) -> str:
     for row in (rows[0], rows[-1]):
         best = (f"{kind}: {text[s] or 'none'!r}" for kind, s in zip(KINDS, row["router"], strict=True))
         lines.append(f"  {row['lam']:g}: " + ", ".join(best))
+    verdicts = [v for rows in results["gaps"].values() for row in rows for v in row]
+    lines.append(f"J(π*) − J(ρ*) ≤ {', '.join(GAPS)}: {verdicts.count('holds')} of {len(verdicts)} proved")
     return "\n".join(lines)
 
 
@@ -397,13 +404,7 @@ def said_of(seed: int, training: Mapping[str, Any]) -> str:
     )
 
 
-def keep(results: Mapping[str, Any], out: Path, prior: str) -> None:
-    """Write results.json and reading.png."""
-    write_json(out / "results.json", results)
-    with mpl.rc_context(theme.STYLE):
-        draw(results, out / "reading.png", prior)
-
-
+@mpl.rc_context(theme.STYLE)
 def draw(results: Mapping[str, Any], path: Path, prior: str) -> None:
     """Reward against λ, the price and what explains it, and, where there was training, both divergences."""
     rows, runs = results["prices"][prior], results["trained"]
@@ -414,7 +415,8 @@ def draw(results: Mapping[str, Any], path: Path, prior: str) -> None:
     for name, (words, colour, style) in reversed(LINES.items()):
         values = [row["rewards"][name] for row in rows]
         left.plot(lams, values, color=colour, linestyle=style, label=words, linewidth=1.8)
-    left.set(xscale="log", ylabel="expected reward", title="What each earns")
+    by_lam = {"xscale": "log", "xlabel": "λ, reward units"}
+    left.set(**by_lam, ylabel="expected reward", title="What each earns")
     explained, rest, lower, upper = (
         [row[n] for row in rows] for n in ("explained", "rest", "lower", "upper")
     )
@@ -422,9 +424,7 @@ def draw(results: Mapping[str, Any], path: Path, prior: str) -> None:
     middle.stackplot(lams, explained, rest, labels=named, colors=(theme.GREEN, theme.SKY), alpha=0.75)
     middle.plot(lams, upper, color=theme.INK, linestyle="--", linewidth=1, label="its bounds")
     middle.plot(lams, lower, color=theme.INK, linestyle="--", linewidth=1)
-    middle.set(xscale="log", ylabel="F(ρ*) − F(q*)", title="What reading x is worth")
-    for axis in (left, middle):
-        axis.set_xlabel("λ, reward units")
+    middle.set(**by_lam, ylabel="F(ρ*) − F(q*)", title="What reading x is worth")
     for axis in more:
         for seed, training in runs.items():
             steps = [line["step"] for line in training["curve"]]

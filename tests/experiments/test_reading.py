@@ -135,10 +135,26 @@ def test_what_was_written_is_that(experiment, found, instance):
                 np.testing.assert_allclose(value, truth[key], rtol=1e-10, atol=1e-10, err_msg=key)
             np.testing.assert_allclose(kept["rlhf"], truth["rlhf"], rtol=1e-10)
             assert [each["verdict"] for each in row["certificates"]] == ["holds", "holds"]
+    assert kept["gaps"] == {name: [["holds"] * 4] * len(LAMS) for name in reading.GAPS}
     assert [row["kind"] for row in kept["prompts"]] == ["make", "make", "tell", "tell"]
     (run,) = kept["trained"].values()
     assert [line["step"] for line in run["curve"]] == [0, 2]
     assert (experiment.out / "reading.png").stat().st_size > 10_000
+
+
+def test_certificates_are_of_what_each_prompt_can_reach(experiment, found):
+    enumeration = Enumeration.load(experiment.out)
+
+    def check(module):
+        parts = module.blocks(enumeration)
+        table = module.Table.of(enumeration.instance, KINDS)
+        for x, part in enumerate(parts):
+            assert np.asarray(part.prior).sum() == pytest.approx(1, abs=1e-12)
+            np.testing.assert_allclose(part.frozen @ part.reward[0], table.reward[x], rtol=1e-12)
+        assert len(parts) == 4
+
+    check(reading)
+    kills(check, mutated(reading, "reward[[x], y]", "reward[[0], y]"))
 
 
 def test_nothing_of_the_price_is_collected_at_q_and_all_at_rho_star(experiment, instance):
