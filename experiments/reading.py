@@ -3,12 +3,11 @@
     python experiments/reading.py --out runs/reading --no-train   # the exact numbers: minutes
     python experiments/reading.py --out runs/reading              # and a training for each seed
 
-Strategies are the same for every prompt: x alone, or x and one of 16 instructions of the bank. Prompts are of
+Strategies are the same for every prompt: x alone, or x and one of 20 instructions of the bank. Prompts are of
 two kinds, told apart by their first word: requests to make something, whose answers are rewarded by reading
-ease, and all others, by brevity. So no one instruction suits all, and F(ρ*) − F(q*) > 0, with q* the best
-prompter that ignores x. Frozen model and prompter are restricted to what was sampled, as in `alignpro demo`,
-and everything is exact from there on. Interrupt at any time; the same command goes on. Writes results.json
-and reading.png into `out`.
+ease, and all others, by brevity. So no instruction suits all, and the best prompter that ignores x, q*, falls
+short of ρ*. Models are restricted to what was sampled, as in `alignpro demo`; from there on all is exact.
+Interrupt at any time; the same command goes on. Writes results.json and reading.png into `out`.
 """
 
 import itertools
@@ -64,15 +63,16 @@ class Experiment:
     """The frozen model."""
     prompter: str = "instructions-sft"
     """ρ_sft; a model that was not trained as a prompter stands behind the template that appends."""
-    prompts: int = 24
+    prompts: int = 16
     """As many of each kind."""
     prompt_words: int = 12
     """Longest prompt, in words."""
-    instructions: int = 16
-    """Taken from the bank's groups by turns. With x alone they are the strategies."""
+    instructions: int = 20
+    """From the bank's groups by turns, "Answer in one word." the 20th. With x alone they are the strategies."""
     responses: int = 32
     """Distinct responses to each prompt, drawn evenly under all strategies."""
-    response_tokens: int = 24
+    response_tokens: int = 40
+    """Longest response; where all are cut short, brevity tells none from another."""
     seed: int = 0
     """Of prompts and responses."""
     beta: float = 0.1
