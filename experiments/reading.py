@@ -68,7 +68,7 @@ class Experiment:
     prompt_words: int = 12
     """Longest prompt, in words."""
     instructions: int = 20
-    """From the bank's groups by turns, "Answer in one word." the 20th. With x alone they are the strategies."""
+    """From the bank's groups by turns, "Answer in one word." the 20th. With x alone, the strategies."""
     responses: int = 32
     """Distinct responses to each prompt, drawn evenly under all strategies."""
     response_tokens: int = 40
