@@ -21,7 +21,10 @@ SMALL = {
     "when_informative": "--instances 8",
     "which_bound": "--instances 20",
 }
-WEIGHTS = ("enumerated_ppo", "frames", "judge_choice", "open_ppo", "ppo_settings", "price", "training_free")
+WEIGHTS = (
+    *("enumerated_ppo", "frames", "judge_choice", "open_ppo", "ppo_settings", "price", "reading"),
+    "training_free",
+)
 EVERY = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 

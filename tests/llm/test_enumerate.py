@@ -12,6 +12,7 @@ from alignpro.llm.arms.settings import EnumerationSettings
 from alignpro.llm.models import packages
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.load import load_model
+from alignpro.llm.models.prompt import with_instruction
 from alignpro.llm.policies.prompter import Template, target_ids
 from alignpro.theory import solution
 
@@ -129,6 +130,37 @@ def test_the_theory_holds_on_it(made):
     weights = np.asarray(e.instance.prior) * np.exp(reward / 0.1)
     star = weights / weights.sum(1, keepdims=True)
     np.testing.assert_allclose(np.asarray(s.rho_star), star, rtol=1e-11, atol=1e-300)
+
+
+def test_given_rewrites_are_scored_as_they_are(made):
+    """The same strategies of every prompt, by a template that appends; nothing of them is drawn."""
+    prompter, tokenizer, frozen, frozen_tokenizer, _ = made
+    models = prompter, tokenizer, frozen, frozen_tokenizer
+    template = replace(PLAIN, append=True)
+    given = [[x, *(with_instruction(x, s) for s in ("ab", "c", "fed"))] for x in PROMPTS]
+
+    def go(rewrites, template=template):
+        return enumerate_models(*models, PROMPTS, Vowels(), SETTINGS, template=template, rewrites=rewrites)
+
+    e = go(given)
+    assert [list(row) for row in e.rewrites] == given
+    for x, prompt in enumerate(PROMPTS):
+        ids = [template.rewrite_ids(tokenizer, prompt, text) for text in given[x]]
+        expected = renormalised(prompter, template.prompt_ids(tokenizer, prompt), ids)
+        np.testing.assert_allclose(e.instance.prior[x, e.rows(x)], expected, rtol=5e-5)
+        for k, rewrite in enumerate(given[x]):
+            expected = renormalised(frozen, target_ids(frozen_tokenizer, rewrite), e.response_ids[x])
+            row = e.instance.frozen[e.rows(x).start + k, e.columns(x)]
+            np.testing.assert_allclose(row, expected, rtol=5e-5)
+    for wrong in ([row[1:] for row in given], [[*row, row[1]] for row in given], [[x] for x in PROMPTS]):
+        with pytest.raises(AlignProError, match=r"^rewrites of 'ab': give the prompt itself first"):
+            go(wrong)
+    with pytest.raises(AlignProError, match="are of 2 prompts"):
+        go(given[:2])
+    with pytest.raises(AlignProError, match=r"^rewrite 'ab  c': this prompter says 'ab c' for it"):
+        go([["ab", "ab  c"], *given[1:]])
+    with pytest.raises(AlignProError, match=r"says 'b' for it"):
+        go([["ab", "zb"], *([x, x + "a"] for x in PROMPTS[1:])], PLAIN)
 
 
 def test_save_and_load(made, tmp_path):

@@ -25,9 +25,10 @@ from alignpro.llm.data import own
 from alignpro.llm.data.packaged import instructions
 from alignpro.llm.models import catalogue, contents
 from alignpro.llm.models.chat import parse_options
-from alignpro.llm.models.forward import text_config
+from alignpro.llm.models.forward import token_seconds
 from alignpro.llm.models.load import load_model
 from alignpro.llm.models.sampling import digest
+from alignpro.llm.policies.prompter import Prompter
 from alignpro.llm.rewards import opening
 from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.rewards.reward import Reward
@@ -230,9 +231,22 @@ def made(out: Path) -> bool:
 
 
 def enumerated(
-    out: Path, settings: DemoSettings, prompts: Sequence[str], model: Any, tokenizer: Any, reward: Reward
+    out: Path,
+    settings: DemoSettings,
+    prompts: Sequence[str],
+    model: Any,
+    tokenizer: Any,
+    reward: Reward,
+    *,
+    prompter: Prompter | None = None,
+    rewrites: Sequence[Sequence[str]] | None = None,
 ) -> tuple[Enumeration, Json]:
     """The enumeration saved in `out`, made first if it is not there, and what the reward said of itself then.
+
+    Args:
+        model: the frozen model, with its tokenizer.
+        prompter: the prompter; `model` behind the rewriting template when None.
+        rewrites: the rewrites of each prompt, itself first; drawn from the prompter when None.
 
     Raises:
         AlignProError: what is there is not what was saved.
@@ -246,9 +260,11 @@ def enumerated(
         if "reward" not in said:  # an earlier version's, which is taken as it is
             said = _made(out, reward)
         return Enumeration.load(out), said["reward"]
-    models = (model, tokenizer, model, tokenizer)
+    prompter = prompter or Prompter(model, tokenizer)
+    models = (prompter.model, prompter.tokenizer, model, tokenizer)
+    how: dict[str, Any] = {"template": prompter.template, "rewrites": rewrites}
     with _bars() as stage:
-        found = enumerate_models(*models, prompts, reward, settings.enumeration, progress=stage)
+        found = enumerate_models(*models, prompts, reward, settings.enumeration, **how, progress=stage)
     claim(out)
     found.save(out)
     return found, _made(out, reward)["reward"]
@@ -319,14 +335,9 @@ def _bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
         yield stage
 
 
-@torch.no_grad()
 def _cost(model: Any, settings: DemoSettings, skip_enumeration: bool) -> str:
     """An estimate of the time ahead, from the speed of one short forward pass on this machine."""
-    ids = torch.arange(1, 513, device=model.device).view(4, 128) % text_config(model).vocab_size
-    model.base_model(input_ids=ids)
-    since = time.monotonic()
-    model.base_model(input_ids=ids)
-    token = (time.monotonic() - since) / ids.numel()
+    token = token_seconds(model)
     e, t, x = settings.enumeration, settings.training, settings.prompts
     template, chat = 170, 50  # tokens around a rewrite and around a question
     # A decoding step costs about six times a scored token, a training pass about twice a forward one.

@@ -1,10 +1,11 @@
 """Enumeration: a real prompter and a real frozen model as an exact `Instance`.
 
-For each user prompt x, rewrites are sampled from the prompter and responses from the frozen model under
-every rewrite. Both models are then restricted to the prefix trees of what was sampled
-(`alignpro.llm.policies.tree`), which makes them true policies on finite sets, exact for all of the theory.
-Restriction is the only approximation. In the instance the rewrites and responses of each prompt are the
-diagonal blocks of `prior` and `frozen`; the rewards are real on every pair (x, y), reachable or not.
+For each user prompt x, rewrites are sampled from the prompter (or given, as strategies that are the same for
+every x), and responses from the frozen model under every rewrite. Both models are then restricted to the
+prefix trees of these (`alignpro.llm.policies.tree`), which makes them true policies on finite sets, exact for
+all of the theory. Restriction is the only approximation. In the instance the rewrites and responses of each
+prompt are the diagonal blocks of `prior` and `frozen`; the rewards are real on every pair (x, y), reachable
+or not.
 """
 
 import itertools
@@ -124,6 +125,36 @@ def sample_rewrites(
                 "rewrite_tokens or drop the prompt"
             )
     return [list(have.values()) for have in found]
+
+
+def given_rewrites(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    rewrites: Sequence[Sequence[str]],
+    template: Template,
+) -> list[list[Tokens]]:
+    """Token sequences with which the prompter says given rewrites of each prompt, and ends its turn.
+
+    Args:
+        rewrites: at least two distinct ones of each prompt, of which the first is the prompt itself.
+
+    Raises:
+        AlignProError: they are not so, or hold a text that the prompter cannot say.
+    """
+    if len(rewrites) != len(prompts):
+        raise AlignProError(f"rewrites: are of {len(rewrites)} prompts; give those of all {len(prompts)}")
+    for x, row in zip(prompts, rewrites, strict=True):
+        if not row or row[0] != x or len({*row}) < max(2, len(row)):
+            raise AlignProError(f"rewrites of {x!r}: give the prompt itself first, then others, each once")
+    out = [
+        [template.rewrite_ids(tokenizer, x, text) for text in row]
+        for x, row in zip(prompts, rewrites, strict=True)
+    ]
+    for x, row, ids in zip(prompts, rewrites, out, strict=True):
+        for text, tokens in zip(row[1:], ids[1:], strict=True):
+            if (said := template.rewrite(tokenizer, x, tokens)) != text:
+                raise AlignProError(f"rewrite {text!r}: this prompter says {said!r} for it; leave it out")
+    return out
 
 
 def sample_responses(
@@ -253,11 +284,14 @@ def enumerate_models(
     settings: EnumerationSettings,
     *,
     template: Template | None = None,
+    rewrites: Sequence[Sequence[str]] | None = None,
     progress: Callable[[str, int], Progress] | None = None,
 ) -> Enumeration:
     """Sample the finite sets, score them exactly, and assemble the instance; prompts are equally likely.
 
-    `progress` is called with a stage's name and its number of units, and returns what reports finished ones.
+    Args:
+        rewrites: those of each prompt, which are then not sampled (see `given_rewrites`).
+        progress: called with a stage's name and its number of units; returns what reports finished ones.
     """
     if len(set(prompts)) != len(prompts):
         raise AlignProError("prompts: some are repeated; give each once")
@@ -267,13 +301,19 @@ def enumerate_models(
     count = len(prompts)
     for model in (prompter, frozen):
         model.eval()
+    rewrite_ids: list[list[Tokens]] = []
+    longest = settings.rewrite_tokens
+    if rewrites is not None:
+        rewrite_ids = given_rewrites(prompter_tokenizer, prompts, rewrites, template)
+        longest = max(len(ids) for row in rewrite_ids for ids in row)
     prompt_ids = [template.prompt_ids(prompter_tokenizer, x) for x in prompts]
-    check_room(prompter, prompts, prompt_ids, settings.rewrite_tokens, "the prompter")
+    check_room(prompter, prompts, prompt_ids, longest, "the prompter")
     plain = [target_ids(frozen_tokenizer, x) for x in prompts]
     check_room(frozen, prompts, plain, settings.response_tokens, "the frozen model")
 
-    drawing = stage("sampling rewrites", count * (settings.rewrites * 5 // 4 + 1))
-    rewrite_ids = sample_rewrites(prompter, prompter_tokenizer, prompts, template, settings, drawing)
+    if rewrites is None:
+        drawing = stage("sampling rewrites", count * (settings.rewrites * 5 // 4 + 1))
+        rewrite_ids = sample_rewrites(prompter, prompter_tokenizer, prompts, template, settings, drawing)
     rewrites = [
         [x, *(template.rewrite(prompter_tokenizer, x, t) for t in ids[1:])]
         for x, ids in zip(prompts, rewrite_ids, strict=True)

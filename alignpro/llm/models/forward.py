@@ -5,6 +5,7 @@ and in a layer with a window the nearest of them. Recurrent and convolutional la
 are read sequence by sequence. `configure.check_model` finds out which (`How`), and records it on the model.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -73,6 +74,16 @@ def room(model: Any) -> int | None:
     config = text_config(model)
     found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return int(found) if found else None
+
+
+@torch.no_grad()
+def token_seconds(model: Any) -> float:
+    """Seconds that this machine takes to score a token now: those of one short forward pass."""
+    ids = torch.arange(1, 513, device=model.device).view(4, 128) % text_config(model).vocab_size
+    model.base_model(input_ids=ids)
+    since = time.monotonic()
+    model.base_model(input_ids=ids)
+    return (time.monotonic() - since) / ids.numel()
 
 
 def has_experts(model: Any) -> bool:
