@@ -184,7 +184,7 @@ def _curves(chart: Curves) -> Drawing | None:
     said = []
     for axes, panel in zip(every, panels, strict=True):
         for i, curve in enumerate(panel.curves):
-            known = _draw_curve(axes, chart.steps, curve, i)
+            known = _rounded(_draw_curve(axes, chart.steps, curve, i))
             ends = f"{number(known[0])} → {number(known[-1])}" if known else "–"
             between = f", between {number(min(known))} and {number(max(known))}" if known else ""
             said.append(f"{panel.axis}, {curve.name}: {ends}{between}")
@@ -206,6 +206,12 @@ def _curves(chart: Curves) -> Drawing | None:
     every[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     over = f"Curves over {number(chart.steps[0])} to {number(chart.steps[-1])} {chart.axis}"
     return Drawing(canvas, typographic(unplaced(f"{over}. {'; '.join(said)}.")))
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    """The values with those as 0 that are rounding beside the largest of them."""
+    least = 1e-6 * max(map(abs, values), default=0.0)
+    return [v if abs(v) > least else 0.0 for v in values]
 
 
 def _draw_curve(axes: Axes, steps: Sequence[int], curve: Curve, i: int) -> list[float]:

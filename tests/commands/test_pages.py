@@ -635,6 +635,10 @@ def test_curves_are_the_numbers():
         drawing.alt
         == "Curves over 1 to 3 steps. u, a: 0.1 → 0.4, between 0.1 and 0.4; u, b: 1 → 3, between 1 and 3."
     )
+    # What rounding leaves of a 0 is told as 0; what is small beside the rest, but no rounding, is not.
+    for first, shown in ((-5e-7, "0"), (2e-5, "2e−05")):
+        drawing = report_figures.draw(Curves([1, 2], "steps", [("nats", [Curve("a", [first, 4.0])])]))
+        assert f"a: {shown} → 4, between {shown} and 4" in drawing.alt
 
 
 def test_a_result_without_figures_or_rows_says_so():
