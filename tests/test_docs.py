@@ -1,11 +1,7 @@
 """What the documents say is so: blocks run, commands parse, tutorials print what they show, links lead
 somewhere, and the site builds without a warning."""
 
-import ast
-import asyncio
-import contextlib
 import importlib.util
-import io
 import json
 import re
 import shlex
@@ -17,11 +13,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import tutorials
 
 from alignpro.commands.flags import options_of
 from alignpro.commands.main import VERBS, _parse
 from alignpro.errors import AlignProError
-from alignpro.llm.models import packages
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -117,77 +113,22 @@ def test_a_wrong_command_is_noticed():
 
 # --- tutorials ---
 
-_SPEC = importlib.util.spec_from_file_location("notebooks", DOCS / "notebooks.py")
-NOTEBOOKS = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(NOTEBOOKS)
-
-needs_weights = pytest.mark.skipif(
-    not all(packages.cached(name) for name in ("smollm2", "minilm", "llamafactory", "eval-framework")),
-    reason="fetch them with: alignpro demo --quick --out runs/quick",
-)
-ON_WEIGHTS = (pytest.mark.weights, needs_weights)
-TUTORIALS = [
-    "verify_a_bound",
-    "test_a_conjecture",
-    pytest.param("train_a_prompter", marks=ON_WEIGHTS),
-    pytest.param("check_the_bound", marks=ON_WEIGHTS),
-    "run_the_paper",
-]
-
-
-def skeleton(text: str) -> list[str]:
-    """Lines without what may differ between machines: numbers, spaces, and what a model wrote."""
-    text = re.sub(r"[-+]*\d[\d.,e+-]*|(?<=\"rewrite\": ).*", "#", text)
-    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-
-
-def shows(page: str, printed: str) -> None:
-    """Assert that the page shows what was printed; a line "…" stands for lines left out."""
-    (shown,) = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    rest = skeleton(printed)
-    for part in shown.split("\n…\n"):
-        wanted = skeleton(part)
-        places = [i for i in range(len(rest)) if rest[i : i + len(wanted)] == wanted]
-        assert places, f"not printed in this order: {wanted}\nbut: {rest}"
-        rest = rest[places[0] + len(wanted) :]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the scripts run, one after the other: the later ones find what the earlier ones made."""
-    return tmp_path_factory.mktemp("tutorials")
+TUTORIALS = ["verify_a_bound", "test_a_conjecture", "run_the_paper"]
+"""Those without models; tests/llm/test_tutorials.py has the others."""
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
-def test_tutorials_print_what_they_show(name, folder, monkeypatch):
-    """As notebooks: cell by cell in one namespace, below a running event loop, as Jupyter does it."""
-    monkeypatch.chdir(DOCS if name == "run_the_paper" else folder)
-    script, printed = DOCS / "tutorials" / f"{name}.py", io.StringIO()
-    assert len(script.read_text().splitlines()) < 60
-    page = script.with_suffix(".md").read_text()
-    assert f"{{literalinclude}} {name}.py" in page
-    assert f"<{name}.ipynb>" in page
-    code = [cell["source"] for cell in NOTEBOOKS.notebook(script, script.with_suffix(".md"))["cells"][1:]]
-    assert ast.dump(ast.parse("\n".join(code))) == ast.dump(
-        ast.Module(ast.parse(script.read_text()).body[1:], [])
-    )
-
-    async def notebook():
-        names: dict[str, object] = {"__name__": "__main__"}
-        for number, cell in enumerate(code, 1):
-            exec(compile(cell, f"{script.name}, cell {number}", "exec"), names)
-
-    with contextlib.redirect_stdout(printed):
-        asyncio.run(notebook())
-    shows(page, printed.getvalue())
+def test_tutorials_print_what_they_show(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(DOCS if name == "run_the_paper" else tmp_path)
+    tutorials.shows(tutorials.page_of(name), tutorials.played(name))
 
 
 def test_another_output_is_noticed():
     page = "```text\na  1.5\n…\nc 2\n```\n"
-    shows(page, "a 2.5e-3\nb\nc 3\n")
+    tutorials.shows(page, "a 2.5e-3\nb\nc 3\n")
     for printed in ("a 1.5\nc two\n", "c 2\na 1.5\n"):
         with pytest.raises(AssertionError, match="not printed"):
-            shows(page, printed)
+            tutorials.shows(page, printed)
 
 
 # --- the site ---

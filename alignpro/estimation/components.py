@@ -98,7 +98,10 @@ def normal_value(variances: Sequence[float], shares: np.ndarray, lam: float) -> 
     g = np.random.default_rng(0).standard_normal((max(16, _NUMBERS // (2 * len(shares))), len(shares)))
     out = []
     for v in variances:
-        energy = np.sqrt(max(v, 0.0)) / lam * np.concatenate([g, -g])
+        if v <= 0:
+            out.append(0.0)  # where a sum of shares would leave its rounding
+            continue
+        energy = np.sqrt(v) / lam * np.concatenate([g, -g])
         top = energy.max(-1, keepdims=True)
         out.append(lam * float((np.log(np.exp(energy - top) @ shares) + top[:, 0]).mean()))
     return np.array(out)

@@ -1,28 +1,31 @@
-"""Check Theorem 1 on rollouts of real models, that of `train_a_prompter.py` among them if it is there."""
+"""Check Theorem 1 on rollouts of real models, those of `train_a_prompter.py` among them if it was run."""
 
 from pathlib import Path
 
+from alignpro import rollouts
 from alignpro.commands.main import main as alignpro
+from alignpro.estimation import compare, estimate, headroom
 
-PROMPTS = [
-    "How do I fold a shirt?",
-    "Name three uses of vinegar.",
-    "Why is the sky blue?",
-    "Write a birthday wish for a colleague.",
-    "How long should I boil an egg?",
-    "Give me a tip for packing light.",
-]
-Path("held_out.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")  # not those of training
+HELD_OUT = 40  # prompts that no training has seen, from the first of the test split
 
-trained = ["--trained", "runs/mine"] if Path("runs/mine/prompter").exists() else []
-status = alignpro(
+trained = ["--trained", "runs/plain"] if Path("runs/plain/prompter").exists() else []
+alignpro(
     [
-        *("rollout", "--out", "runs/rolled", "--prompts-file", "held_out.txt"),
-        *("--arms", "none", "sft", *trained),
-        *("--draws", "2", "--answers", "2", "--rewrite-tokens", "12", "--answer-tokens", "10"),
+        *("rollout", "--out", "runs/rolled", "--dataset", "instructions", "--prompts", str(HELD_OUT)),
+        *("--arms", "none", "sft", *trained, "--prompter", "instructions-sft"),
+        *("--target", "smollm2-135m-instruct", "--reward", "ease"),
+        *("--draws", "4", "--answers", "2", "--rewrite-tokens", "16", "--answer-tokens", "40"),
     ]
 )
-if status == 0:
-    # β and λ are those of the statement: what RLHF and the prompter would be tuned with.
-    alignpro(["estimate", "runs/rolled/rollouts.jsonl", "--beta", "0.2", "--lam", "0.2"])
-    alignpro(["headroom", "runs/rolled/rollouts.jsonl", "--lam", "0.05", "0.2"])
+
+rolled = rollouts.read("runs/rolled/rollouts.jsonl")
+arms = compare(rolled, ["none", "sft", "trained"] if trained else ["none", "sft"])
+print(arms)
+arms.plot().savefig("compared.png")
+
+# β and λ are those of the statement: what RLHF and the prompter would be tuned with.
+report = estimate(rolled, beta=0.2, lam=0.02)
+print(report)
+report.plot().savefig("bounds.png")
+
+print(headroom(rolled, lams=[0.02, 0.1]))

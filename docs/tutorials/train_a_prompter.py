@@ -1,46 +1,29 @@
-"""Train a prompter on prompts of your own: two minutes on one CPU core, too short a run to teach it much."""
+"""Train a prompter that gets plain answers out of a frozen model: a quarter of an hour on two CPU cores."""
 
-from pathlib import Path
+from alignpro import train
+from alignpro.llm import Sampling, prompts
 
-from alignpro.commands.main import main as alignpro
+ROUNDS = 40  # of 16 prompts with 2 rewrites each, all of which the frozen model answers once
 
-PROMPTS = [
-    "How do I keep my bread from going stale?",
-    "Explain compound interest.",
-    "My bicycle chain squeaks.",
-    "What should I see in Lisbon in one day?",
-]
-Path("mine.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
-
-status = alignpro(
-    [
-        *("train", "--out", "runs/mine", "--resume"),  # the same command goes on where it was interrupted
-        *("--prompts-file", "mine.txt"),
-        *("--prompter", "smollm2-135m-instruct"),  # ρ_sft; what is trained is an adapter on it
-        *("--target", "smollm2-135m-instruct"),  # π_F: any folder or hub id, or the address of an endpoint
-        *("--reward", "minilm-bt"),  # r*, in [0, 1]
-        *("--algorithm", "ppo", "--lam", "0.05"),
-        *(
-            "--iterations",
-            "2",
-            "--prompts-per-round",
-            "4",
-            "--draws",
-            "2",
-            "--epochs",
-            "2",
-        ),  # by default 32, 8, 8, 4
-        *(
-            "--rewrite-tokens",
-            "16",
-            "--answer-tokens",
-            "16",
-            "--lora-layers",
-            "0.34",
-            "--learning-rate",
-            "1e-3",
-        ),
-    ]
+trained = train(
+    prompts("instructions", "train"),  # 416 packaged prompts; or a list of your own
+    reward="ease",  # reading ease of the answer, in [0, 1]
+    target="smollm2-135m-instruct",  # π_F, which stays as it is
+    prompter="instructions-sft",  # ρ_sft: ends each prompt in one of a hundred instructions
+    answers=Sampling(max_tokens=40),
+    out="runs/plain",
+    resume=True,  # the same script goes on where it was interrupted
+    lam=0.02,
+    iterations=ROUNDS,
+    prompts_per_round=16,
+    draws=2,
+    epochs=2,
+    schedule="constant",
+    rewrite_tokens=16,
+    lora_layers=0.34,
 )
-if status == 0:
-    alignpro(["rewrite", "runs/mine/prompter", "Tips for learning the piano", "--seed", "1", "--json"])
+print(trained)
+trained.plot().savefig("curves.png")
+
+for x in ("How do I keep my bread from going stale?", "My bicycle chain squeaks."):
+    print(trained.prompter.rewrite(x))
