@@ -1,4 +1,4 @@
-"""Train a prompter that gets plain answers out of a frozen model: a quarter to half an hour on two CPU cores."""
+"""Train a prompter that gets plain answers out of a frozen model: 15 to 30 minutes on two CPU cores."""
 
 from alignpro import train
 from alignpro.llm import Sampling, prompts
