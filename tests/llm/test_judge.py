@@ -575,6 +575,13 @@ def test_a_judge_in_this_process(file, tmp_path, capsys):
     assert "over 0 of 2 pairs; 0.000 to 1.000" in said
     rows = [json.loads(line) for line in (tmp_path / "out" / "judgements.jsonl").read_text().splitlines()]
     assert all(kind in FAILURES for row in rows for kind in row["failures"])
+    # In another number format it is another judge, whatever chose the first.
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    known = settings["dtype"] or "bfloat16"
+    for kind in ("float32", "bfloat16"):
+        status = 0 if kind == known else 2
+        assert run(file, tmp_path / "out", None, *local, "--dtype", kind) == status
+        assert ("was started with dtype = " in capsys.readouterr().err) == bool(status)
 
 
 def test_a_forced_judge_in_this_process(file, tmp_path, capsys):

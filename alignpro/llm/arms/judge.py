@@ -237,7 +237,7 @@ def judge_file(
     """
     from tqdm import tqdm
 
-    from alignpro.llm.models import contents, devices, packages
+    from alignpro.llm.models import contents, packages
     from alignpro.llm.targets.ledger import Cached, Prices
 
     prices = None if settings.prices is None else Prices(*settings.prices)
@@ -250,6 +250,8 @@ def judge_file(
     record |= {"forced": settings.forced or None}  # None, as where an earlier version left them out
     record |= {name: changes[name] or None for name in ("judge_omit", "judge_extra_body")}
     if not is_address(settings.judge):
+        from alignpro.llm.models import devices
+
         kind = devices.dtype_of(settings.dtype)
         record["dtype"] = None if kind == "bfloat16" else kind  # the default of an earlier version
         run.contents["judge"] = lambda: contents.of_model(settings.judge)
