@@ -166,11 +166,13 @@ def markdown(results: Results) -> str:
     size = results["size"]
     held = f"{size['held_out']} held-out prompts, {size['draws']} draws of {size['answers']} answers each"
     trained = f"{size['iterations']} rounds of {size['prompts']} × {size['samples']}"
+    noise = ""
+    if "bfloat16" in results["dtypes"]:
+        noise = ", which leaves tenths of a nat of noise in its log-probabilities"
     said = [
         "# Five tasks",
-        f"Frozen model {size['target']}, in bfloat16, which leaves tenths of a nat of noise in its "
-        f"log-probabilities; {trained}, λ = {size['lam']:g} of the reward's width, "
-        f"{len(size['seeds'])} seeds; {held}. Intervals are at {results['level']:.0%} over prompts.",
+        f"Frozen model {size['target']}, in {' and '.join(results['dtypes'])}{noise}; "
+        f"{trained}, λ = {size['lam']:g} of the reward's width, {len(size['seeds'])} seeds; {held}. Intervals are at {results['level']:.0%} over prompts.",
         "## Mean rewards",
         means(results),
         "## What PPO gains",

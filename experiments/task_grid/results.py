@@ -25,7 +25,7 @@ from alignpro.llm.arms.rollout import FILE
 from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.training.checkpoints import METRICS_FILE
 from alignpro.rollouts import Rollout, Rollouts
-from alignpro.runs import environment
+from alignpro.runs import SETTINGS_FILE, environment
 from task_grid.plan import FIXED, Size, recorded, slug
 
 LAMS = (0.02, 0.05, 0.1, 0.2)
@@ -56,6 +56,7 @@ def summarise(size: Size, out: Path) -> dict[str, Any]:
         "size": recorded(size),
         "level": LEVEL,
         "environment": environment(),
+        "dtypes": sorted({read_json(out / slug(task) / "rollout" / SETTINGS_FILE)["dtype"] for task in done}),
         "tasks": {task: _task(size, out, task, reward) for task, reward in done.items()},
         "foresight": list(_foresight(size, out, done)),
         "missing": missing,

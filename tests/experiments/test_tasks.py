@@ -88,6 +88,9 @@ def test_what_it_says(size, whole, tmp_path, capsys):
     counts = results.tally(found["foresight"])
     assert sum(n for name, n in counts.items() if ", " in name) == counts["points"] == 12
     page = (whole / "results.md").read_text()
+    (dtype,) = found["dtypes"]
+    assert f", in {dtype}" in page
+    assert ("tenths of a nat" in page) == (dtype == "bfloat16")
     assert all(f"| {name} |" in page for name in size.tasks)
     assert (whole / "foresight.png").read_bytes()[:4] == b"\x89PNG"
     before = (whole / "results.json").read_bytes()
