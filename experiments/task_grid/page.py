@@ -172,7 +172,8 @@ def markdown(results: Results) -> str:
     said = [
         "# Five tasks",
         f"Frozen model {size['target']}, in {' and '.join(results['dtypes'])}{noise}; "
-        f"{trained}, λ = {size['lam']:g} of the reward's width, {len(size['seeds'])} seeds; {held}. Intervals are at {results['level']:.0%} over prompts.",
+        f"{trained}, λ = {size['lam']:g} of the reward's width, {len(size['seeds'])} seeds; "
+        f"{held}. Intervals are at {results['level']:.0%} over prompts.",
         "## Mean rewards",
         means(results),
         "## What PPO gains",
