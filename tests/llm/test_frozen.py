@@ -319,7 +319,7 @@ def test_bfloat16(tmp_path):
     model, tokenizer = tiny_model(seed=2)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    half = LocalTarget(tmp_path, device="cpu")
+    half = LocalTarget(tmp_path, dtype="bfloat16", device="cpu")
     assert next(half.model.parameters()).dtype == torch.bfloat16
     assert half.name == str(tmp_path)
     full = LocalTarget(tmp_path, dtype="float32", device="cpu", name="tiny")

@@ -45,9 +45,9 @@ class Sum:
         for name, weight, reward in zip(names, self.weights, rewards, strict=True):
             low, high = sorted((weight * reward.low, weight * reward.high))
             self.ranges[name] = (low + 0.0, high + 0.0)  # no -0
-        # In the order in which contributions are added: so no rounding takes a total out of the range.
-        self.low = float(sum(low for low, _ in self.ranges.values()))
-        self.high = float(sum(high for _, high in self.ranges.values()))
+        # Added as contributions are, in that order: so no rounding takes a total out of the range. Python's
+        # own floats would not be, whose sum is a compensated one from 3.12 on.
+        self.low, self.high = sum(map(np.array, self.ranges.values()), np.zeros(2)).tolist()
 
     @property
     def reads(self) -> Columns:
