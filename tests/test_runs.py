@@ -46,7 +46,7 @@ def test_a_failed_start_leaves_nothing(tmp_path):
 
 
 def test_a_loop_of_links_is_told_of(tmp_path):
-    """As a run's folder, and as a file that its work replaces. Mutant: a strict `Path.resolve`, which raises."""
+    """As a run's folder, and as a file that its work replaces. Mutant: a strict `resolve`, which raises."""
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
 
     def check(module):
