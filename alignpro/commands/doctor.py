@@ -143,7 +143,7 @@ def table(found: dict[str, Any]) -> str:
         gpus = "; ".join(devices["cuda"]) or "none: language models run on the CPU"
         lines.append(f"  GPUs that torch sees: {gpus}")
     if devices.get("dtype"):
-        lines.append(f"  language models are frozen in {devices['dtype']} here (--dtype auto)")
+        lines.append(f"  frozen models compute in {devices['dtype']} here (--dtype auto)")
     if devices.get("jax"):
         lines.append(f"  JAX runs on: {', '.join(devices['jax'])}")
     cache = found["cache"]
