@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from paper_grid import summary
 from task_grid import router
 from tqdm import tqdm
 
 from alignpro import rollouts
 from alignpro.errors import AlignProError
 from alignpro.estimation import headroom
-from alignpro.estimation.intervals import Estimate
 from alignpro.estimation.means import limits
 from alignpro.files import writable_folder, write_json
 from alignpro.llm.data import public
@@ -54,7 +54,7 @@ KINDS: Mapping[str, re.Pattern[str]] = {
     ),
 }
 """What a prompt says of its kind."""
-LEVEL, FOLDS, LAM = 0.95, 8, 0.02
+LEVEL, LAM = 0.95, 0.02
 
 
 def strategies(each: int) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ def answered(
     target = Cached(LocalTarget(MODEL, batch_size=len(texts) * answers), out)
     found = []
     for x in tqdm(prompts, unit="prompt", disable=None):
-        asked = [with_instruction(x, text) if text else x for text in texts]
+        asked = [with_instruction(x, text) for text in texts]
         given = target.respond(asked, Sampling(max_tokens=tokens), samples=answers)
         found.append([[answer.text for answer in row] for row in given])
     return found
@@ -104,23 +104,6 @@ def rewarded(prompts: Sequence[str], texts: Sequence[str], found: list[list[list
     return Tasks(prompts, texts, reward, kind, Embedder().embed(prompts))
 
 
-def chosen_elsewhere(
-    values: np.ndarray, choose: Callable[[np.ndarray], np.ndarray], seed: int = 0
-) -> np.ndarray:
-    """What prompts earn [X] by strategies that are chosen from the `values` [X, S] of other folds.
-
-    Args:
-        choose: from truth values [X], the prompts to learn from, to the strategy of each prompt [X].
-    """
-    count = len(values)
-    fold = np.random.default_rng([seed, count]).permutation(count) % FOLDS
-    found = np.empty(count)
-    for k in range(FOLDS):
-        held = fold == k
-        found[held] = values[held, choose(~held)[held]]
-    return found
-
-
 def by_kind(values: np.ndarray, kind: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Choose for each kind of prompts the strategy that earns most on it."""
 
@@ -129,6 +112,11 @@ def by_kind(values: np.ndarray, kind: np.ndarray) -> Callable[[np.ndarray], np.n
         return np.array([best[k] for k in kind])
 
     return choose
+
+
+def routing(values: np.ndarray, embeddings: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Choose by a router, whose ridge is chosen on the prompts to learn from, too."""
+    return lambda known: router.fit(embeddings[known], values[known]).pick(embeddings)
 
 
 def crossed(rewards: np.ndarray) -> np.ndarray:
@@ -159,7 +147,7 @@ def as_rollouts(tasks: Tasks, name: str) -> Rollouts:
         for s, text in enumerate(tasks.strategies):
             for a, reward in enumerate(rewards[i, s]):
                 own = {"prompt_id": f"{i:04}", "x": x, "answer": a, "reward": float(reward)}
-                rewrite = with_instruction(x, text) if text else x
+                rewrite = with_instruction(x, text)
                 rows.append(Rollout(arm="sft", draw=s, rewrite=rewrite, **own, **shared))
                 if not text:
                     rows.append(Rollout(arm="none", draw=0, rewrite=x, **own, **shared))
@@ -172,10 +160,9 @@ def measured(tasks: Tasks, name: str) -> dict[str, Any]:
     values, everywhere = rewards.mean(2), np.zeros(len(rewards), int)
     kind = tasks.kind.get(name, everywhere)
     none = values[:, list(tasks.strategies).index("")]
-    fixed = chosen_elsewhere(values, by_kind(values, everywhere))
-    kinds = chosen_elsewhere(values, by_kind(values, kind))
-    ridges = [router.earned(tasks.embeddings, values, ridge) for ridge in router.RIDGES]
-    routed = max(ridges, key=np.mean)  # the best in hindsight: at most as good on other prompts
+    fixed = router.left_out(values, by_kind(values, everywhere))
+    kinds = router.left_out(values, by_kind(values, kind))
+    routed = router.left_out(values, routing(values, tasks.embeddings))
     named = {
         "none": none,
         "fixed": fixed,
@@ -200,13 +187,9 @@ def measured(tasks: Tasks, name: str) -> dict[str, Any]:
         parts = pooled.components
         found["sd of strategies"] = float(np.sqrt(max(parts.strategies.value, 0.0)))
         found["sd of interaction"] = float(np.sqrt(max(parts.interaction.value, 0.0)))
-        found["price"] = told(pooled.at[0].price)
+        found["price"] = summary.shown(pooled.at[0].price)
         found["finding"] = pooled.finding
     return found
-
-
-def told(e: Estimate) -> dict[str, float]:
-    return {"value": e.value, "lo": e.lo, "hi": e.hi}
 
 
 def table(results: Mapping[str, Any], most: int) -> str:
@@ -250,8 +233,9 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=10, help="pairs of rewards to print")
     args = parser.parse_args()
     try:
-        if args.answers < 2 or args.prompts < FOLDS:
-            raise AlignProError(f"--answers, --prompts: give at least 2 and {FOLDS}")
+        for name, given, least in (("answers", args.answers, 2), ("prompts", args.prompts, router.FOLDS)):
+            if given < least:
+                raise AlignProError(f"--{name} {given}: give at least {least}")
         out, texts = writable_folder(args.out.resolve()), strategies(args.each)
         prompts = public.prompts("instructions", args.split)[: args.prompts]
         asked = len(prompts) * len(texts) * args.answers

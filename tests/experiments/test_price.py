@@ -4,6 +4,7 @@ import numpy as np
 import price
 import pytest
 from mutants import kills, mutated
+from task_grid import router
 
 
 def table(seed=0, prompts=40, strategies=5, answers=4):
@@ -13,17 +14,19 @@ def table(seed=0, prompts=40, strategies=5, answers=4):
 def test_what_is_judged_had_no_part_in_the_choice():
     values, kind = table().mean(2), np.arange(40) % 2
 
-    def check(module) -> None:
-        found = module.chosen_elsewhere(values, module.by_kind(values, kind))
-        fold = np.random.default_rng([0, 40]).permutation(40) % module.FOLDS
+    def check(left_out, by_kind) -> None:
+        found = left_out(values, by_kind(values, kind))
+        fold = np.random.default_rng([0, 40]).permutation(40) % router.FOLDS
         for x in range(40):
             others = [i for i in range(40) if fold[i] != fold[x] and kind[i] == kind[x]]
             best = max(range(5), key=lambda s: np.mean([values[i, s] for i in others]))
             assert found[x] == values[x, best]
 
-    check(price)
-    kills(check, mutated(price, "choose(~held)[held]", "choose(held)[held]"))
-    kills(check, mutated(price, "values[known & (kind == k)]", "values[known]"))
+    check(router.left_out, price.by_kind)
+    leaking = mutated(router, "choose(~held)[held]", "choose(held)[held]")
+    kills(lambda module: check(module.left_out, price.by_kind), leaking)
+    blind = mutated(price, "values[known & (kind == k)]", "values[known]")
+    kills(lambda module: check(router.left_out, module.by_kind), blind)
 
 
 def test_the_best_of_each_prompt_is_judged_by_other_answers():

@@ -70,7 +70,7 @@ def test_what_it_earns_is_on_prompts_that_did_not_teach_it():
     kills(
         check,
         mutated(
-            router, "taught(embeddings[~held], rewards[~held], ridge)", "taught(embeddings, rewards, ridge)"
+            router, "taught(embeddings[known], rewards[known], ridge)", "taught(embeddings, rewards, ridge)"
         ),
     )
     fixed = router.fit(embeddings, rewards, (np.inf,))
