@@ -47,7 +47,8 @@ class Sum:
             self.ranges[name] = (low + 0.0, high + 0.0)  # no -0
         # Added as contributions are, in that order: so no rounding takes a total out of the range. Python's
         # own floats would not be, whose sum is a compensated one from 3.12 on.
-        self.low, self.high = sum(map(np.array, self.ranges.values()), np.zeros(2)).tolist()
+        low, high = sum(map(np.array, self.ranges.values()), np.zeros(2))
+        self.low, self.high = float(low), float(high)
 
     @property
     def reads(self) -> Columns:
