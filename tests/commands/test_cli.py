@@ -203,10 +203,13 @@ def test_a_terminal_that_lacks_letters_loses_nothing():
 
 
 @pytest.mark.parametrize(
-    "words", ["rollout --out {} --instruction a=\udcff", "train --out {}\udce9 --prompts-file x"]
+    "words", ["rollout --out {} --instruction a=\udcff --split x", "train --out {}\udce9 --prompts-file x"]
 )
 def test_words_that_are_not_utf_8(words, tmp_path, capfd):
-    """As a shell passes on bytes in another encoding: one line, and nothing is made."""
+    """As a shell passes on bytes in another encoding: one line, and nothing is made.
+
+    Another fault ends the mutant before its work.
+    """
 
     def check(module):
         status = 0
