@@ -5,11 +5,14 @@
 
 From `instructions-sft`, on reading ease and on format (a list or not, which is rare), each setting beside
 the others changed alone. Every training asks for 640 answers, and its last prompter is measured on 48
-validation prompts, the same for all, with the same keys. Interrupt at any time; the same command goes on.
+validation prompts, the same for all, with the same keys. Interrupt at any time; the same command goes on,
+and another machine does with `--known results.json` what is not in that file.
 """
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ import numpy as np
 from paper_grid import launch, work
 from paper_grid.plan import Job, chosen
 
+from alignpro import typed
 from alignpro.errors import AlignProError
-from alignpro.files import read_json_lines, writable_folder, write_json
+from alignpro.files import read_json, read_json_lines, writable_folder, write_json
 from alignpro.llm.models import packages
 from alignpro.llm.training.evaluation import EVALUATIONS_FILE
 from alignpro.runs import environment
@@ -57,6 +61,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """By name: what differs from `CENTRE`."""
 
 
+@dataclass
+class Training:
+    """What one training found."""
+
+    options: dict[str, Any]
+    before: float
+    reward: float
+    kl: float
+    environment: dict[str, Any]
+
+
+@dataclass
+class Known:
+    """The content of results.json."""
+
+    answers: int
+    trainings: dict[str, Training]
+    settings: dict[str, Any]
+
+
 def jobs(out: Path) -> list[Job]:
     """Every training, all settings of a seed before the next seed."""
     found = []
@@ -86,34 +110,83 @@ def jobs(out: Path) -> list[Job]:
     return found
 
 
-def summarise(out: Path) -> dict[str, Any]:
-    """By task and setting: reward and KL of the last prompter, means over seeds with their error."""
+def trainings(out: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What each finished training found, in `out` or elsewhere: its reward before, after, and KL."""
+    found = dict(known)
+    for job in jobs(out):
+        if work.finished(job, out):
+            lines = read_json_lines(out / job.name / EVALUATIONS_FILE)
+            first, last = lines[0], lines[-1]
+            options = {name: job.options[name] for name in CENTRE}
+            found[job.name] = {
+                "options": options,
+                "before": first["reward"],
+                "reward": last["reward"],
+                "kl": last["kl"],
+                "environment": environment(),
+            }
+    return found
+
+
+def read_known(path: Path | None) -> dict[str, Any]:
+    """The trainings in another run's results.json, of the same settings.
+
+    Raises:
+        AlignProError: they are of other settings, or of another number of answers.
+    """
+    if path is None:
+        return {}
+    results = typed.made(Known, read_json(path), f"--known {path}")
+    if results.answers != ANSWERS:
+        raise AlignProError(f"--known {path}: of {results.answers} answers each, not {ANSWERS}")
+    options = {job.name: {name: job.options[name] for name in CENTRE} for job in jobs(Path())}
+    for name, one in results.trainings.items():
+        if one.options != options.get(name):
+            raise AlignProError(f"--known {path}: {name} has other settings here; leave that file out")
+    return {name: vars(one) for name, one in results.trainings.items()}
+
+
+def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
+    """By task and setting: the last prompter's reward and KL, and its reward over the centre's, seed by seed.
+
+    Means over seeds with their standard error, None of one seed.
+    """
     rows = {}
     for task, reward in TASKS.items():
         for place, name in enumerate(SETTINGS):
-            homes = [out / reward / f"{place}-seed-{seed}" for seed in SEEDS]
-            files = [home / EVALUATIONS_FILE for home in homes if (home / work.FINISHED).is_file()]
-            ends = [(lines[0], lines[-1]) for lines in map(read_json_lines, files)]
-            if not ends:
+            mine = {seed: found.get(f"{reward}/{place}-seed-{seed}") for seed in SEEDS}
+            some = {seed: one for seed, one in mine.items() if one}
+            if not some:
                 continue
-            row: dict[str, Any] = {"seeds": len(ends)}
-            for key in ("reward", "kl"):
-                values = np.array([last[key] for _, last in ends])
-                error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
-                row[key] = {"value": float(values.mean()), "error": None if error is None else float(error)}
-            row["before"] = float(np.mean([first["reward"] for first, _ in ends]))
-            rows[f"{task}, {name}"] = row
-    return {"answers": ANSWERS, "environment": environment(), "settings": rows}
+            centre = {seed: found.get(f"{reward}/0-seed-{seed}") for seed in some}
+            over = [one["reward"] - centre[seed]["reward"] for seed, one in some.items() if centre[seed]]
+            rows[f"{task}, {name}"] = {
+                "seeds": len(some),
+                "before": float(np.mean([one["before"] for one in some.values()])),
+                **{key: mean([one[key] for one in some.values()]) for key in ("reward", "kl")},
+                "over the centre": mean(over) if over and place else None,
+            }
+    return {"answers": ANSWERS, "trainings": found, "settings": rows}
+
+
+def mean(values: Sequence[float]) -> dict[str, float | None]:
+    """Their mean and its standard error."""
+    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    return {"value": float(np.mean(values)), "error": error}
 
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = ["| task, setting | seeds | reward before | reward after | KL, nats |", "|---|---|---|---|---|"]
+    keys = ("reward", "over the centre", "kl")
+    lines = ["| task, setting | seeds | reward before | reward after | over the centre | KL, nats |"]
+    lines.append("|---" * 6 + "|")
     for name, row in results["settings"].items():
-        shown = [
-            f"{row[key]['value']:.3f}" + ("" if row[key]["error"] is None else f" ± {row[key]['error']:.3f}")
-            for key in ("reward", "kl")
-        ]
+        shown = []
+        for key in keys:
+            one = row[key]
+            sign = "+" if key == "over the centre" else ""
+            error = "" if one is None or one["error"] is None else f" ± {one['error']:.3f}"
+            shown.append("" if one is None else f"{one['value']:{sign}.3f}{error}")
         lines.append(f"| {name} | {row['seeds']} | {row['before']:.3f} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
@@ -123,15 +196,17 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of all trainings")
-    parser.add_argument("--only", default="", help="trainings whose name holds this: list/0, or seed-1")
+    parser.add_argument("--only", default="", help="trainings whose name holds this: list/0-, or seed-1")
+    parser.add_argument("--known", type=Path, help="results.json of trainings that need not be done again")
     launch.add_arguments(parser)
     parser.add_argument("--summary-only", action="store_true", help="results of what is finished")
     args = parser.parse_args()
     try:
         out = writable_folder(args.out.resolve())
-        planned = [job for job in jobs(out) if args.only in job.name]
-        if not planned:
-            chosen(jobs(out), args.only)
+        known = read_known(args.known)
+        if not any(args.only in job.name for job in jobs(out)):
+            chosen(jobs(out), args.only)  # which says what there is
+        planned = [job for job in jobs(out) if args.only in job.name and job.name not in known]
         if args.status:
             print(launch.status(planned, out))
             return 0
@@ -140,9 +215,10 @@ def main() -> int:
         if not args.summary_only:
             packages.note(f"{len(todo)} of {len(planned)} trainings to do, of {ANSWERS} answers each")
             command = [str(Path(__file__)), "--out", str(out), "--only", args.only]
+            command += [] if args.known is None else ["--known", str(args.known.resolve())]
             if not launch.do_all(args, command, planned, out):
                 return 0
-        results = summarise(out)
+        results = summarise(trainings(out, known))
         write_json(out / "results.json", results)
         print(table(results))
     except AlignProError as error:
