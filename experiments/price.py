@@ -11,7 +11,6 @@ the components of the variance of R(x, s).
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,45 +20,25 @@ from typing import Any
 
 import numpy as np
 from paper_grid import summary
-from task_grid import router
+from task_grid import router, table
+from task_grid.kinds import KINDS
 from tqdm import tqdm
 
-from alignpro import rollouts
 from alignpro.errors import AlignProError
-from alignpro.estimation import headroom
 from alignpro.estimation.means import limits
 from alignpro.files import writable_folder, write_json
 from alignpro.llm.data import public
-from alignpro.llm.data.bank import BANK
 from alignpro.llm.models.prompt import with_instruction
 from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.rewards.features import Embedder
 from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.targets.ledger import Cached
 from alignpro.llm.targets.local import LocalTarget
-from alignpro.rollouts import Rollout, Rollouts
 from alignpro.runs import environment
 
 MODEL = "smollm2-135m-instruct"
 REWARDS = ("ease", "sentiment", "brevity", "list", "minilm-bt")
-KINDS: Mapping[str, re.Pattern[str]] = {
-    "asks for several things": re.compile(
-        r"\b(lists?|two|three|four|five|six|seven|eight|nine|ten|some|several|ways|tips|reasons|benefits"
-        r"|(dis)?advantages|steps|ideas|examples|features|pros and cons)\b",
-        re.IGNORECASE,
-    ),
-    "asks for a text": re.compile(
-        r"^(write|create|compose|generate|craft|construct|design|output|make|come up|imagine|tell)\b",
-        re.IGNORECASE,
-    ),
-}
-"""What a prompt says of its kind."""
 LEVEL, LAM = 0.95, 0.02
-
-
-def strategies(each: int) -> tuple[str, ...]:
-    """No instruction, and the first ones of every group of the bank."""
-    return ("", *(text for group in BANK.values() for text in group[:each]))
 
 
 @dataclass(frozen=True)
@@ -95,12 +74,12 @@ def rewarded(prompts: Sequence[str], texts: Sequence[str], found: list[list[list
     of = [x for x in prompts for _ in range(shape[1] * shape[2])]
     alone = {name: np.asarray(load_reward(name).score(of, flat), float).reshape(shape) for name in REWARDS}
     reward, kind = dict(alone), {}
-    for name, pattern in KINDS.items():
-        is_of = np.array([bool(pattern.search(x)) for x in prompts])
+    for each in KINDS:
+        is_of = each.of(prompts)
         for a, b in permutations(REWARDS, 2):
-            task = f"{a} where it {name}, else {b}"
+            task = f"{a} where it {each.name}, else {b}"
             reward[task] = np.where(is_of[:, None, None], alone[a], alone[b])
-            kind[task] = is_of.astype(int)
+            kind[task] = is_of
     return Tasks(prompts, texts, reward, kind, Embedder().embed(prompts))
 
 
@@ -125,33 +104,6 @@ def crossed(rewards: np.ndarray) -> np.ndarray:
     first, second = rewards[..., :half].mean(2), rewards[..., half:].mean(2)
     rows = np.arange(len(rewards))
     return (first[rows, second.argmax(1)] + second[rows, first.argmax(1)]) / 2
-
-
-def as_rollouts(tasks: Tasks, name: str) -> Rollouts:
-    """The table as rollouts of a reference prompter that adds each instruction equally often."""
-    rewards = tasks.reward[name]
-    shared: dict[str, Any] = {
-        "seed": 0,
-        "response": None,
-        **dict.fromkeys(rollouts.LOGPS),
-        "frozen": MODEL,
-        "prompter": "each instruction once",
-        "reward_model": name,
-        "sampling": "",
-        "reward_low": 0.0,
-        "reward_high": 1.0,
-    }
-    shared["logp_prompter"] = shared["logp_reference"] = -float(np.log(len(tasks.strategies)))
-    rows = []
-    for i, x in enumerate(tasks.prompts):
-        for s, text in enumerate(tasks.strategies):
-            for a, reward in enumerate(rewards[i, s]):
-                own = {"prompt_id": f"{i:04}", "x": x, "answer": a, "reward": float(reward)}
-                rewrite = with_instruction(x, text)
-                rows.append(Rollout(arm="sft", draw=s, rewrite=rewrite, **own, **shared))
-                if not text:
-                    rows.append(Rollout(arm="none", draw=0, rewrite=x, **own, **shared))
-    return rollouts.collect(rows)
 
 
 def measured(tasks: Tasks, name: str) -> dict[str, Any]:
@@ -182,7 +134,7 @@ def measured(tasks: Tasks, name: str) -> dict[str, Any]:
     }
     best = {k: tasks.strategies[values[kind == k].mean(0).argmax()] for k in np.unique(kind)}
     found["instructions"] = [best[k] or "(none)" for k in sorted(best, reverse=True)]
-    pooled = headroom(as_rollouts(tasks, name), (LAM,), LEVEL).pooled
+    pooled = table.pooled(table.Table(tasks.prompts, tasks.strategies, rewards, name), LAM, LEVEL)
     if pooled is not None and pooled.components is not None:
         parts = pooled.components
         found["sd of strategies"] = float(np.sqrt(max(parts.strategies.value, 0.0)))
@@ -192,7 +144,7 @@ def measured(tasks: Tasks, name: str) -> dict[str, Any]:
     return found
 
 
-def table(results: Mapping[str, Any], most: int) -> str:
+def shown(results: Mapping[str, Any], most: int) -> str:
     """The single rewards, and the pairs whose kinds gain most, as Markdown."""
     rows = results["tasks"]
     pairs = [name for name in rows if name not in REWARDS]
@@ -214,8 +166,8 @@ def table(results: Mapping[str, Any], most: int) -> str:
         for key in heads:
             e = row.get(key)
             interval = e and ("over" in key or key == "price")
-            shown = f"{e['value']:.3f}" if e else ""
-            cells.append(f"{shown} [{e['lo']:.3f}, {e['hi']:.3f}]" if interval else shown)
+            value = f"{e['value']:.3f}" if e else ""
+            cells.append(f"{value} [{e['lo']:.3f}, {e['hi']:.3f}]" if interval else value)
         lines.append(f"| {name} | {' | '.join(cells)} | {' / '.join(row['instructions'])} |")
     return "\n".join(lines)
 
@@ -236,7 +188,7 @@ def main() -> int:
         for name, given, least in (("answers", args.answers, 2), ("prompts", args.prompts, router.FOLDS)):
             if given < least:
                 raise AlignProError(f"--{name} {given}: give at least {least}")
-        out, texts = writable_folder(args.out.resolve()), strategies(args.each)
+        out, texts = writable_folder(args.out.resolve()), table.strategies(args.each)
         prompts = public.prompts("instructions", args.split)[: args.prompts]
         asked = len(prompts) * len(texts) * args.answers
         print(f"{len(prompts)} prompts with {len(texts)} instructions, {asked:,} answers", file=sys.stderr)
@@ -246,16 +198,14 @@ def main() -> int:
             "split": args.split,
             "instructions": list(texts),
             "answers": args.answers,
-            "kinds": {
-                name: float(np.mean([bool(p.search(x)) for x in prompts])) for name, p in KINDS.items()
-            },
+            "kinds": {kind.name: float(kind.of(prompts).mean()) for kind in KINDS},
             "lam": LAM,
             "level": LEVEL,
             "environment": environment(),
             "tasks": {name: measured(tasks, name) for name in tqdm(tasks.reward, unit="task", disable=None)},
         }
         write_json(out / "results.json", results)
-        print(table(results, args.most))
+        print(shown(results, args.most))
     except AlignProError as error:
         print(f"price.py: error: {error}", file=sys.stderr)
         return 2

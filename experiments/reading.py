@@ -23,6 +23,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from scipy.special import rel_entr
+from task_grid.kinds import MAKING, plain_or_brief
 
 from alignpro.errors import AlignProError
 from alignpro.files import write_json
@@ -35,8 +36,6 @@ from alignpro.llm.models.forward import token_seconds
 from alignpro.llm.models.load import load_model
 from alignpro.llm.models.prompt import with_instruction
 from alignpro.llm.policies.prompter import Prompter, has_template
-from alignpro.llm.rewards.reward import check_texts
-from alignpro.llm.rewards.texts import brevity, ease
 from alignpro.llm.training.settings import TreeSettings
 from alignpro.report import theme
 from alignpro.runs import environment, own
@@ -48,8 +47,6 @@ from alignpro.theory.results import strategy_table, universal
 
 Json = dict[str, Any]
 KINDS = ("make", "tell")
-MAKING = ("compose", "create", "design", "draft", "generate", "imagine", "invent", "make", "write")
-"""First words of requests of the first kind; all others are of the second."""
 GAPS = ("theorem1", "law")
 """Bounds of J(π*) − J(ρ*) that are certified, prompt by prompt."""
 SHARED = ("instance.npz", "texts.json", "results.json", "ppo-*")
@@ -103,29 +100,7 @@ class Experiment:
 
 def kind_of(x: str) -> int:
     """The kind of a prompt, a position in `KINDS`, by its first word."""
-    return 0 if x.split()[0].lower() in MAKING else 1
-
-
-class ByKind:
-    """r(x, y): reading ease of y where x asks to make something, else its brevity; in [0, 1]."""
-
-    low, high = 0.0, 1.0
-    parts = (ease(), brevity())
-
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-        """Score each response by the part of its prompt's kind: [n] float64."""
-        check_texts(prompts, responses)
-        pairs = zip(prompts, responses, strict=True)
-        return np.array([self.parts[kind_of(x)].function(y) for x, y in pairs], dtype=np.float64)
-
-    def describe(self) -> Json:
-        """Say which part scores which kind, and which prompts are of it."""
-        parts = {kind: part.describe() for kind, part in zip(KINDS, self.parts, strict=True)}
-        return {
-            "name": "ease or brevity, by kind",
-            "parts": parts,
-            "make": "first word: " + ", ".join(MAKING),
-        }
+    return 1 - int(MAKING.of([x])[0])
 
 
 def chosen_prompts(count: int, seed: int, words: int) -> list[str]:
@@ -280,7 +255,7 @@ def _run(experiment: Experiment) -> Json:
     )
     settings = DemoSettings(enumeration=sizes, seed=experiment.seed)
     how: Json = {"prompter": prompter, "rewrites": rewrites}
-    enumeration, judged = enumerated(out, settings, prompts, model, tokenizer, ByKind(), **how)
+    enumeration, judged = enumerated(out, settings, prompts, model, tokenizer, plain_or_brief, **how)
     if [list(row) for row in enumeration.rewrites] != rewrites:
         raise AlignProError(f"--out {out}: holds other prompts or instructions; choose another folder")
     parts = blocks(enumeration)

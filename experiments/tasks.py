@@ -1,16 +1,19 @@
-"""Five tasks for a prompter: what `headroom` foresees, what PPO earns, and what a fixed instruction would.
+"""Tasks for a prompter: what `headroom` foresees, what PPO earns, and what a fixed instruction would.
 
     python experiments/tasks.py --out runs/tasks --processes 2     # two CPU cores, nothing but packages
     python experiments/tasks.py --out runs/tasks --dry-run         # every job, and what it asks for
 
-Reading ease, sentiment, brevity, format and preference (`minilm-bt`). Of each: rollouts of the reference
-prompter, from which `headroom` says whether to train; a race of instructions; PPO with three seeds, RLOO and
-the RLHF oracle; and all arms on held-out prompts, with equal numbers of answers. Interrupt at any time; the
-same command goes on. Each job's options are in its folder, for `alignpro <verb> --config`.
+Reading ease, sentiment, brevity, format, preference (`minilm-bt`), and two tasks that want another answer of
+one kind of requests than of the others. Of each: rollouts of the reference prompter, from which `headroom`
+says whether to train; a race of instructions; a router, which picks one for the prompt; PPO with three seeds,
+RLOO and the RLHF oracle; and all arms on held-out prompts, with equal numbers of answers. Interrupt at any
+time; the same command goes on. Each job's options are in its folder, for `alignpro <verb> --config`.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from paper_grid import launch, work
@@ -29,6 +32,9 @@ def main(arguments=None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of all jobs")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help=f"some of: {', '.join(map(repr, plan.TASKS))}"
+    )
     parser.add_argument("--only", default="", help="jobs whose name holds this, and what they need")
     launch.add_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
@@ -36,13 +42,23 @@ def main(arguments=None) -> int:
     parser.add_argument("--publish", type=Path, help="copy the results into this folder")
     args = parser.parse_args(arguments)
     try:
-        return run(args, plan.Size())
+        return run(args, chosen(plan.Size(), args.tasks))
     except AlignProError as error:
         print(f"tasks.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tasks.py: interrupted; the same command goes on", file=sys.stderr)
         return 130
+
+
+def chosen(size: plan.Size, names: Sequence[str] | None) -> plan.Size:
+    """Of these tasks alone, in the given order; of all without names."""
+    if names is None:
+        return size
+    for name in names:
+        if name not in size.tasks:
+            raise AlignProError(f"--tasks {name!r}: choose from {', '.join(map(repr, size.tasks))}")
+    return replace(size, tasks={name: size.tasks[name] for name in names})
 
 
 def run(args, size: plan.Size) -> int:
@@ -65,6 +81,7 @@ def run(args, size: plan.Size) -> int:
         return 0
     if todo and not args.summary_only:
         command = [str(Path(__file__)), "--out", str(out), "--only", args.only]
+        command += ["--tasks", *size.tasks] if args.tasks else []
         if not launch.do_all(args, command, jobs, out):
             return 0
     if args.only and not args.summary_only:

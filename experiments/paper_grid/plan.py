@@ -181,7 +181,7 @@ class Job:
 
     Attributes:
         name: its folder there.
-        verb: prompts (of the grid itself), train, rollout or judge.
+        verb: train, rollout or judge, say; prompts is of the grid itself.
         options: what its config.yaml holds.
         needs: names of the jobs whose results it takes.
         argument: judge's file.
@@ -207,6 +207,12 @@ class Job:
                 value = [place(v) for v in value] if isinstance(value, list) else place(value)
             found[name] = value
         return as_flags(self.verb, found)
+
+    def act(self, out: Path) -> bool:
+        """Do what no verb of `alignpro` does; False, and nothing is done, where a verb does this job."""
+        if self.verb == "prompts":
+            select_prompts(self, out)
+        return self.verb == "prompts"
 
 
 def as_flags(verb: str, options: Options) -> dict[str, Any]:
@@ -380,7 +386,7 @@ def write_config(job: Job, out: Path) -> Path:
     """The job's config.yaml."""
     folder = out / job.name
     folder.mkdir(parents=True, exist_ok=True)
-    head = f"# alignpro {job.verb} --config {CONFIG}" if job.verb != "prompts" else "# which prompts"
+    head = f"# alignpro {job.verb} --config {CONFIG}" if job.verb in VERBS else f"# {job.verb}"
     text = yaml.safe_dump(json.loads(json.dumps(job.resolved(out))), sort_keys=False, allow_unicode=True)
     write_text(folder / CONFIG, f"{head}\n{text}")
     return folder / CONFIG

@@ -160,8 +160,7 @@ def do(job: Job, out: Path) -> None:
         KeyboardInterrupt: as it says.
     """
     path = plan.write_config(job, out)
-    if job.verb == "prompts":
-        plan.select_prompts(job, out)
+    if job.act(out):
         return
     argument = [str(out / job.argument)] if job.argument else []
     named = job.options.get("reward", [])

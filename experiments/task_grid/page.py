@@ -11,7 +11,7 @@ from paper_grid.summary import interval
 from alignpro.files import atomic_write, write_text
 from alignpro.report import theme
 from alignpro.report.text import visible
-from task_grid.plan import FIXED
+from task_grid.plan import FIXED, ROUTER
 from task_grid.results import tally
 
 Results = Mapping[str, Any]
@@ -19,6 +19,7 @@ NAMES = {
     "none": "no prompter",
     "sft": "ρ_sft",
     FIXED: "best fixed instruction",
+    ROUTER: "router",
     "star": "ρ\\* by resampling",
     "best_of_n": "best of n",
     "rloo": "RLOO",
@@ -44,7 +45,7 @@ def means(results: Results) -> str:
 
 def gains(results: Results) -> str:
     """What PPO gains over its rivals, a row for each task."""
-    rivals = ("none", FIXED, "star", "rlhf")
+    rivals = ("none", FIXED, ROUTER, "star", "rlhf")
     rows = [
         [
             name,
@@ -84,6 +85,26 @@ def numbers(results: Results) -> str:
         for name, task in results["tasks"].items()
     ]
     return _table(["task", *(f"{part}, {when}" for part in parts for when in ("foreseen", "realised"))], rows)
+
+
+def reading(results: Results) -> str:
+    """What the router learned, and what it and PPO earn over the best fixed instruction."""
+    rows = []
+    for name, task in results["tasks"].items():
+        found, facts = task["reading"], task["reading"]["router"]
+        over = found["over the best fixed instruction"]
+        most = ", ".join(f"{text} ({n})" for text, n in list(facts["picks"].items())[:3])
+        rows.append(
+            [
+                name,
+                f"{facts['earns on prompts left out'] - facts['one instruction does']:+.3f}",
+                *(interval(over.get(arm)) for arm in (ROUTER, "trained")),
+                _cell(most),
+            ]
+        )
+    head = ["task", "router over one instruction, on the table"]
+    ends = [f"{NAMES[arm]} over the best fixed instruction" for arm in (ROUTER, "trained")]
+    return _table([*head, *ends, "the router picks (of held-out prompts)"], rows)
 
 
 def bounds(results: Results) -> str:
@@ -170,7 +191,7 @@ def markdown(results: Results) -> str:
     if "bfloat16" in results["dtypes"]:
         noise = ", which leaves tenths of a nat of noise in its log-probabilities"
     said = [
-        "# Five tasks",
+        f"# {len(results['tasks'])} tasks",
         f"Frozen model {size['target']}, in {' and '.join(results['dtypes'])}{noise}; "
         f"{trained}, λ = {size['lam']:g} of the reward's width, {len(size['seeds'])} seeds; "
         f"{held}. Intervals are at {results['level']:.0%} over prompts.",
@@ -185,6 +206,11 @@ def markdown(results: Results) -> str:
         "prompt: the price of not reading it, net of KL and were effects normal; PPO over the best fixed "
         "instruction. Fine-tuning: the gap of Theorem 1 at β = λ; RLHF over PPO.",
         numbers(results),
+        "## Reading the prompt",
+        "A router picks an instruction by the prompt's embedding. It learned from a table of training "
+        "prompts, each with every one of some instructions, which all tasks share; what it earns there over "
+        "one instruction for all is on prompts left out.",
+        reading(results),
         "![Foreseen and realised gains](foresight.png)",
         calibration(results),
         "## Theorem 1",

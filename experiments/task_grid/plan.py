@@ -13,6 +13,7 @@ from typing import Any
 from paper_grid.plan import Job
 
 from alignpro.files import read_json
+from task_grid import router, table
 
 TASKS: Mapping[str, str] = {
     "reading ease": "ease",
@@ -20,15 +21,18 @@ TASKS: Mapping[str, str] = {
     "brevity": "brevity",
     "format": "list",
     "preference": "minilm-bt",
+    "brief or plain": "task_grid.kinds:brief_or_plain",
+    "list or plain": "task_grid.kinds:list_or_plain",
 }
-"""By name: the reward. The format is verifiable: 1 for an answer that is a list of two items or more."""
+"""By name: the reward. The format is verifiable: 1 for an answer that is a list of two items or more. The
+last two want another answer of one kind of requests than of the others (`kinds`)."""
 PROMPTERS: Mapping[str, Mapping[str, Any]] = {
     "instructions-sft": {"prompter": "instructions-sft"},
     "append": {"prompter": "smollm2-135m-instruct", "template": "append", "rewrite_tokens": 16},
 }
 """Reference prompters that foresight is tried with. The first one is trained on."""
-FIXED = "fixed"
-"""The arm of the best fixed instruction."""
+FIXED, ROUTER = "fixed", "router"
+"""The arms of the best fixed instruction, and of the one that a router picks for the prompt."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,10 @@ class Size:
     """Answers of a race of instructions: the bank, each of whose candidates is tried, takes 721 at least."""
     race: Mapping[str, Any] = field(default_factory=dict)
     """Further options of instruct."""
+    table_prompts: int = 46
+    """Training prompts of the table, of which each is asked once with every one of its instructions."""
+    table_each: int = 3
+    """Instructions of every group of the bank in the table, from which a router learns."""
 
     @property
     def calls(self) -> int:
@@ -80,12 +88,13 @@ class Size:
 
 @dataclass(frozen=True)
 class Late(Job):
-    """A job one of whose options is another's result."""
+    """A job some of whose options are others' results."""
 
     def resolved(self, out: Path) -> dict[str, Any]:
-        """Its options, with the best instruction that was found (none, where no instruction won)."""
+        """Its options, with the best instruction that was found (none, where none won), and the router's."""
         found = super().resolved(out)
         winner = read_json(out / found.pop("instructed") / "instruct.json")["winner"]
+        found["rewrites_file"] = [f"{ROUTER}={out / found.pop('routed') / router.REWRITES}"]
         return found | ({"instruction": [f"{FIXED}={winner}"]} if winner else {})
 
 
@@ -114,12 +123,18 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
         options = {**drawn, **prompter, "prompts": size.held_out}
         yield Job(f"foreseen/{name}", "rollout", {**options, "split": "train", "draws": size.foreseen_draws})
         yield Job(f"resampled/{name}", "rollout", {**options, "split": "test", "draws": size.reference_draws})
-    start = next(iter(size.prompters.values()))
+    named, start = next(iter(size.prompters.items()))
+    texts = table.strategies(size.table_each)
+    known = {**drawn, "arms": ["none"], "instruction": table.arms(texts), "answers": 1, "draws": 1}
+    yield Job("table", "rollout", {**known, "split": "train", "prompts": size.table_prompts})
     for task, reward in size.tasks.items():
         here, world = slug(task), {**asked, "reward": reward}
         race = {**world, "budget": size.race_calls, "held_out": size.held_out}
         race |= {"held_out_answers": size.answers, **size.race}
         yield Job(f"{here}/instruct", "instruct", race)
+        learned = {"table": "table", "instructions": list(texts), "reward": reward}
+        learned["held_out"] = f"resampled/{named}"
+        yield router.Routed(f"{here}/router", "router", learned, ("table", f"resampled/{named}"))
         shape = {"iterations": size.iterations, "prompts": size.prompts, "samples": size.samples}
         training = {**world, **_kept(start), **shape, "lam": size.lam, "resume": True}
         training |= {"max_tokens": size.rewrite_tokens, **size.training}
@@ -145,8 +160,9 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
             # As many answers as one training asked for, spread over the held-out prompts.
             "proposals": max(1, round(size.calls / size.held_out)),
             "instructed": f"{here}/instruct",
+            "routed": f"{here}/router",
         }
-        needs = (f"{here}/instruct", *trained, f"{here}/rloo-0", f"{here}/rlhf-0")
+        needs = (f"{here}/instruct", f"{here}/router", *trained, f"{here}/rloo-0", f"{here}/rlhf-0")
         yield Late(f"{here}/rollout", "rollout", measured, needs)
 
 
@@ -157,12 +173,15 @@ def _kept(prompter: Mapping[str, Any]) -> dict[str, Any]:
 def asks(job: Job) -> int:
     """Answers that a job asks for at most, those on file included."""
     o = job.options
+    if job.verb == "router":
+        return 0
     if job.verb == "instruct":
         return o["budget"] + 2 * o["held_out"] * o["held_out_answers"]
     if job.verb == "train":
         return o["iterations"] * o["prompts"] * o["samples"]
     each = o["draws"] * o["answers"]
-    arms = len(o["arms"]) + len(o.get("trained", ())) + len(o.get("rlhf", ())) + ("instructed" in o)
+    arms = sum(len(o.get(name, ())) for name in ("arms", "trained", "rlhf", "instruction"))
+    arms += ("instructed" in o) + ("routed" in o)
     return o["prompts"] * (arms * each + o.get("proposals", 0))
 
 

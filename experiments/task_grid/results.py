@@ -26,13 +26,14 @@ from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.training.checkpoints import METRICS_FILE
 from alignpro.rollouts import Rollout, Rollouts
 from alignpro.runs import SETTINGS_FILE, environment
-from task_grid.plan import FIXED, Size, recorded, slug
+from task_grid import router
+from task_grid.plan import FIXED, ROUTER, Size, recorded, slug
 
 LAMS = (0.02, 0.05, 0.1, 0.2)
 """Shares of the reward's width at which foresight is tried."""
 SMALLEST = 0.01
 """Share of the reward's width below which a gain is none, as `headroom` has it."""
-RIVALS = ("sft", FIXED, "star", "best_of_n", "rloo", "rlhf")
+RIVALS = ("sft", FIXED, ROUTER, "star", "best_of_n", "rloo", "rlhf")
 
 
 @cache
@@ -65,15 +66,15 @@ def summarise(size: Size, out: Path) -> dict[str, Any]:
 
 def _task(size: Size, out: Path, task: str, reward: str) -> dict[str, Any]:
     here = out / slug(task)
-    table = rollouts.read(here / "rollout" / FILE)
-    lam = size.lam * (table.high - table.low)
-    arms = ["none", *(arm for arm in (*RIVALS, "trained") if arm in table.arms)]
-    every = compare(table, arms, LEVEL)
+    found = rollouts.read(here / "rollout" / FILE)
+    lam = size.lam * (found.high - found.low)
+    arms = ["none", *(arm for arm in (*RIVALS, "trained") if arm in found.arms)]
+    every = compare(found, arms, LEVEL)
     # Others' gains over the trained prompter, with the sign turned: what it gains over each.
-    trained = compare(table, ["trained", *(arm for arm in arms if arm != "trained")], LEVEL)
-    alone = compare(table, ["none", "trained"], LEVEL).against["trained"]
+    trained = compare(found, ["trained", *(arm for arm in arms if arm != "trained")], LEVEL)
+    alone = compare(found, ["none", "trained"], LEVEL).against["trained"]
     race = read_json(here / "instruct" / "instruct.json")
-    report = estimate(table, lam, lam, LEVEL)
+    report = estimate(found, lam, lam, LEVEL)
     seen = rewarded(out / "foreseen" / next(iter(size.prompters)) / FILE, reward)
     foreseen = headroom(seen, (lam,), LEVEL, beta=lam)
     return {
@@ -84,6 +85,7 @@ def _task(size: Size, out: Path, task: str, reward: str) -> dict[str, Any]:
         "foreseen": foreseen.answer,
         "pooled": None if foreseen.pooled is None else foreseen.pooled.finding,
         "numbers": _numbers(foreseen, every, trained),
+        "reading": _reading(here, found),
         "mean": {arm: shown(e) for arm, e in every.mean.items()},
         "over none": {arm: shown(of.mean) for arm, of in every.against.items()},
         "trained over": {arm: minus(of.mean) for arm, of in trained.against.items()},
@@ -133,6 +135,17 @@ def _numbers(foreseen: Headroom, every: Comparison, trained: Comparison) -> dict
             "foreseen": shown(foreseen.at[0].tuned),
             "realised": shown(None if beyond is None else beyond.mean),
         },
+    }
+
+
+def _reading(here: Path, found: Rollouts) -> dict[str, Any]:
+    """What the router learned, and what it and PPO earn over the best fixed instruction, if there is one."""
+    over = {}
+    if FIXED in found.arms:
+        over = compare(found, [FIXED, ROUTER, "trained"], LEVEL).against
+    return {
+        "router": read_json(here / "router" / router.FACTS),
+        "over the best fixed instruction": {arm: shown(of.mean) for arm, of in over.items()},
     }
 
 

@@ -5,14 +5,61 @@ that comes the mean of s. The ridge is chosen by cross-validation, by what the c
 prompts left out; among the ridges is the infinite one, which is the best fixed instruction.
 """
 
+import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from paper_grid.plan import Job
 
+from alignpro.files import read_json_lines, write_json, write_text
+from alignpro.llm.arms.rollout import FILE
+from alignpro.llm.models.prompt import with_instruction
+from alignpro.llm.rewards.features import Embedder
+from task_grid import table
+
+REWRITES, FACTS = "rewrites.jsonl", "router.json"
 RIDGES = (np.inf, 30.0, 10.0, 3.0, 1.0, 0.3)
 """From the stiffest: of two that earn as much, the first is taken."""
 FOLDS = 8
+
+
+@dataclass(frozen=True)
+class Routed(Job):
+    """The job of a task's router: learn from the table, and rewrite the held-out prompts.
+
+    Its options are `instructions`, `reward`, and the folders of two rollouts: `table`, and `held_out` for the
+    prompts.
+    """
+
+    def act(self, out: Path) -> bool:
+        """Write the rewrites, as `rollout --rewrites-file` takes them, and what the router learned."""
+        o = self.options
+        known = table.read(out / o["table"] / FILE, o["instructions"], o["reward"])
+        prompts = list(dict.fromkeys(row["x"] for row in read_json_lines(out / o["held_out"] / FILE)))
+        seen, values = embedded(known.prompts), known.rewards.mean(2)
+        found = fit(seen, values)
+        picked = [known.texts[s] for s in found.pick(embedded(prompts))]
+        pairs = zip(prompts, picked, strict=True)
+        rows = ({"prompt": str(x), "rewrite": with_instruction(x, text)} for x, text in pairs)
+        write_text(out / self.name / REWRITES, "".join(json.dumps(row) + "\n" for row in rows))
+        fixed = left_out(values, lambda learned: np.full(len(values), values[learned].mean(0).argmax()))
+        facts = {
+            "calls": known.rewards.size,
+            "ridge": "none: one instruction for all" if np.isinf(found.ridge) else found.ridge,
+            "picks": dict(Counter(text or "(none)" for text in picked).most_common()),
+            "earns on prompts left out": float(earned(seen, values, found.ridge).mean()),
+            "one instruction does": float(fixed.mean()),
+        }
+        write_json(out / self.name / FACTS, facts)
+        return True
+
+
+def embedded(prompts: Sequence[str]) -> np.ndarray:
+    """Unit vectors [X, D] by which prompts are read: the packaged MiniLM's."""
+    return Embedder().embed(prompts)
 
 
 @dataclass(frozen=True)

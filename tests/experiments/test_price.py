@@ -4,15 +4,15 @@ import numpy as np
 import price
 import pytest
 from mutants import kills, mutated
-from task_grid import router
+from task_grid import router, table
 
 
-def table(seed=0, prompts=40, strategies=5, answers=4):
+def rewards_of(seed=0, prompts=40, strategies=5, answers=4):
     return np.random.default_rng(seed).uniform(size=(prompts, strategies, answers))
 
 
 def test_what_is_judged_had_no_part_in_the_choice():
-    values, kind = table().mean(2), np.arange(40) % 2
+    values, kind = rewards_of().mean(2), np.arange(40) % 2
 
     def check(left_out, by_kind) -> None:
         found = left_out(values, by_kind(values, kind))
@@ -30,7 +30,7 @@ def test_what_is_judged_had_no_part_in_the_choice():
 
 
 def test_the_best_of_each_prompt_is_judged_by_other_answers():
-    rewards = table(1)
+    rewards = rewards_of(1)
 
     def check(module) -> None:
         found = module.crossed(rewards)
@@ -84,7 +84,7 @@ def test_a_price_is_found_where_there_is_one():
 
 def test_the_table_as_rollouts():
     given = tasks(0.3, 0.05, prompts=8)
-    found = price.as_rollouts(given, "two")
+    found = table.as_rollouts(table.Table(given.prompts, given.strategies, given.reward["two"], "two"))
     none, sft = (found.arm == found.arms.index(name) for name in ("none", "sft"))
     assert len(found) == 8 * 4 * (6 + 1)
     of = found.reward[none].reshape(8, 4)

@@ -13,7 +13,6 @@ from alignpro.llm.arms import demo
 from alignpro.llm.arms.enumerate import Enumeration
 from alignpro.llm.data.bank import BANK, INSTRUCTIONS
 from alignpro.llm.models.configure import tiny_model
-from alignpro.llm.rewards.texts import brevity, ease
 from alignpro.llm.training.settings import TreeSettings
 from alignpro.theory import Instance
 
@@ -198,16 +197,8 @@ def test_the_same_command_goes_on(experiment, found, monkeypatch):
         reading.run(replace(experiment, train=False))
 
 
-def test_the_reward_reads_the_kind_of_the_prompt():
-    def check(module):
-        y = ["A day.", "Everybody appreciates considerable institutional responsibility."] * 2
-        x = ["Write a poem.", "Create joy", "Name a poem.", "What is it?"]
-        expected = [ease().function(y[0]), ease().function(y[1])]
-        expected += [brevity().function(y[2]), brevity().function(y[3])]
-        np.testing.assert_array_equal(module.ByKind().score(x, y), expected)
-
-    check(reading)
-    kills(check, mutated(reading, "return 0 if x.split", "return 1 if x.split"))
+def test_the_kind_of_a_prompt_is_a_position_among_the_kinds():
+    assert [reading.KINDS[reading.kind_of(x)] for x in ("Write a poem.", "Name a poem.")] == ["make", "tell"]
 
 
 def test_strategies_are_of_all_groups():

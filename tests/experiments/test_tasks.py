@@ -10,12 +10,14 @@ import pytest
 import tasks
 from mutants import kills, mutated
 from paper_grid import launch, work
-from task_grid import plan, results
+from task_grid import kinds, plan, results, router, table
 
 from alignpro import rollouts
-from alignpro.files import read_json
+from alignpro.files import read_json, read_json_lines
 from alignpro.llm.arms.rollout import FILE
 from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.rewards.opening import load_reward
+from alignpro.llm.rewards.texts import ease
 from alignpro.llm.targets.ledger import spent
 
 
@@ -34,6 +36,7 @@ def size(tmp_path_factory):
     (folder / "instructions.txt").write_text("ab\ncd\nef\n")
     prompter = {"prompter": str(folder / "model"), "template": "append", "rewrite_tokens": 4}
     return plan.Size(
+        table_prompts=20, table_each=1,
         iterations=2, prompts=2, samples=4, rlhf_iterations=1, seeds=(0, 1), lam=0.1, held_out=6,
         foreseen_draws=2,
         answer_tokens=6, rewrite_tokens=4, target=str(folder / "model"), prompters={"tiny": prompter},
@@ -47,22 +50,30 @@ def size(tmp_path_factory):
 def arguments(out, **more):
     parser = argparse.ArgumentParser()
     launch.add_arguments(parser)
-    given = {"only": "", "dry_run": False, "summary_only": False, "publish": None}
+    given = {"only": "", "tasks": None, "dry_run": False, "summary_only": False, "publish": None}
     return argparse.Namespace(out=out, **vars(parser.parse_args([])) | given | more)
 
 
 @pytest.fixture(scope="module")
 def whole(size, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
-    assert tasks.run(arguments(out), size) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(router, "embedded", letters)
+        assert tasks.run(arguments(out), size) == 0
     return out
+
+
+def letters(prompts):
+    """In place of the packaged embedding: how often a prompt has each letter, as unit vectors."""
+    counts = np.array([[x.count(letter) for letter in "abcdefgh"] for x in prompts], float)
+    return counts / np.linalg.norm(counts, axis=1, keepdims=True)
 
 
 def test_what_it_says(size, whole, tmp_path, capsys):
     found = read_json(whole / "results.json")
     assert not found["missing"]
     for name, task in found["tasks"].items():
-        assert set(task["mean"]) >= {"none", "sft", "star", "best_of_n", "rloo", "trained", "rlhf"}
+        assert set(task["mean"]) >= {"none", "sft", "router", "star", "best_of_n", "rloo", "trained", "rlhf"}
         assert ("fixed" in task["mean"]) == bool(task["instruction"]), name
         gain = task["trained and none"]["mean"]
         assert gain["value"] == pytest.approx(
@@ -84,6 +95,10 @@ def test_what_it_says(size, whole, tmp_path, capsys):
         assert task["numbers"]["fine-tuning"]["foreseen"]["lo"] is not None
         assert {b["name"] for b in task["bounds"]} == {"theorem1", "trained", "trained_rewards_only"}
         assert len(task["examples"]) == 3
+        over = task["reading"]["over the best fixed instruction"]
+        assert set(over) == ({"router", "trained"} if task["instruction"] else set())
+        for arm, gain in over.items():
+            assert gain["value"] == pytest.approx(mean[arm] - mean["fixed"])
     assert len(found["foresight"]) == 2 * (len(results.LAMS) + len(size.seeds))
     counts = results.tally(found["foresight"])
     assert sum(n for name, n in counts.items() if ", " in name) == counts["points"] == 12
@@ -97,6 +112,40 @@ def test_what_it_says(size, whole, tmp_path, capsys):
     assert tasks.run(arguments(whole, summary_only=True, publish=tmp_path), size) == 0
     assert (whole / "results.json").read_bytes() == before
     assert (tmp_path / "results.md").read_text() == page
+
+
+def test_the_router_learns_from_the_table_and_rewrites_the_held_out_prompts(size, whole):
+    """Against plain sums over the files. Mutant: prompts and instructions of the table are mixed up."""
+    texts = table.strategies(size.table_each)
+    rows = read_json_lines(whole / "table" / FILE)
+    assert len(rows) == 20 * len(texts) == 200
+    known = table.read(whole / "table" / FILE, texts, "ease")
+
+    def check(module):
+        found = module.read(whole / "table" / FILE, texts, "ease")
+        for i, x in enumerate(found.prompts):
+            for s, text in enumerate(texts):
+                (said,) = [
+                    r["response"] for r in rows if (r["x"], r["rewrite"]) == (x, f"{x} {text}".strip())
+                ]
+                assert found.rewards[i, s, 0] == ease().function(said)
+
+    check(table)
+    kills(
+        check, mutated(table, "[[cells[x, arm] for arm in named]", "[[cells[x, arm] for arm in named[::-1]]")
+    )
+    for task, reward in size.tasks.items():
+        folder = whole / plan.slug(task)
+        values = table.read(whole / "table" / FILE, texts, reward).rewards.mean(2)
+        picks = router.fit(letters(known.prompts), values)
+        asked = {
+            r["x"]: r["rewrite"] for r in read_json_lines(folder / "rollout" / FILE) if r["arm"] == "router"
+        }
+        assert len(asked) == size.held_out
+        for x, rewrite in asked.items():
+            assert rewrite == f"{x} {texts[picks.pick(letters([x]))[0]]}".strip()
+        facts = read_json(folder / "router" / router.FACTS)
+        assert (sum(facts["picks"].values()), facts["calls"]) == (size.held_out, 200)
 
 
 def test_everything_that_tasks_share_is_asked_once(size, whole):
@@ -146,4 +195,33 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 2
     assert tasks.main(["--out", str(tmp_path / "a"), "--dry-run"]) == 0
     assert "reading-ease/ppo-0" in capsys.readouterr().out
+    assert tasks.main(["--out", str(tmp_path / "a"), "--tasks", "nothing"]) == 2
+    assert "--tasks 'nothing': choose from 'reading ease', " in capsys.readouterr().err
+    assert tasks.main(["--out", str(tmp_path / "a"), "--tasks", "list or plain", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "list-or-plain/ppo-0" in said
+    assert "reading-ease" not in said
     assert not list(Path(tmp_path / "a").iterdir())
+
+
+def test_each_kind_of_requests_has_its_reward():
+    """By its name, as the grid's jobs give it. Mutant: each kind has the other's."""
+    x = ["Name three birds.", "Name a bird.", "Write of birds."]
+    y = ["1. A crow\n2. An owl", "Considerable ornithological responsibility."]
+
+    def check(module):
+        assert module.SEVERAL.of(x).tolist() == [1, 0, 0]
+        assert module.MAKING.of([*x, ""]).tolist() == [0, 0, 1, 0]
+        for kind, names in ((module.SEVERAL, ("list", "ease")), (module.MAKING, ("brevity", "ease"))):
+            parts = [load_reward(name) for name in names]
+            found = module.ByKind(kind, *parts).score(np.repeat(x, 2), y * 3)
+            plain = [parts[1 - k].score(["x"], [said])[0] for k in kind.of(x) for said in y]
+            np.testing.assert_array_equal(found, plain)
+
+    check(kinds)
+    kills(check, mutated(kinds, "((1, self.one), (0, self.other))", "((0, self.one), (1, self.other))"))
+    reward = load_reward("task_grid.kinds:list_or_plain")
+    assert reward.score([x[0], x[0]], y).tolist() == [1.0, 0.0]
+    assert (reward.low, reward.high) == (0.0, 1.0)
+    for name in plan.TASKS.values():
+        load_reward(name)
