@@ -50,14 +50,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--summary-only", action="store_true", help="results of what is finished")
     parser.add_argument("--publish", type=Path, help="copy results, figures and tables into this folder")
     args = parser.parse_args(arguments)
-    try:
-        return _run(args)
-    except AlignProError as error:
-        print(f"paper.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("paper.py: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return launch.ended("paper.py", lambda: _run(args))
 
 
 def _run(args) -> int:

@@ -201,32 +201,30 @@ def main() -> int:
     launch.add_arguments(parser)
     parser.add_argument("--summary-only", action="store_true", help="results of what is finished")
     args = parser.parse_args()
-    try:
-        out = writable_folder(args.out.resolve())
-        known = read_known(args.known)
-        if not any(args.only in job.name for job in jobs(out)):
-            chosen(jobs(out), args.only)  # which says what there is
-        planned = [job for job in jobs(out) if args.only in job.name and job.name not in known]
-        if args.status:
-            print(launch.status(planned, out))
+    return launch.ended("ppo_settings.py", lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what is not done, and write the results."""
+    out = writable_folder(args.out.resolve())
+    known = read_known(args.known)
+    if not any(args.only in job.name for job in jobs(out)):
+        chosen(jobs(out), args.only)  # which says what there is
+    planned = [job for job in jobs(out) if args.only in job.name and job.name not in known]
+    if args.status:
+        print(launch.status(planned, out))
+        return 0
+    work.check_settings(planned, out)
+    todo = [job for job in planned if not work.finished(job, out)]
+    if not args.summary_only:
+        packages.note(f"{len(todo)} of {len(planned)} trainings to do, of {ANSWERS} answers each")
+        command = [str(Path(__file__)), "--out", str(out), "--only", args.only]
+        command += [] if args.known is None else ["--known", str(args.known.resolve())]
+        if not launch.do_all(args, command, planned, out):
             return 0
-        work.check_settings(planned, out)
-        todo = [job for job in planned if not work.finished(job, out)]
-        if not args.summary_only:
-            packages.note(f"{len(todo)} of {len(planned)} trainings to do, of {ANSWERS} answers each")
-            command = [str(Path(__file__)), "--out", str(out), "--only", args.only]
-            command += [] if args.known is None else ["--known", str(args.known.resolve())]
-            if not launch.do_all(args, command, planned, out):
-                return 0
-        results = summarise(trainings(out, known))
-        write_json(out / "results.json", results)
-        print(table(results))
-    except AlignProError as error:
-        print(f"ppo_settings.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ppo_settings.py: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    results = summarise(trainings(out, known))
+    write_json(out / "results.json", results)
+    print(table(results))
     return 0
 
 

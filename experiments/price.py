@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paper_grid import summary
+from paper_grid import launch, summary
 from task_grid import router, table
 from task_grid.kinds import KINDS
 from tqdm import tqdm
@@ -184,34 +184,32 @@ def main() -> int:
     parser.add_argument("--answer-tokens", type=int, default=40)
     parser.add_argument("--most", type=int, default=10, help="pairs of rewards to print")
     args = parser.parse_args()
-    try:
-        for name, given, least in (("answers", args.answers, 2), ("prompts", args.prompts, router.FOLDS)):
-            if given < least:
-                raise AlignProError(f"--{name} {given}: give at least {least}")
-        out, texts = writable_folder(args.out.resolve()), table.strategies(args.each)
-        prompts = public.prompts("instructions", args.split)[: args.prompts]
-        asked = len(prompts) * len(texts) * args.answers
-        print(f"{len(prompts)} prompts with {len(texts)} instructions, {asked:,} answers", file=sys.stderr)
-        tasks = rewarded(prompts, texts, answered(out, prompts, texts, args.answers, args.answer_tokens))
-        results = {
-            "prompts": len(prompts),
-            "split": args.split,
-            "instructions": list(texts),
-            "answers": args.answers,
-            "kinds": {kind.name: float(kind.of(prompts).mean()) for kind in KINDS},
-            "lam": LAM,
-            "level": LEVEL,
-            "environment": environment(),
-            "tasks": {name: measured(tasks, name) for name in tqdm(tasks.reward, unit="task", disable=None)},
-        }
-        write_json(out / "results.json", results)
-        print(shown(results, args.most))
-    except AlignProError as error:
-        print(f"price.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("price.py: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return launch.ended("price.py", lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what is not done, and write the results."""
+    for name, given, least in (("answers", args.answers, 2), ("prompts", args.prompts, router.FOLDS)):
+        if given < least:
+            raise AlignProError(f"--{name} {given}: give at least {least}")
+    out, texts = writable_folder(args.out.resolve()), table.strategies(args.each)
+    prompts = public.prompts("instructions", args.split)[: args.prompts]
+    asked = len(prompts) * len(texts) * args.answers
+    print(f"{len(prompts)} prompts with {len(texts)} instructions, {asked:,} answers", file=sys.stderr)
+    tasks = rewarded(prompts, texts, answered(out, prompts, texts, args.answers, args.answer_tokens))
+    results = {
+        "prompts": len(prompts),
+        "split": args.split,
+        "instructions": list(texts),
+        "answers": args.answers,
+        "kinds": {kind.name: float(kind.of(prompts).mean()) for kind in KINDS},
+        "lam": LAM,
+        "level": LEVEL,
+        "environment": environment(),
+        "tasks": {name: measured(tasks, name) for name in tqdm(tasks.reward, unit="task", disable=None)},
+    }
+    write_json(out / "results.json", results)
+    print(shown(results, args.most))
     return 0
 
 

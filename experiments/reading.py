@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
+from paper_grid import launch
 from scipy.special import rel_entr
 from task_grid.kinds import MAKING, plain_or_brief
 
@@ -414,12 +415,10 @@ def draw(results: Mapping[str, Any], path: Path, prior: str) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
+def main() -> int:
+    run(tyro.cli(Experiment, config=(tyro.conf.FlagCreatePairsOff,)))
+    return 0
+
+
 if __name__ == "__main__":
-    try:
-        run(tyro.cli(Experiment, config=(tyro.conf.FlagCreatePairsOff,)))
-    except AlignProError as error:
-        print(f"reading.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("reading.py: interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(launch.ended("reading.py", main))

@@ -41,14 +41,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--summary-only", action="store_true", help="results of what is finished")
     parser.add_argument("--publish", type=Path, help="copy the results into this folder")
     args = parser.parse_args(arguments)
-    try:
-        return run(args, chosen(plan.Size(), args.tasks))
-    except AlignProError as error:
-        print(f"tasks.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("tasks.py: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return launch.ended("tasks.py", lambda: run(args, chosen(plan.Size(), args.tasks)))
 
 
 def chosen(size: plan.Size, names: Sequence[str] | None) -> plan.Size:

@@ -50,6 +50,18 @@ class Pool(Protocol):
         ...
 
 
+def ended(program: str, act: Callable[[], int]) -> int:
+    """Do an experiment's work and give its exit status; a mistake, or Ctrl-C, is one line."""
+    try:
+        return act()
+    except AlignProError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every grid's command has."""
     parser.add_argument(
