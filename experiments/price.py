@@ -30,7 +30,6 @@ from alignpro.files import writable_folder, write_json
 from alignpro.llm.data import public
 from alignpro.llm.models.prompt import with_instruction
 from alignpro.llm.models.sampling import Sampling
-from alignpro.llm.rewards.features import Embedder
 from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.targets.ledger import Cached
 from alignpro.llm.targets.local import LocalTarget
@@ -50,8 +49,8 @@ class Tasks:
     reward: Mapping[str, np.ndarray]
     kind: Mapping[str, np.ndarray]
     """Kinds of the prompts, 0 or 1, of tasks that have two."""
-    embeddings: np.ndarray
-    """Of the prompts [prompts, 384], by which a router reads them."""
+    embeddings: Mapping[str, np.ndarray]
+    """Of the prompts [prompts, size], by which a router may read them."""
 
 
 def answered(
@@ -80,7 +79,7 @@ def rewarded(prompts: Sequence[str], texts: Sequence[str], found: list[list[list
             task = f"{a} where it {each.name}, else {b}"
             reward[task] = np.where(is_of[:, None, None], alone[a], alone[b])
             kind[task] = is_of
-    return Tasks(prompts, texts, reward, kind, Embedder().embed(prompts))
+    return Tasks(prompts, texts, reward, kind, router.embeddings(prompts, MODEL))
 
 
 def by_kind(values: np.ndarray, kind: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -93,9 +92,14 @@ def by_kind(values: np.ndarray, kind: np.ndarray) -> Callable[[np.ndarray], np.n
     return choose
 
 
-def routing(values: np.ndarray, embeddings: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Choose by a router, whose ridge is chosen on the prompts to learn from, too."""
-    return lambda known: router.fit(embeddings[known], values[known]).pick(embeddings)
+def routing(values: np.ndarray, embeddings: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """Choose by a router, whose embedding and ridge are chosen on the prompts to learn from, too."""
+
+    def choose(known: np.ndarray) -> np.ndarray:
+        name, found = router.fit({name: of[known] for name, of in embeddings.items()}, values[known])
+        return found.pick(embeddings[name])
+
+    return choose
 
 
 def crossed(rewards: np.ndarray) -> np.ndarray:

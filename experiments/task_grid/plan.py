@@ -133,7 +133,7 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
         race |= {"held_out_answers": size.answers, **size.race}
         yield Job(f"{here}/instruct", "instruct", race)
         learned = {"table": "table", "instructions": list(texts), "reward": reward}
-        learned["held_out"] = f"resampled/{named}"
+        learned |= {"held_out": f"resampled/{named}", "model": size.target}
         yield router.Routed(f"{here}/router", "router", learned, ("table", f"resampled/{named}"))
         shape = {"iterations": size.iterations, "prompts": size.prompts, "samples": size.samples}
         training = {**world, **_kept(start), **shape, "lam": size.lam, "resume": True}

@@ -53,7 +53,7 @@ def tasks(effect, noise, prompts=64, seed=0):
     rewards = np.clip(means[..., None] + noise * rng.standard_normal((prompts, 6, 4)), 0, 1)
     names = [f"Tell me of {i}." for i in range(prompts)]
     texts = ("", "Be brief.", "Be kind.", "Be bold.", "Be slow.", "Be odd.")
-    embeddings = np.stack([kind == 0, kind == 1], 1).astype(float)
+    embeddings = {"kind": np.stack([kind == 0, kind == 1], 1).astype(float)}
     return price.Tasks(names, texts, {"two": rewards}, {"two": kind}, embeddings)
 
 

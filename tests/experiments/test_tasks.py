@@ -58,7 +58,7 @@ def arguments(out, **more):
 def whole(size, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(router, "embedded", letters)
+        patch.setattr(router, "embeddings", lambda prompts, model: {"letters": letters(prompts)})
         assert tasks.run(arguments(out), size) == 0
     return out
 
@@ -137,7 +137,7 @@ def test_the_router_learns_from_the_table_and_rewrites_the_held_out_prompts(size
     for task, reward in size.tasks.items():
         folder = whole / plan.slug(task)
         values = table.read(whole / "table" / FILE, texts, reward).rewards.mean(2)
-        picks = router.fit(letters(known.prompts), values)
+        _, picks = router.fit({"letters": letters(known.prompts)}, values)
         asked = {
             r["x"]: r["rewrite"] for r in read_json_lines(folder / "rollout" / FILE) if r["arm"] == "router"
         }
