@@ -55,6 +55,9 @@ VERBS = {
     "instruct": "instruct --out OUT --target ../model --prompts-file ../prompts.txt "
     "--reward letters:score@0,1 --dtype float32 --answer-tokens 4 "
     "--instructions-file ../instructions.txt --budget 120 --seed SEED",
+    "route": "route --out OUT --target ../model --prompts-file ../prompts.txt "
+    "--reward letters:score@0,1 --dtype float32 --answer-tokens 4 "
+    "--instructions-file ../instructions.txt --train-prompts 8 --seed SEED",
     "judge": "judge ../rollouts.jsonl --out OUT --arms trained none --judge ../model --forced --seed SEED",
     "estimate": "estimate ../rollouts.jsonl --beta 0.5 --lam 0.3 --out OUT",
     "headroom": "headroom ../rollouts.jsonl --lam 0.1 0.3 --out OUT",
@@ -338,7 +341,7 @@ WHAT: dict[str, Callable[[Verb, argparse.Namespace, random.Random], Iterator[tup
 }
 IMPORTED = (
     *("estimation", "report.figures", "theory.families"),
-    *(f"llm.arms.{name}" for name in ("rollout", "resample", "instruct", "judge")),
+    *(f"llm.arms.{name}" for name in ("rollout", "resample", "instruct", "route", "judge")),
     *(f"llm.training.{name}" for name in ("open_ended", "sft", "reward")),
 )
 FINDINGS = ("different", "traceback", "hang")

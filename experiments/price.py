@@ -4,10 +4,10 @@
 
 Every prompt is asked with every one of some instructions of the bank, several times; the answers are kept, so
 that the same command goes on. Tasks are the packaged rewards, and pairs of them: one for requests of a kind,
-another for all others. For each: the best fixed instruction, the best one of each kind and a router by the
-prompt's embedding (all learned from other prompts than they are judged on), the best of each prompt (chosen
-by half of its answers, judged by the other half), and the price F(ρ*) − F(q*) of not reading the prompt, by
-the components of the variance of R(x, s).
+another for all others. For each: the best fixed instruction, the best one of each kind, and a router by the
+frozen model's states, and by MiniLM's embedding (all learned from other prompts than they are judged on), the
+best of each prompt (chosen by half of its answers, judged by the other half), and the price F(ρ*) − F(q*) of
+not reading the prompt, by the components of the variance of R(x, s).
 """
 
 import argparse
@@ -20,16 +20,21 @@ from typing import Any
 
 import numpy as np
 from paper_grid import launch, summary
-from task_grid import router, table
+from task_grid import table
 from task_grid.kinds import KINDS
 from tqdm import tqdm
 
 from alignpro.errors import AlignProError
+from alignpro.estimation import routing
 from alignpro.estimation.means import limits
+from alignpro.estimation.routing import left_out
 from alignpro.files import writable_folder, write_json
+from alignpro.llm.arms import route
+from alignpro.llm.arms.route import candidates_of
 from alignpro.llm.data import public
 from alignpro.llm.models.prompt import with_instruction
 from alignpro.llm.models.sampling import Sampling
+from alignpro.llm.rewards.features import Embedder
 from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.targets.ledger import Cached
 from alignpro.llm.targets.local import LocalTarget
@@ -49,8 +54,10 @@ class Tasks:
     reward: Mapping[str, np.ndarray]
     kind: Mapping[str, np.ndarray]
     """Kinds of the prompts, 0 or 1, of tasks that have two."""
-    embeddings: Mapping[str, np.ndarray]
-    """Of the prompts [prompts, size], by which a router may read them."""
+    states: np.ndarray
+    """Of the frozen model's middle layer [prompts, size], by which a router reads them."""
+    minilm: np.ndarray
+    """The packaged MiniLM's embeddings [prompts, 384], by which another does."""
 
 
 def answered(
@@ -79,7 +86,9 @@ def rewarded(prompts: Sequence[str], texts: Sequence[str], found: list[list[list
             task = f"{a} where it {each.name}, else {b}"
             reward[task] = np.where(is_of[:, None, None], alone[a], alone[b])
             kind[task] = is_of
-    return Tasks(prompts, texts, reward, kind, router.embeddings(prompts, MODEL))
+    return Tasks(
+        prompts, texts, reward, kind, route.reading(MODEL, "float32")(prompts), Embedder().embed(prompts)
+    )
 
 
 def by_kind(values: np.ndarray, kind: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -88,16 +97,6 @@ def by_kind(values: np.ndarray, kind: np.ndarray) -> Callable[[np.ndarray], np.n
     def choose(known: np.ndarray) -> np.ndarray:
         best = {k: values[known & (kind == k)].mean(0).argmax() for k in np.unique(kind)}
         return np.array([best[k] for k in kind])
-
-    return choose
-
-
-def routing(values: np.ndarray, embeddings: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    """Choose by a router, whose embedding and ridge are chosen on the prompts to learn from, too."""
-
-    def choose(known: np.ndarray) -> np.ndarray:
-        name, found = router.fit({name: of[known] for name, of in embeddings.items()}, values[known])
-        return found.pick(embeddings[name])
 
     return choose
 
@@ -113,12 +112,13 @@ def crossed(rewards: np.ndarray) -> np.ndarray:
 def measured(tasks: Tasks, name: str) -> dict[str, Any]:
     """One task's row of the table."""
     rewards = tasks.reward[name]
-    values, everywhere = rewards.mean(2), np.zeros(len(rewards), int)
-    kind = tasks.kind.get(name, everywhere)
+    values = rewards.mean(2)
+    kind = tasks.kind.get(name, np.zeros(len(rewards), int))
     none = values[:, list(tasks.strategies).index("")]
-    fixed = router.left_out(values, by_kind(values, everywhere))
-    kinds = router.left_out(values, by_kind(values, kind))
-    routed = router.left_out(values, routing(values, tasks.embeddings))
+    fixed = left_out(values, routing.fixed(values))
+    kinds = left_out(values, by_kind(values, kind))
+    routed = left_out(values, routing.routed(tasks.states, values))
+    embedded = left_out(values, routing.routed(tasks.minilm, values))
     named = {
         "none": none,
         "fixed": fixed,
@@ -128,6 +128,7 @@ def measured(tasks: Tasks, name: str) -> dict[str, Any]:
         "fixed over none": fixed - none,
         "by kind over fixed": kinds - fixed,
         "router over fixed": routed - fixed,
+        "router by MiniLM over fixed": embedded - fixed,
     }
     low = np.array([-1.0 if "over" in key else 0.0 for key in named])
     rows = np.stack(list(named.values()))
@@ -161,6 +162,7 @@ def shown(results: Mapping[str, Any], most: int) -> str:
         "by prompt",
         "by kind over fixed",
         "router over fixed",
+        "router by MiniLM over fixed",
         "price",
     )
     lines = [f"| task | {' | '.join(heads)} | best |", "|---" * (len(heads) + 2) + "|"]
@@ -183,7 +185,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the answers and the results")
     parser.add_argument("--prompts", type=int, default=64, help="how many prompts, from the first")
     parser.add_argument("--split", default="train", choices=("train", "validation", "test"))
-    parser.add_argument("--each", type=int, default=3, help="instructions of each group of the bank")
     parser.add_argument("--answers", type=int, default=2, help="answers to each prompt with each instruction")
     parser.add_argument("--answer-tokens", type=int, default=40)
     parser.add_argument("--most", type=int, default=10, help="pairs of rewards to print")
@@ -193,10 +194,10 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Do what is not done, and write the results."""
-    for name, given, least in (("answers", args.answers, 2), ("prompts", args.prompts, router.FOLDS)):
+    for name, given, least in (("answers", args.answers, 2), ("prompts", args.prompts, routing.FOLDS)):
         if given < least:
             raise AlignProError(f"--{name} {given}: give at least {least}")
-    out, texts = writable_folder(args.out.resolve()), table.strategies(args.each)
+    out, texts = writable_folder(args.out.resolve()), candidates_of(None)
     prompts = public.prompts("instructions", args.split)[: args.prompts]
     asked = len(prompts) * len(texts) * args.answers
     print(f"{len(prompts)} prompts with {len(texts)} instructions, {asked:,} answers", file=sys.stderr)

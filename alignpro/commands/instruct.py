@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from alignpro.commands.options import DEFAULT_PROMPTER, EnvironmentSettings, PromptSettings, RunOptions
+from alignpro.commands.options import EnvironmentSettings, PromptSettings, RunOptions
 from alignpro.commands.shared import add_at_least, at_least, with_reward
 from alignpro.files import write_json
 from alignpro.llm.arms.settings import InstructSettings
@@ -18,7 +18,6 @@ from alignpro.terminal import say
 
 if TYPE_CHECKING:
     from alignpro.llm.arms.instruct import Candidate, Instructed
-    from alignpro.llm.targets.target import Target
 
 HEAD = ("mean reward", "behind the winner", "prompts", "left the race (answers so far)")
 """Columns of a candidate, after its text."""
@@ -61,31 +60,17 @@ class Instruct(RunOptions):
 
     @owning("instruct")
     def run(self) -> int:
-        from alignpro.commands.opening import (
-            World,
-            check_target_room,
-            is_address,
-            prompts_digest,
-            user_prompts,
-        )
+        from alignpro.commands.opening import World, for_candidates, prompts_digest, prompts_of_candidates
         from alignpro.llm.arms import instruct
         from alignpro.llm.models import packages
         from alignpro.llm.models.libraries import quiet
-        from alignpro.llm.models.prompt import said_in, with_instruction
 
         settings, environment, source = self.settings, self.environment, self.source
         folder, sampling = Path(self.out), environment.sampling()
         candidates = instruct.read_instructions(settings.instructions)
         budget = instruct.budget_of(settings, candidates)
         world = World(environment)
-        # Prompts are counted as the frozen model reads them, where it is here to be asked.
-        reader = DEFAULT_PROMPTER if is_address(environment.target) else environment.target
-        reader = reader.removeprefix("vllm:")
-        training = user_prompts(source, reader, "train", None, world)
-        whole = source.prompts_file is not None
-        others = training if whole else user_prompts(source, reader, "test", None, world)
-        raced, held = instruct.divided(training, others, settings)
-        world.check_prompts([*raced, *held])
+        raced, held = prompts_of_candidates(source, environment.target, settings, world)
 
         # Another budget or level asks for what is not on file; all else makes other answers.
         record = {
@@ -103,16 +88,9 @@ class Instruct(RunOptions):
             + world.money(budget + after, sampling.max_tokens)
         )
 
-        def open_target() -> "Target":
-            target = world.target()
-            longest = max(candidates, key=len)
-            asked = [said_in(x, with_instruction(x, longest)) for x in [*raced, *held]]
-            check_target_room(target, asked, sampling.max_tokens)
-            opened.append(world.kept(target, folder))
-            return opened[-1]
-
         opened: list = []
         judge = world.reward(folder)
+        open_target = for_candidates(world, candidates, [*raced, *held], folder, opened)
         cells = instruct.Cells(
             folder, candidates, judge, sampling, settings.seed, open_target, world.refusals
         )

@@ -31,6 +31,7 @@ from alignpro.commands.resample import Resample
 from alignpro.commands.reward_model import RewardModel
 from alignpro.commands.rewrite import Rewrite
 from alignpro.commands.rollout import Rollout
+from alignpro.commands.route import Route
 from alignpro.commands.sft import Sft
 from alignpro.commands.shared import Verb
 from alignpro.commands.solve import Solve
@@ -51,6 +52,7 @@ VERBS: dict[str, type[Verb]] = {
     "reward-model": RewardModel,
     "resample": Resample,
     "instruct": Instruct,
+    "route": Route,
     "rollout": Rollout,
     "estimate": Estimate,
     "headroom": Headroom,
@@ -63,7 +65,7 @@ VERBS: dict[str, type[Verb]] = {
     "doctor": Doctor,
 }
 
-CONTINUED = ("rollout", "resample", "judge", "instruct")
+CONTINUED = ("rollout", "resample", "judge", "instruct", "route")
 """Verbs that go on by themselves where their folder has a run."""
 
 

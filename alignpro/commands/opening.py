@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from alignpro.commands.options import EnvironmentSettings, PromptSettings
+from alignpro.commands.options import DEFAULT_PROMPTER, EnvironmentSettings, PromptSettings
 from alignpro.commands.shared import REWARD_FILE
 from alignpro.errors import AlignProError
 
@@ -353,6 +353,43 @@ def divided_prompts(
             "others held out (eval_every); give more prompts, or lower it"
         )
     return learned[:n], parts["validation"][:held_out]
+
+
+def prompts_of_candidates(
+    source: PromptSettings, target: str, settings: Any, world: World
+) -> tuple[list[str], list[str]]:
+    """The prompts on which candidate instructions are tried, and those held out from that.
+
+    They are the train and the test split of the data set; a file is divided by the hash of its texts
+    (`instruct.divided`, which reads `settings`).
+    """
+    from alignpro.llm.arms.instruct import divided
+
+    # Prompts are counted as the frozen model reads them, where it is here to be asked.
+    reader = DEFAULT_PROMPTER if is_address(target) else target
+    training = user_prompts(source, reader.removeprefix("vllm:"), "train", None, world)
+    whole = source.prompts_file is not None
+    others = training if whole else user_prompts(source, reader.removeprefix("vllm:"), "test", None, world)
+    found = divided(training, others, settings)
+    world.check_prompts([x for part in found for x in part])
+    return found
+
+
+def for_candidates(
+    world: World, candidates: Sequence[str], prompts: Sequence[str], folder: Path, opened: list[Any]
+) -> Callable[[], "Cached"]:
+    """Opens the frozen model, behind its cache, once it is known that the longest candidate leaves it room;
+    it is then the one item of `opened`."""
+    from alignpro.llm.models.prompt import said_in, with_instruction
+
+    def open_target() -> "Cached":
+        target, longest = world.target(), max(candidates, key=len)
+        asked = [said_in(x, with_instruction(x, longest)) for x in prompts]
+        check_target_room(target, asked, world.settings.answer_tokens)
+        opened.append(world.kept(target, folder))
+        return opened[-1]
+
+    return open_target
 
 
 def _tokenizer(prompter: str) -> Any:

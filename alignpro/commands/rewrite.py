@@ -19,7 +19,7 @@ class Rewrite(ChatOption, SeedOption):
 
     prompter: tyro.conf.Positional[str]
     """The prompter: the folder that training wrote, or the prompter/ in it; any model's name does, too,
-    untrained."""
+    untrained. Or a router: the folder that route wrote."""
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Prompts to rewrite, each in quotes. Left out: those of the file, or one per line of standard input."""
     prompts_file: str | None = None
@@ -48,11 +48,10 @@ class Rewrite(ChatOption, SeedOption):
     )
 
     def run(self) -> int:
-        from alignpro.commands.opening import trained_home
+        from alignpro.llm.arms import route
         from alignpro.llm.data.own import read_prompts
         from alignpro.llm.data.rows import Reading
         from alignpro.llm.models.prompt import said
-        from alignpro.llm.policies.prompter import Prompter
 
         reading = Reading(self.prompt_column, system=self.system_prompt)
         if self.prompts_file is not None and not self.prompts:
@@ -67,11 +66,22 @@ class Rewrite(ChatOption, SeedOption):
         if not given:
             raise AlignProError("prompts: none given; name some, or write one per line to standard input")
         check_least(1, draws=self.draws, rewrite_tokens=self.rewrite_tokens)
-        home = trained_home(self.prompter)
-        prompter = Prompter.from_pretrained(home, chat_template_kwargs=self.chat_options())
-        prompter.max_tokens = self.rewrite_tokens or prompter.max_tokens
-        for x, row in zip(given, prompter.rewrites(given, self.draws, seed=self.seed), strict=True):
+        if route.is_router(self.prompter):
+            rows = [[rewrite] * self.draws for rewrite in route.load(self.prompter).rewrites(given)]
+        else:
+            rows = self._drawn(given)
+        for x, row in zip(given, rows, strict=True):
             for rewrite in row:
                 line = {**said(x), "rewrite": rewrite}
                 say(json.dumps(line, ensure_ascii=False) if self.json else rewrite)
         return 0
+
+    def _drawn(self, given: list[str]) -> list[list[str]]:
+        """Rewrites of a language model, `draws` of each prompt."""
+        from alignpro.commands.opening import trained_home
+        from alignpro.llm.policies.prompter import Prompter
+
+        home = trained_home(self.prompter)
+        prompter = Prompter.from_pretrained(home, chat_template_kwargs=self.chat_options())
+        prompter.max_tokens = self.rewrite_tokens or prompter.max_tokens
+        return prompter.rewrites(given, self.draws, seed=self.seed)

@@ -123,6 +123,12 @@ def _raced(result: Any) -> list[Row]:
     ]
 
 
+def _routed(result: Any) -> list[Row]:
+    names = ("over_single", "over_none", "single_over_none", "foreseen")
+    found = {name: getattr(result, name) for name in names}
+    return [_cells(of=name, gain=g.gain, mean=g.mean, base=g.base) for name, g in found.items() if g]
+
+
 def _metrics(result: Any) -> list[Row]:
     return [dict(line) for line in result.metrics]
 
@@ -180,6 +186,7 @@ LAYOUTS: dict[str, Layout] = {
     "Verification": _verb("verify", _verified),
     "Resampled": _verb("resample", _resampled, {}),
     "Instructed": _verb("instruct", _raced, {}),
+    "Routed": _verb("route", _routed, {}),
     "TrainedPrompter": Layout(_of("train", "text"), _metrics, _trained_page),
     "TrainedTree": Layout(brief, _metrics),
     "Tuned": _verb("sft", _metrics),

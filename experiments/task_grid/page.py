@@ -91,13 +91,13 @@ def reading(results: Results) -> str:
     """What the router learned, and what it and PPO earn over the best fixed instruction."""
     rows = []
     for name, task in results["tasks"].items():
-        found, facts = task["reading"], task["reading"]["router"]
+        found = task["reading"]
         over = found["over the best fixed instruction"]
-        most = ", ".join(f"{text} ({n})" for text, n in list(facts["picks"].items())[:3])
+        most = ", ".join(f"{text or '(none)'} ({n})" for text, n in found["router"]["picks"][:3])
         rows.append(
             [
                 name,
-                f"{facts['earns on prompts left out'] - facts['one instruction does']:+.3f}",
+                interval(found["router over one instruction, on the table"]),
                 *(interval(over.get(arm)) for arm in (ROUTER, "trained")),
                 _cell(most),
             ]
@@ -207,9 +207,9 @@ def markdown(results: Results) -> str:
         "instruction. Fine-tuning: the gap of Theorem 1 at β = λ; RLHF over PPO.",
         numbers(results),
         "## Reading the prompt",
-        "A router picks an instruction by the prompt's embedding. It learned from a table of training "
-        "prompts, each with every one of some instructions, which all tasks share; what it earns there over "
-        "one instruction for all is on prompts left out.",
+        "A router (`alignpro route`) picks an instruction by the frozen model's states. It learned from a "
+        "table of training prompts, each with every one of some instructions; what it earns there over one "
+        "instruction for all is on prompts left out.",
         reading(results),
         "![Foreseen and realised gains](foresight.png)",
         calibration(results),

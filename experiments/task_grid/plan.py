@@ -13,7 +13,7 @@ from typing import Any
 from paper_grid.plan import Job
 
 from alignpro.files import read_json
-from task_grid import router, table
+from alignpro.llm.arms.route import REWRITES, candidates_of
 
 TASKS: Mapping[str, str] = {
     "reading ease": "ease",
@@ -76,9 +76,9 @@ class Size:
     race: Mapping[str, Any] = field(default_factory=dict)
     """Further options of instruct."""
     table_prompts: int = 46
-    """Training prompts of the table, of which each is asked once with every one of its instructions."""
-    table_each: int = 3
-    """Instructions of every group of the bank in the table, from which a router learns."""
+    """Training prompts from which a router learns, each asked once with every one of its candidates."""
+    route: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of route."""
 
     @property
     def calls(self) -> int:
@@ -94,7 +94,7 @@ class Late(Job):
         """Its options, with the best instruction that was found (none, where none won), and the router's."""
         found = super().resolved(out)
         winner = read_json(out / found.pop("instructed") / "instruct.json")["winner"]
-        found["rewrites_file"] = [f"{ROUTER}={out / found.pop('routed') / router.REWRITES}"]
+        found["rewrites_file"] = [f"{ROUTER}={out / found.pop('routed') / REWRITES}"]
         return found | ({"instruction": [f"{FIXED}={winner}"]} if winner else {})
 
 
@@ -123,18 +123,16 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
         options = {**drawn, **prompter, "prompts": size.held_out}
         yield Job(f"foreseen/{name}", "rollout", {**options, "split": "train", "draws": size.foreseen_draws})
         yield Job(f"resampled/{name}", "rollout", {**options, "split": "test", "draws": size.reference_draws})
-    named, start = next(iter(size.prompters.items()))
-    texts = table.strategies(size.table_each)
-    known = {**drawn, "arms": ["none"], "instruction": table.arms(texts), "answers": 1, "draws": 1}
-    yield Job("table", "rollout", {**known, "split": "train", "prompts": size.table_prompts})
+    start = next(iter(size.prompters.values()))
     for task, reward in size.tasks.items():
         here, world = slug(task), {**asked, "reward": reward}
         race = {**world, "budget": size.race_calls, "held_out": size.held_out}
         race |= {"held_out_answers": size.answers, **size.race}
         yield Job(f"{here}/instruct", "instruct", race)
-        learned = {"table": "table", "instructions": list(texts), "reward": reward}
-        learned |= {"held_out": f"resampled/{named}", "model": size.target}
-        yield router.Routed(f"{here}/router", "router", learned, ("table", f"resampled/{named}"))
+        # The same prompts with the same candidates for every task: the answers are asked for once.
+        taught = {**world, "prompts": size.table_prompts, "held_out": size.held_out}
+        taught |= {"held_out_answers": size.answers, **size.route}
+        yield Job(f"{here}/route", "route", taught)
         shape = {"iterations": size.iterations, "prompts": size.prompts, "samples": size.samples}
         training = {**world, **_kept(start), **shape, "lam": size.lam, "resume": True}
         training |= {"max_tokens": size.rewrite_tokens, **size.training}
@@ -160,9 +158,9 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
             # As many answers as one training asked for, spread over the held-out prompts.
             "proposals": max(1, round(size.calls / size.held_out)),
             "instructed": f"{here}/instruct",
-            "routed": f"{here}/router",
+            "routed": f"{here}/route",
         }
-        needs = (f"{here}/instruct", f"{here}/router", *trained, f"{here}/rloo-0", f"{here}/rlhf-0")
+        needs = (f"{here}/instruct", f"{here}/route", *trained, f"{here}/rloo-0", f"{here}/rlhf-0")
         yield Late(f"{here}/rollout", "rollout", measured, needs)
 
 
@@ -173,8 +171,9 @@ def _kept(prompter: Mapping[str, Any]) -> dict[str, Any]:
 def asks(job: Job) -> int:
     """Answers that a job asks for at most, those on file included."""
     o = job.options
-    if job.verb == "router":
-        return 0
+    if job.verb == "route":
+        table = o["prompts"] * len(candidates_of(o.get("instructions")))
+        return table + 3 * o["held_out"] * o["held_out_answers"]
     if job.verb == "instruct":
         return o["budget"] + 2 * o["held_out"] * o["held_out_answers"]
     if job.verb == "train":

@@ -26,7 +26,6 @@ from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.training.checkpoints import METRICS_FILE
 from alignpro.rollouts import Rollout, Rollouts
 from alignpro.runs import SETTINGS_FILE, environment
-from task_grid import router
 from task_grid.plan import FIXED, ROUTER, Size, recorded, slug
 
 LAMS = (0.02, 0.05, 0.1, 0.2)
@@ -140,13 +139,20 @@ def _numbers(foreseen: Headroom, every: Comparison, trained: Comparison) -> dict
 
 def _reading(here: Path, found: Rollouts) -> dict[str, Any]:
     """What the router learned, and what it and PPO earn over the best fixed instruction, if there is one."""
+    learned = read_json(here / "route" / "route.json")
     over = {}
     if FIXED in found.arms:
         over = compare(found, [FIXED, ROUTER, "trained"], LEVEL).against
     return {
-        "router": read_json(here / "router" / router.FACTS),
+        "router": {name: learned[name] for name in ("calls", "ridge", "single", "picks")},
+        "router over one instruction, on the table": _told(learned["foreseen"]["gain"]),
         "over the best fixed instruction": {arm: shown(of.mean) for arm, of in over.items()},
     }
+
+
+def _told(of: Mapping[str, Any]) -> dict[str, Any]:
+    """An estimate of a verb's file, as `shown` has one."""
+    return {"value": of["value"], "lo": of["lo"], "hi": of["hi"], "prompts": of["n_clusters"]}
 
 
 def _curve(file: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,16 +9,8 @@ import numpy as np
 from alignpro import rollouts
 from alignpro.estimation import headroom
 from alignpro.estimation.pooled import Pooled
-from alignpro.files import read_json_lines
-from alignpro.llm.data.bank import BANK
 from alignpro.llm.models.prompt import with_instruction
-from alignpro.llm.rewards.opening import load_reward
 from alignpro.rollouts import Rollout, Rollouts
-
-
-def strategies(each: int) -> tuple[str, ...]:
-    """No instruction, and the first ones of every group of the bank."""
-    return ("", *(text for group in BANK.values() for text in group[:each]))
 
 
 @dataclass(frozen=True)
@@ -33,27 +24,6 @@ class Table:
     """[prompts, instructions, answers]."""
     name: str
     """Of the reward."""
-
-
-def arms(texts: Sequence[str]) -> list[str]:
-    """The instructions as `rollout --instruction` takes them; none is the arm "none"."""
-    return [f"{_arm(i, text)}={text}" for i, text in enumerate(texts) if text]
-
-
-def _arm(place: int, text: str) -> str:
-    return f"s{place:03}" if text else "none"
-
-
-def read(file: Path, texts: Sequence[str], name: str) -> Table:
-    """The table that a rollout of `arms(texts)` and none wrote, as the reward `name` has it."""
-    rows, reward = read_json_lines(file), load_reward(name)
-    values = reward.score([row["x"] for row in rows], [row["response"] or "" for row in rows])
-    cells: dict[tuple[str, str], list[float]] = {}
-    for row, value in zip(rows, values, strict=True):
-        cells.setdefault((row["x"], row["arm"]), []).append(float(value))
-    prompts = list(dict.fromkeys(row["x"] for row in rows))
-    named = [_arm(i, text) for i, text in enumerate(texts)]
-    return Table(prompts, texts, np.array([[cells[x, arm] for arm in named] for x in prompts]), name)
 
 
 def as_rollouts(table: Table) -> Rollouts:

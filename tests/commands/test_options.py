@@ -100,7 +100,7 @@ def test_plain_help_has_first_paragraphs_of_common_options(monkeypatch):
 
 def test_verbs_of_models_start_without_libraries():
     heavy = ("numpy", "scipy", "jax", "torch", "transformers", "tqdm")
-    names = ("train", "sft", "reward_model", "resample", "rollout", "rewrite", "merge", "instruct")
+    names = ("train", "sft", "reward_model", "resample", "rollout", "rewrite", "merge", "instruct", "route")
     names += ("opening", "shared")
 
     def met(*modules):

@@ -168,8 +168,11 @@ COMMANDS = {
     "instruct": "instruct "
     + WORLD.replace(" --prompter MODEL", "").replace("prompts.txt", "many.txt")
     + " --instructions-file HOME/prompts.txt --budget 60 --seed 5",
+    "route": "route "
+    + WORLD.replace(" --prompter MODEL", "").replace("prompts.txt", "many.txt")
+    + " --instructions-file HOME/prompts.txt --train-prompts 12 --seed 5",
 }
-WITH_MODEL = ("judge", "train", "rollout", "sft", "reward-model", "resample", "instruct")
+WITH_MODEL = ("judge", "train", "rollout", "sft", "reward-model", "resample", "instruct", "route")
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +227,7 @@ def test_every_verb_writes_a_page_that_stands_alone(verb, ran, home):
     assert rows["python"][1] == ".".join(map(str, sys.version_info[:3]))
     assert rows["numpy"][1] == np.__version__
     assert any("seed" in name for name in rows)
-    if verb in ("train", "rollout", "sft", "reward-model", "resample", "instruct"):
+    if verb in ("train", "rollout", "sft", "reward-model", "resample", "instruct", "route"):
         assert "--seed 5" in page.text
     # And not by whom, where.
     for name in (str(home), str(run.out), str(Path.home()) + "/", f"/{getpass.getuser()}/", "/tmp/"):
@@ -441,6 +444,28 @@ def test_numbers_of_the_language_models(ran):
         ]
     still = [len(means) for _, means in found["track"]]
     assert f"candidates, in the race: {still[0]} → {still[-1]}" in " ".join(run.page.of("img", "alt"))
+
+    run = ran("route")
+    found = json.loads((run.out / "route.json").read_text())
+    rows = run.page.rows()
+    means = {
+        "the router": "over_none",
+        "no instruction": "over_none",
+        f"for all: {found['single']}": "single_over_none",
+    }
+    for name, of in means.items():
+        if (gain := found[of]) is not None and name in rows:
+            assert rows[name][1] == limits(gain["base" if name == "no instruction" else "mean"])
+    for name, of in (
+        ("the router over one for all", "over_single"),
+        ("the router over none", "over_none"),
+        ("one for all over none", "single_over_none"),
+    ):
+        assert (name in rows) == (found[of] is not None)
+        if name in rows:
+            assert rows[name][1] == limits(found[of]["gain"])
+    (picks,) = (table[1:] for table in run.page.tables if table[0] == ["instruction", "prompts"])
+    assert picks == [[text or "(no instruction)", str(n)] for text, n in found["picks"]]
 
 
 # --- the grid ---

@@ -4,7 +4,9 @@ import numpy as np
 import price
 import pytest
 from mutants import kills, mutated
-from task_grid import router, table
+from task_grid import table
+
+from alignpro.estimation import routing
 
 
 def rewards_of(seed=0, prompts=40, strategies=5, answers=4):
@@ -16,17 +18,17 @@ def test_what_is_judged_had_no_part_in_the_choice():
 
     def check(left_out, by_kind) -> None:
         found = left_out(values, by_kind(values, kind))
-        fold = np.random.default_rng([0, 40]).permutation(40) % router.FOLDS
+        fold = np.random.default_rng([0, 40]).permutation(40) % routing.FOLDS
         for x in range(40):
             others = [i for i in range(40) if fold[i] != fold[x] and kind[i] == kind[x]]
             best = max(range(5), key=lambda s: np.mean([values[i, s] for i in others]))
             assert found[x] == values[x, best]
 
-    check(router.left_out, price.by_kind)
-    leaking = mutated(router, "choose(~held)[held]", "choose(held)[held]")
+    check(routing.left_out, price.by_kind)
+    leaking = mutated(routing, "choose(~held)[held]", "choose(held)[held]")
     kills(lambda module: check(module.left_out, price.by_kind), leaking)
     blind = mutated(price, "values[known & (kind == k)]", "values[known]")
-    kills(lambda module: check(router.left_out, module.by_kind), blind)
+    kills(lambda module: check(routing.left_out, module.by_kind), blind)
 
 
 def test_the_best_of_each_prompt_is_judged_by_other_answers():
@@ -53,8 +55,10 @@ def tasks(effect, noise, prompts=64, seed=0):
     rewards = np.clip(means[..., None] + noise * rng.standard_normal((prompts, 6, 4)), 0, 1)
     names = [f"Tell me of {i}." for i in range(prompts)]
     texts = ("", "Be brief.", "Be kind.", "Be bold.", "Be slow.", "Be odd.")
-    embeddings = {"kind": np.stack([kind == 0, kind == 1], 1).astype(float)}
-    return price.Tasks(names, texts, {"two": rewards}, {"two": kind}, embeddings)
+    states = np.stack([kind == 0, kind == 1], 1).astype(float)
+    return price.Tasks(
+        names, texts, {"two": rewards}, {"two": kind}, states, rng.standard_normal((prompts, 3))
+    )
 
 
 def test_a_price_is_found_where_there_is_one():
@@ -70,6 +74,7 @@ def test_a_price_is_found_where_there_is_one():
         assert found["none"]["value"] == pytest.approx(0.4, abs=0.02)
         assert found["price"]["lo"] > 0
         assert found["router"]["value"] == pytest.approx(0.7, abs=0.02)
+        assert found["router over fixed"]["lo"] > 0.1 > found["router by MiniLM over fixed"]["hi"]
 
     check(price)
     kills(check, mutated(price, "kinds - fixed,", "kinds - none,"))

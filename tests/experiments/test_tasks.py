@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +11,13 @@ import pytest
 import tasks
 from mutants import kills, mutated
 from paper_grid import launch, work
-from task_grid import kinds, plan, results, router, table
+from task_grid import kinds, plan, results
 
 from alignpro import rollouts
 from alignpro.files import read_json, read_json_lines
 from alignpro.llm.arms.rollout import FILE
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.rewards.opening import load_reward
-from alignpro.llm.rewards.texts import ease
 from alignpro.llm.targets.ledger import spent
 
 
@@ -36,7 +36,7 @@ def size(tmp_path_factory):
     (folder / "instructions.txt").write_text("ab\ncd\nef\n")
     prompter = {"prompter": str(folder / "model"), "template": "append", "rewrite_tokens": 4}
     return plan.Size(
-        table_prompts=20, table_each=1,
+        table_prompts=20,
         iterations=2, prompts=2, samples=4, rlhf_iterations=1, seeds=(0, 1), lam=0.1, held_out=6,
         foreseen_draws=2,
         answer_tokens=6, rewrite_tokens=4, target=str(folder / "model"), prompters={"tiny": prompter},
@@ -44,6 +44,7 @@ def size(tmp_path_factory):
         source={"dataset": "helpsteer", "data_folder": str(folder)},
         training={"epochs": 1, "lora_rank": 2},
         race={"instructions": str(folder / "instructions.txt"), "budget": 24},
+        route={"instructions": str(folder / "instructions.txt")},
     )  # fmt: skip
 
 
@@ -57,16 +58,8 @@ def arguments(out, **more):
 @pytest.fixture(scope="module")
 def whole(size, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(router, "embeddings", lambda prompts, model: {"letters": letters(prompts)})
-        assert tasks.run(arguments(out), size) == 0
+    assert tasks.run(arguments(out), size) == 0
     return out
-
-
-def letters(prompts):
-    """In place of the packaged embedding: how often a prompt has each letter, as unit vectors."""
-    counts = np.array([[x.count(letter) for letter in "abcdefgh"] for x in prompts], float)
-    return counts / np.linalg.norm(counts, axis=1, keepdims=True)
 
 
 def test_what_it_says(size, whole, tmp_path, capsys):
@@ -114,38 +107,24 @@ def test_what_it_says(size, whole, tmp_path, capsys):
     assert (tmp_path / "results.md").read_text() == page
 
 
-def test_the_router_learns_from_the_table_and_rewrites_the_held_out_prompts(size, whole):
-    """Against plain sums over the files. Mutant: prompts and instructions of the table are mixed up."""
-    texts = table.strategies(size.table_each)
-    rows = read_json_lines(whole / "table" / FILE)
-    assert len(rows) == 20 * len(texts) == 200
-    known = table.read(whole / "table" / FILE, texts, "ease")
-
-    def check(module):
-        found = module.read(whole / "table" / FILE, texts, "ease")
-        for i, x in enumerate(found.prompts):
-            for s, text in enumerate(texts):
-                (said,) = [
-                    r["response"] for r in rows if (r["x"], r["rewrite"]) == (x, f"{x} {text}".strip())
-                ]
-                assert found.rewards[i, s, 0] == ease().function(said)
-
-    check(table)
-    kills(
-        check, mutated(table, "[[cells[x, arm] for arm in named]", "[[cells[x, arm] for arm in named[::-1]]")
-    )
-    for task, reward in size.tasks.items():
+def test_the_router_rewrites_the_held_out_prompts(size, whole):
+    """Those of the other arms, as it picks for them; its table is asked once for all tasks."""
+    tables = []
+    for task in size.tasks:
         folder = whole / plan.slug(task)
-        values = table.read(whole / "table" / FILE, texts, reward).rewards.mean(2)
-        _, picks = router.fit({"letters": letters(known.prompts)}, values)
+        held = read_json_lines(folder / "rollout" / FILE)
         asked = {
-            r["x"]: r["rewrite"] for r in read_json_lines(folder / "rollout" / FILE) if r["arm"] == "router"
+            arm: {row["x"]: row["rewrite"] for row in held if row["arm"] == arm} for arm in ("none", "router")
         }
-        assert len(asked) == size.held_out
-        for x, rewrite in asked.items():
-            assert rewrite == f"{x} {texts[picks.pick(letters([x]))[0]]}".strip()
-        facts = read_json(folder / "router" / router.FACTS)
-        assert (sum(facts["picks"].values()), facts["calls"]) == (size.held_out, 200)
+        assert asked["none"].keys() == asked["router"].keys()
+        found = Counter(rewrite.removeprefix(x).strip() for x, rewrite in asked["router"].items())
+        facts = read_json(folder / "route" / "route.json")
+        assert (dict(facts["picks"]), facts["calls"]) == (found, 20 * 4)
+        assert (
+            read_json(whole / "results.json")["tasks"][task]["reading"]["router"]["picks"] == facts["picks"]
+        )
+        tables.append([row["prompts"] for row in read_json_lines(folder / "route" / "cells.jsonl")][:1])
+    assert tables[0] == tables[1]
 
 
 def test_everything_that_tasks_share_is_asked_once(size, whole):

@@ -23,7 +23,7 @@ from alignpro.estimation.race import BLOCK, Gain, gain_over, least_budget, race
 from alignpro.files import atomic_write, byte_lines, encoded, parse_json, writable_folder
 from alignpro.llm.arms.draws import stream
 from alignpro.llm.arms.rollout import append, prompt_id
-from alignpro.llm.arms.settings import InstructSettings
+from alignpro.llm.arms.settings import InstructSettings, RouteSettings
 from alignpro.llm.data.bank import INSTRUCTIONS
 from alignpro.llm.data.rows import first_turn
 from alignpro.llm.data.split import split_of
@@ -66,9 +66,9 @@ def budget_of(settings: InstructSettings, candidates: Sequence[str]) -> int:
 
 
 def divided(
-    training: Sequence[str], others: Sequence[str], settings: InstructSettings
+    training: Sequence[str], others: Sequence[str], settings: InstructSettings | RouteSettings
 ) -> tuple[list[str], list[str]]:
-    """The prompts of the race, in an order of the seed's, and those that are held out from it.
+    """The prompts on which candidates are tried, in an order of the seed's, and those held out from that.
 
     A prompt is held out by its text (`split_of`), so that none of one text is on both sides.
     """

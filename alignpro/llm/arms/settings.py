@@ -104,6 +104,43 @@ class InstructSettings:
 
 
 @dataclass(frozen=True)
+class RouteSettings:
+    """How a router is taught to pick instructions, and how it is measured."""
+
+    instructions: str | None = None
+    """File of candidate instructions, one on each line; the router picks one for each prompt, or none at
+    all. Left out: 27 of the packaged bank, three of each kind."""
+    prompts: int | None = 48
+    """How many prompts to learn from, at most, each asked with every candidate: that is as many answers as
+    prompts times candidates. At least 8."""
+    answers: int = 1
+    """How many answers to each prompt with each candidate. More prompts tell more than more answers."""
+    held_out: int = 100
+    """How many held-out prompts to measure on, at most, from which nothing is learned: of the test split of a
+    data set, or of a file the 30% that are not for training. At least 5."""
+    held_out_answers: int = 2
+    """How many answers to each held-out prompt as the router has it, with the best single instruction, and
+    without any."""
+    reader: str | None = None
+    """Causal model whose middle layer reads the prompts: a packaged name, a local folder or a hub id. Left
+    out: the frozen model, where it is one of these; else smollm2-135m-instruct."""
+    level: float = 0.95
+    """How often an interval covers the truth, between 0.5 and 1."""
+    seed: int = 0
+    """Number that determines which prompts are learned from, and the answers."""
+
+    flags: ClassVar[dict[str, str]] = InstructSettings.flags
+    """Names of fields on the command line where they differ."""
+
+    def __post_init__(self) -> None:
+        check_whole(self, {"answers": 1, "held_out": 5, "held_out_answers": 1, "seed": 0})
+        if self.prompts is not None and (not is_int(self.prompts) or self.prompts < 8):
+            raise AlignProError(f"prompts {self.prompts!r}: give at least 8, or leave it out")
+        if not 0.5 < self.level < 1:
+            raise AlignProError(f"level {self.level}: must lie between 0.5 and 1; give 0.95, say")
+
+
+@dataclass(frozen=True)
 class EnumerationSettings:
     """How large the finite sets of rewrites and responses are, and how they are drawn."""
 

@@ -1,14 +1,11 @@
-"""The router of the tasks' grid: against plain least squares, and what it picks where it pays to read."""
-
-from types import SimpleNamespace
+"""The router: against plain least squares, and what it picks where it pays to read."""
 
 import numpy as np
-import torch
+import pytest
 from mutants import kills, mutated
-from task_grid import router
 
-from alignpro.llm.models.configure import tiny_model
-from alignpro.llm.targets.tokens import prompt_ids
+from alignpro.errors import AlignProError
+from alignpro.estimation import routing
 
 
 def teach(prompts=60, strategies=5, width=12, seed=0):
@@ -35,10 +32,10 @@ def test_it_is_ridge_regression_of_what_both_make():
         lifted = rewards + np.arange(60)[:, None]
         assert (module.taught(known, lifted, 0.7).pick(new) == found.argmax(1)).all()
 
-    check(router)
-    kills(check, mutated(router, "+ ridge * np.eye", "+ 2 * ridge * np.eye"))
-    kills(check, mutated(router, "_unit((embeddings - self.centre) / self.scale)", "_unit(embeddings)"))
-    kills(check, mutated(router, " - rewards.mean(1, keepdims=True) + mean.mean()", ""))
+    check(routing)
+    kills(check, mutated(routing, "+ ridge * np.eye", "+ 2 * ridge * np.eye"))
+    kills(check, mutated(routing, "_unit((embeddings - self.centre) / self.scale)", "_unit(embeddings)"))
+    kills(check, mutated(routing, " - rewards.mean(1, keepdims=True) + mean.mean()", ""))
 
 
 def two_kinds(prompts=120, noise=0.2, gain=0.3, seed=0):
@@ -57,15 +54,13 @@ def test_it_reads_where_there_is_something_to_read():
     new, _, kind = two_kinds(seed=5)
 
     def check(module) -> None:
-        other = np.random.default_rng(3).standard_normal(embeddings.shape)  # says nothing of the kind
-        name, found = module.fit({"other": other, "own": embeddings}, rewards)
-        assert name == "own"
+        found = module.fit(embeddings, rewards)
         assert np.isfinite(found.ridge)
         assert (found.pick(new) == np.where(kind, 1, 2)).mean() > 0.8
 
-    check(router)
-    kills(check, mutated(router, "read @ self.known.T @ self.weights", "0 * read[:, :1]"))
-    kills(check, mutated(router, "earned(embeddings[one[0]]", "earned(embeddings['other']"))
+    check(routing)
+    kills(check, mutated(routing, " @ self.weights", " @ (0 * self.weights)"))
+    kills(check, mutated(routing, "best = max(", "best = min("))
 
 
 def test_what_it_earns_is_on_prompts_that_did_not_teach_it():
@@ -78,33 +73,46 @@ def test_what_it_earns_is_on_prompts_that_did_not_teach_it():
         found = module.earned(embeddings, rewards, 0.3) - 0.4
         assert abs(found.mean()) < 4.5 * found.std() / np.sqrt(len(found))
 
-    check(router)
+    check(routing)
     kills(
         check,
         mutated(
-            router, "taught(embeddings[known], rewards[known], ridge)", "taught(embeddings, rewards, ridge)"
+            routing, "taught(embeddings[known], rewards[known], ridge)", "taught(embeddings, rewards, ridge)"
         ),
     )
-    _, fixed = router.fit({"own": embeddings}, rewards, (np.inf,))
+    fixed = routing.fit(embeddings, rewards, (np.inf,))
     assert fixed.pick(embeddings[:5]).tolist() == [int(rewards.mean(0).argmax())] * 5
 
 
-def test_what_prompts_are_read_by():
-    """Against a plain forward pass. Mutant: the first token's state, which is the same for all."""
-    model, tokenizer = tiny_model(seed=0)
-    prompts = ["abc", "a", "hed"]
+def test_choices_for_prompts_left_out_know_nothing_of_them():
+    """A strategy that is best on one prompt alone is not chosen for it. Mutant: all prompts are known."""
+    rewards = np.full((20, 3), 0.5)
+    rewards[:, 1] = 0.6
+    rewards[np.arange(20), 2] = 0.55
+    rewards[4, 2] = 1.0 + 20 * 0.05  # alone it makes the third the best on average
+    embeddings, _ = teach(20)
 
     def check(module) -> None:
-        module.load_model = lambda name: (model, tokenizer)
-        module.Embedder = lambda: SimpleNamespace(embed=lambda texts: np.ones((len(texts), 3)))
-        found = module.embeddings(prompts, "tiny")
-        assert found["MiniLM"].shape == (3, 3)
-        for x, row in zip(prompts, found["tiny's middle layer"], strict=True):
-            states = model(torch.tensor([prompt_ids(tokenizer, x)]), output_hidden_states=True).hidden_states
-            middle = states[1][0].detach().double().numpy()  # of three: embeddings and two layers
-            np.testing.assert_allclose(
-                row, np.concatenate([middle[-1], middle.mean(0)]), rtol=1e-5, atol=1e-6
-            )
+        for choose in (module.fixed(rewards), module.routed(np.zeros_like(embeddings), rewards)):
+            assert module.left_out(rewards, choose)[4] == 0.6
 
-    check(mutated(router, "middle[-1], middle.mean(0)", "middle[-1], middle.mean(0)"))
-    kills(check, mutated(router, "middle[-1]", "middle[0]"))
+    check(routing)
+    kills(check, mutated(routing, "rewards[known].mean(0).argmax()", "rewards.mean(0).argmax()"))
+    kills(
+        check,
+        mutated(routing, "fit(embeddings[known], rewards[known]).pick", "fit(embeddings, rewards).pick"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "rewards", "said"),
+    [
+        (np.zeros((3, 2)), np.zeros((4, 2)), r"embeddings \[3, 2\] and rewards \[4, 2\]"),
+        (np.zeros(3), np.zeros((3, 2)), "give"),
+        (np.zeros((1, 2)), np.zeros((1, 2)), "give"),
+        (np.full((3, 2), np.nan), np.zeros((3, 2)), "not finite"),
+    ],
+)
+def test_tables_that_do_not_do(embeddings, rewards, said):
+    with pytest.raises(AlignProError, match=said):
+        routing.fit(embeddings, rewards)

@@ -1,0 +1,125 @@
+"""A router: it reads an embedding of the prompt and picks one of some strategies, as instructions to add.
+
+A table of rewards teaches it: R(x, s) of some prompts, each with every strategy. What it predicts is the part
+of R(x, s) that is of both x and s, by ridge regression on the embedding of x; to that comes the mean of s. Of
+two prompters that know the table alone, the router reads the prompt and the best fixed strategy does not:
+what it earns beyond is a part of the price of not reading the prompt (`theory.results.universal`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from alignpro.errors import AlignProError
+
+RIDGES = (np.inf, 30.0, 10.0, 3.0, 1.0, 0.3)
+"""From the stiffest, which is the best fixed strategy: of two that earn as much, the first is taken."""
+FOLDS = 8
+"""Parts of the prompts, each of which is left out in turn where a choice is judged."""
+
+
+@dataclass(frozen=True)
+class Router:
+    """Picks a strategy for a prompt by its embedding."""
+
+    mean: np.ndarray
+    """Mean reward [S] of each strategy, in reward units."""
+    centre: np.ndarray
+    """Mean [D] of the embeddings of the prompts that taught it."""
+    scale: np.ndarray
+    """Their standard deviation [D], 1 where it is 0."""
+    weights: np.ndarray
+    """[D, S]: what a standardised embedding, as a unit vector, adds to the prediction."""
+    ridge: float
+    """Ridge of the regression; infinite where one strategy is picked for all."""
+
+    def predict(self, embeddings: np.ndarray) -> np.ndarray:
+        """Rewards [N, S] expected of every strategy on prompts with embeddings [N, D], but for a number that
+        all strategies of a prompt share."""
+        return self.mean + _unit((embeddings - self.centre) / self.scale) @ self.weights
+
+    def pick(self, embeddings: np.ndarray) -> np.ndarray:
+        """The strategy [N] of highest predicted reward."""
+        return self.predict(embeddings).argmax(1)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(lengths > 0, lengths, 1.0)
+
+
+def taught(embeddings: np.ndarray, rewards: np.ndarray, ridge: float) -> Router:
+    """Fit a router with this ridge.
+
+    Args:
+        embeddings: [X, D] of the prompts.
+        rewards: [X, S], each the mean of one answer or more.
+        ridge: 0 or more; infinite gives the best fixed strategy.
+
+    Raises:
+        AlignProError: they are not of as many prompts, or hold what is not finite.
+    """
+    _check(embeddings, rewards)
+    mean, centre, scale = rewards.mean(0), embeddings.mean(0), embeddings.std(0)
+    scale = np.where(scale > 0, scale, 1.0)
+    if np.isinf(ridge):
+        return Router(mean, centre, scale, np.zeros((embeddings.shape[1], rewards.shape[1])), ridge)
+    known = _unit((embeddings - centre) / scale)
+    both = rewards - mean - rewards.mean(1, keepdims=True) + mean.mean()
+    # In the space of prompts, which are fewer than dimensions.
+    weights = known.T @ np.linalg.solve(known @ known.T + ridge * np.eye(len(known)), both)
+    return Router(mean, centre, scale, weights, ridge)
+
+
+def _check(embeddings: np.ndarray, rewards: np.ndarray, least: int = 1) -> None:
+    if embeddings.ndim != 2 or rewards.ndim != 2 or not least <= len(rewards) == len(embeddings):
+        raise AlignProError(
+            f"embeddings {list(embeddings.shape)} and rewards {list(rewards.shape)}: give [X, D] and [X, S], "
+            f"of the same X, at least {least}"
+        )
+    if not (np.isfinite(embeddings).all() and np.isfinite(rewards).all()):
+        raise AlignProError("embeddings and rewards: some are not finite")
+
+
+def left_out(values: np.ndarray, choose: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> np.ndarray:
+    """Rewards [X] of prompts by strategies that were chosen without them, one fold after the other.
+
+    Args:
+        values: [X, S], what each strategy earns on each prompt.
+        choose: from truth values [X], which prompts it may learn from, to a strategy of each prompt [X].
+        seed: determines the folds.
+    """
+    count = len(values)
+    fold = np.random.default_rng([seed, count]).permutation(count) % min(FOLDS, count)
+    found = np.empty(count)
+    for k in range(fold.max() + 1):
+        held = fold == k
+        found[held] = values[held, choose(~held)[held]]
+    return found
+
+
+def earned(embeddings: np.ndarray, rewards: np.ndarray, ridge: float) -> np.ndarray:
+    """Rewards [X] of prompts by routers with this ridge that were taught without them."""
+    return left_out(rewards, lambda known: taught(embeddings[known], rewards[known], ridge).pick(embeddings))
+
+
+def fit(embeddings: np.ndarray, rewards: np.ndarray, ridges: Sequence[float] = RIDGES) -> Router:
+    """Fit the router whose ridge earns most on prompts left out (see `taught`).
+
+    What it earns there flatters it a little, since the ridge was chosen by it: `left_out` with this function
+    inside is fair, and fresh prompts are.
+    """
+    _check(embeddings, rewards, 2)
+    best = max(ridges, key=lambda ridge: earned(embeddings, rewards, ridge).mean())
+    return taught(embeddings, rewards, best)
+
+
+def fixed(rewards: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """For `left_out`: the strategy that earns most on average, for all prompts."""
+    return lambda known: np.full(len(rewards), rewards[known].mean(0).argmax())
+
+
+def routed(embeddings: np.ndarray, rewards: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """For `left_out`: the picks of a router whose ridge is chosen on the prompts to learn from, too."""
+    return lambda known: fit(embeddings[known], rewards[known]).pick(embeddings)
