@@ -60,7 +60,7 @@ def test_it_reads_where_there_is_something_to_read():
 
     check(routing)
     kills(check, mutated(routing, " @ self.weights", " @ (0 * self.weights)"))
-    kills(check, mutated(routing, "best = max(", "best = min("))
+    kills(check, mutated(routing, "best = next(iter(rows)), max(", "best = next(iter(rows)), min("))
 
 
 def test_what_it_earns_is_on_prompts_that_did_not_teach_it():
@@ -82,6 +82,23 @@ def test_what_it_earns_is_on_prompts_that_did_not_teach_it():
     )
     fixed = routing.fit(embeddings, rewards, (np.inf,))
     assert fixed.pick(embeddings[:5]).tolist() == [int(rewards.mean(0).argmax())] * 5
+
+
+def test_noise_is_seldom_read():
+    """One strategy is the best for all by a quarter of the noise: of 50 tables 29% are read, of which the best
+    ridge alone would read 53% (of 100 each). Mutant: that."""
+
+    def check(module) -> None:
+        read = 0
+        for seed in range(50):
+            embeddings, _ = teach(40, seed=seed)
+            rewards = 0.5 + 0.2 * np.random.default_rng([seed, 9]).standard_normal((40, 5))
+            rewards[:, 1] += 0.05
+            read += np.isfinite(module.fit(embeddings, rewards).ridge)
+        assert read <= 20
+
+    check(routing)
+    kills(check, mutated(routing, "if gain.mean() <= gain.std(ddof=1) / np.sqrt(len(gain)):", "if False:"))
 
 
 def test_choices_for_prompts_left_out_know_nothing_of_them():
