@@ -110,7 +110,7 @@ class RouteSettings:
     instructions: str | None = None
     """File of candidate instructions, one on each line; the router picks one for each prompt, or none at
     all. Left out: 27 of the packaged bank, three of each kind."""
-    prompts: int | None = 48
+    prompts: int | None = 96
     """How many prompts to learn from, at most, each asked with every candidate: that is as many answers as
     prompts times candidates. At least 8."""
     answers: int = 1
