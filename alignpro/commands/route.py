@@ -205,7 +205,7 @@ def page(result: "Routed", record: Json) -> Page:
     about += "that it was taught does not flatter it here."
     if rows:
         drawn = Dots("On held-out prompts", axis, dots, [(0.0, "no gain")])
-        made.add("What it earns", about, Table(" | mean reward", rows, "wn"), drawn)
+        made.add("What it earns", about, Table(" | reward", rows, "wn"), drawn)
     ridge = "one instruction for all" if result.ridge is None else f"a ridge of {number(result.ridge)}"
     made.add(
         "What it learned from",
