@@ -616,6 +616,28 @@ def _(folder: Path) -> None:
     )
 
 
+def _router(folder: Path) -> Any:
+    from alignpro.llm.arms.route import load
+
+    found = load(folder)
+    router = [getattr(found.router, name).tolist() for name in ("mean", "centre", "scale", "weights")]
+    return router, found.router.ridge, found.instructions, found.reader, found.dtype
+
+
+def _routes(folder: Path) -> None:
+    import numpy as np
+
+    from alignpro.estimation.routing import taught
+    from alignpro.llm.arms.route import Saved
+
+    router = taught(np.arange(8.0).reshape(4, 2) % 3, np.arange(12.0).reshape(4, 3) % 5, 1.0)
+    Saved(router, ("", "Briefly.", "In full."), "smollm2-135m-instruct", "float32", np.array).save(folder)
+
+
+for _file in ("router.json", "router.safetensors"):
+    KINDS[f"a router's {_file}"] = Kind(_file, _routes, _router)
+
+
 def _enumeration(folder: Path) -> Any:
     from alignpro.llm.arms.enumerate import Enumeration
 

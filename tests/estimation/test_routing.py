@@ -85,7 +85,7 @@ def test_what_it_earns_is_on_prompts_that_did_not_teach_it():
 
 
 def test_noise_is_seldom_read():
-    """One strategy is the best for all by a quarter of the noise: of 50 tables 29% are read, of which the best
+    """One strategy is best for all by a quarter of the noise: of 50 tables 29% are read, of which the best
     ridge alone would read 53% (of 100 each). Mutant: that."""
 
     def check(module) -> None:

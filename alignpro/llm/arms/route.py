@@ -183,15 +183,15 @@ def load(folder: str | Path) -> Saved:
     facts = typed.made(_Facts, read_json(folder / FACTS), f"router {folder / FACTS}")
     try:
         arrays = load_file(folder / ARRAYS)
-        mean, centre, scale, weights = (np.asarray(arrays[name], np.float64) for name in _NUMBERS)
+        found = mean, centre, scale, weights = tuple(arrays[name] for name in _NUMBERS)
     except (OSError, KeyError, SafetensorError, ValueError) as error:
         raise AlignProError(
             f"router {folder / ARRAYS}: cannot be read ({type(error).__name__}); make it again with route"
         ) from None
     shapes = (len(facts.instructions),), centre.shape, centre.shape, (centre.size, len(facts.instructions))
-    found = mean, centre, scale, weights
     fits = all(a.shape == shape for a, shape in zip(found, shapes, strict=True)) and centre.ndim == 1
-    if not fits or not len(facts.instructions) or not all(np.isfinite(a).all() for a in found):
+    fits = fits and all(a.dtype == np.float64 and np.isfinite(a).all() for a in found)
+    if not fits or not facts.instructions or (facts.ridge is None and weights.any()):
         raise AlignProError(
             f"router {folder / ARRAYS}: its numbers do not fit {FACTS}; make it again with route"
         )
