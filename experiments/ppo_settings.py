@@ -110,6 +110,12 @@ def jobs(out: Path) -> list[Job]:
     return found
 
 
+def varied(job: Job) -> dict[str, Any]:
+    """The options of a training that the sweep varies."""
+    names = {*CENTRE}.union(*SETTINGS.values())
+    return {name: value for name, value in job.options.items() if name in names}
+
+
 def trainings(out: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     """What each finished training found, in `out` or elsewhere: its reward before, after, and KL."""
     found = dict(known)
@@ -117,9 +123,8 @@ def trainings(out: Path, known: Mapping[str, Any]) -> dict[str, Any]:
         if work.finished(job, out):
             lines = read_json_lines(out / job.name / EVALUATIONS_FILE)
             first, last = lines[0], lines[-1]
-            options = {name: job.options[name] for name in CENTRE}
             found[job.name] = {
-                "options": options,
+                "options": varied(job),
                 "before": first["reward"],
                 "reward": last["reward"],
                 "kl": last["kl"],
@@ -139,7 +144,7 @@ def read_known(path: Path | None) -> dict[str, Any]:
     results = typed.made(Known, read_json(path), f"--known {path}")
     if results.answers != ANSWERS:
         raise AlignProError(f"--known {path}: of {results.answers} answers each, not {ANSWERS}")
-    options = {job.name: {name: job.options[name] for name in CENTRE} for job in jobs(Path())}
+    options = {job.name: varied(job) for job in jobs(Path())}
     for name, one in results.trainings.items():
         if one.options != options.get(name):
             raise AlignProError(f"--known {path}: {name} has other settings here; leave that file out")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import ppo_settings
@@ -72,6 +73,19 @@ def test_what_several_machines_did_is_one_table(tmp_path, command):
     kills(check, mutated(ppo_settings, f"centre[seed][\"reward\"] for seed, one in some.items() {of}",
                          f"centre[0][\"reward\"] for seed, one in some.items() {of}"))  # fmt: skip
     assert "| reading ease, 16 × 2 | 3 | 0.500 | 0.667 ± 0.018 | +0.095 ± 0.045 | 1.000 ± 0.000 |" in said.out
+
+
+def test_every_setting_is_told_from_every_other():
+    """By the options that are kept with a training. Mutant: those of the centre alone are kept."""
+
+    def check(module):
+        kept = [
+            json.dumps(module.varied(job)) for job in module.jobs(Path("out")) if job.name.endswith("seed-0")
+        ]
+        assert len(set(kept)) == len(module.SETTINGS)
+
+    check(ppo_settings)
+    kills(check, mutated(ppo_settings, "{*CENTRE}.union(*SETTINGS.values())", "{*CENTRE}"))
 
 
 def test_known_trainings_are_not_done_again_and_are_of_the_same_settings(tmp_path, command, monkeypatch):
