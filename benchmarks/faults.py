@@ -621,17 +621,17 @@ def _router(folder: Path) -> Any:
 
     found = load(folder)
     router = [getattr(found.router, name).tolist() for name in ("mean", "centre", "scale", "weights")]
-    return router, found.router.ridge, found.instructions, found.reader, found.dtype
+    return router, found.router.ridge, found.instructions, vars(found.reader)
 
 
 def _routes(folder: Path) -> None:
     import numpy as np
 
     from alignpro.estimation.routing import taught
-    from alignpro.llm.arms.route import Saved
+    from alignpro.llm.arms.route import Reader, Saved
 
     router = taught(np.arange(8.0).reshape(4, 2) % 3, np.arange(12.0).reshape(4, 3) % 5, 1.0)
-    Saved(router, ("", "Briefly.", "In full."), "smollm2-135m-instruct", "float32", np.array).save(folder)
+    Saved(router, ("", "Briefly.", "In full."), Reader("smollm2-135m-instruct"), np.array).save(folder)
 
 
 for _file in ("router.json", "router.safetensors"):

@@ -87,7 +87,12 @@ def rewarded(prompts: Sequence[str], texts: Sequence[str], found: list[list[list
             reward[task] = np.where(is_of[:, None, None], alone[a], alone[b])
             kind[task] = is_of
     return Tasks(
-        prompts, texts, reward, kind, route.reading(MODEL, "float32")(prompts), Embedder().embed(prompts)
+        prompts,
+        texts,
+        reward,
+        kind,
+        route.Reader(MODEL, "float32").read()(prompts),
+        Embedder().embed(prompts),
     )
 
 

@@ -71,6 +71,7 @@ class Route(RunOptions):
         from alignpro.llm.arms import route
         from alignpro.llm.arms.instruct import FILE, Cells
         from alignpro.llm.models import catalogue, packages
+        from alignpro.llm.models.devices import dtype_of
         from alignpro.llm.models.libraries import quiet
 
         settings, environment = self.settings, self.environment
@@ -80,6 +81,8 @@ class Route(RunOptions):
         away = is_address(environment.target) or on_vllm(environment.target)
         reader = settings.reader or (DEFAULT_PROMPTER if away else environment.target)
         catalogue.check_name(reader)
+        if (place := Path(reader).expanduser()).exists():  # to be found from another working folder, too
+            reader = str(place.resolve())
         every = replace(settings, prompts=None)
         prompts, held = prompts_of_candidates(self.source, environment.target, every, world)
         table = prompts[: settings.prompts]
@@ -105,10 +108,11 @@ class Route(RunOptions):
         judge = world.reward(folder)
         open_target = for_candidates(world, candidates, [*table, *held], folder, opened)
         cells = Cells(folder, candidates, judge, sampling, settings.seed, open_target, world.refusals)
-        # Of the reader's own states float32 is the more exact, and prompts are few.
-        read = route.reading(reader, "float32")
+        by = route.Reader(reader, dtype_of(environment.dtype), dict(environment.chat_options() or {}))
+        # A frozen model that is loaded reads, too.
+        read = by.read(lambda: opened[0].target if opened else None)
         with quiet():
-            result, saved = route.find(cells, table, held, settings, read, reader=reader, dtype="float32")
+            result, saved = route.find(cells, table, held, settings, by, read)
         for target in opened:
             packages.note(target.ledger.line())
         world.told(judge, folder)

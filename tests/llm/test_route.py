@@ -1,6 +1,7 @@
 """`alignpro route`, as a user meets it: who is asked what, what its numbers are of, what it leaves behind."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -232,8 +233,41 @@ def test_what_prompts_are_read_by(reader):
     kills(check, mutated(route, "middle[-1], middle.mean(0)", "middle[-1], middle[-1]"))
     with pytest.raises(AlignProError, match="reader: the model tells no hidden states"):
         route.states(Mute(), tokenizer, prompts)
-    loaded = route.reading(reader, "float32")(prompts)
+    loaded = route.Reader(reader, "float32").read()(prompts)
     np.testing.assert_allclose(loaded, route.states(model, tokenizer, prompts), rtol=1e-5, atol=1e-6)
+    # A target that has the model loaded reads; one of another name does not.
+    for name, expected in ((reader, "this one"), ("another", loaded)):
+        target = SimpleNamespace(name=name, model=None, tokenizer=tokenizer)
+        try:
+            found = route.Reader(reader, "float32").read(lambda target=target: target)(prompts)
+        except AttributeError:  # of None, which was taken for the model
+            found = "this one"
+        assert np.array_equal(found, expected)
+
+
+def test_a_reader_with_other_weights_is_refused(tmp_path, reader):
+    """The same prompts would get other instructions, without a word. Mutant: the digest is not compared."""
+    copy = tmp_path / "model"
+    shutil.copytree(reader, copy)
+    rng = np.random.default_rng(0)
+    router = routing.taught(rng.standard_normal((9, 64)), rng.uniform(size=(9, 3)), 1.0)
+    by = route.Reader(str(copy), "float32")
+    route.Saved(router, ("", "Shout.", "Hush."), by, by.read()).save(tmp_path)
+
+    def check(module):
+        assert module.load(tmp_path).reader.model == str(copy)
+        kept = (copy / "model.safetensors").read_bytes()
+        (copy / "model.safetensors").write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        try:
+            with pytest.raises(AlignProError, match="has other weights than those that it was taught by"):
+                module.load(tmp_path)
+        except pytest.fail.Exception as error:
+            raise AssertionError from error
+        finally:
+            (copy / "model.safetensors").write_bytes(kept)
+
+    check(route)
+    kills(check, mutated(route, "not in (facts.weights, None):", "in (0, 1):"))
 
 
 class Mute:
@@ -280,7 +314,8 @@ def test_mistakes_cost_nothing(more, message, command, tmp_path, capsys):
 def test_a_damaged_router_is_told_in_a_line(damage, tmp_path, capsys):
     rng = np.random.default_rng(0)
     router = routing.taught(rng.standard_normal((9, 4)), rng.uniform(size=(9, 3)), 1.0)
-    saved = route.Saved(router, ("", "Shout.", "Hush."), "none", "float32", lambda prompts: np.zeros((1, 4)))
+    reader = route.Reader("nowhere")
+    saved = route.Saved(router, ("", "Shout.", "Hush."), reader, lambda prompts: np.zeros((1, 4)))
     saved.save(tmp_path)
     again = route.load(tmp_path).router
     for name in ("mean", "centre", "scale", "weights"):

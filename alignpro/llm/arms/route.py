@@ -9,7 +9,7 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from alignpro.files import atomic_write, encoded, read_json, write_json
 from alignpro.llm.arms.instruct import Cells, read_instructions
 from alignpro.llm.arms.settings import RouteSettings
 from alignpro.llm.data.bank import BANK
+from alignpro.llm.models import contents
 from alignpro.llm.models.load import load_model
 from alignpro.llm.models.prompt import said, with_instruction
 from alignpro.llm.targets.tokens import prompt_ids
@@ -70,10 +71,32 @@ def states(model: Any, tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
     return np.array(found)
 
 
-def reading(model: str, dtype: str = "auto") -> Read:
-    """Read prompts by the model of this name or folder, which is loaded when the first are read."""
-    opened = functools.cache(lambda: load_model(model, dtype))
-    return lambda prompts: states(*opened(), prompts)
+@dataclass(frozen=True)
+class Reader:
+    """A causal model whose states read prompts."""
+
+    model: str
+    """A packaged name or hub id, or the whole path of a folder."""
+    dtype: str = "auto"
+    """Number format of its weights, as `load_model` takes it."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of its chat template."""
+
+    def read(self, opened: Callable[[], Any] = lambda: None) -> Read:
+        """Reads prompts by the model, which is loaded when the first are read.
+
+        Args:
+            opened: gives a target that may have this very model loaded already, or None.
+        """
+
+        def loaded() -> tuple[Any, Any]:
+            target = opened()
+            if getattr(target, "name", None) == self.model and hasattr(target, "tokenizer"):
+                return target.model, target.tokenizer
+            return load_model(self.model, self.dtype, chat_template_kwargs=self.chat_template_kwargs)
+
+        both = functools.cache(loaded)
+        return lambda prompts: states(*both(), prompts)
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,10 +145,7 @@ class Saved:
     router: Router
     instructions: tuple[str, ...]
     """By the router's strategies; empty for none at all."""
-    reader: str
-    """The model whose states read the prompts."""
-    dtype: str
-    """Number format of that model."""
+    reader: Reader
     read: Read
 
     def picks(self, prompts: Sequence[str]) -> list[str]:
@@ -147,8 +167,8 @@ class Saved:
             file.write(save(arrays))
         facts = {
             "instructions": list(self.instructions),
-            "reader": self.reader,
-            "dtype": self.dtype,
+            "reader": vars(self.reader),
+            "weights": contents.of_model(self.reader.model),
             "ridge": _ridge(self.router),
         }
         write_json(folder / FACTS, facts)
@@ -159,8 +179,9 @@ class _Facts:
     """The content of `FACTS`."""
 
     instructions: tuple[str, ...]
-    reader: str
-    dtype: str
+    reader: Reader
+    weights: str | None
+    """Digest of the reader's weights."""
     ridge: float | None
 
 
@@ -177,7 +198,7 @@ def load(folder: str | Path) -> Saved:
     """A router that `Saved.save` wrote; the model that reads is loaded when it is first needed.
 
     Raises:
-        AlignProError: there is none, or its files do not fit.
+        AlignProError: there is none, its files do not fit, or its reader has other weights now.
     """
     folder = Path(folder).expanduser()
     facts = typed.made(_Facts, read_json(folder / FACTS), f"router {folder / FACTS}")
@@ -195,8 +216,13 @@ def load(folder: str | Path) -> Saved:
         raise AlignProError(
             f"router {folder / ARRAYS}: its numbers do not fit {FACTS}; make it again with route"
         )
+    if contents.of_model(facts.reader.model) not in (facts.weights, None):
+        raise AlignProError(
+            f"router {folder / FACTS}: its reader {facts.reader.model!r} has other weights than those that it "
+            "was taught by; make it again with route"
+        )
     router = Router(mean, centre, scale, weights, np.inf if facts.ridge is None else facts.ridge)
-    return Saved(router, facts.instructions, facts.reader, facts.dtype, reading(facts.reader, facts.dtype))
+    return Saved(router, facts.instructions, facts.reader, facts.reader.read())
 
 
 def check_sizes(table: Sequence[str]) -> None:
@@ -210,10 +236,9 @@ def find(
     table: Sequence[str],
     held: Sequence[str],
     settings: RouteSettings,
+    reader: Reader,
     read: Read,
     *,
-    reader: str = "",
-    dtype: str = "auto",
     progress: bool = True,
 ) -> tuple[Routed, Saved]:
     """Ask for the table, teach the router, and judge it on the prompts `held`.
@@ -221,8 +246,7 @@ def find(
     Args:
         cells: asks the candidates.
         table: the prompts of the table.
-        read: reads prompts.
-        reader, dtype: the name and number format of the model by which it does, for the record.
+        reader, read: reads prompts, and reads them as `Reader.read` does.
     """
     reward, names, each = cells.reward, cells.candidates, settings.held_out_answers
     arms = range(len(names))
@@ -240,7 +264,7 @@ def find(
         left_out(values, choose)[:, None] for choose in (routed(embeddings, values), fixed(values))
     )
     foreseen = gain_over(router, alike, reward.low, reward.high, settings.level)
-    saved = Saved(fit(embeddings, values), tuple(names), reader, dtype, read)
+    saved = Saved(fit(embeddings, values), tuple(names), reader, read)
     picks, single = saved.picks(held), names[int(values.mean(0).argmax())]
 
     wanted = {text: [x for x, pick in zip(held, picks, strict=True) if text in ("", single, pick)]
@@ -273,7 +297,7 @@ def find(
         single_over_none=over(alone, none),
         foreseen=foreseen,
         ridge=_ridge(saved.router),
-        reader=reader,
+        reader=reader.model,
         instructions=tuple(names),
         prompts=len(table),
         answers=settings.answers,
