@@ -218,8 +218,8 @@ def load(folder: str | Path) -> Saved:
         )
     if contents.of_model(facts.reader.model) not in (facts.weights, None):
         raise AlignProError(
-            f"router {folder / FACTS}: its reader {facts.reader.model!r} has other weights than those that it "
-            "was taught by; make it again with route"
+            f"router {folder / FACTS}: its reader {facts.reader.model!r} has other weights than those that "
+            "it was taught by; make it again with route"
         )
     router = Router(mean, centre, scale, weights, np.inf if facts.ridge is None else facts.ridge)
     return Saved(router, facts.instructions, facts.reader, facts.reader.read())
