@@ -1,4 +1,4 @@
-"""`alignpro rewrite`: prompts rewritten with a trained prompter."""
+"""`alignpro rewrite`: prompts rewritten with a trained prompter, or a router."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from alignpro.terminal import say
 
 @dataclass(frozen=True, kw_only=True)
 class Rewrite(ChatOption, SeedOption):
-    """Rewrite prompts with a trained prompter."""
+    """Rewrite prompts with a trained prompter, or a router."""
 
     prompter: tyro.conf.Positional[str]
     """The prompter: the folder that training wrote, or the prompter/ in it; any model's name does, too,

@@ -52,7 +52,7 @@ class Route(RunOptions):
             "alignpro route --out runs/route --reward ./mine.py:score@0,1",
         ),
         (
-            "your own instructions and prompts, then new prompts",
+            "your own instructions, on your own prompts",
             "alignpro route --out runs/mine --instructions-file asks.txt --prompts-file mine.csv "
             "--reward ease",
         ),
