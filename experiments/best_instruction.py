@@ -129,7 +129,7 @@ def on_table(
 
         pull: Pull = partial(_found, scores[:, order])
         arms, prompts = scores.shape
-        done = race(pull, arms, prompts, low, high, budget=scores.size // 3, level=LEVEL)
+        done = race(pull, arms, prompts, low, high, budget=scores.size // 3, level=LEVEL, fresh=False)
         rows.append((means.max() - means[done.ranked[0].arm], done.calls, done.contenders))
     short, calls, contenders = np.array(rows).T
     print(

@@ -94,15 +94,19 @@ def least_budget(arms: int, answers: int = 1) -> int:
     return arms * answers * max(1, math.ceil(math.log2(arms)))
 
 
-def _share(arms: int, answers: int, budget: int, prompts: int) -> tuple[int, int]:
+def _share(arms: int, answers: int, budget: int, prompts: int, fresh: bool = True) -> tuple[int, int]:
     """Plan the next round of `arms`: its prompts, and the answers to each.
 
     Rounds to come share the budget equally. Where that takes more prompts than there are, the later rounds,
-    which have fewer arms, get more answers to each prompt instead.
+    which have fewer arms, get more answers to each prompt instead; or, where another answer would not be
+    `fresh`, the earlier rounds get what the later ones cannot use.
     """
     sizes = [arms]
     while sizes[-1] > 2:
         sizes.append(math.ceil(sizes[-1] / 2))
+    if not fresh:
+        each = _each(sizes, budget / answers, prompts)
+        return max(1, min(math.floor(each / arms), prompts)), answers
     wants = [budget / (len(sizes) * size * answers) for size in sizes]
     most = wants[-1]
     if sum(wants) > prompts:
@@ -114,6 +118,24 @@ def _share(arms: int, answers: int, budget: int, prompts: int) -> tuple[int, int
             left -= want
     n = max(1, min(math.floor(min(wants[0], most)), prompts))
     return n, answers * max(1, math.floor(wants[0] / n))
+
+
+def _each(sizes: Sequence[int], budget: float, prompts: int) -> float:
+    """Answers of each round of so many arms, one to a prompt, at which all together spend the budget: a round
+    whose arms run out of prompts spends less than the others."""
+
+    def spent(each: float) -> float:
+        used = total = 0.0
+        for size in sizes:
+            new = min(each / size, prompts - used)
+            used, total = used + new, total + new * size
+        return total
+
+    low, high = 0.0, float(sizes[0] * prompts)
+    for _ in range(60):  # down to the rounding of floats
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) <= budget else (low, middle)
+    return low
 
 
 class _Track:
@@ -190,6 +212,7 @@ def race(
     budget: int,
     answers: int = 1,
     level: float = 0.95,
+    fresh: bool = True,
 ) -> Race:
     """Find the arm of largest mean reward over prompts.
 
@@ -201,6 +224,8 @@ def race(
         budget: the most answers to ask for.
         answers: answers of each arm to each prompt, at least; more where prompts run out.
         level: how often the best arm is to stay in, if not dropped for trailing.
+        fresh: whether another answer to the same prompt tells anything new; not at temperature 0, or from a
+            table with one answer to each.
 
     Raises:
         AlignProError: too few arms, too small a budget, or rewards outside their range.
@@ -218,7 +243,7 @@ def race(
     alive, left = list(range(arms)), dict[int, int]()
     calls = used = 0
     while len(alive) > 1 and used < prompts and budget - calls >= len(alive) * answers:
-        n, each = _share(len(alive), answers, budget - calls, prompts - used)
+        n, each = _share(len(alive), answers, budget - calls, prompts - used, fresh)
         end = used + n
         entered = len(alive)
         while used < end and len(alive) > 1:

@@ -180,6 +180,26 @@ def test_a_finished_folder_asks_for_no_more_than_what_is_new(command, tmp_path, 
             assert message in capsys.readouterr().err
 
 
+def test_at_temperature_0_nothing_is_asked_twice(command, tmp_path):
+    """The same answer would be paid for again. Mutant: it is taken for a new one."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:20]))
+
+    def check(module):
+        with Server(says) as server:
+            words = command(server, "--answer-temperature", "0", "--budget", "200", out=str(id(module)))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(instruct, "find", module.find)
+                assert main.main(words) == 0
+            asked = [body["messages"][-1]["content"] for body, _ in server.requests]
+        raced = [
+            text for text in asked if split_of(text.removesuffix(instruction_of(text)).strip()) == "train"
+        ]
+        assert len(raced) == len(set(raced))
+
+    check(instruct)
+    kills(check, mutated(instruct, "fresh=cells.sampling.temperature > 0", "fresh=True"))
+
+
 def test_no_instruction_may_be_the_best(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(WORTH, "", 9)
     with Server(says) as server:

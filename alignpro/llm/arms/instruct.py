@@ -248,6 +248,7 @@ def find(
             budget=budget,
             answers=settings.answers,
             level=settings.level,
+            fresh=cells.sampling.temperature > 0,
         )
     winner, found = done.ranked[0], None
     if names[winner.arm]:

@@ -70,7 +70,7 @@ class InstructSettings:
     same with more certainty. Left out: 40 for each candidate."""
     answers: int = 1
     """How many answers to each prompt with each instruction. More prompts tell more than more answers; where
-    prompts run out, answers grow by themselves."""
+    prompts run out, answers grow by themselves, unless the temperature is 0."""
     prompts: int | None = None
     """How many prompts to learn from, in the race, at most. Left out: all that are for training."""
     held_out: int = 100
