@@ -113,8 +113,8 @@ def test_prompts_that_run_out_are_asked_more_often():
 
 def test_where_no_answer_is_new_the_first_rounds_get_what_the_last_cannot_use():
     """A table of one answer for each: none is asked for twice, the last two have all prompts, and the budget
-    is spent; the best of the table wins in 29 of 30 orders of its prompts or more, in fewer where the last are
-    asked again. Mutants: that; equal rounds."""
+    is spent; the best of the table wins in 29 of 30 orders of its prompts or more, in fewer where the last
+    are asked again. Mutants: that; equal rounds."""
     rng = np.random.default_rng(7)
     table = np.clip(0.5 + 0.1 * rng.standard_normal((60, 1)) + 0.2 * rng.standard_normal((60, 40)), 0, 1)
     best = table.mean(1).argmax()
