@@ -44,7 +44,7 @@ class Route(RunOptions):
 
     common = (
         "out instructions-file reward target dataset prompts-file train-prompts eval-prompts answers "
-        "answer-tokens reader seed config"
+        "answer-tokens single reader seed config"
     )
     examples = (
         (
@@ -76,7 +76,7 @@ class Route(RunOptions):
 
         settings, environment = self.settings, self.environment
         folder, sampling = Path(self.out), environment.sampling()
-        candidates = route.candidates_of(settings.instructions)
+        candidates = route.candidates_of(settings.instructions, settings.single)
         world = World(environment)
         away = is_address(environment.target) or on_vllm(environment.target)
         reader = settings.reader or (DEFAULT_PROMPTER if away else environment.target)

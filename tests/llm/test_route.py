@@ -35,13 +35,14 @@ def shares(prompts, responses):
 
 
 def instruction_of(asked):
-    return max((text for text in CANDIDATES if asked.endswith(text)), key=len)
+    return max((text for text in (*CANDIDATES, "Sing loud.") if asked.endswith(text)), key=len)
 
 
 def worth(asked):
     """Letters e of ten, give or take one."""
     one = asked[0].isupper()
-    return {"": 3, "Shout.": 8 if one else 4, "Hush.": 3 if one else 8, "Sing.": 2}[instruction_of(asked)]
+    of = {"": 3, "Shout.": 8 if one else 4, "Hush.": 3 if one else 8, "Sing.": 2, "Sing loud.": 2}
+    return of[instruction_of(asked)]
 
 
 def says(n, body):
@@ -213,6 +214,25 @@ def test_one_for_all_where_all_want_the_same(command, tmp_path, monkeypatch, cap
     assert "One for all: the router picks 'Sing.' for every held-out prompt." in capsys.readouterr().out
     saved = replace(route.load(tmp_path / "out"), read=None)  # where nothing is told apart nothing is read
     assert saved.picks(["Add 1"]) == ["Sing."]
+
+
+def test_the_instruction_to_compare_with(command, tmp_path, capsys):
+    """A race's winner, say; it is a candidate, too. Mutant: the table's best takes its place."""
+
+    def check(module):
+        with Server(says) as server, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(route, "find", module.find)
+            out = f"out-{id(module)}"
+            assert main.main(command(server, "--single", "Sing loud.", "--eval-prompts", "6", out=out)) == 0
+        found = json.loads((tmp_path / out / "route.json").read_text())
+        assert found["single"] == "Sing loud."
+        assert found["instructions"] == [*CANDIDATES, "Sing loud."]
+        assert found["calls"] == 40 * 5
+        assert "over 'Sing loud.' for all" in capsys.readouterr().out
+
+    check(route)
+    kills(check, mutated(route, "if single is None:", "if True:"))
+    assert route.candidates_of(None, "Use simple words.") == route.candidates_of(None)
 
 
 def test_what_prompts_are_read_by(reader):

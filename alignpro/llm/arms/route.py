@@ -44,11 +44,12 @@ Read = Callable[[Sequence[str]], np.ndarray]
 """Embeddings [n, D] of prompts."""
 
 
-def candidates_of(path: str | None) -> tuple[str, ...]:
-    """The candidates: "" for none at all, then the distinct lines of a file or some of the packaged bank."""
-    if path is not None:
-        return read_instructions(path)
-    return ("", *(text for group in BANK.values() for text in group[:EACH]))
+def candidates_of(path: str | None, single: str | None = None) -> tuple[str, ...]:
+    """The candidates: "" for none at all, the distinct lines of a file or some of the packaged bank, and the
+    instruction to compare with, where it is not among them."""
+    some = (text for group in BANK.values() for text in group[:EACH])
+    found = ("", *some) if path is None else read_instructions(path)
+    return found if single is None or single in found else (*found, single)
 
 
 def states(model: Any, tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
@@ -104,7 +105,8 @@ class Routed(Shown):
     """A router's gains over one instruction for all, and over none at all."""
 
     single: str
-    """The instruction that earned most on average in the table; empty for none at all."""
+    """The instruction to compare with: the one that was given, or that earned most on average in the table;
+    empty for none at all."""
     picks: tuple[tuple[str, int], ...]
     """Instructions that the router picks for held-out prompts, and for how many, the most frequent first."""
     over_single: Gain | None
@@ -265,7 +267,9 @@ def find(
     )
     foreseen = gain_over(router, alike, reward.low, reward.high, settings.level)
     saved = Saved(fit(embeddings, values), tuple(names), reader, read)
-    picks, single = saved.picks(held), names[int(values.mean(0).argmax())]
+    picks, single = saved.picks(held), settings.single
+    if single is None:
+        single = names[int(values.mean(0).argmax())]
 
     wanted = {text: [x for x, pick in zip(held, picks, strict=True) if text in ("", single, pick)]
               for text in dict.fromkeys(("", single, *picks))}  # fmt: skip

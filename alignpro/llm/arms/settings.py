@@ -121,6 +121,10 @@ class RouteSettings:
     held_out_answers: int = 2
     """How many answers to each held-out prompt as the router has it, with the best single instruction, and
     without any."""
+    single: str | None = None
+    """Instruction that the router is compared with, such as the winner of instruct; a candidate, too. Left
+    out: the one that earns most in the router's own table, which is chosen by fewer answers than a race
+    has."""
     reader: str | None = None
     """Causal model whose middle layer reads the prompts: a packaged name, a local folder or a hub id. Left
     out: the frozen model, where it is one of these; else smollm2-135m-instruct."""
