@@ -36,7 +36,12 @@ class Router:
 
     def predict(self, embeddings: np.ndarray) -> np.ndarray:
         """Rewards [N, S] expected of every strategy on prompts with embeddings [N, D], but for a number that
-        all strategies of a prompt share."""
+        all strategies of a prompt share. Raises AlignProError where the embeddings are of another size."""
+        if embeddings.ndim != 2 or embeddings.shape[1] != len(self.centre):
+            raise AlignProError(
+                f"embeddings {list(embeddings.shape)}: the router reads [N, {len(self.centre)}]; give those of "
+                "the model that taught it"
+            )
         return self.mean + _unit((embeddings - self.centre) / self.scale) @ self.weights
 
     def pick(self, embeddings: np.ndarray) -> np.ndarray:

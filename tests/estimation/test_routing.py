@@ -133,3 +133,10 @@ def test_choices_for_prompts_left_out_know_nothing_of_them():
 def test_tables_that_do_not_do(embeddings, rewards, said):
     with pytest.raises(AlignProError, match=said):
         routing.fit(embeddings, rewards)
+
+
+def test_embeddings_of_another_model_are_refused():
+    found = routing.taught(*teach(), 1.0)
+    for other in (np.zeros((3, 11)), np.zeros(12)):
+        with pytest.raises(AlignProError, match=r"the router reads \[N, 12\]"):
+            found.pick(other)
