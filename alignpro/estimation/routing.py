@@ -39,8 +39,8 @@ class Router:
         all strategies of a prompt share. Raises AlignProError where the embeddings are of another size."""
         if embeddings.ndim != 2 or embeddings.shape[1] != len(self.centre):
             raise AlignProError(
-                f"embeddings {list(embeddings.shape)}: the router reads [N, {len(self.centre)}]; give those of "
-                "the model that taught it"
+                f"embeddings {list(embeddings.shape)}: the router reads [N, {len(self.centre)}]; give those "
+                "of the model that taught it"
             )
         return self.mean + _unit((embeddings - self.centre) / self.scale) @ self.weights
 
