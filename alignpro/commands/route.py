@@ -112,12 +112,12 @@ class Route(RunOptions):
         # A frozen model that is loaded reads, too.
         read = by.read(lambda: opened[0].target if opened else None)
         with quiet():
-            result, saved = route.find(cells, table, held, settings, by, read)
+            result, saved, picks = route.find(cells, table, held, settings, by, read)
         for target in opened:
             packages.note(target.ledger.line())
         world.told(judge, folder)
         saved.save(folder)
-        route.write_rewrites(folder / route.REWRITES, saved, held)
+        route.write_rewrites(folder / route.REWRITES, held, picks)
         say(text(result))
         write_json(folder / "route.json", plain(result))
         keep.keep(with_reward(page(result, {**record, **plain(settings)}), folder), folder)

@@ -92,7 +92,10 @@ class Reader:
 
         def loaded() -> tuple[Any, Any]:
             target = opened()
-            if getattr(target, "name", None) == self.model and hasattr(target, "tokenizer"):
+            # A folder's name may be relative in the one and whole in the other.
+            names = {self.model, str(Path(self.model).expanduser().resolve())}
+            name = getattr(target, "name", "")
+            if {name, str(Path(name).expanduser().resolve())} & names and hasattr(target, "tokenizer"):
                 return target.model, target.tokenizer
             return load_model(self.model, self.dtype, chat_template_kwargs=self.chat_template_kwargs)
 
@@ -242,13 +245,16 @@ def find(
     read: Read,
     *,
     progress: bool = True,
-) -> tuple[Routed, Saved]:
+) -> tuple[Routed, Saved, list[str]]:
     """Ask for the table, teach the router, and judge it on the prompts `held`.
 
     Args:
         cells: asks the candidates.
         table: the prompts of the table.
         reader, read: reads prompts, and reads them as `Reader.read` does.
+
+    Returns:
+        the result, the router, and the instruction that it picks for each prompt of `held`.
     """
     reward, names, each = cells.reward, cells.candidates, settings.held_out_answers
     arms = range(len(names))
@@ -312,12 +318,12 @@ def find(
         low=reward.low,
         high=reward.high,
     )
-    return result, saved
+    return result, saved, picks
 
 
-def write_rewrites(path: Path, saved: Saved, prompts: Sequence[str]) -> None:
+def write_rewrites(path: Path, prompts: Sequence[str], picks: Sequence[str]) -> None:
     """Write the prompts with their instructions, a line each, for `rollout --rewrites-file`."""
-    rows = zip(prompts, saved.rewrites(prompts), strict=True)
     with atomic_write(path, private=True) as file:
-        for x, rewrite in rows:
-            file.write(encoded(json.dumps({**said(x), "rewrite": rewrite}, ensure_ascii=False) + "\n"))
+        for x, text in zip(prompts, picks, strict=True):
+            row = {**said(x), "rewrite": with_instruction(x, text)}
+            file.write(encoded(json.dumps(row, ensure_ascii=False) + "\n"))
