@@ -1,5 +1,6 @@
 """Training on prefix trees: all algorithms reach ρ*, mutants do not; resuming repeats the run bit for bit."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -7,13 +8,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy import stats
 from tiny_optimum import END, FAST, fit, problem
 
 from alignpro.errors import AlignProError
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.policies.tree import PrefixTree, TreeTask, leaf_probabilities
-from alignpro.llm.training import ppo
+from alignpro.llm.training import ppo, trl_adapter
 from alignpro.llm.training import tree as train_module
 from alignpro.llm.training.ppo import PPOConfig, PPOTrainer
 from alignpro.llm.training.settings import ALGORITHM_NAMES, TreeSettings
@@ -92,6 +94,55 @@ def test_k3_in_the_reward_misses_the_optimum(monkeypatch, tmp_path):
     right = ppo.shaped_rewards
     monkeypatch.setattr(ppo, "shaped_rewards", lambda *a: right(*a[:5], "k3"))
     assert fit(tmp_path).metrics[-1]["exact"]["kl_to_star"] > 0.05
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHM_NAMES)
+def test_nothing_is_learned_from_rewards_that_are_all_alike(algorithm, monkeypatch, tmp_path):
+    """Then ρ* is ρ_sft, where training begins. Mutant: Adam makes whole steps of the KL's rounding."""
+    settings = TreeSettings(**(vars(FAST) | {"algorithm": algorithm, "iterations": 3, "samples": 16}))
+    model, tokenizer, task, _ = problem()
+    constant = dataclasses.replace(task, reward=lambda x, leaves: [0.7] * len(leaves))
+
+    def moved(name):
+        fresh, *_ = problem()
+        found = train(fresh, tokenizer, constant, settings, tmp_path / name, evaluate=lambda _: {})
+        before = leaf_probabilities(model, task.prompt_ids, task.trees)
+        return max(float(np.abs(a - b).max()) for a, b in zip(found.policy, before, strict=True))
+
+    assert moved("right") < 1e-6
+    monkeypatch.setattr(trl_adapter, "_untouched", lambda model: False)
+    assert moved("mutant") > 1e-3
+
+
+def test_the_critic_takes_its_units_from_the_first_rewards_that_differ(monkeypatch, tmp_path):
+    """A reward that is 0 for whole rounds. Mutant: units of the first, a thousandth, for rewards of 1."""
+    settings = TreeSettings(**(vars(FAST) | {"iterations": 4, "samples": 64}))
+    _, tokenizer, task, _ = problem()
+
+    def units(name):
+        model, *_ = problem()
+        asked = []
+
+        def rare(x, leaves):
+            asked.append(x)
+            late = len(asked) > 2 * len(task.prompts)  # two rounds
+            return [float(late and leaf == 0) for leaf in leaves]
+
+        late = dataclasses.replace(task, reward=rare)
+        found = train(model, tokenizer, late, settings, tmp_path / name, evaluate=lambda _: {})
+        last = max((tmp_path / name).glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+        critic = load_file(last / ppo.CRITIC_FILE)
+        lines = [line["sampled"] for line in found.metrics[:-1]]
+        return float(critic["scale"]), [line["ppo/value_loss"] for line in lines]
+
+    scale, losses = units("right")
+    assert scale > 0.05
+    assert max(losses) < 10
+    right = ppo.Critic.calibrate
+    monkeypatch.setattr(ppo.Critic, "calibrate", lambda self, totals: right(self, 0 * totals))
+    scale, losses = units("mutant")
+    assert scale < 0.05
+    assert max(losses) > 1000
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):

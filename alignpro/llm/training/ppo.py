@@ -148,11 +148,14 @@ def standard_error(values: Tensor, group: int) -> Tensor:
     return (values.view(-1, group).var(1).mean() / len(values)).sqrt()
 
 
+_LEAST_SCALE = 1e-3
+
+
 class Critic(nn.Module):
     """V(state): a small network on the frozen reference model's hidden state, [..., H] -> [...].
 
     It reads fixed features, so training it never moves the policy and no second language model is needed.
-    The output is a correction, in units of the first batch's returns, to their mean.
+    The output is a correction, in units of the first batch's returns that differ, to their mean.
     """
 
     def __init__(self, hidden_size: int, width: int) -> None:
@@ -170,14 +173,14 @@ class Critic(nn.Module):
         """Fix the output's units from the first batch's total rewards [B]; later calls change nothing."""
         if self.scale == 0:
             self.center.copy_(totals.mean())
-            self.scale.copy_(totals.std(correction=0).clamp(min=1e-3))
+            self.scale.copy_(totals.std(correction=0).clamp(min=_LEAST_SCALE))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.center + self.scale * self.body(features).squeeze(-1)
 
     def loss(self, *arguments: Any) -> Tensor:
         """`clipped_value_loss` in the critic's own units, so that one learning rate serves rewards of any."""
-        return clipped_value_loss(*arguments) / self.scale.square()
+        return clipped_value_loss(*arguments) / self.scale.clamp(min=_LEAST_SCALE).square()
 
 
 @dataclass
@@ -275,7 +278,8 @@ class PPOTrainer(OwnLoss):
             mean = self.mean(rewards, mask)
             rewards = rewards / self.mean((rewards - mean).square(), mask).sqrt().clamp(min=1e-8)
         features = self.features(batch)
-        self.critic.calibrate(self.accelerator.gather(rewards.sum(1)))
+        if not self.idle:
+            self.critic.calibrate(self.accelerator.gather(rewards.sum(1)))
         with torch.no_grad():
             values = self.critic(features) * mask
         advantages, returns = generalized_advantages(rewards, values, mask, args.gamma, args.gae_lambda)
@@ -283,6 +287,8 @@ class PPOTrainer(OwnLoss):
         advantages = (advantages - self.mean(advantages, mask)) * mask
         if args.whiten_advantages:
             advantages = advantages / self.mean(advantages.square(), mask).sqrt().clamp(min=1e-8)
+        if self.idle:
+            advantages, returns = torch.zeros_like(advantages), values
 
         log_ratio = ((old - reference) * mask).sum(1)
         self.note("ppo/reward", scores.mean())

@@ -59,6 +59,9 @@ class Rollouts(WholeCheckpoints):
     ways to pack the same rewrites differ by more than a clip range."""
     reads_features = False
     """Whether the algorithm asks for `features`."""
+    idle = False
+    """Whether this round teaches nothing: until rewards first differ the policy is ρ_sft, where the KL has no
+    gradient, and Adam, which knows no scale, would make whole steps of its rounding."""
 
     def tokens_of(self, prompts: Sequence[str]) -> Rows:
         """Token ids that the policy continues, for each prompt."""
@@ -152,7 +155,12 @@ class Rollouts(WholeCheckpoints):
     def _calculate_rewards(self, *positional: Any, **named: Any) -> Tensor:
         rewards = super()._calculate_rewards(*positional, **named)  # type: ignore[misc]
         self.note("score", rewards.mean())  # the same name in all, before any KL
+        self.idle = bool((rewards == rewards[0]).all()) and _untouched(self.model)
         return self.rewarded(rewards)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        return batch | ({"advantages": torch.zeros_like(batch["advantages"])} if self.idle else {})
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         every = self.args.steps_per_generation * self.num_iterations
@@ -239,6 +247,12 @@ class OwnLoss(GRPORollouts):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         loss = self.loss_of(model, inputs)
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1)
+
+
+def _untouched(model: torch.nn.Module) -> bool:
+    """Whether the model has an adapter that still changes nothing: its second factors begin at 0."""
+    second = [weight for name, weight in model.named_parameters() if "lora_B" in name]
+    return bool(second) and not any(weight.any() for weight in second)
 
 
 def joined(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
