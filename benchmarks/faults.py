@@ -1059,6 +1059,13 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
         ".*",
         "a field that has a default, of what the weights fit",
     ),
+    (
+        ".*config.json",
+        "true|zero|negative|fraction|many|.*number",
+        "(.*[.])?(rms_norm_eps|rope_theta|lora_alpha|r)",
+        "a number that fits the weights as any does, and makes another model",
+    ),
+    (".*safetensors", "transposed", ".*", "a square of numbers, whose sides are alike"),
 )
 """Patterns of a kind, a fault and its place, and why a file with it may say something else."""
 

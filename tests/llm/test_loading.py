@@ -12,8 +12,9 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models import adapters, chat, load
+from alignpro.llm.models import adapters, chat, load, policy
 from alignpro.llm.models.configure import tiny_model
+from alignpro.llm.models.sampling import Sampling
 from alignpro.llm.policies.prompter import PROMPTER_FILE, Prompter
 from alignpro.llm.targets.store import Store
 from alignpro.llm.targets.target import Answer
@@ -72,7 +73,10 @@ CONFIGS = {
     "one layer": ("config.json", {"num_hidden_layers": 1}, r"no place for, model\.layers\.1"),
     "no layers": ("config.json", {"num_hidden_layers": ...}, r"no weights that fit"),
     "width": ("config.json", {"hidden_size": 10**9}, r"hidden_size 1000000000, more than"),
+    "no number": ("config.json", {"rms_norm_eps": float("inf")}, r"rms_norm_eps inf, which is no finite"),
     "no such end": ("generation_config.json", {"eos_token_id": 10**9}, r"not among the"),
+    "an end beyond all": ("generation_config.json", {"eos_token_id": 10**20}, r"not among the"),
+    "a token of its own": ("tokenizer_config.json", {"unk_token": ""}, r"cannot load"),
     "an end that is none": (
         "generation_config.json",
         {"eos_token_id": ["a"]},
@@ -127,6 +131,42 @@ def test_configurations_that_are_not_the_models_are_refused(name, home, tmp_path
         load.load_model(folder, device="cpu")
 
 
+def test_a_configuration_that_says_a_thing_twice_is_refused(home, tmp_path):
+    """transformers takes the last, and makes that many layers before it reads the weights."""
+    folder = copied(home, tmp_path)
+    said = (folder / "config.json").read_text().rstrip()
+    (folder / "config.json").write_text(said[:-1] + ', "num_hidden_layers": 1000000000}')
+    with pytest.raises(AlignProError, match=r"config\.json cannot be relied on: .*num_hidden_layers"):
+        load.load_model(folder, device="cpu")
+
+
+def test_a_token_that_the_model_does_not_know_is_told(home, tmp_path):
+    """A tokenizer of a larger vocabulary: its other texts are read."""
+    folder = copied(home, tmp_path)
+    said = json.loads((folder / "tokenizer.json").read_text())
+    said["model"]["vocab"]["h"] = 3000
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    model, tokenizer = load.load_model(folder, device="cpu")
+
+    def check(module):
+        def act(text):
+            ids = [tokenizer(text).input_ids]
+            module.draw(model, 0, ids, [7], Sampling(max_tokens=2))
+
+        act("abc")
+        try:
+            act("abh")
+        except AlignProError as error:
+            assert "the token 3000, and the model knows 11" in str(error)  # noqa: PT017
+        except IndexError as error:
+            raise AssertionError from error
+
+    check(policy)
+    kills(check, mutated(policy, "    check_tokens(model, rows)\n", ""))
+    with pytest.raises(AlignProError, match="the token 3000"):
+        policy.log_probs(model, [(4, 5)], [tokenizer("h").input_ids])
+
+
 def test_a_template_that_leaves_the_prompt_out_is_refused(home, tmp_path):
     folder = copied(home, tmp_path)
     for text, message in TEMPLATES.items():
@@ -152,6 +192,14 @@ ADAPTERS = {
     "no alpha": (
         lambda at: edit(at / "adapter_config.json", lora_alpha=...),
         r"has no lora_alpha that is one",
+    ),
+    "a switch that is none": (
+        lambda at: edit(at / "adapter_config.json", use_rslora="x"),
+        r"use_rslora 'x', neither true nor false",
+    ),
+    "after certain words": (
+        lambda at: edit(at / "adapter_config.json", alora_invocation_tokens=[3]),
+        r"after certain words only",
     ),
     "no rank": (lambda at: edit(at / "adapter_config.json", r="2"), r"has no r that is one"),
     "another rank": (lambda at: edit(at / "adapter_config.json", r=3), r"cannot load|lacks"),

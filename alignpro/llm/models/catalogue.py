@@ -145,18 +145,29 @@ def stored(folder: Path) -> list[tuple[str, str, int]]:
 
 def check_sizes(folder: Path) -> None:
     """Refuse a configuration of more layers than there are tensors, or of sizes beyond all their numbers:
-    what only opens it, such as its tokenizer, may take for ever and all memory."""
+    what only opens it, such as its tokenizer, may take for ever and all memory. Refuse one that says a thing
+    twice, or a number that is not finite, too."""
     try:
-        tensors = stored(folder)
-        parts = [parse_json((folder / "config.json").read_bytes())]
+        tensors, said = stored(folder), (folder / "config.json").read_bytes()
     except Exception:  # told by whoever reads the weights
         return
+    try:
+        parts = [parse_json(said, once=True)]
+    except ValueError as error:
+        raise AlignProError(
+            f"model folder {folder}: its config.json cannot be relied on: {error}; save the whole model again"
+        ) from None
     numbers = sum(count for *_, count in tensors)
     while tensors and parts:
         part = parts.pop()
         for name, value in part.items() if isinstance(part, dict) else ():
             if isinstance(value, dict):
                 parts.append(value)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise AlignProError(
+                    f"model folder {folder}: its config.json says {name} {value}, which is no finite number; "
+                    "save the whole model again"
+                )
             most = len(tensors) if name in _LAYERS else numbers if _SIZE.search(name) else None
             if most is not None and type(value) is int and value > most:
                 raise AlignProError(

@@ -317,10 +317,10 @@ def configure_model(
     shipped = model.generation_config.eos_token_id
     ends = configure_tokenizer(tokenizer, shipped, name, chat_template_kwargs)
     pad_id, size = int(tokenizer.pad_token_id), int(text_config(model).vocab_size)
-    if odd := [i for i in (*ends, pad_id) if i >= size]:
+    if odd := [i for i in (*ends, pad_id) if not 0 <= i < size]:
         raise AlignProError(
-            f"model {name!r}: the token {tokenizer.convert_ids_to_tokens(odd[0])!r}, which ends or pads its "
-            f"texts, is not among the {size:,} that the model knows; mend its tokenizer_config.json"
+            f"model {name!r}: the token {odd[0]}, which ends or pads its texts, is not among the {size:,} "
+            "that the model knows; mend its tokenizer_config.json or generation_config.json"
         )
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = pad_id

@@ -86,6 +86,20 @@ def token_seconds(model: Any) -> float:
     return (time.monotonic() - since) / ids.numel()
 
 
+def check_tokens(model: Any, rows: Sequence[Sequence[int] | np.ndarray]) -> None:
+    """Refuse ids of tokens that the model has no embedding for: a tokenizer may have more than its model.
+
+    Raises:
+        AlignProError: there is one; it says which.
+    """
+    known = unwrap(model).get_input_embeddings().weight.shape[0]
+    if (last := max((int(np.max(row)) for row in rows if len(row)), default=0)) >= known:
+        raise AlignProError(
+            f"model {unwrap(model).name_or_path!r}: its tokenizer made the token {last}, and the model knows "
+            f"{known:,}; save both together again, or leave out the text with that token"
+        )
+
+
 def has_experts(model: Any) -> bool:
     """Whether its layers are mixtures of experts, of which a token goes through some."""
     config = text_config(model)
@@ -155,6 +169,7 @@ def states(
         for each forest, [S, H].
     """
     how = how or how_of(model)
+    check_tokens(model, [forest.tokens for forest in forests])
     if how.masks == "none":
         return _alone(model, forests, wanted)
     size = max(len(f.tokens) for f in forests)

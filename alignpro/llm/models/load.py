@@ -137,13 +137,20 @@ def load_tokenizer(
     while is_adapter(folder):  # which has none of its own
         folder = resolve_tokenizer(adapter_base(folder))
     with loading(f"model {str(model)!r}", folder, "tokenizer and configuration, with the model"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = read_tokenizer(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if (folder / "generation_config.json").is_file():
             shipped = GenerationConfig.from_pretrained(folder)
         else:
             shipped = GenerationConfig.from_model_config(config)
     return tokenizer, configure_tokenizer(tokenizer, shipped.eos_token_id, str(model), chat_template_kwargs)
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder as it is saved, or whatever reading it or its special tokens raises."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    _ = tokenizer.all_special_ids  # of tokens that it does not have, only this fails
+    return tokenizer
 
 
 def _load(folder: Path, name: str, dtype: str, where: torch.device) -> tuple[Any, Any]:
@@ -161,7 +168,7 @@ def _load(folder: Path, name: str, dtype: str, where: torch.device) -> tuple[Any
         more = {"quantization_config": config, "device_map": {"": where}}
     what = f"model {name!r}"
     with loading(what, folder, "causal language model"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = read_tokenizer(folder)
     loaded, lacking = read_weights(AutoModelForCausalLM, folder, what, DTYPES[dtype], where, **more)
     if lacking:
         raise AlignProError(

@@ -28,6 +28,7 @@ from alignpro.llm.models.forward import (
     Forest,
     Head,
     How,
+    check_tokens,
     count_passes,
     edge_log_probs,
     how_of,
@@ -160,6 +161,7 @@ def draw(
         score: whether to keep log-probabilities, under the model itself (temperature 1, nothing truncated).
     """
     how = how or how_of(model)
+    check_tokens(model, rows)
     lengths = [len(row) for row in rows]
     if not how.padded and len(set(lengths)) > 1:
         out: list[Drawn] = [([], [])] * len(rows)
@@ -252,12 +254,12 @@ def in_batches(
     start = 0
     while start < len(rows):
         batch = rows[start : start + size]
-        result = None
         try:
-            result = run(batch)
+            result: S | None = run(batch)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
+            result = None
         if result is None:  # outside the handler, whose traceback holds the tensors
             size = max(1, len(batch) // 2)
             torch.cuda.empty_cache()
@@ -276,8 +278,7 @@ def _opening(model: Any, rows: Sequence[Ids], more: int) -> int:
     window = min((w for w in windows(model).values() if w is not None), default=None)
     if len(rows) < 2 or (window is not None and shortest < longest and longest + more > window):
         return 0
-    first = rows[0]
-    alike = (i for i in range(shortest - 1) if any(row[i] != first[i] for row in rows))
+    alike = (i for i in range(shortest - 1) if any(row[i] != rows[0][i] for row in rows))
     return next(alike, shortest - 1)
 
 
@@ -419,6 +420,7 @@ def log_probs(
         AlignProError: an empty prompt, or a model that was never checked.
     """
     how, head = how or how_of(model), Head.of(model)
+    check_tokens(model, continuations)
     choose = None
     if sampling is not None and not sampling.natural:
         choose = partial(Warper(sampling).log_probs, drawn=drawn)

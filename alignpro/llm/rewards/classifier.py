@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from scipy.special import expit
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from alignpro.errors import AlignProError
 from alignpro.files import read_json, real
 from alignpro.llm.models import catalogue, configure, devices, packages, resolve
 from alignpro.llm.models.chat import chat_of
-from alignpro.llm.models.forward import room, text_config
+from alignpro.llm.models.forward import check_tokens, room, text_config
 from alignpro.llm.models.libraries import quiet
-from alignpro.llm.models.load import loading, read_weights
+from alignpro.llm.models.load import loading, read_tokenizer, read_weights
 from alignpro.llm.models.prompt import Message, Prompt, context_of, messages_of, transcript
 from alignpro.llm.rewards.bounds import Bounded, Bounds, parse_bounds
 from alignpro.llm.rewards.reward import PLAIN, Array, at_least, batches, check_template, check_texts, fill
@@ -135,7 +135,7 @@ class SequenceReward:
         folder = resolve.resolve(model)
         what, kind = f"reward model {str(model)!r}", "sequence classifier"
         with loading(what, folder, kind):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = read_tokenizer(folder)
         auto = AutoModelForSequenceClassification
         loaded, lacking = read_weights(auto, folder, what, devices.DTYPES[dtype], where, kind)
         if lacking:
@@ -177,6 +177,7 @@ class SequenceReward:
         found: dict[tuple[str, str], float] = {}
         with quiet(), torch.inference_mode():
             rows = [self.encode(x, y) for x, y in samples]
+            check_tokens(self.model, [row["input_ids"] for row in rows])
             # Similar lengths together: little padding. The longest first: memory runs out at once or never.
             order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
             parts = batches(len(order), self.batch_size)
@@ -368,6 +369,6 @@ def saved_facts(model: str | Path) -> dict[str, Any]:
         return {}
     facts = read_json(path, dict)
     kinds = {"bounds": str, "template": str, "max_tokens": int}
-    if not all(isinstance(facts.get(k), t) for k, t in kinds.items()):
+    if not all(type(facts.get(k)) is t for k, t in kinds.items()):
         raise AlignProError(f"{path}: not what train_reward wrote; remove it and give bounds")
     return facts

@@ -22,7 +22,7 @@ from alignpro.llm.data.split import SPLITS, Split, normalised
 from alignpro.llm.models import catalogue, configure, contents, devices, libraries, resolve
 from alignpro.llm.models.forward import text_config
 from alignpro.llm.models.libraries import quiet
-from alignpro.llm.models.load import loading, read_weights
+from alignpro.llm.models.load import loading, read_tokenizer, read_weights
 from alignpro.llm.rewards.accuracy import accuracy, longer_wins
 from alignpro.llm.rewards.bounds import Bounded, Squash
 from alignpro.llm.rewards.classifier import REWARD_FILE, SequenceReward, longest, public_name
@@ -177,13 +177,13 @@ def split_pairs(pairs: Sequence[PreferencePair]) -> dict[Split, list[PreferenceP
 
 def _base(model: str | Path, seed: int) -> tuple[Any, Any]:
     """A sequence classifier with one output and the tokenizer; the head is new if `model` has none."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     folder = resolve.resolve(model)
     torch.manual_seed(seed)
     what = f"model {str(model)!r}"
     with loading(what, folder, "language model"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = read_tokenizer(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     auto, cpu = AutoModelForSequenceClassification, torch.device("cpu")
     if type(config) not in auto._model_mapping:
