@@ -1,7 +1,6 @@
 """LoRA adapters: where in a model they go, in any layout, and which base an adapter's folder rests on."""
 
 import contextlib
-import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,18 +125,6 @@ def check_adapter(folder: Path, what: str) -> None:
     for name, kind in kinds.items() if said.get("peft_type") == "LORA" else [("peft_type", str)]:
         if not isinstance(said.get(name), kind) or isinstance(said[name], bool):
             raise AlignProError(f"{what}: its {ADAPTER_CONFIG} has no {name} that is one; save it again")
-    switches = [field.name for field in dataclasses.fields(LoraConfig) if field.type in (bool, "bool")]
-    for name in switches:
-        if name in said and not isinstance(said[name], bool | None):
-            raise AlignProError(
-                f"{what}: its {ADAPTER_CONFIG} says {name} {str(said[name])[:40]!r}, neither true nor false; "
-                "save it again"
-            )
-    if said.get("alora_invocation_tokens") is not None:
-        raise AlignProError(
-            f"{what}: it changes the model after certain words only (alora_invocation_tokens), which cannot "
-            "be read here; train it without them"
-        )
 
 
 def adapter_base(folder: Path) -> str:

@@ -5,6 +5,7 @@ Weights are read from safetensors, GGUF or (packaged) ONNX only. Nothing is unpi
 
 import contextlib
 import copy
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,14 @@ from alignpro.errors import AlignProError
 from alignpro.files import read_json, real
 from alignpro.llm.models import packages
 from alignpro.llm.models.adapters import adapter_base, check_adapter, check_patterns
-from alignpro.llm.models.catalogue import ADAPTER_WEIGHTS, RANDOM_FILE, drawn_at_random, is_adapter, stored
+from alignpro.llm.models.catalogue import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    RANDOM_FILE,
+    drawn_at_random,
+    is_adapter,
+    stored,
+)
 from alignpro.llm.models.configure import configure_tokenizer, prepare
 from alignpro.llm.models.devices import DTYPES, check_dtype, device_of, dtype_of
 from alignpro.llm.models.libraries import one_line, quiet
@@ -275,6 +283,7 @@ def attach_adapter(model: Any, folder: Path, name: str) -> Any:
     if not weights.is_file():
         raise AlignProError(f"{what}: {ADAPTER_WEIGHTS} is missing; save it again as safetensors")
     check_adapter(folder, what)
+    _check_switches(folder, what)
     check_patterns(model, folder)
     with loading(what, folder, "adapter"):
         sound = {
@@ -294,3 +303,23 @@ def attach_adapter(model: Any, folder: Path, name: str) -> Any:
     if odd := sorted(key for key, well in sound.items() if not well):
         raise AlignProError(f"{what}: {odd[0]} has numbers that are not finite; train or save it again")
     return adapted.eval()
+
+
+def _check_switches(folder: Path, what: str) -> None:
+    """Refuse an adapter whose switches are neither on nor off, which PEFT takes as on, or which works after
+    certain words only."""
+    from peft import LoraConfig
+
+    said = read_json(folder / ADAPTER_CONFIG, dict)
+    switches = [field.name for field in dataclasses.fields(LoraConfig) if field.type in (bool, "bool")]
+    for name in switches:
+        if name in said and not isinstance(said[name], bool | None):
+            raise AlignProError(
+                f"{what}: its {ADAPTER_CONFIG} says {name} {str(said[name])[:40]!r}, neither true nor false; "
+                "save it again"
+            )
+    if said.get("alora_invocation_tokens") is not None:
+        raise AlignProError(
+            f"{what}: it changes the model after certain words only (alora_invocation_tokens), which cannot "
+            "be read here; train it without them"
+        )
