@@ -71,6 +71,8 @@ PASSING = ("report.html", "README.md", ".run-", "answers.sqlite-", "stderr")
 CLOCKS = re.compile(
     r"seconds|created|time|runtime|per_second|date|_cost$|calls|tokens_paid|retried|since|epoch"
 )
+OF_A_PROCESS = re.compile(r"^(scored|raw_least|raw_greatest|clipped|clipped_share|unscored)$")
+"""Fields of reward.json that say what the process counted which ended the run."""
 OWN = ("answers", "scores", "proposals.jsonl", "rollouts.partial.jsonl", "cells.jsonl", "judgements.jsonl")
 """What is trusted: answers and rewards that are one's own to edit."""
 
