@@ -33,7 +33,8 @@ class Rewrite(ChatOption, SeedOption):
     draws: int = 1
     """How many rewrites of each prompt to draw."""
     rewrite_tokens: int | None = None
-    """The most tokens of one rewrite; a longer one is cut. Left out: as many as in training."""
+    """The most tokens of one rewrite; a longer one is cut. Left out: as many as in training. A router's
+    have no limit."""
     json: bool = False
     """Print one JSON object per line, with the prompt as x, the turns before it as context, and the rewrite,
     instead of the rewrite alone."""
@@ -67,6 +68,7 @@ class Rewrite(ChatOption, SeedOption):
             raise AlignProError("prompts: none given; name some, or write one per line to standard input")
         check_least(1, draws=self.draws, rewrite_tokens=self.rewrite_tokens)
         if route.is_router(self.prompter):
+            self._check_of_prompters()
             rows = [[rewrite] * self.draws for rewrite in route.load(self.prompter).rewrites(given)]
         else:
             rows = self._drawn(given)
@@ -75,6 +77,15 @@ class Rewrite(ChatOption, SeedOption):
                 line = {**said(x), "rewrite": rewrite}
                 say(json.dumps(line, ensure_ascii=False) if self.json else rewrite)
         return 0
+
+    def _check_of_prompters(self) -> None:
+        """Refuse options that mean nothing to a router."""
+        for name in ("rewrite_tokens", "chat_template_kwargs"):
+            if (value := getattr(self, name)) is not None:
+                raise AlignProError(
+                    f"{name} {value!r}: {self.prompter!r} is a router, which adds an instruction and draws "
+                    "nothing; leave it out"
+                )
 
     def _drawn(self, given: list[str]) -> list[list[str]]:
         """Rewrites of a language model, `draws` of each prompt."""

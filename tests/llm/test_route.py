@@ -161,6 +161,9 @@ def test_what_it_leaves_rewrites_new_prompts(command, tmp_path, capsys):
     saved = route.load(tmp_path / "out")
     assert saved.rewrites(new) == [row["rewrite"] for row in rows[::2]]
     assert route.load(tmp_path / "out").picks([]) == []
+    for option, value in (("--rewrite-tokens", "8"), ("--chat-template-kwargs", "{}")):
+        assert main.main(["rewrite", str(tmp_path / "out"), *new, option, value]) == 2
+        assert "is a router, which adds an instruction" in capsys.readouterr().err
     # And its file is an arm of rollout.
     held = [x for x in PROMPTS if split_of(x) != "train"]
     given = read_given(tmp_path / "out" / route.REWRITES, held).of
