@@ -367,6 +367,7 @@ def test_a_damaged_file_is_one_line_that_says_what_helps(tmp_path):
     assert not (tmp_path / "whole" / f"{FILE}-wal").exists()  # all is in the one file, once it is closed
     kinds = {"garbage": b"garbage " * 1000, "cut": data[: len(data) // 2], "short": data[:50]}
     kinds |= {"a line": data.replace(b'"finish":"stop"', b'"finish":"3top"')}
+    kinds |= {"a letter": data.replace(b"CREATE TABLE", b"CREATE T\xacBLE", 1)}  # which SQLite quotes
     for i in range(len(data) // page):
         kinds[f"page {i} gone"] = data[: i * page] + bytes(page) + data[(i + 1) * page :]
     for kind, content in kinds.items():
@@ -386,7 +387,7 @@ def test_a_damaged_file_is_one_line_that_says_what_helps(tmp_path):
             (folder / FILE).unlink()  # the remedy
             got = cached(Fake(), folder).respond(PROMPTS, SAMPLING, samples=20)
         assert got == want
-    assert {"garbage", "cut", "short", "a line", "page 0 gone"} <= set(told)
+    assert {"garbage", "cut", "short", "a line", "a letter", "page 0 gone"} <= set(told)
     assert len(told) > len(kinds) / 2
 
 

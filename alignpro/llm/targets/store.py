@@ -259,9 +259,9 @@ class Store:
         """SQLite's errors in one line that says what helps."""
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite quotes what is damaged, as it is
             name = getattr(error, "sqlite_errorname", "")
-            if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+            if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or isinstance(error, ValueError):
                 text = self._damage(str(error))
             elif name.startswith("SQLITE_CANTOPEN"):
                 text = f"cannot read {self.path}: {error}; check its permissions"
