@@ -12,9 +12,10 @@ Of each verb, on tiny models, an undisturbed run is the reference. Then, each ti
 - damaged: each file of the folder of a run that was killed half way is removed, emptied or has a bit flipped.
 
 Afterwards the folder must hold the reference's results. An outcome is `same`; `told` (exit status 2 and one
-line: nothing is lost that cannot be put back); `trusted` (another result, because a file of one's own answers
-or rewards was edited, as docs/howto/resume.md says); or a finding, which is printed and makes the exit status
-1: `different` without a word, a `traceback` or a `hang`.
+line: nothing is lost that cannot be put back); `noted` (a line names the file whose loss nothing makes good,
+a log for people, and the run goes on); `trusted` (another result, because a file of one's own answers or
+rewards was edited, as docs/howto/resume.md says); or a finding, which is printed and makes the exit status 1:
+`different` without a word, a `traceback` or a `hang`.
 """
 
 import argparse
@@ -216,8 +217,10 @@ def _apart(a: Any, b: Any) -> str:
     return "gone" if b is None else "new" if a is None else "other bytes"
 
 
-def outcome(status: int | None, said: str, difference: str, trusted: bool = False) -> str:
-    """The outcome of a run in a word."""
+def outcome(
+    status: int | None, said: str, difference: str, trusted: bool = False, damaged: str | None = None
+) -> str:
+    """The outcome of a run in a word; `damaged` is the file that was, where one was."""
     if said == "hang":
         return "hang"
     if "Traceback (most recent call last)" in said or status == 70:
@@ -226,6 +229,9 @@ def outcome(status: int | None, said: str, difference: str, trusted: bool = Fals
         return "told"
     if not difference:
         return "same"
+    alone = difference.startswith(f"{damaged} (") and "), " not in difference
+    if alone and damaged is not None and damaged in said:
+        return "noted"
     return "trusted" if trusted else "different"
 
 
@@ -235,8 +241,8 @@ def outcome(status: int | None, said: str, difference: str, trusted: bool = Fals
 class Verb:
     """A verb's reference run, and how long it took."""
 
-    def __init__(self, name: str, home: Path) -> None:
-        self.name, self.home, self.number = name, home, itertools.count()
+    def __init__(self, name: str, home: Path, files: str = "") -> None:
+        self.name, self.home, self.number, self.files = name, home, itertools.count(), files
         folder = self.folder()
         since = time.monotonic()
         status, said = ended(start(name, folder), folder)
@@ -308,7 +314,7 @@ class Verb:
                 continue
             for path in sorted(path for path in base.rglob("*") if path.is_file()):
                 name = str(path.relative_to(base))
-                if ".run-" in name or name.endswith(("-wal", "-shm")):
+                if ".run-" in name or name.endswith(("-wal", "-shm")) or self.files not in name:
                     continue
                 for fault in ("removed", "emptied", "flipped"):
                     folder = self.folder()
@@ -329,7 +335,7 @@ class Verb:
                     own = any(part in name for part in OWN)
                     where = "half way" if base == half else "finished"
                     yield (
-                        outcome(status, said, difference, own),
+                        outcome(status, said, difference, own, name),
                         f"{where}, {name} {fault}: {difference or said[-300:]}",
                     )
                     shutil.rmtree(folder, ignore_errors=True)
@@ -356,6 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("verbs", nargs="*", help=f"any of {', '.join(VERBS)}; left out: all")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--what", nargs="*", default=[*WHAT], choices=WHAT)
+    parser.add_argument("--files", default="", metavar="PART", help="damage those whose names hold this")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(arguments)
@@ -378,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.waitpid(pid, 0)[1]:
             raise SystemExit("the inputs could not be made")
         for chosen in args.verbs or VERBS:
-            verb = Verb(chosen, home)
+            verb = Verb(chosen, home, args.files)
             table[chosen] = {}
             for what in args.what:
                 counts = table[chosen][what] = collections.Counter()
