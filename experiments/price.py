@@ -1,6 +1,7 @@
 """On which tasks would a prompter that reads the prompt earn more than one instruction for all?
 
     python experiments/price.py --out runs/price      # half an hour of one core, nothing but packages
+    python experiments/price.py --out runs/who --who  # and of requests that say who asks
 
 Every prompt is asked with every one of some instructions of the bank, several times; the answers are kept, so
 that the same command goes on. Tasks are the packaged rewards, and pairs of them: one for requests of a kind,
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from paper_grid import launch, summary
 from task_grid import table
-from task_grid.kinds import KINDS
+from task_grid.kinds import FROM_A_CHILD, KINDS, Kind, asked
 from tqdm import tqdm
 
 from alignpro.errors import AlignProError
@@ -73,14 +74,19 @@ def answered(
     return found
 
 
-def rewarded(prompts: Sequence[str], texts: Sequence[str], found: list[list[list[str]]]) -> Tasks:
+def rewarded(
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    found: list[list[list[str]]],
+    kinds: Sequence[Kind] = KINDS,
+) -> Tasks:
     """Score the answers for every task."""
     shape = len(prompts), len(texts), len(found[0][0])
     flat = [text for row in found for cell in row for text in cell]
     of = [x for x in prompts for _ in range(shape[1] * shape[2])]
     alone = {name: np.asarray(load_reward(name).score(of, flat), float).reshape(shape) for name in REWARDS}
     reward, kind = dict(alone), {}
-    for each in KINDS:
+    for each in kinds:
         is_of = each.of(prompts)
         for a, b in permutations(REWARDS, 2):
             task = f"{a} where it {each.name}, else {b}"
@@ -192,6 +198,7 @@ def main() -> int:
     parser.add_argument("--split", default="train", choices=("train", "validation", "test"))
     parser.add_argument("--answers", type=int, default=2, help="answers to each prompt with each instruction")
     parser.add_argument("--answer-tokens", type=int, default=40)
+    parser.add_argument("--who", action="store_true", help="prompts that say who asks, and kinds by that")
     parser.add_argument("--most", type=int, default=10, help="pairs of rewards to print")
     args = parser.parse_args()
     return launch.ended("price.py", lambda: run(args))
@@ -203,16 +210,20 @@ def run(args: argparse.Namespace) -> int:
         if given < least:
             raise AlignProError(f"--{name} {given}: give at least {least}")
     out, texts = writable_folder(args.out.resolve()), candidates_of(None)
-    prompts = public.prompts("instructions", args.split)[: args.prompts]
-    asked = len(prompts) * len(texts) * args.answers
-    print(f"{len(prompts)} prompts with {len(texts)} instructions, {asked:,} answers", file=sys.stderr)
-    tasks = rewarded(prompts, texts, answered(out, prompts, texts, args.answers, args.answer_tokens))
+    prompts, kinds = public.prompts("instructions", args.split)[: args.prompts], KINDS
+    if args.who:
+        prompts, kinds = asked(prompts), (FROM_A_CHILD,)
+    calls = len(prompts) * len(texts) * args.answers
+    print(f"{len(prompts)} prompts with {len(texts)} instructions, {calls:,} answers", file=sys.stderr)
+    answers = answered(out, prompts, texts, args.answers, args.answer_tokens)
+    tasks = rewarded(prompts, texts, answers, kinds)
     results = {
         "prompts": len(prompts),
         "split": args.split,
         "instructions": list(texts),
         "answers": args.answers,
-        "kinds": {kind.name: float(kind.of(prompts).mean()) for kind in KINDS},
+        "who": args.who,
+        "kinds": {kind.name: float(kind.of(prompts).mean()) for kind in kinds},
         "lam": LAM,
         "level": LEVEL,
         "environment": environment(),

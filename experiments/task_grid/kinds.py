@@ -1,7 +1,8 @@
 """Tasks with requests of two kinds, for each of which another answer is wanted.
 
-The kind is said by the request's own words, so that a prompter, or a person, can read it. Each reward here is
-given by its name: `--reward task_grid.kinds:NAME`, with experiments/ on PYTHONPATH.
+The kind is said by the request's own words, so that a prompter, or a person, can read it: what it asks for,
+or, where `asked` has put that before it, who asks. Each reward here is given by its name: `--reward
+task_grid.kinds:NAME`, with experiments/ on PYTHONPATH.
 """
 
 import re
@@ -41,6 +42,14 @@ _MAKING = ("compose", "create", "design", "draft", "generate", "imagine", "inven
 MAKING = Kind("asks to make something", lambda x: x.split()[:1] and x.split()[0].lower() in _MAKING)
 """By the first word."""
 KINDS = (SEVERAL, MAKING)
+WHO = ("A child asks: ", "A colleague asks: ")
+"""Who asks, in the words that `asked` puts before a request."""
+FROM_A_CHILD = Kind("is from a child", lambda x: x.startswith(WHO[0]))
+
+
+def asked(prompts: Sequence[str]) -> list[str]:
+    """Each request as a child's or a colleague's, by turns."""
+    return [WHO[i % len(WHO)] + x for i, x in enumerate(prompts)]
 
 
 @dataclass(frozen=True)
@@ -73,3 +82,5 @@ class ByKind:
 plain_or_brief = ByKind(MAKING, ease(), brevity())
 brief_or_plain = ByKind(MAKING, brevity(), ease())
 list_or_plain = ByKind(SEVERAL, a_list(), ease())
+child_or_brief = ByKind(FROM_A_CHILD, ease(), brevity())
+child_or_list = ByKind(FROM_A_CHILD, ease(), a_list())

@@ -12,8 +12,10 @@ from typing import Any
 
 from paper_grid.plan import Job
 
-from alignpro.files import read_json
+from alignpro.files import read_json, write_text
 from alignpro.llm.arms.route import REWRITES, candidates_of
+from alignpro.llm.data.packaged import instructions
+from task_grid.kinds import asked
 
 TASKS: Mapping[str, str] = {
     "reading ease": "ease",
@@ -23,9 +25,15 @@ TASKS: Mapping[str, str] = {
     "preference": "minilm-bt",
     "brief or plain": "task_grid.kinds:brief_or_plain",
     "list or plain": "task_grid.kinds:list_or_plain",
+    "brief, plain for a child": "task_grid.kinds:child_or_brief",
+    "list, plain for a child": "task_grid.kinds:child_or_list",
 }
 """By name: the reward. The format is verifiable: 1 for an answer that is a list of two items or more. The
-last two want another answer of one kind of requests than of the others (`kinds`)."""
+last four want another answer of one kind of requests than of the others (`kinds`)."""
+BY_WHO = ("brief, plain for a child", "list, plain for a child")
+"""Tasks whose requests say who asks."""
+ASKED = "asked.jsonl"
+"""The file, in the folder of all jobs, of the requests that do."""
 PROMPTERS: Mapping[str, Mapping[str, Any]] = {
     "instructions-sft": {"prompter": "instructions-sft"},
     "append": {"prompter": "smollm2-135m-instruct", "template": "append", "rewrite_tokens": 16},
@@ -61,6 +69,7 @@ class Size:
     prompters: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: PROMPTERS)
     tasks: Mapping[str, str] = field(default_factory=lambda: TASKS)
     source: Mapping[str, Any] = field(default_factory=lambda: {"dataset": "instructions"})
+    """Of the prompts of all tasks but those in `BY_WHO`."""
     training: Mapping[str, Any] = field(
         default_factory=lambda: {
             "epochs": 2,
@@ -100,7 +109,19 @@ class Late(Job):
 
 def slug(name: str) -> str:
     """`name` for a folder."""
-    return name.replace(" ", "-")
+    return name.replace(",", "").replace(" ", "-")
+
+
+def place(task: str) -> str:
+    """The folder, in those of the reference rollouts, of the ones with a task's prompts."""
+    return "who" if task in BY_WHO else ""
+
+
+def write_asked(size: Size, out: Path) -> None:
+    """Write the requests that say who asks, where a task needs them."""
+    if any(map(place, size.tasks)):
+        said = asked(instructions())
+        write_text(out / ASKED, "".join(json.dumps({"prompt": x}) + "\n" for x in said))
 
 
 def jobs(size: Size, out: Path) -> list[Job]:
@@ -109,23 +130,33 @@ def jobs(size: Size, out: Path) -> list[Job]:
 
 
 def _jobs(size: Size, out: Path) -> Iterator[Job]:
-    asked = {
-        **size.source,
+    shared = {
         "target": size.target,
         "answer_tokens": size.answer_tokens,
         "answers_folder": str(out / "answers"),
         "dtype": "auto",
     }
+    sources = {"": size.source, "who": {"dataset": str(out / ASKED)}}
     # Whatever rewards them, the texts are the same; `results.rewarded` scores them for every task.
-    first = next(iter(size.tasks.values()))
-    drawn = {**asked, "reward": first, "arms": ["none", "sft"], "answers": size.answers}
-    for name, prompter in size.prompters.items():
-        options = {**drawn, **prompter, "prompts": size.held_out}
-        yield Job(f"foreseen/{name}", "rollout", {**options, "split": "train", "draws": size.foreseen_draws})
-        yield Job(f"resampled/{name}", "rollout", {**options, "split": "test", "draws": size.reference_draws})
+    first = {place(task): reward for task, reward in reversed(size.tasks.items())}
+    for where, reward in sorted(first.items()):
+        drawn = {
+            **sources[where],
+            **shared,
+            "reward": reward,
+            "arms": ["none", "sft"],
+            "answers": size.answers,
+        }
+        for name, prompter in size.prompters.items():
+            options = {**drawn, **prompter, "prompts": size.held_out}
+            before, after = (str(Path(kind, where, name)) for kind in ("foreseen", "resampled"))
+            yield Job(before, "rollout", {**options, "split": "train", "draws": size.foreseen_draws})
+            yield Job(after, "rollout", {**options, "split": "test", "draws": size.reference_draws})
+            if where:
+                break  # the prompter that is trained alone
     start = next(iter(size.prompters.values()))
     for task, reward in size.tasks.items():
-        here, world = slug(task), {**asked, "reward": reward}
+        here, world = slug(task), {**sources[place(task)], **shared, "reward": reward}
         race = {**world, "budget": size.race_calls, "held_out": size.held_out}
         race |= {"held_out_answers": size.answers, **size.race}
         yield Job(f"{here}/instruct", "instruct", race)
