@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from alignpro.files import real
+from alignpro.files import parse_json, real
 
 try:
     import fcntl
@@ -33,6 +33,8 @@ BEAT_S = 10.0
 STALE_S = 120.0
 """Seconds without a sign of life after which a holder on another machine, or where nothing locks, counts as
 dead. Longer than any stall of the file system."""
+UNSAID_S = 30.0
+"""The same where the file says nothing: its holder died as it wrote that, or the file is damaged."""
 POLL_S = 0.2
 """Seconds between two looks at a lease that is waited for."""
 SHARED = re.compile(
@@ -222,14 +224,23 @@ def _look(path: Path) -> tuple[bool, dict[str, Any]]:
             text = file.read()
             if os.fstat(file.fileno()).st_ino != path.stat().st_ino:  # another's by now
                 return False, {}
-        said = json.loads(text) if text.endswith(b"}") else {}
+        said = _said(text)
         # The machine that a lock was taken on always knows of it; others need not.
         here = said.get("machine") == _machine()
         if unlocked is False or said.get("free") or (unlocked and here):
             return unlocked is not False, said
-        return age(path) > STALE_S, said
+        return age(path) > (STALE_S if said else UNSAID_S), said
     except FileNotFoundError:  # there is a later one
         return False, said
+
+
+def _said(text: bytes) -> dict[str, Any]:
+    """What a lease's file says; nothing where it is empty, damaged or half written."""
+    try:
+        said = parse_json(text)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _lock(file: IO[bytes], exclusive: bool) -> bool | None:

@@ -72,6 +72,8 @@ PASSING = ("report.html", "README.md", ".run-", "answers.sqlite-", "stderr")
 CLOCKS = re.compile(
     r"seconds|created|time|runtime|per_second|date|_cost$|calls|tokens_paid|retried|since|epoch"
 )
+LEASE = re.compile(r"(^|/)\.[\w-]+-\d+$")
+"""Files that say who is at work: without what they say, the next waits for half a minute."""
 OF_A_PROCESS = re.compile(r"^(scored|raw_least|raw_greatest|clipped|clipped_share|unscored)$")
 """Fields of reward.json that say what the process counted which ended the run."""
 OWN = ("answers", "scores", "proposals.jsonl", "rollouts.partial.jsonl", "cells.jsonl", "judgements.jsonl")
@@ -314,7 +316,7 @@ class Verb:
                 continue
             for path in sorted(path for path in base.rglob("*") if path.is_file()):
                 name = str(path.relative_to(base))
-                if ".run-" in name or name.endswith(("-wal", "-shm")) or self.files not in name:
+                if LEASE.search(name) or name.endswith(("-wal", "-shm")) or self.files not in name:
                     continue
                 for fault in ("removed", "emptied", "flipped"):
                     folder = self.folder()

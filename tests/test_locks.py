@@ -19,7 +19,7 @@ source = Path(locks.__file__).read_text()
 how, right, wrong = sys.argv[1:]
 assert not right or source.count(right) == 1
 exec(compile(source.replace(right, wrong) if right else source, locks.__file__, "exec"), vars(locks))
-locks.BEAT_S, locks.STALE_S, locks.POLL_S = 0.02, 0.4, 0.001
+locks.BEAT_S, locks.STALE_S, locks.UNSAID_S, locks.POLL_S = 0.02, 0.4, 0.4, 0.001
 if how != "flock":
     def unsupported(*_):
         raise OSError(getattr(errno, how), "no locks here")
@@ -93,7 +93,7 @@ def test_one_holder_at_a_time_though_some_are_killed(tmp_path, how):
     ("right", "wrong"),
     [
         ("os.O_CREAT | os.O_EXCL | os.O_RDWR", "os.O_CREAT | os.O_RDWR"),
-        ("return age(path) > STALE_S, said", "return True, said"),
+        ("return age(path) > (STALE_S if said else UNSAID_S), said", "return True, said"),
         ('(not before.get("free", False))', "0"),
     ],
 )
@@ -130,6 +130,27 @@ def test_a_holder_on_another_machine(tmp_path):
     on_another_machine(locks, tmp_path / "right")
     local = mutated(locks, 'here = said.get("machine") == _machine()', "here = True")
     kills(lambda module: on_another_machine(module, tmp_path / "wrong"), local)
+
+
+def says_nothing(module, folder):
+    """Emptied, cut or damaged: its holder may be writing it, and after half a minute is dead."""
+    folder.mkdir()
+    held = folder / ".x-1"
+    for text in (b"", b'{"machine": ', b'{"mach\xffne": 1}', b"[1]", b'{"deaths": 1e}'):
+        held.write_bytes(text)
+        with module.lease(folder, "x") as mine:
+            assert mine is None, text
+        old = held.stat().st_mtime - module.UNSAID_S - 5
+        os.utime(held, (old, old))
+        with module.lease(folder, "x", leave=False) as mine:
+            assert mine is not None, text
+            assert mine.number == 2, text
+
+
+def test_a_lease_that_says_nothing_is_soon_free(tmp_path):
+    says_nothing(locks, tmp_path / "right")
+    long = mutated(locks, "(STALE_S if said else UNSAID_S)", "STALE_S")
+    kills(lambda module: says_nothing(module, tmp_path / "wrong"), long)
 
 
 def test_who_holds_it(tmp_path):

@@ -471,6 +471,29 @@ def test_a_watched_run_shows_its_rewrites(name, tmp_path, monkeypatch):
     assert len(logged) == 1
 
 
+def test_a_damaged_line_of_the_rewrites_takes_no_other_with_it(tmp_path):
+    """Later rounds are cut off, and a last line that is half written; one damaged in between stays, unread."""
+    row = {"prompt": "ab", "rewrite": "b", "answer": None, "reward": 0.5, "logp": -1.0}
+    lines = [json.dumps({"round": n, **row}) for n in (1, 1, 2, 2, 3, 3)]
+    damaged = ["{", "[]", lines[1].replace("reward", "rewerd"), lines[1].replace("0.5", '"a"'), "\u00ff" * 9]
+    damaged += [json.dumps({"round": 1, **row, "prompt": {"text": 3}}), lines[1].replace("1,", "null,", 1)]
+
+    def check(module):
+        for bad in damaged:
+            path = tmp_path / "rewrites.jsonl"
+            path.write_text("\n".join([lines[0], bad, *lines[2:]]) + "\n" + lines[0][:9], encoding="latin-1")
+            module.cut(path, 2)
+            left = path.read_text(encoding="latin-1").split("\n")
+            assert left == [lines[0], bad, *lines[2:4], ""], bad
+            assert module.read(path) == [json.loads(line) for line in (lines[0], *lines[2:4])], bad
+        assert module.read(tmp_path / "none") == []
+
+    check(rewrites)
+    kills(check, mutated(rewrites, "<= rounds:", "< rounds:"))
+    kills(check, mutated(rewrites, "file.truncate(whole)", "file.truncate(place)"))
+    kills(check, mutated(rewrites, '            from_json(line["prompt"])\n', ""))
+
+
 def environment():
     """For another Python that imports this module."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

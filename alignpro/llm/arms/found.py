@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alignpro.files import read_json_lines
 from alignpro.llm.arms.resample import Proposals, star
 from alignpro.llm.models.prompt import from_json
-from alignpro.llm.training.rewrites import REWRITES_FILE
+from alignpro.llm.training import rewrites
 from alignpro.strategies import Strategy, strategy_of
 
 if TYPE_CHECKING:
@@ -103,8 +102,7 @@ class Found:
 
 def found(trained: "TrainedPrompter") -> Found:
     """Read a run's rewrites and tell what they show."""
-    path = Path(trained.folder) / REWRITES_FILE
-    lines = read_json_lines(path) if path.exists() else []
+    lines = rewrites.read(Path(trained.folder) / rewrites.REWRITES_FILE)
     bands, strategies, rest = used(lines)
     lam = float(trained.record["settings"]["lam"])
     return Found(

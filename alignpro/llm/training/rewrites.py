@@ -1,9 +1,12 @@
 """The rewrites of a training run on file: one line for each that was sampled, round by round."""
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,11 @@ from typing import Any
 import pandas  # which datasets needs
 from accelerate.utils import gather_object
 
+from alignpro import typed
 from alignpro.errors import AlignProError
-from alignpro.files import make_private, read_json, why
+from alignpro.files import make_private, parse_json, read_json, why
 from alignpro.llm.models import packages
+from alignpro.llm.models.prompt import from_json
 from alignpro.llm.training.checkpoints import Kept
 from alignpro.runs import claim
 
@@ -81,23 +86,45 @@ class RewriteLog(Kept):
             raise AlignProError(f"cannot write {self.path}: {said}") from error
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A line of the file, as far as it is read."""
+
+    round: int
+    prompt: str | dict[str, Any]
+    rewrite: str | None
+    answer: str | None
+    reward: float
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's rewrites; those that are damaged, which nothing rests on, are left out."""
+    found: list[dict[str, Any]] = []
+    for raw in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, AlignProError):
+            line = parse_json(raw)
+            names = [field.name for field in dataclasses.fields(_Line)]
+            typed.made(_Line, {name: line[name] for name in names if name in line}, "line")
+            from_json(line["prompt"])
+            found.append(line)
+    return found
+
+
 def cut(path: Path, rounds: int) -> None:
-    """Leave the lines of the first `rounds` rounds in a file; one that is cut short goes with the rest.
+    """Leave the lines of the first `rounds` rounds in a file, and damaged ones among them.
 
     Raises AlignProError where the file cannot be changed.
     """
     if not path.exists():
         return
-    whole = 0
+    whole = place = 0
     try:
         with open(path, "r+b") as file:
             for raw in file:
-                try:
-                    if not raw.endswith(b"\n") or json.loads(raw)["round"] > rounds:
-                        break
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    break
-                whole += len(raw)
+                place += len(raw)
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    if raw.endswith(b"\n") and parse_json(raw)["round"] <= rounds:
+                        whole = place
             file.truncate(whole)
     except OSError as error:
         raise AlignProError(f"{path}: {error.strerror}; move what is there elsewhere, and resume") from error
