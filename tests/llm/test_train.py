@@ -472,7 +472,7 @@ def test_a_watched_run_shows_its_rewrites(name, tmp_path, monkeypatch):
 
 
 def test_a_damaged_line_of_the_rewrites_takes_no_other_with_it(tmp_path):
-    """Later rounds are cut off, and a last line that is half written; one damaged in between stays, unread."""
+    """Later rounds are cut off, and a last line half written; one damaged in between stays, unread."""
     row = {"prompt": "ab", "rewrite": "b", "answer": None, "reward": 0.5, "logp": -1.0}
     lines = [json.dumps({"round": n, **row}) for n in (1, 1, 2, 2, 3, 3)]
     damaged = ["{", "[]", lines[1].replace("reward", "rewerd"), lines[1].replace("0.5", '"a"'), "\u00ff" * 9]
