@@ -34,7 +34,8 @@ STALE_S = 120.0
 """Seconds without a sign of life after which a holder on another machine, or where nothing locks, counts as
 dead. Longer than any stall of the file system."""
 UNSAID_S = 30.0
-"""The same where the file says nothing: its holder died as it wrote that, or the file is damaged."""
+"""Seconds without a sign of life after which a holder whose file says nothing counts as dead: it died as it
+wrote that, or the file is damaged."""
 POLL_S = 0.2
 """Seconds between two looks at a lease that is waited for."""
 SHARED = re.compile(
