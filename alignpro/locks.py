@@ -236,7 +236,7 @@ def _look(path: Path) -> tuple[bool, dict[str, Any]]:
 
 
 def _said(text: bytes) -> dict[str, Any]:
-    """What a lease's file says; nothing where it is empty, damaged or half written."""
+    """Read a lease's file: nothing where it is empty, damaged or half written."""
     try:
         said = parse_json(text)
     except ValueError:
