@@ -23,6 +23,18 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "alignpro"
 
 
+_PART = ".part"
+_LEFT = re.compile(r"\..+\.[a-z0-9_]{8}\.part")
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes left of `atomic_write` in a folder, in which nobody writes now."""
+    for path in folder.glob(f".*{_PART}"):
+        if _LEFT.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], *, private: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` and move it over `path` only once the block succeeds.
@@ -34,7 +46,7 @@ def atomic_write(path: str | os.PathLike[str], *, private: bool = False) -> Iter
     """
     path = Path(path)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(_PART, f".{path.name}.", path.parent)
     except OSError as error:
         raise AlignProError(f"cannot write {path}: {error.strerror}; choose another path") from error
     try:

@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from alignpro import locks
 from alignpro.errors import AlignProError
-from alignpro.files import read_json, real, sync, writable_folder, write_json
+from alignpro.files import read_json, real, remove_parts, sync, writable_folder, write_json
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -134,6 +134,11 @@ class Run:
             option = option or (self.option if resume is None else "--resume")
             known = {name: digest for name, digest in found.items() if digest is not None}
             refuse_other_settings(self.folder, before, {**record, CONTENTS: known}, option, grows)
+            if self.contents and (odd := sorted({*(before.get(CONTENTS) or {})} - {*self.contents})):
+                raise AlignProError(
+                    f"{option} {self.folder}: {self.file} is damaged, as {CONTENTS} has {odd[0]!r}; choose "
+                    "another folder"
+                )
         self.record = {"verb": self.verb, **record}
         kept = dict((before or {}).get(CONTENTS) or {})
         self.record[CONTENTS] = kept | {name: digest for name, digest in found.items() if digest is not None}
@@ -205,6 +210,7 @@ def own(
         with contextlib.ExitStack() as stack:
             if _first():
                 _enter(stack, run)
+                _tidy(run)
             token = _HELD.set((*_HELD.get(), run))
             try:
                 yield run
@@ -254,6 +260,16 @@ def _enter(stack: contextlib.ExitStack, run: Run) -> None:
             )
         time.sleep(locks.POLL_S)
     raise AlignProError(f"{run.option} {run.folder}: another process is at work there; wait for it")
+
+
+def _tidy(run: Run) -> None:
+    """Remove the half written files of a process that was killed, here and in the run's own folders."""
+    within = (each for each in run.folder.iterdir() if each.is_dir() and not each.is_symlink())
+    for folder in (run.folder, *within):
+        if (
+            folder == run.folder or not (folder / SETTINGS_FILE).exists()
+        ):  # another run's, which may be at work
+            remove_parts(folder)
 
 
 def _leave(run: Run, began: set[str]) -> None:

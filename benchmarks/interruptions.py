@@ -214,7 +214,7 @@ def _apart(a: Any, b: Any) -> str:
             return f"{len(a)} lines, now {len(b)}"
         a, b = next((x, y) for x, y in zip(a, b, strict=True) if x != y)
     if isinstance(a, dict) and isinstance(b, dict):
-        key = next(k for k in [*a, *b] if a.get(k) != b.get(k))
+        key = next(k for k in [*a, *b] if (k in a, a.get(k)) != (k in b, b.get(k)))
         return f"{key}: {a.get(key)!r}, now {b.get(key)!r}"[:200]
     return "gone" if b is None else "new" if a is None else "other bytes"
 

@@ -118,6 +118,11 @@ def test_what_a_setting_names_is_compared(begun):
         run.begin({**RECORD, "further": False}, resume=True)
         with pytest.raises(AlignProError, match="further = None, not 1"):
             run.begin({**RECORD, "further": 1}, resume=True)
+    # A name that no content of this verb has: a bit of the file was flipped.
+    with runs.own(begun, "train") as run:
+        run.contents["prompter"] = lambda: None
+        with pytest.raises(AlignProError, match="is damaged, as contents has 'target'"):
+            run.begin(RECORD, resume=True)
     # One of an earlier version has no contents, and gets those of now; so does what was not there at first.
     old = files.read_json(begun / "settings.json")
     files.write_json(begun / "settings.json", {k: v for k, v in old.items() if k not in ("contents", "verb")})
@@ -155,6 +160,40 @@ def test_files_without_settings_are_nobodys(tmp_path):
         run.check(False, ("*",))  # the lease is no file of anybody's
     with runs.own(tmp_path, "sft") as run, pytest.raises(AlignProError, match="it is not empty"):
         run.check(False, ("*",))
+
+
+def a_killed_process_leaves_nothing(module, folder):
+    """A file that was being written when its process was killed is in nobody's way, and goes."""
+    (folder / "prompter").mkdir(parents=True)
+    (folder / "other").mkdir()
+    (folder / "other" / "settings.json").touch()
+    for name in (".settings.json.ab_1cd2e.part", "prompter/.prompter.json.abcd1234.part"):
+        (folder / name).touch()
+    stays = ("other/.a.json.abcd1234.part", "prompter/a.part", "prompter/.film.part")
+    for name in stays:
+        (folder / name).touch()
+    with module.own(folder, "train"):
+        left = {path.relative_to(folder).as_posix() for path in folder.rglob("*.part")}
+    assert left == {*stays}
+
+
+def test_a_killed_process_leaves_nothing(tmp_path):
+    a_killed_process_leaves_nothing(runs, tmp_path / "right")
+    (tmp_path / "new").mkdir()
+    with contextlib.suppress(KeyboardInterrupt), files.atomic_write(tmp_path / "new" / "settings.json"):
+        (part,) = (tmp_path / "new").iterdir()
+        raise KeyboardInterrupt
+    part.touch()  # as a kill leaves it
+    with runs.own(tmp_path / "new", "train") as run:
+        run.begin(RECORD, resume=True, names=("*",))
+    for right, wrong in (
+        ("                _tidy(run)\n", ""),
+        (" or not (folder / SETTINGS_FILE).exists()", " or True"),
+    ):
+        where = tmp_path / f"wrong {len(wrong)}"
+        kills(
+            lambda module, at=where: a_killed_process_leaves_nothing(module, at), mutated(runs, right, wrong)
+        )
 
 
 def the_second_is_told(module, tmp_path):

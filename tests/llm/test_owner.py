@@ -85,6 +85,7 @@ DAMAGES = {
     "rng_state.pth": ("rng_state.pth is missing", lambda at: (at / "rng_state.pth").unlink()),
     "adapter": ("adapter_model.safetensors has sha256", lambda at: flip(at / "adapter_model.safetensors")),
     "kl.json": ("kl.json has", lambda at: (at / "kl.json").write_text('{"lambda": 0.5}')),
+    "card": ("README.md has", lambda at: (at / "README.md").write_bytes(b"\xff" * 9)),
     "empty": ("is empty", lambda at: [path.write_bytes(b"") for path in at.iterdir()]),
     "zeros": ("complete is damaged", lambda at: [path.write_bytes(bytes(99)) for path in at.iterdir()]),
 }

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from kept import lines
+from mutants import kills
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from trl import RewardTrainer
 
 from alignpro.commands import main
 from alignpro.errors import AlignProError
 from alignpro.estimation.winrate import wilson
+from alignpro.files import flaw
 from alignpro.llm.data import split
 from alignpro.llm.data.own import read_pairs
 from alignpro.llm.data.packaged import PreferencePair
@@ -250,6 +252,24 @@ def test_interrupted_and_resumed_equals_uninterrupted(lora_rank, base, tmp_path,
     assert (again.facts, again.name, again.bounded.bounds) == (whole.facts, "cut", whole.bounded.bounds)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert taken == list(range(3, n_steps))
+
+    # Its checkpoints are gone, so that a file that was damaged since cannot be made again.
+    def check(find):
+        monkeypatch.setattr(reward_training, "flaw", find)
+        for name in ("model.safetensors", "tokenizer.json", "metrics.jsonl"):
+            data = bytearray(before[name])
+            data[len(data) // 2] ^= 1
+            (out / name).write_bytes(data)
+            try:
+                fit("cut", resume=True)
+            except AlignProError as error:
+                assert f"{name} has sha256" in str(error)  # noqa: PT017 - a mutant must fail the assertion
+            else:
+                raise AssertionError(name)
+            (out / name).write_bytes(before[name])
+
+    check(flaw)
+    kills(check, lambda folder, files: None)
 
 
 def test_mistakes_cost_no_training(base, tmp_path, monkeypatch):

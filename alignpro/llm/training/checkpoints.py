@@ -118,7 +118,8 @@ class WholeCheckpoints:
                 claim(folder)
                 if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
                     raise FileExistsError(f"something else is at {folder}")
-                (folder / COMPLETE).unlink(missing_ok=True)  # of one that was passed over
+                for name in (COMPLETE, "README.md"):  # of one that was passed over; PEFT would read its card
+                    (folder / name).unlink(missing_ok=True)
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
             if writes:
                 self.save_more(folder)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from trl import RewardConfig, RewardTrainer
 
 from alignpro.errors import AlignProError
-from alignpro.files import read_json_lines, write_json
+from alignpro.files import flaw, listed, read_json_lines, write_json
 from alignpro.llm.data.own import read_pairs
 from alignpro.llm.data.packaged import PreferencePair
 from alignpro.llm.data.split import SPLITS, Split, normalised
@@ -39,7 +39,7 @@ from alignpro.llm.training.checkpoints import (
     trainer_of,
 )
 from alignpro.llm.training.pair_settings import RewardSettings
-from alignpro.runs import here, owning
+from alignpro.runs import SETTINGS_FILE, here, owning
 
 Array = np.ndarray
 
@@ -107,6 +107,7 @@ def train_reward(
     here(out).contents["base"] = lambda: contents.of_model(model)
     check_begun(out, record, resume)
     if (out / REWARD_FILE).exists():
+        _check_whole(out)
         remove_all(out / CHECKPOINTS)
         lines = read_json_lines(out / METRICS_FILE)
         return TrainedReward(out, record, lines, SequenceReward.load(out, device=device))
@@ -151,8 +152,26 @@ def train_reward(
             "was trained is kept"
         ) from error
     write_json(out / REWARD_FILE, reward.facts)  # last: without it the folder is not taken for a reward
+    here(out).write(files=listed(out, _files(out)))
     remove_all(out / CHECKPOINTS)
     return TrainedReward(out, record, metrics.lines, reward)
+
+
+def _files(out: Path) -> list[str]:
+    """Names of the files of a finished reward model, which are as it left them or damaged."""
+    others = (SETTINGS_FILE, "report.html", "README.md")
+    names = (path.name for path in out.iterdir() if path.is_file())
+    return sorted(name for name in names if not name.startswith(".") and name not in others)
+
+
+def _check_whole(out: Path) -> None:
+    """Refuse a finished reward model with a file that is not as it was written: its checkpoints are gone."""
+    run = here(out)
+    files = (run.before() or {}).get("files")
+    # Earlier versions listed none, nor did one that was killed at its end.
+    if files is not None and (wrong := flaw(out, files)) is not None:
+        raise AlignProError(f"--out {out}: {wrong}; put that back, or train again in a new folder")
+    run.write(files=files if files is not None else listed(out, _files(out)))
 
 
 def split_pairs(pairs: Sequence[PreferencePair]) -> dict[Split, list[PreferencePair]]:
