@@ -76,7 +76,10 @@ LEASE = re.compile(r"(^|/)\.[\w-]+-\d+$")
 """Files that say who is at work: without what they say, the next waits for half a minute."""
 OF_A_PROCESS = re.compile(r"^(scored|raw_least|raw_greatest|clipped|clipped_share|unscored)$")
 """Fields of reward.json that say what the process counted which ended the run."""
-OWN = ("answers", "scores", "proposals.jsonl", "rollouts.partial.jsonl", "cells.jsonl", "judgements.jsonl")
+OWN = (
+    *("answers", "scores", "reward.json", "proposals.jsonl"),
+    *("rollouts.partial.jsonl", "cells.jsonl", "judgements.jsonl"),
+)
 """What is trusted: answers and rewards that are one's own to edit."""
 
 
@@ -173,10 +176,12 @@ def ended(pid: int, folder: Path, kill_after: float | None = None) -> tuple[int 
 
 
 def without_clocks(value: Any) -> Any:
-    """A JSON value without what differs from run to run, or from process to process."""
+    """A JSON value without what differs from run to run, or from process to process, and without names whose
+    value is null, which say no more than a name that is missing."""
     if isinstance(value, dict):
+        names = (k for k, v in value.items() if v is not None)
         return {
-            k: without_clocks(v) for k, v in value.items() if not (CLOCKS.search(k) or OF_A_PROCESS.search(k))
+            k: without_clocks(value[k]) for k in names if not (CLOCKS.search(k) or OF_A_PROCESS.search(k))
         }
     return [without_clocks(v) for v in value] if isinstance(value, list) else value
 

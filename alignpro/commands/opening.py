@@ -238,6 +238,19 @@ class World:
         declared = {"low": reward.low, "high": reward.high}
         write_json(folder / REWARD_FILE, plain(reward.describe() | declared))
 
+    def tell_again(self, folder: Path) -> None:
+        """What `told` keeps in `folder`, where a run that is finished has lost it: its counts are gone."""
+        from alignpro.files import read_json
+        from alignpro.llm.models import packages
+
+        try:
+            said = read_json(folder / REWARD_FILE, dict)
+        except AlignProError:
+            said = {}
+        if not all(type(said.get(name)) in (int, float) for name in ("low", "high")):
+            packages.note(f"{folder / REWARD_FILE}: is missing or damaged; made again, without its counts")
+            self.told(self.reward(folder), folder)
+
 
 def kept(target: "Target", folder: Path, prices: Any = None) -> "Cached":
     """Answers on file in `folder`. A model in this process redoes a call that was cut short, so that an

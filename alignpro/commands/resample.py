@@ -111,10 +111,11 @@ class Resample(SeedOption, PrompterOptions, RunOptions):
         )
         if todo:
             self._propose(world, prompter, folder, todo, found)
+        else:
+            world.tell_again(folder)
         proposals = [found[x] for x in xs]
-        described = read_json(folder / REWARD_FILE) if (folder / REWARD_FILE).exists() else {}
-        ends = described.get("low", -math.inf), described.get("high", math.inf)
-        result = resample.resampled(proposals, self.lam, ends[1] - ends[0])
+        described = read_json(folder / REWARD_FILE, dict)
+        result = resample.resampled(proposals, self.lam, described["high"] - described["low"])
         say(text(result))
         made = page(result, {**record, "lambda": list(self.lam)})
         keep.keep(with_reward(made, folder), folder)

@@ -220,6 +220,8 @@ class Rollout(TemplateOption, RunOptions):
             if (off := getattr(target, "line", lambda: None)()) is not None:
                 packages.note(off)
             world.told(judge, folder)
+        else:
+            world.tell_again(folder)
         result = rollout.summarise(path, MOST_PROMPTS)
         say(text(result))
         keep.keep(with_reward(page(result, record | {"seed": settings.seed}), folder), folder)

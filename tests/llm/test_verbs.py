@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from faulty import Server
+from mutants import kills
 
 from alignpro.commands import main
 from alignpro.commands import resample as resample_verb
@@ -195,6 +196,30 @@ def test_resample_goes_on_where_it_stopped(command, tmp_path, monkeypatch, capsy
     for more, name in ((["--seed", "1"], "seed = 0, not 1"), (["--proposals", "9"], "proposals = 8, not 9")):
         assert main.main([*command, *more]) == 2
         assert name in capsys.readouterr().err
+
+
+def test_a_lost_account_of_the_reward_is_made_again(command, tmp_path, capsys):
+    """Bounds of the rewards decide what is printed; its counts went with the file. Mutant: no bounds."""
+    kept = tmp_path / "out" / "reward.json"
+    assert main.main(command) == 0
+    said = capsys.readouterr().out
+    whole = json.loads(kept.read_text())
+    assert whole["bounds"]["scored"] > 0
+
+    def check(act):
+        act()
+        assert main.main(command) == 0
+        again = capsys.readouterr()
+        assert again.out == said
+        assert "reward.json: is missing or damaged; made again, without its counts" in again.err
+        assert json.loads(kept.read_text()) == {k: v for k, v in whole.items() if "raw" not in k} | {
+            "scored": 0
+        }
+
+    check(kept.unlink)
+    for damaged in ("", "[1]", kept.read_text().replace('"low"', '"low "')):
+        check(lambda damaged=damaged: kept.write_text(damaged))
+    kills(check, lambda: None)
 
 
 def raising(prompts, responses):
