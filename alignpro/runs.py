@@ -100,9 +100,10 @@ class Run:
             return before
         for name in names:
             found = sorted(path for path in self.folder.glob(name) if not path.name.startswith(f".{LEASE}-"))
-            if found and name == "*":
+            # A start that was killed leaves folders with nothing in them.
+            if name == "*" and any(not each.is_dir() or any(each.iterdir()) for each in found):
                 raise AlignProError(f"{at}: it is not empty; name a new folder, or resume a run")
-            if found:
+            if found and name != "*":
                 raise AlignProError(
                     f"{at}: holds {found[0].relative_to(self.folder)} and no {self.file} that says of which "
                     "run, so that nothing can go on there; name a new folder"

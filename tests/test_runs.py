@@ -184,6 +184,7 @@ def test_a_killed_process_leaves_nothing(tmp_path):
         (part,) = (tmp_path / "new").iterdir()
         raise KeyboardInterrupt
     part.touch()  # as a kill leaves it
+    (tmp_path / "new" / "checkpoints").mkdir()
     with runs.own(tmp_path / "new", "train") as run:
         run.begin(RECORD, resume=True, names=("*",))
     for right, wrong in (
