@@ -15,7 +15,7 @@ Afterwards the folder must hold the reference's results. An outcome is `same`; `
 line: nothing is lost that cannot be put back); `noted` (a line names the file whose loss nothing makes good,
 a log for people, and the run goes on); `trusted` (another result, because a file of one's own answers or
 rewards was edited, as docs/howto/resume.md says); or a finding, which is printed and makes the exit status 1:
-`different` without a word, a `traceback` or a `hang`.
+`different` without a word, a `traceback`, a `hang`, or a `crash`.
 """
 
 import argparse
@@ -232,6 +232,8 @@ def outcome(
         return "hang"
     if "Traceback (most recent call last)" in said or status == 70:
         return "traceback"
+    if status is not None and status < 0:
+        return "crash"
     if status not in (0, None):
         return "told"
     if not difference:
@@ -274,7 +276,8 @@ class Verb:
                 left -= 1
                 continue
             difference = compared(self.reference, folder)
-            yield outcome(status, said, difference), f"{left} kills to go: {difference or said[-300:]}"
+            where = f"{left} kills to go, status {status}: {difference or said[-300:]}"
+            yield outcome(status, said, difference), where
             folder = self.folder()
         status, said = ended(start(self.name, folder), folder)
         difference = compared(self.reference, folder)
@@ -359,7 +362,7 @@ IMPORTED = (
     *(f"llm.arms.{name}" for name in ("rollout", "resample", "instruct", "route", "judge")),
     *(f"llm.training.{name}" for name in ("open_ended", "sft", "reward")),
 )
-FINDINGS = ("different", "traceback", "hang")
+FINDINGS = ("different", "traceback", "hang", "crash")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
