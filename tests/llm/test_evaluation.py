@@ -273,7 +273,7 @@ def test_a_file_of_rewrites_is_cut_after_a_round(tmp_path):
             assert path.read_text() == ""
 
     check(rewrites)
-    kills(check, mutated(rewrites, '["round"] > rounds', '["round"] >= rounds'))
+    kills(check, mutated(rewrites, '["round"] <= rounds', '["round"] < rounds'))
     with pytest.raises(AlignProError, match=": Is a directory; move what is there elsewhere, and resume"):
         rewrites.cut(tmp_path, 2)
 
