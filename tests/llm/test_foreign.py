@@ -12,7 +12,7 @@ import pytest
 import yaml
 from mutants import kills, mutated
 
-from alignpro import files
+from alignpro import files, locks
 from alignpro.errors import AlignProError
 from alignpro.llm.arms.rollout import append
 from alignpro.llm.data import public
@@ -218,6 +218,28 @@ def test_no_chat_template_takes_for_ever(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system that makes no copies of a process")
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc tells of open files here")
+def test_a_trial_holds_no_lease(tmp_path):
+    """Killed in its midst, a process would seem to be at work for as long as its copy computes."""
+
+    def check(module):
+        folder = tmp_path / str(len([*tmp_path.iterdir()]))
+        (tmp_path / "free").unlink(missing_ok=True)
+
+        def look():
+            opened = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+            if not any(path.startswith(str(folder)) for path in opened):
+                (tmp_path / "free").touch()
+            return ""
+
+        with locks.lease(folder, "run"):
+            assert module.beyond(look) is None
+        assert (tmp_path / "free").exists()
+
+    check(limits)
+    kills(check, mutated(limits, "            os.closerange(3, 1 << 12)", "            pass"))
+
+
 def test_no_pattern_of_an_adapter_takes_for_ever(brief, tmp_path):
     """Mutant: the patterns are not tried, which PEFT would match until it is killed."""
     model, _ = tiny_model(seed=0)
