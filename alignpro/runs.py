@@ -265,12 +265,10 @@ def _enter(stack: contextlib.ExitStack, run: Run) -> None:
 
 def _tidy(run: Run) -> None:
     """Remove the half written files of a process that was killed, here and in the run's own folders."""
-    within = (each for each in run.folder.iterdir() if each.is_dir() and not each.is_symlink())
-    for folder in (run.folder, *within):
-        if (
-            folder == run.folder or not (folder / SETTINGS_FILE).exists()
-        ):  # another run's, which may be at work
-            remove_parts(folder)
+    remove_parts(run.folder)
+    for folder in run.folder.iterdir():
+        if folder.is_dir() and not folder.is_symlink() and not (folder / SETTINGS_FILE).exists():
+            remove_parts(folder)  # with settings it is another run's, which may be at work
 
 
 def _leave(run: Run, began: set[str]) -> None:

@@ -189,7 +189,7 @@ def test_a_killed_process_leaves_nothing(tmp_path):
         run.begin(RECORD, resume=True, names=("*",))
     for right, wrong in (
         ("                _tidy(run)\n", ""),
-        (" or not (folder / SETTINGS_FILE).exists()", " or True"),
+        (" and not (folder / SETTINGS_FILE).exists()", " and True"),
     ):
         where = tmp_path / f"wrong {len(wrong)}"
         kills(

@@ -475,7 +475,15 @@ def test_a_damaged_line_of_the_rewrites_takes_no_other_with_it(tmp_path):
     """Later rounds are cut off, and a last line half written; one damaged in between stays, unread."""
     row = {"prompt": "ab", "rewrite": "b", "answer": None, "reward": 0.5, "logp": -1.0}
     lines = [json.dumps({"round": n, **row}) for n in (1, 1, 2, 2, 3, 3)]
-    damaged = ["{", "[]", lines[1].replace("reward", "rewerd"), lines[1].replace("0.5", '"a"'), "\u00ff" * 9]
+    damaged = [
+        "{",
+        "[]",
+        "5",
+        "null",
+        lines[1].replace("reward", "rewerd"),
+        lines[1].replace("0.5", '"a"'),
+        "\u00ff" * 9,
+    ]
     damaged += [json.dumps({"round": 1, **row, "prompt": {"text": 3}}), lines[1].replace("1,", "null,", 1)]
 
     def check(module):
