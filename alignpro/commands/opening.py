@@ -239,7 +239,7 @@ class World:
         write_json(folder / REWARD_FILE, plain(reward.describe() | declared))
 
     def tell_again(self, folder: Path) -> None:
-        """What `told` keeps in `folder`, where a run that is finished has lost it: its counts are gone."""
+        """Keep in `folder` what `told` does, where a finished run has lost it: without its counts."""
         from alignpro.files import read_json
         from alignpro.llm.models import packages
 
