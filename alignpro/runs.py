@@ -100,10 +100,11 @@ class Run:
             return before
         for name in names:
             found = sorted(path for path in self.folder.glob(name) if not path.name.startswith(f".{LEASE}-"))
-            # A start that was killed leaves folders with nothing in them.
-            if name == "*" and any(not each.is_dir() or any(each.iterdir()) for each in found):
+            if name == "*":  # a start that was killed leaves folders with nothing in them
+                found = [each for each in found if not each.is_dir() or any(each.iterdir())]
+            if found and name == "*":
                 raise AlignProError(f"{at}: it is not empty; name a new folder, or resume a run")
-            if found and name != "*":
+            if found:
                 raise AlignProError(
                     f"{at}: holds {found[0].relative_to(self.folder)} and no {self.file} that says of which "
                     "run, so that nothing can go on there; name a new folder"

@@ -100,10 +100,10 @@ class _Line:
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's rewrites; those that are damaged, which nothing rests on, are left out."""
     found: list[dict[str, Any]] = []
+    names = [field.name for field in dataclasses.fields(_Line)]
     for raw in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, TypeError, AlignProError):
             line = parse_json(raw)
-            names = [field.name for field in dataclasses.fields(_Line)]
             typed.made(_Line, {name: line[name] for name in names if name in line}, "line")
             from_json(line["prompt"])
             found.append(line)
