@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from alignpro.commands.options import EnvironmentSettings, PromptSettings, RunOptions
-from alignpro.commands.shared import add_at_least, at_least, with_reward
+from alignpro.commands.shared import add_at_least, at_least, instruction_name, with_reward
 from alignpro.files import write_json
 from alignpro.llm.arms.settings import InstructSettings
 from alignpro.report import keep
@@ -107,12 +107,8 @@ class Instruct(RunOptions):
         return 0
 
 
-def _name(instruction: str) -> str:
-    return instruction or "(no instruction)"
-
-
 def _names(result: "Instructed") -> list[str]:
-    return [_name(candidate.instruction) for candidate in result.candidates]
+    return [instruction_name(candidate.instruction) for candidate in result.candidates]
 
 
 def _fate(candidate: "Candidate") -> str:
@@ -125,7 +121,7 @@ def _fate(candidate: "Candidate") -> str:
 def _row(candidate: "Candidate") -> tuple[str, str, str, str, str]:
     mean, behind = interval(candidate.mean), number(candidate.behind)
     prompts = number(candidate.mean.n_clusters)
-    return _name(candidate.instruction), mean, behind, prompts, _fate(candidate)
+    return instruction_name(candidate.instruction), mean, behind, prompts, _fate(candidate)
 
 
 def _certainty(result: "Instructed") -> str:
@@ -165,7 +161,7 @@ def text(result: "Instructed") -> str:
             columns(rows, "wwnnw"),
             f"{_effort(result)}{refused}",
             "",
-            f"best: {_name(result.winner)}",
+            f"best: {instruction_name(result.winner)}",
             _certainty(result),
             _worth(result),
             at_least(result.guaranteed, _names(result)),
@@ -181,7 +177,9 @@ def page(result: "Instructed", record: Json) -> Page:
         made.estimate("Gain on other prompts", found.gain)
     made.key("Answers of the race", number(result.calls), f"of at most {result.budget:,}")
     made.key("Not ruled out", number(result.contenders), f"of {len(result.candidates)} candidates")
-    made.add("The instruction", "To be added to the end of every prompt:", quoted=_name(result.winner))
+    made.add(
+        "The instruction", "To be added to the end of every prompt:", quoted=instruction_name(result.winner)
+    )
     if found is not None:
         rows = {"with the instruction": found.mean, "without": found.base, "gain": found.gain}
         made.add(
@@ -197,7 +195,7 @@ def page(result: "Instructed", record: Json) -> Page:
     drawn = [*range(min(_CURVES, len(result.candidates)))]
     drawn += [i for i, c in enumerate(result.candidates) if not c.instruction and i not in drawn]
     courses = [
-        Curve(_name(result.candidates[i].instruction), [means.get(i) for _, means in result.track])
+        Curve(instruction_name(result.candidates[i].instruction), [means.get(i) for _, means in result.track])
         for i in drawn
     ]
     still = Curve("in the race", [len(means) for _, means in result.track])
@@ -223,6 +221,6 @@ def page(result: "Instructed", record: Json) -> Page:
         "race ended. How far a candidate is behind the winner is on the same prompts, and flatters the "
         "winner somewhat, since it was chosen by that.",
         Table(["instruction", *HEAD], [_row(c) for c in best], "tnnnw"),
-        Dots("Mean reward in the race", axis, [dot(_name(c.instruction), c.mean) for c in some]),
+        Dots("Mean reward in the race", axis, [dot(instruction_name(c.instruction), c.mean) for c in some]),
     )
     return made

@@ -407,15 +407,14 @@ def for_candidates(
 
 def _tokenizer(prompter: str) -> Any:
     """The tokenizer with which the prompter reads, without its model."""
-    from transformers import AutoTokenizer
-
     from alignpro.llm.models import adapters, catalogue, resolve
+    from alignpro.llm.models.load import read_tokenizer
 
     home = resolve.resolve(prompter)
     while catalogue.is_adapter(home):  # which has no tokenizer of its own
         home = resolve.resolve(adapters.adapter_base(home))
     try:
-        return AutoTokenizer.from_pretrained(home, trust_remote_code=False)
+        return read_tokenizer(home)
     except Exception as error:
         raise AlignProError(
             f"model {prompter!r}: cannot read its tokenizer ({error!r}); save it with save_pretrained"

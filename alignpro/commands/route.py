@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from alignpro.commands.options import DEFAULT_PROMPTER, EnvironmentSettings, PromptSettings, RunOptions
-from alignpro.commands.shared import with_reward
+from alignpro.commands.shared import instruction_name, with_reward
 from alignpro.files import write_json
 from alignpro.llm.arms.settings import RouteSettings
 from alignpro.report import keep
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from alignpro.estimation.intervals import Estimate
     from alignpro.llm.arms.route import Routed
 
-LEAST = 0.01
-"""Share of the reward's range below which a gain is none, as `headroom` has it."""
 SHOWN = 10
 """Instructions in the table of picks."""
 
@@ -125,24 +123,21 @@ class Route(RunOptions):
         return 0
 
 
-def _name(instruction: str) -> str:
-    return instruction or "(no instruction)"
-
-
 def finding(result: "Routed") -> str:
     """Say what to do, in a sentence."""
+    from alignpro.estimation.intervals import NEGLIGIBLE
+
+    single = instruction_name(result.single)
     if result.over_single is None:
         return (
-            f"One for all: the router picks {_name(result.single)!r} for every held-out prompt. Reading the "
-            "prompt added nothing that the table could show."
+            f"One for all: the router picks {single!r} for every held-out prompt. Reading the prompt added "
+            "nothing that the table could show."
         )
     gain = result.over_single.gain
-    said = (
-        f"earns {interval(gain)} over {_name(result.single)!r} for all, on {gain.n_clusters} held-out prompts"
-    )
+    said = f"earns {interval(gain)} over {single!r} for all, on {gain.n_clusters} held-out prompts"
     if gain.lo > 0:
         return f"Read the prompt: the router {said}."
-    if gain.hi < LEAST * (result.high - result.low):
+    if gain.hi < NEGLIGIBLE * (result.high - result.low):
         return f"One for all: the router {said}; reading the prompt is not worth it."
     return f"Not decided: the router {said}; more of them (--eval-prompts), or a larger table, would tell."
 
@@ -180,7 +175,7 @@ def _table(result: "Routed") -> str:
 def text(result: "Routed") -> str:
     rows = [("", "mean reward"), *((name, interval(e)) for name, e in _means(result).items())]
     gains = [("", "gain"), *((name, interval(e)) for name, e in _gains(result).items())]
-    picks = ", ".join(f"{_name(name)!r} ({n})" for name, n in result.picks[:SHOWN])
+    picks = ", ".join(f"{instruction_name(name)!r} ({n})" for name, n in result.picks[:SHOWN])
     more = f" and {len(result.picks) - SHOWN} more" if len(result.picks) > SHOWN else ""
     refused = f"\n{result.refused:,} answers were refused" if result.refused else ""
     return "\n".join(
@@ -221,7 +216,7 @@ def page(result: "Routed", record: Json) -> Page:
         f"For {result.held_out} held-out prompts; rewrites.jsonl has each.",
         Table(
             ["instruction", "prompts"],
-            [(_name(name), number(n)) for name, n in result.picks[:SHOWN]],
+            [(instruction_name(name), number(n)) for name, n in result.picks[:SHOWN]],
             "tn",
         ),
     )

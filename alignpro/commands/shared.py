@@ -155,6 +155,11 @@ def with_sums(parts: Mapping[str, Mapping[str, Any]], sums: Mapping[str, Any]) -
     return [(arm, part, e) for arm, of in parts.items() for part, e in [*of.items(), (SUM, sums[arm])]]
 
 
+def instruction_name(instruction: str) -> str:
+    """An instruction as a person reads it, where the empty one is none."""
+    return instruction or "(no instruction)"
+
+
 def ranges(of: Mapping[str, tuple[float, float]], low: float, high: float) -> dict[str, str]:
     """The declared range of each part of a reward, and its own at `SUM`, in words."""
     return {part: f"{number(a)} to {number(b)}" for part, (a, b) in [*of.items(), (SUM, (low, high))]}

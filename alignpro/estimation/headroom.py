@@ -8,7 +8,7 @@ from typing import Any
 from alignpro.errors import AlignProError, check_temperature
 from alignpro.estimation import samples
 from alignpro.estimation.calls import Calls, calls
-from alignpro.estimation.intervals import Estimate, check_level, prompts_to_settle
+from alignpro.estimation.intervals import NEGLIGIBLE, Estimate, check_level, prompts_to_settle
 from alignpro.estimation.paired import Absent, Term, estimates
 from alignpro.estimation.pooled import Pooled, pooled
 from alignpro.estimation.terms import Terms
@@ -167,7 +167,7 @@ def headroom(
 
 def _tuning(beta: float, lam: float, gap: Estimate, width: float) -> str:
     """Say whether fine-tuning at β adds to the optimal prompter at the smallest λ."""
-    said, smallest = f"{gap.value:+.3g} [{gap.lo:+.3g}, {gap.hi:+.3g}]", 0.01 * width
+    said, smallest = f"{gap.value:+.3g} [{gap.lo:+.3g}, {gap.hi:+.3g}]", NEGLIGIBLE * width
     what = f"at beta {beta:g} fine-tuning earns {said} more than the optimal prompter at lambda {lam:g}"
     if gap.lo > smallest:
         return f"Fine-tuning adds to prompting: {what}."
@@ -207,7 +207,7 @@ def _answer(
     def said(gain: Estimate) -> str:
         return f"{gain.value:+.3g} [{gain.lo:+.3g}, {gain.hi:+.3g}]"
 
-    smallest = 0.01 * width
+    smallest = NEGLIGIBLE * width
     lam, gain = max(wins.items(), key=lambda item: item[1].lo)
     if shared is not None and shared.deciding.lo > max(gain.lo, 0.0):
         return (

@@ -18,6 +18,8 @@ Bias = Literal["none", "up", "down", "unknown"]
 RESAMPLES = 2000
 LEAST_PROMPTS = 5
 """Prompts that an interval needs. With 4, one bootstrap resample in 64 repeats a single prompt."""
+NEGLIGIBLE = 0.01
+"""Share of the reward's range below which a gain counts as none."""
 _MANY_PROMPTS = 2000  # beyond it the central limit theorem has set in and resampling only costs
 _BLOCK = 2**22  # numbers at once
 _CUT = 0.75  # of the largest bet that cannot lose all; with 0.5 few prompts without a spread say a third less

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from alignpro.estimation.components import Components, PooledAt, components
-from alignpro.estimation.intervals import Bias, Estimate
+from alignpro.estimation.intervals import NEGLIGIBLE, Bias, Estimate
 from alignpro.estimation.means import limits
 from alignpro.estimation.paired import Arm
 from alignpro.rollouts import Rollouts
@@ -286,7 +286,7 @@ def _favoured(d: _Draws, texts: Mapping[int, str]) -> tuple[tuple[str, float], .
 
 def _finding(gain: Estimate, at: Sequence[PooledAt], base: Estimate | None, none: bool, width: float) -> str:
     """Say what the evidence supports, at the smallest λ."""
-    rival, smallest = ("no prompter" if none else "the reference prompter"), 0.01 * width
+    rival, smallest = ("no prompter" if none else "the reference prompter"), NEGLIGIBLE * width
     said = f"{gain.value:+.3g} [{gain.lo:+.3g}, {gain.hi:+.3g}] over {rival}"
     one = f"a prompter that pools strategies over prompts earns {said}"
     if not at:

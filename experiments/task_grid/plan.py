@@ -147,13 +147,12 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
             "arms": ["none", "sft"],
             "answers": size.answers,
         }
-        for name, prompter in size.prompters.items():
+        # Requests that say who asks are for the prompter alone that is trained.
+        for name, prompter in list(size.prompters.items())[: 1 if where else None]:
             options = {**drawn, **prompter, "prompts": size.held_out}
             before, after = (str(Path(kind, where, name)) for kind in ("foreseen", "resampled"))
             yield Job(before, "rollout", {**options, "split": "train", "draws": size.foreseen_draws})
             yield Job(after, "rollout", {**options, "split": "test", "draws": size.reference_draws})
-            if where:
-                break  # the prompter that is trained alone
     start = next(iter(size.prompters.values()))
     for task, reward in size.tasks.items():
         here, world = slug(task), {**sources[place(task)], **shared, "reward": reward}
