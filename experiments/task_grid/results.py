@@ -18,7 +18,7 @@ from alignpro.estimation import headroom
 from alignpro.estimation.compare import Comparison, compare
 from alignpro.estimation.estimate import estimate
 from alignpro.estimation.headroom import Headroom
-from alignpro.estimation.intervals import Estimate
+from alignpro.estimation.intervals import NEGLIGIBLE, Estimate
 from alignpro.estimation.paired import Arm, Term, estimates
 from alignpro.files import read_json, read_json_lines
 from alignpro.llm.arms.rollout import FILE
@@ -30,8 +30,6 @@ from task_grid.plan import FIXED, ROUTER, Size, place, recorded, slug
 
 LAMS = (0.02, 0.05, 0.1, 0.2)
 """Shares of the reward's width at which foresight is tried."""
-SMALLEST = 0.01
-"""Share of the reward's width below which a gain is none, as `headroom` has it."""
 RIVALS = ("sft", FIXED, ROUTER, "star", "best_of_n", "rloo", "rlhf")
 
 
@@ -240,7 +238,7 @@ def crossed(rewards: np.ndarray, lam: float) -> np.ndarray:
 
 def _judged(point: Mapping[str, Any], realised: Estimate, width: float) -> dict[str, Any]:
     """Whether the foreseen interval holds the realised gain, and whether the decision was right."""
-    gained = "yes" if realised.lo > 0 else "no" if realised.hi < SMALLEST * width else "open"
+    gained = "yes" if realised.lo > 0 else "no" if realised.hi < NEGLIGIBLE * width else "open"
     foreseen = point["foreseen"]
     return {
         "realised": shown(realised),
