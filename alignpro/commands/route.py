@@ -205,10 +205,12 @@ def page(result: "Routed", record: Json) -> Page:
     if rows:
         drawn = Dots("On held-out prompts", axis, dots, [(0.0, "no gain")])
         made.add("What it earns", about, Table(" | reward", rows, "wn"), drawn)
-    ridge = "one instruction for all" if result.ridge is None else f"a ridge of {number(result.ridge)}"
+    best = "one instruction for all"
+    if result.ridge is not None:
+        best = f"a ridge of {number(result.ridge)} and rank {result.rank}"
     made.add(
         "What it learned from",
-        f"{_table(result)} It reads a prompt by the middle layer of {result.reader}; of regressions, {ridge} "
+        f"{_table(result)} It reads a prompt by the middle layer of {result.reader}; of regressions, {best} "
         "did best on prompts left out.",
     )
     made.add(

@@ -1,9 +1,11 @@
 """A router: it reads an embedding of the prompt and picks one of some strategies, as instructions to add.
 
 A table of rewards teaches it: R(x, s) of some prompts, each with every strategy. What it predicts is the part
-of R(x, s) that is of both x and s, by ridge regression on the embedding of x; to that comes the mean of s. Of
-two prompters that know the table alone, the router reads the prompt and the best fixed strategy does not:
-what it earns beyond is a part of the price of not reading the prompt (`theory.results.universal`).
+of R(x, s) that is of both x and s, by ridge regression of reduced rank (Izenman 1975) on the embedding of x;
+to that comes the mean of s. One way in which prompts differ moves many strategies at once, so that all of
+them tell of it, where a regression for each strategy would fit the noise of each. Of two prompters that know
+the table alone, the router reads the prompt and the best fixed strategy does not: what it earns beyond is a
+part of the price of not reading the prompt (`theory.results.universal`).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +15,10 @@ import numpy as np
 
 from alignpro.errors import AlignProError
 
-RIDGES = (np.inf, 30.0, 10.0, 3.0, 1.0, 0.3)
-"""From the stiffest, which is the best fixed strategy for all."""
+RIDGES = (np.inf, 1.0, 0.1)
+"""From the stiffest, which is the best fixed strategy for all. More of them find more to read in noise."""
+RANKS = (1, 2)
+"""How many independent ways of differing a router may read in prompts."""
 FOLDS = 8
 """Parts of the prompts, each of which is left out in turn where a choice is judged."""
 
@@ -33,6 +37,8 @@ class Router:
     """[D, S]: what a standardised embedding, as a unit vector, adds to the prediction."""
     ridge: float
     """Ridge of the regression; infinite where one strategy is picked for all."""
+    rank: int | None = None
+    """Most independent ways in which prompts differ that it reads; None where nothing limits them."""
 
     def predict(self, embeddings: np.ndarray) -> np.ndarray:
         """Rewards [N, S] expected of every strategy on prompts with embeddings [N, D], but for a number that
@@ -54,13 +60,15 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.where(lengths > 0, lengths, 1.0)
 
 
-def taught(embeddings: np.ndarray, rewards: np.ndarray, ridge: float) -> Router:
-    """Fit a router with this ridge.
+def taught(embeddings: np.ndarray, rewards: np.ndarray, ridge: float, rank: int | None = None) -> Router:
+    """Fit a router with this ridge and rank.
 
     Args:
         embeddings: [X, D] of the prompts.
         rewards: [X, S], each the mean of one answer or more.
         ridge: 0 or more; infinite gives the best fixed strategy.
+        rank: of the weights, at least 1. Predictions are then those of full rank, projected on the directions
+            in which they vary most over the prompts of the table.
 
     Raises:
         AlignProError: they are not of as many prompts, or hold what is not finite.
@@ -74,7 +82,10 @@ def taught(embeddings: np.ndarray, rewards: np.ndarray, ridge: float) -> Router:
     both = rewards - mean - rewards.mean(1, keepdims=True) + mean.mean()
     # In the space of prompts, which are fewer than dimensions.
     weights = known.T @ np.linalg.solve(known @ known.T + ridge * np.eye(len(known)), both)
-    return Router(mean, centre, scale, weights, ridge)
+    if rank is not None:
+        directions = np.linalg.svd(known @ weights, full_matrices=False)[2][:rank]
+        weights = weights @ directions.T @ directions
+    return Router(mean, centre, scale, weights, ridge, rank)
 
 
 def _check(embeddings: np.ndarray, rewards: np.ndarray, least: int = 1) -> None:
@@ -104,26 +115,36 @@ def left_out(values: np.ndarray, choose: Callable[[np.ndarray], np.ndarray], see
     return found
 
 
-def earned(embeddings: np.ndarray, rewards: np.ndarray, ridge: float) -> np.ndarray:
-    """Rewards [X] of prompts by routers with this ridge that were taught without them."""
-    return left_out(rewards, lambda known: taught(embeddings[known], rewards[known], ridge).pick(embeddings))
+def earned(embeddings: np.ndarray, rewards: np.ndarray, ridge: float, rank: int | None = None) -> np.ndarray:
+    """Rewards [X] of prompts by routers with this ridge and rank that were taught without them."""
+
+    def picked(known: np.ndarray) -> np.ndarray:
+        return taught(embeddings[known], rewards[known], ridge, rank).pick(embeddings)
+
+    return left_out(rewards, picked)
 
 
-def fit(embeddings: np.ndarray, rewards: np.ndarray, ridges: Sequence[float] = RIDGES) -> Router:
-    """Fit the router whose ridge earns most on prompts left out (see `taught`), of equals the stiffest.
+def fit(
+    embeddings: np.ndarray,
+    rewards: np.ndarray,
+    ridges: Sequence[float] = RIDGES,
+    ranks: Sequence[int] = RANKS,
+) -> Router:
+    """Fit the router whose ridge and rank earn most on prompts left out (see `taught`).
 
-    Another ridge than the stiffest is taken only where it earns more than that by over one standard error,
-    prompt by prompt: noise alone would else find something to read in most tables. What the router earns on
-    these prompts flatters it, since the ridge was chosen by it: `left_out` with this function inside is fair,
-    and fresh prompts are.
+    Of equals it is the one of lowest rank and stiffest ridge. Another than the stiffest is taken only where
+    it earns more than that by over one standard error, prompt by prompt: noise alone would else find
+    something to read in most tables. What the router earns on these prompts flatters it, since it was chosen
+    by that: `left_out` with this function inside is fair, and fresh prompts are.
     """
     _check(embeddings, rewards, 2)
-    rows = {ridge: earned(embeddings, rewards, ridge) for ridge in sorted(ridges, reverse=True)}
-    stiffest, best = next(iter(rows)), max(rows, key=lambda ridge: rows[ridge].mean())
+    every = [(ridge, rank) for rank in sorted(ranks) for ridge in sorted(ridges, reverse=True)]
+    rows = {each: earned(embeddings, rewards, *each) for each in every}
+    stiffest, best = next(iter(rows)), max(rows, key=lambda each: rows[each].mean())
     gain = rows[best] - rows[stiffest]
     if gain.mean() <= gain.std(ddof=1) / np.sqrt(len(gain)):
         best = stiffest
-    return taught(embeddings, rewards, best)
+    return taught(embeddings, rewards, *best)
 
 
 def fixed(rewards: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -132,5 +153,5 @@ def fixed(rewards: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def routed(embeddings: np.ndarray, rewards: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """For `left_out`: the picks of a router whose ridge is chosen on the prompts to learn from, too."""
+    """For `left_out`: the picks of a router whose ridge and rank are chosen on the prompts to learn from."""
     return lambda known: fit(embeddings[known], rewards[known]).pick(embeddings)

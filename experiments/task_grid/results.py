@@ -142,7 +142,7 @@ def _reading(here: Path, found: Rollouts) -> dict[str, Any]:
     if FIXED in found.arms:
         over = compare(found, [FIXED, ROUTER, "trained"], LEVEL).against
     return {
-        "router": {name: learned[name] for name in ("calls", "ridge", "single", "picks")},
+        "router": {name: learned[name] for name in ("calls", "ridge", "rank", "single", "picks")},
         "router over one instruction, on the table": _told(learned["foreseen"]["gain"]),
         "over the best fixed instruction": {arm: shown(of.mean) for arm, of in over.items()},
     }

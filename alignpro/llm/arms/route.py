@@ -122,6 +122,8 @@ class Routed(Shown):
     """The router against the best instruction on the table's own prompts, each judged without it."""
     ridge: float | None
     """Ridge of the regression; None where one instruction for all did best, and is picked."""
+    rank: int | None
+    """How many independent ways of differing it reads in prompts, at most."""
     reader: str
     """The model whose states read the prompts."""
     instructions: tuple[str, ...]
@@ -175,6 +177,7 @@ class Saved:
             "reader": vars(self.reader),
             "weights": contents.of_model(self.reader.model),
             "ridge": _ridge(self.router),
+            "rank": self.router.rank,
         }
         write_json(folder / FACTS, facts)
 
@@ -188,6 +191,7 @@ class _Facts:
     weights: str | None
     """Digest of the reader's weights."""
     ridge: float | None
+    rank: int | None = None
 
 
 def _ridge(router: Router) -> float | None:
@@ -226,7 +230,8 @@ def load(folder: str | Path) -> Saved:
             f"router {folder / FACTS}: its reader {facts.reader.model!r} has other weights than those that "
             "it was taught by; make it again with route"
         )
-    router = Router(mean, centre, scale, weights, np.inf if facts.ridge is None else facts.ridge)
+    ridge = np.inf if facts.ridge is None else facts.ridge
+    router = Router(mean, centre, scale, weights, ridge, facts.rank)
     return Saved(router, facts.instructions, facts.reader, facts.reader.read())
 
 
@@ -307,6 +312,7 @@ def find(
         single_over_none=over(alone, none),
         foreseen=foreseen,
         ridge=_ridge(saved.router),
+        rank=saved.router.rank,
         reader=reader.model,
         instructions=tuple(names),
         prompts=len(table),
