@@ -18,6 +18,7 @@ trained = train(
     prompts_per_round=16,
     draws=2,
     epochs=2,
+    learning_rate=1e-3,
     schedule="constant",
     rewrite_tokens=16,
     lora_layers=0.34,

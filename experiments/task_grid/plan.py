@@ -74,6 +74,7 @@ class Size:
         default_factory=lambda: {
             "epochs": 2,
             "minibatches": 1,
+            "learning_rate": 1e-3,
             "schedule": "constant",
             "lora_layers": 0.34,
             "policy_dtype": "auto",

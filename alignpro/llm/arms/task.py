@@ -53,6 +53,7 @@ TASKS: dict[str, Task] = {
             prompts=8,
             samples=4,
             epochs=2,
+            learning_rate=1e-3,
             schedule="constant",
             lora_layers=0.34,
             max_tokens=24,
