@@ -126,8 +126,7 @@ class TrainSettings(PolicySettings):
     """How the learning rate falls: along a cosine to a tenth, or not at all; then --resume with more
     --iterations takes a finished run further."""
     learning_rate: float = 2e-3
-    """Step of the optimizer (Adam) for the adapter. Twice that of enumerated rewrites: with 640 answers it
-    found more in six of six pairs of trainings, or as much."""
+    """Step of the optimizer (Adam) for the adapter. Half of it found less in five of six pairs of runs."""
     max_tokens: int = 48
     """The most tokens of one rewrite (with --policy rlhf, of an answer), its end token included."""
     policy_dtype: Literal["auto", "float32", "bfloat16", "4bit"] = "float32"
