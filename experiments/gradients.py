@@ -68,12 +68,11 @@ def gradients(prompter: Prompter, prompts: Sequence[str], instruction: str) -> l
     torch.manual_seed(0)
     model = get_peft_model(prompter.model, adapter_config(prompter.model, RANK, 1.0))
     weights = {name: weight for name, weight in model.named_parameters() if "lora_B" in name}
-    template, tokenizer = prompter.template, prompter.tokenizer
     found = []
     for x in tqdm(prompts, unit="prompt", disable=None):
-        ids = [template.prompt_ids(tokenizer, x)]
-        said = template.rewrite_ids(tokenizer, x, with_instruction(x, instruction))
-        scores = policy.log_probs(model, ids, [said])
+        rewrite = with_instruction(x, instruction)
+        said = prompter.template.rewrite_ids(prompter.tokenizer, x, rewrite)
+        scores = policy.log_probs(model, prompter.prompt_ids([x]), [said])
         got = torch.autograd.grad(scores.log_probs.sum(), list(weights.values()))
         found.append({name: g.detach() for name, g in zip(weights, got, strict=True)})
     model.unload()
@@ -89,16 +88,16 @@ def energies(kernel: np.ndarray, kinds: np.ndarray, paired: bool) -> dict[str, f
     sign, count = np.where(kinds == 1, 1.0, -1.0), np.bincount(kinds)
     means = 1.0 / count[kinds]
     drawn = 0.0
-    for value in (0, 1):
+    for value in () if paired else (0, 1):
         rows = kernel[np.ix_(kinds == value, kinds == value)]
         drawn += (np.trace(rows) - rows.sum() / len(rows)) / (len(rows) - 1) / len(rows)
     shared, apart = means @ kernel @ means, (means * sign) @ kernel @ (means * sign)
-    return {"shared": shared - (0 if paired else drawn), "kind": apart - (0 if paired else drawn)}
+    return {"shared": shared - drawn, "kind": apart - drawn}
 
 
 def summarise(
     found: Mapping[str, list[dict[str, Tensor]]], depth: int, kinds: np.ndarray, paired: bool
-) -> Any:
+) -> dict[str, Any]:
     """By layers: the share of the gradients' energy that all prompts have in common, and what tells kinds."""
     rows = {}
     for name, (low, high) in LAYERS.items():

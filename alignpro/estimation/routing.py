@@ -138,8 +138,13 @@ def fit(
     by that: `left_out` with this function inside is fair, and fresh prompts are.
     """
     _check(embeddings, rewards, 2)
-    every = [(ridge, rank) for rank in sorted(ranks) for ridge in sorted(ridges, reverse=True)]
-    rows = {each: earned(embeddings, rewards, *each) for each in every}
+    # Of an infinite ridge the rank is nothing, so that it is tried once.
+    every = [
+        (ridge, None if np.isinf(ridge) else rank)
+        for rank in sorted(ranks)
+        for ridge in sorted(ridges, reverse=True)
+    ]
+    rows = {each: earned(embeddings, rewards, *each) for each in dict.fromkeys(every)}
     stiffest, best = next(iter(rows)), max(rows, key=lambda each: rows[each].mean())
     gain = rows[best] - rows[stiffest]
     if gain.mean() <= gain.std(ddof=1) / np.sqrt(len(gain)):

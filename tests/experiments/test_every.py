@@ -22,16 +22,14 @@ SMALL = {
     "which_bound": "--instances 20",
 }
 WEIGHTS = (
-    *(
-        "enumerated_ppo",
-        "frames",
-        "gradients",
-        "judge_choice",
-        "open_ppo",
-        "ppo_settings",
-        "price",
-        "reading",
-    ),
+    "enumerated_ppo",
+    "frames",
+    "gradients",
+    "judge_choice",
+    "open_ppo",
+    "ppo_settings",
+    "price",
+    "reading",
     "training_free",
 )
 EVERY = sorted(path.stem for path in FOLDER.glob("*.py"))

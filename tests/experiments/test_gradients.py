@@ -9,7 +9,6 @@ from peft import get_peft_model
 from task_grid.kinds import WHO
 
 from alignpro.errors import AlignProError
-from alignpro.llm.models import policy
 from alignpro.llm.models.adapters import adapter_config
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.models.prompt import with_instruction
@@ -35,21 +34,16 @@ def test_a_step_changes_what_the_products_of_gradients_say(folder):
     found = gradients.gradients(Prompter.from_pretrained(folder, template="append"), PROMPTS, SAID)
     prompter, step = Prompter.from_pretrained(folder, template="append"), 1e-3
     torch.manual_seed(0)
-    model = get_peft_model(prompter.model, adapter_config(prompter.model, gradients.RANK, 1.0))
+    model = prompter.model = get_peft_model(
+        prompter.model, adapter_config(prompter.model, gradients.RANK, 1.0)
+    )
     assert found[0].keys() == {name for name, _ in model.named_parameters() if "lora_B" in name}
-
-    def said():
-        template, tokenizer = prompter.template, prompter.tokenizer
-        ids = [template.prompt_ids(tokenizer, x) for x in PROMPTS]
-        rewrites = [template.rewrite_ids(tokenizer, x, with_instruction(x, SAID)) for x in PROMPTS]
-        with torch.no_grad():
-            return policy.log_probs(model, ids, rewrites).log_probs.sum(1).double().numpy()
 
     def moved(by):
         for name, weight in model.named_parameters():
             if name in found[0]:
                 weight.data += by * found[0][name]
-        return said()
+        return prompter.log_probs(PROMPTS, [with_instruction(x, SAID) for x in PROMPTS])
 
     size = sum(float((g**2).sum()) for g in found[0].values())
     above = moved(step / size**0.5)
