@@ -495,7 +495,7 @@ def test_refused_answers_are_counted_from_the_service_to_the_pages(home, tmp_pat
         counts = {False: 0, True: 0}
         for body, _ in server.requests:
             counts[refuses(body)] += 1
-        command = ["train", "--out", str(tmp_path / "trained"), *world(home), *behind, "--iterations", "3"]
+        command = ["train", "--out", str(tmp_path / "trained"), *world(home), *behind, "--iterations", "6"]
         command += ["--prompts-per-round", "3", "--draws", "2", "--epochs", "1", "--rewrite-tokens", "8"]
         assert main.main(command) == 0
         trained = [refuses(body) for body, _ in server.requests[sum(counts.values()) :]]
@@ -521,15 +521,15 @@ def test_refused_answers_are_counted_from_the_service_to_the_pages(home, tmp_pat
 
     lines = [json.loads(line) for line in (tmp_path / "trained" / "metrics.jsonl").read_text().splitlines()]
     shares = [line["refused_share"] for line in lines]
-    assert len(shares) == 3
-    assert len(trained) == 18  # no two rewrites of a round are one
-    rounds = np.reshape(trained, (3, 6)).mean(1)
+    assert len(shares) == 6
+    assert len(trained) == 36  # no two rewrites of a round are one
+    rounds = np.reshape(trained, (6, 6)).mean(1)
 
     def check(expected):
         assert shares == pytest.approx(list(expected))
 
     check(rounds)
-    kills(check, np.cumsum(rounds) / [1, 2, 3])  # of all rounds so far, which a resumed run does not know
+    kills(check, np.cumsum(rounds) / np.arange(1, 7))  # of all rounds so far, which a resumed run does not know
     assert "share of answers refused" in told(tmp_path / "trained")
     for line in lines:
         assert sum(line[f"reward/{name}"] for name in THREE.ranges) == pytest.approx(line["score"], abs=1e-6)
