@@ -2,12 +2,16 @@
 
     python experiments/tasks.py --out runs/tasks --processes 2     # two CPU cores, nothing but packages
     python experiments/tasks.py --out runs/tasks --dry-run         # every job, and what it asks for
+    python experiments/tasks.py --out runs/reading --preset reading --processes 2
 
 Reading ease, sentiment, brevity, format, preference (`minilm-bt`), and four tasks that want another answer of
 one kind of requests than of the others. Of each: rollouts of the reference prompter, from which `headroom`
 says whether to train; a race of instructions; a router, which picks one for the prompt; PPO with three seeds,
-RLOO and the RLHF oracle; and all arms on held-out prompts, with equal numbers of answers. Interrupt at any
-time; the same command goes on. Each job's options are in its folder, for `alignpro <verb> --config`.
+RLOO and the RLHF oracle; and all arms on held-out prompts, with equal numbers of answers.
+
+The preset `reading` is four of them, two where one instruction does for all and two where reading the prompt
+pays; in these PPO also begins from a prompter that learned what the router picks. Interrupt at any time; the
+same command goes on. Each job's options are in its folder, for `alignpro <verb> --config`.
 """
 
 import argparse
@@ -32,6 +36,8 @@ def main(arguments=None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of all jobs")
+    presets = plan.presets()
+    parser.add_argument("--preset", choices=presets, default="all", help="which tasks, and how large")
     parser.add_argument(
         "--tasks", nargs="+", metavar="TASK", help=f"some of: {', '.join(map(repr, plan.TASKS))}"
     )
@@ -41,7 +47,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--summary-only", action="store_true", help="results of what is finished")
     parser.add_argument("--publish", type=Path, help="copy the results into this folder")
     args = parser.parse_args(arguments)
-    return launch.ended("tasks.py", lambda: run(args, chosen(plan.Size(), args.tasks)))
+    return launch.ended("tasks.py", lambda: run(args, chosen(presets[args.preset], args.tasks)))
 
 
 def chosen(size: plan.Size, names: Sequence[str] | None) -> plan.Size:
@@ -51,7 +57,8 @@ def chosen(size: plan.Size, names: Sequence[str] | None) -> plan.Size:
     for name in names:
         if name not in size.tasks:
             raise AlignProError(f"--tasks {name!r}: choose from {', '.join(map(repr, size.tasks))}")
-    return replace(size, tasks={name: size.tasks[name] for name in names})
+    taught = tuple(name for name in size.taught if name in names)
+    return replace(size, tasks={name: size.tasks[name] for name in names}, taught=taught)
 
 
 def run(args, size: plan.Size) -> int:
@@ -75,7 +82,7 @@ def run(args, size: plan.Size) -> int:
     if args.dry_run:
         return 0
     if todo and not args.summary_only:
-        command = [str(Path(__file__)), "--out", str(out), "--only", args.only]
+        command = [str(Path(__file__)), "--out", str(out), "--only", args.only, "--preset", args.preset]
         command += ["--tasks", *size.tasks] if args.tasks else []
         if not launch.do_all(args, command, jobs, out):
             return 0

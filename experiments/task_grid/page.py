@@ -43,6 +43,22 @@ def means(results: Results) -> str:
     return _table(["task", *(NAMES[arm] for arm in arms)], rows)
 
 
+def calls(results: Results) -> str:
+    """How many answers each arm learned from, in a sentence."""
+    size, tasks = results["size"], results["tasks"].values()
+    training = size["iterations"] * size["prompts"] * size["samples"]
+    proposals = max(1, round(training / size["held_out"]))
+    raced = " to ".join(
+        f"{n:,}" for n in sorted({f([t["race"]["calls"] for t in tasks]) for f in (min, max)})
+    )
+    tables = max(task["reading"]["router"]["calls"] for task in tasks)
+    return (
+        f"Answers that they rest on: each training of PPO {training:,}; ρ\\* by resampling and best of n "
+        f"{proposals * size['held_out']:,}, {proposals} to each held-out prompt; the race for the best fixed "
+        f"instruction {raced}; the router {tables:,}, a table that serves all tasks."
+    )
+
+
 def gains(results: Results) -> str:
     """What PPO gains over its rivals, a row for each task."""
     rivals = ("none", FIXED, ROUTER, "star", "rlhf")
@@ -105,6 +121,22 @@ def reading(results: Results) -> str:
     head = ["task", "router over one instruction, on the table"]
     ends = [f"{NAMES[arm]} over the best fixed instruction" for arm in (ROUTER, "trained")]
     return _table([*head, *ends, "the router picks (of held-out prompts)"], rows)
+
+
+def taught(results: Results) -> str:
+    """What a prompter that a router taught earns, and PPO from there."""
+    rows = [
+        [
+            name,
+            *(f"{of['mean'][arm]['value']:.3f}" for arm in (of["over"], ROUTER, "sft", "trained")),
+            *(interval(of["gain"][arm]) for arm in (ROUTER, "sft", "trained")),
+            "; ".join(f"{e['value']:+.3f}" for e in of["by seed"]),
+        ]
+        for name, of in results["taught"].items()
+    ]
+    arms = ["router", "taught prompter", "PPO from there"]
+    head = ["task", "best fixed instruction (none, where none won)", *arms]
+    return _table([*head, *(f"{arm}, over the first" for arm in arms), "PPO, by seed"], rows)
 
 
 def bounds(results: Results) -> str:
@@ -197,6 +229,7 @@ def markdown(results: Results) -> str:
         f"{held}. Intervals are at {results['level']:.0%} over prompts.",
         "## Mean rewards",
         means(results),
+        *([calls(results)] if results["tasks"] else []),
         "## What PPO gains",
         "Over no prompter by itself; over the others jointly.",
         gains(results),
@@ -211,6 +244,15 @@ def markdown(results: Results) -> str:
         "table of training prompts, each with every one of some instructions; what it earns there over one "
         "instruction for all is on prompts left out.",
         reading(results),
+        *(
+            [
+                "A prompter that was fine-tuned on what the router picks for prompts that are not held out, "
+                "and PPO from there, with as many answers as before; a rollout of its own.",
+                taught(results),
+            ]
+            if results["taught"]
+            else []
+        ),
         "![Foreseen and realised gains](foresight.png)",
         calibration(results),
         "## Theorem 1",

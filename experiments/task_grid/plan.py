@@ -6,15 +6,18 @@ rewards them, and all runs keep their answers in one folder (`--answers-folder`)
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from paper_grid.plan import Job
 
 from alignpro.files import read_json, write_text
-from alignpro.llm.arms.route import REWRITES, candidates_of
+from alignpro.llm.arms import route
+from alignpro.llm.data import public
 from alignpro.llm.data.packaged import instructions
+from alignpro.llm.data.split import split_of
+from alignpro.llm.training.checkpoints import PROMPTER_FOLDER
 from task_grid.kinds import asked
 
 TASKS: Mapping[str, str] = {
@@ -39,8 +42,12 @@ PROMPTERS: Mapping[str, Mapping[str, Any]] = {
     "append": {"prompter": "smollm2-135m-instruct", "template": "append", "rewrite_tokens": 16},
 }
 """Reference prompters that foresight is tried with. The first one is trained on."""
+READING = ("brevity", "preference", "brief or plain", "list or plain")
+"""Tasks of the preset `reading`: two where one instruction does for all prompts, two where reading pays."""
 FIXED, ROUTER = "fixed", "router"
 """The arms of the best fixed instruction, and of the one that a router picks for the prompt."""
+PAIRS = "pairs.jsonl"
+"""Prompts with what a router picks for them."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Size:
     prompts: int = 16
     samples: int = 2
     rlhf_iterations: int = 10
+    rlhf_learning_rate: float = 1e-3
     seeds: tuple[int, ...] = (0, 1, 2)
     lam: float = 0.02
     held_out: int = 60
@@ -89,6 +97,14 @@ class Size:
     """Training prompts from which a router learns, each asked once with every one of its candidates."""
     route: Mapping[str, Any] = field(default_factory=dict)
     """Further options of route."""
+    rloo: bool = True
+    """Whether RLOO trains, too."""
+    taught: tuple[str, ...] = ()
+    """Tasks whose router also teaches a prompter, from which PPO begins anew."""
+    teaching: Mapping[str, Any] = field(
+        default_factory=lambda: {"epochs": 2, "learning_rate": 1e-3, "lora_layers": 0.34}
+    )
+    """Further options of sft on a router's picks."""
 
     @property
     def calls(self) -> int:
@@ -96,16 +112,59 @@ class Size:
         return self.iterations * self.prompts * self.samples
 
 
+def presets() -> dict[str, Size]:
+    """Sizes by name."""
+    whole = Size()
+    first = next(iter(PROMPTERS))
+    return {
+        "all": whole,
+        "reading": replace(
+            whole,
+            tasks={task: TASKS[task] for task in READING},
+            taught=READING[2:],
+            prompters={first: PROMPTERS[first]},
+            rloo=False,
+            prompts=8,
+            samples=4,
+            training={**whole.training, "learning_rate": 2e-3},
+            table_prompts=96,
+        ),
+    }
+
+
 @dataclass(frozen=True)
 class Late(Job):
     """A job some of whose options are others' results."""
 
     def resolved(self, out: Path) -> dict[str, Any]:
-        """Its options, with the best instruction that was found (none, where none won), and the router's."""
+        """Its options, with the best instruction that was found (none, where none won), the router's, and
+        the prompter that was taught by that."""
         found = super().resolved(out)
-        winner = read_json(out / found.pop("instructed") / "instruct.json")["winner"]
-        found["rewrites_file"] = [f"{ROUTER}={out / found.pop('routed') / REWRITES}"]
-        return found | ({"instruction": [f"{FIXED}={winner}"]} if winner else {})
+        if "taught" in found:
+            found["prompter"] = str(out / found.pop("taught") / PROMPTER_FOLDER)
+        if "routed" in found:
+            found["rewrites_file"] = [f"{ROUTER}={out / found.pop('routed') / route.REWRITES}"]
+        if "instructed" in found:
+            winner = read_json(out / found.pop("instructed") / "instruct.json")["winner"]
+            found |= {"instruction": [f"{FIXED}={winner}"]} if winner else {}
+        return found
+
+
+@dataclass(frozen=True)
+class Picks(Job):
+    """What a router picks for every prompt but those of the split `test`, as pairs to learn from."""
+
+    def act(self, out: Path) -> bool:
+        """Write them."""
+        o = self.options
+        prompts = public.prompts(
+            o["dataset"], folder=o.get("data_folder"), fits=lambda x: split_of(x) != "test"
+        )
+        rewrites = route.load(out / o["router"]).rewrites(prompts)
+        pairs = zip(prompts, rewrites, strict=True)
+        lines = (json.dumps({"prompt": x, "rewrite": y}, ensure_ascii=False) + "\n" for x, y in pairs)
+        write_text(out / self.name / PAIRS, "".join(lines))
+        return True
 
 
 def slug(name: str) -> str:
@@ -170,10 +229,13 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
         trained = [f"{here}/ppo-{seed}" for seed in size.seeds]
         for name, seed in zip(trained, size.seeds, strict=True):
             yield Job(name, "train", {**training, "seed": seed})
-        yield Job(f"{here}/rloo-0", "train", {**training, "algorithm": "rloo", "seed": 0})
+        others = [f"{here}/rloo-0"] if size.rloo else []
+        for name in others:
+            yield Job(name, "train", {**training, "algorithm": "rloo", "seed": 0})
         oracle = {k: v for k, v in training.items() if k not in ("prompter", "template", "answers_folder")}
         oracle |= {"task": "rlhf", "prompter": size.target, "max_tokens": size.answer_tokens}
-        yield Job(f"{here}/rlhf-0", "train", {**oracle, "iterations": size.rlhf_iterations, "seed": 0})
+        oracle |= {"iterations": size.rlhf_iterations, "learning_rate": size.rlhf_learning_rate, "seed": 0}
+        yield Job(f"{here}/rlhf-0", "train", oracle)
         measured = {
             **world,
             "prompter": start["prompter"],  # trained prompters have its template
@@ -183,7 +245,7 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
             "answers": size.arm_answers,
             "rewrite_tokens": size.rewrite_tokens,
             "arms": ["none", "sft", "star", "best_of_n"],
-            "trained": [*trained, f"rloo={here}/rloo-0"],
+            "trained": [*trained, *(f"rloo={name}" for name in others)],
             "rlhf": [f"{here}/rlhf-0"],
             "lam": size.lam,
             # As many answers as one training asked for, spread over the held-out prompts.
@@ -191,8 +253,24 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
             "instructed": f"{here}/instruct",
             "routed": f"{here}/route",
         }
-        needs = (f"{here}/instruct", f"{here}/route", *trained, f"{here}/rloo-0", f"{here}/rlhf-0")
-        yield Late(f"{here}/rollout", "rollout", measured, needs)
+        found = (f"{here}/instruct", f"{here}/route")
+        yield Late(f"{here}/rollout", "rollout", measured, (*found, *trained, *others, f"{here}/rlhf-0"))
+        if task not in size.taught:
+            continue
+        # What the router reads, a prompter learns by imitation; PPO goes on from there.
+        picks, teaching, learner = (f"{here}/{name}" for name in ("picks", "teach", "sft"))
+        yield Picks(picks, "picks", {**sources[place(task)], "router": found[1]}, found[1:])
+        learned = {**_kept(start), **size.teaching, "rewrite_tokens": size.rewrite_tokens}
+        # `sft` wants a folder in which nothing is, not even a job's options.
+        learned |= {"pairs": str(out / picks / PAIRS), "out": str(out / learner), "resume": True}
+        yield Job(teaching, "sft", learned, (picks,))
+        again = [f"{here}/taught-{seed}" for seed in size.seeds]
+        begun = {name: v for name, v in training.items() if name not in ("prompter", "template")}
+        for name, seed in zip(again, size.seeds, strict=True):
+            yield Late(name, "train", {**begun, "taught": learner, "seed": seed}, (teaching,))
+        same = {name: v for name, v in measured.items() if name not in ("rlhf", "proposals", "prompter")}
+        same |= {"taught": learner, "trained": again, "arms": ["none", "sft"]}
+        yield Late(f"{here}/rollout-taught", "rollout", same, (*found, teaching, *again))
 
 
 def _kept(prompter: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,8 +280,10 @@ def _kept(prompter: Mapping[str, Any]) -> dict[str, Any]:
 def asks(job: Job) -> int:
     """Answers that a job asks for at most, those on file included."""
     o = job.options
+    if job.verb in ("picks", "sft"):
+        return 0
     if job.verb == "route":
-        table = o["prompts"] * len(candidates_of(o.get("instructions")))
+        table = o["prompts"] * len(route.candidates_of(o.get("instructions")))
         return table + 3 * o["held_out"] * o["held_out_answers"]
     if job.verb == "instruct":
         return o["budget"] + 2 * o["held_out"] * o["held_out_answers"]

@@ -50,12 +50,15 @@ def summarise(size: Size, out: Path) -> dict[str, Any]:
     done = {task: reward for task, reward in size.tasks.items()
             if (out / slug(task) / "rollout" / FINISHED).is_file()}  # fmt: skip
     missing = [f"{task}: not rolled out yet" for task in size.tasks if task not in done]
+    taught = {task: _taught(out / slug(task), len(size.seeds)) for task in size.taught if task in done}
+    missing += [f"{task}: taught prompters not rolled out yet" for task, of in taught.items() if of is None]
     return {
         "size": recorded(size),
         "level": LEVEL,
         "environment": environment(),
         "dtypes": sorted({read_json(out / slug(task) / "rollout" / SETTINGS_FILE)["dtype"] for task in done}),
         "tasks": {task: _task(size, out, task, reward) for task, reward in done.items()},
+        "taught": {task: of for task, of in taught.items() if of is not None},
         "foresight": list(_foresight(size, out, done)),
         "missing": missing,
     }
@@ -91,7 +94,7 @@ def _task(size: Size, out: Path, task: str, reward: str) -> dict[str, Any]:
             "variance": shown(alone.variance),
             "win rate": shown(alone.win_rate),
         },
-        "by seed": [shown(e) for e in _by_seed(here / "rollout" / FILE, len(size.seeds))],
+        "by seed": [shown(e) for e in _by_seed(here / "rollout" / FILE, "none", len(size.seeds))],
         "curves": {str(seed): _curve(here / f"ppo-{seed}" / METRICS_FILE) for seed in size.seeds},
         "bounds": [
             {
@@ -148,6 +151,25 @@ def _reading(here: Path, found: Rollouts) -> dict[str, Any]:
     }
 
 
+def _taught(here: Path, seeds: int) -> dict[str, Any] | None:
+    """What a prompter that learned a router's picks earns, and PPO from there; None while that is not known.
+
+    Gains are over the best fixed instruction, where there is one, else over no prompter.
+    """
+    folder = here / "rollout-taught"
+    if not (folder / FINISHED).is_file():
+        return None
+    found = rollouts.read(folder / FILE)
+    base = FIXED if FIXED in found.arms else "none"
+    every = compare(found, [base, ROUTER, "sft", "trained"], LEVEL)
+    return {
+        "over": base,
+        "mean": {arm: shown(e) for arm, e in every.mean.items()},
+        "gain": {arm: shown(of.mean) for arm, of in every.against.items()},
+        "by seed": [shown(e) for e in _by_seed(folder / FILE, base, seeds)],
+    }
+
+
 def _told(of: Mapping[str, Any]) -> dict[str, Any]:
     """An estimate of a verb's file, as `shown` has one."""
     return {"value": of["value"], "lo": of["lo"], "hi": of["hi"], "prompts": of["n_clusters"]}
@@ -170,13 +192,13 @@ def _examples(file: Path) -> list[dict[str, Any]]:
 
 
 @cache
-def _by_seed(file: Path, seeds: int) -> list[Estimate]:
-    """Gain over no prompter of each training."""
+def _by_seed(file: Path, base: str, seeds: int) -> list[Estimate]:
+    """Gain over the arm `base` of each training."""
     rows = [Rollout(**row) for row in read_json_lines(file)]
     found = []
     for seed in range(seeds):
-        kept = [r for r in rows if r.arm == "none" or (r.arm == "trained" and r.seed == seed)]
-        found.append(compare(rollouts.collect(kept), ["none", "trained"], LEVEL).against["trained"].mean)
+        kept = [r for r in rows if r.arm == base or (r.arm == "trained" and r.seed == seed)]
+        found.append(compare(rollouts.collect(kept), [base, "trained"], LEVEL).against["trained"].mean)
     return found
 
 
@@ -196,7 +218,7 @@ def _foresight(size: Size, out: Path, done: Mapping[str, str]) -> Iterator[dict[
                 yield point | realised
                 if turn == 0 and task in done and share == size.lam:
                     file = out / slug(task) / "rollout" / FILE
-                    for seed, e in enumerate(_by_seed(file, len(size.seeds))):
+                    for seed, e in enumerate(_by_seed(file, "none", len(size.seeds))):
                         yield point | {"by": f"PPO, seed {seed}", **_judged(point, e, width)}
 
 

@@ -15,7 +15,9 @@ from task_grid import kinds, plan, results
 
 from alignpro import rollouts
 from alignpro.files import read_json, read_json_lines
+from alignpro.llm.arms import route
 from alignpro.llm.arms.rollout import FILE
+from alignpro.llm.data.split import split_of
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.targets.ledger import spent
@@ -45,14 +47,22 @@ def size(tmp_path_factory):
         training={"epochs": 1, "lora_rank": 2},
         race={"instructions": str(folder / "instructions.txt"), "budget": 24},
         route={"instructions": str(folder / "instructions.txt")},
+        taught=("plain",), teaching={"epochs": 1, "lora_rank": 2},
     )  # fmt: skip
 
 
 def arguments(out, **more):
     parser = argparse.ArgumentParser()
     launch.add_arguments(parser)
-    given = {"only": "", "tasks": None, "dry_run": False, "summary_only": False, "publish": None}
-    return argparse.Namespace(out=out, **vars(parser.parse_args([])) | given | more)
+    given = {
+        "only": "",
+        "preset": "all",
+        "tasks": None,
+        "dry_run": False,
+        "summary_only": False,
+        "publish": None,
+    }
+    return argparse.Namespace(out=out, **vars(parser.parse_args([])) | given | {"publish": None} | more)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +115,33 @@ def test_what_it_says(size, whole, tmp_path, capsys):
     assert tasks.run(arguments(whole, summary_only=True, publish=tmp_path), size) == 0
     assert (whole / "results.json").read_bytes() == before
     assert (tmp_path / "results.md").read_text() == page
+
+
+def test_a_prompter_is_taught_what_the_router_picks(size, whole):
+    """Pairs of every prompt that is not held out with the router's picks, learned from, and trained on from
+    there. Mutant: the pairs are of held-out prompts."""
+    here = whole / "plain"
+    job = next(job for job in plan.jobs(size, whole) if job.name == "plain/picks")
+    prompts = [row["prompt"] for row in read_json_lines(Path(size.source["data_folder"]) / "train.jsonl")]
+
+    def check(module):
+        assert module.Picks(**vars(job)).act(whole)
+        pairs = {row["prompt"]: row["rewrite"] for row in read_json_lines(here / "picks" / plan.PAIRS)}
+        assert set(pairs) == {x for x in prompts if split_of(x) != "test"}
+        assert list(pairs.values()) == route.load(here / "route").rewrites(list(pairs))
+
+    check(plan)
+    kills(check, mutated(plan, 'split_of(x) != "test"', 'split_of(x) == "test"'))
+    found = read_json(whole / "results.json")["taught"]
+    assert set(found) == {"plain"}
+    of, told = found["plain"], read_json(whole / "results.json")["tasks"]["plain"]
+    for arm in ("router", "none"):  # the same texts as beside the other arms
+        assert arm not in of["mean"] or of["mean"][arm]["value"] == told["mean"][arm]["value"]
+    for arm, gain in of["gain"].items():
+        assert gain["value"] == pytest.approx(of["mean"][arm]["value"] - of["mean"][of["over"]]["value"])
+    assert of["gain"]["trained"]["value"] == pytest.approx(np.mean([e["value"] for e in of["by seed"]]))
+    began = json.loads((here / "taught-1" / "settings.json").read_text())
+    assert str(here / "sft" / "prompter") in json.dumps(began)
 
 
 def test_the_router_rewrites_the_held_out_prompts(size, whole):
@@ -180,6 +217,10 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "list-or-plain/ppo-0" in said
     assert "reading-ease" not in said
+    assert tasks.main(["--out", str(tmp_path / "a"), "--preset", "reading", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "list-or-plain/taught-2" in said
+    assert "rloo" not in said
     assert not list(Path(tmp_path / "a").iterdir())
 
 

@@ -126,7 +126,7 @@ class TrainSettings(PolicySettings):
     """How the learning rate falls: along a cosine to a tenth, or not at all; then --resume with more
     --iterations takes a finished run further."""
     learning_rate: float = 2e-3
-    """Step of the optimizer (Adam) for the adapter. Half of it found less in five of six pairs of runs."""
+    """Step of the optimizer (Adam) for the adapter. Half of the default finds less in a short training."""
     max_tokens: int = 48
     """The most tokens of one rewrite (with --policy rlhf, of an answer), its end token included."""
     policy_dtype: Literal["auto", "float32", "bfloat16", "4bit"] = "float32"
