@@ -15,10 +15,8 @@ from paper_grid.plan import Job
 from alignpro.files import read_json, write_text
 from alignpro.llm.arms import route
 from alignpro.llm.data import public
-from alignpro.llm.data.packaged import instructions
 from alignpro.llm.data.split import split_of
 from alignpro.llm.training.checkpoints import PROMPTER_FOLDER
-from task_grid.kinds import asked
 
 TASKS: Mapping[str, str] = {
     "reading ease": "ease",
@@ -28,15 +26,9 @@ TASKS: Mapping[str, str] = {
     "preference": "minilm-bt",
     "brief or plain": "task_grid.kinds:brief_or_plain",
     "list or plain": "task_grid.kinds:list_or_plain",
-    "brief, plain for a child": "task_grid.kinds:child_or_brief",
-    "list, plain for a child": "task_grid.kinds:child_or_list",
 }
 """By name: the reward. The format is verifiable: 1 for an answer that is a list of two items or more. The
-last four want another answer of one kind of requests than of the others (`kinds`)."""
-BY_WHO = ("brief, plain for a child", "list, plain for a child")
-"""Tasks whose requests say who asks."""
-ASKED = "asked.jsonl"
-"""The file, in the folder of all jobs, of the requests that do."""
+last two want another answer of one kind of requests than of the others (`kinds`)."""
 PROMPTERS: Mapping[str, Mapping[str, Any]] = {
     "instructions-sft": {"prompter": "instructions-sft"},
     "append": {"prompter": "smollm2-135m-instruct", "template": "append", "rewrite_tokens": 16},
@@ -70,14 +62,14 @@ class Size:
     arm_answers: int = 2
     """Answers to each rewrite of the arms that are compared."""
     reference_draws: int = 4
-    """Rewrites of each held-out prompt from which ρ* is resampled at any λ."""
+    """Rewrites of each held-out prompt from which ρ* is resampled at any λ; 0 for no such thing."""
     answer_tokens: int = 40
     rewrite_tokens: int = 16
     target: str = "smollm2-135m-instruct"
     prompters: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: PROMPTERS)
     tasks: Mapping[str, str] = field(default_factory=lambda: TASKS)
     source: Mapping[str, Any] = field(default_factory=lambda: {"dataset": "instructions"})
-    """Of the prompts of all tasks but those in `BY_WHO`."""
+    """Of the prompts."""
     training: Mapping[str, Any] = field(
         default_factory=lambda: {
             "epochs": 2,
@@ -126,6 +118,9 @@ def presets() -> dict[str, Size]:
             rloo=False,
             prompts=8,
             samples=4,
+            arm_answers=1,
+            reference_draws=0,
+            race_calls=1024,
             training={**whole.training, "learning_rate": 2e-3},
             table_prompts=96,
         ),
@@ -172,18 +167,6 @@ def slug(name: str) -> str:
     return name.replace(",", "").replace(" ", "-")
 
 
-def place(task: str) -> str:
-    """The folder, in those of the reference rollouts, of the ones with a task's prompts."""
-    return "who" if task in BY_WHO else ""
-
-
-def write_asked(size: Size, out: Path) -> None:
-    """Write the requests that say who asks, where a task needs them."""
-    if any(map(place, size.tasks)):
-        said = asked(instructions())
-        write_text(out / ASKED, "".join(json.dumps({"prompt": x}) + "\n" for x in said))
-
-
 def jobs(size: Size, out: Path) -> list[Job]:
     """All of them, so that each comes after what it needs."""
     return list(_jobs(size, out))
@@ -196,26 +179,18 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
         "answers_folder": str(out / "answers"),
         "dtype": "auto",
     }
-    sources = {"": size.source, "who": {"dataset": str(out / ASKED)}}
     # Whatever rewards them, the texts are the same; `results.rewarded` scores them for every task.
-    first = {place(task): reward for task, reward in reversed(size.tasks.items())}
-    for where, reward in sorted(first.items()):
-        drawn = {
-            **sources[where],
-            **shared,
-            "reward": reward,
-            "arms": ["none", "sft"],
-            "answers": size.answers,
-        }
-        # Requests that say who asks are for the prompter alone that is trained.
-        for name, prompter in list(size.prompters.items())[: 1 if where else None]:
-            options = {**drawn, **prompter, "prompts": size.held_out}
-            before, after = (str(Path(kind, where, name)) for kind in ("foreseen", "resampled"))
-            yield Job(before, "rollout", {**options, "split": "train", "draws": size.foreseen_draws})
-            yield Job(after, "rollout", {**options, "split": "test", "draws": size.reference_draws})
+    drawn = {**size.source, **shared, "reward": next(iter(size.tasks.values())), "arms": ["none", "sft"]}
+    drawn |= {"answers": size.answers, "prompts": size.held_out}
+    for name, prompter in size.prompters.items():
+        options = {**drawn, **prompter}
+        yield Job(f"foreseen/{name}", "rollout", {**options, "split": "train", "draws": size.foreseen_draws})
+        if size.reference_draws:
+            again = {**options, "split": "test", "draws": size.reference_draws}
+            yield Job(f"resampled/{name}", "rollout", again)
     start = next(iter(size.prompters.values()))
     for task, reward in size.tasks.items():
-        here, world = slug(task), {**sources[place(task)], **shared, "reward": reward}
+        here, world = slug(task), {**size.source, **shared, "reward": reward}
         race = {**world, "budget": size.race_calls, "held_out": size.held_out}
         race |= {"held_out_answers": size.answers, **size.race}
         yield Job(f"{here}/instruct", "instruct", race)
@@ -259,7 +234,7 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
             continue
         # What the router reads, a prompter learns by imitation; PPO goes on from there.
         picks, teaching, learner = (f"{here}/{name}" for name in ("picks", "teach", "sft"))
-        yield Picks(picks, "picks", {**sources[place(task)], "router": found[1]}, found[1:])
+        yield Picks(picks, "picks", {**size.source, "router": found[1]}, found[1:])
         learned = {**_kept(start), **size.teaching, "rewrite_tokens": size.rewrite_tokens}
         # `sft` wants a folder in which nothing is, not even a job's options.
         learned |= {"pairs": str(out / picks / PAIRS), "out": str(out / learner), "resume": True}
