@@ -4,7 +4,7 @@
     python experiments/tasks.py --out runs/tasks --dry-run         # every job, and what it asks for
     python experiments/tasks.py --out runs/reading --preset reading --processes 2
 
-Reading ease, sentiment, brevity, format, preference (`minilm-bt`), and two tasks that want another answer of
+Reading ease, sentiment, brevity, format, preference (`minilm-bt`), and four tasks that want another answer of
 one kind of requests than of the others. Of each: rollouts of the reference prompter, from which `headroom`
 says whether to train; a race of instructions; a router, which picks one for the prompt; PPO with three seeds,
 RLOO and the RLHF oracle; and all arms on held-out prompts, with equal numbers of answers.
@@ -70,6 +70,8 @@ def run(args, size: plan.Size) -> int:
         print(launch.status(jobs, out, lambda job: plan.asks(job) * SECONDS))
         return 0
     work.check_settings(jobs, out)
+    if not args.dry_run:
+        plan.write_asked(size, out)
     todo = [job for job in jobs if not work.finished(job, out)]
     if args.dry_run:
         print("\n".join(map(plan.words, todo)))

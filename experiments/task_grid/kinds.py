@@ -82,3 +82,5 @@ class ByKind:
 plain_or_brief = ByKind(MAKING, ease(), brevity())
 brief_or_plain = ByKind(MAKING, brevity(), ease())
 list_or_plain = ByKind(SEVERAL, a_list(), ease())
+child_or_brief = ByKind(FROM_A_CHILD, ease(), brevity())
+child_or_list = ByKind(FROM_A_CHILD, ease(), a_list())

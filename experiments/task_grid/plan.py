@@ -15,8 +15,10 @@ from paper_grid.plan import Job
 from alignpro.files import read_json, write_text
 from alignpro.llm.arms import route
 from alignpro.llm.data import public
+from alignpro.llm.data.packaged import instructions
 from alignpro.llm.data.split import split_of
 from alignpro.llm.training.checkpoints import PROMPTER_FOLDER
+from task_grid.kinds import asked
 
 TASKS: Mapping[str, str] = {
     "reading ease": "ease",
@@ -26,15 +28,21 @@ TASKS: Mapping[str, str] = {
     "preference": "minilm-bt",
     "brief or plain": "task_grid.kinds:brief_or_plain",
     "list or plain": "task_grid.kinds:list_or_plain",
+    "brief, plain for a child": "task_grid.kinds:child_or_brief",
+    "list, plain for a child": "task_grid.kinds:child_or_list",
 }
 """By name: the reward. The format is verifiable: 1 for an answer that is a list of two items or more. The
-last two want another answer of one kind of requests than of the others (`kinds`)."""
+last four want another answer of one kind of requests than of the others (`kinds`)."""
+BY_WHO = ("brief, plain for a child", "list, plain for a child")
+"""Tasks whose requests say who asks."""
+ASKED = "asked.jsonl"
+"""The file, in the folder of all jobs, of the requests that do."""
 PROMPTERS: Mapping[str, Mapping[str, Any]] = {
     "instructions-sft": {"prompter": "instructions-sft"},
     "append": {"prompter": "smollm2-135m-instruct", "template": "append", "rewrite_tokens": 16},
 }
 """Reference prompters that foresight is tried with. The first one is trained on."""
-READING = ("brevity", "preference", "brief or plain", "list or plain")
+READING = ("brevity", "preference", *BY_WHO)
 """Tasks of the preset `reading`: two where one instruction does for all prompts, two where reading pays."""
 FIXED, ROUTER = "fixed", "router"
 """The arms of the best fixed instruction, and of the one that a router picks for the prompt."""
@@ -69,7 +77,7 @@ class Size:
     prompters: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: PROMPTERS)
     tasks: Mapping[str, str] = field(default_factory=lambda: TASKS)
     source: Mapping[str, Any] = field(default_factory=lambda: {"dataset": "instructions"})
-    """Of the prompts."""
+    """Of the prompts of all tasks but those in `BY_WHO`."""
     training: Mapping[str, Any] = field(
         default_factory=lambda: {
             "epochs": 2,
@@ -94,9 +102,14 @@ class Size:
     taught: tuple[str, ...] = ()
     """Tasks whose router also teaches a prompter, from which PPO begins anew."""
     teaching: Mapping[str, Any] = field(
-        default_factory=lambda: {"epochs": 2, "learning_rate": 1e-3, "lora_layers": 0.34}
+        default_factory=lambda: {"epochs": 4, "learning_rate": 1e-3, "lora_layers": 1.0}
     )
-    """Further options of sft on a router's picks."""
+    """Further options of sft on a router's picks. An adapter on the upper layers alone learns how often each
+    instruction is picked, and not for which prompts."""
+    keeping: Mapping[str, Any] = field(
+        default_factory=lambda: {"learning_rate": 5e-4, "lora_layers": 1.0, "group_baseline": True}
+    )
+    """Options of train from there, which keep what was read: those of `training` else forget it."""
 
     @property
     def calls(self) -> int:
@@ -113,12 +126,11 @@ def presets() -> dict[str, Size]:
         "reading": replace(
             whole,
             tasks={task: TASKS[task] for task in READING},
-            taught=READING[2:],
+            taught=BY_WHO,
             prompters={first: PROMPTERS[first]},
             rloo=False,
             prompts=8,
             samples=4,
-            arm_answers=1,
             reference_draws=0,
             race_calls=1024,
             training={**whole.training, "learning_rate": 2e-3},
@@ -167,6 +179,18 @@ def slug(name: str) -> str:
     return name.replace(",", "").replace(" ", "-")
 
 
+def place(task: str) -> str:
+    """The folder, in those of the reference rollouts, of the ones with a task's prompts."""
+    return "who" if task in BY_WHO else ""
+
+
+def write_asked(size: Size, out: Path) -> None:
+    """Write the requests that say who asks, where a task needs them."""
+    if any(map(place, size.tasks)):
+        said = asked(instructions())
+        write_text(out / ASKED, "".join(json.dumps({"prompt": x}) + "\n" for x in said))
+
+
 def jobs(size: Size, out: Path) -> list[Job]:
     """All of them, so that each comes after what it needs."""
     return list(_jobs(size, out))
@@ -179,18 +203,22 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
         "answers_folder": str(out / "answers"),
         "dtype": "auto",
     }
+    sources = {"": size.source, "who": {"dataset": str(out / ASKED)}}
     # Whatever rewards them, the texts are the same; `results.rewarded` scores them for every task.
-    drawn = {**size.source, **shared, "reward": next(iter(size.tasks.values())), "arms": ["none", "sft"]}
-    drawn |= {"answers": size.answers, "prompts": size.held_out}
-    for name, prompter in size.prompters.items():
-        options = {**drawn, **prompter}
-        yield Job(f"foreseen/{name}", "rollout", {**options, "split": "train", "draws": size.foreseen_draws})
-        if size.reference_draws:
-            again = {**options, "split": "test", "draws": size.reference_draws}
-            yield Job(f"resampled/{name}", "rollout", again)
+    first = {place(task): reward for task, reward in reversed(size.tasks.items())}
+    for where, reward in sorted(first.items()):
+        drawn = {**sources[where], **shared, "reward": reward, "arms": ["none", "sft"]}
+        drawn |= {"answers": size.answers, "prompts": size.held_out}
+        # Requests that say who asks are for the prompter alone that is trained.
+        for name, prompter in list(size.prompters.items())[: 1 if where else None]:
+            options = {**drawn, **prompter}
+            before, after = (str(Path(kind, where, name)) for kind in ("foreseen", "resampled"))
+            yield Job(before, "rollout", {**options, "split": "train", "draws": size.foreseen_draws})
+            if size.reference_draws:
+                yield Job(after, "rollout", {**options, "split": "test", "draws": size.reference_draws})
     start = next(iter(size.prompters.values()))
     for task, reward in size.tasks.items():
-        here, world = slug(task), {**size.source, **shared, "reward": reward}
+        here, world = slug(task), {**sources[place(task)], **shared, "reward": reward}
         race = {**world, "budget": size.race_calls, "held_out": size.held_out}
         race |= {"held_out_answers": size.answers, **size.race}
         yield Job(f"{here}/instruct", "instruct", race)
@@ -234,7 +262,7 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
             continue
         # What the router reads, a prompter learns by imitation; PPO goes on from there.
         picks, teaching, learner = (f"{here}/{name}" for name in ("picks", "teach", "sft"))
-        yield Picks(picks, "picks", {**size.source, "router": found[1]}, found[1:])
+        yield Picks(picks, "picks", {**sources[place(task)], "router": found[1]}, found[1:])
         learned = {**_kept(start), **size.teaching, "rewrite_tokens": size.rewrite_tokens}
         # `sft` wants a folder in which nothing is, not even a job's options.
         learned |= {"pairs": str(out / picks / PAIRS), "out": str(out / learner), "resume": True}
@@ -242,7 +270,7 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
         again = [f"{here}/taught-{seed}" for seed in size.seeds]
         begun = {name: v for name, v in training.items() if name not in ("prompter", "template")}
         for name, seed in zip(again, size.seeds, strict=True):
-            yield Late(name, "train", {**begun, "taught": learner, "seed": seed}, (teaching,))
+            yield Late(name, "train", {**begun, **size.keeping, "taught": learner, "seed": seed}, (teaching,))
         same = {name: v for name, v in measured.items() if name not in ("rlhf", "proposals", "prompter")}
         same |= {"taught": learner, "trained": again, "arms": ["none", "sft"]}
         yield Late(f"{here}/rollout-taught", "rollout", same, (*found, teaching, *again))
@@ -258,7 +286,7 @@ def asks(job: Job) -> int:
     if job.verb in ("picks", "sft"):
         return 0
     if job.verb == "route":
-        table = o["prompts"] * len(route.candidates_of(o.get("instructions")))
+        table = o["prompts"] * len(route.candidates_of(o.get("instructions"))) * o.get("answers", 1)
         return table + 3 * o["held_out"] * o["held_out_answers"]
     if job.verb == "instruct":
         return o["budget"] + 2 * o["held_out"] * o["held_out_answers"]

@@ -26,7 +26,7 @@ from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.training.checkpoints import METRICS_FILE
 from alignpro.rollouts import Rollout, Rollouts
 from alignpro.runs import SETTINGS_FILE, environment
-from task_grid.plan import FIXED, ROUTER, Size, recorded, slug
+from task_grid.plan import FIXED, ROUTER, Size, place, recorded, slug
 
 LAMS = (0.02, 0.05, 0.1, 0.2)
 """Shares of the reward's width at which foresight is tried."""
@@ -75,7 +75,7 @@ def _task(size: Size, out: Path, task: str, reward: str) -> dict[str, Any]:
     alone = compare(found, ["none", "trained"], LEVEL).against["trained"]
     race = read_json(here / "instruct" / "instruct.json")
     report = estimate(found, lam, lam, LEVEL)
-    seen = rewarded(out / "foreseen" / next(iter(size.prompters)) / FILE, reward)
+    seen = rewarded(out / "foreseen" / place(task) / next(iter(size.prompters)) / FILE, reward)
     foreseen = headroom(seen, (lam,), LEVEL, beta=lam)
     return {
         "reward": reward,
@@ -205,10 +205,10 @@ def _by_seed(file: Path, base: str, seeds: int) -> list[Estimate]:
 def _foresight(size: Size, out: Path, done: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """What was foreseen on training prompts, and what came of it on held-out prompts."""
     for turn, prompter in enumerate(size.prompters):
-        before, after = (out / kind / prompter for kind in ("foreseen", "resampled"))
-        if not (before / FINISHED).is_file():
-            continue
         for task, reward in size.tasks.items():
+            before, after = (out / kind / place(task) / prompter for kind in ("foreseen", "resampled"))
+            if not (before / FINISHED).is_file():
+                continue
             seen = rewarded(before / FILE, reward)
             width = seen.high - seen.low
             for share in LAMS:

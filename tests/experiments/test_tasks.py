@@ -219,9 +219,32 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "reading-ease" not in said
     assert tasks.main(["--out", str(tmp_path / "a"), "--preset", "reading", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "list-or-plain/taught-2" in said
+    assert "list-plain-for-a-child/taught-2" in said
     assert "rloo" not in said
     assert not list(Path(tmp_path / "a").iterdir())
+
+
+def test_tasks_by_who_asks_have_their_own_prompts(size, tmp_path):
+    """Half of them a child's; reference rollouts of the trained prompter alone. Mutant: all are a child's."""
+    both = replace(size, tasks={"short": "brevity:3", "list, plain for a child": "ease"})
+    plan.write_asked(size, tmp_path)
+    assert not (tmp_path / plan.ASKED).exists()
+
+    def check(module):
+        module.write_asked(both, tmp_path)
+        said = [row["prompt"] for row in read_json_lines(tmp_path / plan.ASKED)]
+        assert sum(kinds.FROM_A_CHILD.of(said)) == (len(said) + 1) // 2
+        bare = {x.removeprefix(who) for x in said for who in kinds.WHO if x.startswith(who)}
+        assert len(bare) == len(set(said)) == len(said) > 400
+
+    check(plan)
+    kills(check, mutated(plan, "asked(instructions())", "['A child asks: ' + x for x in instructions()]"))
+    jobs = {job.name: job.options for job in plan.jobs(both, tmp_path)}
+    own = {name for name, options in jobs.items() if options["dataset"] == str(tmp_path / plan.ASKED)}
+    assert own == {name for name in jobs if "who" in name or name.startswith("list-plain-for-a-child/")}
+    assert {"foreseen/tiny", "resampled/tiny", "foreseen/who/tiny", "resampled/who/tiny"} <= set(jobs)
+    alone = replace(both, tasks={"list, plain for a child": "ease"})
+    assert "foreseen/tiny" not in {job.name for job in plan.jobs(alone, tmp_path)}
 
 
 def test_each_kind_of_requests_has_its_reward():
