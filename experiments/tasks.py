@@ -57,8 +57,7 @@ def chosen(size: plan.Size, names: Sequence[str] | None) -> plan.Size:
     for name in names:
         if name not in size.tasks:
             raise AlignProError(f"--tasks {name!r}: choose from {', '.join(map(repr, size.tasks))}")
-    taught = tuple(name for name in size.taught if name in names)
-    return replace(size, tasks={name: size.tasks[name] for name in names}, taught=taught)
+    return replace(size, tasks={name: size.tasks[name] for name in names})
 
 
 def run(args, size: plan.Size) -> int:

@@ -44,18 +44,15 @@ def means(results: Results) -> str:
 
 
 def calls(results: Results) -> str:
-    """How many answers each arm learned from, in a sentence."""
-    size, tasks = results["size"], results["tasks"].values()
-    training = size["iterations"] * size["prompts"] * size["samples"]
-    proposals = max(1, round(training / size["held_out"]))
-    raced = " to ".join(
-        f"{n:,}" for n in sorted({f([t["race"]["calls"] for t in tasks]) for f in (min, max)})
-    )
+    """How many answers each arm rests on, in a sentence."""
+    asked, tasks = results["answers"], results["tasks"].values()
+    races = [task["race"]["calls"] for task in tasks]
+    raced = " to ".join(f"{n:,}" for n in sorted({min(races), max(races)}))
     tables = max(task["reading"]["router"]["calls"] for task in tasks)
     return (
-        f"Answers that they rest on: each training of PPO {training:,}; ρ\\* by resampling and best of n "
-        f"{proposals * size['held_out']:,}, {proposals} to each held-out prompt; the race for the best fixed "
-        f"instruction {raced}; the router {tables:,}, a table that serves all tasks."
+        f"Answers that they rest on: each training of PPO {asked['training']:,}; ρ\\* by resampling and best "
+        f"of n {asked['proposals']} to each held-out prompt; the race for the best fixed instruction "
+        f"{raced}; the router {tables:,}, a table that tasks with the same prompts share."
     )
 
 

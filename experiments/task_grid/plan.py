@@ -116,6 +116,11 @@ class Size:
         """Answers of the frozen model that one training asks for, and so each of its rivals."""
         return self.iterations * self.prompts * self.samples
 
+    @property
+    def proposals(self) -> int:
+        """Rewrites of each held-out prompt to choose among: as many answers as one training asks for."""
+        return max(1, round(self.calls / self.held_out))
+
 
 def presets() -> dict[str, Size]:
     """Sizes by name."""
@@ -251,8 +256,7 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
             "trained": [*trained, *(f"rloo={name}" for name in others)],
             "rlhf": [f"{here}/rlhf-0"],
             "lam": size.lam,
-            # As many answers as one training asked for, spread over the held-out prompts.
-            "proposals": max(1, round(size.calls / size.held_out)),
+            "proposals": size.proposals,
             "instructed": f"{here}/instruct",
             "routed": f"{here}/route",
         }

@@ -54,6 +54,7 @@ def summarise(size: Size, out: Path) -> dict[str, Any]:
     missing += [f"{task}: taught prompters not rolled out yet" for task, of in taught.items() if of is None]
     return {
         "size": recorded(size),
+        "answers": {"training": size.calls, "proposals": size.proposals},
         "level": LEVEL,
         "environment": environment(),
         "dtypes": sorted({read_json(out / slug(task) / "rollout" / SETTINGS_FILE)["dtype"] for task in done}),

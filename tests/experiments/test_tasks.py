@@ -62,7 +62,7 @@ def arguments(out, **more):
         "summary_only": False,
         "publish": None,
     }
-    return argparse.Namespace(out=out, **vars(parser.parse_args([])) | given | {"publish": None} | more)
+    return argparse.Namespace(out=out, **vars(parser.parse_args([])) | given | more)
 
 
 @pytest.fixture(scope="module")
@@ -124,19 +124,23 @@ def test_a_prompter_is_taught_what_the_router_picks(size, whole):
     job = next(job for job in plan.jobs(size, whole) if job.name == "plain/picks")
     prompts = [row["prompt"] for row in read_json_lines(Path(size.source["data_folder"]) / "train.jsonl")]
 
+    (whole / "again").mkdir()
+
     def check(module):
-        assert module.Picks(**vars(job)).act(whole)
-        pairs = {row["prompt"]: row["rewrite"] for row in read_json_lines(here / "picks" / plan.PAIRS)}
+        again = module.Picks(**vars(job) | {"name": "again"})
+        assert again.act(whole)
+        pairs = {row["prompt"]: row["rewrite"] for row in read_json_lines(whole / "again" / plan.PAIRS)}
         assert set(pairs) == {x for x in prompts if split_of(x) != "test"}
         assert list(pairs.values()) == route.load(here / "route").rewrites(list(pairs))
 
     check(plan)
+    assert (whole / "again" / plan.PAIRS).read_bytes() == (here / "picks" / plan.PAIRS).read_bytes()
     kills(check, mutated(plan, 'split_of(x) != "test"', 'split_of(x) == "test"'))
     found = read_json(whole / "results.json")["taught"]
     assert set(found) == {"plain"}
     of, told = found["plain"], read_json(whole / "results.json")["tasks"]["plain"]
-    for arm in ("router", "none"):  # the same texts as beside the other arms
-        assert arm not in of["mean"] or of["mean"][arm]["value"] == told["mean"][arm]["value"]
+    for arm in ("router", of["over"]):  # the same texts as beside the other arms
+        assert of["mean"][arm]["value"] == told["mean"][arm]["value"]
     for arm, gain in of["gain"].items():
         assert gain["value"] == pytest.approx(of["mean"][arm]["value"] - of["mean"][of["over"]]["value"])
     assert of["gain"]["trained"]["value"] == pytest.approx(np.mean([e["value"] for e in of["by seed"]]))

@@ -529,9 +529,8 @@ def test_refused_answers_are_counted_from_the_service_to_the_pages(home, tmp_pat
         assert shares == pytest.approx(list(expected))
 
     check(rounds)
-    kills(
-        check, np.cumsum(rounds) / np.arange(1, 7)
-    )  # of all rounds so far, which a resumed run does not know
+    # Of all rounds so far, which a resumed run does not know.
+    kills(check, np.cumsum(rounds) / np.arange(1, 7))
     assert "share of answers refused" in told(tmp_path / "trained")
     for line in lines:
         assert sum(line[f"reward/{name}"] for name in THREE.ranges) == pytest.approx(line["score"], abs=1e-6)
