@@ -216,6 +216,7 @@ def markdown(results: Results) -> str:
     size = results["size"]
     held = f"{size['held_out']} held-out prompts, {size['draws']} draws of {size['answers']} answers each"
     trained = f"{size['iterations']} rounds of {size['prompts']} × {size['samples']}"
+    again = size["keeping"].get("iterations", size["iterations"])
     noise = ""
     if "bfloat16" in results["dtypes"]:
         noise = ", which leaves tenths of a nat of noise in its log-probabilities"
@@ -244,7 +245,7 @@ def markdown(results: Results) -> str:
         *(
             [
                 "A prompter that was fine-tuned on what the router picks for prompts that are not held out, "
-                "and PPO from there, with as many answers as before; a rollout of its own.",
+                f"and PPO from there for {again} rounds; a rollout of its own.",
                 taught(results),
             ]
             if results["taught"]

@@ -107,9 +107,15 @@ class Size:
     """Further options of sft on a router's picks. An adapter on the upper layers alone learns how often each
     instruction is picked, and not for which prompts."""
     keeping: Mapping[str, Any] = field(
-        default_factory=lambda: {"learning_rate": 5e-4, "lora_layers": 1.0, "group_baseline": True}
+        default_factory=lambda: {
+            "learning_rate": 5e-4,
+            "lora_layers": 1.0,
+            "group_baseline": True,
+            "iterations": 10,
+        }
     )
-    """Options of train from there, which keep what was read: those of `training` else forget it."""
+    """Options of train from there, which keep what was read: those of `training` forget it, and so do more
+    rounds."""
 
     @property
     def calls(self) -> int:

@@ -47,7 +47,7 @@ def size(tmp_path_factory):
         training={"epochs": 1, "lora_rank": 2},
         race={"instructions": str(folder / "instructions.txt"), "budget": 24},
         route={"instructions": str(folder / "instructions.txt")},
-        taught=("plain",), teaching={"epochs": 1, "lora_rank": 2},
+        taught=("plain",), teaching={"epochs": 1, "lora_rank": 2}, keeping={"iterations": 2},
     )  # fmt: skip
 
 
