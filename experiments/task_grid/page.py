@@ -11,7 +11,7 @@ from paper_grid.summary import interval
 from alignpro.files import atomic_write, write_text
 from alignpro.report import theme
 from alignpro.report.text import visible
-from task_grid.plan import FIXED, ROUTER
+from task_grid.plan import FIXED, ROUTER, TOLD
 from task_grid.results import tally
 
 Results = Mapping[str, Any]
@@ -20,6 +20,7 @@ NAMES = {
     "sft": "ρ_sft",
     FIXED: "best fixed instruction",
     ROUTER: "router",
+    TOLD: "best of each kind, told",
     "star": "ρ\\* by resampling",
     "best_of_n": "best of n",
     "rloo": "RLOO",
@@ -101,7 +102,8 @@ def numbers(results: Results) -> str:
 
 
 def reading(results: Results) -> str:
-    """What the router learned, and what it and PPO earn over the best fixed instruction."""
+    """What the router learned, and what it, PPO and the best of each kind earn over the best fixed
+    instruction."""
     rows = []
     for name, task in results["tasks"].items():
         found = task["reading"]
@@ -111,13 +113,15 @@ def reading(results: Results) -> str:
             [
                 name,
                 interval(found["router over one instruction, on the table"]),
-                *(interval(over.get(arm)) for arm in (ROUTER, "trained")),
+                *(interval(over.get(arm)) for arm in (TOLD, ROUTER, "trained")),
+                *(interval(found["over half of reading"][arm]) for arm in (ROUTER, "trained")),
                 _cell(most),
             ]
         )
     head = ["task", "router over one instruction, on the table"]
-    ends = [f"{NAMES[arm]} over the best fixed instruction" for arm in (ROUTER, "trained")]
-    return _table([*head, *ends, "the router picks (of held-out prompts)"], rows)
+    ends = [f"{NAMES[arm]} over the best fixed instruction" for arm in (TOLD, ROUTER, "trained")]
+    halves = [f"{NAMES[arm]} over half of the first of these" for arm in (ROUTER, "trained")]
+    return _table([*head, *ends, *halves, "the router picks (of held-out prompts)"], rows)
 
 
 def taught(results: Results) -> str:
@@ -126,14 +130,17 @@ def taught(results: Results) -> str:
         [
             name,
             *(f"{of['mean'][arm]['value']:.3f}" for arm in (of["over"], ROUTER, "sft", "trained")),
-            *(interval(of["gain"][arm]) for arm in (ROUTER, "sft", "trained")),
+            *(interval(of["gain"].get(arm)) for arm in (ROUTER, "sft", "trained", TOLD)),
+            *(interval(of["over half of reading"][arm]) for arm in ("sft", "trained")),
             "; ".join(f"{e['value']:+.3f}" for e in of["by seed"]),
         ]
         for name, of in results["taught"].items()
     ]
     arms = ["router", "taught prompter", "PPO from there"]
     head = ["task", "best fixed instruction (none, where none won)", *arms]
-    return _table([*head, *(f"{arm}, over the first" for arm in arms), "PPO, by seed"], rows)
+    gains = [f"{arm}, over the first" for arm in (*arms, NAMES[TOLD])]
+    halves = [f"{arm}, over half of that" for arm in arms[1:]]
+    return _table([*head, *gains, *halves, "PPO, by seed"], rows)
 
 
 def bounds(results: Results) -> str:
@@ -240,7 +247,8 @@ def markdown(results: Results) -> str:
         "## Reading the prompt",
         "A router (`alignpro route`) picks an instruction by the frozen model's states. It learned from a "
         "table of training prompts, each with every one of some instructions; what it earns there over one "
-        "instruction for all is on prompts left out.",
+        "instruction for all is on prompts left out. Where requests are of two kinds, the best of each on "
+        "that table, told which is which, says what a reader of the kind could earn.",
         reading(results),
         *(
             [

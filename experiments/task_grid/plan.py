@@ -10,26 +10,30 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from paper_grid.plan import Job
 
-from alignpro.files import read_json, write_text
-from alignpro.llm.arms import route
+from alignpro.files import read_json, read_json_lines, write_text
+from alignpro.llm.arms import instruct, route
+from alignpro.llm.arms.rollout import prompt_id
 from alignpro.llm.data import public
 from alignpro.llm.data.packaged import instructions
 from alignpro.llm.data.split import split_of
 from alignpro.llm.training.checkpoints import PROMPTER_FOLDER
-from task_grid.kinds import asked
+from task_grid import kinds
 
+BY_KIND = "task_grid.kinds:"
+"""Begins the names of rewards by the kind of requests."""
 TASKS: Mapping[str, str] = {
     "reading ease": "ease",
     "sentiment": "sentiment",
     "brevity": "brevity",
     "format": "list",
     "preference": "minilm-bt",
-    "brief or plain": "task_grid.kinds:brief_or_plain",
-    "list or plain": "task_grid.kinds:list_or_plain",
-    "brief, plain for a child": "task_grid.kinds:child_or_brief",
-    "list, plain for a child": "task_grid.kinds:child_or_list",
+    "brief or plain": f"{BY_KIND}brief_or_plain",
+    "list or plain": f"{BY_KIND}list_or_plain",
+    "brief, plain for a child": f"{BY_KIND}child_or_brief",
+    "list, plain for a child": f"{BY_KIND}child_or_list",
 }
 """By name: the reward. The format is verifiable: 1 for an answer that is a list of two items or more. The
 last four want another answer of one kind of requests than of the others (`kinds`)."""
@@ -44,8 +48,9 @@ PROMPTERS: Mapping[str, Mapping[str, Any]] = {
 """Reference prompters that foresight is tried with. The first one is trained on."""
 READING = ("brevity", "preference", *BY_WHO)
 """Tasks of the preset `reading`: two where one instruction does for all prompts, two where reading pays."""
-FIXED, ROUTER = "fixed", "router"
-"""The arms of the best fixed instruction, and of the one that a router picks for the prompt."""
+FIXED, ROUTER, TOLD = "fixed", "router", "told"
+"""The arms of the best fixed instruction, of the one that a router picks for the prompt, and of the best for
+the prompt's kind, which is told."""
 PAIRS = "pairs.jsonl"
 """Prompts with what a router picks for them."""
 
@@ -160,8 +165,11 @@ class Late(Job):
         found = super().resolved(out)
         if "taught" in found:
             found["prompter"] = str(out / found.pop("taught") / PROMPTER_FOLDER)
-        if "routed" in found:
-            found["rewrites_file"] = [f"{ROUTER}={out / found.pop('routed') / route.REWRITES}"]
+        files = [(ROUTER, found.pop("routed", None)), (TOLD, found.pop("told", None))]
+        if any(folder for _, folder in files):
+            found["rewrites_file"] = [
+                f"{arm}={out / folder / route.REWRITES}" for arm, folder in files if folder
+            ]
         if "instructed" in found:
             winner = read_json(out / found.pop("instructed") / "instruct.json")["winner"]
             found |= {"instruction": [f"{FIXED}={winner}"]} if winner else {}
@@ -185,6 +193,27 @@ class Picks(Job):
         return True
 
 
+@dataclass(frozen=True)
+class Told(Job):
+    """Each held-out prompt with the instruction that earned most on its kind in the router's table: what a
+    router could learn there that read the kinds without fail."""
+
+    def act(self, out: Path) -> bool:
+        """Write them."""
+        o = self.options
+        table = [row for row in read_json_lines(out / o["router"] / instruct.FILE) if row["kind"] == "table"]
+        names = table[0]["candidates"]
+        values = np.concatenate([np.mean(row["rewards"], 2) for row in table], 1)
+        texts = {prompt_id(x): x for x in public.prompts(o["dataset"], folder=o.get("data_folder"))}
+        asked = [texts[name] for row in table for name in row["prompts"]]
+        held = [row["x"] for row in read_json_lines(out / o["router"] / route.REWRITES)]
+        kind = getattr(kinds, o["reward"].removeprefix(BY_KIND)).kind
+        known, wanted = kind.of(asked), kind.of(held)
+        best = {k: names[values[:, known == k].mean(1).argmax()] for k in np.unique(known)}
+        route.write_rewrites(out / self.name / route.REWRITES, held, [best[k] for k in wanted])
+        return True
+
+
 def slug(name: str) -> str:
     """`name` for a folder."""
     return name.replace(",", "").replace(" ", "-")
@@ -198,7 +227,7 @@ def place(task: str) -> str:
 def write_asked(size: Size, out: Path) -> None:
     """Write the requests that say who asks, where a task needs them."""
     if any(map(place, size.tasks)):
-        said = asked(instructions())
+        said = kinds.asked(instructions())
         write_text(out / ASKED, "".join(json.dumps({"prompt": x}) + "\n" for x in said))
 
 
@@ -266,13 +295,18 @@ def _jobs(size: Size, out: Path) -> Iterator[Job]:
             "instructed": f"{here}/instruct",
             "routed": f"{here}/route",
         }
-        found = (f"{here}/instruct", f"{here}/route")
+        found: tuple[str, ...] = (f"{here}/instruct", f"{here}/route")
+        if reward.startswith(BY_KIND):
+            measured["told"] = f"{here}/told"
+            told = {**sources[place(task)], "reward": reward, "router": found[1]}
+            yield Told(measured["told"], "told", told, found[1:])
+            found += (measured["told"],)
         yield Late(f"{here}/rollout", "rollout", measured, (*found, *trained, *others, f"{here}/rlhf-0"))
         if task not in size.taught:
             continue
         # What the router reads, a prompter learns by imitation; PPO goes on from there.
         picks, teaching, learner = (f"{here}/{name}" for name in ("picks", "teach", "sft"))
-        yield Picks(picks, "picks", {**sources[place(task)], "router": found[1]}, found[1:])
+        yield Picks(picks, "picks", {**sources[place(task)], "router": found[1]}, found[1:2])
         learned = {**_kept(start), **size.teaching, "rewrite_tokens": size.rewrite_tokens}
         # `sft` wants a folder in which nothing is, not even a job's options.
         learned |= {"pairs": str(out / picks / PAIRS), "out": str(out / learner), "resume": True}
@@ -293,7 +327,7 @@ def _kept(prompter: Mapping[str, Any]) -> dict[str, Any]:
 def asks(job: Job) -> int:
     """Answers that a job asks for at most, those on file included."""
     o = job.options
-    if job.verb in ("picks", "sft"):
+    if job.verb in ("picks", "told", "sft"):
         return 0
     if job.verb == "route":
         table = o["prompts"] * len(route.candidates_of(o.get("instructions"))) * o.get("answers", 1)
@@ -304,7 +338,7 @@ def asks(job: Job) -> int:
         return o["iterations"] * o["prompts"] * o["samples"]
     each = o["draws"] * o["answers"]
     arms = sum(len(o.get(name, ())) for name in ("arms", "trained", "rlhf", "instruction"))
-    arms += ("instructed" in o) + ("routed" in o)
+    arms += sum(name in o for name in ("instructed", "routed", "told"))
     return o["prompts"] * (arms * each + o.get("proposals", 0))
 
 

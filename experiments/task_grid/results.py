@@ -26,11 +26,11 @@ from alignpro.llm.rewards.opening import load_reward
 from alignpro.llm.training.checkpoints import METRICS_FILE
 from alignpro.rollouts import Rollout, Rollouts
 from alignpro.runs import SETTINGS_FILE, environment
-from task_grid.plan import FIXED, ROUTER, Size, place, recorded, slug
+from task_grid.plan import FIXED, ROUTER, TOLD, Size, place, recorded, slug
 
 LAMS = (0.02, 0.05, 0.1, 0.2)
 """Shares of the reward's width at which foresight is tried."""
-RIVALS = ("sft", FIXED, ROUTER, "star", "best_of_n", "rloo", "rlhf")
+RIVALS = ("sft", FIXED, ROUTER, TOLD, "star", "best_of_n", "rloo", "rlhf")
 
 
 @cache
@@ -140,15 +140,18 @@ def _numbers(foreseen: Headroom, every: Comparison, trained: Comparison) -> dict
 
 
 def _reading(here: Path, found: Rollouts) -> dict[str, Any]:
-    """What the router learned, and what it and PPO earn over the best fixed instruction, if there is one."""
+    """What the router learned, and what it, PPO and the best of each kind earn over the best fixed
+    instruction, if there is one."""
     learned = read_json(here / "route" / "route.json")
     over = {}
     if FIXED in found.arms:
-        over = compare(found, [FIXED, ROUTER, "trained"], LEVEL).against
+        told = [TOLD] if TOLD in found.arms else []
+        over = compare(found, [FIXED, ROUTER, "trained", *told], LEVEL).against
     return {
         "router": {name: learned[name] for name in ("calls", "ridge", "rank", "single", "picks")},
         "router over one instruction, on the table": _told(learned["foreseen"]["gain"]),
         "over the best fixed instruction": {arm: shown(of.mean) for arm, of in over.items()},
+        "over half of reading": {arm: shown(_over_half(found, arm)) for arm in (ROUTER, "trained")},
     }
 
 
@@ -162,13 +165,28 @@ def _taught(here: Path, seeds: int) -> dict[str, Any] | None:
         return None
     found = rollouts.read(folder / FILE)
     base = FIXED if FIXED in found.arms else "none"
-    every = compare(found, [base, ROUTER, "sft", "trained"], LEVEL)
+    told = [TOLD] if TOLD in found.arms else []
+    every = compare(found, [base, ROUTER, "sft", "trained", *told], LEVEL)
     return {
         "over": base,
+        "over half of reading": {arm: shown(_over_half(found, arm)) for arm in (ROUTER, "sft", "trained")},
         "mean": {arm: shown(e) for arm, e in every.mean.items()},
         "gain": {arm: shown(of.mean) for arm, of in every.against.items()},
         "by seed": [shown(e) for e in _by_seed(folder / FILE, base, seeds)],
     }
+
+
+def _over_half(found: Rollouts, arm: str) -> Estimate | None:
+    """What an arm earns beyond half of the way from the best fixed instruction to the best of each kind; None
+    where one of these is missing."""
+    if not {FIXED, TOLD} <= set(found.arms):
+        return None
+    each = [Arm(found, name) for name in (arm, FIXED, TOLD)]
+    own, fixed, told = (of.mean(of.reward) for of in each)
+    width = found.high - found.low
+    names = frozenset({arm, FIXED, TOLD})
+    term = Term(own - (fixed + told) / 2, -width, width, names, "none", "means of a prompt", bounded=True)
+    return estimates({arm: term}, found, LEVEL)[arm]
 
 
 def _told(of: Mapping[str, Any]) -> dict[str, Any]:

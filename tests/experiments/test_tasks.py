@@ -16,7 +16,7 @@ from task_grid import kinds, plan, results
 from alignpro import rollouts
 from alignpro.files import read_json, read_json_lines
 from alignpro.llm.arms import route
-from alignpro.llm.arms.rollout import FILE
+from alignpro.llm.arms.rollout import FILE, prompt_id
 from alignpro.llm.data.split import split_of
 from alignpro.llm.models.configure import tiny_model
 from alignpro.llm.rewards.opening import load_reward
@@ -42,7 +42,7 @@ def size(tmp_path_factory):
         iterations=2, prompts=2, samples=4, rlhf_iterations=1, seeds=(0, 1), lam=0.1, held_out=6,
         foreseen_draws=2,
         answer_tokens=6, rewrite_tokens=4, target=str(folder / "model"), prompters={"tiny": prompter},
-        tasks={"short": "brevity:3", "plain": "ease"},
+        tasks={"short": "brevity:3", "plain": "task_grid.kinds:list_or_plain"},
         source={"dataset": "helpsteer", "data_folder": str(folder)},
         training={"epochs": 1, "lora_rank": 2},
         race={"instructions": str(folder / "instructions.txt"), "budget": 24},
@@ -72,6 +72,11 @@ def whole(size, tmp_path_factory):
     return out
 
 
+def read_prompts(size):
+    """All prompts that there are."""
+    return [row["prompt"] for row in read_json_lines(Path(size.source["data_folder"]) / "train.jsonl")]
+
+
 def test_what_it_says(size, whole, tmp_path, capsys):
     found = read_json(whole / "results.json")
     assert not found["missing"]
@@ -98,8 +103,13 @@ def test_what_it_says(size, whole, tmp_path, capsys):
         assert task["numbers"]["fine-tuning"]["foreseen"]["lo"] is not None
         assert {b["name"] for b in task["bounds"]} == {"theorem1", "trained", "trained_rewards_only"}
         assert len(task["examples"]) == 3
-        over = task["reading"]["over the best fixed instruction"]
-        assert set(over) == ({"router", "trained"} if task["instruction"] else set())
+        over, told = task["reading"]["over the best fixed instruction"], {"told"} & set(task["mean"])
+        assert bool(told) == (name == "plain")
+        assert set(over) == ({"router", "trained", *told} if task["instruction"] else set())
+        for arm, gain in task["reading"]["over half of reading"].items():
+            assert (gain is None) == (not told or not task["instruction"])
+            half = gain and over[arm]["value"] - over["told"]["value"] / 2
+            assert gain is None or gain["value"] == pytest.approx(half)
         for arm, gain in over.items():
             assert gain["value"] == pytest.approx(mean[arm] - mean["fixed"])
     assert len(found["foresight"]) == 2 * (len(results.LAMS) + len(size.seeds))
@@ -122,8 +132,7 @@ def test_a_prompter_is_taught_what_the_router_picks(size, whole):
     there. Mutant: the pairs are of held-out prompts."""
     here = whole / "plain"
     job = next(job for job in plan.jobs(size, whole) if job.name == "plain/picks")
-    prompts = [row["prompt"] for row in read_json_lines(Path(size.source["data_folder"]) / "train.jsonl")]
-
+    prompts = read_prompts(size)
     (whole / "again").mkdir()
 
     def check(module):
@@ -146,6 +155,36 @@ def test_a_prompter_is_taught_what_the_router_picks(size, whole):
     assert of["gain"]["trained"]["value"] == pytest.approx(np.mean([e["value"] for e in of["by seed"]]))
     began = json.loads((here / "taught-1" / "settings.json").read_text())
     assert str(here / "sft" / "prompter") in json.dumps(began)
+
+
+def test_who_is_told_the_kind_gets_what_earns_most_on_it(whole, size, monkeypatch):
+    """On the router's table, of each kind by itself. Mutant: of all prompts together."""
+    kind = kinds.Kind("has an a", lambda x: "a" in x)
+    monkeypatch.setattr(
+        kinds, "lettered", kinds.ByKind(kind, load_reward("ease"), load_reward("brevity")), False
+    )
+    table = [
+        row for row in read_json_lines(whole / "plain" / "route" / "cells.jsonl") if row["kind"] == "table"
+    ]
+    prompts = {prompt_id(x): x for x in read_prompts(size)}
+    job = plan.Told(
+        "told", "told", {**size.source, "reward": "task_grid.kinds:lettered", "router": "plain/route"}
+    )
+    (whole / "told").mkdir()
+
+    def check(module):
+        assert module.Told(**vars(job)).act(whole)
+        earned = {0: Counter(), 1: Counter()}
+        for row in table:
+            for name, cells in zip(row["candidates"], row["rewards"], strict=True):
+                for x, (reward,) in zip(row["prompts"], cells, strict=True):
+                    earned["a" in prompts[x]][name] += reward
+        for row in read_json_lines(whole / "told" / route.REWRITES):
+            (best, _), *_ = earned["a" in row["x"]].most_common()
+            assert row["rewrite"] == f"{row['x']} {best}".strip()
+
+    check(plan)
+    kills(check, mutated(plan, "known == k", "known >= 0"))
 
 
 def test_the_router_rewrites_the_held_out_prompts(size, whole):
@@ -242,7 +281,7 @@ def test_tasks_by_who_asks_have_their_own_prompts(size, tmp_path):
         assert len(bare) == len(set(said)) == len(said) > 400
 
     check(plan)
-    kills(check, mutated(plan, "asked(instructions())", "['A child asks: ' + x for x in instructions()]"))
+    kills(check, mutated(plan, "kinds.asked(instructions())", "['A child asks: ' + x for x in instructions()]"))
     jobs = {job.name: job.options for job in plan.jobs(both, tmp_path)}
     own = {name for name, options in jobs.items() if options["dataset"] == str(tmp_path / plan.ASKED)}
     assert own == {name for name in jobs if "who" in name or name.startswith("list-plain-for-a-child/")}
