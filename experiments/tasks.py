@@ -27,8 +27,9 @@ from alignpro.errors import AlignProError
 from alignpro.files import writable_folder, write_json
 from alignpro.llm.models import packages
 
-SECONDS = 0.42
-"""Of one core for an answer, training and scoring included: about what it took on two shared cores."""
+SECONDS = {"instruct": 0.5, "route": 0.3, "rollout": 1.0, "train": 1.2}
+"""Of one core for an answer, by who asks for it: about what it took on two busy cores of an AMD EPYC without
+AMX. A rollout scores its answers, and training learns from them."""
 
 
 def main(arguments=None) -> int:
@@ -60,13 +61,18 @@ def chosen(size: plan.Size, names: Sequence[str] | None) -> plan.Size:
     return replace(size, tasks={name: size.tasks[name] for name in names})
 
 
+def seconds(job: plan.Job) -> float:
+    """About how long a job keeps one core, at most; of one that asks for no answers, nothing is said."""
+    return plan.asks(job) * SECONDS.get(job.verb, 0.0)
+
+
 def run(args, size: plan.Size) -> int:
     """Do what is not done, and write the results."""
     launch.check(args)
     out = writable_folder(args.out.resolve())
     jobs = work.plan.chosen(plan.jobs(size, out), args.only)
     if args.status:
-        print(launch.status(jobs, out, lambda job: plan.asks(job) * SECONDS))
+        print(launch.status(jobs, out, seconds))
         return 0
     work.check_settings(jobs, out)
     if not args.dry_run:
@@ -75,7 +81,7 @@ def run(args, size: plan.Size) -> int:
     if args.dry_run:
         print("\n".join(map(plan.words, todo)))
     asked = sum(map(plan.asks, todo))
-    hours = asked * SECONDS / 3600
+    hours = sum(map(seconds, todo)) / 3600
     said = f"{len(todo)} of {len(jobs)} jobs to do, at most {asked:,} answers"
     packages.note(f"{said}, about {hours:.1f} hours of a core")
     if args.dry_run:
