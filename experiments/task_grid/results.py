@@ -149,7 +149,7 @@ def _reading(here: Path, found: Rollouts) -> dict[str, Any]:
         over = compare(found, [FIXED, ROUTER, "trained", *told], LEVEL).against
     return {
         "router": {name: learned[name] for name in ("calls", "ridge", "rank", "single", "picks")},
-        "router over one instruction, on the table": _told(learned["foreseen"]["gain"]),
+        "router over one instruction, on the table": _on_file(learned["foreseen"]["gain"]),
         "over the best fixed instruction": {arm: shown(of.mean) for arm, of in over.items()},
         "over half of reading": {arm: shown(_over_half(found, arm)) for arm in (ROUTER, "trained")},
     }
@@ -189,7 +189,7 @@ def _over_half(found: Rollouts, arm: str) -> Estimate | None:
     return estimates({arm: term}, found, LEVEL)[arm]
 
 
-def _told(of: Mapping[str, Any]) -> dict[str, Any]:
+def _on_file(of: Mapping[str, Any]) -> dict[str, Any]:
     """An estimate of a verb's file, as `shown` has one."""
     return {"value": of["value"], "lo": of["lo"], "hi": of["hi"], "prompts": of["n_clusters"]}
 

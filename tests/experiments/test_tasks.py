@@ -281,7 +281,9 @@ def test_tasks_by_who_asks_have_their_own_prompts(size, tmp_path):
         assert len(bare) == len(set(said)) == len(said) > 400
 
     check(plan)
-    kills(check, mutated(plan, "kinds.asked(instructions())", "['A child asks: ' + x for x in instructions()]"))
+    kills(
+        check, mutated(plan, "kinds.asked(instructions())", "['A child asks: ' + x for x in instructions()]")
+    )
     jobs = {job.name: job.options for job in plan.jobs(both, tmp_path)}
     own = {name for name, options in jobs.items() if options["dataset"] == str(tmp_path / plan.ASKED)}
     assert own == {name for name in jobs if "who" in name or name.startswith("list-plain-for-a-child/")}
