@@ -165,11 +165,10 @@ class Late(Job):
         found = super().resolved(out)
         if "taught" in found:
             found["prompter"] = str(out / found.pop("taught") / PROMPTER_FOLDER)
-        files = [(ROUTER, found.pop("routed", None)), (TOLD, found.pop("told", None))]
-        if any(folder for _, folder in files):
-            found["rewrites_file"] = [
-                f"{arm}={out / folder / route.REWRITES}" for arm, folder in files if folder
-            ]
+        given = ((ROUTER, "routed"), (TOLD, "told"))
+        files = [f"{arm}={out / found.pop(name) / route.REWRITES}" for arm, name in given if name in found]
+        if files:
+            found["rewrites_file"] = files
         if "instructed" in found:
             winner = read_json(out / found.pop("instructed") / "instruct.json")["winner"]
             found |= {"instruction": [f"{FIXED}={winner}"]} if winner else {}
