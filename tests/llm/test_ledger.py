@@ -408,7 +408,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 # The scripts below fork: each child is a process of its own, without paying for its imports.
 COMMON = """
-import json, os, random, resource, signal, sqlite3, sys, time
+import contextlib, json, os, random, resource, signal, sqlite3, sys, time
 from alignpro import locks
 from alignpro.llm.targets import http, ledger, store
 from alignpro.llm.targets.endpoint import Endpoint
@@ -461,7 +461,8 @@ rng, killed = random.Random(0), 0
 def done():
     if not url:
         return open("asked").read().count(chr(10))
-    return sqlite3.connect(store.FILE).execute("SELECT count(*) FROM answers").fetchone()[0]
+    with contextlib.closing(sqlite3.connect(store.FILE)) as file:  # before this process forks again
+        return file.execute("SELECT count(*) FROM answers").fetchone()[0]
 Cached(make(), ".", note=None).total()
 http.client_library()
 for _ in range(kills):
@@ -574,10 +575,56 @@ def test_two_processes_on_one_file_agree(tmp_path, mutant):
     assert mutant or [[a.text for a in row] for row in again] == one
 
 
+FORKS = (
+    COMMON
+    + """
+import gc
+from multiprocessing import get_context
+if sys.argv[1] == "mutant":
+    store.Store.before_fork = lambda self: self._lock.acquire()
+mine, fork = Cached(Slow(), ".", note=None), get_context("fork")
+mine.total()
+begun, go = fork.Semaphore(0), fork.Event()
+def work(name, inherited):
+    target = mine if inherited else Cached(Slow(), ".", note=None)
+    target.respond(PROMPTS[:1], SAMPLING)
+    begun.release()
+    go.wait(60)
+    target.respond(PROMPTS, SAMPLING, samples=20)
+    open(name, "w").write(target._store._process)
+pids = [forked(lambda: work(name, name == "heir")) for name in ("heir", "own")[sys.argv[1] == "mutant":]]
+for _ in pids:
+    begun.acquire(timeout=60)
+names = {mine._store._process}
+mine.respond(PROMPTS[:2], SAMPLING, samples=20)  # this process goes on as well
+del mine
+gc.collect()
+go.set()
+codes = [os.waitpid(pid, 0)[1] for pid in pids]
+with contextlib.closing(sqlite3.connect(store.FILE)) as file:
+    kept = file.execute("SELECT count(*) FROM answers").fetchone()[0]
+names |= {open(name).read() for name in ("heir", "own") if os.path.exists(name)}
+print(json.dumps([codes, kept, len(names)]))
+"""
+)
+
+
+def test_a_process_that_forks_with_its_file_open_loses_nothing(tmp_path):
+    """Whether its copy goes on with the same object or with one of its own; nor does a copy book in the
+    name of the process that it was made from."""
+    assert script(FORKS, tmp_path, "") == [[0, 0], 800, 3]
+
+
+def test_answers_are_lost_to_a_process_that_forks_with_its_file_open(tmp_path):
+    """The mutant of the test above: the copy holds no lock, so that whose file it was takes its log away."""
+    codes, kept, _ = script(FORKS, tmp_path, "mutant")
+    assert codes == [0]
+    assert kept < 800
+
+
 FULL = (
     COMMON
     + """
-import contextlib
 target, out = Cached(Slow(), ".", note=None), {}
 target.total()
 limit = os.path.getsize(store.FILE + "-wal") + 200_000

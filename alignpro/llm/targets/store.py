@@ -4,6 +4,9 @@ Every answer is a transaction, together with what was spent on it: a kill loses 
 To the disk it goes within a second, and whenever `Store.add` is told to: a power cut loses no more than that.
 On a file system that several machines share every answer goes to the disk, since a write-ahead log needs
 memory that processes share; where nothing locks records, SQLite locks by a folder beside the file.
+
+SQLite's locks do not survive a fork: a copy of a process would hold none, and could lose what others write.
+So whatever forks closes every file first, and each side opens it again when it next uses it.
 """
 
 import json
@@ -70,15 +73,11 @@ class Store:
         if not by_folder.exists() and not locks.record_locks(folder):
             by_folder.touch()
         self._folder_lock = folder / f"{FILE}.lock" if by_folder.exists() else None
-        file = Path(os.path.realpath(self.path)).as_uri() + ("?vfs=unix-dotfile" if self._folder_lock else "")
+        self._connection: sqlite3.Connection | None = None
+        self._wal = False
+        _STORES.add(self)
         make_private(self.path)  # and what SQLite puts beside it is as this is
         with self._told():
-            # One connection, guarded by the lock: an event loop may run in a thread of its own.
-            self._db = sqlite3.connect(
-                file, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False
-            )
-            weakref.finalize(self, self._db.close)
-            self._wal = self._write_ahead(folder)
             version = self._one("PRAGMA user_version")[0]
         if version > _VERSION:
             raise AlignProError(f"{self.path}: was written by a newer alignpro; update this one")
@@ -93,6 +92,35 @@ class Store:
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
         if (old := folder / OLD_FILE).is_file():
             self._import(old)
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        """One connection, guarded by the lock: an event loop may run in a thread of its own."""
+        if self._connection is None:
+            file = Path(os.path.realpath(self.path)).as_uri()
+            self._connection = sqlite3.connect(
+                file + ("?vfs=unix-dotfile" if self._folder_lock else ""),
+                uri=True,
+                timeout=BUSY_S,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+            self._close = weakref.finalize(self, self._connection.close)
+            self._wal = self._write_ahead(self.path.parent)
+        return self._connection
+
+    def before_fork(self) -> None:
+        """Wait for a transaction under way, and close the file until `after_fork`."""
+        self._lock.acquire()
+        if self._connection is not None:
+            self._close()
+            self._connection = None
+
+    def after_fork(self, copy: bool) -> None:
+        """In the process that forked, and in its copy, which books its calls as its own."""
+        if copy:
+            self._process = uuid.uuid4().hex
+        self._lock.release()
 
     def get(self, keys: Iterable[str]) -> dict[str, Answer]:
         """The answers on file for these keys (`ledger.cache_key`)."""
@@ -278,6 +306,32 @@ class Store:
             f"{self.path}: damaged ({how}); move it away to ask for its answers again, or save them with "
             f"sqlite3 {FILE} .recover"
         )
+
+
+_STORES: weakref.WeakSet[Store] = weakref.WeakSet()
+_CLOSED: list[Store] = []
+_FORKING = threading.Lock()
+
+
+def _before_fork() -> None:
+    _FORKING.acquire()  # threads that fork at a time would wait for each other's files
+    for store in list(_STORES):
+        store.before_fork()
+        _CLOSED.append(store)
+
+
+def _after_fork(copy: bool) -> None:
+    while _CLOSED:
+        _CLOSED.pop().after_fork(copy)
+    _FORKING.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=partial(_after_fork, False),
+        after_in_child=partial(_after_fork, True),
+    )
 
 
 def owner_of(name: str, revision: str) -> str:
