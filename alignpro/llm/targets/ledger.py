@@ -125,7 +125,8 @@ class Cached:
 
     Several processes, and several targets, may share a folder. One that comes to an answer which another has
     on file takes that; where two ask at the same time both pay, and both get the one written first. The
-    budgets of a remote target hold over all of them, and over all runs before.
+    budgets of a remote target hold over all of them, and over all runs before. A process may fork, and both
+    sides go on with the same object.
 
     Args:
         target: any `Target`.

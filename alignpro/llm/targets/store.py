@@ -112,9 +112,13 @@ class Store:
     def before_fork(self) -> None:
         """Wait for a transaction under way, and close the file until `after_fork`."""
         self._lock.acquire()
-        if self._connection is not None:
-            self._close()
-            self._connection = None
+        try:
+            if self._connection is not None:
+                self._connection = None
+                self._close()
+        except BaseException:  # Python tells of an interrupt here, and forks all the same
+            self._lock.release()
+            raise
 
     def after_fork(self, copy: bool) -> None:
         """In the process that forked, and in its copy, which books its calls as its own."""
