@@ -91,14 +91,20 @@ def verdicts(results: Results) -> str:
 def numbers(results: Results) -> str:
     """What one instruction, reading the prompt and fine-tuning each add, foreseen and realised."""
     parts = list(next(iter(results["tasks"].values()))["numbers"]) if results["tasks"] else []
+    whens = ("foreseen", "realised")
+    readers = {name: of["gain"]["trained"] for name, of in results["taught"].items() if of["over"] == FIXED}
     rows = [
         [
             name,
-            *(interval(task["numbers"][part][when]) for part in parts for when in ("foreseen", "realised")),
+            *(interval(task["numbers"][part][when]) for part in parts for when in whens),
+            *([interval(readers.get(name))] if readers else []),
         ]
         for name, task in results["tasks"].items()
     ]
-    return _table(["task", *(f"{part}, {when}" for part in parts for when in ("foreseen", "realised"))], rows)
+    head = ["task", *(f"{part}, {when}" for part in parts for when in whens)]
+    return _table(
+        [*head, *(["reading the prompt, realised by one that was taught"] if readers else [])], rows
+    )
 
 
 def reading(results: Results) -> str:
@@ -234,7 +240,15 @@ def markdown(results: Results) -> str:
         f"{held}. Intervals are at {results['level']:.0%} over prompts.",
         "## Mean rewards",
         means(results),
-        *([calls(results)] if results["tasks"] else []),
+        *(
+            [
+                f"{NAMES[TOLD].capitalize()}: the instruction that is best for the prompt's kind on the "
+                "router's table, by one that knows the kind. All others have to read it."
+            ]
+            if any(TOLD in task["mean"] for task in results["tasks"].values())
+            else []
+        ),
+        *([calls(results), "![Mean rewards, with intervals](means.png)"] if results["tasks"] else []),
         "## What PPO gains",
         "Over no prompter by itself; over the others jointly.",
         gains(results),
@@ -242,13 +256,14 @@ def markdown(results: Results) -> str:
         verdicts(results),
         "One instruction: the pooled prompter over none; the best fixed instruction over none. Reading the "
         "prompt: the price of not reading it, net of KL and were effects normal; PPO over the best fixed "
-        "instruction. Fine-tuning: the gap of Theorem 1 at β = λ; RLHF over PPO.",
+        "instruction"
+        + (", and PPO over it from a prompter that was taught (below)" if results["taught"] else "")
+        + ". Fine-tuning: the gap of Theorem 1 at β = λ; RLHF over PPO.",
         numbers(results),
         "## Reading the prompt",
         "A router (`alignpro route`) picks an instruction by the frozen model's states. It learned from a "
         "table of training prompts, each with every one of some instructions; what it earns there over one "
-        "instruction for all is on prompts left out. Where requests are of two kinds, the best of each on "
-        "that table, told which is which, says what a reader of the kind could earn.",
+        "instruction for all is on prompts left out.",
         reading(results),
         *(
             [
@@ -275,10 +290,15 @@ def markdown(results: Results) -> str:
 def figure(results: Results, path: Path) -> None:
     """Foreseen and realised gains over no prompter, one panel for each way of realising them."""
     kinds = {"ρ* by resampling": "resampling", "PPO": "PPO"}
-    drawn = Figure(figsize=(8.4, 4.2), dpi=160, layout="constrained")
+    found = {
+        title: [p for p in results["foresight"] if p["by"].startswith(by)] for title, by in kinds.items()
+    }
+    shown = {title: some for title, some in found.items() if some} or found
+    drawn = Figure(figsize=(4.2 * len(shown), 4.2), dpi=160, layout="constrained")
     FigureCanvasAgg(drawn)
-    for axes, (title, by) in zip(drawn.subplots(1, 2), kinds.items(), strict=True):
-        some = [p for p in results["foresight"] if p["by"].startswith(by)]
+    for axes, (title, some) in zip(
+        drawn.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True
+    ):
         for decision, colour, marker in (
             ("yes", theme.BLUE, "o"),
             ("undecided", theme.MUTED, "s"),
@@ -304,8 +324,41 @@ def figure(results: Results, path: Path) -> None:
         drawn.savefig(file, format="png")
 
 
+def rewards(results: Results, path: Path) -> None:
+    """Mean reward of each arm, a panel for each task, the best fixed instruction dashed."""
+    again = {"sft": "taught prompter", "trained": "PPO from there"}
+    names = [*NAMES.values(), *(again.values() if results["taught"] else [])]
+    found = {}
+    for name, task in results["tasks"].items():
+        found[name] = {NAMES[arm]: e for arm, e in task["mean"].items()}
+        if name in results["taught"]:
+            mean = results["taught"][name]["mean"]
+            found[name] |= {called: mean[arm] for arm, called in again.items()}
+    names = [name for name in names if any(name in of for of in found.values())]
+    drawn = Figure(figsize=(2.2 + 2.3 * len(found), 0.6 + 0.26 * len(names)), dpi=160, layout="constrained")
+    FigureCanvasAgg(drawn)
+    panels = drawn.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    for axes, (title, of) in zip(panels, found.items(), strict=True):
+        at = [i for i, name in enumerate(names) if name in of]
+        x = [of[names[i]]["value"] for i in at]
+        ends = [[abs(of[names[i]][end] - of[names[i]]["value"]) for i in at] for end in ("lo", "hi")]
+        axes.errorbar(x, at, xerr=ends, fmt="o", color=theme.BLUE, ms=4, lw=0.8)
+        if NAMES[FIXED] in of:
+            axes.axvline(of[NAMES[FIXED]]["value"], color=theme.MUTED, lw=0.8, ls="--")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("mean reward")
+    panels[0].set_yticks(range(len(names)), [name.replace("\\", "") for name in names])
+    panels[0].invert_yaxis()
+    with atomic_write(path) as file:
+        drawn.savefig(file, format="png")
+
+
 def write(results: Results, out: Path) -> list[Path]:
-    """Write results.md and foresight.png into `out`."""
+    """Write results.md and its figures into `out`."""
     write_text(out / "results.md", markdown(results))
     figure(results, out / "foresight.png")
-    return [out / "results.md", out / "foresight.png"]
+    files = [out / "results.md", out / "foresight.png"]
+    if results["tasks"]:
+        rewards(results, out / "means.png")
+        files.append(out / "means.png")
+    return files

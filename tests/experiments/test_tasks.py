@@ -11,7 +11,7 @@ import pytest
 import tasks
 from mutants import kills, mutated
 from paper_grid import launch, work
-from task_grid import kinds, plan, results
+from task_grid import kinds, page, plan, results
 
 from alignpro import rollouts
 from alignpro.files import read_json, read_json_lines
@@ -120,7 +120,9 @@ def test_what_it_says(size, whole, tmp_path, capsys):
     assert f", in {dtype}" in page
     assert ("tenths of a nat" in page) == (dtype == "bfloat16")
     assert all(f"| {name} |" in page for name in size.tasks)
-    assert (whole / "foresight.png").read_bytes()[:4] == b"\x89PNG"
+    for drawn in ("foresight.png", "means.png"):
+        assert (whole / drawn).read_bytes()[:4] == b"\x89PNG"
+        assert f"({drawn})" in page
     before = (whole / "results.json").read_bytes()
     assert tasks.run(arguments(whole, summary_only=True, publish=tmp_path), size) == 0
     assert (whole / "results.json").read_bytes() == before
@@ -145,14 +147,19 @@ def test_a_prompter_is_taught_what_the_router_picks(size, whole):
     check(plan)
     assert (whole / "again" / plan.PAIRS).read_bytes() == (here / "picks" / plan.PAIRS).read_bytes()
     kills(check, mutated(plan, 'split_of(x) != "test"', 'split_of(x) == "test"'))
-    found = read_json(whole / "results.json")["taught"]
-    assert set(found) == {"plain"}
-    of, told = found["plain"], read_json(whole / "results.json")["tasks"]["plain"]
+    said = read_json(whole / "results.json")
+    assert set(said["taught"]) == {"plain"}
+    of, told = said["taught"]["plain"], said["tasks"]["plain"]
     for arm in ("router", of["over"]):  # the same texts as beside the other arms
         assert of["mean"][arm]["value"] == told["mean"][arm]["value"]
     for arm, gain in of["gain"].items():
         assert gain["value"] == pytest.approx(of["mean"][arm]["value"] - of["mean"][of["over"]]["value"])
     assert of["gain"]["trained"]["value"] == pytest.approx(np.mean([e["value"] for e in of["by seed"]]))
+    # What reading earned stands beside what was foreseen of it, where one instruction is there to be beaten.
+    earned = {"value": 0.5, "lo": 0.25, "hi": 0.75}
+    for over in ("fixed", "none"):
+        shown = page.numbers({**said, "taught": {"plain": {"over": over, "gain": {"trained": earned}}}})
+        assert ("+0.500 [+0.250, +0.750]" in shown.splitlines()[-1]) == (over == "fixed")
     began = json.loads((here / "taught-1" / "settings.json").read_text())
     assert str(here / "sft" / "prompter") in json.dumps(began)
 
