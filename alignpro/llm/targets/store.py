@@ -77,7 +77,7 @@ class Store:
         self._wal = False
         _STORES.add(self)
         make_private(self.path)  # and what SQLite puts beside it is as this is
-        with self._told():
+        with self._lock, self._told():
             version = self._one("PRAGMA user_version")[0]
         if version > _VERSION:
             raise AlignProError(f"{self.path}: was written by a newer alignpro; update this one")
