@@ -28,6 +28,11 @@ NAMES = {
     "rlhf": "RLHF",
 }
 
+_TOLD = (
+    f"{NAMES[TOLD].capitalize()}: it is told of which kind a prompt is, and adds the instruction that earns "
+    "most for that kind on the router's table. No other arm is told."
+)
+
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
@@ -91,20 +96,22 @@ def verdicts(results: Results) -> str:
 def numbers(results: Results) -> str:
     """What one instruction, reading the prompt and fine-tuning each add, foreseen and realised."""
     parts = list(next(iter(results["tasks"].values()))["numbers"]) if results["tasks"] else []
-    whens = ("foreseen", "realised")
-    readers = {name: of["gain"]["trained"] for name, of in results["taught"].items() if of["over"] == FIXED}
+    both = [(part, when) for part in parts for when in ("foreseen", "realised")]
+    head = ["task", *(f"{part}, {when}" for part, when in both)]
     rows = [
-        [
-            name,
-            *(interval(task["numbers"][part][when]) for part in parts for when in whens),
-            *([interval(readers.get(name))] if readers else []),
-        ]
+        [name, *(interval(task["numbers"][part][when]) for part, when in both)]
         for name, task in results["tasks"].items()
     ]
-    head = ["task", *(f"{part}, {when}" for part in parts for when in whens)]
-    return _table(
-        [*head, *(["reading the prompt, realised by one that was taught"] if readers else [])], rows
-    )
+    if readers := _readers(results):
+        head.append("reading the prompt, realised by one that was taught")
+        for row in rows:
+            row.append(interval(readers.get(row[0])))
+    return _table(head, rows)
+
+
+def _readers(results: Results) -> dict[str, Any]:
+    """What PPO from a taught prompter earns over the best fixed instruction, by tasks where there is one."""
+    return {name: of["gain"]["trained"] for name, of in results["taught"].items() if of["over"] == FIXED}
 
 
 def reading(results: Results) -> str:
@@ -240,14 +247,7 @@ def markdown(results: Results) -> str:
         f"{held}. Intervals are at {results['level']:.0%} over prompts.",
         "## Mean rewards",
         means(results),
-        *(
-            [
-                f"{NAMES[TOLD].capitalize()}: the instruction that is best for the prompt's kind on the "
-                "router's table, by one that knows the kind. All others have to read it."
-            ]
-            if any(TOLD in task["mean"] for task in results["tasks"].values())
-            else []
-        ),
+        *([_TOLD] if any(TOLD in task["mean"] for task in results["tasks"].values()) else []),
         *([calls(results), "![Mean rewards, with intervals](means.png)"] if results["tasks"] else []),
         "## What PPO gains",
         "Over no prompter by itself; over the others jointly.",
@@ -257,7 +257,7 @@ def markdown(results: Results) -> str:
         "One instruction: the pooled prompter over none; the best fixed instruction over none. Reading the "
         "prompt: the price of not reading it, net of KL and were effects normal; PPO over the best fixed "
         "instruction"
-        + (", and PPO over it from a prompter that was taught (below)" if results["taught"] else "")
+        + (", and PPO over it from a prompter that was taught (below)" if _readers(results) else "")
         + ". Fine-tuning: the gap of Theorem 1 at β = λ; RLHF over PPO.",
         numbers(results),
         "## Reading the prompt",
@@ -307,12 +307,8 @@ def figure(results: Results, path: Path) -> None:
             at = [p for p in some if p["decision"] == decision]
             if not at:
                 continue
-            x, y = ([p[key]["value"] for p in at] for key in ("foreseen", "realised"))
-            errors = [
-                [[abs(p[key]["value"] - p[key][end]) for p in at] for end in ("lo", "hi")]
-                for key in ("foreseen", "realised")
-            ]
-            axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], fmt=marker, color=colour, ms=4, lw=0.6,
+            (x, across), (y, along) = (_bars([p[key] for p in at]) for key in ("foreseen", "realised"))
+            axes.errorbar(x, y, xerr=across, yerr=along, fmt=marker, color=colour, ms=4, lw=0.6,
                           label=f"said {decision}")  # fmt: skip
         axes.axline((0, 0), slope=1, color=theme.MUTED, lw=0.8, ls="--")
         axes.axhline(0, color=theme.MUTED, lw=0.5)
@@ -320,37 +316,44 @@ def figure(results: Results, path: Path) -> None:
         axes.set(title=title, xlabel="foreseen gain of ρ* over no prompter", ylabel="realised gain")
         if some:
             axes.legend(frameon=False, fontsize=8)
+    _save(drawn, path)
+
+
+def _bars(estimates: Sequence[Mapping[str, float]]) -> tuple[list[float], list[list[float]]]:
+    """Values, and how far their intervals reach below and above, as matplotlib's error bars want them."""
+    ends = [[abs(e[end] - e["value"]) for e in estimates] for end in ("lo", "hi")]
+    return [e["value"] for e in estimates], ends
+
+
+def _save(drawn: Figure, path: Path) -> None:
     with atomic_write(path) as file:
-        drawn.savefig(file, format="png")
+        drawn.savefig(file, format="png", metadata={"Software": None})
 
 
 def rewards(results: Results, path: Path) -> None:
     """Mean reward of each arm, a panel for each task, the best fixed instruction dashed."""
     again = {"sft": "taught prompter", "trained": "PPO from there"}
-    names = [*NAMES.values(), *(again.values() if results["taught"] else [])]
     found = {}
     for name, task in results["tasks"].items():
         found[name] = {NAMES[arm]: e for arm, e in task["mean"].items()}
         if name in results["taught"]:
             mean = results["taught"][name]["mean"]
             found[name] |= {called: mean[arm] for arm, called in again.items()}
-    names = [name for name in names if any(name in of for of in found.values())]
+    names = [name for name in (*NAMES.values(), *again.values()) if any(name in of for of in found.values())]
     drawn = Figure(figsize=(2.2 + 2.3 * len(found), 0.6 + 0.26 * len(names)), dpi=160, layout="constrained")
     FigureCanvasAgg(drawn)
     panels = drawn.subplots(1, len(found), squeeze=False, sharey=True)[0]
     for axes, (title, of) in zip(panels, found.items(), strict=True):
         at = [i for i, name in enumerate(names) if name in of]
-        x = [of[names[i]]["value"] for i in at]
-        ends = [[abs(of[names[i]][end] - of[names[i]]["value"]) for i in at] for end in ("lo", "hi")]
-        axes.errorbar(x, at, xerr=ends, fmt="o", color=theme.BLUE, ms=4, lw=0.8)
+        x, across = _bars([of[names[i]] for i in at])
+        axes.errorbar(x, at, xerr=across, fmt="o", color=theme.BLUE, ms=4, lw=0.8)
         if NAMES[FIXED] in of:
             axes.axvline(of[NAMES[FIXED]]["value"], color=theme.MUTED, lw=0.8, ls="--")
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("mean reward")
     panels[0].set_yticks(range(len(names)), [name.replace("\\", "") for name in names])
     panels[0].invert_yaxis()
-    with atomic_write(path) as file:
-        drawn.savefig(file, format="png")
+    _save(drawn, path)
 
 
 def write(results: Results, out: Path) -> list[Path]:
